@@ -1,0 +1,453 @@
+"""Where visual tokens are pruned, how many are kept, and what that costs.
+
+Notation (docs/architecture.md): L layers, N visual tokens at the start, hidden size d, MLP size m,
+H query heads and G key/value heads of size D, vocabulary V, P probe positions.  A *pruning point*
+(l, k) means: before decoder layer l runs (0-based), keep k visual tokens.
+
+Operations are counted as multiply-adds, one each, as the paper's formula does; a product of dense
+matrices counts in full, the masked half of causal attention included.  Norms, activations, softmax
+and RoPE are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from trio_deploy.errors import TrioError
+from trio_deploy.models.config import ModelConfig, TextConfig
+
+METHODS = ("trio",)
+"""Selection methods that a pruning point may name."""
+
+# The published schedules of the LLaVA family (the authors' code): layers of 32, and what is kept
+# of 576 visual tokens for an average of 64 and of 128.  `solve` generalises these three lines.
+_PUBLISHED_DEPTH = 32
+_PUBLISHED_LAYERS = (1, 10, 15)
+_PUBLISHED_VISUAL = 576
+_PUBLISHED_KEEPS = {64: (92, 54, 22), 128: (218, 128, 54)}
+
+_RATIO_DIGITS = 6  # a stored ratio is exact to one token in half a million
+_SMALLEST_RATIO = 10.0**-_RATIO_DIGITS
+
+
+@dataclass(frozen=True)
+class PruningPoint:
+    """Before `layer` runs, keep `keep` visual tokens: a ratio of N (float) or a count (int)."""
+
+    layer: int
+    keep: float | int
+    method: str = "trio"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Pruning points in layer order; without points nothing is pruned."""
+
+    points: tuple[PruningPoint, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(point.layer for point in self.points)
+
+    def segments(self, num_layers: int) -> list[tuple[int, int]]:
+        """Layer ranges [start, stop) between pruning points; entry i is what `prefill_i` runs.
+
+        A pruning point before layer 0 leaves an empty first range, for which no graph is written.
+        """
+        return list(pairwise((0, *self.layers, num_layers)))
+
+    def resolve(self, visual: int) -> tuple[int, ...]:
+        """Visual tokens kept at each point, out of `visual` at the start; never increasing.
+
+        A ratio r becomes max(1, floor(r N + 1/2)), a count is capped at N, and of nothing nothing
+        is kept.
+        """
+        kept: list[int] = []
+        left = visual
+        for point in self.points:
+            if isinstance(point.keep, int):
+                count = point.keep
+            else:
+                count = max(1, math.floor(point.keep * visual + 0.5))
+            left = min(left, count)
+            kept.append(left)
+        return tuple(kept)
+
+    def visual_per_layer(self, visual: int, num_layers: int) -> list[int]:
+        """Visual tokens that each layer sees, [L]."""
+        counts = (visual, *self.resolve(visual))
+        return [
+            count
+            for count, (start, stop) in zip(counts, self.segments(num_layers), strict=True)
+            for _ in range(start, stop)
+        ]
+
+    def average(self, visual: int, num_layers: int) -> float:
+        """Visual tokens a layer sees, averaged over the layers: the paper's token budget."""
+        return sum(self.visual_per_layer(visual, num_layers)) / num_layers
+
+    def validate(self, num_layers: int, visual: int | None = None) -> None:
+        """Check against a model of `num_layers` and, where known, its number of visual tokens.
+
+        Raises:
+            TrioError: layers outside the model or not increasing; keeps that increase, exceed
+                what there is, or mix ratios with counts; an unknown method.
+        """
+        for point in self.points:
+            if not 0 <= point.layer < num_layers:
+                raise TrioError(
+                    f"the schedule prunes before layer {point.layer}, but this model has layers "
+                    f"0 to {num_layers - 1}: choose layers inside the model"
+                )
+            if point.method not in METHODS:
+                raise TrioError(
+                    f"unknown pruning method '{point.method}' before layer {point.layer}: "
+                    f"known are {', '.join(METHODS)}"
+                )
+            _check_keep(point, visual)
+        for before, after in pairwise(self.points):
+            if after.layer <= before.layer:
+                raise TrioError(
+                    f"the schedule's layers must increase, but {after.layer} follows "
+                    f"{before.layer}: list the pruning points in layer order"
+                )
+            if isinstance(before.keep, int) != isinstance(after.keep, int):
+                raise TrioError(
+                    f"the schedule mixes ratios and token counts ({before.keep} and {after.keep}): "
+                    "use one kind for all its points"
+                )
+            if after.keep > before.keep:
+                raise TrioError(
+                    f"the schedule keeps {after.keep} before layer {after.layer} after only "
+                    f"{before.keep} before layer {before.layer}: pruned tokens do not come back, "
+                    "so keep must not increase"
+                )
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [{"layer": p.layer, "keep": p.keep, "method": p.method} for p in self.points]
+
+    @classmethod
+    def from_json(cls, raw: Any) -> Schedule:
+        """From a list of {"layer", "keep", "method"} (method optional), as recipes store it.
+
+        Raises:
+            TrioError: not such a list.
+        """
+        if not isinstance(raw, list):
+            raise TrioError(
+                f"a schedule is a list of pruning points with `layer` and `keep`, not {raw!r}"
+            )
+        points = []
+        for entry in raw:
+            if not isinstance(entry, dict) or not {"layer", "keep"} <= set(entry):
+                raise TrioError(f"a pruning point needs `layer` and `keep`: {entry!r}")
+            if unknown := set(entry) - {"layer", "keep", "method"}:
+                raise TrioError(
+                    f"unknown key '{min(map(str, unknown))}' in pruning point {entry!r}: "
+                    "known are layer, keep, method"
+                )
+            layer, keep = entry["layer"], entry["keep"]
+            if type(layer) is not int or type(keep) not in (int, float):
+                raise TrioError(
+                    f"in pruning point {entry!r}, `layer` must be an integer and `keep` a ratio "
+                    "(with a decimal point) or a count"
+                )
+            points.append(PruningPoint(layer, keep, str(entry.get("method", "trio"))))
+        return cls(tuple(points))
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """From a command line: `1:0.16,10:0.094,15:0.038`, `1:16%,…` or counts `1:92,10:54,15:22`.
+
+        Raises:
+            TrioError: the text is not of this form.
+        """
+        points = []
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            layer, colon, keep = (part.strip() for part in item.partition(":"))
+            try:
+                if not colon:
+                    raise ValueError
+                points.append(PruningPoint(int(layer), _parse_keep(keep)))
+            except ValueError:
+                raise TrioError(
+                    f"cannot read '{item}' as a pruning point: write layer:keep, for example "
+                    "1:0.16,10:0.094,15:0.038 (ratios) or 1:92,10:54,15:22 (counts)"
+                ) from None
+        if not points:
+            raise TrioError("the schedule is empty: write layer:keep, for example 1:0.16,10:0.094")
+        return cls(tuple(points))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{p.layer}:{p.keep:g}" for p in self.points) or "no pruning"
+
+
+def _parse_keep(text: str) -> float | int:
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
+    return float(text) if any(mark in text for mark in ".eE") else int(text)
+
+
+def _check_keep(point: PruningPoint, visual: int | None) -> None:
+    keep = point.keep
+    if isinstance(keep, int):
+        if keep < 0:
+            raise TrioError(f"the schedule keeps {keep} tokens before layer {point.layer}")
+        if visual is not None and keep > visual:
+            raise TrioError(
+                f"the schedule keeps {keep} visual tokens before layer {point.layer}, but there "
+                f"are only {visual}: keep at most {visual}, or give ratios"
+            )
+    elif not 0 < keep <= 1:
+        raise TrioError(
+            f"the schedule keeps a ratio of {keep} before layer {point.layer}: a ratio lies above "
+            "0 and is at most 1 (counts are written without a decimal point)"
+        )
+
+
+def default_layers(num_layers: int) -> tuple[int, ...]:
+    """The published pruning layers (1, 10, 15 of 32) at another depth."""
+    layers: list[int] = []
+    for published in _PUBLISHED_LAYERS:
+        scaled = math.floor(published * num_layers / _PUBLISHED_DEPTH + 0.5)
+        layer = max(scaled, layers[-1] + 1 if layers else 1)
+        if layer < num_layers:
+            layers.append(layer)
+    return tuple(layers)
+
+
+def smallest_budget(num_layers: int, layers: Sequence[int]) -> float:
+    """What the layers before the first pruning point alone cost: budgets lie above this."""
+    return layers[0] / num_layers if layers else 1.0
+
+
+def solve(budget: float, num_layers: int, layers: Sequence[int] | None = None) -> Schedule:
+    """A schedule of the published shape whose average is `budget` times the visual tokens.
+
+    The keeps fall in the proportions that the published schedules have (interpolated between the
+    two of them, and over more or fewer points than three), scaled until the average fits; at large
+    budgets those that reach 1 stay there.  `budget` 1 keeps all.
+
+    Args:
+        budget: average visual tokens a layer, as a share of the visual tokens at the start.
+        num_layers: L.
+        layers: pruning layers, where they are fixed (a bundle's); else the published ones, scaled.
+
+    Raises:
+        TrioError: the budget is not in (0, 1], or below what the first layers cost.
+    """
+    if not 0 < budget <= 1:
+        raise TrioError(
+            f"a budget of {budget:g} is not possible: it is the average share of visual tokens "
+            "that a layer sees, above 0 and at most 1"
+        )
+    layers = default_layers(num_layers) if layers is None else tuple(layers)
+    if budget == 1:
+        return Schedule(tuple(PruningPoint(layer, 1.0) for layer in layers))
+    floor = smallest_budget(num_layers, layers)
+    if budget <= floor:
+        if not layers:
+            raise TrioError("this bundle or model has no pruning point: only a budget of 1 fits")
+        raise TrioError(
+            f"a budget of {budget:g} cannot be reached: the {layers[0]} of {num_layers} layers "
+            f"before the first pruning point see every visual token, so it must be above "
+            f"{floor:.4g}"
+        )
+    sizes = [stop - start for start, stop in pairwise((*layers, num_layers))]
+    keeps = _water_fill(_shares(budget, len(layers)), sizes, budget * num_layers - layers[0])
+    ratios = [min(1.0, max(_SMALLEST_RATIO, round(keep, _RATIO_DIGITS))) for keep in keeps]
+    return Schedule(
+        tuple(PruningPoint(layer, ratio) for layer, ratio in zip(layers, ratios, strict=True))
+    )
+
+
+def _shares(budget: float, count: int) -> list[float]:
+    """How the keeps of `count` points relate to the first one's, at this budget."""
+    (low, few), (high, many) = sorted(_PUBLISHED_KEEPS.items())
+    position = (budget * _PUBLISHED_VISUAL - low) / (high - low)
+    weight = min(1.0, max(0.0, position))
+    published = [
+        (1 - weight) * a / few[0] + weight * b / many[0] for a, b in zip(few, many, strict=True)
+    ]
+    if count == 1:
+        return [1.0]
+    shares = []
+    for index in range(count):
+        place = index * (len(published) - 1) / (count - 1)
+        left = min(int(place), len(published) - 2)
+        shares.append(published[left] + (place - left) * (published[left + 1] - published[left]))
+    return shares
+
+
+def _water_fill(shares: Sequence[float], sizes: Sequence[int], total: float) -> list[float]:
+    """Keeps min(1, c·share) with Σ keep·size = total; shares fall, so they reach 1 in order."""
+    full = 0
+    while full < len(shares):
+        rest = total - sum(sizes[:full])
+        scale = rest / sum(s * n for s, n in zip(shares[full:], sizes[full:], strict=True))
+        if scale * shares[full] <= 1:
+            return [1.0] * full + [scale * share for share in shares[full:]]
+        full += 1
+    return [1.0] * full
+
+
+# --- What it costs -------------------------------------------------------------------------------
+
+
+def paper_layer_flops(n: int, d: int, m: int) -> int:
+    """The paper's formula for one layer over n tokens: 4nd² + 2n²d + 2ndm.
+
+    It takes H·D = G·D = d and counts two of the three matrices of a gated MLP.
+    """
+    return 4 * n * d * d + 2 * n * n * d + 2 * n * d * m
+
+
+def layer_flops(n: int, text: TextConfig) -> int:
+    """Multiply-adds of one layer over n tokens, grouped heads and all three MLP matrices counted.
+
+    q and o: 2·n·d·HD; k and v: 2·n·d·GD; scores and their product with V: 2·n²·HD; MLP: 3·n·d·m.
+    """
+    d, q, kv = _widths(text)
+    return n * d * (2 * q + 2 * kv) + 2 * n * n * q + 3 * n * d * text.intermediate_size
+
+
+def saliency_flops(n: int, text: TextConfig, probes: int) -> int:
+    """Multiply-adds of the analytic saliency over n tokens with P probe rows (no autograd).
+
+    Terms, in the order of docs/architecture.md:
+    keys of all rows and their gradient taken back through W_k: 2·n·d·GD; queries: P·d·HD;
+    q·kᵀ and dSᵀ·q: 2·P·n·HD; o_proj, MLP and lm_head of the probe rows, there and back:
+    2·P·(HD·d + 3dm + dV); and the values, in the cheaper of two forms.  Folded: A·n, U·nᵀ and
+    Aᵀ·U, each H·P·n·d, and W_v on the probes' rows, there and back, 2·P·HD·d.  Plain: V of all
+    rows and back, 2·n·d·GD, and A·V, dO·Vᵀ, Aᵀ·dO, each P·n·HD.
+    """
+    d, q, kv = _widths(text)
+    keys = 2 * n * d * kv + probes * d * q + 2 * probes * n * q
+    rows = 2 * probes * (q * d + 3 * d * text.intermediate_size + d * text.vocab_size)
+    return keys + rows + min(_folded_values(n, text, probes), _plain_values(n, text, probes))
+
+
+def _folded_values(n: int, text: TextConfig, probes: int) -> int:
+    d, q, _ = _widths(text)
+    return 3 * text.num_heads * probes * n * d + 2 * probes * q * d
+
+
+def _plain_values(n: int, text: TextConfig, probes: int) -> int:
+    d, q, kv = _widths(text)
+    return 2 * n * d * kv + 3 * probes * n * q
+
+
+def similarity_flops(visual: int, keep: int, block: int, d: int) -> int:
+    """Multiply-adds of suppression at worst: N·(k + M) cosine similarities in blocks of M ranks."""
+    return visual * min(visual, keep + block) * d
+
+
+def lm_head_flops(text: TextConfig) -> int:
+    """Multiply-adds of the one row of logits that a prefill ends in."""
+    return text.hidden_size * text.vocab_size
+
+
+def vision_flops(config: ModelConfig, tiles: int) -> int:
+    """Multiply-adds of the CLIP tower up to the feature layer and of the projector, per picture."""
+    vision = config.vision
+    d, m = vision.hidden_size, vision.intermediate_size
+    patches = vision.side * vision.side
+    n = patches + 1  # the class token
+    layer = 4 * n * d * d + 2 * n * n * d + 2 * n * d * m
+    embedding = patches * 3 * vision.patch_size**2 * d
+    width = config.text.hidden_size
+    projector = vision.rows_per_tile * (d * len(vision.feature_layers) * width + width * width)
+    return tiles * (embedding + max(vision.feature_layers) * layer + projector)
+
+
+def kv_bytes(lengths: Sequence[int], text: TextConfig, item_bytes: int) -> int:
+    """Bytes of keys and values when layer i holds lengths[i] tokens: 2·G·D·bytes·Σ lengths."""
+    return 2 * text.num_kv_heads * text.head_dim * item_bytes * sum(lengths)
+
+
+def _widths(text: TextConfig) -> tuple[int, int, int]:
+    """(d, H·D, G·D)."""
+    return (
+        text.hidden_size,
+        text.num_heads * text.head_dim,
+        text.num_kv_heads * text.head_dim,
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one prefill costs; multiply-adds, and bytes at the end of it.
+
+    Attributes:
+        ranges: (start, stop, visual tokens, all tokens) of each layer range.
+        average: visual tokens a layer, averaged over the layers.
+        paper: the paper's formula over visual tokens alone, selection free of charge.
+        layers: all layers over all tokens, text included.
+        saliency: the probes of all pruning points that prune.
+        similarity: their suppression, at worst.
+        lm_head: the last row's logits.
+    """
+
+    ranges: tuple[tuple[int, int, int, int], ...]
+    average: float
+    paper: int
+    layers: int
+    saliency: int
+    similarity: int
+    lm_head: int
+    kv_bytes: int
+
+    @property
+    def selection(self) -> int:
+        return self.saliency + self.similarity
+
+    @property
+    def honest(self) -> int:
+        """Everything the language model's prefill computes."""
+        return self.layers + self.selection + self.lm_head
+
+
+def account(
+    text: TextConfig,
+    schedule: Schedule,
+    visual: int,
+    text_tokens: int,
+    *,
+    probes: int,
+    block: int,
+    item_bytes: int,
+) -> Cost:
+    """Cost of a prefill of `visual` + `text_tokens` tokens under `schedule`.
+
+    Args:
+        probes: P, probe positions a pruning point.
+        block: M, ranks that suppression works through at a time.
+        item_bytes: bytes of one number in the KV cache.
+    """
+    per_layer = schedule.visual_per_layer(visual, text.num_layers)
+    counts = (visual, *schedule.resolve(visual))
+    saliency = similarity = 0
+    for before, after in pairwise(counts):
+        if after < before:
+            saliency += saliency_flops(before + text_tokens, text, probes)
+            similarity += similarity_flops(before, after, block, text.hidden_size)
+    return Cost(
+        ranges=tuple(
+            (start, stop, count, count + text_tokens)
+            for count, (start, stop) in zip(counts, schedule.segments(text.num_layers), strict=True)
+            if stop > start
+        ),
+        average=sum(per_layer) / text.num_layers,
+        paper=sum(
+            paper_layer_flops(n, text.hidden_size, text.intermediate_size) for n in per_layer
+        ),
+        layers=sum(layer_flops(n + text_tokens, text) for n in per_layer),
+        saliency=saliency,
+        similarity=similarity,
+        lm_head=lm_head_flops(text),
+        kv_bytes=kv_bytes([n + text_tokens for n in per_layer], text, item_bytes),
+    )
