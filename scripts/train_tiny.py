@@ -1,0 +1,511 @@
+"""Train the tiny VLM that ships in trio_deploy/data/tiny, on a CPU, from nothing.
+
+    python scripts/train_tiny.py --work /tmp/tiny --out trio_deploy/data/tiny
+
+Three stages, each resumable (run the same command again) and each with fixed seeds and step counts:
+
+data    scenes, dense patch labels and questions into uint8 arrays under --work
+tower   the vision tower alone says for every patch what lies there (a stand-in for CLIP's
+        pre-training); its features are then cached
+lm      projector and language model on questions, first with half of the layers; the other half is
+        then slipped in between as identities, which leaves the function as it was, and trained
+
+All questions about a picture share one sequence: each sees the picture and itself, and its
+positions go on right after the picture, so training sees what `generate` will see. At the end
+held-out scenes are answered through the saved folder, with transformers' own processor and
+`generate`, and the model card is written from what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import LlavaForConditionalGeneration as Llava
+
+from trio_deploy.evaluate import scenes
+
+SCENES, SMOOTH_EVERY, SETS, ASKED = 24_000, 8, 4, 16
+TOWER_STEPS, TOWER_BATCH = 1600, 32
+HALF_STEPS, FULL_STEPS, LM_BATCH = 2200, 4000, 16
+ALIGN_STEPS = 600
+HIDDEN, LAYERS, TOWER_LAYERS, PATCHES = 128, 16, 5, 256
+WIDTH = 12  # longest question with its answer, in input tokens
+TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
+
+SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
+WORDS = (
+    [*"0123456789", "?", "yes", "no", "user:", "assistant:", "top", "bottom", "left", "right"]
+    + "what color is the shape there a an how many are digit on plate where of above".split()
+    + [*scenes.COLOURS, *scenes.SHAPES, *scenes.PLURALS.values()]
+)
+VOCAB = {w: i for i, w in enumerate(dict.fromkeys(SPECIAL + WORDS))}
+PAD, BOS, EOS, IMAGE = (VOCAB[w] for w in ("<pad>", "<s>", "</s>", "<image>"))
+
+
+def words(text: str) -> list[int]:
+    return [VOCAB[w] for w in text.lower().replace("?", " ?").split()]
+
+
+# --- data -------------------------------------------------------------------------------------
+
+HEADS = {
+    "kind": len(scenes.TEXTURES) + len(scenes.SHAPES) + len(scenes.DISTRACTORS) + 1,
+    "colour": 1 + len(scenes.COLOURS) + len(scenes.DISTRACTOR_COLOURS),
+    "digit": 11,
+    "part": 1 + 9 + 4,  # where in a shape's 3 x 3 patches, which place on the plate
+    "row": 16,
+    "column": 16,
+}
+_COLOURS = ["", *scenes.COLOURS, *scenes.DISTRACTOR_COLOURS]
+
+
+def patch_labels(scene: scenes.Scene) -> np.ndarray:
+    """[16,16,6]: a class a patch for each of HEADS."""
+    out = np.zeros((16, 16, 6), np.uint8)
+    out[..., 0] = scene.textures.repeat(4, 0).repeat(4, 1)
+    out[..., 4], out[..., 5] = np.mgrid[0:16, 0:16]
+    first = len(scenes.TEXTURES)
+    for d in scene.distractors:
+        r, c = round(d.y / 12) - 1, round(d.x / 12) - 1
+        kind = first + len(scenes.SHAPES) + scenes.DISTRACTORS.index(d.name)
+        out[r : r + 2, c : c + 2, :2] = kind, _COLOURS.index(d.colour)
+    for s in scene.shapes:
+        r, c = s.y // 12 - 1, s.x // 12 - 1
+        block = out[r : r + 3, c : c + 3]
+        block[..., 0] = first + scenes.SHAPES.index(s.name)
+        block[..., 1] = _COLOURS.index(s.colour)
+        block[..., 2] = 1 + int(s.digits) if s.digits else 0
+        block[..., 3] = 1 + np.arange(9).reshape(3, 3)
+    r, c = scene.plate.y // 12, scene.plate.x // 12
+    for i, digit in enumerate(scene.plate.digits):
+        out[r, c + i, :4] = HEADS["kind"] - 1, 0, 1 + int(digit), 10 + i
+    return out
+
+
+def pairs_present(scene: scenes.Scene) -> np.ndarray:
+    """[48]: which pairs of colour and shape are in the picture; what CLS has to say."""
+    out = np.zeros((len(scenes.COLOURS), len(scenes.SHAPES)), np.uint8)
+    for s in scene.shapes:
+        out[list(scenes.COLOURS).index(s.colour), scenes.SHAPES.index(s.name)] = 1
+    return out.reshape(-1)
+
+
+def encode(question: scenes.Question) -> tuple[np.ndarray, np.ndarray]:
+    """Input tokens and targets [WIDTH]; the target is PAD wherever nothing is to be learned."""
+    asked = words(question.text + " ASSISTANT:")
+    said = words(question.answer)
+    ids, target = np.full(WIDTH, PAD, np.uint8), np.full(WIDTH, PAD, np.uint8)
+    ids[: len(asked) + len(said)] = asked + said
+    target[len(asked) - 1 : len(asked) + len(said)] = said + [EOS]
+    return ids, target
+
+
+def _family(seed: int) -> str:
+    return "smooth" if seed % SMOOTH_EVERY == 0 else "busy"
+
+
+def _make(seed: int) -> tuple[np.ndarray, ...]:
+    scene = scenes.generate(seed, _family(seed), ASKED)
+    rng = np.random.default_rng([seed, 77])
+    asked = [encode(q) for _ in range(SETS) for q in scenes.ask(scene, rng, ASKED)]
+    questions = np.array(asked).reshape(SETS, ASKED, 2, WIDTH)
+    return np.asarray(scene.image), patch_labels(scene), pairs_present(scene), questions
+
+
+def make_data(work: Path) -> dict[str, np.ndarray]:
+    """Training scenes as arrays: images, labels, pairs, questions [SCENES,SETS,ASKED,2,WIDTH]."""
+    shapes = {
+        "images": (SCENES, 192, 192, 3),
+        "labels": (SCENES, 16, 16, 6),
+        "pairs": (SCENES, 48),
+        "questions": (SCENES, SETS, ASKED, 2, WIDTH),
+    }
+    if not (work / "data.done").exists():
+        arrays = [
+            np.lib.format.open_memmap(work / f"{k}.npy", "w+", np.uint8, s)
+            for k, s in shapes.items()
+        ]
+        with multiprocessing.get_context("spawn").Pool(2) as pool:
+            for i, made in enumerate(pool.imap(_make, scenes.TRAIN_SEEDS[:SCENES], 64)):
+                for array, value in zip(arrays, made, strict=True):
+                    array[i] = value
+        (work / "data.done").touch()
+    return {k: np.load(work / f"{k}.npy", mmap_mode="r") for k in shapes}
+
+
+# --- model ------------------------------------------------------------------------------------
+
+
+def build_model(layers: int = LAYERS) -> Llava:
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=HIDDEN,
+            intermediate_size=384,
+            num_hidden_layers=TOWER_LAYERS,
+            num_attention_heads=4,
+            image_size=192,
+            patch_size=12,
+            projection_dim=HIDDEN,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(VOCAB),
+            hidden_size=HIDDEN,
+            intermediate_size=384,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=1024,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+            tie_word_embeddings=False,
+        ),
+        image_token_index=IMAGE,
+        image_seq_length=PATCHES,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    return Llava(config)
+
+
+def tower_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """One CLIP layer, [B,S,d]; plain attention, since SDPA's backward is slow on a CPU."""
+    b, s, d = x.shape
+    att, h = layer.self_attn, layer.layer_norm1(x)
+    q, k, v = (
+        p(h).view(b, s, att.num_heads, -1).transpose(1, 2)
+        for p in (att.q_proj, att.k_proj, att.v_proj)
+    )
+    a = torch.softmax(q @ k.transpose(2, 3) * att.scale, -1).to(v.dtype)
+    x = x + att.out_proj((a @ v).transpose(1, 2).reshape(b, s, d))
+    h = layer.mlp.fc1(layer.layer_norm2(x))
+    return x + layer.mlp.fc2(h * torch.sigmoid(1.702 * h))
+
+
+def tower_features(tower: nn.Module, images: Tensor, step=tower_layer) -> Tensor:
+    """uint8 [B,192,192,3] -> CLS and patches [B,257,d] as `vision_feature_layer=-2` takes them."""
+    b = len(images)
+    x = images.float().div(127.5).sub(1).view(b, 16, 12, 16, 12, 3)
+    x = x.permute(0, 1, 3, 5, 2, 4).reshape(b, PATCHES, -1)
+    emb = tower.embeddings
+    x = F.linear(x, emb.patch_embedding.weight.flatten(1)).float()
+    x = torch.cat([emb.class_embedding.expand(b, 1, -1), x], 1) + emb.position_embedding.weight
+    x = tower.pre_layrnorm(x)
+    for layer in tower.encoder.layers[:-1]:
+        x = step(layer, x)
+    return x
+
+
+class Optimizer:
+    """Muon on the matrices, AdamW on the rest; warm-up and cosine over the stage."""
+
+    def __init__(self, matrices: list, rest: list, steps: int, decay: bool = True):
+        lr, adam = 0.01, 2e-3
+        self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, momentum=0.95)
+        self.adam = torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.98), weight_decay=0.0)
+        self.base, self.steps, self.decay = (lr, adam), steps, decay
+        self.params = matrices + rest
+
+    def step(self, i: int, warm: int = 50) -> None:
+        scale = min(1.0, (i + 1) / warm)
+        if self.decay:
+            scale *= 0.02 + 0.49 * (1 + math.cos(math.pi * i / self.steps))
+        nn.utils.clip_grad_norm_(self.params, 1.0)
+        for opt, base in zip((self.muon, self.adam), self.base, strict=True):
+            opt.param_groups[0]["lr"] = base * scale
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+
+    def state(self) -> list:
+        return [self.muon.state_dict(), self.adam.state_dict()]
+
+    def load(self, state: list) -> None:
+        self.muon.load_state_dict(state[0])
+        self.adam.load_state_dict(state[1])
+
+
+def save_state(path: Path, **state) -> None:
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def log(work: Path, **values) -> None:
+    line = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+    print(time.strftime("%H:%M:%S"), line, flush=True)
+
+
+# --- the tower --------------------------------------------------------------------------------
+
+
+def dense_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Mean cross-entropy over heads; ground weighs a fifth of a thing. Accuracies on things."""
+    thing = (labels[..., 0] >= len(scenes.TEXTURES)).float().flatten()
+    weight = thing + 0.2 * (1 - thing)
+    loss, right = 0.0, {}
+    for i, (name, part) in enumerate(zip(HEADS, logits.split(list(HEADS.values()), -1))):
+        target = labels[..., i].flatten().long()
+        part = part.flatten(0, 1).float()
+        scale = 0.2 if name in ("row", "column") else 1.0
+        loss = loss + scale * (F.cross_entropy(part, target, reduction="none") * weight).sum() / weight.sum()
+        asked = thing.bool() & (target > 0 if name in ("digit", "part", "colour") else target >= 0)
+        right[name] = (part.argmax(-1) == target)[asked].float().mean().item()
+    return loss, right
+
+
+def train_tower(work: Path, data: dict, model: Llava) -> nn.Module:
+    """The tower, trained on patch labels; returns it with its heads (needed only to look at)."""
+    tower = model.model.vision_tower
+    heads = nn.Linear(HIDDEN, sum(HEADS.values()))
+    cls_head = nn.Linear(HIDDEN, 48)
+    layers = tower.encoder.layers[:-1]
+    matrices = [p for p in layers.parameters() if p.ndim == 2]
+    rest = [p for p in layers.parameters() if p.ndim == 1]
+    rest += [*tower.embeddings.parameters(), *tower.pre_layrnorm.parameters()]
+    rest += [*heads.parameters(), *cls_head.parameters()]
+    opt = Optimizer(matrices, rest, TOWER_STEPS)
+    parts = nn.ModuleList([tower, heads, cls_head])
+    path, start, spent = work / "tower.pt", 0, 0.0
+    if path.exists():
+        state = torch.load(path)
+        parts.load_state_dict(state["model"])
+        opt.load(state["opt"])
+        start, spent = state["step"], state["spent"]
+    step = torch.compile(tower_layer)
+    began = time.time() - spent
+    for i in range(start, TOWER_STEPS):
+        rng = np.random.default_rng([1, i])
+        rows = np.sort(rng.choice(SCENES, TOWER_BATCH, replace=False))
+        labels = torch.from_numpy(data["labels"][rows]).flatten(1, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = tower_features(tower, torch.from_numpy(data["images"][rows]), step)
+            loss, right = dense_loss(heads(x[:, 1:]), labels)
+            pairs = torch.from_numpy(data["pairs"][rows]).float()
+            loss = loss + F.binary_cross_entropy_with_logits(cls_head(x[:, 0]).float(), pairs)
+        loss.backward()
+        opt.step(i)
+        if i % 50 == 0:
+            log(work, tower=i, s=time.time() - began, loss=loss.item(), **right)
+        if (i + 1) % 300 == 0 or i + 1 == TOWER_STEPS:
+            spent = time.time() - began
+            save_state(path, model=parts.state_dict(), opt=opt.state(), step=i + 1, spent=spent)
+    return parts
+
+
+
+@torch.no_grad()
+def cache_features(work: Path, data: dict, tower: nn.Module) -> np.ndarray:
+    """The frozen tower's patches of all training scenes, [SCENES,256,d] fp16."""
+    path = work / "features.npy"
+    if not (work / "features.done").exists():
+        out = np.lib.format.open_memmap(path, "w+", np.float16, (SCENES, PATCHES, HIDDEN))
+        for i in range(0, SCENES, 64):
+            with torch.autocast("cpu", torch.bfloat16):
+                x = tower_features(tower, torch.from_numpy(data["images"][i : i + 64]))
+            out[i : i + 64] = x[:, 1:].half().numpy()
+        (work / "features.done").touch()
+    return np.load(path, mmap_mode="r")
+
+
+# --- the language model -----------------------------------------------------------------------
+
+PREFIX = 2 + PATCHES  # <s>, "USER:" and the picture
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    one, two = x.chunk(2, -1)
+    return x * cos + torch.cat([-two, one], -1) * sin
+
+
+def block_layer(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """One Llama layer over a picture and its questions, [B, PREFIX + questions * WIDTH, d].
+
+    Causal, except that no question sees another one.
+    """
+    b, s, d = x.shape
+    n = (s - PREFIX) // WIDTH
+    att, h = layer.self_attn, layer.input_layernorm(x)
+    q, k, v = (
+        p(h).view(b, s, -1, att.head_dim).transpose(1, 2)
+        for p in (att.q_proj, att.k_proj, att.v_proj)
+    )
+    q, k = _turn(q, cos, sin).to(v.dtype) * att.scaling, _turn(k, cos, sin).to(v.dtype)
+    heads = q.shape[1]
+    later = torch.ones(PREFIX, PREFIX, dtype=torch.bool).triu(1)
+    kp, vp = k[:, :, :PREFIX], v[:, :, :PREFIX]
+    a = (q[:, :, :PREFIX] @ kp.transpose(2, 3)).float().masked_fill(later, -1e9)
+    picture = torch.softmax(a, -1).to(v.dtype) @ vp
+
+    qq, kq, vq = (t[:, :, PREFIX:] for t in (q, k, v))
+    own = qq.reshape(b, heads, n, WIDTH, -1) @ kq.reshape(b, heads, n, WIDTH, -1).transpose(3, 4)
+    own = own.float().masked_fill(later[:WIDTH, :WIDTH], -1e9).view(b, heads, n * WIDTH, WIDTH)
+    a = torch.softmax(torch.cat([(qq @ kp.transpose(2, 3)).float(), own], -1), -1).to(v.dtype)
+    seen, own = a.split([PREFIX, WIDTH], -1)
+    own = own.reshape(b, heads, n, WIDTH, WIDTH) @ vq.reshape(b, heads, n, WIDTH, -1)
+    asked = seen @ vp + own.view(b, heads, n * WIDTH, -1)
+
+    x = x + att.o_proj(torch.cat([picture, asked], 2).transpose(1, 2).reshape(b, s, -1))
+    mlp, h = layer.mlp, layer.post_attention_layernorm(x)
+    return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+
+
+def block_forward(
+    model: Llava, features: Tensor, ids: Tensor, step=block_layer
+) -> tuple[Tensor, Tensor]:
+    """features [B,256,d], ids [B,questions,WIDTH] -> logits [B,questions,WIDTH,V], projected."""
+    b, n = ids.shape[:2]
+    text = model.model.language_model
+    projected = model.model.multi_modal_projector(features)
+    head = text.embed_tokens(torch.tensor([BOS, VOCAB["user:"]])).expand(b, -1, -1)
+    x = torch.cat([head, projected.float(), text.embed_tokens(ids.flatten(1))], 1)
+    places = torch.cat([torch.arange(PREFIX), (PREFIX + torch.arange(WIDTH)).repeat(n)])
+    cos, sin = text.rotary_emb(x, places[None])
+    cos, sin = cos[:, None], sin[:, None]
+    for layer in text.layers:
+        x = step(layer, x, cos, sin)
+    logits = model.lm_head(text.norm(x[:, PREFIX:])).float()
+    return logits.view(b, n, WIDTH, -1), projected
+
+
+def word_targets(labels: np.ndarray) -> Tensor:
+    """Patch labels [B,16,16,6] -> [B,256,V], the words that name what lies at a patch."""
+    flat = torch.from_numpy(labels).flatten(1, 2).long()
+    out = torch.zeros(*flat.shape[:2], len(VOCAB))
+    kind = flat[..., 0] - len(scenes.TEXTURES)
+    shape = (kind >= 0) & (kind < len(scenes.SHAPES))
+    word = {name: torch.tensor([VOCAB[w] for w in group]) for name, group in _GROUPS.items()}
+    for mask, index in (
+        (shape, word["shape"][kind.clamp(0, len(scenes.SHAPES) - 1)]),
+        (shape, word["colour"][(flat[..., 1] - 1).clamp(0, len(scenes.COLOURS) - 1)]),
+        (flat[..., 2] > 0, word["digit"][(flat[..., 2] - 1).clamp(0)]),
+    ):
+        out.scatter_add_(2, index[..., None], mask[..., None].float())
+    return out
+
+
+_GROUPS = {"shape": scenes.SHAPES, "colour": list(scenes.COLOURS), "digit": list("0123456789")}
+
+
+def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 2), targets.flatten().long(), ignore_index=PAD)
+
+
+def correct(logits: Tensor, targets: Tensor) -> Tensor:
+    """[B,questions] bool: every token of the answer and its end, as greedy decoding has it."""
+    return ((logits.argmax(-1) == targets) | (targets == PAD)).all(-1)
+
+
+class HeldOut:
+    """Scenes, questions and cached features of a seed range, answered under the block mask."""
+
+    def __init__(self, seeds: range, family: str, tower: nn.Module):
+        made = [scenes.generate(s, family) for s in seeds]
+        self.kinds = np.array([[q.kind for q in s.questions] for s in made])
+        asked = np.array([[encode(q) for q in s.questions] for s in made])
+        self.ids, self.targets = torch.from_numpy(asked[:, :, 0]), torch.from_numpy(asked[:, :, 1])
+        images = torch.from_numpy(np.stack([np.asarray(s.image) for s in made]))
+        with torch.no_grad():
+            self.features = torch.cat([tower_features(tower, x)[:, 1:] for x in images.split(32)])
+
+    @torch.no_grad()
+    def measure(self, model: Llava, blind: bool = False) -> tuple[dict[str, float], np.ndarray]:
+        """Accuracy a kind, and [scenes,questions] bool. `blind` shows each question to the
+        picture of another scene: what answering without looking gets."""
+        features = self.features.roll(1, 0) if blind else self.features
+        right = []
+        for f, ids, targets in zip(
+            features.split(16), self.ids.split(16), self.targets.split(16), strict=True
+        ):
+            right.append(correct(block_forward(model, f, ids.long())[0], targets))
+        right = torch.cat(right).numpy()
+        return {k: float(right[self.kinds == k].mean()) for k in scenes.KINDS}, right
+
+
+def grow(half: Llava) -> Llava:
+    """Twice the layers: after each one a copy that adds nothing yet (zero output matrices)."""
+    full = build_model(LAYERS)
+    rest = {k: v for k, v in half.state_dict().items() if ".layers." not in k or "vision" in k}
+    full.load_state_dict(rest, strict=False)
+    new = full.model.language_model.layers
+    for i, layer in enumerate(half.model.language_model.layers):
+        new[2 * i].load_state_dict(layer.state_dict())
+        new[2 * i + 1].load_state_dict(layer.state_dict())
+        nn.init.zeros_(new[2 * i + 1].self_attn.o_proj.weight)
+        nn.init.zeros_(new[2 * i + 1].mlp.down_proj.weight)
+    return full
+
+
+def train_lm(
+    work: Path, data: dict, features: np.ndarray, model: Llava, name: str, steps: int, decay: bool
+) -> Llava:
+    """Projector and language model on the cached features of the frozen tower."""
+    text, projector = model.model.language_model, model.model.multi_modal_projector
+    trained = [*text.layers.parameters(), *projector.parameters()]
+    matrices = [p for p in trained if p.ndim == 2]
+    rest = [p for p in trained if p.ndim == 1]
+    rest += [*text.embed_tokens.parameters(), *text.norm.parameters(), *model.lm_head.parameters()]
+    opt = Optimizer(matrices, rest, steps, decay=decay)
+    held_out = HeldOut(scenes.TUNING_SEEDS[:128], "busy", model.model.vision_tower)
+    path, start, spent = work / f"{name}.pt", 0, 0.0
+    if path.exists():
+        state = torch.load(path)
+        model.load_state_dict(state["model"])
+        opt.load(state["opt"])
+        start, spent = state["step"], state["spent"]
+    step = torch.compile(block_layer)
+    began = time.time() - spent
+    for i in range(start, steps):
+        rng = np.random.default_rng([2, LAYERS if decay else LAYERS // 2, i])
+        rows = np.sort(rng.choice(SCENES, LM_BATCH, replace=False))
+        asked = torch.from_numpy(data["questions"][rows, rng.integers(SETS, size=LM_BATCH)])
+        ids, targets = asked[:, :, 0].long(), asked[:, :, 1]
+        align = 0.0 if decay else max(0.0, 1 - i / ALIGN_STEPS)
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = torch.from_numpy(features[rows]).float()
+            logits, projected = block_forward(model, seen, ids, step)
+            loss = total = answer_loss(logits, targets)
+            if align:
+                said = F.log_softmax((projected @ text.embed_tokens.weight.T).float(), -1)
+                named = word_targets(data["labels"][rows])
+                total = loss - align * (named * said).sum() / named.sum()
+        total.backward()
+        opt.step(i)
+        if i % 50 == 0:
+            log(work, **{name: i}, s=time.time() - began, loss=loss.item(), total=total.item())
+        if (i + 1) % 200 == 0 or i + 1 == steps:
+            log(work, **{name: i + 1}, **held_out.measure(model)[0])
+            spent = time.time() - began
+            save_state(path, model=model.state_dict(), opt=opt.state(), step=i + 1, spent=spent)
+    return model
+
+
+if __name__ == "__main__":
+    import sys
+
+    torch.set_num_threads(2)
+    work = Path(sys.argv[1])
+    work.mkdir(exist_ok=True)
+    t = time.time()
+    data = make_data(work)
+    print("data", time.time() - t, flush=True)
+    model = build_model(LAYERS // 2)
+    train_tower(work, data, model)
+    t = time.time()
+    features = cache_features(work, data, model.model.vision_tower)
+    print("features", time.time() - t, flush=True)
+    model = train_lm(work, data, features, model, "half", HALF_STEPS, False)
+    model = grow(model)
+    train_lm(work, data, features, model, "full", FULL_STEPS, True)

@@ -1,0 +1,1 @@
+"""Accuracy retained: scenes, questions, comparison of pruning methods."""
