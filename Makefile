@@ -1,0 +1,50 @@
+# make demo: a real answer about a real picture, without torch.   make test: everything.
+# Both set up .venv first, once; they set it up again when the dependencies change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TESTED := -c requirements/tested.txt
+DEPENDENCIES := pyproject.toml requirements/tested.txt
+PROMPT ?= how many shapes are red ?
+
+.PHONY: demo test lint types tests check-python clean
+.DELETE_ON_ERROR:
+
+check-python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python 3.10 or later is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v[:2])'
+
+$(BIN)/python: | check-python
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo-ready: $(DEPENDENCIES) | $(BIN)/python
+	$(PIP) install --quiet $(TESTED) --editable '.[cpu]'
+	@touch $@
+
+# torch by its exact version first, so that nothing later asks for another build of it.
+$(VENV)/.test-ready: $(DEPENDENCIES) | $(BIN)/python
+	$(PIP) install --quiet $(TESTED) torch==2.13.0
+	$(PIP) install --quiet $(TESTED) --editable '.[cpu,openvino,reference,dev]'
+	@touch $@ $(VENV)/.demo-ready
+
+demo: $(VENV)/.demo-ready
+	$(BIN)/trio export --model tiny --budget 0.111 --out out/tiny --force
+	$(BIN)/trio run out/tiny --image examples/scene.png --prompt "$(PROMPT)" --show out/kept.png
+	@echo "The kept visual tokens are drawn in out/kept.png"
+
+test: lint types tests
+
+lint: $(VENV)/.test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test-ready
+	$(BIN)/mypy
+
+# Two workers: more would share the cores that each runtime under test wants for itself.
+tests: $(VENV)/.test-ready
+	$(BIN)/python -m pytest -n 2 -q $(PYTEST_ARGS)
+
+clean:
+	rm -rf out build dist .pytest_cache .ruff_cache .mypy_cache

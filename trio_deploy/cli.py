@@ -1,0 +1,215 @@
+"""The commands: one function each, which hands its arguments to the room that does the work.
+
+Rooms are imported when their command runs, so that `trio --help` is quick and nothing needs torch
+but `trio check`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import trio_deploy
+from trio_deploy.errors import TrioError
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `trio`: runs a command and returns its exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        command: Callable[[argparse.Namespace], int | None] = args.command
+        return command(args) or 0
+    except TrioError as error:
+        if args.debug:
+            raise
+        print(f"trio: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        print("trio: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:  # `trio plan … | head`
+        sys.stderr.close()
+        return 1
+
+
+def export_main() -> int:
+    """Entry point of `trio-export`, the same as `trio export`."""
+    return main(["export", *sys.argv[1:]])
+
+
+def _export(args: argparse.Namespace) -> None:
+    from trio_deploy.export import export, inspect
+
+    bundle = export(
+        args.model,
+        args.out,
+        budget=args.budget,
+        schedule=args.schedule,
+        dtype=args.dtype,
+        dialect=args.dialect,
+        target=args.target,
+        link_weights=args.link_weights,
+        graphs_only=args.graphs_only,
+        force=args.force,
+    )
+    print(inspect(bundle))
+
+
+def _attach_weights(args: argparse.Namespace) -> None:
+    from trio_deploy.export import attach_weights, inspect
+
+    print(inspect(attach_weights(args.bundle, args.checkpoint)))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from trio_deploy.bundle import Bundle
+    from trio_deploy.export import inspect
+
+    print(inspect(Bundle.load(args.bundle, verify=args.verify)))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from trio_deploy.plan import make_plan
+
+    plan = make_plan(
+        args.model,
+        budget=args.budget,
+        schedule=args.schedule,
+        visual_tokens=args.visual_tokens,
+        text_tokens=args.text_tokens,
+        probes=args.probes,
+    )
+    print(json.dumps(plan.to_json(), indent=2) if args.json else plan.to_text())
+
+
+def _run(args: argparse.Namespace) -> None:
+    from trio_deploy.report import generation_json, generation_text
+    from trio_deploy.runtime.pipeline import TrioPipeline
+
+    pipeline = TrioPipeline.from_bundle(args.bundle, runtime=args.runtime, threads=args.threads)
+    generation = pipeline.generate(
+        args.image,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=args.stop,
+        budget=args.budget,
+        stream=None if args.json else lambda piece: print(piece, end="", flush=True),
+    )
+    if args.json:
+        print(json.dumps(generation_json(generation), indent=2))
+    else:
+        print("\n\n" + generation_text(generation))
+    if args.show is not None:
+        generation.show(args.show)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from trio_deploy import parity
+
+    if args.record:
+        parity.record(args.bundle)
+    rows = parity.check(args.bundle, runtime=args.runtime, golden=args.golden)
+    print(json.dumps(parity.to_json(rows), indent=2) if args.json else parity.table(rows))
+    return 0 if all(row.passed for row in rows) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trio", description="Token-pruned vision-language models as ONNX graphs."
+    )
+    parser.add_argument("--version", action="version", version=trio_deploy.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(
+        name: str, function: Callable[[argparse.Namespace], int | None], summary: str
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        command.set_defaults(command=function)
+        return command
+
+    export = add("export", _export, "Turn a checkpoint into a bundle of pruned ONNX graphs.")
+    export.add_argument(
+        "--model", required=True, help="recipe name or file, checkpoint folder, or hub id"
+    )
+    export.add_argument("--out", type=Path, required=True, help="folder to write the bundle to")
+    _add_schedule(export)
+    export.add_argument("--dtype", help="float32, float16 or bfloat16 (default: the target's)")
+    export.add_argument("--dialect", help="ort, onnx or primitive (default: the target's)")
+    export.add_argument("--target", default="cpu", help="target name or file (default: cpu)")
+    export.add_argument(
+        "--link-weights", action="store_true", help="hard-link the weights instead of copying"
+    )
+    export.add_argument(
+        "--graphs-only", action="store_true", help="write graphs without weights, from a recipe"
+    )
+    export.add_argument("--force", action="store_true", help="replace an existing bundle")
+
+    attach = add("attach-weights", _attach_weights, "Complete a bundle of graphs with weights.")
+    attach.add_argument("bundle", type=Path)
+    attach.add_argument("checkpoint", type=Path, help="checkpoint folder")
+
+    run = add("run", _run, "Answer a prompt about pictures.")
+    run.add_argument("bundle", type=Path)
+    run.add_argument("--image", action="append", default=[], type=Path, help="may be repeated")
+    run.add_argument("--prompt", required=True)
+    run.add_argument("--budget", type=float, help="share of visual tokens (default: the bundle's)")
+    run.add_argument("--show", type=Path, metavar="PNG", help="draw which visual tokens were kept")
+    run.add_argument("--runtime", help="onnxruntime or openvino (default: by the bundle)")
+    run.add_argument("--threads", type=int, help="CPU threads (default: the runtime's choice)")
+    run.add_argument("--max-new-tokens", type=int, default=128)
+    run.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    run.add_argument("--top-p", type=float, default=1.0)
+    run.add_argument("--seed", type=int)
+    run.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
+    run.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+    plan = add("plan", _plan, "What a budget costs in tokens, operations and KV cache.")
+    plan.add_argument("--model", required=True, help="recipe name or file, or checkpoint folder")
+    _add_schedule(plan)
+    plan.add_argument("--visual-tokens", type=int, help="default: the most that one image takes")
+    plan.add_argument("--text-tokens", type=int, default=60, help="default: 60, as in the paper")
+    plan.add_argument("--probes", type=int, default=4, help="probe positions (default: 4)")
+    plan.add_argument("--json", action="store_true")
+
+    check = add("check", _check, "Compare a bundle with the reference, stage by stage.")
+    check.add_argument("bundle", type=Path)
+    check.add_argument("--runtime", help="onnxruntime or openvino (default: by the bundle)")
+    source = check.add_mutually_exclusive_group()
+    source.add_argument(
+        "--record", action="store_true", help="store the reference's tensors in the bundle too"
+    )
+    source.add_argument(
+        "--golden", action="store_true", help="compare with the stored tensors, without torch"
+    )
+    check.add_argument("--json", action="store_true")
+
+    inspect = add("inspect", _inspect, "Show what a bundle holds.")
+    inspect.add_argument("bundle", type=Path)
+    inspect.add_argument("--verify", action="store_true", help="check every file's sha256")
+    return parser
+
+
+def _add_schedule(command: argparse.ArgumentParser) -> None:
+    choice = command.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--budget", type=float, help="average share of visual tokens a layer sees, e.g. 0.111"
+    )
+    choice.add_argument(
+        "--schedule", help="layer:keep,… as ratios (1:0.16,10:0.094) or counts (1:92,10:54)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
