@@ -1,0 +1,83 @@
+"""Segments of decoder layers: prefill_i.onnx, which in `ort` and `primitive` decode as well."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from trio_deploy.graphs.layers import (
+    FLOAT,
+    INT64,
+    KV,
+    DecoderLayer,
+    Dialect,
+    Head,
+    Stage,
+    cache_window,
+)
+from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.models.config import ModelConfig
+
+
+def build_prefill(
+    config: ModelConfig, index: int, start: int, stop: int, options: GraphOptions
+) -> ir.Model:
+    """Layers start…stop-1 as prefill_{index}.onnx.
+
+    Inputs: inputs_embeds (index 0) or hidden_states [B, S, d], position_ids int64 [B, S], lengths
+    int64 [B] (valid new tokens), and, but for the `onnx` dialect, past_lengths int64 [B] (valid
+    tokens in the past) and past.{i}.key / .value [B, G, C, D], i counted over the whole model.
+    Outputs: hidden_states [B, S, d], or from the last segment logits float32 [B, V] at each row's
+    last valid new token; present.{i}.key / .value [B, G, max(C, S), D].
+
+    Prefill: C = 0 and past_lengths = 0. Decode: S = 1, lengths = 1, C > past_lengths; present is
+    the past with the new token at slot past_lengths.
+    """
+    text = config.text
+    d = Dialect.of(options)
+    stage = Stage(f"prefill_{index}", d)
+    op = stage.op
+    source = "inputs_embeds" if start == 0 else "hidden_states"
+    x = stage.input(source, d.dtype, ["B", "S", text.hidden_size])
+    positions = stage.input("position_ids", INT64, ["B", "S"])
+    lengths = stage.input("lengths", INT64, ["B"])
+    pasts: dict[int, KV] = {}
+    past_lengths = None
+    if d.name != "onnx":
+        past_lengths = stage.input("past_lengths", INT64, ["B"])
+        pasts = {i: past_inputs(stage, config, i, "C") for i in range(start, stop)}
+
+    window = cache_window(
+        op, d, text, x, positions, lengths, past_lengths, pasts[start] if pasts else None
+    )
+    presents: dict[int, KV] = {}
+    for i in range(start, stop):
+        x, presents[i] = DecoderLayer(d, text, i)(op, x, window, pasts.get(i))
+
+    if stop == text.num_layers:
+        last = op.GatherND(x, op.Unsqueeze(op.Sub(lengths, 1), [1]), batch_dims=1)
+        stage.output("logits", Head(d, text)(op, last), FLOAT, ["B", text.vocab_size])
+    else:
+        stage.output("hidden_states", x, d.dtype, ["B", "S", text.hidden_size])
+    for i, present in presents.items():
+        present_outputs(stage, config, i, present, "P" if pasts else "S")
+    return stage.finish(config)
+
+
+def past_inputs(stage: Stage, config: ModelConfig, layer: int, capacity: str) -> KV:
+    """Declare past.{layer}.key / .value [B, G, C, D]."""
+    text = config.text
+    shape = ["B", text.num_kv_heads, capacity, text.head_dim]
+    return KV(
+        stage.input(f"past.{layer}.key", stage.d.dtype, shape),
+        stage.input(f"past.{layer}.value", stage.d.dtype, shape),
+    )
+
+
+def present_outputs(
+    stage: Stage, config: ModelConfig, layer: int, present: KV, capacity: str
+) -> None:
+    """Declare present.{layer}.key / .value [B, G, C, D]."""
+    text = config.text
+    shape = ["B", text.num_kv_heads, capacity, text.head_dim]
+    stage.output(f"present.{layer}.key", present.key, stage.d.dtype, shape)
+    stage.output(f"present.{layer}.value", present.value, stage.d.dtype, shape)
