@@ -42,7 +42,7 @@ NOTHING = Schedule()
 
 
 def cost(schedule, visual, text_tokens=60):
-    return account(VICUNA, schedule, visual, text_tokens, probes=4, block=256, item_bytes=2)
+    return account(VICUNA, schedule, visual, text_tokens, item_bytes=2, probes=4)
 
 
 # --- the paper's arithmetic ----------------------------------------------------------------------

@@ -23,6 +23,9 @@ from trio_deploy.models.config import ModelConfig, TextConfig
 METHODS = ("trio",)
 """Selection methods that a pruning point may name."""
 
+SUPPRESSION_BLOCK = 256
+"""M, the ranks that suppression works through at a time."""
+
 # The published schedules of the LLaVA family (the authors' code): layers of 32, and what is kept
 # of 576 visual tokens for an average of 64 and of 128.  `solve` generalises these three lines.
 _PUBLISHED_DEPTH = 32
@@ -417,16 +420,16 @@ def account(
     visual: int,
     text_tokens: int,
     *,
-    probes: int,
-    block: int,
     item_bytes: int,
+    probes: int,
+    block: int = SUPPRESSION_BLOCK,
 ) -> Cost:
     """Cost of a prefill of `visual` + `text_tokens` tokens under `schedule`.
 
     Args:
+        item_bytes: bytes of one number in the KV cache.
         probes: P, probe positions a pruning point.
         block: M, ranks that suppression works through at a time.
-        item_bytes: bytes of one number in the KV cache.
     """
     per_layer = schedule.visual_per_layer(visual, text.num_layers)
     counts = (visual, *schedule.resolve(visual))

@@ -1,0 +1,308 @@
+"""`trio plan`: what a schedule costs, against no pruning and beside the paper's own figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from trio_deploy.errors import TrioError
+from trio_deploy.models import parse_config
+from trio_deploy.models.config import ModelConfig
+from trio_deploy.recipe import load_recipe
+from trio_deploy.schedule import (
+    Cost,
+    Schedule,
+    account,
+    kv_bytes,
+    paper_layer_flops,
+    smallest_budget,
+    solve,
+    vision_flops,
+)
+
+PAPER_BUDGET = 0.111
+"""The budget that the paper's rows for operations and KV cache belong to."""
+
+_MIB = 2**20
+_HALF_BYTES = 2  # KV caches are compared in 16-bit floats, as in the paper
+_SAME = 0.01  # figures within 1 % of the paper's are not remarked upon
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A figure of the paper: pruned (at its 11.1 % budget) and unpruned."""
+
+    label: str
+    pruned: float
+    unpruned: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule's cost on one model; `cost` with, `unpruned` without pruning."""
+
+    model: str
+    config: ModelConfig
+    schedule: Schedule
+    visual: int
+    text: int
+    tiles: int
+    cost: Cost
+    unpruned: Cost
+    vision: int
+    paper: tuple[PaperRow, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts of multiply-adds and bytes; the paper's figures under `paper`, in their units."""
+        return {
+            "model": self.model,
+            "visual_tokens": self.visual,
+            "text_tokens": self.text,
+            "schedule": self.schedule.to_json(),
+            "keep": list(self.schedule.resolve(self.visual)),
+            "pruned": _cost_json(self.cost),
+            "unpruned": _cost_json(self.unpruned),
+            "vision": {"tiles": self.tiles, "flops": self.vision},
+            "paper": [asdict(row) for row in self.paper],
+            "notes": list(self.notes),
+        }
+
+    def to_text(self) -> str:
+        text = self.config.text
+        lines = [
+            f"{self.model}: {text.num_layers} layers, hidden size {text.hidden_size}; "
+            f"{self.visual} visual and {self.text} text tokens",
+            f"schedule {self.schedule}",
+            "",
+            f"{'layers':<12}{'visual':>8}{'all':>8}",
+        ]
+        for start, stop, visual, tokens in self.cost.ranges:
+            span = f"{start}" if stop == start + 1 else f"{start}-{stop - 1}"
+            lines.append(f"{span:<12}{visual:>8}{tokens:>8}")
+        share = self.cost.average / self.visual if self.visual else 1.0
+        lines += [
+            f"{'average':<12}{self.cost.average:>8.1f}  {share:.1%} of the visual tokens",
+            "",
+            f"{'':<34}{'pruned':>12}{'unpruned':>12}{'ratio':>8}",
+        ]
+        ours, full = self.cost, self.unpruned
+        rows: list[tuple[str, float, float, str]] = [
+            ("FLOPs by the paper's formula", ours.paper, full.paper, ""),
+            ("FLOPs of the prefill, all counted", ours.honest, full.honest, ""),
+            ("  layers", ours.layers, full.layers, ""),
+            ("  saliency", ours.saliency, full.saliency, ""),
+            ("  suppression, at most", ours.similarity, full.similarity, ""),
+            ("  lm_head", ours.lm_head, full.lm_head, ""),
+            (f"FLOPs of the vision tower, {_tiles(self.tiles)}", self.vision, self.vision, ""),
+            ("KV cache, 16-bit", ours.kv_bytes / _MIB, full.kv_bytes / _MIB, "MiB"),
+        ]
+        lines += [_row(*row) for row in rows]
+        if self.paper:
+            lines += ["", "the paper's own figures (11.1 %)"]
+            lines += [_row(r.label, r.pruned, r.unpruned, r.unit) for r in self.paper]
+        lines += ["", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+
+def make_plan(
+    model: str,
+    *,
+    budget: float | None = None,
+    schedule: str | Schedule | None = None,
+    visual_tokens: int | None = None,
+    text_tokens: int = 60,
+    probes: int = 4,
+) -> Plan:
+    """The cost of `budget` or `schedule` (default: the paper's 11.1 %) on `model`.
+
+    Args:
+        model: recipe name, recipe file, or checkpoint folder (its config.json is enough).
+        visual_tokens: N; default the most that one image takes (rows of newlines not counted).
+
+    Raises:
+        TrioError: unknown model, impossible budget or schedule, or counts below 0.
+    """
+    name, config, published = _open_model(model)
+    depth = config.text.num_layers
+    tiles = max_tiles(config)
+    visual = tiles * config.vision.rows_per_tile if visual_tokens is None else visual_tokens
+    if visual < 0 or text_tokens < 0 or probes < 1:
+        raise TrioError("token counts must not be negative, and there is at least one probe")
+    if visual_tokens is not None:
+        tiles = min(tiles, math.ceil(visual / config.vision.rows_per_tile))
+    if schedule is not None:
+        chosen = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
+    else:
+        chosen = _for_budget(PAPER_BUDGET if budget is None else budget, depth, published)
+    chosen.validate(depth, visual)
+
+    def cost(of: Schedule) -> Cost:
+        return account(config.text, of, visual, text_tokens, probes=probes, item_bytes=_HALF_BYTES)
+
+    pruned, unpruned = cost(chosen), cost(Schedule())
+    paper = _paper_rows(name)
+    return Plan(
+        model=name,
+        config=config,
+        schedule=chosen,
+        visual=visual,
+        text=text_tokens,
+        tiles=tiles,
+        cost=pruned,
+        unpruned=unpruned,
+        vision=vision_flops(config, tiles),
+        paper=paper,
+        notes=_notes(config, chosen, visual, pruned, unpruned, paper),
+    )
+
+
+def max_tiles(config: ModelConfig) -> int:
+    """Tiles that the largest image is cut into: the overview, and the largest canvas's tiles."""
+    tile = config.vision.image_size**2
+    return 1 + max((h * w // tile for h, w in config.grid_pinpoints), default=0)
+
+
+def _open_model(model: str) -> tuple[str, ModelConfig, dict[str, Schedule]]:
+    """Name, configuration, and published schedules by budget."""
+    config_file = Path(model) / "config.json"
+    if config_file.is_file():
+        try:
+            raw = json.loads(config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TrioError(f"cannot read {config_file}: {error}") from error
+        return Path(model).resolve().name, parse_config(raw), {}
+    recipe = load_recipe(model)
+    return recipe.name, parse_config(recipe.architecture), dict(recipe.schedules)
+
+
+def _for_budget(budget: float, num_layers: int, published: dict[str, Schedule]) -> Schedule:
+    for key, schedule in published.items():
+        if math.isclose(float(key), budget):
+            return schedule
+    return solve(budget, num_layers)
+
+
+def _paper_rows(name: str) -> tuple[PaperRow, ...]:
+    text = resources.files("trio_deploy").joinpath("data/paper.json").read_text(encoding="utf-8")
+    paper = json.loads(text)
+    rows = []
+    for key, label, unit in (
+        ("flops_T", "FLOPs", "T"),
+        ("kv_cache_MiB_fp16", "KV cache, 16-bit", "MiB"),
+    ):
+        if name in paper[key]:
+            figures = paper[key][name]
+            rows.append(PaperRow(label, figures["trio_11.1"], figures["full"], unit))
+    return tuple(rows)
+
+
+def _notes(
+    config: ModelConfig,
+    schedule: Schedule,
+    visual: int,
+    pruned: Cost,
+    unpruned: Cost,
+    paper: tuple[PaperRow, ...],
+) -> tuple[str, ...]:
+    """What the figures mean, and where they and the paper's differ."""
+    text = config.text
+    notes = [
+        "FLOPs are multiply-adds; the paper's formula takes visual tokens alone, two of three MLP "
+        "matrices, and selection as free."
+    ]
+    if schedule.layers:
+        notes.append(
+            f"This model's smallest budget with a first pruning point before layer "
+            f"{schedule.layers[0]} is {smallest_budget(text.num_layers, schedule.layers):.3f}."
+        )
+    for row in paper:
+        if row.unit == "T":
+            notes += _flops_note(row, schedule, visual, config, pruned, unpruned)
+        else:
+            notes += _kv_note(row, config, pruned, unpruned)
+    return tuple(notes)
+
+
+def _flops_note(
+    row: PaperRow,
+    schedule: Schedule,
+    visual: int,
+    config: ModelConfig,
+    pruned: Cost,
+    unpruned: Cost,
+) -> list[str]:
+    ours, full = pruned.paper / 1e12, unpruned.paper / 1e12
+    if _close(ours, row.pruned) and _close(full, row.unpruned):
+        return []
+    text = config.text
+    before = (visual, *schedule.resolve(visual))[:-1]
+    probed = ours + sum(
+        paper_layer_flops(n, text.hidden_size, text.intermediate_size) / 1e12 for n in before
+    )
+    return [
+        f"The paper gives {row.pruned:g} T pruned and {row.unpruned:g} T unpruned; its formula "
+        f"gives {ours:.3g} T and {full:.4g} T here, and {probed:.3g} T with one whole layer's "
+        "forward a probe."
+    ]
+
+
+def _kv_note(row: PaperRow, config: ModelConfig, pruned: Cost, unpruned: Cost) -> list[str]:
+    ours, full = pruned.kv_bytes / _MIB, unpruned.kv_bytes / _MIB
+    if _close(ours, row.pruned) and _close(full, row.unpruned):
+        return []
+    per_token = kv_bytes([1] * config.text.num_layers, config.text, _HALF_BYTES) / _MIB
+    return [
+        f"The paper gives {row.pruned:g} MiB pruned and {row.unpruned:g} MiB unpruned: "
+        f"{row.pruned / per_token:.0f} and {row.unpruned / per_token:.0f} tokens a layer, against "
+        f"{ours / per_token:.0f} and {full / per_token:.0f} here."
+    ]
+
+
+def _close(ours: float, theirs: float) -> bool:
+    return math.isclose(ours, theirs, rel_tol=_SAME)
+
+
+def _tiles(count: int) -> str:
+    return "1 tile" if count == 1 else f"{count} tiles"
+
+
+def _row(label: str, pruned: float, unpruned: float, unit: str) -> str:
+    ratio = f"{unpruned / pruned:.2f}x" if pruned and unpruned else ""
+    return f"{label:<34}{_figure(pruned, unit):>12}{_figure(unpruned, unit):>12}{ratio:>8}".rstrip()
+
+
+def _figure(value: float, unit: str) -> str:
+    """A count of operations with its magnitude, or a value in its own unit."""
+    if unit:
+        return (
+            f"{value:.2f} {unit}" if unit == "T" else f"{value:.{1 if value < 100 else 0}f} {unit}"
+        )
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.3f} {letter}"
+    return f"{value:.0f}"
+
+
+def _cost_json(cost: Cost) -> dict[str, Any]:
+    return {
+        "ranges": [
+            {"start": start, "stop": stop, "visual": visual, "tokens": tokens}
+            for start, stop, visual, tokens in cost.ranges
+        ],
+        "average": cost.average,
+        "flops": {
+            "paper_formula": cost.paper,
+            "prefill": cost.honest,
+            "layers": cost.layers,
+            "saliency": cost.saliency,
+            "suppression_at_most": cost.similarity,
+            "lm_head": cost.lm_head,
+        },
+        "kv_bytes": cost.kv_bytes,
+    }
