@@ -1,0 +1,40 @@
+"""Greedy suppression does what the method's wording says."""
+
+import numpy as np
+
+from trio_deploy.reference.nms import greedy_select
+
+
+def unit(*degrees: float) -> np.ndarray:
+    angle = np.radians(degrees)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def test_keeps_the_most_salient_and_skips_their_near_copies():
+    features = unit(0, 10, 90, 100, 180)  # cos 10 degrees = 0.98: two pairs of copies
+    kept = greedy_select(np.array([5.0, 4.0, 1.0, 3.0, 2.0]), features, 3)
+    assert kept.tolist() == [0, 3, 4]
+
+
+def test_a_suppressed_token_does_not_suppress():
+    features = unit(0, 30, 60)  # neighbours are alike (0.87), the ends are not (0.5)
+    assert greedy_select(np.array([3.0, 2.0, 1.0]), features, 2).tolist() == [0, 2]
+
+
+def test_the_best_suppressed_fill_up_what_is_missing():
+    features = unit(0, 1, 2, 3)
+    assert greedy_select(np.array([1.0, 4.0, 2.0, 3.0]), features, 3).tolist() == [1, 2, 3]
+
+
+def test_equal_scores_go_to_the_lower_index():
+    assert greedy_select(np.zeros(3), unit(0, 90, 180), 2).tolist() == [0, 1]
+
+
+def test_keeps_all_or_none_at_the_ends():
+    assert greedy_select(np.arange(3.0), unit(0, 1, 2), 7).tolist() == [0, 1, 2]
+    assert greedy_select(np.arange(3.0), unit(0, 1, 2), 0).tolist() == []
+
+
+def test_similarity_equal_to_the_threshold_suppresses():
+    features = np.array([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]])
+    assert greedy_select(np.array([3.0, 2.0, 1.0]), features, 2).tolist() == [0, 2]

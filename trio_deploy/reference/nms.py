@@ -1,0 +1,34 @@
+"""Greedy non-maximum suppression, one token after another, as the method states it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def greedy_select(
+    scores: NDArray[np.floating], features: NDArray[np.floating], keep: int, threshold: float = 0.8
+) -> NDArray[np.int64]:
+    """Choose `keep` tokens: the most salient ones that are not near-copies of a chosen one.
+
+    A kept token suppresses every token whose cosine similarity is `threshold` or more. Where fewer
+    than `keep` survive, the best suppressed ones fill up.
+
+    Args:
+        scores: [N] saliency; equal scores go to the lower index first.
+        features: [N, d] rows that similarity is measured on.
+
+    Returns:
+        The kept indices in ascending order, [min(keep, N)].
+    """
+    rows = features.astype(np.float64)
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    kept: list[int] = []
+    suppressed: list[int] = []
+    for token in np.argsort(-scores, kind="stable").tolist():
+        if len(kept) >= keep:
+            break
+        alike = kept and bool((rows[kept] @ rows[token] >= threshold).any())
+        (suppressed if alike else kept).append(token)
+    kept += suppressed[: max(0, keep - len(kept))]
+    return np.sort(np.asarray(kept, dtype=np.int64))

@@ -1,0 +1,77 @@
+"""What each stage saw and made: one row's tensors, and rows put together into a padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tensors = dict[str, NDArray]
+
+# Rows of a batch lie behind each other here instead of side by side.
+_ROWS_OF_FEATURES = ("pixel_values", "image_features")
+# What fills up a shorter row.
+_PADDING = {"keep_index": -1}
+
+
+@dataclass
+class Stage:
+    """Inputs and outputs of one graph, named as the graph names them."""
+
+    inputs: Tensors = field(default_factory=dict)
+    outputs: Tensors = field(default_factory=dict)
+
+
+def stack_rows(rows: Sequence[dict[str, Stage]]) -> dict[str, Stage]:
+    """Stages of a batch from the stages of its rows (each with B = 1), padded on the right.
+
+    `source_index` of a row counts its own image rows from its own S, and names the newline -1;
+    here both are moved to where the batch has them (see `embed` in the design of the stages).
+    """
+    features = [row["vision"].outputs["image_features"].shape[0] for row in rows]
+    length = max(row["embed"].inputs["input_ids"].shape[1] for row in rows)
+    batch: dict[str, Stage] = {}
+    for name in rows[0]:
+        if not all(name in row for row in rows):  # a row that ended at once decodes nothing
+            continue
+        stage = batch[name] = Stage()
+        for side in ("inputs", "outputs"):
+            tensors = [getattr(row[name], side) for row in rows]
+            for key in tensors[0]:
+                stacked = _stack(key, [tensor[key] for tensor in tensors])
+                getattr(stage, side)[key] = stacked
+    batch["embed"].inputs["source_index"] = np.concatenate(
+        [
+            _move_source(row["embed"].inputs["source_index"], length, before, sum(features))
+            for row, before in zip(rows, np.cumsum([0, *features]).tolist(), strict=False)
+        ]
+    )
+    return batch
+
+
+def _stack(name: str, rows: list[NDArray]) -> NDArray:
+    if name == "width":
+        return np.max(rows, axis=0)
+    if name in _ROWS_OF_FEATURES:
+        return np.concatenate(rows)
+    shape = np.max([row.shape for row in rows], axis=0)
+    padded = [
+        np.pad(
+            row,
+            [(0, want - have) for want, have in zip(shape.tolist(), row.shape, strict=True)],
+            constant_values=_PADDING.get(name, 0),
+        )
+        for row in rows
+    ]
+    # Every row has B = 1, so padding never touches the batch axis.
+    return np.concatenate(padded)
+
+
+def _move_source(source: NDArray, length: int, before: int, total: int) -> NDArray:
+    own = source.shape[1]
+    moved = np.where(source >= own, source - own + length + before, source)
+    moved = np.where(source < 0, length + total, moved)
+    padding = np.arange(own, length, dtype=np.int64)[None]
+    return np.concatenate([moved, padding], axis=1)
