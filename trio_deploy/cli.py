@@ -59,6 +59,9 @@ def _export(args: argparse.Namespace) -> None:
         link_weights=args.link_weights,
         graphs_only=args.graphs_only,
         force=args.force,
+        positions=args.positions,
+        probe=args.probe,
+        threshold=args.threshold,
     )
     print(inspect(bundle))
 
@@ -154,6 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--graphs-only", action="store_true", help="write graphs without weights, from a recipe"
     )
+    export.add_argument("--positions", help="renumber or original (default: the recipe's)")
+    export.add_argument("--probe", help="last or shifted (default: the recipe's)")
+    export.add_argument("--threshold", type=float, help="cosine similarity that suppresses")
     export.add_argument("--force", action="store_true", help="replace an existing bundle")
 
     attach = add("attach-weights", _attach_weights, "Complete a bundle of graphs with weights.")

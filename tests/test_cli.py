@@ -1,0 +1,134 @@
+"""The command line hands its arguments on, and turns failures into one line and a status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from trio_deploy import cli
+from trio_deploy.errors import TrioError
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replaces what the commands call by recorders: name → (args, kwargs)."""
+    seen = {}
+
+    def record(module, name, result=None):
+        def fake(*args, **kwargs):
+            seen[name] = (args, kwargs)
+            return result
+
+        monkeypatch.setattr(f"trio_deploy.{module}.{name}", fake)
+
+    record("export", "export", "bundle")
+    record("export", "attach_weights", "bundle")
+    record("export", "inspect", "what is in it")
+    return seen
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for command in ("export", "run", "plan", "check", "inspect", "attach-weights"):
+        assert command in out
+
+
+def test_export_hands_on_what_was_asked(calls, capsys):
+    command = (
+        "export --model llava-next-7b --budget 0.222 --dtype float16 --dialect onnx "
+        "--target t.yaml --out b --link-weights --graphs-only --force "
+        "--positions original --probe shifted --threshold 0.9"
+    )
+    assert cli.main(command.split()) == 0
+    args, options = calls["export"]
+    assert args == ("llava-next-7b", Path("b"))
+    assert options == {
+        "budget": 0.222,
+        "schedule": None,
+        "dtype": "float16",
+        "dialect": "onnx",
+        "target": "t.yaml",
+        "link_weights": True,
+        "graphs_only": True,
+        "force": True,
+        "positions": "original",
+        "probe": "shifted",
+        "threshold": 0.9,
+    }
+    assert "what is in it" in capsys.readouterr().out
+
+
+def test_trio_export_is_trio_export(calls, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["trio-export", "--model", "tiny", "--out", "b"])
+    assert cli.export_main() == 0
+    assert calls["export"][0] == ("tiny", Path("b"))
+
+
+def test_budget_and_schedule_exclude_each_other(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main("export --model tiny --out b --budget 0.2 --schedule 1:3".split())
+    assert stop.value.code == 2
+
+
+def test_attach_weights_takes_a_bundle_and_a_checkpoint(calls):
+    assert cli.main(["attach-weights", "b", "ckpt"]) == 0
+    assert calls["attach_weights"][0] == (Path("b"), Path("ckpt"))
+
+
+def test_errors_are_one_line_and_status_1(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise TrioError("no such model: pass a folder")
+
+    monkeypatch.setattr("trio_deploy.export.export", fail)
+    assert cli.main(["export", "--model", "x", "--out", "b"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "trio: no such model: pass a folder\n"
+    assert captured.out == ""
+    with pytest.raises(TrioError):
+        cli.main(["export", "--debug", "--model", "x", "--out", "b"])
+
+
+def test_an_interrupt_is_status_130(monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trio_deploy.export.export", interrupt)
+    assert cli.main(["export", "--model", "x", "--out", "b"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("passed", "status"), [([True, True], 0), ([True, False], 1)])
+def test_check_fails_when_a_row_does(monkeypatch, capsys, passed, status):
+    pytest.importorskip("torch")
+    from trio_deploy import parity
+
+    rows = [SimpleNamespace(passed=ok) for ok in passed]
+    seen = {}
+    monkeypatch.setattr(parity, "check", lambda *a, **k: seen.update(k) or rows)
+    monkeypatch.setattr(parity, "table", lambda rows: f"{len(rows)} rows")
+    assert cli.main(["check", "b", "--golden"]) == status
+    assert seen["golden"] is True
+    assert "2 rows" in capsys.readouterr().out
+
+
+def test_run_on_a_missing_bundle_is_an_error(tmp_path, capsys):
+    assert cli.main(["run", str(tmp_path / "none"), "--prompt", "hi"]) == 1
+    assert "none" in capsys.readouterr().err
+
+
+def test_inspect_of_a_missing_bundle_is_an_error(tmp_path, capsys):
+    assert cli.main(["inspect", str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err.startswith("trio: ")
+
+
+def test_plan_prints_text_or_json(capsys):
+    assert cli.main("plan --model llava-1.5-7b --budget 0.111".split()) == 0
+    assert "average" in capsys.readouterr().out
+    assert cli.main("plan --model llava-1.5-7b --schedule 1:9 --json".split()) == 0
+    assert json.loads(capsys.readouterr().out)["keep"] == [9]

@@ -1,0 +1,113 @@
+"""Rooms import in one direction, and torch stays out of everything that runs on a device."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "trio_deploy"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# Floor by floor: a module may import modules of lower floors, and of its own.
+FLOORS = {
+    "errors": 0,
+    "schedule": 1,
+    "models": 1,
+    "checkpoint": 1,
+    "recipe": 1,
+    "bundle": 1,
+    "weights": 1,
+    "reference": 2,
+    "graphs": 2,
+    "runtime": 2,
+    "report": 3,
+    "plan": 3,
+    "source": 2,
+    "assets": 2,
+    "export": 3,
+    "parity": 3,
+    "evaluate": 3,
+    "cli": 4,
+}
+# Of the same floor, but apart from each other: each can be replaced without the others.
+SEPARATE = {"reference", "graphs", "runtime"}
+
+ONLY_THE_ORACLE = {"torch", "transformers", "safetensors", "torchvision"}
+GRAPH_BUILDING = {"onnx", "onnx_ir", "onnxscript"}
+ENGINES = {"onnxruntime": "runtime/ort.py", "openvino": "runtime/ov.py"}
+
+
+def room(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(dotted module, at module level) of every import, those for type checkers alone left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = ("trio_deploy", *path.relative_to(PACKAGE).parts[:-1])
+    found: list[tuple[str, bool]] = []
+
+    def visit(node: ast.AST, top: bool) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *filter(None, [node.module])))
+            found.append((module, top))
+            if module == "trio_deploy":
+                found.extend((f"trio_deploy.{alias.name}", top) for alias in node.names)
+        inner = top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            visit(child, inner)
+
+    visit(tree, True)
+    return found
+
+
+def test_every_room_has_a_floor():
+    rooms = {room(path) for path in SOURCES} - {"__init__", "__main__", "data"}
+    assert rooms <= set(FLOORS), "give the new room a floor in tests/test_imports.py"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_imports_point_one_way(path):
+    here = room(path)
+    for module, top in imports(path):
+        head, _, rest = module.partition(".")
+        if head == "trio_deploy" and rest:
+            there = rest.split(".")[0]
+            if there in FLOORS and there != here:
+                assert FLOORS[there] <= FLOORS[here], f"{here} imports {there}"
+                assert not {here, there} <= SEPARATE, f"{here} imports {there}"
+        if head in ONLY_THE_ORACLE:
+            assert here in ("reference", "parity"), f"{here} imports {head}"
+        if here == "runtime":
+            assert head not in GRAPH_BUILDING, f"the runtime imports {head}"
+        if head in ENGINES:
+            assert path == PACKAGE / ENGINES[head] and not top, (
+                f"{head} is imported lazily, in {ENGINES[head]} alone"
+            )
+
+
+def test_help_and_every_command_start_without_torch():
+    """Importing the rooms of all commands but `check` loads neither torch nor an engine."""
+    program = (
+        "import sys, trio_deploy.cli, trio_deploy.plan, trio_deploy.export,"
+        " trio_deploy.runtime.pipeline\n"
+        f"print(sorted({(ONLY_THE_ORACLE | set(ENGINES))!r} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_the_command_line_starts_without_numpy():
+    program = "import sys, trio_deploy.cli; print('numpy' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert out.stdout.strip() == "False", out.stderr

@@ -1,0 +1,71 @@
+"""The wheel alone, without torch or transformers, exports and runs with the same tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCENE = ROOT / "examples" / "scene.png"
+PROMPT = "how many shapes are red ?"
+
+
+def run(*command: object, cwd: Path) -> str:
+    """Runs a command outside the checkout, so that only what is installed is found."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def venv(tmp_path_factory):
+    """Scripts folder of a new environment with the wheel and its `cpu` extra, nothing else."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT,
+        cwd=folder)  # fmt: skip
+    (wheel,) = folder.glob("*.whl")
+    run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+    scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    run(scripts / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+        "-c", ROOT / "requirements" / "tested.txt", f"{wheel}[cpu]", cwd=folder)  # fmt: skip
+    return scripts
+
+
+def test_the_base_install_has_neither_torch_nor_transformers(venv, tmp_path):
+    installed = {
+        package["name"].lower()
+        for package in json.loads(run(venv / "python", "-m", "pip", "list", "--format=json",
+                                      cwd=tmp_path))
+    }  # fmt: skip
+    assert "trio-deploy" in installed
+    assert not installed & {"torch", "transformers", "safetensors", "torchvision"}
+
+
+def test_a_bundle_exported_and_run_there_gives_the_same_tokens(venv, tmp_path):
+    run(venv / "trio-export", "--model", "tiny", "--budget", "0.111", "--out", "bundle",
+        cwd=tmp_path)  # fmt: skip
+    out = run(venv / "trio", "run", "bundle", "--image", SCENE, "--prompt", PROMPT,
+              "--show", "kept.png", "--json", cwd=tmp_path)  # fmt: skip
+    there = json.loads(out)
+    assert (tmp_path / "kept.png").stat().st_size > 0
+
+    from trio_deploy.runtime.pipeline import TrioPipeline
+
+    here = TrioPipeline.from_bundle(tmp_path / "bundle").generate([SCENE], PROMPT)
+    assert there["token_ids"] == list(here.token_ids)
+    assert there["text"] == here.text
+
+
+def test_recipes_and_targets_are_in_the_wheel(venv, tmp_path):
+    for model in ("tiny", "llava-1.5-7b", "llava-next-7b"):
+        out = run(venv / "trio", "plan", "--model", model, "--budget", "0.222", "--json",
+                  cwd=tmp_path)  # fmt: skip
+        assert json.loads(out)["model"] == model
