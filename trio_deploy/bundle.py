@@ -362,7 +362,7 @@ class Bundle:
         """
         files = dict(self.manifest.files)
         for name, info in files.items():
-            if info.sha256 is None and not (self.manifest.weights == "planned"):
+            if info.sha256 is None and self.manifest.weights != "planned":
                 files[name] = FileInfo(info.size, sha256_of(safe_path(self.path, name)))
         manifest = replace(self.manifest, files=files)
         write_atomically(self.path / MANIFEST, manifest.dump())
@@ -589,6 +589,11 @@ class BundleWriter:
         _fsync(self.folder)
         if not _exists(self.target):
             self.folder.rename(self.target)
+        elif not self.force:
+            raise TrioError(
+                f"{self.target} exists already, another run must have written it meanwhile: "
+                "choose another --out"
+            )
         else:
             # Once the names are exchanged the new bundle stands; the old one only takes up space.
             _exchange(self.folder, self.target)

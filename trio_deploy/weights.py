@@ -38,7 +38,7 @@ _NUMPY = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _CHUNK = 1 << 24
-_SHARD = 4 << 30
+_SHARD = 4_000_000_000  # below the 4 GiB that FAT file systems can hold in a file
 _ALIGN = 64
 
 
@@ -210,7 +210,7 @@ def keep_files(
     link: bool,
     progress: Progress = lambda count: None,
 ) -> Kept:
-    """Puts whole checkpoint files into `weights/`: hard links, reflinks, or copies hashed on the way.
+    """Puts whole checkpoint files into `weights/`: hard links, reflinks, or copies, hashed.
 
     A linked file gets a checksum only where its name in the Hugging Face cache is one.
 
@@ -290,9 +290,8 @@ def _reflink(file: Path, target: Path) -> bool:
     import fcntl
 
     ficlone = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h
-    with file.open("rb") as source, target.open("wb") as out:
-        with contextlib.suppress(OSError):
-            fcntl.ioctl(out.fileno(), ficlone, source.fileno())
-            return True
+    with file.open("rb") as source, target.open("wb") as out, contextlib.suppress(OSError):
+        fcntl.ioctl(out.fileno(), ficlone, source.fileno())
+        return True
     target.unlink()
     return False
