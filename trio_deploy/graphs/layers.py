@@ -126,17 +126,20 @@ class Weight(nn.Parameter):
 
     def __init__(self, name: str, shape: Sequence[int], dtype: ir.DataType) -> None:
         super().__init__(shape, dtype=dtype, name=name)
+        self.canonical, self.dims = name, tuple(shape)
 
     def _realize(self, builder: GraphBuilder) -> Weight:
         graph = builder.root.graph
-        known = graph.initializers.get(self.name)
+        known = graph.initializers.get(self.canonical)
         if known is None:
             if self._realized:
-                raise RuntimeError(f"{self.name} belongs to another graph: build modules afresh")
-            graph.initializers[self.name] = self
+                raise RuntimeError(
+                    f"{self.canonical} belongs to another graph: build modules afresh"
+                )
+            graph.initializers[self.canonical] = self
             self._realized = True
         elif known is not self:
-            raise RuntimeError(f"{self.name} is used by two modules of one graph: share one")
+            raise RuntimeError(f"{self.canonical} is used by two modules of one graph: share one")
         return self
 
     def into(self, op: Any) -> Weight:
@@ -163,10 +166,10 @@ class Linear(nn.Module):
 
 
 def linear(
-    op: Any, d: Dialect, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None
+    op: Any, d: Dialect, x: ir.Value, weight: Weight, bias: Weight | None = None
 ) -> ir.Value:
     """x Wᵀ (+ b) for a registered W [out, in], the way that copies no weight in its dialect."""
-    out, inner = weight.shape
+    out, inner = weight.dims
     lead = shape_of(x)[:-1]
     if d.name == "ort":
         y = op.FusedMatMul(x, weight, transB=1, _domain="com.microsoft", _version=1)
@@ -622,15 +625,13 @@ class Stage:
         """
         graph = self._graph
         _check_values(graph, set())
-        expected = _checkpoint_shapes(config)
+        expected = checkpoint_shapes(config)
         for name, value in graph.initializers.items():
-            if value.const_value is None:
-                shape = tuple(int(size) for size in value.shape)
-                if expected.get(name) != shape:
-                    raise RuntimeError(
-                        f"{graph.name}: initializer {name} {shape} is not in the checkpoint "
-                        f"({expected.get(name)})"
-                    )
+            if value.const_value is None and expected.get(name) != tuple(shape_of(value)):
+                raise RuntimeError(
+                    f"{graph.name}: initializer {name} {shape_of(value)} is not a tensor of the "
+                    f"checkpoint, which has {expected.get(name)}"
+                )
         for node in graph.all_nodes():
             node.metadata_props.clear()
         return ir.Model(
@@ -659,7 +660,8 @@ def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
             yield attribute.as_graph()
 
 
-def _checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name → shape of every tensor of the checkpoint."""
     from trio_deploy.models import canonical_tensors
 
     return canonical_tensors(config)

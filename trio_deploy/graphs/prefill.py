@@ -36,7 +36,7 @@ def build_prefill(
     d = Dialect.of(options)
     stage = Stage(f"prefill_{index}", d)
     op = stage.op
-    source = "inputs_embeds" if start == 0 else "hidden_states"
+    source = "inputs_embeds" if index == 0 else "hidden_states"
     x = stage.input(source, d.dtype, ["B", "S", text.hidden_size])
     positions = stage.input("position_ids", INT64, ["B", "S"])
     lengths = stage.input("lengths", INT64, ["B"])
@@ -66,7 +66,7 @@ def build_prefill(
 def past_inputs(stage: Stage, config: ModelConfig, layer: int, capacity: str) -> KV:
     """Declare past.{layer}.key / .value [B, G, C, D]."""
     text = config.text
-    shape = ["B", text.num_kv_heads, capacity, text.head_dim]
+    shape: list[int | str] = ["B", text.num_kv_heads, capacity, text.head_dim]
     return KV(
         stage.input(f"past.{layer}.key", stage.d.dtype, shape),
         stage.input(f"past.{layer}.value", stage.d.dtype, shape),
@@ -78,6 +78,6 @@ def present_outputs(
 ) -> None:
     """Declare present.{layer}.key / .value [B, G, C, D]."""
     text = config.text
-    shape = ["B", text.num_kv_heads, capacity, text.head_dim]
+    shape: list[int | str] = ["B", text.num_kv_heads, capacity, text.head_dim]
     stage.output(f"present.{layer}.key", present.key, stage.d.dtype, shape)
     stage.output(f"present.{layer}.value", present.value, stage.d.dtype, shape)

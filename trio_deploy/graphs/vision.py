@@ -1,0 +1,194 @@
+"""vision.onnx (CLIP tower and projector) and embed.onnx (text and image rows into one sequence)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import nn
+
+from trio_deploy.graphs.layers import (
+    INT64,
+    Dialect,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Stage,
+    Weight,
+    activation,
+    checkpoint_shapes,
+    merge_heads,
+    plain_attention,
+    shape_of,
+    split_heads,
+    typed,
+)
+from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.models.config import ModelConfig, VisionConfig
+
+
+class ClipAttention(nn.Module):
+    """Full attention without positions or cache."""
+
+    def __init__(self, d: Dialect, name: str, vision: VisionConfig) -> None:
+        super().__init__("self_attn")
+        self.d, self.vision = d, vision
+        size = vision.hidden_size
+        self.q_proj = Linear(d, f"{name}.q_proj", size, size, bias=True)
+        self.k_proj = Linear(d, f"{name}.k_proj", size, size, bias=True)
+        self.v_proj = Linear(d, f"{name}.v_proj", size, size, bias=True)
+        self.out_proj = Linear(d, f"{name}.out_proj", size, size, bias=True)
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        """[T, N, h] → [T, N, h]."""
+        heads = self.vision.num_heads
+        head_dim = self.vision.hidden_size // heads
+        q, k, v = self.q_proj(op, x), self.k_proj(op, x), self.v_proj(op, x)
+        if self.d.name == "ort":
+            y = op.MultiHeadAttention(
+                q, k, v, num_heads=heads, scale=head_dim**-0.5,
+                _domain="com.microsoft", _version=1,
+            )  # fmt: skip
+            return self.out_proj(op, typed(y, self.d.dtype, shape_of(x)))
+        q, k, v = (split_heads(op, each, heads, head_dim) for each in (q, k, v))
+        if self.d.name == "onnx":
+            y = typed(op.Attention(q, k, v, scale=head_dim**-0.5), self.d.dtype, shape_of(q))
+        else:
+            y = plain_attention(op, q, k, v, None, head_dim**-0.5)
+        return self.out_proj(op, merge_heads(op, y))
+
+
+class ClipMLP(nn.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, d: Dialect, name: str, vision: VisionConfig) -> None:
+        super().__init__("mlp")
+        self.kind = vision.hidden_act
+        size, inner = vision.hidden_size, vision.intermediate_size
+        self.fc1 = Linear(d, f"{name}.fc1", inner, size, bias=True)
+        self.fc2 = Linear(d, f"{name}.fc2", size, inner, bias=True)
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        """[T, N, h] → [T, N, h]."""
+        return self.fc2(op, activation(op, self.kind, self.fc1(op, x)))
+
+
+class ClipLayer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, d: Dialect, vision: VisionConfig, index: int) -> None:
+        name = f"vision_tower.encoder.layers.{index}"
+        super().__init__(name)
+        size, eps = vision.hidden_size, vision.layer_norm_eps
+        self.layer_norm1 = LayerNorm(d, f"{name}.layer_norm1", size, eps)
+        self.self_attn = ClipAttention(d, f"{name}.self_attn", vision)
+        self.layer_norm2 = LayerNorm(d, f"{name}.layer_norm2", size, eps)
+        self.mlp = ClipMLP(d, f"{name}.mlp", vision)
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        """[T, N, h] → [T, N, h]."""
+        x = op.Add(x, self.self_attn(op, self.layer_norm1(op, x)))
+        return op.Add(x, self.mlp(op, self.layer_norm2(op, x)))
+
+
+class ClipEmbeddings(nn.Module):
+    """Patches by convolution, class token in front, learned positions."""
+
+    def __init__(self, d: Dialect, vision: VisionConfig) -> None:
+        name = "vision_tower.embeddings"
+        super().__init__(name)
+        self.vision = vision
+        size, patch = vision.hidden_size, vision.patch_size
+        self.patches = Weight(f"{name}.patch_embedding.weight", [size, 3, patch, patch], d.dtype)
+        self.class_token = Weight(f"{name}.class_embedding", [size], d.dtype)
+        self.positions = Weight(
+            f"{name}.position_embedding.weight", [vision.side**2 + 1, size], d.dtype
+        )
+
+    def forward(self, op: Any, pixels: ir.Value) -> ir.Value:
+        """[T, 3, h, w] → [T, 1 + patches, size]."""
+        size, patch = self.vision.hidden_size, self.vision.patch_size
+        x = op.Conv(pixels, self.patches, strides=[patch, patch], kernel_shape=[patch, patch])
+        x = op.Transpose(op.Reshape(x, [0, size, self.vision.side**2]), perm=[0, 2, 1])
+        first = op.Expand(
+            op.Reshape(self.class_token, [1, 1, size]),
+            op.Concat(op.Shape(pixels, start=0, end=1), [1, size], axis=0),
+        )
+        return op.Add(op.Concat(first, x, axis=1), self.positions)
+
+
+class Projector(nn.Module):
+    """Image features into the language model's space."""
+
+    def __init__(self, d: Dialect, config: ModelConfig) -> None:
+        name = "multi_modal_projector"
+        super().__init__(name)
+        self.kind = config.projector_act
+        size, bias = config.text.hidden_size, config.projector_bias
+        inner = config.vision.hidden_size * len(config.vision.feature_layers)
+        self.linear_1 = Linear(d, f"{name}.linear_1", size, inner, bias)
+        self.linear_2 = Linear(d, f"{name}.linear_2", size, size, bias)
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        """[..., h·layers] → [..., d]."""
+        return self.linear_2(op, activation(op, self.kind, self.linear_1(op, x)))
+
+
+def build_vision(config: ModelConfig, options: GraphOptions) -> ir.Model:
+    """Input pixel_values [T, 3, h, w]; output image_features [T·p, d], tile after tile.
+
+    Layers above the last feature layer are not built, nor is the tower's post-norm.
+    """
+    vision, size = config.vision, config.text.hidden_size
+    d = Dialect.of(options)
+    stage = Stage("vision", d)
+    op = stage.op
+    pixels = stage.input("pixel_values", d.dtype, ["T", 3, vision.image_size, vision.image_size])
+    x = ClipEmbeddings(d, vision)(op, pixels)
+    norm = "vision_tower.pre_layrnorm"
+    x = LayerNorm(d, norm, vision.hidden_size, vision.layer_norm_eps)(op, x)
+    hidden = [x]
+    for i in range(max(vision.feature_layers)):
+        hidden.append(ClipLayer(d, vision, i)(op, hidden[-1]))
+    chosen = [hidden[i] for i in vision.feature_layers]
+    features = chosen[0] if len(chosen) == 1 else op.Concat(*chosen, axis=-1)
+    if vision.drop_cls:
+        features = op.Slice(features, [1], [vision.side**2 + 1], [1])
+    y = op.Reshape(Projector(d, config)(op, features), [-1, size])
+    stage.output("image_features", y, d.dtype, ["R", size])
+    return stage.finish(config)
+
+
+def build_embed(config: ModelConfig, options: GraphOptions) -> ir.Model:
+    """Inputs input_ids int64 [B, S], image_features [R, d] (R may be 0), source_index int64 [B, S].
+
+    An entry e of source_index picks the embedding of this row's token e if e < S, image row e-S
+    (rows counted over the whole batch) if e < S + R, and the newline row if e = S + R. A family
+    without image_newline has a row of zeros there, which no prompt refers to. Ids that no entry
+    picks are not looked up, so placeholders outside the vocabulary do no harm.
+    Output inputs_embeds [B, S, d].
+    """
+    text = config.text
+    size = text.hidden_size
+    d = Dialect.of(options)
+    stage = Stage("embed", d)
+    op = stage.op
+    ids = stage.input("input_ids", INT64, ["B", "S"])
+    features = stage.input("image_features", d.dtype, ["R", size])
+    source = stage.input("source_index", INT64, ["B", "S"])
+
+    length = op.Shape(ids, start=1, end=2)
+    is_text = op.Less(source, length)
+    token = op.GatherElements(ids, op.Where(is_text, source, 0), axis=1)
+    table = Embedding(d, "language_model.embed_tokens", text.vocab_size, size)
+    words = table(op, op.Where(is_text, token, 0))
+
+    if "image_newline" in checkpoint_shapes(config):
+        newline = op.Reshape(Weight("image_newline", [size], d.dtype).into(op), [1, size])
+    else:
+        newline = op.Expand(op.CastLike(0.0, features), [1, size])
+    rows = op.Concat(features, newline, axis=0)
+    pictures = op.Gather(rows, op.Where(is_text, 0, op.Sub(source, length)), axis=0)
+    y = op.Where(op.Unsqueeze(is_text, [2]), words, pictures)
+    stage.output("inputs_embeds", y, d.dtype, ["B", "S", size])
+    return stage.finish(config)
