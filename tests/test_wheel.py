@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCENE = ROOT / "examples" / "scene.png"
-PROMPT = "how many shapes are red ?"
+PROMPT = "what color is the star?"
 
 
 def run(*command: object, cwd: Path) -> str:
