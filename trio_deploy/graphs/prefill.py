@@ -26,8 +26,8 @@ def build_prefill(
     Inputs: inputs_embeds (index 0) or hidden_states [B, S, d], position_ids int64 [B, S], lengths
     int64 [B] (valid new tokens), and, but for the `onnx` dialect, past_lengths int64 [B] (valid
     tokens in the past) and past.{i}.key / .value [B, G, C, D], i counted over the whole model.
-    Outputs: hidden_states [B, S, d], or from the last segment logits float32 [B, V] at each row's
-    last valid new token; present.{i}.key / .value [B, G, max(C, S), D].
+    Outputs: hidden_states [B, S, d] (hidden_states_out where hidden_states is an input), or from
+    the last segment logits float32 [B, V] at each row's last valid new token; present.{i}.key / .value [B, G, max(C, S), D].
 
     Prefill: C = 0 and past_lengths = 0. Decode: S = 1, lengths = 1, C > past_lengths; present is
     the past with the new token at slot past_lengths.
@@ -57,7 +57,9 @@ def build_prefill(
         last = op.GatherND(x, op.Unsqueeze(op.Sub(lengths, 1), [1]), batch_dims=1)
         stage.output("logits", Head(d, text)(op, last), FLOAT, ["B", text.vocab_size])
     else:
-        stage.output("hidden_states", x, d.dtype, ["B", "S", text.hidden_size])
+        # A graph cannot have an input and an output of one name.
+        name = "hidden_states" if index == 0 else "hidden_states_out"
+        stage.output(name, x, d.dtype, ["B", "S", text.hidden_size])
     for i, present in presents.items():
         present_outputs(stage, config, i, present, "P" if pasts else "S")
     return stage.finish(config)
