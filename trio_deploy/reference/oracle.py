@@ -137,7 +137,8 @@ class Oracle:
         model, device = self.model.model, self.model.device
         ids = torch.as_tensor(row.input_ids, device=device)[None]
         visual = ids == self.model.config.image_token_id
-        embeds = self.text.embed_tokens(ids)
+        # The image token may lie outside the table; what stands there is replaced anyway.
+        embeds = self.text.embed_tokens(ids.masked_fill(visual, 0))
         source = torch.arange(ids.shape[1], device=device)[None].clone()
         rows = embeds.new_zeros(0, embeds.shape[-1])
         side = self.model.config.vision_config.image_size
@@ -165,8 +166,9 @@ class Oracle:
         elif visual.any():
             raise TrioError("the prompt has image tokens but no picture")
         vision = Stage({"pixel_values": pixels}, {"image_features": _array(rows)})
-        inputs = {"input_ids": ids, "image_features": rows, "source_index": source}
-        return embeds, vision, Stage(_arrays(inputs), _arrays({"inputs_embeds": embeds}))
+        inputs = _arrays({"input_ids": ids, "image_features": rows, "source_index": source})
+        inputs["lengths"] = np.array([ids.shape[1]])  # no input of the graph: says what is padding
+        return embeds, vision, Stage(inputs, _arrays({"inputs_embeds": embeds}))
 
     def _packing_order(self, tiles: torch.Size, sizes: Tensor, length: int) -> Tensor:
         """Where packing takes each visual token from: S + row, or -1 for a newline.
@@ -319,7 +321,7 @@ class Oracle:
                 )
                 kept.append(_array(places))
             if len(layers):
-                hidden, stages[f"prefill_{i}"] = self._segment(layers, hidden, positions, cache)
+                hidden, stages[f"prefill_{i}"] = self._segment(i, layers, hidden, positions, cache)
         # Under `renumber` every segment goes on counting from its own length.
         own = self.positions == "renumber"
         following = [
@@ -337,7 +339,7 @@ class Oracle:
                 if len(layers):
                     at = torch.tensor([[following[i] + len(tokens) - 1]], device=hidden.device)
                     if len(tokens) == 1:
-                        hidden, stage = self._segment(layers, hidden, at, cache)
+                        hidden, stage = self._segment(i, layers, hidden, at, cache)
                         stage.inputs["input_ids"] = _array(ids)
                         stages[f"decode_{i}"] = stage
                     else:
@@ -347,13 +349,14 @@ class Oracle:
         return RowResult(tokens, _array(torch.cat(logits)), kept, stages)
 
     def _segment(
-        self, layers: range, hidden: Tensor, positions: Tensor, cache: DynamicCache
+        self, index: int, layers: range, hidden: Tensor, positions: Tensor, cache: DynamicCache
     ) -> tuple[Tensor, Stage]:
         """Run one segment and note what its graph would see; a past has room for what is new."""
+        first = index == 0
         past = cache.get_seq_length(layers.start)
         new = hidden.shape[1]
         inputs: Tensors = {
-            "inputs_embeds" if layers.start == 0 else "hidden_states": _array(hidden),
+            "inputs_embeds" if first else "hidden_states": _array(hidden),
             "position_ids": _array(positions),
             "lengths": np.array([new]),
             "past_lengths": np.array([past]),
@@ -369,7 +372,8 @@ class Oracle:
         if layers.stop == len(self.text.layers):
             outputs["logits"] = _array(self.logits(hidden[:, -1:]))
         else:
-            outputs["hidden_states"] = _array(hidden)
+            # A graph cannot have an input and an output of one name.
+            outputs["hidden_states" if first else "hidden_states_out"] = _array(hidden)
         for i in layers:
             for name, tensor in zip(kind, _cached(cache, i), strict=True):
                 outputs[f"present.{i}.{name}"] = tensor
@@ -415,7 +419,8 @@ def _keep_norms_in_float64(model: Any) -> None:
 
 
 def _cached(cache: DynamicCache, layer: int) -> tuple[NDArray, NDArray]:
-    return _array(cache.layers[layer].keys), _array(cache.layers[layer].values)
+    entry: Any = cache.layers[layer]
+    return _array(entry.keys), _array(entry.values)
 
 
 def _sequence(hidden: Tensor, positions: Tensor, visual: Tensor) -> Tensors:
