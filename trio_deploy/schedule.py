@@ -319,29 +319,16 @@ def layer_flops(n: int, text: TextConfig) -> int:
 
 
 def saliency_flops(n: int, text: TextConfig, probes: int) -> int:
-    """Multiply-adds of the analytic saliency over n tokens with P probe rows (no autograd).
+    """Multiply-adds of `graphs/saliency.py` over n tokens with P probe rows.
 
-    Terms, in the order of docs/architecture.md:
-    keys of all rows and their gradient taken back through W_k: 2·n·d·GD; queries: P·d·HD;
-    q·kᵀ and dSᵀ·q: 2·P·n·HD; o_proj, MLP and lm_head of the probe rows, there and back:
-    2·P·(HD·d + 3dm + dV); and the values, in the cheaper of two forms.  Folded: A·n, U·nᵀ and
-    Aᵀ·U, each H·P·n·d, and W_v on the probes' rows, there and back, 2·P·HD·d.  Plain: V of all
-    rows and back, 2·n·d·GD, and A·V, dO·Vᵀ, Aᵀ·dO, each P·n·HD.
+    Over all rows: keys, and their gradient back through W_k, 2·n·d·GD; q·kᵀ and dSᵀ·q, 2·P·n·HD;
+    A·n, U·nᵀ and Aᵀ·U, 3·H·P·n·d.  For the probe rows: queries, P·d·HD; W_v, W_o, the MLP and
+    lm_head, there and back, 2·P·(2·HD·d + 3dm + dV).
     """
     d, q, kv = _widths(text)
-    keys = 2 * n * d * kv + probes * d * q + 2 * probes * n * q
-    rows = 2 * probes * (q * d + 3 * d * text.intermediate_size + d * text.vocab_size)
-    return keys + rows + min(_folded_values(n, text, probes), _plain_values(n, text, probes))
-
-
-def _folded_values(n: int, text: TextConfig, probes: int) -> int:
-    d, q, _ = _widths(text)
-    return 3 * text.num_heads * probes * n * d + 2 * probes * q * d
-
-
-def _plain_values(n: int, text: TextConfig, probes: int) -> int:
-    d, q, kv = _widths(text)
-    return 2 * n * d * kv + 3 * probes * n * q
+    all_rows = n * (2 * d * kv + 2 * probes * q + 3 * text.num_heads * probes * d)
+    there = 2 * q * d + 3 * d * text.intermediate_size + d * text.vocab_size
+    return all_rows + probes * (d * q + 2 * there)
 
 
 def similarity_flops(visual: int, keep: int, block: int, d: int) -> int:
