@@ -27,7 +27,8 @@ def build_prefill(
     int64 [B] (valid new tokens), and, but for the `onnx` dialect, past_lengths int64 [B] (valid
     tokens in the past) and past.{i}.key / .value [B, G, C, D], i counted over the whole model.
     Outputs: hidden_states [B, S, d] (hidden_states_out where hidden_states is an input), or from
-    the last segment logits float32 [B, V] at each row's last valid new token; present.{i}.key / .value [B, G, max(C, S), D].
+    the last segment logits float32 [B, V] at each row's last valid new token; present.{i}.key /
+    .value [B, G, max(C, S), D].
 
     Prefill: C = 0 and past_lengths = 0. Decode: S = 1, lengths = 1, C > past_lengths; present is
     the past with the new token at slot past_lengths.
