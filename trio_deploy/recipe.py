@@ -1,0 +1,303 @@
+"""Recipes (export/*.yaml: what can be exported) and targets (engines/*.yaml: where it can run).
+
+Both are data that users copy, edit and pass by path; every key is checked here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trio_deploy.errors import TrioError
+from trio_deploy.models import Preprocessor, parse_config
+from trio_deploy.schedule import Schedule
+
+_PACKAGE = Path(__file__).parent
+
+#: `checkpoint: package:data/tiny` in a recipe is a folder inside the installed package.
+_IN_PACKAGE = "package:"
+
+PROBES = ("last", "shifted")
+POSITIONS = ("renumber", "original")
+RUNTIMES = ("onnxruntime", "openvino", "tensorrt")
+DTYPES = ("float32", "float16", "bfloat16")
+
+#: Which dialects of the graphs a runtime reads.
+DIALECTS = {
+    "onnxruntime": ("ort", "onnx", "primitive"),
+    "openvino": ("primitive",),
+    "tensorrt": ("onnx", "primitive"),
+}
+
+_RECIPE_KEYS = (
+    "description",
+    "hub_id",
+    "checkpoint",
+    "architecture",
+    "preprocessing",
+    "schedules",
+    "probe",
+    "positions",
+    "threshold",
+    "chat_template",
+)
+_TARGET_KEYS = ("description", "runtime", "dialect", "dtype", "precision")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What export needs to know about a model, apart from its weights.
+
+    Attributes:
+        name: the file's name without its ending.
+        hub_id: of the checkpoint on the Hugging Face hub, where it is there.
+        checkpoint: a local checkpoint folder, where the recipe names one.
+        architecture: a config.json with every size written out.
+        schedules: budget, as the recipe writes it ("0.111"), → schedule.
+        probe: `last` or `shifted`, which positions the proxy loss looks at.
+        positions: `renumber` or `original`, position ids after pruning.
+        threshold: cosine similarity from which a kept token suppresses another.
+        preprocessing: a preprocessor_config.json.
+        chat_template: Jinja, for checkpoints that come without one.
+    """
+
+    name: str
+    hub_id: str | None
+    architecture: dict[str, Any]
+    schedules: dict[str, Schedule]
+    probe: str = "last"
+    positions: str = "renumber"
+    threshold: float = 0.8
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    checkpoint: Path | None = None
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device and the runtime on it.
+
+    Attributes:
+        name: the file's name without its ending.
+        runtime: `onnxruntime`, `openvino` or `tensorrt`.
+        dialect: of the graphs: `ort`, `onnx` or `primitive`.
+        dtype: of graphs and weights.
+        precision: in which the runtime computes matrix products, where it can choose; else dtype.
+    """
+
+    name: str
+    runtime: str
+    dialect: str
+    dtype: str
+    precision: str
+    description: str = ""
+
+
+def recipe_folder() -> Path:
+    """Where the shipped recipes lie: inside an installed package, or export/ of a checkout."""
+    return _shipped("recipes", "export")
+
+
+def target_folder() -> Path:
+    """Where the shipped targets lie: inside an installed package, or engines/ of a checkout."""
+    return _shipped("targets", "engines")
+
+
+def list_recipes() -> list[str]:
+    """Names of the shipped recipes."""
+    return _names(recipe_folder())
+
+
+def list_targets() -> list[str]:
+    """Names of the shipped targets."""
+    return _names(target_folder())
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Read a recipe by its name or from a file.
+
+    Raises:
+        TrioError: no such recipe, an unknown or missing key, or a value that is wrong.
+    """
+    file = _find(name_or_path, recipe_folder(), "recipe")
+    raw = _read(file, _RECIPE_KEYS)
+    checkpoint = _checkpoint(file, raw)
+    if checkpoint is None:
+        architecture, preprocessing = raw.get("architecture"), raw.get("preprocessing", {})
+    else:
+        architecture = raw.get("architecture") or _json(checkpoint / "config.json")
+        preprocessing = raw.get("preprocessing") or _image_settings(checkpoint)
+    if not isinstance(architecture, dict) or not isinstance(preprocessing, dict):
+        raise TrioError(f"{file}: `architecture` and `preprocessing` must be mappings.")
+    recipe = Recipe(
+        name=file.stem,
+        hub_id=_text(file, raw, "hub_id"),
+        architecture=architecture,
+        schedules=_schedules(file, raw.get("schedules", {})),
+        probe=_choice(file, raw, "probe", PROBES, "last"),
+        positions=_choice(file, raw, "positions", POSITIONS, "renumber"),
+        threshold=_threshold(file, raw.get("threshold", 0.8)),
+        preprocessing=preprocessing,
+        chat_template=_text(file, raw, "chat_template"),
+        checkpoint=checkpoint,
+        description=_text(file, raw, "description") or "",
+    )
+    try:
+        config = parse_config(architecture)
+        Preprocessor(preprocessing, config)
+        for schedule in recipe.schedules.values():
+            schedule.validate(config.text.num_layers)
+    except TrioError as error:
+        raise TrioError(f"{file}: {error}") from None
+    return recipe
+
+
+def load_target(name_or_path: str | Path) -> Target:
+    """Read a target by its name or from a file.
+
+    Raises:
+        TrioError: no such target, an unknown or missing key, or a value that is wrong.
+    """
+    file = _find(name_or_path, target_folder(), "target")
+    raw = _read(file, _TARGET_KEYS)
+    runtime = _choice(file, raw, "runtime", RUNTIMES)
+    dtype = _choice(file, raw, "dtype", DTYPES)
+    return Target(
+        name=file.stem,
+        runtime=runtime,
+        dialect=_choice(file, raw, "dialect", DIALECTS[runtime]),
+        dtype=dtype,
+        precision=_choice(file, raw, "precision", DTYPES, dtype),
+        description=_text(file, raw, "description") or "",
+    )
+
+
+def _shipped(installed: str, checkout: str) -> Path:
+    inside = _PACKAGE / installed
+    return inside if inside.is_dir() else _PACKAGE.parent / checkout
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(file.stem for file in folder.glob("*.yaml"))
+
+
+def _find(name_or_path: str | Path, folder: Path, kind: str) -> Path:
+    text, path = str(name_or_path), Path(name_or_path).expanduser()
+    names = _names(folder)
+    if text in names:
+        return folder / f"{text}.yaml"
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise TrioError(f"There is no {kind} file at {path}.")
+    raise TrioError(
+        f"There is no {kind} called {text!r}.{_nearest(text, names)} Known are {', '.join(names)}; "
+        f"a {kind} of your own is passed as the path of its .yaml file."
+    )
+
+
+def _nearest(text: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(text, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _read(file: Path, keys: Collection[str]) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TrioError(f"{file} cannot be read as YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise TrioError(f"{file} must hold keys and values.")
+    for key in raw:
+        if key not in keys:
+            raise TrioError(
+                f"{file}: unknown key {key!r}.{_nearest(str(key), keys)} "
+                f"Known are {', '.join(keys)}."
+            )
+    return raw
+
+
+def _choice(
+    file: Path, raw: Mapping[str, Any], key: str, choices: Collection[str], default: str = ""
+) -> str:
+    value = raw.get(key) or default
+    if not value:
+        raise TrioError(f"{file}: the key {key!r} is missing; one of {', '.join(choices)}.")
+    if value not in choices:
+        raise TrioError(
+            f"{file}: {key} {value!r} is not possible here.{_nearest(str(value), choices)} "
+            f"Choose from {', '.join(choices)}."
+        )
+    return str(value)
+
+
+def _text(file: Path, raw: Mapping[str, Any], key: str) -> str | None:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, str):
+        raise TrioError(f"{file}: {key} must be text, not {value!r}.")
+    return value
+
+
+def _threshold(file: Path, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise TrioError(
+            f"{file}: threshold must be a cosine similarity above 0 and at most 1, not {value!r}."
+        )
+    return float(value)
+
+
+def _schedules(file: Path, raw: Any) -> dict[str, Schedule]:
+    if not isinstance(raw, dict):
+        raise TrioError(f"{file}: `schedules` must map budgets to lists of pruning points.")
+    schedules = {}
+    for budget, points in raw.items():
+        try:
+            if not 0 < float(budget) <= 1:
+                raise ValueError
+        except (TypeError, ValueError):
+            raise TrioError(
+                f"{file}: the budget {budget!r} in `schedules` must be a share above 0 and at "
+                "most 1."
+            ) from None
+        try:
+            schedules[str(budget)] = Schedule.from_json(points)
+        except TrioError as error:
+            raise TrioError(f"{file}, schedule {budget}: {error}") from None
+    return schedules
+
+
+def _checkpoint(file: Path, raw: Mapping[str, Any]) -> Path | None:
+    value = _text(file, raw, "checkpoint")
+    if value is None:
+        return None
+    if value.startswith(_IN_PACKAGE):
+        folder = _PACKAGE / value.removeprefix(_IN_PACKAGE)
+    else:
+        folder = file.parent / Path(value).expanduser()
+    if not folder.is_dir():
+        raise TrioError(f"{file}: there is no checkpoint folder at {folder}.")
+    return folder
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrioError(f"{file} cannot be read as JSON: {error}.") from None
+    if not isinstance(raw, dict):
+        raise TrioError(f"{file} must hold a JSON object.")
+    return raw
+
+
+def _image_settings(folder: Path) -> dict[str, Any]:
+    """preprocessor_config.json, or what processor_config.json holds in its place."""
+    own = folder / "preprocessor_config.json"
+    raw = _json(own if own.is_file() else folder / "processor_config.json")
+    return dict(raw.get("image_processor", raw))
