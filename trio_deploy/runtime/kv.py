@@ -1,0 +1,116 @@
+"""Keys and values of a request: one block a segment of layers, allocated once, written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trio_deploy.errors import TrioError
+from trio_deploy.runtime.engine import Array
+
+Empty = Callable[[tuple[int, ...], np.dtype], Array]
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What is the same for all layers: G key/value heads of size D, and the float type."""
+
+    heads: int
+    head_dim: int
+    dtype: np.dtype
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of keys and values of one layer that holds `tokens` tokens."""
+        return 2 * self.heads * self.head_dim * self.dtype.itemsize * tokens
+
+
+@dataclass
+class SegmentCache:
+    """Buffers past.{i} and present.{i} [B,G,C,D] of one segment's layers.
+
+    With one side, past and present of a layer are the same buffer. With two, step t reads side
+    t mod 2 and writes the whole of the other.
+
+    Attributes:
+        capacity: C, tokens a row can hold.
+        lengths: int64 [B], tokens valid in each row.
+    """
+
+    layers: Sequence[int]
+    capacity: int
+    lengths: np.ndarray
+    shape: CacheShape
+    sides: list[dict[str, Array]] = field(default_factory=list)
+
+    @classmethod
+    def allocate(
+        cls,
+        layers: Sequence[int],
+        lengths: np.ndarray,
+        capacity: int,
+        shape: CacheShape,
+        empty: Empty,
+        sides: int,
+    ) -> SegmentCache:
+        """Buffers for rows that hold `lengths` tokens after the prefill.
+
+        Raises:
+            TrioError: the capacity is too small.
+        """
+        cache = cls(layers, capacity, lengths.copy(), shape)
+        cache.check()
+        full = (len(lengths), shape.heads, capacity, shape.head_dim)
+        cache.sides = [
+            {f"{i}.{part}": empty(full, shape.dtype) for i in layers for part in ("key", "value")}
+            for _ in range(sides)
+        ]
+        return cache
+
+    def past(self, step: int = 0) -> dict[str, Array]:
+        """Inputs past.{i}.key / .value of a decode step."""
+        return {f"past.{name}": array for name, array in self._side(step).items()}
+
+    def present(self, step: int = 0) -> dict[str, Array]:
+        """Outputs present.{i}.key / .value of a decode step."""
+        return {f"present.{name}": array for name, array in self._side(step + 1).items()}
+
+    def fill(self, outputs: Mapping[str, np.ndarray]) -> None:
+        """Copy what a prefill returned, present.{i} [B,G,S,D], to the front of step 0's past."""
+        for name, array in self._side(0).items():
+            new = outputs[f"present.{name}"]
+            array[:, :, : new.shape[2]] = new
+            # A runtime may multiply what lies behind by 0, which must not give NaN.
+            array[:, :, new.shape[2] :] = 0
+
+    def advance(self, active: np.ndarray) -> None:
+        """Count the token that a step wrote for each row of bool [B] `active`."""
+        self.lengths += active
+
+    def check(self) -> None:
+        """Raises TrioError if a row is longer than the capacity."""
+        longest = int(self.lengths.max())
+        if longest > self.capacity:
+            raise TrioError(
+                f"the KV cache of layers {self.layers[0]} to {self.layers[-1]} holds "
+                f"{self.capacity} tokens, but {longest} are needed"
+            )
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.lengths)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of all buffers."""
+        one = self.shape.nbytes(self.rows * self.capacity) * len(self.layers)
+        return one * len(self.sides)
+
+    def used(self, row: int) -> int:
+        """Bytes of the tokens that one row holds now."""
+        return self.shape.nbytes(int(self.lengths[row])) * len(self.layers)
+
+    def _side(self, step: int) -> dict[str, Array]:
+        return self.sides[step % len(self.sides)]

@@ -1,0 +1,135 @@
+"""OpenVINO, which reads the `primitive` graphs; on CPUs with AMX it computes in bfloat16.
+
+Select graphs always compute in float32: bfloat16 similarities would move tokens across the
+threshold. Weights are mapped from the bundle's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trio_deploy.errors import TrioError
+from trio_deploy.runtime.engine import Array, TensorSpec, check_feeds
+
+_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+class OvRuntime:
+    """Compiled models with common options; see `open_runtime`."""
+
+    def __init__(self, *, threads: int | None = None, precision: str = "float32") -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise TrioError(
+                "OpenVINO is not installed: pip install trio-deploy[openvino]"
+            ) from error
+        if precision not in _HINTS:
+            raise TrioError(f"OpenVINO computes in float32 or bfloat16, not in {precision}")
+        self._openvino = openvino
+        self._core = openvino.Core()
+        self._precision = precision
+        self._threads = threads
+        able = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "bfloat16" and "BF16" not in able:
+            raise TrioError(
+                "this CPU has no bfloat16 arithmetic (AMX or AVX512-BF16): use precision float32"
+            )
+
+    def shares_cache(self, dialect: str) -> bool:
+        """See `Runtime.shares_cache`: the `primitive` cache is rewritten as a whole each step."""
+        if dialect != "primitive":
+            raise TrioError(
+                f"OpenVINO reads the primitive dialect, but this bundle is in {dialect!r}: "
+                "export it with --dialect primitive"
+            )
+        return False
+
+    def open(self, path: Path, *, exact: bool = False, probing: bool = False) -> OvEngine:
+        """Load a graph.
+
+        Raises:
+            TrioError: it does not load.
+        """
+        precision = "float32" if exact else self._precision
+        options: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+        }
+        if precision == "float32":
+            options["EXECUTION_MODE_HINT"] = "ACCURACY"
+        if self._threads is not None:
+            options["INFERENCE_NUM_THREADS"] = self._threads
+        try:
+            model = self._core.compile_model(str(path), "CPU", options)
+        except RuntimeError as error:
+            raise TrioError(f"OpenVINO cannot load {path.name}: {error}") from error
+        return OvEngine(self._openvino, model)
+
+
+class OvEngine:
+    """One compiled model."""
+
+    def __init__(self, openvino: Any, model: Any) -> None:
+        self._openvino = openvino
+        self._model = model
+        self._request: Any = None
+        self.inputs = _specs(model.inputs)
+        self.outputs = _specs(model.outputs)
+
+    def run(
+        self, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None
+    ) -> dict[str, np.ndarray]:
+        """See `Engine.run`."""
+        check_feeds(self, feeds)
+        into = into or {}
+        # A request of its own: one keeps the output tensors that it was given.
+        request = self._bound(feeds, into)
+        self._infer(request)
+        names = [name for name in self.outputs if name not in into]
+        return {name: np.array(request.get_tensor(name).data) for name in names}
+
+    def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Callable[[], None]:
+        """See `Engine.bind`."""
+        check_feeds(self, feeds)
+        request = self._bound(feeds, into)
+
+        def step() -> None:
+            request.start_async()
+            request.wait()
+
+        return step
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """See `Engine.empty`."""
+        return np.empty(shape, dtype)
+
+    def _bound(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Any:
+        request = self._model.create_infer_request()
+        for arrays in (feeds, into):
+            for name, array in arrays.items():
+                request.set_tensor(name, self._openvino.Tensor(array, shared_memory=True))
+        return request
+
+    def _infer(self, request: Any) -> None:
+        try:
+            request.start_async()
+            request.wait()
+        except RuntimeError as error:
+            raise TrioError(f"OpenVINO failed: {error}") from error
+
+
+def _specs(ports: list[Any]) -> dict[str, TensorSpec]:
+    specs = {}
+    for port in ports:
+        name = port.get_any_name()
+        shape = tuple(
+            None if size.is_dynamic else size.get_length() for size in port.get_partial_shape()
+        )
+        specs[name] = TensorSpec(name, np.dtype(port.get_element_type().to_dtype()), shape)
+    return specs

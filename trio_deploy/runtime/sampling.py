@@ -1,0 +1,141 @@
+"""Choosing the next token, turning tokens into text as they come, and knowing when to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trio_deploy.errors import TrioError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request picks its tokens.
+
+    Attributes:
+        temperature: 0 picks the most likely token; above 0 the logits are divided by it first.
+        top_p: draw from the smallest set of tokens whose probabilities reach this sum.
+        seed: of this request's own generator, so that a request gives the same tokens alone and
+            in a batch; None draws a fresh one.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise TrioError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise TrioError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.seed is not None and self.seed < 0:
+            raise TrioError(f"seed must be 0 or more, got {self.seed}")
+
+
+class Sampler:
+    """Draws tokens for one request."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._generator = np.random.default_rng(sampling.seed)
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """The next token for logits [V] of any float type.
+
+        Raises:
+            TrioError: the logits are not numbers (an overflow in half precision, for example).
+        """
+        best = int(np.argmax(logits))
+        if not np.isfinite(logits[best]):
+            raise TrioError(
+                "the model produced logits that are not finite; a float16 bundle may have "
+                "overflowed: export it with --dtype float32"
+            )
+        if self._sampling.temperature == 0.0:
+            return best
+        scaled = logits.astype(np.float64) / self._sampling.temperature
+        weights = np.exp(scaled - scaled[best])
+        probabilities = weights / weights.sum()
+        order = np.argsort(-probabilities, kind="stable")
+        cumulative = np.cumsum(probabilities[order])
+        if self._sampling.top_p < 1.0:
+            # The nucleus: everything before the point where top_p is reached, and that token too.
+            size = int(np.searchsorted(cumulative, self._sampling.top_p)) + 1
+            order, cumulative = order[:size], cumulative[:size]
+        drawn = self._generator.random() * cumulative[-1]
+        place = int(np.searchsorted(cumulative, drawn, side="right"))
+        return int(order[min(place, len(order) - 1)])
+
+
+class TokenStream:
+    """Text of a growing list of tokens, a piece at a time.
+
+    A piece is the difference between decoding a short window with and without the new token: the
+    window carries the context that sentencepiece's leading spaces depend on, and text that ends in
+    an unfinished character (U+FFFD) waits for its next byte.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._start = 0
+        self._done = 0
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while a character is unfinished."""
+        self._ids.append(token)
+        before, now = self._window()
+        if len(now) <= len(before) or now.endswith("\ufffd"):
+            return ""
+        self._start, self._done = self._done, len(self._ids)
+        return now[len(before) :]
+
+    def flush(self) -> str:
+        """What is left at the end, an unfinished character included."""
+        before, now = self._window()
+        self._start = self._done = len(self._ids)
+        return now[len(before) :]
+
+    def _window(self) -> tuple[str, str]:
+        before = self._decode(self._ids[self._start : self._done])
+        return before, self._decode(self._ids[self._start :])
+
+
+class StopScanner:
+    """Cuts text at the first stop string, holding back what might be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if any(not stop for stop in stops):
+            raise TrioError("a stop string must not be empty")
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that is safe to show; after a stop string, nothing more."""
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._release(min(found))
+        return self._release(len(self._held) - self._risky())
+
+    def flush(self) -> str:
+        """What was held back, once no more text can come."""
+        return "" if self.stopped else self._release(len(self._held))
+
+    def _release(self, count: int) -> str:
+        text, self._held = self._held[:count], self._held[count:]
+        return text
+
+    def _risky(self) -> int:
+        """Length of the longest tail that begins a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for size in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-size:]) for stop in self._stops):
+                return size
+        return 0
