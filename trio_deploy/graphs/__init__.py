@@ -10,6 +10,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.graphs.decode import build_decode
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.prefill import build_prefill
+from trio_deploy.graphs.selection import build_select
 from trio_deploy.graphs.vision import build_embed, build_vision
 from trio_deploy.models.config import ModelConfig
 
@@ -45,8 +46,6 @@ def build_graphs(
     Raises:
         TrioError: `layers` that do not increase or lie outside the model.
     """
-    from trio_deploy.graphs.selection import build_select
-
     parts = segments(config, tuple(layers))
     graphs = {"vision": build_vision(config, options), "embed": build_embed(config, options)}
     for index, start, stop in parts:

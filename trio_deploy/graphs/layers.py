@@ -29,6 +29,7 @@ from onnxscript import GraphBuilder, nn
 from trio_deploy import __version__
 from trio_deploy.errors import TrioError
 from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.models import canonical_tensors
 from trio_deploy.models.config import ModelConfig, RopeConfig, TextConfig
 
 FLOAT = ir.DataType.FLOAT
@@ -421,7 +422,11 @@ def cache_window(
     slots = op.Range(0, op.Squeeze(capacity, [0]), 1)
     rows = op.Range(0, op.Squeeze(new, [0]), 1)
     start = op.Unsqueeze(past_lengths, [1, 2])
-    last = op.Add(start, op.Unsqueeze(rows, [0, 2]))  # [B, S, 1]: a query sees slots up to its own
+    # [B, S, 1]: a query sees slots up to its own, one that pads up to its row's last valid token
+    # (nobody reads it; but an input that nothing uses is dropped by OpenVINO).
+    last = op.Add(start, op.Unsqueeze(rows, [0, 2]))
+    if lengths is not None:
+        last = op.Min(last, op.Add(start, op.Unsqueeze(op.Sub(lengths, 1), [1, 2])))
     blind = op.Cast(op.Greater(op.Unsqueeze(slots, [0, 1]), last), to=FLOAT)
     mask = op.Unsqueeze(op.Mul(blind, -1e30), [1])
     written = op.Unsqueeze(op.Equal(op.Unsqueeze(slots, [0]), op.Unsqueeze(past_lengths, [1])), [1])
@@ -625,7 +630,7 @@ class Stage:
         """
         graph = self._graph
         _check_values(graph, set())
-        expected = checkpoint_shapes(config)
+        expected = canonical_tensors(config)
         for name, value in graph.initializers.items():
             if value.const_value is None and expected.get(name) != tuple(shape_of(value)):
                 raise RuntimeError(
@@ -658,10 +663,3 @@ def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
             yield attribute.as_graph()
-
-
-def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name → shape of every tensor of the checkpoint."""
-    from trio_deploy.models import canonical_tensors
-
-    return canonical_tensors(config)

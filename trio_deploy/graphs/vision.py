@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from trio_deploy.graphs.layers import (
+    FLOAT,
     INT64,
     Dialect,
     Embedding,
@@ -16,7 +17,8 @@ from trio_deploy.graphs.layers import (
     Stage,
     Weight,
     activation,
-    checkpoint_shapes,
+    cast,
+    dtype_of,
     merge_heads,
     plain_attention,
     shape_of,
@@ -24,6 +26,7 @@ from trio_deploy.graphs.layers import (
     typed,
 )
 from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.models import canonical_tensors
 from trio_deploy.models.config import ModelConfig, VisionConfig
 
 
@@ -108,7 +111,11 @@ class ClipEmbeddings(nn.Module):
     def forward(self, op: Any, pixels: ir.Value) -> ir.Value:
         """[T, 3, h, w] → [T, 1 + patches, size]."""
         size, patch = self.vision.hidden_size, self.vision.patch_size
-        x = op.Conv(pixels, self.patches, strides=[patch, patch], kernel_shape=[patch, patch])
+        patches, dtype = self.patches, dtype_of(pixels)
+        if dtype == ir.DataType.BFLOAT16 and op.version < 22:  # Conv learned bfloat16 in 22
+            pixels, patches = cast(op, pixels, FLOAT), cast(op, patches, FLOAT)
+        x = op.Conv(pixels, patches, strides=[patch, patch], kernel_shape=[patch, patch])
+        x = cast(op, x, dtype)
         x = op.Transpose(op.Reshape(x, [0, size, self.vision.side**2]), perm=[0, 2, 1])
         first = op.Expand(
             op.Reshape(self.class_token, [1, 1, size]),
@@ -183,7 +190,7 @@ def build_embed(config: ModelConfig, options: GraphOptions) -> ir.Model:
     table = Embedding(d, "language_model.embed_tokens", text.vocab_size, size)
     words = table(op, op.Where(is_text, token, 0))
 
-    if "image_newline" in checkpoint_shapes(config):
+    if "image_newline" in canonical_tensors(config):
         newline = op.Reshape(Weight("image_newline", [size], d.dtype).into(op), [1, size])
     else:
         newline = op.Expand(op.CastLike(0.0, features), [1, size])
