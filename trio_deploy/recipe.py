@@ -159,6 +159,15 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     return recipe
 
 
+def recipe_for(hub_id: str) -> Recipe | None:
+    """The shipped recipe of a model on the hub, None where there is none."""
+    folder = recipe_folder()
+    for name in list_recipes():
+        if _read(folder / f"{name}.yaml", _RECIPE_KEYS).get("hub_id") == hub_id:
+            return load_recipe(name)
+    return None
+
+
 def load_target(name_or_path: str | Path) -> Target:
     """Read a target by its name or from a file.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trio_deploy.errors import TrioError
-from trio_deploy.recipe import Recipe, list_recipes, load_recipe
+from trio_deploy.recipe import Recipe, list_recipes, load_recipe, recipe_for
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -39,10 +39,8 @@ def resolve(model: str, weights_needed: bool) -> Source:
     if path.is_dir():
         return from_folder(path)
     if HUB_ID.fullmatch(text) and not path.exists():
-        for name in recipes:
-            recipe = load_recipe(name)
-            if recipe.hub_id == text:
-                return _from_recipe(recipe, weights_needed)
+        if (known := recipe_for(text)) is not None:
+            return _from_recipe(known, weights_needed)
         folder, revision = hub_folder(text)
         return replace(from_folder(folder), name=text, source=text, revision=revision)
     near = difflib.get_close_matches(text, recipes, n=1)
