@@ -94,10 +94,12 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from trio_deploy.report import generation_json, generation_text
+    from trio_deploy.report import generation_json, generation_text, save_kept
     from trio_deploy.runtime.pipeline import TrioPipeline
 
-    pipeline = TrioPipeline.from_bundle(args.bundle, runtime=args.runtime, threads=args.threads)
+    pipeline = TrioPipeline.from_bundle(
+        args.bundle, runtime=args.runtime, threads=args.threads, low_memory=args.low_memory
+    )
     generation = pipeline.generate(
         args.image,
         args.prompt,
@@ -114,7 +116,7 @@ def _run(args: argparse.Namespace) -> None:
     else:
         print("\n\n" + generation_text(generation))
     if args.show is not None:
-        generation.show(args.show)
+        save_kept(generation, args.show)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -174,6 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--show", type=Path, metavar="PNG", help="draw which visual tokens were kept")
     run.add_argument("--runtime", help="onnxruntime or openvino (default: by the bundle)")
     run.add_argument("--threads", type=int, help="CPU threads (default: the runtime's choice)")
+    run.add_argument(
+        "--low-memory", action="store_true", help="leave weights in the page cache (slower decode)"
+    )
     run.add_argument("--max-new-tokens", type=int, default=128)
     run.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     run.add_argument("--top-p", type=float, default=1.0)

@@ -218,9 +218,13 @@ def _notes(
     ]
     if schedule.layers:
         notes.append(
-            f"This model's smallest budget with a first pruning point before layer "
-            f"{schedule.layers[0]} is {smallest_budget(text.num_layers, schedule.layers):.3f}."
+            f"With a first pruning point before layer {schedule.layers[0]}, budgets lie above "
+            f"{smallest_budget(text.num_layers, schedule.layers):.3f}."
         )
+    share = pruned.average / visual if visual else 1.0
+    if paper and not math.isclose(share, PAPER_BUDGET, abs_tol=_SAME):
+        notes.append(f"The paper's pruned figures belong to 11.1 %, not to this {share:.1%}.")
+        paper = ()
     for row in paper:
         if row.unit == "T":
             notes += _flops_note(row, schedule, visual, config, pruned, unpruned)
@@ -247,7 +251,7 @@ def _flops_note(
     )
     return [
         f"The paper gives {row.pruned:g} T pruned and {row.unpruned:g} T unpruned; its formula "
-        f"gives {ours:.3g} T and {full:.4g} T here, and {probed:.3g} T with one whole layer's "
+        f"gives {ours:#.3g} T and {full:.4g} T here, and {probed:#.3g} T with one whole layer's "
         "forward a probe."
     ]
 
@@ -273,20 +277,14 @@ def _tiles(count: int) -> str:
 
 
 def _row(label: str, pruned: float, unpruned: float, unit: str) -> str:
+    """A line of the table; counts without a unit get the magnitude of the larger one."""
     ratio = f"{unpruned / pruned:.2f}x" if pruned and unpruned else ""
-    return f"{label:<34}{_figure(pruned, unit):>12}{_figure(unpruned, unit):>12}{ratio:>8}".rstrip()
-
-
-def _figure(value: float, unit: str) -> str:
-    """A count of operations with its magnitude, or a value in its own unit."""
-    if unit:
-        return (
-            f"{value:.2f} {unit}" if unit == "T" else f"{value:.{1 if value < 100 else 0}f} {unit}"
-        )
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= size:
-            return f"{value / size:.3f} {letter}"
-    return f"{value:.0f}"
+    size, digits = 1.0, 2 if unit == "T" else 1
+    if not unit:
+        digits, most = 3, max(pruned, unpruned)
+        size, unit = (1e12, "T") if most >= 1e12 else (1e9, "G") if most >= 1e9 else (1e6, "M")
+    values = "".join(f"{f'{value / size:.{digits}f} {unit}':>12}" for value in (pruned, unpruned))
+    return f"{label:<34}{values}{ratio:>8}".rstrip()
 
 
 def _cost_json(cost: Cost) -> dict[str, Any]:
