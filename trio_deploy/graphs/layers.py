@@ -162,8 +162,22 @@ class Linear(nn.Module):
     def forward(self, op: Any, x: ir.Value, transpose: bool = False) -> ir.Value:
         """[…, in] → […, out]; with `transpose`, [..., out] → [..., in] without the bias."""
         if transpose:
+            if self.d.name == "primitive" and self.weight.shape[0] == self.weight.shape[1]:
+                return _left_multiply(op, self.weight, x)
             return op.MatMul(x, self.weight)
         return linear(op, self.d, x, self.weight, self.bias)
+
+
+def _left_multiply(op: Any, weight: ir.Value, x: ir.Value) -> ir.Value:
+    """x W as (Wᵀ xᵀ)ᵀ, for a square W and x of rank 2 or more.
+
+    OpenVINO 2026.4 packs a constant on the right of a product, and where one graph has both x W
+    and x Wᵀ for a square W it takes the one packing for the other: wrong numbers, no message.
+    """
+    rank = len(shape_of(x))
+    perm = [*range(rank - 2), rank - 1, rank - 2]
+    left = op.Transpose(weight, perm=[1, 0])
+    return op.Transpose(op.MatMul(left, op.Transpose(x, perm=perm)), perm=perm)
 
 
 def linear(
