@@ -63,13 +63,13 @@ def _export(args: argparse.Namespace) -> None:
         probe=args.probe,
         threshold=args.threshold,
     )
-    print(inspect(bundle))
+    print(inspect(bundle, interface=False))
 
 
 def _attach_weights(args: argparse.Namespace) -> None:
     from trio_deploy.export import attach_weights, inspect
 
-    print(inspect(attach_weights(args.bundle, args.checkpoint)))
+    print(inspect(attach_weights(args.bundle, args.checkpoint), interface=False))
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -485,8 +485,8 @@ def _carry_over(old: Bundle, writer: BundleWriter, skip: set[str]) -> None:
             writer.record(relative, old.manifest.files[relative].sha256)
 
 
-def inspect(bundle: Bundle | str | os.PathLike[str]) -> str:
-    """A bundle in words: model, schedule, stages with their inputs and outputs, weights."""
+def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) -> str:
+    """A bundle in words: model, schedule, weights; with `interface`, each stage's tensors."""
     it = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     manifest, text = it.manifest, it.config.text
     graphs = {stage: manifest.files[g.file].size for stage, g in manifest.graphs.items()}
@@ -514,6 +514,8 @@ def inspect(bundle: Bundle | str | os.PathLike[str]) -> str:
     ]
     for stage, graph in manifest.graphs.items():
         lines.append(f"  {graph.file}  {format_bytes(graphs[stage])}")
+        if not interface:
+            continue
         for word, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
             lines.extend(f"    {word} {line}" for line in _tensor_lines(tensors))
     lines.append("made with  " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()))
