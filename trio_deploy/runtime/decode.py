@@ -86,6 +86,7 @@ class Decoder:
     def _bind_segments(self, stages: Stages, names: list[str]) -> list[list[Step]]:
         rows = len(self._ids)
         hidden = [np.empty((rows, 1, stages.hidden_size), stages.dtype) for _ in names]
+        outputs = [*hidden, self._logits]
         nothing = np.zeros((0, stages.hidden_size), stages.dtype)
         zeros, ones = np.zeros((rows, 1), np.int64), np.ones(rows, np.int64)
         embed = stages.engines["embed"].bind(
@@ -96,7 +97,6 @@ class Decoder:
         for side in range(stages.sides):
             steps = [embed]
             for number, (name, cache) in enumerate(zip(names, self._caches, strict=True)):
-                engine = stages.engines[name]
                 feeds = {
                     stages.source(name): hidden[number],
                     "position_ids": self._positions[number][:, None],
@@ -104,8 +104,7 @@ class Decoder:
                     "past_lengths": self._lengths[number],
                     **cache.past(side),
                 }
-                last = "logits" in engine.outputs
-                into = {"logits": self._logits} if last else {"hidden_states": hidden[number + 1]}
-                steps.append(engine.bind(feeds, into | cache.present(side)))
+                into = {stages.sink(name): outputs[number + 1], **cache.present(side)}
+                steps.append(stages.engines[name].bind(feeds, into))
             sides.append(steps)
         return sides

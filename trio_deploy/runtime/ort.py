@@ -172,17 +172,12 @@ class OrtEngine:
         """See `Engine.bind`."""
         check_feeds(self, feeds)
         binding, values = self._binding(feeds, into)
-        on_cpu = self._device == "cpu"
-        session = self._session
-
-        def step() -> None:
-            if not on_cpu:  # inputs were copied to the device when they were bound
-                for name, value in values.items():
-                    if isinstance(feeds[name], np.ndarray):
-                        value.update_inplace(feeds[name])
-            session.run_with_iobinding(binding)
-
-        return step
+        copied = [
+            (value, feeds[name])
+            for name, value in values.items()
+            if self._device != "cpu" and isinstance(feeds[name], np.ndarray)
+        ]
+        return _Step(self._session, binding, copied, {**feeds, **into})
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """See `Engine.empty`: numpy on the CPU, an OrtValue on a GPU."""
@@ -219,6 +214,27 @@ class OrtEngine:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime raises many kinds, all meaning this
             raise TrioError(f"ONNX Runtime failed: {error}") from error
+
+
+class _Step:
+    """A bound run, and the arrays whose memory it works on, which it does not own."""
+
+    def __init__(
+        self,
+        session: Any,
+        binding: Any,
+        copied: list[tuple[Any, np.ndarray]],
+        arrays: dict[str, Array],
+    ) -> None:
+        self._session = session
+        self._binding = binding
+        self._copied = copied
+        self._arrays = arrays
+
+    def __call__(self) -> None:
+        for value, array in self._copied:  # on a GPU, inputs from the host are copies
+            value.update_inplace(array)
+        self._session.run_with_iobinding(self._binding)
 
 
 def _specs(args: list[Any]) -> dict[str, TensorSpec]:

@@ -97,13 +97,7 @@ class OvEngine:
     def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Callable[[], None]:
         """See `Engine.bind`."""
         check_feeds(self, feeds)
-        request = self._bound(feeds, into)
-
-        def step() -> None:
-            request.start_async()
-            request.wait()
-
-        return step
+        return _Step(self._bound(feeds, into), {**feeds, **into})
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """See `Engine.empty`."""
@@ -111,9 +105,11 @@ class OvEngine:
 
     def _bound(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Any:
         request = self._model.create_infer_request()
-        for arrays in (feeds, into):
+        for arrays, specs in ((feeds, self.inputs), (into, self.outputs)):
             for name, array in arrays.items():
-                request.set_tensor(name, self._openvino.Tensor(array, shared_memory=True))
+                # A view, since numpy has two int64 types and OpenVINO knows one of them.
+                tensor = self._openvino.Tensor(array.view(specs[name].dtype), shared_memory=True)
+                request.set_tensor(name, tensor)
         return request
 
     def _infer(self, request: Any) -> None:
@@ -122,6 +118,18 @@ class OvEngine:
             request.wait()
         except RuntimeError as error:
             raise TrioError(f"OpenVINO failed: {error}") from error
+
+
+class _Step:
+    """A bound request, and the arrays whose memory it works on, which it does not own."""
+
+    def __init__(self, request: Any, arrays: dict[str, Array]) -> None:
+        self._request = request
+        self._arrays = arrays
+
+    def __call__(self) -> None:
+        self._request.start_async()
+        self._request.wait()
 
 
 def _specs(ports: list[Any]) -> dict[str, TensorSpec]:

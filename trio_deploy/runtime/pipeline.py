@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,7 +15,7 @@ from tokenizers import Tokenizer
 from trio_deploy.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.models.preprocessing import Preprocessor, ProcessedImage
-from trio_deploy.recipe import Target, load_target
+from trio_deploy.recipe import Target, list_targets, load_target
 from trio_deploy.runtime.decode import Decoder
 from trio_deploy.runtime.engine import open_runtime
 from trio_deploy.runtime.kv import SegmentCache
@@ -197,17 +196,15 @@ class TrioPipeline:
         """
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(Path(bundle))
         loaded.require_weights()
-        options = {} if runtime else _target_options(loaded, target)
-        stages = Stages(
-            loaded,
-            open_runtime(
-                runtime or options["runtime"],
-                threads=threads,
-                low_memory=low_memory,
-                provider=provider or options.get("provider"),
-                precision=precision or options.get("precision"),
-            ),
+        name, targeted = _target_options(loaded, target, runtime)
+        opened = open_runtime(
+            name,
+            threads=threads,
+            low_memory=low_memory,
+            provider=provider,
+            precision=precision or targeted,
         )
+        stages = Stages(loaded, opened)
         tokens = {key: token for key, token in loaded.tokens.items() if isinstance(token, str)}
         try:
             tokenizer = Tokenizer.from_file(str(loaded.tokenizer_path))
@@ -414,15 +411,22 @@ class TrioPipeline:
         )
 
 
-def _target_options(bundle: Bundle, target: str | Target | None) -> dict[str, Any]:
-    """What a target of engines/ says about how to run."""
+def _target_options(
+    bundle: Bundle, target: str | Target | None, runtime: str | None
+) -> tuple[str, str | None]:
+    """Runtime and precision: the caller's, else the target's, else the bundle's."""
+    name = runtime or bundle.manifest.runtime
     if target is None:
-        return {"runtime": bundle.manifest.runtime}
+        # The bundle knows its target by name; a file of the exporting machine's may not be here.
+        shipped = bundle.manifest.target in list_targets()
+        target = bundle.manifest.target if shipped else None
+        if runtime not in (None, bundle.manifest.runtime):
+            target = None
+    if target is None:
+        return name, None
     chosen = target if isinstance(target, Target) else load_target(target)
-    options: dict[str, Any] = {"runtime": chosen.runtime}
-    if chosen.runtime == "openvino":
-        options["precision"] = chosen.dtype
-    return options
+    name = runtime or chosen.runtime
+    return name, chosen.precision if name == "openvino" else None
 
 
 def _numbered(requests: Sequence[Request]) -> list[tuple[str, Request]]:

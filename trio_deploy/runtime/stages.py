@@ -89,6 +89,11 @@ class Stages:
         names = self.engines[segment].inputs
         return "inputs_embeds" if "inputs_embeds" in names else "hidden_states"
 
+    def sink(self, segment: str) -> str:
+        """The output that is not a cache: logits, or the tokens for what comes next."""
+        names = self.engines[segment].outputs
+        return next(name for name in names if not name.startswith("present."))
+
     def see(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """image_features [R,d] of images [T,3,h,w] each, in order."""
         features = [np.zeros((0, self.hidden_size), self.dtype)]
@@ -146,8 +151,8 @@ class Stages:
                     cache = self._cache(engine, name, lengths, new_tokens)
                     outputs = self._segment(name, cache, hidden, positions, lengths)
                 result.caches[name] = cache
-                hidden = outputs.get("hidden_states", hidden)
-                result.logits = outputs.get("logits", result.logits)
+                hidden = outputs[self.sink(name)]
+        result.logits = hidden
         return result
 
     def _cache(
