@@ -13,6 +13,7 @@ from trio_deploy.schedule import (
     Schedule,
     account,
     default_layers,
+    for_budget,
     kv_bytes,
     layer_flops,
     paper_layer_flops,
@@ -267,6 +268,12 @@ def test_every_budget_is_hit_within_rounding_and_more_budget_keeps_no_less(
 def test_budgets_that_are_no_share_are_refused(budget):
     with pytest.raises(TrioError, match="not possible"):
         solve(budget, 32)
+
+
+def test_a_recipes_own_schedule_comes_before_the_solvers():
+    recipe = {"0.111": Schedule.parse("2:0.1")}
+    assert for_budget(0.111, 32, recipe) == recipe["0.111"]
+    assert for_budget(0.222, 32, recipe) == solve(0.222, 32) == for_budget(0.222, 32)
 
 
 def test_a_budget_below_the_first_layers_names_the_smallest():

@@ -18,7 +18,7 @@ from typing import Any
 import onnx_ir as ir
 from tqdm import tqdm
 
-from trio_deploy.assets import checkpoint_assets
+from trio_deploy.assets import checkpoint_assets, planned_assets
 from trio_deploy.bundle import (
     CHAT_TEMPLATE,
     MANIFEST,
@@ -37,8 +37,8 @@ from trio_deploy.errors import TrioError
 from trio_deploy.graphs import GraphOptions, build_graphs
 from trio_deploy.models import canonical_tensors, map_checkpoint_names, parse_config
 from trio_deploy.models.config import ModelConfig
-from trio_deploy.recipe import Recipe, load_target
-from trio_deploy.schedule import Schedule, solve
+from trio_deploy.recipe import DIALECTS, Recipe, load_target
+from trio_deploy.schedule import Schedule, for_budget
 from trio_deploy.source import HUB_ID, from_folder, hub_folder, resolve
 from trio_deploy.weights import (
     DTYPES,
@@ -111,7 +111,13 @@ def export(
     dtype = dtype or _target_dtype(device.dtype, sources, found.raw_config)
     if dtype not in SAFETENSORS:
         raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(SAFETENSORS)}")
-    options = _options(found.recipe, device.dialect, dialect, dtype, positions, probe, threshold)
+    dialect = dialect or device.dialect
+    options = _options(found.recipe, dialect, dtype, positions, probe, threshold)
+    if dialect not in DIALECTS[device.runtime]:
+        raise TrioError(
+            f"{device.runtime}, the runtime of the target {device.name}, does not read graphs in "
+            f"the {dialect} dialect: choose {' or '.join(DIALECTS[device.runtime])}"
+        )
     models = build_graphs(config, plan.layers, options)
     used = _used_tensors(models, canonical_tensors(config))
     sources = {name: sources[name] for name in used} if sources else {}
@@ -176,9 +182,7 @@ def _schedule(
         plan = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
     else:
         wanted = DEFAULT_BUDGET if budget is None else budget
-        known = recipe.schedules if recipe else {}
-        stored = [s for key, s in known.items() if abs(float(key) - wanted) < 1e-9]
-        plan = stored[0] if stored else solve(wanted, layers)
+        plan = for_budget(wanted, layers, recipe.schedules if recipe else None)
     plan.validate(layers)
     return plan
 
@@ -219,8 +223,7 @@ def _target_dtype(
 
 def _options(
     recipe: Recipe | None,
-    target_dialect: str,
-    dialect: str | None,
+    dialect: str,
     dtype: str,
     positions: str | None,
     probe: str | None,
@@ -229,15 +232,18 @@ def _options(
     given = {"positions": positions, "probe": probe, "threshold": threshold}
     values = dict(_DEFAULTS)
     for key, value in given.items():
-        stored = getattr(recipe, key, None) if recipe else None
-        if stored is not None:
-            values[key] = stored
         if value is not None:
             values[key] = value
-    values["dialect"] = dialect or target_dialect
+        elif recipe is not None:
+            values[key] = getattr(recipe, key)
     if not 0 < values["threshold"] <= 1:
         raise TrioError(f"the threshold is {values['threshold']}, but cosines lie in (0, 1]")
-    return GraphOptions(dtype=dtype, separate_decode=values["dialect"] == "onnx", **values)
+    return GraphOptions(
+        dialect=dialect,  # type: ignore[arg-type]  # checked there, unknown ones are named
+        dtype=dtype,  # type: ignore[arg-type]
+        separate_decode=dialect == "onnx",
+        **values,
+    )
 
 
 def _used_tensors(

@@ -17,10 +17,10 @@ from trio_deploy.schedule import (
     Cost,
     Schedule,
     account,
+    for_budget,
     kv_bytes,
     paper_layer_flops,
     smallest_budget,
-    solve,
     vision_flops,
 )
 
@@ -139,7 +139,7 @@ def make_plan(
     if schedule is not None:
         chosen = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
     else:
-        chosen = _for_budget(PAPER_BUDGET if budget is None else budget, depth, published)
+        chosen = for_budget(PAPER_BUDGET if budget is None else budget, depth, published)
     chosen.validate(depth, visual)
 
     def cost(of: Schedule) -> Cost:
@@ -179,13 +179,6 @@ def _open_model(model: str) -> tuple[str, ModelConfig, dict[str, Schedule]]:
         return Path(model).resolve().name, parse_config(raw), {}
     recipe = load_recipe(model)
     return recipe.name, parse_config(recipe.architecture), dict(recipe.schedules)
-
-
-def _for_budget(budget: float, num_layers: int, published: dict[str, Schedule]) -> Schedule:
-    for key, schedule in published.items():
-        if math.isclose(float(key), budget):
-            return schedule
-    return solve(budget, num_layers)
 
 
 def _paper_rows(name: str) -> tuple[PaperRow, ...]:

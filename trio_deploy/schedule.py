@@ -12,7 +12,7 @@ and RoPE are left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -266,6 +266,16 @@ def solve(budget: float, num_layers: int, layers: Sequence[int] | None = None) -
     return Schedule(
         tuple(PruningPoint(layer, ratio) for layer, ratio in zip(layers, ratios, strict=True))
     )
+
+
+def for_budget(
+    budget: float, num_layers: int, published: Mapping[str, Schedule] | None = None
+) -> Schedule:
+    """The schedule that a recipe has for this budget ("0.111" → schedule), else the solver's."""
+    for key, schedule in (published or {}).items():
+        if math.isclose(float(key), budget):
+            return schedule
+    return solve(budget, num_layers)
 
 
 def _shares(budget: float, count: int) -> list[float]:
