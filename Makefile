@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TESTED := -c requirements/tested.txt
 DEPENDENCIES := pyproject.toml requirements/tested.txt
-PROMPT ?= what color is the star?
+PROMPT ?= what color is the circle?
 
 .PHONY: demo test lint types tests check-python clean
 .DELETE_ON_ERROR:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCENE = ROOT / "examples" / "scene.png"
-PROMPT = "what color is the star?"
+PROMPT = "what color is the circle?"
 
 
 def run(*command: object, cwd: Path) -> str:
