@@ -119,8 +119,10 @@ def packing_model() -> LlavaNextForConditionalGeneration:
 
 @pytest.mark.parametrize(
     "size",
-    [(336, 336), (672, 672), (640, 480), (480, 640), (1000, 300), (300, 1000), (899, 1024)]
-    + [(1, 500), (500, 1), (17, 13), (337, 335), (2000, 667), (673, 336)],
+    [
+        *[(336, 336), (672, 672), (640, 480), (480, 640), (1000, 300), (300, 1000), (899, 1024)],
+        *[(1, 500), (500, 1), (17, 13), (337, 335), (2000, 667), (673, 336)],
+    ],
 )
 def test_token_order_equals_pack_image_features(packing_model, size):
     """At the real grid: numbered feature rows, packed by transformers, are exactly `rows`."""
