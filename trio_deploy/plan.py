@@ -6,13 +6,11 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from trio_deploy.errors import TrioError
 from trio_deploy.models import parse_config
 from trio_deploy.models.config import ModelConfig
-from trio_deploy.recipe import load_recipe
 from trio_deploy.schedule import (
     Cost,
     Schedule,
@@ -23,6 +21,7 @@ from trio_deploy.schedule import (
     smallest_budget,
     vision_flops,
 )
+from trio_deploy.source import resolve
 
 PAPER_BUDGET = 0.111
 """The budget that the paper's rows for operations and KV cache belong to."""
@@ -122,13 +121,15 @@ def make_plan(
     """The cost of `budget` or `schedule` (default: the paper's 11.1 %) on `model`.
 
     Args:
-        model: recipe name, recipe file, or checkpoint folder (its config.json is enough).
+        model: recipe name or file, checkpoint folder (its config.json is enough), or hub id.
         visual_tokens: N; default the most that one image takes (rows of newlines not counted).
 
     Raises:
         TrioError: unknown model, impossible budget or schedule, or counts below 0.
     """
-    name, config, published = _open_model(model)
+    found = resolve(model, weights_needed=False)
+    name, config = found.name, parse_config(found.raw_config)
+    published = found.recipe.schedules if found.recipe else None
     depth = config.text.num_layers
     tiles = max_tiles(config)
     visual = tiles * config.vision.rows_per_tile if visual_tokens is None else visual_tokens
@@ -166,19 +167,6 @@ def max_tiles(config: ModelConfig) -> int:
     """Tiles that the largest image is cut into: the overview, and the largest canvas's tiles."""
     tile = config.vision.image_size**2
     return 1 + max((h * w // tile for h, w in config.grid_pinpoints), default=0)
-
-
-def _open_model(model: str) -> tuple[str, ModelConfig, dict[str, Schedule]]:
-    """Name, configuration, and published schedules by budget."""
-    config_file = Path(model) / "config.json"
-    if config_file.is_file():
-        try:
-            raw = json.loads(config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise TrioError(f"cannot read {config_file}: {error}") from error
-        return Path(model).resolve().name, parse_config(raw), {}
-    recipe = load_recipe(model)
-    return recipe.name, parse_config(recipe.architecture), dict(recipe.schedules)
 
 
 def _paper_rows(name: str) -> tuple[PaperRow, ...]:
