@@ -97,6 +97,8 @@ def _run(args: argparse.Namespace) -> None:
     from trio_deploy.report import generation_json, generation_text, save_kept
     from trio_deploy.runtime.pipeline import TrioPipeline
 
+    if args.show is not None and not args.image:
+        raise TrioError("--show draws what was kept of an image: pass one with --image")
     pipeline = TrioPipeline.from_bundle(
         args.bundle, runtime=args.runtime, threads=args.threads, low_memory=args.low_memory
     )
