@@ -430,8 +430,8 @@ def test_a_missing_file_of_the_checkpoint_is_named(file, message, checkpoint, tm
 
 
 def test_a_tokenizer_of_another_model_is_noticed(checkpoint, tmp_path):
-    edit_json(checkpoint / "config.json", lambda raw: raw.update(image_token_index=10_000))
-    with pytest.raises(TrioError, match="no token 10000, which .* the image token"):
+    edit_json(checkpoint / "config.json", lambda raw: raw.update(image_token_index=93))
+    with pytest.raises(TrioError, match="no token 93, which .* the image token"):
         export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
 
 
@@ -506,6 +506,8 @@ def test_a_half_downloaded_snapshot_is_not_taken(cache, llava_checkpoint):
         ({"budget": 0.01}, "cannot be reached"),
         ({"schedule": "1:0.5", "dtype": "int3"}, "unknown dtype 'int3'"),
         ({"schedule": "1:0.5", "dialect": "onxx"}, "[Uu]nknown dialect 'onxx'"),
+        ({"schedule": "1:0.5", "target": "cpu-openvino", "dialect": "ort"}, "choose primitive"),
+        ({"schedule": "1:0.5", "target": "cpuu"}, "no target called 'cpuu'"),
         ({"schedule": "1:0.5", "positions": "random"}, "[Uu]nknown positions"),
         ({"schedule": "1:0.5", "threshold": 3.0}, "threshold is 3.0"),
         ({"schedule": "1:0.5", "graphs_only": True, "link_weights": True}, "leave out"),

@@ -31,7 +31,7 @@ def planned_assets(found: Source, config: ModelConfig) -> Assets:
     raw: Mapping[str, Any] | None = None
     if found.recipe is not None:
         raw = found.recipe.preprocessing
-        template = getattr(found.recipe, "chat_template", None)
+        template = found.recipe.chat_template
         if template:
             files[CHAT_TEMPLATE] = template.encode()
     elif found.folder is not None:
@@ -60,9 +60,7 @@ def checkpoint_assets(
             "processor_config.json: copy one of them from the model's repository"
         )
     files[PREPROCESSOR] = _json_bytes(Preprocessor.from_json(raw, config).to_json())
-    template = _chat_template(folder) or (
-        getattr(recipe, "chat_template", None) if recipe else None
-    )
+    template = _chat_template(folder) or (recipe.chat_template if recipe else None)
     if template:
         files[CHAT_TEMPLATE] = template.encode()
     tokens, ids = _tokens(folder, config)

@@ -52,9 +52,9 @@ def resolve(model: str, weights_needed: bool) -> Source:
 
 
 def _from_recipe(recipe: Recipe, weights_needed: bool) -> Source:
-    local = getattr(recipe, "checkpoint", None)
-    if local is not None:
-        return replace(from_folder(Path(local)), name=recipe.name, recipe=recipe)
+    if recipe.checkpoint is not None:
+        found = from_folder(recipe.checkpoint)
+        return replace(found, name=recipe.name, source=recipe.name, recipe=recipe)
     source = recipe.hub_id or recipe.name
     if not weights_needed:
         return Source(recipe.name, source, None, dict(recipe.architecture), None, recipe)
