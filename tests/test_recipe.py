@@ -1,0 +1,230 @@
+"""Recipes and targets: the shipped ones are sound, wrong ones are named to the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+import pytest
+import yaml
+
+from tests.checkpoints import make_llava
+from trio_deploy.errors import TrioError
+from trio_deploy.models import parse_config
+from trio_deploy.recipe import (
+    list_recipes,
+    list_targets,
+    load_recipe,
+    load_target,
+    recipe_folder,
+    recipe_for,
+    target_folder,
+)
+
+HUB = {
+    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+    "llava-next-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    "llava-next-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llama3-llava-next-8b": "llava-hf/llama3-llava-next-8b-hf",
+}
+
+
+def test_the_shipped_recipes_are_those_promised():
+    assert list_recipes() == sorted(["tiny", *HUB])
+
+
+@pytest.mark.parametrize("name", [*HUB, "tiny"])
+def test_a_recipe_is_complete(name):
+    recipe = load_recipe(name)
+    layers = parse_config(recipe.architecture).text.num_layers
+    assert recipe.hub_id == HUB.get(name)
+    assert recipe.probe == "last"
+    assert recipe.positions == ("original" if name == "tiny" else "renumber")
+    assert recipe.threshold == 0.8
+    assert list(recipe.schedules) == ["0.333", "0.222", "0.111"]
+    for budget, schedule in recipe.schedules.items():
+        schedule.validate(layers)
+        # Within what rounding to whole tokens allows.
+        assert schedule.average(576, layers) / 576 == pytest.approx(float(budget), abs=0.001)
+
+
+@pytest.mark.parametrize("name", [n for n in HUB if n != "llava-1.5-13b"])
+@pytest.mark.parametrize(
+    ("budget", "kept", "average"),
+    [("0.222", (218, 128, 54), 128), ("0.111", (92, 54, 22), 64)],
+)
+def test_published_schedules(name, budget, kept, average):
+    """The counts of the paper's code at 576 visual tokens; at 2880 five times as many."""
+    schedule = load_recipe(name).schedules[budget]
+    assert schedule.layers == (1, 10, 15)
+    assert schedule.resolve(576) == kept
+    assert schedule.average(576, 32) == average
+    if budget == "0.111":
+        assert schedule.resolve(2880) == (460, 270, 110)
+
+
+def test_thirteen_billion_has_forty_layers():
+    recipe = load_recipe("llava-1.5-13b")
+    assert parse_config(recipe.architecture).text.num_layers == 40
+    assert recipe.schedules["0.111"].layers == (1, 13, 19)
+
+
+def test_tiny_brings_its_checkpoint():
+    recipe = load_recipe("tiny")
+    assert recipe.checkpoint is not None
+    assert (recipe.checkpoint / "model.safetensors").is_file()
+    assert all(s.layers == (1, 5, 8) for s in recipe.schedules.values())
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_hub_id_finds_its_recipe(name):
+    found = recipe_for(HUB[name])
+    assert found is not None and found.name == name
+    assert recipe_for("someone/else") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("llava-1.5-7b", "USER: <image>\nWhat? ASSISTANT:"),
+        ("llava-1.5-13b", "USER: <image>\nWhat? ASSISTANT:"),
+        (
+            "llava-next-7b",
+            "A chat between a curious human and an artificial intelligence assistant. The "
+            "assistant gives helpful, detailed, and polite answers to the human's questions. "
+            "USER: <image>\nWhat? ASSISTANT:",
+        ),
+        ("llava-next-mistral-7b", "[INST] <image>\nWhat? [/INST]"),
+    ],
+)
+def test_chat_templates_give_the_prompt_the_model_knows(name, prompt):
+    template = load_recipe(name).chat_template
+    assert template is not None
+    content = [{"type": "text", "text": "What?"}, {"type": "image"}]
+    rendered = jinja2.Template(template).render(
+        messages=[{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    assert rendered == prompt
+
+
+def test_a_copied_recipe_is_loaded_from_its_path(tmp_path: Path):
+    copy = tmp_path / "mine.yaml"
+    copy.write_text((recipe_folder() / "llava-next-7b.yaml").read_text())
+    assert load_recipe(copy).name == "mine"
+    assert load_recipe(str(copy)).schedules == load_recipe("llava-next-7b").schedules
+
+
+def test_a_recipe_may_name_a_local_checkpoint(tmp_path: Path):
+    make_llava(tmp_path / "weights", layers=2)
+    file = tmp_path / "mine.yaml"
+    file.write_text('checkpoint: weights\nschedules: {"0.5": [{layer: 1, keep: 0.3}]}\n')
+    recipe = load_recipe(file)
+    assert recipe.checkpoint == tmp_path / "weights"
+    assert parse_config(recipe.architecture).text.num_layers == 2
+    assert recipe.preprocessing["size"] == {"shortest_edge": 32}
+
+
+class TestBadRecipes:
+    @pytest.fixture
+    def broken(self, tmp_path: Path):
+        """Writes llava-1.5-7b with changes, and returns the file."""
+
+        def write(**changes) -> Path:
+            raw = yaml.safe_load((recipe_folder() / "llava-1.5-7b.yaml").read_text())
+            file = tmp_path / "broken.yaml"
+            file.write_text(yaml.safe_dump({**raw, **changes}))
+            return file
+
+        return write
+
+    def test_unknown_recipe(self):
+        with pytest.raises(TrioError, match="llava-next-7'.*Did you mean 'llava-next-7b'.*tiny"):
+            load_recipe("llava-next-7")
+
+    def test_missing_file(self, tmp_path: Path):
+        with pytest.raises(TrioError, match="no recipe file"):
+            load_recipe(tmp_path / "x.yaml")
+
+    @pytest.mark.parametrize(
+        ("key", "nearest"),
+        [("schedule", "schedules"), ("treshold", "threshold"), ("hub", "hub_id")],
+    )
+    def test_unknown_key(self, broken, key, nearest):
+        with pytest.raises(TrioError, match=f"unknown key '{key}'.*Did you mean '{nearest}'"):
+            load_recipe(broken(**{key: 1}))
+
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"probe": "first"}, "probe 'first'.*last, shifted"),
+            ({"positions": "keep"}, "positions 'keep'"),
+            ({"threshold": 1.5}, "threshold.*1.5"),
+            ({"threshold": True}, "threshold"),
+            ({"hub_id": 3}, "hub_id must be text"),
+            ({"schedules": []}, "map budgets"),
+            ({"schedules": {"much": []}}, "'much'"),
+            ({"schedules": {"2": []}}, "'2'"),
+            ({"schedules": {"0.1": [{"layer": 1}]}}, "schedule 0.1"),
+            ({"schedules": {"0.1": [{"layer": 1, "keep": 0.1, "kep": 1}]}}, "kep"),
+            ({"schedules": {"0.1": [{"layer": 32, "keep": 0.1}]}}, "32"),
+            (
+                {"schedules": {"0.1": [{"layer": 5, "keep": 0.1}, {"layer": 3, "keep": 0.1}]}},
+                "increas",
+            ),
+            (
+                {"schedules": {"0.1": [{"layer": 3, "keep": 0.1}, {"layer": 5, "keep": 0.2}]}},
+                "keep",
+            ),
+            ({"architecture": None}, "must be mappings"),
+            ({"architecture": {"model_type": "bert"}}, "'bert'"),
+            ({"preprocessing": {"crop_size": 10}}, "takes 336 x 336"),
+            ({"checkpoint": "nowhere"}, "no checkpoint folder"),
+        ],
+    )
+    def test_wrong_value(self, broken, changes, says):
+        with pytest.raises(TrioError, match=f"broken.yaml.*{says}"):
+            load_recipe(broken(**changes))
+
+    @pytest.mark.parametrize("text", ["a: [", "- 1", "", "\x00"])
+    def test_no_yaml_mapping(self, tmp_path: Path, text):
+        file = tmp_path / "x.yaml"
+        file.write_text(text)
+        with pytest.raises(TrioError, match="x.yaml"):
+            load_recipe(file)
+
+
+class TestTargets:
+    def test_the_shipped_ones(self):
+        assert {"cpu", "cpu-openvino"} <= set(list_targets())
+        cpu, openvino = load_target("cpu"), load_target("cpu-openvino")
+        assert (cpu.runtime, cpu.dialect, cpu.dtype) == ("onnxruntime", "ort", "float32")
+        assert (openvino.runtime, openvino.dialect) == ("openvino", "primitive")
+        assert openvino.precision == "float32"
+        assert load_target("cpu-openvino-bf16").precision == "bfloat16"
+        assert all(load_target(name).description for name in list_targets())
+
+    def test_a_copy_is_loaded_from_its_path(self, tmp_path: Path):
+        copy = tmp_path / "board.yaml"
+        copy.write_text((target_folder() / "cpu.yaml").read_text())
+        assert load_target(copy).name == "board"
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("runtime: onnxruntime\ndialect: ort\n", "'dtype' is missing"),
+            ("runtime: onnxrutime\n", "Did you mean 'onnxruntime'"),
+            ("runtime: openvino\ndialect: ort\ndtype: float32\n", "dialect 'ort'.*primitive"),
+            ("runtime: openvino\ndtipe: float32\n", "unknown key 'dtipe'.*'dtype'"),
+            ("runtime: openvino\ndialect: primitive\ndtype: int8\n", "'int8'"),
+        ],
+    )
+    def test_wrong_ones_are_named(self, tmp_path: Path, text, says):
+        file = tmp_path / "board.yaml"
+        file.write_text(text)
+        with pytest.raises(TrioError, match=says):
+            load_target(file)
+
+    def test_unknown_target(self):
+        with pytest.raises(TrioError, match="target called 'gpu'.*cpu"):
+            load_target("gpu")
