@@ -60,9 +60,13 @@ def test_json_is_plain():
 
 
 def test_several_images_are_drawn_below_one_another(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        report, "draw_kept", lambda image, processed, kept: Image.new("RGB", image.size, "red")
-    )
+    seen = []
+
+    def draw(image, processed, kept, layers):
+        seen.append((len(kept), layers))
+        return Image.new("RGB", image.size, "red")
+
+    monkeypatch.setattr(report, "draw_kept", draw)
 
     class Tokens:
         rows = np.arange(5)
@@ -72,6 +76,7 @@ def test_several_images_are_drawn_below_one_another(tmp_path, monkeypatch):
     report.save_kept(generation, tmp_path / "kept.png")
     with Image.open(tmp_path / "kept.png") as sheet:
         assert sheet.width == 50 and sheet.height >= 30
+    assert seen == [(2, [1, 3])] * 2
 
 
 def test_nothing_to_draw_or_nowhere_to_write_is_an_error(tmp_path, monkeypatch):

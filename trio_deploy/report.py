@@ -67,8 +67,10 @@ def save_kept(generation: Generation, path: Path) -> None:
     """
     if not generation.images:
         raise TrioError("--show draws what was kept of an image: pass one with --image")
+    starts = [start for start, _, _ in generation.layer_ranges]
+    layers = starts[len(starts) - len(generation.kept) :]
     pictures = [
-        draw_kept(image, processed, generation.kept_of_image(number))
+        draw_kept(image, processed, generation.kept_of_image(number), layers)
         for number, (image, processed) in enumerate(
             zip(generation.images, generation.processed, strict=True)
         )

@@ -256,8 +256,8 @@ def solve(budget: float, num_layers: int, layers: Sequence[int] | None = None) -
         if not layers:
             raise TrioError("this bundle or model has no pruning point: only a budget of 1 fits")
         raise TrioError(
-            f"a budget of {budget:g} cannot be reached: the {layers[0]} of {num_layers} layers "
-            f"before the first pruning point see every visual token, so it must be above "
+            f"a budget of {budget:g} cannot be reached: before the first pruning point, "
+            f"{layers[0]} of {num_layers} layers see every visual token, so it must be above "
             f"{floor:.4g}"
         )
     sizes = [stop - start for start, stop in pairwise((*layers, num_layers))]
