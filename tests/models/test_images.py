@@ -140,6 +140,12 @@ def test_what_is_no_picture_is_refused(data):
         open_image(data)
 
 
+def test_postscript_is_never_run():
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    with pytest.raises(TrioError, match="cannot be read as a picture"):
+        open_image(data)
+
+
 def test_a_flipped_byte_is_refused():
     data = bytearray(_bytes(make_picture(50, 50)))
     data[len(data) // 2] ^= 0xFF

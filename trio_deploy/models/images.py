@@ -23,6 +23,10 @@ from trio_deploy.errors import TrioError
 #: that unpacks to more is an attack or a mistake.
 MAX_PIXELS = 89_478_485
 
+#: What is decoded, in Pillow's names. Not all that Pillow knows: for some it starts a program
+#: (Ghostscript for EPS), which a picture from a stranger shall not do.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+
 
 @dataclass(frozen=True)
 class ImageSettings:
@@ -82,7 +86,8 @@ def open_image(source: Any) -> Image.Image:
         source: a path, the bytes of a file, or a Pillow image.
 
     Raises:
-        TrioError: not a picture, a corrupt one, one with a zero side, or more than `MAX_PIXELS`.
+        TrioError: not a picture in one of `FORMATS`, a corrupt one, one with a zero side, or one
+            with more than `MAX_PIXELS`.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the image")
@@ -192,11 +197,13 @@ def _center_crop(pixels: np.ndarray, crop: tuple[int, int]) -> tuple[np.ndarray,
 
 
 def _decode(file: Any, name: str) -> Image.Image:
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]  # older Pillows lack AVIF
     try:
         with warnings.catch_warnings():
             # The size is checked below, against our own limit and with our own message.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(file, formats=formats) as image:
                 _check_size(image, name)
                 image.load()
                 return _to_rgb(image, name)
