@@ -100,7 +100,7 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise TrioError(f"There is no checkpoint folder at {folder}.")
-        config = _json_object(folder / "config.json")
+        config = read_json(folder / "config.json")
         if config is None:
             raise TrioError(f"{folder} is not a checkpoint: it has no config.json.")
         return cls(folder, _weights(folder), config)
@@ -111,22 +111,15 @@ class Checkpoint:
         Raises:
             TrioError: it is not a JSON object.
         """
-        return _json_object(self.path / name)
+        return read_json(self.path / name)
 
     def model_config(self) -> ModelConfig:
         """config.json, parsed; see `parse_config` for what is refused."""
         return parse_config(self.config)
 
     def image_settings(self) -> dict[str, Any]:
-        """The image processor's settings: older checkpoints have a file for them.
-
-        transformers 5 keeps them in processor_config.json. Empty where there are none.
-        """
-        processor = self.raw_json("processor_config.json") or {}
-        inside = processor.get("image_processor")
-        if isinstance(inside, dict):
-            return inside
-        return self.raw_json("preprocessor_config.json") or {}
+        """The image processor's settings; see `image_settings`."""
+        return image_settings(self.path)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, by its name in the checkpoint, as a writable array of its own type.
@@ -224,6 +217,39 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     return _entries(file, header, 8 + length, size)
 
 
+def read_json(file: Path) -> dict[str, Any] | None:
+    """A JSON object from a file, None where there is no file.
+
+    Raises:
+        TrioError: it is not a JSON object.
+    """
+    if not file.is_file():
+        _refuse_dangling(file)
+        return None
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TrioError(f"{file} cannot be read as JSON: {error}.") from None
+    if not isinstance(raw, dict):
+        raise TrioError(f"{file} must hold a JSON object.")
+    return raw
+
+
+def image_settings(folder: Path) -> dict[str, Any]:
+    """The image processor's settings of a checkpoint folder, empty where there are none.
+
+    transformers 5 keeps them inside processor_config.json and looks there first; before, they had
+    a file of their own.
+
+    Raises:
+        TrioError: one of the files is not a JSON object.
+    """
+    inside = (read_json(folder / "processor_config.json") or {}).get("image_processor")
+    if isinstance(inside, dict):
+        return inside
+    return read_json(folder / "preprocessor_config.json") or {}
+
+
 def _entries(file: Path, header: dict[str, Any], data: int, size: int) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for name, raw in header.items():
@@ -274,7 +300,7 @@ def _weights(folder: Path) -> dict[str, TensorEntry]:
     if single.is_file():
         return read_header(single)
     _refuse_dangling(single)
-    index = _json_object(folder / INDEX)
+    index = read_json(folder / INDEX)
     if index is None:
         others = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pth", ".pt")]
         hint = (
@@ -320,16 +346,3 @@ def _refuse_dangling(file: Path) -> None:
             f"{file} is a link to {file.readlink()}, which does not exist; download the "
             "checkpoint again."
         )
-
-
-def _json_object(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        _refuse_dangling(file)
-        return None
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TrioError(f"{file} cannot be read as JSON: {error}.") from None
-    if not isinstance(raw, dict):
-        raise TrioError(f"{file} must hold a JSON object.")
-    return raw

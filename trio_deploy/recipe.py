@@ -6,7 +6,6 @@ Both are data that users copy, edit and pass by path; every key is checked here.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from trio_deploy.checkpoint import image_settings, read_json
 from trio_deploy.errors import TrioError
 from trio_deploy.models import Preprocessor, parse_config
 from trio_deploy.schedule import Schedule
@@ -132,8 +132,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if checkpoint is None:
         architecture, preprocessing = raw.get("architecture"), raw.get("preprocessing", {})
     else:
-        architecture = raw.get("architecture") or _json(checkpoint / "config.json")
-        preprocessing = raw.get("preprocessing") or _image_settings(checkpoint)
+        architecture = raw.get("architecture") or read_json(checkpoint / "config.json")
+        preprocessing = raw.get("preprocessing") or image_settings(checkpoint)
     if not isinstance(architecture, dict) or not isinstance(preprocessing, dict):
         raise TrioError(f"{file}: `architecture` and `preprocessing` must be mappings.")
     recipe = Recipe(
@@ -293,20 +293,3 @@ def _checkpoint(file: Path, raw: Mapping[str, Any]) -> Path | None:
     if not folder.is_dir():
         raise TrioError(f"{file}: there is no checkpoint folder at {folder}.")
     return folder
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrioError(f"{file} cannot be read as JSON: {error}.") from None
-    if not isinstance(raw, dict):
-        raise TrioError(f"{file} must hold a JSON object.")
-    return raw
-
-
-def _image_settings(folder: Path) -> dict[str, Any]:
-    """preprocessor_config.json, or what processor_config.json holds in its place."""
-    own = folder / "preprocessor_config.json"
-    raw = _json(own if own.is_file() else folder / "processor_config.json")
-    return dict(raw.get("image_processor", raw))
