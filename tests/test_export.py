@@ -58,6 +58,38 @@ def expected(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
+def built():
+    """Graphs of earlier tests, by what they were built for."""
+    return {}
+
+
+@pytest.fixture
+def afresh():
+    """For a test that is about the building itself."""
+
+
+@pytest.fixture(autouse=True)
+def _build_graphs_once(request, built, monkeypatch):
+    """Most tests here are about files around the graphs, so the same graphs serve many of them."""
+    if "afresh" in request.fixturenames:
+        return
+    build = export_module.build_graphs
+
+    def cached(config, layers, options):
+        key = (config, layers, options)
+        if key not in built:
+            models = build(config, layers, options)
+            built[key] = models, [v for m in models.values() for v in open_initializers(m)]
+        models, values = built[key]
+        for value in values:
+            value.const_value = None
+        return models
+
+    open_initializers = export_module._open_initializers
+    monkeypatch.setattr(export_module, "build_graphs", cached)
+
+
+@pytest.fixture(scope="module")
 def exported(llava_checkpoint, tmp_path_factory) -> Bundle:
     out = tmp_path_factory.mktemp("exported") / "b"
     return export(llava_checkpoint, out, schedule=SCHEDULE, progress=False)
@@ -128,6 +160,7 @@ def test_onnx_runtime_takes_every_graph(exported):
         ort.InferenceSession(exported.graph(stage), providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.usefixtures("afresh")
 def test_exporting_twice_gives_the_same_bytes(exported, llava_checkpoint, tmp_path):
     again = export(llava_checkpoint, tmp_path / "again", schedule=SCHEDULE, progress=False)
     for path in sorted(exported.path.rglob("*")):
