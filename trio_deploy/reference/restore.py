@@ -1,0 +1,87 @@
+"""transformers' model put together from the weights of a bundle: no checkpoint is needed.
+
+A bundle's own weights are what its graphs compute with, converted to another type or not, so they
+are what the reference must use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from trio_deploy.bundle import WEIGHTS, Bundle
+from trio_deploy.checkpoint import DTYPES, TensorEntry, read_header
+from trio_deploy.errors import TrioError
+from trio_deploy.models import map_checkpoint_names
+from trio_deploy.reference.oracle import model_class
+
+
+def restore_model(bundle: Bundle, dtype: torch.dtype = torch.float32) -> Any:
+    """The bundle's model as transformers' own class, weights widened or narrowed to `dtype`.
+
+    Raises:
+        TrioError: the bundle has no weights yet, or a model type the reference does not know.
+    """
+    bundle.require_weights()
+    raw = bundle.manifest.model.config
+    architecture = model_class(str(raw.get("model_type")))
+    entries: dict[str, TensorEntry] = {}
+    for file in sorted((bundle.path / WEIGHTS).glob("*.safetensors")):
+        entries |= read_header(file)
+    if not entries:
+        raise TrioError(f"the bundle {bundle.path} has no weights: export it again")
+    names = map_checkpoint_names(bundle.config, entries)
+    tensors = {canonical: _mapped(entries[name]) for canonical, name in names.items()}
+    config = architecture.config_class.from_dict(raw)
+    state = _state(architecture, config, tensors)
+    silent = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return architecture.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, attn_implementation="sdpa"
+        ).eval()
+    finally:
+        if silent:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _state(architecture: Any, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict that the installed transformers expects.
+
+    What no graph reads is zero: the vision layers above the one whose features are taken.
+    """
+    with torch.device("meta"):
+        expected = architecture(config).state_dict()
+    state, unread = {}, 0
+    for name, parameter in expected.items():
+        canonical = name.removeprefix("model.").replace(".vision_model.", ".")
+        if canonical == "lm_head.weight" and canonical not in tensors:
+            canonical = "language_model.embed_tokens.weight"  # tied
+        if canonical in tensors:
+            state[name] = tensors[canonical]
+        elif canonical.startswith("vision_tower."):
+            state[name], unread = torch.zeros(parameter.shape), unread + 1
+        else:
+            raise TrioError(f"the bundle's weights lack {canonical}: export it again")
+    used = len(expected) - unread - (0 if "lm_head.weight" in tensors else 1)
+    if used != len(tensors):
+        raise TrioError(
+            "this version of transformers names the model's tensors in a way that the reference "
+            "does not know: install another one (5.x is tested)"
+        )
+    return state
+
+
+def _mapped(entry: TensorEntry) -> Tensor:
+    """A tensor on the file's own pages."""
+    data = np.memmap(entry.file, np.uint8, "c", entry.offset, (entry.nbytes,))
+    array = data.view(DTYPES[entry.dtype]).reshape(entry.shape)
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
