@@ -17,7 +17,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.models.preprocessing import Preprocessor, ProcessedImage
 from trio_deploy.recipe import Target, list_targets, load_target
 from trio_deploy.runtime.decode import Decoder
-from trio_deploy.runtime.engine import open_runtime
+from trio_deploy.runtime.engine import Engine, open_runtime
 from trio_deploy.runtime.kv import SegmentCache
 from trio_deploy.runtime.prompt import Message, Prompt, PromptEncoder, collate
 from trio_deploy.runtime.sampling import Sampler, Sampling, StopScanner, TokenStream
@@ -150,6 +150,9 @@ class TrioPipeline:
     >>> answer.text, answer.keep_counts
 
     A follow-up question is a new prefill: which tokens a picture keeps depends on the question.
+
+    Attributes:
+        precision: the float type that segments compute in (selections keep the bundle's).
     """
 
     def __init__(
@@ -158,9 +161,11 @@ class TrioPipeline:
         stages: Stages,
         encoder: PromptEncoder,
         preprocessor: Preprocessor,
+        precision: str,
     ) -> None:
         """Use `from_bundle`."""
         self.bundle = bundle
+        self.precision = precision
         self._stages = stages
         self._encoder = encoder
         self._preprocessor = preprocessor
@@ -214,7 +219,21 @@ class TrioPipeline:
             tokenizer, loaded.config.image_token_id, tokens, loaded.chat_template
         )
         preprocessor = Preprocessor.from_json(loaded.preprocessor, loaded.config)
-        return cls(loaded, stages, encoder, preprocessor)
+        chosen = precision or targeted or loaded.manifest.dtype
+        return cls(loaded, stages, encoder, preprocessor, chosen)
+
+    def engine(self, stage: str) -> Engine:
+        """The opened graph of a stage, for those who feed it themselves."""
+        return self._stages.engines[stage]
+
+    def encode(self, request: Request) -> tuple[Prompt, list[ProcessedImage]]:
+        """What the graphs will see of a request: its tokens and its pictures.
+
+        Raises:
+            TrioError: as `generate`.
+        """
+        row = self._row(request)
+        return row.prompt, row.processed
 
     def generate(
         self,
