@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trio_deploy.bundle import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, TOKENS, GenerationInfo
+from trio_deploy.checkpoint import image_settings
 from trio_deploy.errors import TrioError
 from trio_deploy.models.config import ModelConfig
 from trio_deploy.models.preprocessing import Preprocessor
@@ -35,7 +36,7 @@ def planned_assets(found: Source, config: ModelConfig) -> Assets:
         if template:
             files[CHAT_TEMPLATE] = template.encode()
     elif found.folder is not None:
-        raw = _image_processor(found.folder)
+        raw = image_settings(found.folder)
     if raw:
         files[PREPROCESSOR] = _json_bytes(Preprocessor.from_json(dict(raw), config).to_json())
     return Assets(files, _generation(found.raw_config, None, None))
@@ -53,7 +54,7 @@ def checkpoint_assets(
             f"AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
     files = {TOKENIZER: path.read_bytes()}
-    raw = _image_processor(folder) or (dict(recipe.preprocessing) if recipe else None)
+    raw = image_settings(folder) or (dict(recipe.preprocessing) if recipe else None)
     if not raw:
         raise TrioError(
             f"{folder} has neither preprocessor_config.json nor an image_processor in "
@@ -81,12 +82,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _image_processor(folder: Path) -> dict[str, Any] | None:
-    """Either style: a file of its own, or (transformers 5) nested in processor_config.json."""
-    nested = (_read_json(folder / "processor_config.json") or {}).get("image_processor")
-    return _read_json(folder / "preprocessor_config.json") or nested
 
 
 def _chat_template(folder: Path) -> str | None:
