@@ -33,22 +33,21 @@ def venv(tmp_path_factory):
     source = folder / "source"  # a copy: building leaves files behind, which the next build takes
     left_out = shutil.ignore_patterns(".*", "build", "dist", "out", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=left_out)
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source,
-        cwd=folder)  # fmt: skip
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source, cwd=folder)
     (wheel,) = folder.glob("*.whl")
-    run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
     scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
-    run(scripts / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-        "-c", ROOT / "requirements" / "tested.txt", f"{wheel}[cpu]", cwd=folder)  # fmt: skip
+    tested = ROOT / "requirements" / "tested.txt"
+    run(*pip, "--python", scripts / "python", "install", "--no-compile", "-c", tested,
+        f"{wheel}[cpu]", cwd=folder)  # fmt: skip
     return scripts
 
 
 def test_the_base_install_has_neither_torch_nor_transformers(venv, tmp_path):
-    installed = {
-        package["name"].lower()
-        for package in json.loads(run(venv / "python", "-m", "pip", "list", "--format=json",
-                                      cwd=tmp_path))
-    }  # fmt: skip
+    listing = run(sys.executable, "-m", "pip", "--python", venv / "python", "list",
+                  "--format=json", cwd=tmp_path)  # fmt: skip
+    installed = {package["name"].lower() for package in json.loads(listing)}
     assert "trio-deploy" in installed
     assert not installed & {"torch", "transformers", "safetensors", "torchvision"}
 
