@@ -72,7 +72,9 @@ def test_bos_is_added_once_even_if_the_template_writes_it(llava_checkpoint: Path
     )
     ours = encoder(llava_checkpoint, template)
     ids = ours.encode(ours.text(messages, 0), []).ids
-    assert ids.tolist() == list(np.ravel(expected["input_ids"] if isinstance(expected, dict) else expected))
+    assert ids.tolist() == list(
+        np.ravel(expected["input_ids"] if isinstance(expected, dict) else expected)
+    )
     assert (ids == BOS).sum() == 1
 
 
@@ -131,12 +133,14 @@ def test_malformed_messages_are_refused(llava_checkpoint: Path, messages: list) 
 
 
 TEMPLATES = [
-    "{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content }}\n  {% endif %}\n{% endfor %}",
-    "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content }}\n  {% endif %}\n"
+    "{% endfor %}",
+    "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}"
+    "{% endfor %}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "{{ messages | tojson(indent=2) }} {{ eos_token }}",
-    "{% set ns = namespace(found=false) %}{% for m in messages %}{% set ns.found = true %}{% endfor %}"
-    "{{ ns.found }}{{ messages[0]['content'].split(' ')[-1] | trim }}",
+    "{% set ns = namespace(found=false) %}{% for m in messages %}{% set ns.found = true %}"
+    "{% endfor %}{{ ns.found }}{{ messages[0]['content'].split(' ')[-1] | trim }}",
     "{{ strftime_now('%Y') }}{% if tools is none %}no tools{% endif %}",
 ]
 

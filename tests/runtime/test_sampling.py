@@ -16,9 +16,7 @@ def test_temperature_zero_is_greedy_and_takes_the_first_of_equals() -> None:
 
 def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
     logits = np.zeros(1000, np.float32)
-    draws = {
-        seed: [Sampler(Sampling(1.0, seed=seed))(logits) for _ in range(3)] for seed in (1, 2)
-    }
+    draws = {seed: [Sampler(Sampling(1.0, seed=seed))(logits) for _ in range(3)] for seed in (1, 2)}
     assert draws[1][0] == draws[1][1]
     assert draws[1] != draws[2]
 

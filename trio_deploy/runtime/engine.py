@@ -133,7 +133,9 @@ def open_runtime(
     raise TrioError(f"unknown runtime {name!r}: choose onnxruntime or openvino")
 
 
-def open_engine(path: str | os.PathLike[str], runtime: str = "onnxruntime", **options: Any) -> Engine:
+def open_engine(
+    path: str | os.PathLike[str], runtime: str = "onnxruntime", **options: Any
+) -> Engine:
     """One graph on its own; `options` as in `open_runtime`."""
     return open_runtime(runtime, **options).open(Path(path))
 
