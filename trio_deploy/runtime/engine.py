@@ -30,14 +30,17 @@ class TensorSpec:
 
 
 class Engine(Protocol):
-    """One graph, ready to run.
+    """One graph, ready to run."""
 
-    Attributes:
-        inputs, outputs: by name, in the graph's order.
-    """
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """By name, in the graph's order."""
+        ...
 
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """By name, in the graph's order."""
+        ...
 
     def run(
         self, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None
