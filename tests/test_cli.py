@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from trio_deploy import cli
 from trio_deploy.errors import TrioError
+from trio_deploy.parity.compare import ParityRow
 
 
 @pytest.fixture
@@ -103,18 +103,30 @@ def test_an_interrupt_is_status_130(monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("passed", "status"), [([True, True], 0), ([True, False], 1)])
-def test_check_fails_when_a_row_does(monkeypatch, capsys, passed, status):
-    pytest.importorskip("torch")
+@pytest.mark.parametrize(("problem", "status"), [("", 0), ("logits off", 1)])
+def test_check_fails_when_a_row_does(monkeypatch, capsys, problem, status):
     from trio_deploy import parity
 
-    rows = [SimpleNamespace(passed=ok) for ok in passed]
+    report = parity.Report("a check", [ParityRow("embed"), ParityRow("prefill_0", problem=problem)])
     seen = {}
-    monkeypatch.setattr(parity, "check", lambda *a, **k: seen.update(k) or rows)
-    monkeypatch.setattr(parity, "table", lambda rows: f"{len(rows)} rows")
+    monkeypatch.setattr(parity, "check", lambda *args, **kwargs: seen.update(kwargs) or report)
     assert cli.main(["check", "b", "--golden"]) == status
     assert seen["golden"] is True
-    assert "2 rows" in capsys.readouterr().out
+    assert "prefill_0" in capsys.readouterr().out
+    assert cli.main(["check", "b", "--json"]) == status
+    assert json.loads(capsys.readouterr().out)["passed"] is (status == 0)
+
+
+def test_check_records_before_it_checks(monkeypatch):
+    from trio_deploy import parity
+
+    seen = []
+    monkeypatch.setattr(parity, "record", lambda *args, **kwargs: seen.append("record"))
+    monkeypatch.setattr(
+        parity, "check", lambda *a, **k: seen.append("check") or parity.Report("", [])
+    )
+    assert cli.main(["check", "b", "--record"]) == 0
+    assert seen == ["record", "check"]
 
 
 def test_run_on_a_missing_bundle_is_an_error(tmp_path, capsys):

@@ -97,10 +97,10 @@ def test_imports_point_one_way(path):
 
 
 def test_help_and_every_command_start_without_torch():
-    """Importing the rooms of all commands but `check` loads neither torch nor an engine."""
+    """Importing the rooms, `check` of recorded answers included, loads no torch and no engine."""
     program = (
-        "import sys, trio_deploy.cli, trio_deploy.plan, trio_deploy.export,"
-        " trio_deploy.runtime.pipeline\n"
+        "import sys, trio_deploy.cli, trio_deploy.plan, trio_deploy.export, trio_deploy.parity,"
+        " trio_deploy.report, trio_deploy.runtime.pipeline\n"
         f"print(sorted({(ONLY_THE_ORACLE | set(ENGINES))!r} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -100,7 +100,11 @@ def _run(args: argparse.Namespace) -> None:
     if args.show is not None and not args.image:
         raise TrioError("--show draws what was kept of an image: pass one with --image")
     pipeline = TrioPipeline.from_bundle(
-        args.bundle, runtime=args.runtime, threads=args.threads, low_memory=args.low_memory
+        args.bundle,
+        runtime=args.runtime,
+        threads=args.threads,
+        low_memory=args.low_memory,
+        provider=args.provider,
     )
     generation = pipeline.generate(
         args.image,
@@ -125,10 +129,16 @@ def _check(args: argparse.Namespace) -> int:
     from trio_deploy import parity
 
     if args.record:
-        parity.record(args.bundle)
-    rows = parity.check(args.bundle, runtime=args.runtime, golden=args.golden)
-    print(json.dumps(parity.to_json(rows), indent=2) if args.json else parity.table(rows))
-    return 0 if all(row.passed for row in rows) else 1
+        parity.record(args.bundle, checkpoint=args.checkpoint)
+    report = parity.check(
+        args.bundle,
+        runtime=args.runtime,
+        golden=args.golden,
+        checkpoint=args.checkpoint,
+        threads=args.threads,
+    )
+    print(json.dumps(report.to_json(), indent=2) if args.json else parity.format_report(report))
+    return 0 if report.passed else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--budget", type=float, help="share of visual tokens (default: the bundle's)")
     run.add_argument("--show", type=Path, metavar="PNG", help="draw which visual tokens were kept")
     run.add_argument("--runtime", help="onnxruntime or openvino (default: by the bundle)")
+    run.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: cpu)")
     run.add_argument("--threads", type=int, help="CPU threads (default: the runtime's choice)")
     run.add_argument(
         "--low-memory", action="store_true", help="leave weights in the page cache (slower decode)"
@@ -206,6 +217,13 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--golden", action="store_true", help="compare with the stored tensors, without torch"
     )
+    check.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="checkpoint folder for the reference, whose processor is compared too "
+        "(default: the weights in the bundle)",
+    )
+    check.add_argument("--threads", type=int, help="CPU threads (default: the runtime's choice)")
     check.add_argument("--json", action="store_true")
 
     inspect = add("inspect", _inspect, "Show what a bundle holds.")
