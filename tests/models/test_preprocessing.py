@@ -232,6 +232,14 @@ def test_settings_that_do_not_fit_are_refused(llava, settings, says):
         Preprocessor({**base, **settings}, config)
 
 
+def test_canvases_that_differ_from_the_models_are_refused(llava_next):
+    config, preprocessor, _ = llava_next
+    same = {**preprocessor.to_json(), "image_grid_pinpoints": [*map(list, config.grid_pinpoints)]}
+    assert Preprocessor(same, config)
+    with pytest.raises(TrioError, match="image_grid_pinpoints"):
+        Preprocessor({**same, "image_grid_pinpoints": [[32, 64]]}, config)
+
+
 class TestBoxes:
     """Where in the picture a visual token comes from."""
 

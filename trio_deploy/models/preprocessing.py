@@ -74,6 +74,9 @@ class Preprocessor:
             self._raw["image_processor_type"] = "LlavaImageProcessor"
         self._config = config
         self._settings = _settings(self._raw, config)
+        canvases = raw.get("image_grid_pinpoints")
+        if self._family.tiled and canvases is not None:
+            _check_canvases(canvases, config)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], config: ModelConfig) -> Preprocessor:
@@ -138,6 +141,15 @@ def _settings(raw: Mapping[str, Any], config: ModelConfig) -> ImageSettings:
             f"the vision tower takes {side} x {side}."
         )
     return settings
+
+
+def _check_canvases(raw: Any, config: ModelConfig) -> None:
+    """The processor cuts tiles, the model orders them: both must know the same canvases."""
+    if [list(pair) for pair in raw] != [list(pair) for pair in config.grid_pinpoints]:
+        raise TrioError(
+            "image_grid_pinpoints of the image preprocessing settings and of config.json differ; "
+            "they must be the same."
+        )
 
 
 def _size(raw: Any) -> int | tuple[int, int]:
