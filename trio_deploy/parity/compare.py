@@ -196,7 +196,7 @@ def compare_selection(
             problems.append(f"row {b} does not keep what the greedy rule picks from its scores")
     problems += _misfits(stage, got)
     if not max_rel <= tolerance.relative:
-        problems.append(f"saliency differs by {max_rel:.1e}")
+        problems.insert(0, f"saliency differs by {max_rel:.1e}")
     overlap = agreeing / kept if kept else 1.0
     excluded = doubtful / visual_tokens if visual_tokens else 0.0
     if tolerance.excluded is None:

@@ -1,0 +1,174 @@
+"""`trio check` end to end: bundles agree with transformers, and broken ones are told apart."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.checkpoints import make_llava, make_llava_next
+from trio_deploy import cli
+from trio_deploy.errors import TrioError
+from trio_deploy.export import export
+from trio_deploy.parity import check, format_report, record
+from trio_deploy.parity.golden import GOLDEN
+
+SCHEDULE = "1:0.5,2:0.25,3:0.1"
+
+# model, layout and heads; dialect, type and runtime; probe and positions
+CASES = {
+    "1.5 grouped": (make_llava, {}, "ort", "float32", "onnxruntime", "last", "renumber"),
+    "1.5 llama3 rope, one key a query, biases": (
+        make_llava,
+        {"kv_heads": 4, "llama3_rope": True, "bias": True, "mlp_bias": True, "layout": "4.52"},
+        "primitive",
+        "float32",
+        "onnxruntime",
+        "last",
+        "original",
+    ),
+    "next mistral hub": (
+        make_llava_next,
+        {"mistral": True, "layout": "hub", "shards": 2},
+        "onnx",
+        "float32",
+        "onnxruntime",
+        "shifted",
+        "original",
+    ),
+    "next tied openvino": (
+        make_llava_next,
+        {"kv_heads": 1, "tie": True},
+        "primitive",
+        "float32",
+        "openvino",
+        "shifted",
+        "renumber",
+    ),
+    "1.5 two feature layers, head size": (
+        make_llava,
+        {"feature_layer": [-3, -2], "head_dim": 32, "projector_bias": False},
+        "ort",
+        "float32",
+        "onnxruntime",
+        "shifted",
+        "original",
+    ),
+    "next llama3 fp16": (
+        make_llava_next,
+        {"llama3_rope": True, "dtype": "float16"},
+        "ort",
+        "float16",
+        "onnxruntime",
+        "last",
+        "renumber",
+    ),
+    "1.5 fp16": (
+        make_llava,
+        {"dtype": "float16"},
+        "onnx",
+        "float16",
+        "onnxruntime",
+        "last",
+        "original",
+    ),
+    "1.5 bf16 checkpoint": (
+        make_llava,
+        {"dtype": "bfloat16", "kv_heads": 4},
+        "primitive",
+        "float32",
+        "openvino",
+        "last",
+        "renumber",
+    ),
+}
+
+
+def make_bundle(tmp: Path, case: str) -> tuple[Path, Path, str]:
+    make, options, dialect, dtype, runtime, probe, positions = CASES[case]
+    checkpoint = make(tmp / "checkpoint", **options)
+    export(
+        checkpoint,
+        tmp / "bundle",
+        schedule=SCHEDULE,
+        dialect=dialect,
+        dtype=dtype,
+        probe=probe,
+        positions=positions,
+        progress=False,
+    )
+    return checkpoint, tmp / "bundle", runtime
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_graphs_agree_with_transformers(case, tmp_path):
+    _, bundle, runtime = make_bundle(tmp_path, case)
+    report = check(bundle, runtime=runtime, threads=2)
+    assert report.passed, format_report(report)
+    stages = [row.stage for row in report.rows]
+    assert {"vision", "embed", "prefill_0", "select_3", "prefill_3"} <= set(stages)
+    assert any("decode" in stage for stage in stages)
+    if CASES[case][3] == "float32":
+        assert all(row.tokens_equal is not False for row in report.rows)
+        assert all(row.overlap in (None, 1.0) for row in report.rows)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("parity")
+    checkpoint, bundle, _ = make_bundle(folder, "1.5 grouped")
+    return checkpoint, bundle
+
+
+def test_the_processor_is_compared_where_the_checkpoint_is_there(made):
+    checkpoint, bundle = made
+    report = check(bundle, checkpoint=checkpoint, threads=2)
+    assert report.passed, format_report(report)
+    assert "processor" in [row.stage for row in report.rows]
+
+
+def test_another_checkpoint_is_beyond_tolerance(made, tmp_path, capsys):
+    other = make_llava(tmp_path / "other", seed=1)
+    _, bundle = made
+    assert cli.main(["check", str(bundle), "--checkpoint", str(other), "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    failed = {row["stage"] for row in rows if not row["passed"]}
+    assert {"vision", "prefill_0", "select_1", "prefill_3", "answer 0"} <= failed
+    assert cli.main(["check", str(bundle)]) == 0
+    assert "all within" in capsys.readouterr().out
+
+
+def test_a_recorded_reference_is_compared_without_torch(made, tmp_path):
+    _, bundle = made
+    with pytest.raises(TrioError, match="--record"):
+        check(bundle, golden=True)
+    record(bundle)
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers']))\n"
+        "from trio_deploy.cli import main; sys.exit(main(['check', sys.argv[1], '--golden']))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(bundle)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "recorded reference" in run.stdout and "all within" in run.stdout
+    with np.load(bundle / GOLDEN, allow_pickle=False) as arrays:
+        content = {name: arrays[name].copy() for name in arrays.files}
+    assert check(bundle, golden=True, threads=2).passed
+    (bundle / GOLDEN).write_bytes((bundle / GOLDEN).read_bytes()[:-100] + bytes(100))
+    with pytest.raises(TrioError, match="damaged"):
+        check(bundle, golden=True)
+    assert content
+
+
+def test_without_torch_it_says_what_to_install(made, monkeypatch):
+    _, bundle = made
+    for name in ("trio_deploy.reference.oracle", "trio_deploy.reference.restore"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(TrioError, match=r"trio-deploy\[reference\]"):
+        check(bundle, threads=2)

@@ -1,0 +1,138 @@
+"""What counts as a difference, and that a wrong selection is noticed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trio_deploy.parity.compare import (
+    TOLERANCES,
+    compare_outputs,
+    compare_selection,
+    difference,
+    tied,
+)
+from trio_deploy.reference.nms import greedy_select
+from trio_deploy.reference.trace import Stage
+
+EXACT = TOLERANCES["float32"]
+
+
+def selection(renumber: bool = True) -> Stage:
+    """Two rows, six tokens of which the middle four are visual; the second row keeps fewer."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(2, 6, 8)).astype(np.float32)
+    visual = np.array([[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0]], bool)
+    positions = np.tile(np.arange(6), (2, 1)) + 10 * (not renumber)
+    lengths = np.array([6, 5])
+    scores = np.where(visual, rng.uniform(1, 2, (2, 6)), 0).astype(np.float32)
+    index = np.full((2, 5), -1)
+    for b, keep in enumerate((3, 1)):
+        places = np.flatnonzero(visual[b])
+        kept = places[greedy_select(scores[b][places], hidden[b][places], keep)]
+        text = np.flatnonzero(~visual[b][: lengths[b]])
+        index[b, : len(text) + keep] = np.sort(np.concatenate([text, kept]))
+    real = index >= 0
+    at = np.where(real, index, 0)
+    take = np.take_along_axis
+    places = np.tile(np.arange(5), (2, 1)) if renumber else take(positions, at, 1)
+    return Stage(
+        {
+            "hidden_states": hidden,
+            "position_ids": positions,
+            "lengths": lengths,
+            "visual_mask": visual,
+            "keep": np.array([3, 1]),
+            "width": np.array([5]),
+        },
+        {
+            "keep_index": index,
+            "hidden_states_out": np.where(real[..., None], take(hidden, at[..., None], 1), 0),
+            "position_ids_out": np.where(real, places, 0),
+            "lengths_out": real.sum(1),
+            "visual_mask_out": take(visual, at, 1) & real,
+            "saliency": scores,
+            "converged": np.array([True, True]),
+        },
+    )
+
+
+@pytest.mark.parametrize("renumber", [True, False])
+def test_equal_selections_pass(renumber):
+    stage = selection(renumber)
+    row = compare_selection("select_1", stage, stage.outputs, EXACT, 0.8)
+    assert row.passed and row.overlap == 1.0 and row.excluded == 0.0
+
+
+def spoil(key: str, change) -> dict:
+    stage = selection()
+    outputs = {name: value.copy() for name, value in stage.outputs.items()}
+    change(outputs[key])
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "said"),
+    [
+        ("saliency", lambda a: a.__setitem__((0, 1), a[0, 1] * 1.001), "saliency differs"),
+        ("saliency", lambda a: a.__setitem__((0, 0), 1.0), "where nothing is visual"),
+        ("saliency", lambda a: a.__setitem__((0, 1), np.nan), "saliency differs"),
+        ("converged", lambda a: a.__setitem__(1, False), "did not converge"),
+        ("hidden_states_out", lambda a: a.__setitem__((0, 1, 0), 9.0), "hidden_states_out"),
+        ("hidden_states_out", lambda a: a.__setitem__((1, 4, 0), 9.0), "hidden_states_out"),
+        ("position_ids_out", lambda a: a.__setitem__((0, 1), 7), "position_ids_out"),
+        ("visual_mask_out", lambda a: a.__setitem__((0, 0), True), "visual_mask_out"),
+        ("lengths_out", lambda a: a.__setitem__(0, 4), "lengths_out"),
+        ("keep_index", lambda a: a.__setitem__((1, 4), 3), "padded"),
+    ],
+)
+def test_every_output_of_a_selection_is_checked(key, change, said):
+    row = compare_selection("select_1", selection(), spoil(key, change), EXACT, 0.8)
+    assert not row.passed and said in row.problem
+
+
+def test_a_wrong_token_fails_even_if_all_outputs_fit_together():
+    stage = selection()
+    visual, index = stage.inputs["visual_mask"][0], stage.outputs["keep_index"][0]
+    dropped = (set(np.flatnonzero(visual)) - set(index.tolist())).pop()
+    other = np.sort(np.r_[index[index != index[visual[index]][0]], dropped])
+    outputs = dict(stage.outputs)
+    for key in ("keep_index", "hidden_states_out"):
+        outputs[key] = outputs[key].copy()
+    outputs["keep_index"][0] = other
+    outputs["hidden_states_out"][0] = stage.inputs["hidden_states"][0][other]
+    row = compare_selection("select_1", stage, outputs, EXACT, 0.8)
+    assert row.overlap == 0.75 and "though no scores are within the error" in row.problem
+    loose = compare_selection("select_1", stage, outputs, TOLERANCES["float16"], 0.8)
+    assert not loose.passed  # nor is it what the greedy rule picks from its own scores
+
+
+def test_tokens_that_may_change_places_are_counted():
+    reference = np.array([1.0, 2.0, 2.001, 5.0])
+    assert not tied(reference, reference).any()
+    assert not tied(np.zeros(3), np.zeros(3)).any()  # exactly equal scores have a rule
+    noisy = reference + np.array([0.0, 1e-3, -1e-3, 0.0])
+    assert tied(noisy, reference).tolist() == [False, True, True, False]
+    wide = reference + np.array([0.0, 0.0, 0.0, 3.5])
+    assert tied(wide, reference).tolist() == [False, True, True, True]
+
+
+def test_padding_is_not_compared_and_everything_else_is():
+    hidden = np.ones((2, 3, 4), np.float32)
+    stage = Stage({"lengths": np.array([3, 2])}, {"hidden_states": hidden})
+    padded = hidden.copy()
+    padded[1, 2] = 1e6
+    assert compare_outputs("prefill_0", stage, {"hidden_states": padded}, EXACT).passed
+    padded[1, 1, 0] = 1.1
+    row = compare_outputs("prefill_0", stage, {"hidden_states": padded}, EXACT)
+    assert row.max_rel == pytest.approx(0.1) and "hidden_states" in row.problem
+    assert "missing" in compare_outputs("prefill_0", stage, {}, EXACT).problem
+    assert (
+        "shape" in compare_outputs("prefill_0", stage, {"hidden_states": hidden[:1]}, EXACT).problem
+    )
+
+
+def test_what_is_not_finite_is_no_small_difference():
+    assert difference(np.array([np.nan]), np.array([1.0])) == (np.inf, np.inf)
+    assert difference(np.array([1e-9]), np.array([0.0]))[1] == np.inf
+    assert difference(np.zeros(0), np.zeros(0)) == (0.0, 0.0)
