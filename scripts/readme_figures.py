@@ -1,0 +1,75 @@
+"""Bring the README's picture and table up to date: nothing in them is written by hand.
+
+    python scripts/readme_figures.py
+
+Exports the tiny model, asks about examples/scene.png, draws the kept tokens into docs/kept.png, and
+copies the measured table from docs/measurements/core.md (scripts/bench_core.py writes it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+from pathlib import Path
+
+from trio_deploy.export import export
+from trio_deploy.report import save_kept
+from trio_deploy.runtime.pipeline import TrioPipeline
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = 4  # what, ours, against, figure; the targets stay in the full table
+
+
+def picture(question: str, budget: float) -> str:
+    """Answer about the example scene, draw docs/kept.png; Markdown that shows both."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = export("tiny", Path(folder) / "bundle", budget=budget, progress=False)
+        answer = TrioPipeline.from_bundle(bundle).generate(
+            [ROOT / "examples" / "scene.png"], question
+        )
+        save_kept(answer, ROOT / "docs" / "kept.png")
+    counts = ", ".join(str(count) for count in answer.keep_counts)
+    return (
+        f"![visual tokens kept at each pruning point](docs/kept.png)\n\n"
+        f"“{question}” “{answer.text.strip()}”: the shipped tiny model at a budget of "
+        f"{budget:.1%}, {answer.visual_tokens} visual tokens pruned to {counts}.\n"
+    )
+
+
+def table(measured: Path) -> str:
+    """The first columns of core.md's table, and what it was measured on."""
+    lines = measured.read_text(encoding="utf-8").splitlines()
+    rows = [
+        "|".join(line.split("|")[: COLUMNS + 1]) + "|" for line in lines if line.startswith("|")
+    ]
+    about = [line for line in lines if line.startswith(("Machine:", "Model:"))]
+    link = "[docs/measurements/core.md](docs/measurements/core.md)"
+    return "\n".join([*rows, "", *about, f"All figures: {link}.", ""])
+
+
+def replace(text: str, name: str, content: str) -> str:
+    """Put `content` between the markers of this name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if begin not in text or end not in text:
+        raise SystemExit(f"README.md lacks the markers {begin} and {end}")
+    pattern = re.compile(re.escape(begin) + ".*" + re.escape(end), re.DOTALL)
+    return pattern.sub(lambda _: f"{begin}\n{content}{end}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--question", default="what color is the circle?")
+    parser.add_argument("--budget", type=float, default=0.111)
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    text = replace(text, "picture", picture(args.question, args.budget))
+    measured = ROOT / "docs" / "measurements" / "core.md"
+    if measured.is_file():
+        text = replace(text, "table", table(measured))
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
