@@ -388,8 +388,8 @@ class Window:
     Which fields are set depends on the dialect:
         seqlens, total: int32 [B] and scalar, for GroupQueryAttention.
         past_lengths: int64 [B], tokens valid before this step.
-        slots, written, capacity, mask: for `primitive`: 0…P-1 where P = max(C, S); bool
-            [B, 1, P, 1] the slot that takes the new token; P [1]; additive fp32 [B, 1, S, P].
+        written, beyond, mask: for `primitive`, with P = max(C, S): bool [B, 1, P, 1], the slot that
+            takes the new token; P - C, int64 [1]; additive fp32 [B, 1, S, P].
     """
 
     angles: Angles
@@ -397,7 +397,7 @@ class Window:
     total: ir.Value | None = None
     past_lengths: ir.Value | None = None
     written: ir.Value | None = None
-    capacity: ir.Value | None = None
+    beyond: ir.Value | None = None
     mask: ir.Value | None = None
 
 
@@ -432,8 +432,9 @@ def cache_window(
         total = op.Cast(op.Squeeze(total, [0]), to=INT32)
         return Window(angles, seqlens=seqlens, total=total)
     assert past is not None
-    capacity = op.Max(dim(op, past.key, 2), new)
-    slots = op.Range(0, op.Squeeze(capacity, [0]), 1)
+    capacity = dim(op, past.key, 2)
+    beyond = op.Max(op.Sub(new, capacity), 0)
+    slots = op.Range(0, op.Squeeze(op.Add(capacity, beyond), [0]), 1)
     rows = op.Range(0, op.Squeeze(new, [0]), 1)
     start = op.Unsqueeze(past_lengths, [1, 2])
     # [B, S, 1]: a query sees slots up to its own, one that pads up to its row's last valid token
@@ -445,7 +446,7 @@ def cache_window(
     mask = op.Unsqueeze(op.Mul(blind, -1e30), [1])
     written = op.Unsqueeze(op.Equal(op.Unsqueeze(slots, [0]), op.Unsqueeze(past_lengths, [1])), [1])
     written = op.Unsqueeze(written, [3])
-    return Window(angles, past_lengths=past_lengths, written=written, capacity=capacity, mask=mask)
+    return Window(angles, past_lengths=past_lengths, written=written, beyond=beyond, mask=mask)
 
 
 def plain_attention(
@@ -544,7 +545,7 @@ class Attention(nn.Module):
         Prefill (C = 0): `old` is the new tokens themselves, so either branch gives them. Decode
         (S = 1): `old` is the past, and the one new token is broadcast to the slot it takes.
         """
-        old = op.Slice(op.Concat(past, new, axis=2), [0], window.capacity, [2])
+        old = op.Concat(past, op.Slice(new, [0], window.beyond, [2]), axis=2)
         batch, heads, _, head_dim = shape_of(new)
         shape = [batch, heads, None, head_dim]
         return typed(op.Where(window.written, new, old), self.d.dtype, shape)
