@@ -162,7 +162,7 @@ class Linear(nn.Module):
     def forward(self, op: Any, x: ir.Value, transpose: bool = False) -> ir.Value:
         """[…, in] → […, out]; with `transpose`, [..., out] → [..., in] without the bias."""
         if transpose:
-            if self.d.name == "primitive" and self.weight.shape[0] == self.weight.shape[1]:
+            if self.d.name == "primitive" and self.weight.dims[0] == self.weight.dims[1]:
                 return _left_multiply(op, self.weight, x)
             return op.MatMul(x, self.weight)
         return linear(op, self.d, x, self.weight, self.bias)

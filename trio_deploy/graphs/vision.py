@@ -111,7 +111,8 @@ class ClipEmbeddings(nn.Module):
     def forward(self, op: Any, pixels: ir.Value) -> ir.Value:
         """[T, 3, h, w] → [T, 1 + patches, size]."""
         size, patch = self.vision.hidden_size, self.vision.patch_size
-        patches, dtype = self.patches, dtype_of(pixels)
+        patches: ir.Value = self.patches
+        dtype = dtype_of(pixels)
         if dtype == ir.DataType.BFLOAT16 and op.version < 22:  # Conv learned bfloat16 in 22
             pixels, patches = cast(op, pixels, FLOAT), cast(op, patches, FLOAT)
         x = op.Conv(pixels, patches, strides=[patch, patch], kernel_shape=[patch, patch])
