@@ -16,6 +16,8 @@ from trio_deploy.schedule import (
     for_budget,
     kv_bytes,
     layer_flops,
+    max_tiles,
+    max_visual_tokens,
     paper_layer_flops,
     saliency_flops,
     smallest_budget,
@@ -99,6 +101,14 @@ def test_vision_cost_grows_with_the_tiles():
     assert vision_flops(config, 5) == 5 * one
     # 23 of CLIP-L's 24 layers over 577 tokens, about 0.19 T with its attention
     assert one / 1e12 == pytest.approx(0.19, abs=0.02)
+
+
+def test_the_largest_image_is_known_from_the_configuration():
+    llava = ModelConfig("llava", CLIP, VICUNA, "gelu", True, 32000)
+    canvases = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+    tiled = ModelConfig("llava_next", CLIP, VICUNA, "gelu", True, 32000, canvases)
+    assert (max_tiles(llava), max_visual_tokens(llava)) == (1, 576)
+    assert (max_tiles(tiled), max_visual_tokens(tiled)) == (5, 2928)
 
 
 # --- schedules -----------------------------------------------------------------------------------

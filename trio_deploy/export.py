@@ -38,7 +38,7 @@ from trio_deploy.graphs import GraphOptions, build_graphs
 from trio_deploy.models import canonical_tensors, map_checkpoint_names, parse_config
 from trio_deploy.models.config import ModelConfig
 from trio_deploy.recipe import DIALECTS, Recipe, load_target
-from trio_deploy.schedule import Schedule, for_budget
+from trio_deploy.schedule import Schedule, for_budget, max_visual_tokens
 from trio_deploy.source import HUB_ID, from_folder, hub_folder, resolve
 from trio_deploy.weights import (
     DTYPES,
@@ -101,7 +101,7 @@ def export(
     device = load_target(str(target) if target is not None else "cpu")
     found = resolve(os.fspath(model), weights_needed=not graphs_only)
     config = parse_config(found.raw_config)
-    plan = _schedule(found.recipe, budget, schedule, config.text.num_layers)
+    plan = _schedule(found.recipe, budget, schedule, config)
     checkpoint = None
     sources: dict[str, TensorEntry] = {}
     if not graphs_only:
@@ -176,14 +176,18 @@ def export(
 
 
 def _schedule(
-    recipe: Recipe | None, budget: float | None, schedule: Schedule | str | None, layers: int
+    recipe: Recipe | None,
+    budget: float | None,
+    schedule: Schedule | str | None,
+    config: ModelConfig,
 ) -> Schedule:
+    layers = config.text.num_layers
     if schedule is not None:
         plan = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
     else:
         wanted = DEFAULT_BUDGET if budget is None else budget
         plan = for_budget(wanted, layers, recipe.schedules if recipe else None)
-    plan.validate(layers)
+    plan.validate(layers, max_visual_tokens(config))
     return plan
 
 

@@ -17,6 +17,7 @@ from trio_deploy.schedule import (
     account,
     for_budget,
     kv_bytes,
+    max_tiles,
     paper_layer_flops,
     smallest_budget,
     vision_flops,
@@ -161,12 +162,6 @@ def make_plan(
         paper=paper,
         notes=_notes(config, chosen, visual, pruned, unpruned, paper),
     )
-
-
-def max_tiles(config: ModelConfig) -> int:
-    """Tiles that the largest image is cut into: the overview, and the largest canvas's tiles."""
-    tile = config.vision.image_size**2
-    return 1 + max((h * w // tile for h, w in config.grid_pinpoints), default=0)
 
 
 def _paper_rows(name: str) -> tuple[PaperRow, ...]:

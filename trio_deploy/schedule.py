@@ -351,6 +351,19 @@ def lm_head_flops(text: TextConfig) -> int:
     return text.hidden_size * text.vocab_size
 
 
+def max_tiles(config: ModelConfig) -> int:
+    """Tiles that the largest image is cut into: the overview, and the largest canvas's tiles."""
+    tile = config.vision.image_size**2
+    return 1 + max((h * w // tile for h, w in config.grid_pinpoints), default=0)
+
+
+def max_visual_tokens(config: ModelConfig) -> int:
+    """Visual tokens of the image that has most, one newline a row of a tiled one included."""
+    patch = config.vision.patch_size
+    tiled = (h // patch * (w // patch + 1) for h, w in config.grid_pinpoints)
+    return config.vision.rows_per_tile + max(tiled, default=0)
+
+
 def vision_flops(config: ModelConfig, tiles: int) -> int:
     """Multiply-adds of the CLIP tower up to the feature layer and of the projector, per picture."""
     vision = config.vision
