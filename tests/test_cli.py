@@ -129,6 +129,25 @@ def test_check_records_before_it_checks(monkeypatch):
     assert seen == ["record", "check"]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ("1:900,10:54", "only 576"),
+        ("10:54,1:22", "must increase"),
+        ("32:54", "layers 0 to 31"),
+        ("1:22,10:54", "must not increase"),
+        ("one", "layer:keep"),
+    ],
+)
+def test_an_impossible_schedule_is_one_line_and_leaves_nothing(tmp_path, capsys, schedule, words):
+    out = tmp_path / "b"
+    command = ["export", "--model", "llava-1.5-7b", "--graphs-only", "--out", str(out)]
+    assert cli.main([*command, "--schedule", schedule]) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not out.exists()
+
+
 def test_run_on_a_missing_bundle_is_an_error(tmp_path, capsys):
     assert cli.main(["run", str(tmp_path / "none"), "--prompt", "hi"]) == 1
     assert "none" in capsys.readouterr().err
