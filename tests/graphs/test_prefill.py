@@ -17,10 +17,10 @@ from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.prefill import build_prefill
 from trio_deploy.models.config import ModelConfig, RopeConfig
 
-SEGMENTS = ((0, 1), (1, 3))
+SEGMENTS = ((0, 1), (1, 2), (2, 3))
 LENGTHS = (9, 5)
 STEPS = 4
-CAPACITY = (15, 17)  # two segments may hold caches of different capacity
+CAPACITY = (15, 17, 13)  # segments may hold caches of different capacity
 MODELS = {
     "grouped": {},
     "llama3-rope, one key a query, biases": {
@@ -58,8 +58,13 @@ def row_reference(model: Any, embeds: np.ndarray, tokens: np.ndarray) -> dict[st
     return result
 
 
+def following(outputs: dict[str, np.ndarray]) -> np.ndarray | None:
+    """The hidden states for the next segment: a middle segment's have a name of their own."""
+    return outputs.get("hidden_states", outputs.get("hidden_states_out"))
+
+
 class Segmented:
-    """Two segments and, in the `onnx` dialect, decode.onnx, driven as the runtime drives them."""
+    """Three segments and, in the `onnx` dialect, decode.onnx, driven as the runtime drives them."""
 
     def __init__(
         self, config: ModelConfig, weights: dict[str, np.ndarray], options: GraphOptions, rt: str
@@ -103,7 +108,7 @@ class Segmented:
                     buffer = np.full((*present.shape[:2], CAPACITY[s], present.shape[3]), 1e4)
                     buffer[:, :, :width] = present
                     self.cache[f"past.{i}.{kv}"] = buffer.astype(self.dtype)
-            x = out.get("hidden_states")
+            x = following(out)
             seen |= out
         self.valid = lengths.copy()
         return seen
@@ -124,8 +129,9 @@ class Segmented:
                     "lengths": np.ones(rows, np.int64),
                     "past_lengths": self.valid,
                 }
-                out |= part(feeds | self.cache)
-                x = out.get("hidden_states")
+                outputs = part(feeds | self.cache)
+                out |= outputs
+                x = following(outputs)
         for name in self.cache:
             fresh = out[name.replace("past", "present")]
             assert fresh.shape == self.cache[name].shape
