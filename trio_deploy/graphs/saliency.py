@@ -84,7 +84,7 @@ class Tokens:
             visual=op.And(valid, visual),
             text=op.And(valid, op.Not(visual)),
             squares=reduce(op, "ReduceSumSquare", cast(op, x, FLOAT), [-1]),
-            flat=op.Reshape(x, [-1, int(x.shape[-1])]),
+            flat=op.Reshape(x, [-1, int(_sizes(x)[-1])]),
             offset=op.Unsqueeze(offset, [1]),
             index=index,
         )
@@ -121,11 +121,11 @@ def saliency(
     n = block.input_layernorm(op, tokens.x)
     probed = op.Gather(op.Reshape(n, [-1, hidden]), rows, axis=0)  # [B,P,d]
     angles = rotary_angles(op, d, text, tokens.positions)
-    probe_angles = rotary_angles(
-        op, d, text, op.GatherElements(tokens.positions, place, axis=1)
-    )
+    probe_angles = rotary_angles(op, d, text, op.GatherElements(tokens.positions, place, axis=1))
     k = apply_rope(op, d, split_heads(op, attention.k_proj(op, n), groups, size), angles)
-    q = apply_rope(op, d, split_heads(op, attention.q_proj(op, probed), heads, size), probe_angles)
+    q = apply_rope(
+        op, d, split_heads(op, _few(op, d, attention.q_proj, probed), heads, size), probe_angles
+    )
     q = op.Reshape(op.Mul(q, size**-0.5), [0, groups, per_group, size])
     scores = cast(op, _by_transposed(op, d, q, k), FLOAT)  # [B,G,R*P,S]
     blind = op.Greater(op.Unsqueeze(tokens.index, [0, 1]), op.Unsqueeze(place, [2]))
@@ -142,18 +142,18 @@ def saliency(
         bias = op.Reshape(attention.v_proj.bias.into(op), [groups, 1, size])
         bias = op.Expand(bias, [groups, heads // groups, size])
         o = op.Add(o, op.Reshape(bias, [heads * size]))
-    y = op.Add(op.Gather(tokens.flat, rows, axis=0), attention.o_proj(op, o))
+    y = op.Add(op.Gather(tokens.flat, rows, axis=0), _few(op, d, attention.o_proj, o))
     z = block.post_attention_layernorm(op, y)
-    gate, up = block.mlp.gate_proj(op, z), block.mlp.up_proj(op, z)
+    gate, up = _few(op, d, block.mlp.gate_proj, z), _few(op, d, block.mlp.up_proj, z)
     sigmoid = op.Sigmoid(gate)
     silu = op.Mul(gate, sigmoid)
-    last = op.Add(y, block.mlp.down_proj(op, op.Mul(silu, up)))
-    logits = cast(op, head(op, last), FLOAT)
+    last = op.Add(y, _few(op, d, block.mlp.down_proj, op.Mul(silu, up)))
+    logits = cast(op, _few(op, d, head.lm_head, head.norm(op, last)), FLOAT)
 
     # Backward, in fp32 between the products.
     dlogits, scale = _unit(op, _loss_gradient(op, text, logits, weight))
     dlast = _back(op, d, head.lm_head, dlogits)
-    dlast = _norm_back(op, head.norm, last, dlast)
+    dlast = op.Mul(*_norm_back(op, head.norm, last, dlast))
     dh = _back(op, d, block.mlp.down_proj, dlast)
     gate, up, sigmoid, silu = (cast(op, v, FLOAT) for v in (gate, up, sigmoid, silu))
     slope = op.Mul(sigmoid, op.Sub(op.Add(gate, 1.0), silu))
@@ -161,7 +161,7 @@ def saliency(
         _back(op, d, block.mlp.gate_proj, op.Mul(op.Mul(dh, up), slope)),
         _back(op, d, block.mlp.up_proj, op.Mul(dh, silu)),
     )
-    dy = op.Add(dlast, _norm_back(op, block.post_attention_layernorm, y, dz))
+    dy = op.Add(dlast, op.Mul(*_norm_back(op, block.post_attention_layernorm, y, dz)))
     do = split_heads(op, _back(op, d, attention.o_proj, dy), heads, size)
     do = op.Reshape(do, [0, groups, per_group, size])
     u = _scaled(op, d, do, lambda g: op.MatMul(g, w_v))
@@ -177,8 +177,9 @@ def saliency(
         attention.k_proj(op, dk, transpose=True),
         op.MatMul(op.Transpose(lifted, perm=[0, 2, 1]), narrow),
     )
-    dx = _norm_back(op, block.input_layernorm, tokens.x, cast(op, dn, FLOAT), tokens.squares)
-    norm = op.Sqrt(reduce(op, "ReduceSumSquare", dx, [-1], keepdims=False))  # [B,S]
+    dx, r = _norm_back(op, block.input_layernorm, tokens.x, cast(op, dn, FLOAT), tokens.squares)
+    norm = op.Mul(op.Sqrt(reduce(op, "ReduceSumSquare", dx, [-1])), r)
+    norm = op.Squeeze(norm, [2])  # [B,S]
     ranking = op.Where(tokens.visual, norm, 0.0)
     scale = op.Squeeze(op.Mul(op.Mul(scale, scale_of_u), 1.0 / _LIFT), [2])
     return Saliency(op.Mul(ranking, scale), ranking)
@@ -226,36 +227,62 @@ def _scaled(op: Any, d: Dialect, g: ir.Value, product: Callable[[ir.Value], ir.V
     """product(g) for a gradient g in fp32, the product itself in the graph's float type."""
     if d.dtype == FLOAT:
         return product(g)
-    total = op.Max(reduce(op, "ReduceSum", op.Abs(g), range(1, len(g.shape))), _TINY)
+    total = op.Max(reduce(op, "ReduceSum", op.Abs(g), range(1, len(_sizes(g)))), _TINY)
     return op.Mul(cast(op, product(cast(op, op.Div(g, total), d.dtype)), FLOAT), total)
+
+
+def _few(op: Any, d: Dialect, module: Linear, x: ir.Value, transpose: bool = False) -> ir.Value:
+    """`module` for the few rows of x [B,P,in].
+
+    ONNX Runtime copies the right operand of a product into panels first, which for P rows takes
+    two to four times as long as the product itself: there the weight goes to the left.
+    """
+    if d.name != "ort":
+        return module(op, x, transpose=transpose)
+    out, inner = module.weight.shape[::-1] if transpose else module.weight.shape
+    flat = op.Reshape(x, [-1, inner])
+    y = op.FusedMatMul(
+        module.weight.into(op), flat, transA=int(transpose), transB=1,
+        _domain="com.microsoft", _version=1,
+    )  # fmt: skip
+    y = op.Transpose(typed(y, d.dtype, [out, None]), perm=[1, 0])
+    y = op.Reshape(y, [-1, int(x.shape[1]), out])
+    return y if transpose or module.bias is None else op.Add(y, module.bias.into(op))
 
 
 def _back(op: Any, d: Dialect, module: Linear, g: ir.Value) -> ir.Value:
     """The gradient before a Linear from the one behind it, f32 [B,P,out] → [B,P,in]."""
-    return _scaled(op, d, g, lambda narrow: module(op, narrow, transpose=True))
+    return _scaled(op, d, g, lambda narrow: _few(op, d, module, narrow, transpose=True))
 
 
 def _norm_back(
     op: Any, module: RMSNorm, x: ir.Value, g: ir.Value, squares: ir.Value | None = None
-) -> ir.Value:
+) -> tuple[ir.Value, ir.Value]:
     """The gradient before an RMSNorm of x [...,d] from the one behind it, f32.
 
-    With r = 1/sqrt(mean(x²) + ε) and h = w ∘ g: r (h - x r² (h·x)/d).
+    With r = 1/sqrt(mean(x²) + ε) and h = w ∘ g it is r (h - x r² (h·x)/d); returned as two factors,
+    of which the second, r, has one entry a row.
     """
     x = cast(op, x, FLOAT)
-    size = int(x.shape[-1])
+    size = int(_sizes(x)[-1])
     if squares is None:
         squares = reduce(op, "ReduceSumSquare", x, [-1])
     square = op.Div(1.0, op.Add(op.Mul(squares, 1.0 / size), module.eps))  # r²
     h = op.Mul(g, cast(op, module.weight.into(op), FLOAT))
     along = op.Mul(reduce(op, "ReduceSum", op.Mul(h, x), [-1]), op.Mul(square, 1.0 / size))
-    return op.Mul(op.Sub(h, op.Mul(x, along)), op.Sqrt(square))
+    return op.Sub(h, op.Mul(x, along)), op.Sqrt(square)
 
 
 def _by_transposed(op: Any, d: Dialect, a: ir.Value, b: ir.Value) -> ir.Value:
     """a bᵀ over the last two axes, without a copy of b where the dialect has a way."""
-    rank = len(b.shape)
+    rank = len(_sizes(b))
     if d.name == "ort":
         y = op.FusedMatMul(a, b, transB=1, _domain="com.microsoft", _version=1)
-        return typed(y, d.dtype, [*a.shape[:-1], b.shape[-2]])
+        return typed(y, d.dtype, [*_sizes(a)[:-1], _sizes(b)[-2]])
     return op.MatMul(a, op.Transpose(b, perm=[*range(rank - 2), rank - 1, rank - 2]))
+
+
+def _sizes(x: ir.Value) -> tuple[Any, ...]:
+    """The shape of a value that shape inference has reached."""
+    assert x.shape is not None, x.name
+    return tuple(x.shape)
