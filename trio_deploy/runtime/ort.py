@@ -9,6 +9,8 @@ the file's pages, mapped once for all of them, which the page cache owns and may
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import warnings
 from collections.abc import Callable, Mapping
@@ -57,6 +59,16 @@ def installed_twice() -> bool:
     return found == 2
 
 
+@functools.cache
+def _share_arena(ort: Any) -> None:
+    """One CPU arena for all sessions of this process that ask for it."""
+    kind = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    memory = ort.OrtMemoryInfo("Cpu", kind, 0, ort.OrtMemType.DEFAULT)
+    # An application may have registered one already, which then serves.
+    with contextlib.suppress(Exception):
+        ort.create_and_register_allocator(memory, None)
+
+
 class OrtRuntime:
     """Sessions with common options, sharing mapped weights; see `open_runtime`."""
 
@@ -76,6 +88,7 @@ class OrtRuntime:
             )
         self.provider = _PROVIDERS.get((provider or "cpu").lower(), provider or "")
         self._check_available()
+        _share_arena(self._ort)
         self._threads = threads
         self._low_memory = low_memory
         self._weights = WeightMap()
@@ -113,6 +126,11 @@ class OrtRuntime:
         # Stages run one after another, each with threads of its own: a stage's threads must not
         # spin while the next one works.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if on_cpu:
+            # Stages also take turns at one arena. A memory pattern would add a second block to
+            # what the first run of each new prompt length made the arena hold.
+            options.add_session_config_entry("session.use_env_allocators", "1")
+            options.enable_mem_pattern = False
         held: list[Any] = []
         if on_cpu and (probing or self._low_memory):
             options.add_session_config_entry("session.disable_prepacking", "1")
