@@ -12,10 +12,16 @@ import pytest
 
 from tests.checkpoints import make_llava, make_llava_next
 from trio_deploy import cli
+from trio_deploy.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.export import export
 from trio_deploy.parity import check, format_report, record
+from trio_deploy.parity.examples import default_examples
 from trio_deploy.parity.golden import GOLDEN
+from trio_deploy.reference.oracle import Oracle, Row
+from trio_deploy.reference.restore import restore_model
+from trio_deploy.runtime.pipeline import Request, TrioPipeline
+from trio_deploy.schedule import Schedule, solve
 
 SCHEDULE = "1:0.5,2:0.25,3:0.1"
 
@@ -122,6 +128,39 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("parity")
     checkpoint, bundle, _ = make_bundle(folder, "1.5 grouped")
     return checkpoint, bundle
+
+
+def test_a_budget_a_request_keeps_what_the_oracle_keeps(made):
+    """One batch of the same question at several budgets, each row against the oracle alone."""
+    bundle = Bundle.load(made[1])
+    pipeline = TrioPipeline.from_bundle(bundle, threads=2)
+    oracle = Oracle(restore_model(bundle))
+    example = default_examples()[0]
+    budgets = (0.4, 0.9, None, 1.0)
+    requests = [
+        Request(example.prompt, example.pictures, max_new_tokens=4, budget=budget)
+        for budget in budgets
+    ]
+    prompt, (picture,) = pipeline.encode(requests[0])
+    row = Row(prompt.ids, picture.pixel_values, [picture.size])
+    ends = bundle.manifest.generation.eos_token_ids
+    for budget, answer in zip(budgets, pipeline.generate_batch(requests), strict=True):
+        schedule = bundle.schedule
+        if budget is not None:
+            schedule = solve(budget, bundle.config.text.num_layers, layers=schedule.layers)
+        expected = oracle.generate_row(row, schedule, 4, ends)
+        assert answer.token_ids == expected.token_ids
+        for mine, theirs in zip(answer.kept, expected.kept, strict=True):
+            assert mine.tolist() == theirs.tolist()
+
+
+def test_pruning_before_the_first_layer(made, tmp_path):
+    """There is no prefill_0 then: select_1 reads the embeddings."""
+    export(made[0], tmp_path / "b", schedule="0:0.5,2:0.25", progress=False)
+    report = check(tmp_path / "b", threads=2)
+    assert report.passed, format_report(report)
+    assert "prefill_0" not in [row.stage for row in report.rows]
+    assert Schedule.parse("0:0.5,2:0.25") == Bundle.load(tmp_path / "b").schedule
 
 
 def test_the_processor_is_compared_where_the_checkpoint_is_there(made):

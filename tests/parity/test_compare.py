@@ -44,6 +44,7 @@ def selection(renumber: bool = True) -> Stage:
             "visual_mask": visual,
             "keep": np.array([3, 1]),
             "width": np.array([5]),
+            "probe_logits": np.array([0.5, 2.0]),
         },
         {
             "keep_index": index,
@@ -113,6 +114,7 @@ def test_tokens_that_may_change_places_are_counted():
     assert not tied(np.zeros(3), np.zeros(3)).any()  # exactly equal scores have a rule
     noisy = reference + np.array([0.0, 1e-3, -1e-3, 0.0])
     assert tied(noisy, reference).tolist() == [False, True, True, False]
+    assert not tied(reference * 1.01, reference).any()  # a common factor changes no rank
     wide = reference + np.array([0.0, 0.0, 0.0, 3.5])
     assert tied(wide, reference).tolist() == [False, True, True, True]
 

@@ -194,6 +194,8 @@ def _ask_oracle(
 ) -> Reference:
     """Run the oracle on what the runtime makes of the examples."""
     try:
+        import torch
+
         from trio_deploy.reference.oracle import Oracle, Row
         from trio_deploy.reference.restore import restore_model
     except ImportError as error:
@@ -206,6 +208,7 @@ def _ask_oracle(
         "probe": manifest.probe,
         "positions": manifest.positions,
         "threshold": manifest.threshold,
+        "storage": None if manifest.dtype == "float32" else getattr(torch, manifest.dtype),
     }
     if checkpoint is None:
         oracle = Oracle(restore_model(bundle), **options)

@@ -27,7 +27,9 @@ class Tolerance:
     """What may differ.
 
     Attributes:
-        relative: max|difference| / max|reference| of any output.
+        relative: max|difference| / max|reference| of any output. Scores are proportional to
+            e^(z - z_label), so an error in the probes' logits z is as large a relative one there:
+            they may differ by this times the largest logit, if that is above 1.
         overlap: share of the kept visual tokens that must be the reference's.
         excluded: share of the visual tokens whose place in the ranking may be within the error;
             None where the kept tokens are judged by `overlap` alone.
@@ -174,7 +176,7 @@ def compare_selection(
     problems = []
     if not np.all(got["converged"]):
         problems.append("the suppression did not converge")
-    max_abs = max_rel = 0.0
+    max_abs = max_rel = beyond = 0.0
     kept = agreeing = doubtful = visual_tokens = 0
     for b, visual in enumerate(inputs["visual_mask"].astype(bool)):
         scores = got["saliency"][b].astype(np.float64)
@@ -183,6 +185,7 @@ def compare_selection(
             problems.append(f"row {b} has scores where nothing is visual")
         row_abs, row_rel = difference(scores[visual], reference[visual])
         max_abs, max_rel = max(max_abs, row_abs), max(max_rel, row_rel)
+        beyond = max(beyond, row_rel / max(1.0, float(inputs["probe_logits"][b])))
         chosen = got["keep_index"][b][: int(expected["lengths_out"][b])]
         own = _visual_set(chosen, visual)
         theirs = _visual_set(expected["keep_index"][b], visual)
@@ -195,7 +198,7 @@ def compare_selection(
         if not _greedy(own, scores, inputs["hidden_states"][b], visual, threshold):
             problems.append(f"row {b} does not keep what the greedy rule picks from its scores")
     problems += _misfits(stage, got)
-    if not max_rel <= tolerance.relative:
+    if not beyond <= tolerance.relative:
         problems.insert(0, f"saliency differs by {max_rel:.1e}")
     overlap = agreeing / kept if kept else 1.0
     excluded = doubtful / visual_tokens if visual_tokens else 0.0
@@ -244,9 +247,12 @@ def tied(scores: NDArray, reference: NDArray) -> NDArray[np.bool_]:
     """Tokens whose place in the ranking lies within the error, [N].
 
     A token's error is the difference between its two scores; two tokens may change places where
-    their distance is at most the sum of their errors.
+    their distance is at most the sum of their errors. What is common to all scores, a factor,
+    changes no rank and is taken out first.
     """
-    error = np.abs(scores - reference)
+    some = scores > 0
+    factor = np.median(reference[some] / scores[some]) if some.any() else 1.0
+    error = np.abs(scores * factor - reference)
     low, high = reference - error, reference + error
     order = np.argsort(low, kind="stable")
     doubt = np.zeros(len(order), bool)

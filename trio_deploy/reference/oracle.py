@@ -92,6 +92,8 @@ class Oracle:
         positions: after pruning, `renumber` counts positions from 0 again in every segment of
             layers, `original` keeps the positions tokens had in the prompt.
         threshold: cosine similarity from which a kept token suppresses another.
+        storage: type that hidden states have between stages; None leaves them as they are. The
+            reference for fp16 graphs computes in fp32 from what these hand to each other.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Oracle:
         probes: int = 4,
         positions: str = "renumber",
         threshold: float = 0.8,
+        storage: torch.dtype | None = None,
     ) -> None:
         if probe not in ("last", "shifted"):
             raise TrioError(f"probe is {probe!r}; use 'last' or 'shifted'")
@@ -112,6 +115,8 @@ class Oracle:
         self.head = model.lm_head
         self.probe, self.probes = probe, probes
         self.positions, self.threshold = positions, threshold
+        self.probe_logits = 0.0
+        self.storage = storage
         if next(model.parameters()).dtype == torch.float64:
             _keep_norms_in_float64(model)
 
@@ -161,14 +166,19 @@ class Oracle:
                     f"the prompt has {int(visual.sum())} image tokens for {len(packed)} image rows"
                 )
             embeds[visual] = packed
-            rows = tiles[0].flatten(0, 1)
+            rows = self._stored(tiles[0].flatten(0, 1))
             source[visual] = self._packing_order(tiles[0].shape[:2], sizes, ids.shape[1])
         elif visual.any():
             raise TrioError("the prompt has image tokens but no picture")
+        embeds = self._stored(embeds)
         vision = Stage({"pixel_values": pixels}, {"image_features": _array(rows)})
         inputs = _arrays({"input_ids": ids, "image_features": rows, "source_index": source})
         inputs["lengths"] = np.array([ids.shape[1]])  # no input of the graph: says what is padding
         return embeds, vision, Stage(inputs, _arrays({"inputs_embeds": embeds}))
+
+    def _stored(self, hidden: Tensor) -> Tensor:
+        """Rounded to what is stored between stages."""
+        return hidden if self.storage is None else hidden.to(self.storage).to(hidden.dtype)
 
     def _packing_order(self, tiles: torch.Size, sizes: Tensor, length: int) -> Tensor:
         """Where packing takes each visual token from: S + row, or -1 for a newline.
@@ -223,7 +233,11 @@ class Oracle:
     # ---- pruning --------------------------------------------------------------------------------
 
     def saliency(self, layer: int, hidden: Tensor, positions: Tensor, visual: Tensor) -> Tensor:
-        """Score of every token of [1, S, d]: the gradient's norm, 0 where not visual; [S] fp64."""
+        """Score of every token of [1, S, d]: the gradient's norm, 0 where not visual; [S] fp64.
+
+        `probe_logits` is left behind: the largest magnitude of a logit at the probes.
+        """
+        self.probe_logits = 0.0
         text = (~visual).nonzero().flatten()
         end = len(text) - (1 if self.probe == "shifted" else 0)
         probes = text[max(0, end - self.probes) : max(0, end)]
@@ -233,7 +247,9 @@ class Oracle:
         with torch.enable_grad():
             x = hidden.detach().clone().requires_grad_()
             y = self.run_layers([layer], x, positions, cache=None)
-            loss = proxy_loss(self.logits(y[:, probes]))
+            logits = self.logits(y[:, probes])
+            self.probe_logits = float(logits.detach().abs().max())
+            loss = proxy_loss(logits)
             # A power of two that brings the loss near 1: gradients of a certain prediction would
             # leave fp32's range on their way back. It is divided out again below.
             exponent = torch.frexp(loss.detach()).exponent.clamp(-1000, 0)
@@ -304,6 +320,8 @@ class Oracle:
                 before = _sequence(hidden, positions, visual) | {
                     "keep": np.array([keep]),
                     "width": np.array([len(index)]),
+                    # No input of the graph: how far a logit's error reaches into the scores.
+                    "probe_logits": np.array([self.probe_logits]),
                 }
                 hidden, visual, places = hidden[:, index], visual[index], places[index]
                 positions = positions[:, index]
@@ -368,6 +386,8 @@ class Oracle:
                     room = np.zeros_like(tensor[:, :, :1]).repeat(new, axis=2)
                     inputs[f"past.{i}.{name}"] = np.concatenate([tensor, room], axis=2)
         hidden = self.run_layers(layers, hidden, positions, cache)
+        if layers.stop < len(self.text.layers):
+            hidden = self._stored(hidden)
         outputs: Tensors = {}
         if layers.stop == len(self.text.layers):
             outputs["logits"] = _array(self.logits(hidden[:, -1:]))
