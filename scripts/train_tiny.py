@@ -47,7 +47,7 @@ from trio_deploy.evaluate import scenes
 
 SCENES, SMOOTH_EVERY, SETS, ASKED = 24_000, 8, 4, 16
 TOWER_STEPS, TOWER_BATCH = 1600, 32
-HALF_STEPS, FULL_STEPS, LM_BATCH = 2000, 2000, 8
+HALF_STEPS, FULL_STEPS, LM_BATCH = 2000, 2400, 8
 ALIGN_STEPS, CUE_FROM = 600, 1200
 HIDDEN, LAYERS, TOWER_LAYERS, PATCHES = 128, 16, 5, 256
 WIDTH = 12  # longest question with its answer, in input tokens
@@ -419,34 +419,60 @@ _GROUPS = {"shape": scenes.SHAPES, "colour": list(scenes.COLOURS), "digit": list
 
 
 def cue_loss(
-    logits: Tensor, ids: Tensor, targets: Tensor, named: Tensor, labels: Tensor, places: bool
+    logits: Tensor, ids: Tensor, targets: Tensor, named: Tensor, labels: Tensor, pairs: bool
 ) -> Tensor:
     """At a colour or shape word of a question, what else is true of the things it fits.
 
     "star" is to bring up the colours and digits of the stars: looking a word up in the picture,
     without the second step of handing the find on to the answer. Without it this takes far longer
-    to emerge. named [B,256,V] as of `word_targets`, labels [B,256,6];
-    `places` adds top, bottom, left and right.
+    to emerge. With `pairs`, "star" after "red" brings up what the red star has, where it is, and
+    yes, or no if there is none; and "stars" brings up their number.
+    named [B,256,V] as of `word_targets`, labels [B,256,6].
     """
-    middle = (labels[..., 3] == 5)[..., None]  # each shape counts once
-    if places:
+    b, n, w = ids.shape
+    named = named * (labels[..., 3] == 5)[..., None]  # each shape counts once
+    word = _SINGULAR[ids].view(b, 1, n * w).expand(b, PATCHES, -1)
+    fits = named.gather(2, word)  # [B,256,n*w]: the things this word fits
+    several = torch.zeros(b, n * w, dtype=torch.bool)
+    if pairs:
+        before = torch.cat([torch.full((b, n, 1), PAD), ids[:, :, :-1]], 2).view(b, -1)
+        both = _IS["colour"][before] & _IS["shape"][ids.view(b, -1)]
+        other = named.gather(2, before.view(b, 1, -1).expand_as(word))
+        fits = torch.where(both[:, None], fits * other, fits)
+        several = _IS["plural"][ids.view(b, -1)]
         low, right = (labels[..., 4] > 7).long(), (labels[..., 5] > 7).long()
-        for pair, index in ((("top", "bottom"), low), (("left", "right"), right)):
-            word = torch.tensor([VOCAB[w] for w in pair])[index]
-            named = named + F.one_hot(word, len(VOCAB))
-    named = named * middle
-    together = named.transpose(1, 2) @ named * (1 - torch.eye(len(VOCAB)))  # [B,V,V]
-    together = together / together.sum(-1, keepdim=True).clamp(1e-6)
-    wanted = together[torch.arange(len(ids))[:, None, None], _SINGULAR[ids]]
-    cue = (targets == PAD) & (wanted.sum(-1) > 0) & _FITS[ids]
+        for choice, index in ((("top", "bottom"), low), (("left", "right"), right)):
+            place = torch.tensor([VOCAB[c] for c in choice])[index]
+            named = named + F.one_hot(place, len(VOCAB))
+    number = fits.sum(1).long()  # [B,n*w]
+    wanted = fits.transpose(1, 2) @ named  # [B,n*w,V]
+    wanted.scatter_(2, word[:, :1].transpose(1, 2), 0.0)
+    if pairs:
+        wanted.scatter_(
+            2, before[..., None], wanted.gather(2, before[..., None]) * ~both[..., None]
+        )
+        answer = torch.where(number > 0, VOCAB["yes"], VOCAB["no"])
+        wanted = wanted + F.one_hot(answer, len(VOCAB)) * both[..., None]
+        wanted = torch.where(
+            several[..., None], F.one_hot(VOCAB["0"] + number.clamp(max=9), len(VOCAB)), wanted
+        )
+    wanted = (wanted / wanted.sum(-1, keepdim=True).clamp(1e-6)).view(b, n, w, -1)
+    asked = _IS["colour"] | _IS["shape"] | _IS["plural"]
+    cue = (targets == PAD) & (wanted.sum(-1) > 0) & asked[ids]
     return -(wanted * F.log_softmax(logits, -1)).sum(-1)[cue].mean()
 
 
 _SINGULAR = torch.arange(len(VOCAB))
 for _one, _many in scenes.PLURALS.items():
     _SINGULAR[VOCAB[_many]] = VOCAB[_one]
-_FITS = torch.zeros(len(VOCAB), dtype=torch.bool)
-_FITS[[VOCAB[w] for w in (*scenes.COLOURS, *scenes.SHAPES, *scenes.PLURALS.values())]] = True
+_IS = {}
+for _name, _group in (
+    ("colour", scenes.COLOURS),
+    ("shape", scenes.SHAPES),
+    ("plural", scenes.PLURALS.values()),
+):
+    _IS[_name] = torch.zeros(len(VOCAB), dtype=torch.bool)
+    _IS[_name][[VOCAB[w] for w in _group]] = True
 
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -758,10 +784,12 @@ in {smooth} of the smooth family.
    At first the projected patches are also drawn to the embeddings of the words that name them;
    later a colour or shape word in a question must also bring up what else is true of the things
    it fits (before that, at step {cue}, looking words up in the picture had not emerged).
-3. *full*: 8 more layers, slipped in as identities, and everything trained on; the words now also
-   bring up top, bottom, left and right, a loss that fades to nothing.
+3. *full*: 8 more layers, slipped in as identities, and everything trained on. The words now also
+   bring up where things are, a colour and a shape together whether there is such a thing, and a
+   plural how many there are; this loss fades to nothing.
 
 Muon on matrices, AdamW on the rest, bf16 autocast.
+{note}
 
 ## How it was measured
 Held-out scenes (seeds from {test}), each with 16 questions, through this folder with transformers'
@@ -783,7 +811,7 @@ Weights under the project's licence; trained on nothing but generated pictures.
 """
 
 
-def card(metrics: dict, out: Path) -> str:
+def card(metrics: dict, out: Path, note: str) -> str:
     def cell(x: dict) -> str:
         return f"{x['accuracy']:.1%} ({x['low']:.1%} to {x['high']:.1%})"
 
@@ -807,6 +835,7 @@ def card(metrics: dict, out: Path) -> str:
         scenes=metrics["scenes"],
         smooth=SMOOTH_EVERY,
         cue=CUE_FROM,
+        note=note,
         stages=stages,
         tower=", ".join(f"{k} {v:.1%}" for k, v in metrics["tower"].items()),
         test=scenes.TEST_SEEDS.start,
@@ -822,6 +851,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scale", type=float, default=1.0, help="fewer steps, for a rehearsal")
     parser.add_argument("--test-scenes", type=int, default=200)
+    parser.add_argument("--note", default="", help="a remark on this run, for the model card")
     parser.add_argument("--stage", choices=("all", "train"), default="all")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -840,7 +870,7 @@ def main() -> None:
         return
     metrics = measure(args.work, args.out, parts, model, args.test_scenes)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    (args.out / "README.md").write_text(card(metrics, args.out))
+    (args.out / "README.md").write_text(card(metrics, args.out, args.note))
 
 
 if __name__ == "__main__":
