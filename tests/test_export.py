@@ -226,6 +226,7 @@ def test_linked_weights_share_the_checkpoints_bytes(checkpoint, tmp_path, capsys
     assert linked.stat().st_ino == source.stat().st_ino
     assert it.manifest.weights == "linked"
     assert it.unsealed == ["weights/model.safetensors"]
+    assert "none yet of 1" in inspect(it)
     assert "onnx.load and onnx.checker refuse" in capsys.readouterr().err
     ort = pytest.importorskip("onnxruntime")
     ort.InferenceSession(it.graph("prefill_1"), providers=["CPUExecutionProvider"])
@@ -319,6 +320,13 @@ def test_attaching_another_models_weights_says_what_differs(tmp_path):
     with pytest.raises(TrioError, match=r"text\.num_layers is 4 there and 3 in the bundle"):
         attach_weights(planned, other, progress=False)
     assert Bundle.load(planned.path).manifest.weights == "planned"
+
+
+def test_a_checkpoint_with_a_longer_context_fits_the_planned_graphs(tmp_path):
+    ours = make_llava(tmp_path / "c", layers=3, hidden=32, max_positions=512)
+    longer = make_llava(tmp_path / "d", layers=3, hidden=32, max_positions=1024)
+    planned = export(ours, tmp_path / "b", schedule="1:0.5", graphs_only=True, progress=False)
+    assert attach_weights(planned, longer, progress=False).config.text.max_positions == 1024
 
 
 def test_an_interrupted_attachment_leaves_the_planned_bundle(tmp_path, monkeypatch):

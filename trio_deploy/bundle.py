@@ -515,19 +515,7 @@ class BundleWriter:
 
     def __enter__(self) -> BundleWriter:
         self.target = Path(os.path.abspath(self.target))  # noqa: PTH100  (keep symlinks as named)
-        if not self.target.name:
-            raise TrioError(f"{self.target} cannot be a bundle: name a folder for it")
-        if _exists(self.target):
-            if not self.force:
-                raise TrioError(
-                    f"{self.target} exists already: pass --force to replace it, "
-                    "or choose another --out"
-                )
-            if not (self.target / MANIFEST).is_file() and not _is_empty_folder(self.target):
-                raise TrioError(
-                    f"{self.target} exists and is not a bundle, so --force does not replace it: "
-                    "choose another --out"
-                )
+        self.refuse_existing()
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             for leftover in _leftovers(self.target):
@@ -539,6 +527,22 @@ class BundleWriter:
                 f"cannot write to {self.target.parent} ({error.strerror}): choose another --out"
             ) from error
         return self
+
+    def refuse_existing(self) -> None:
+        """Raises TrioError where something stands at the target that may not be replaced."""
+        if not self.target.name:
+            raise TrioError(f"{self.target} cannot be a bundle: name a folder for it")
+        if not _exists(self.target):
+            return
+        if not self.force:
+            raise TrioError(
+                f"{self.target} exists already: pass --force to replace it, or choose another --out"
+            )
+        if not (self.target / MANIFEST).is_file() and not _is_empty_folder(self.target):
+            raise TrioError(
+                f"{self.target} exists and is not a bundle, so --force does not replace it: "
+                "choose another --out"
+            )
 
     def __exit__(
         self,

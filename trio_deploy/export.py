@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -98,6 +99,7 @@ def export(
         raise TrioError("pass either --budget or --schedule: both say how many tokens are kept")
     if graphs_only and link_weights:
         raise TrioError("--graphs-only writes no weights, so leave out --link-weights")
+    BundleWriter(Path(out), force).refuse_existing()  # before anything that takes time
     device = load_target(str(target) if target is not None else "cpu")
     found = resolve(os.fspath(model), weights_needed=not graphs_only)
     config = parse_config(found.raw_config)
@@ -430,14 +432,20 @@ def attach_weights(
     return Bundle.load(old.path)
 
 
+# What prompts and pictures are made with, and graphs do not depend on: the checkpoint's holds.
+_OUTSIDE_GRAPHS = {"max_positions", "image_token_id", "grid_pinpoints"}
+
+
 def _difference(planned: Any, given: Any, prefix: str = "") -> str | None:
-    """The first field in which two configurations differ, in words."""
+    """The first field in which two configurations ask for other graphs, in words."""
     for item in fields(planned):
         ours, theirs = getattr(planned, item.name), getattr(given, item.name)
-        if ours == theirs:
+        if ours == theirs or item.name in _OUTSIDE_GRAPHS:
             continue
         if hasattr(ours, "__dataclass_fields__") and type(ours) is type(theirs):
-            return _difference(ours, theirs, f"{prefix}{item.name}.")
+            if inner := _difference(ours, theirs, f"{prefix}{item.name}."):
+                return inner
+            continue
         return f"{prefix}{item.name} is {theirs} there and {ours} in the bundle"
     return None
 
@@ -490,7 +498,7 @@ def _carry_over(old: Bundle, writer: BundleWriter, skip: set[str]) -> None:
         if not source.is_file() or relative in skip or relative.startswith(WEIGHTS + "/"):
             continue
         if not link_file(source, writer.path(relative)):
-            writer.path(relative).write_bytes(source.read_bytes())
+            shutil.copyfile(source, writer.path(relative))
         if relative in old.manifest.files:
             writer.record(relative, old.manifest.files[relative].sha256)
 
@@ -520,6 +528,7 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
         f"threshold {manifest.threshold:g}",
         f"weights    {format_bytes(sum(i.size for i in weights.values()))} in {len(weights)} "
         f"file{'s' if len(weights) != 1 else ''}, {state}",
+        f"checksums  {'of all files' if not it.unsealed else f'none yet of {len(it.unsealed)}'}",
         f"graphs     {format_bytes(sum(graphs.values()))}",
     ]
     for stage, graph in manifest.graphs.items():

@@ -155,7 +155,7 @@ def write_layout(
         writer.record(shard.file, digest.hexdigest())
 
 
-def _converted(name: str, entry: TensorEntry, ref: WeightRef) -> Iterable[bytes]:
+def _converted(name: str, entry: TensorEntry, ref: WeightRef) -> Iterable[bytes | memoryview]:
     source, target = _NUMPY[entry.dtype], _NUMPY[SAFETENSORS[ref.dtype]]
     with entry.file.open("rb") as file:
         file.seek(entry.offset)
@@ -170,16 +170,16 @@ def _converted(name: str, entry: TensorEntry, ref: WeightRef) -> Iterable[bytes]
             yield raw if source == target else _convert(name, np.frombuffer(raw, source), target)
 
 
-def _convert(name: str, values: np.ndarray, target: np.dtype) -> bytes:
-    wide = values.astype(np.float32)
+def _convert(name: str, values: np.ndarray, target: np.dtype) -> memoryview:
+    wide = values.astype(np.float32, copy=False)
     with np.errstate(over="ignore"):
-        narrow = wide.astype(target)
+        narrow = wide.astype(target, copy=False)
     if target == np.float16 and bool((np.isinf(narrow) & np.isfinite(wide)).any()):
         raise TrioError(
             f"{name} holds {np.abs(wide[np.isfinite(wide)]).max():.4g}, more than float16 can "
             "(65504): export with --dtype float32 or bfloat16"
         )
-    return narrow.tobytes()
+    return narrow.view(np.uint8).data
 
 
 def kept_layout(sources: Mapping[str, TensorEntry]) -> dict[str, WeightRef]:
