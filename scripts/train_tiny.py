@@ -134,13 +134,13 @@ def _make(seed: int) -> tuple[np.ndarray, ...]:
     return np.asarray(scene.image), patch_labels(scene), pairs_present(scene), questions
 
 
-def make_data(work: Path) -> dict[str, np.ndarray]:
-    """Training scenes as arrays: images, labels, pairs, questions [SCENES,SETS,ASKED,2,WIDTH]."""
+def make_data(work: Path, count: int) -> dict[str, np.ndarray]:
+    """Training scenes as arrays: images, labels, pairs, questions [scenes,SETS,ASKED,2,WIDTH]."""
     shapes = {
-        "images": (SCENES, 192, 192, 3),
-        "labels": (SCENES, 16, 16, 6),
-        "pairs": (SCENES, 48),
-        "questions": (SCENES, SETS, ASKED, 2, WIDTH),
+        "images": (count, 192, 192, 3),
+        "labels": (count, 16, 16, 6),
+        "pairs": (count, 48),
+        "questions": (count, SETS, ASKED, 2, WIDTH),
     }
     if not (work / "data.done").exists():
         arrays = [
@@ -148,7 +148,7 @@ def make_data(work: Path) -> dict[str, np.ndarray]:
             for k, s in shapes.items()
         ]
         with multiprocessing.get_context("spawn").Pool(2) as pool:
-            for i, made in enumerate(pool.imap(_make, scenes.TRAIN_SEEDS[:SCENES], 64)):
+            for i, made in enumerate(pool.imap(_make, scenes.TRAIN_SEEDS[:count], 64)):
                 for array, value in zip(arrays, made, strict=True):
                     array[i] = value
         (work / "data.done").touch()
@@ -308,7 +308,7 @@ def train_tower(work: Path, data: dict, model: Llava, steps: int) -> nn.ModuleLi
     began = time.time() - spent
     for i in range(start, steps):
         rng = np.random.default_rng([1, i])
-        rows = np.sort(rng.choice(SCENES, TOWER_BATCH, replace=False))
+        rows = np.sort(rng.choice(len(data["images"]), TOWER_BATCH, replace=False))
         labels = torch.from_numpy(data["labels"][rows]).flatten(1, 2)
         with torch.autocast("cpu", torch.bfloat16):
             x = tower_features(tower, torch.from_numpy(data["images"][rows]), step)
@@ -327,13 +327,13 @@ def train_tower(work: Path, data: dict, model: Llava, steps: int) -> nn.ModuleLi
 
 @torch.no_grad()
 def cache_features(work: Path, data: dict, tower: nn.Module) -> np.ndarray:
-    """The frozen tower's patches of all training scenes, [SCENES,256,d] fp16."""
-    path = work / "features.npy"
+    """The frozen tower's patches of all training scenes, [scenes,256,d] fp16."""
+    path, count = work / "features.npy", len(data["images"])
     if not (work / "features.done").exists():
-        out = np.lib.format.open_memmap(path, "w+", np.float16, (SCENES, PATCHES, HIDDEN))
-        for i in range(0, SCENES, 64):
+        out = np.lib.format.open_memmap(path, "w+", np.float16, (count, PATCHES, HIDDEN))
+        for i in range(0, count, 64):
             with torch.autocast("cpu", torch.bfloat16):
-                x = tower_features(tower, torch.from_numpy(data["images"][i : i + 64]))
+                x = tower_features(tower, torch.from_numpy(data["images"][i : i + 64].copy()))
             out[i : i + 64] = x[:, 1:].half().numpy()
         (work / "features.done").touch()
     return np.load(path, mmap_mode="r")
@@ -546,7 +546,7 @@ def train_lm(
         rng = np.random.default_rng([2, LAYERS if decay else LAYERS // 2, i])
         align = 0.0 if decay else max(0.0, 1 - i / ALIGN_STEPS)
         batch = LM_BATCH * 2 if align else LM_BATCH
-        rows = np.sort(rng.choice(SCENES, batch, replace=False))
+        rows = np.sort(rng.choice(len(data["images"]), batch, replace=False))
         asked = torch.from_numpy(data["questions"][rows, rng.integers(SETS, size=batch)])
         ids, targets = asked[:, :, 0].long(), asked[:, :, 1]
         with torch.autocast("cpu", torch.bfloat16):
@@ -724,7 +724,7 @@ def measure(work: Path, out: Path, parts: nn.ModuleList, model: Llava, count: in
     seconds = {n: torch.load(work / f"{n}.pt")["spent"] for n in ("tower", "half", "full")}
     return {
         "machine": machine(),
-        "scenes": SCENES,
+        "scenes": len(np.load(work / "pairs.npy", mmap_mode="r")),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": {k: round(v) for k, v in seconds.items()},
         "steps": {k: torch.load(work / f"{k}.pt")["step"] for k in seconds},
@@ -849,7 +849,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and data, 5 GB")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--scale", type=float, default=1.0, help="fewer steps, for a rehearsal")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="fewer scenes and steps, for a rehearsal"
+    )
     parser.add_argument("--test-scenes", type=int, default=200)
     parser.add_argument("--note", default="", help="a remark on this run, for the model card")
     parser.add_argument("--stage", choices=("all", "train"), default="all")
@@ -859,7 +861,7 @@ def main() -> None:
     tower_steps, half_steps, full_steps = (
         max(2, round(args.scale * n)) for n in (TOWER_STEPS, HALF_STEPS, FULL_STEPS)
     )
-    data = make_data(args.work)
+    data = make_data(args.work, max(64, round(args.scale * SCENES)))
     model = build_model(LAYERS // 2)
     parts = train_tower(args.work, data, model, tower_steps)
     features = cache_features(args.work, data, model.model.vision_tower)

@@ -191,7 +191,9 @@ def _draw_shape(draw: ImageDraw.ImageDraw, name: str, x: int, y: int, r: float, 
     elif name == "square":
         draw.rectangle((x - 0.86 * r, y - 0.86 * r, x + 0.86 * r, y + 0.86 * r), fill)
     elif name == "triangle":
-        draw.polygon([(x, y - 1.1 * r), (x - 1.1 * r, y + 0.8 * r), (x + 1.1 * r, y + 0.8 * r)], fill)
+        draw.polygon(
+            [(x, y - 1.1 * r), (x - 1.1 * r, y + 0.8 * r), (x + 1.1 * r, y + 0.8 * r)], fill
+        )
     elif name == "star":
         points = []
         for i in range(10):
@@ -201,7 +203,9 @@ def _draw_shape(draw: ImageDraw.ImageDraw, name: str, x: int, y: int, r: float, 
     elif name == "heart":
         draw.ellipse((x - r, y - 0.9 * r, x + 0.1 * r, y + 0.2 * r), fill)
         draw.ellipse((x - 0.1 * r, y - 0.9 * r, x + r, y + 0.2 * r), fill)
-        draw.polygon([(x - 0.96 * r, y - 0.1 * r), (x + 0.96 * r, y - 0.1 * r), (x, y + 1.1 * r)], fill)
+        draw.polygon(
+            [(x - 0.96 * r, y - 0.1 * r), (x + 0.96 * r, y - 0.1 * r), (x, y + 1.1 * r)], fill
+        )
     else:
         arm = 0.4 * r
         draw.rectangle((x - 1.05 * r, y - arm, x + 1.05 * r, y + arm), fill)
