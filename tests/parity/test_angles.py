@@ -29,4 +29,9 @@ def test_frequencies_are_those_of_transformers(head_dim, theta, scaling):
         rope_parameters=raw,
     )
     expected = LlamaRotaryEmbedding(config).inv_freq.numpy()
-    np.testing.assert_array_equal(inverse_frequencies(ours, head_dim), expected)
+    # llama3 blends the slow frequencies, where a last digit is nothing.
+    tolerance = 2e-7 if scaling == "llama3" else 0
+    found = inverse_frequencies(ours, head_dim)
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=0)
+    fast = expected > 0.01
+    np.testing.assert_array_equal(found[fast], expected[fast])
