@@ -359,13 +359,22 @@ class Bundle:
 
         Returns:
             The bundle with the new manifest, which has also been written.
+
+        Raises:
+            TrioError: the manifest cannot be written.
         """
         files = dict(self.manifest.files)
         for name, info in files.items():
             if info.sha256 is None and self.manifest.weights != "planned":
                 files[name] = FileInfo(info.size, sha256_of(safe_path(self.path, name)))
         manifest = replace(self.manifest, files=files)
-        write_atomically(self.path / MANIFEST, manifest.dump())
+        try:
+            write_atomically(self.path / MANIFEST, manifest.dump())
+        except OSError as error:
+            raise TrioError(
+                f"cannot record checksums in {self.path / MANIFEST} ({error.strerror}): "
+                "make the bundle writable"
+            ) from error
         return replace(self, manifest=manifest)
 
     @property

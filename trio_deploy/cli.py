@@ -76,7 +76,8 @@ def _inspect(args: argparse.Namespace) -> None:
     from trio_deploy.bundle import Bundle
     from trio_deploy.export import inspect
 
-    print(inspect(Bundle.load(args.bundle, verify=args.verify)))
+    bundle = Bundle.load(args.bundle, verify=args.verify)
+    print(inspect(bundle.seal() if args.verify and bundle.unsealed else bundle))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -228,7 +229,11 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = add("inspect", _inspect, "Show what a bundle holds.")
     inspect.add_argument("bundle", type=Path)
-    inspect.add_argument("--verify", action="store_true", help="check every file's sha256")
+    inspect.add_argument(
+        "--verify",
+        action="store_true",
+        help="check every file's sha256; linked weights get theirs recorded",
+    )
     return parser
 
 
