@@ -10,11 +10,15 @@ Everything is a function of the seed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+Colour = tuple[int, int, int]
+T = TypeVar("T")
 
 SIZE = 192
 CELL = 48
@@ -153,7 +157,7 @@ def _ground(rng: np.random.Generator, busy: bool) -> tuple[np.ndarray, np.ndarra
     if busy:
         seeds = rng.uniform(0, 4, (3, 2))
         kinds = rng.choice(len(TEXTURES), 3, replace=False)
-        cells = np.stack(np.mgrid[0:4, 0:4], -1) + 0.5
+        cells = np.moveaxis(np.mgrid[0:4, 0:4], 0, -1) + 0.5
         region = ((cells[:, :, None] - seeds) ** 2).sum(-1).argmin(-1)
         textures = kinds[region]
         large = region.repeat(CELL, 0).repeat(CELL, 1)
@@ -185,7 +189,9 @@ def _texture(rng: np.random.Generator, kind: str) -> np.ndarray:
     return np.zeros_like(u)
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, name: str, x: int, y: int, r: float, fill) -> None:
+def _draw_shape(
+    draw: ImageDraw.ImageDraw, name: str, x: int, y: int, r: float, fill: Colour
+) -> None:
     if name == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill)
     elif name == "square":
@@ -212,7 +218,9 @@ def _draw_shape(draw: ImageDraw.ImageDraw, name: str, x: int, y: int, r: float, 
         draw.rectangle((x - arm, y - 1.05 * r, x + arm, y + 1.05 * r), fill)
 
 
-def _draw_distractor(draw: ImageDraw.ImageDraw, name: str, x: int, y: int, r: int, fill) -> None:
+def _draw_distractor(
+    draw: ImageDraw.ImageDraw, name: str, x: int, y: int, r: int, fill: Colour
+) -> None:
     left, top, right, low = x - r, y - r, x + r, y + r
     if name == "ring":
         draw.ellipse((left, top, right, low), None, fill, 3)
@@ -254,8 +262,9 @@ def _draw_distractor(draw: ImageDraw.ImageDraw, name: str, x: int, y: int, r: in
             draw.rectangle((left, p, right, p + 1), fill)
 
 
-def _shade(rng: np.random.Generator, rgb: tuple[int, int, int]) -> tuple[int, int, int]:
-    return tuple(int(c) for c in np.clip(np.array(rgb) + rng.integers(-12, 13, 3), 0, 255))
+def _shade(rng: np.random.Generator, rgb: Colour) -> Colour:
+    red, green, blue = np.clip(np.array(rgb) + rng.integers(-12, 13, 3), 0, 255).tolist()
+    return red, green, blue
 
 
 # --- composing --------------------------------------------------------------------------------
@@ -367,7 +376,7 @@ def ask(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
     return [out[i] for i in rng.permutation(len(out))[:count]]
 
 
-def _pick(rng: np.random.Generator, items: list):
+def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
     return items[int(rng.integers(len(items)))]
 
 
