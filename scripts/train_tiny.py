@@ -143,6 +143,7 @@ def make_data(work: Path, count: int) -> dict[str, np.ndarray]:
         "questions": (count, SETS, ASKED, 2, WIDTH),
     }
     if not (work / "data.done").exists():
+        began = time.time()
         arrays = [
             np.lib.format.open_memmap(work / f"{k}.npy", "w+", np.uint8, s)
             for k, s in shapes.items()
@@ -151,7 +152,7 @@ def make_data(work: Path, count: int) -> dict[str, np.ndarray]:
             for i, made in enumerate(pool.imap(_make, scenes.TRAIN_SEEDS[:count], 64)):
                 for array, value in zip(arrays, made, strict=True):
                     array[i] = value
-        (work / "data.done").touch()
+        (work / "data.done").write_text(f"{time.time() - began:.0f}")
     return {k: np.load(work / f"{k}.npy", mmap_mode="r") for k in shapes}
 
 
@@ -330,12 +331,13 @@ def cache_features(work: Path, data: dict, tower: nn.Module) -> np.ndarray:
     """The frozen tower's patches of all training scenes, [scenes,256,d] fp16."""
     path, count = work / "features.npy", len(data["images"])
     if not (work / "features.done").exists():
+        began = time.time()
         out = np.lib.format.open_memmap(path, "w+", np.float16, (count, PATCHES, HIDDEN))
         for i in range(0, count, 64):
             with torch.autocast("cpu", torch.bfloat16):
                 x = tower_features(tower, torch.from_numpy(data["images"][i : i + 64].copy()))
             out[i : i + 64] = x[:, 1:].half().numpy()
-        (work / "features.done").touch()
+        (work / "features.done").write_text(f"{time.time() - began:.0f}")
     return np.load(path, mmap_mode="r")
 
 
@@ -721,13 +723,15 @@ def measure(work: Path, out: Path, parts: nn.ModuleList, model: Llava, count: in
     block = HeldOut(scenes.TEST_SEEDS[:count], "busy", model.model.vision_tower).measure(model)[1]
     smooth = through_transformers(out, scenes.TEST_SEEDS[: count // 2], "smooth")
     blind = through_transformers(out, scenes.TEST_SEEDS[: count // 2], "busy", blind=True)
-    seconds = {n: torch.load(work / f"{n}.pt")["spent"] for n in ("tower", "half", "full")}
+    stages = {n: torch.load(work / f"{n}.pt") for n in ("tower", "half", "full")}
+    seconds = {n: float((work / f"{n}.done").read_text()) for n in ("data", "features")}
+    seconds |= {n: state["spent"] for n, state in stages.items()}
     return {
         "machine": machine(),
         "scenes": len(np.load(work / "pairs.npy", mmap_mode="r")),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": {k: round(v) for k, v in seconds.items()},
-        "steps": {k: torch.load(work / f"{k}.pt")["step"] for k in seconds},
+        "steps": {n: state["step"] for n, state in stages.items()},
         "tower": {
             k: round(v, 4) for k, v in tower_accuracy(parts, scenes.TUNING_SEEDS[:128]).items()
         },
@@ -821,7 +825,8 @@ def card(metrics: dict, out: Path, note: str) -> str:
         for k, b in metrics["busy"].items()
     )
     stages = "\n".join(
-        f"| {k} | {metrics['steps'][k]} | {s / 60:.1f} |" for k, s in metrics["seconds"].items()
+        f"| {k} | {metrics['steps'].get(k, '')} | {s / 60:.1f} |"
+        for k, s in (metrics["seconds"] | {"all": sum(metrics["seconds"].values())}).items()
     )
     return CARD.format(
         millions=metrics["parameters"] / 1e6,
