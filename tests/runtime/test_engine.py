@@ -84,6 +84,7 @@ def test_unknown_runtimes_and_options_are_refused(tmp_path: Path) -> None:
         {"threads": 0},
         {"name": "openvino", "provider": "cuda"},
         {"precision": "bfloat16"},
+        {"name": "openvino", "low_memory": True},
         {"name": "openvino", "precision": "int8"},
         {"provider": "NoSuchProvider"},
         {"provider": "cuda"},

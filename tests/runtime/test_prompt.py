@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from tests.checkpoints import BOS, CHAT_TEMPLATE, IMAGE
 from tests.conftest import make_picture
@@ -130,6 +131,14 @@ def test_a_users_text_cannot_smuggle_in_a_placeholder(
 def test_malformed_messages_are_refused(llava_checkpoint: Path, messages: list) -> None:
     with pytest.raises(TrioError, match="message|content item"):
         encoder(llava_checkpoint).text(messages, 0)
+
+
+@pytest.mark.parametrize("text", ["", "<image>"])
+def test_a_prompt_without_text_is_refused(llava_checkpoint: Path, text: str) -> None:
+    tokenizer = Tokenizer.from_file(str(llava_checkpoint / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    with pytest.raises(TrioError, match="no text"):
+        PromptEncoder(tokenizer, IMAGE, TOKENS).encode(text, [16] * text.count("<image>"))
 
 
 TEMPLATES = [

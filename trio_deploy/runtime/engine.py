@@ -132,6 +132,8 @@ def open_runtime(
 
         if provider is not None:
             raise TrioError("execution providers belong to ONNX Runtime, not to OpenVINO")
+        if low_memory:
+            raise TrioError("the low-memory option belongs to ONNX Runtime, not to OpenVINO")
         return OvRuntime(threads=threads, precision=precision or "float32")
     raise TrioError(f"unknown runtime {name!r}: choose onnxruntime or openvino")
 

@@ -236,7 +236,7 @@ class PromptEncoder:
         chat template (`rendered`) already began with BOS, as `apply_chat_template` does.
 
         Raises:
-            TrioError: placeholders and images differ in number, or there are no tokens at all.
+            TrioError: placeholders and images differ in number, or there is no text at all.
         """
         begun = rendered and bool(self._bos_token) and text.startswith(self._bos_token or "")
         ids = np.array(
@@ -247,8 +247,8 @@ class PromptEncoder:
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[marks] = images
         expanded = np.repeat(ids, repeats)
-        if not len(expanded):
-            raise TrioError("the prompt is empty: write something to ask")
+        if marks.all():
+            raise TrioError("the prompt has no text: write something to ask")
         return Prompt(expanded, np.repeat(marks, repeats))
 
     @property
