@@ -89,9 +89,7 @@ def saliency(
     y = y + linear("mlp.down_proj", F.silu(linear("mlp.gate_proj", z)) * linear("mlp.up_proj", z))
     logits = _norm(y, get["language_model.norm.weight"], config.rms_norm_eps)[where] @ head.T
     label = logits.argmax(-1, keepdim=True)
-    (plain,) = torch.autograd.grad(
-        F.cross_entropy(logits, label[:, 0]), logits, retain_graph=True
-    )
+    (plain,) = torch.autograd.grad(F.cross_entropy(logits, label[:, 0]), logits, retain_graph=True)
     exact = logits.softmax(-1).scatter(-1, label, 0.0) / len(where)
     exact = exact.scatter(-1, label, -exact.sum(-1, keepdim=True))
     assert torch.allclose(plain, exact, rtol=1e-9, atol=1e-14)  # but for the label's cancellation

@@ -134,7 +134,7 @@ def saliency(
     a = op.Reshape(op.Softmax(scores, axis=-1), [0, heads * probes, -1])  # [B,H*P,S]
     lifted = cast(op, op.Mul(a, _LIFT), d.dtype)
     mixed = op.Mul(cast(op, op.MatMul(lifted, n), FLOAT), 1.0 / _LIFT)  # [B,H*P,d]: a n
-    w_v = op.Reshape(attention.v_proj.weight.into(op), [groups, size, hidden])
+    w_v = _view(op, d, attention.v_proj.weight.into(op), [groups, size, hidden], tokens.x)
     o = op.Reshape(cast(op, mixed, d.dtype), [0, groups, per_group, hidden])
     o = op.Reshape(_by_transposed(op, d, o, w_v), [0, heads, probes, size])
     o = merge_heads(op, o)  # [B,P,H*D]
@@ -234,20 +234,40 @@ def _scaled(op: Any, d: Dialect, g: ir.Value, product: Callable[[ir.Value], ir.V
 def _few(op: Any, d: Dialect, module: Linear, x: ir.Value, transpose: bool = False) -> ir.Value:
     """`module` for the few rows of x [B,P,in].
 
-    ONNX Runtime copies the right operand of a product into panels first, which for P rows takes
-    two to four times as long as the product itself: there the weight goes to the left.
+    Without prepacked weights ONNX Runtime's CPU kernel copies the right operand of a product into
+    panels first, which for a few rows takes two to four times as long as the product. So the
+    weight goes to the left (nothing is packed), and x W, where that would be no better, becomes
+    one vector-matrix product a row and block of W, a block small enough to stay in the cache.
     """
     if d.name != "ort":
         return module(op, x, transpose=transpose)
-    out, inner = module.weight.shape[::-1] if transpose else module.weight.shape
-    flat = op.Reshape(x, [-1, inner])
+    weight = module.weight.into(op)
+    out, inner = (int(size) for size in _sizes(weight))
+    rows = int(_sizes(x)[1])
+    if transpose:
+        block = next((b for b in range(128, 31, -1) if out % b == 0), out)
+        a = op.Transpose(op.Reshape(x, [-1, out // block, 1, block]), perm=[1, 0, 2, 3])
+        w = _view(op, d, weight, [out // block, 1, block, inner], x)
+        y = reduce(op, "ReduceSum", op.MatMul(a, w), [0], keepdims=False)
+        return op.Reshape(y, [-1, rows, inner])
     y = op.FusedMatMul(
-        module.weight.into(op), flat, transA=int(transpose), transB=1,
-        _domain="com.microsoft", _version=1,
-    )  # fmt: skip
+        weight, op.Reshape(x, [-1, inner]), transB=1, _domain="com.microsoft", _version=1
+    )
     y = op.Transpose(typed(y, d.dtype, [out, None]), perm=[1, 0])
-    y = op.Reshape(y, [-1, int(x.shape[1]), out])
-    return y if transpose or module.bias is None else op.Add(y, module.bias.into(op))
+    y = op.Reshape(y, [-1, rows, out])
+    return y if module.bias is None else op.Add(y, module.bias.into(op))
+
+
+def _view(op: Any, d: Dialect, weight: ir.Value, shape: list[int], like: ir.Value) -> ir.Value:
+    """A weight in another shape, without a second copy of it.
+
+    ONNX Runtime's constant folding would make one, so there the shape is known at run time only:
+    multiplied by B / B of `like`.
+    """
+    if d.name != "ort":
+        return op.Reshape(weight, shape)
+    one = op.Div(dim(op, like, 0), dim(op, like, 0))
+    return typed(op.Reshape(weight, op.Mul(one, shape)), d.dtype, shape)
 
 
 def _back(op: Any, d: Dialect, module: Linear, g: ir.Value) -> ir.Value:

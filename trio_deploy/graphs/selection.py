@@ -17,7 +17,6 @@ R = M ceil(S / M) ranks, W width after pruning.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -110,9 +109,7 @@ def build_select(
     return stage.finish(config)
 
 
-def compact(
-    op: Any, mask: ir.Value, index: ir.Value, width: ir.Value
-) -> tuple[ir.Value, ir.Value]:
+def compact(op: Any, mask: ir.Value, index: ir.Value, width: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The places where `mask` [B,S] holds, ascending, -1 behind: int64 [B,W]; their number [B].
 
     By cumulative sum and scatter: a TopK over all kept tokens would be too long for TensorRT.
