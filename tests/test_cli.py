@@ -94,6 +94,15 @@ def test_errors_are_one_line_and_status_1(monkeypatch, capsys):
         cli.main(["export", "--debug", "--model", "x", "--out", "b"])
 
 
+def test_an_error_of_the_system_is_one_line_too(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "b")
+
+    monkeypatch.setattr("trio_deploy.export.export", fail)
+    assert cli.main(["export", "--model", "x", "--out", "b"]) == 1
+    assert capsys.readouterr().err == "trio: [Errno 13] Permission denied: 'b'\n"
+
+
 def test_an_interrupt_is_status_130(monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -38,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `trio plan … | head`
         sys.stderr.close()
         return 1
+    except OSError as error:  # no permission, a disk that fails: whatever no room foresaw
+        if args.debug:
+            raise
+        print(f"trio: {error}", file=sys.stderr)
+        return 1
 
 
 def export_main() -> int:
