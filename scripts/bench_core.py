@@ -10,7 +10,8 @@ warm-up; medians are reported. Peak memory is that of a fresh process for each p
 Model: a random-initialised LLaVA-1.5 with five pictures of 576 tokens in its prompt, so 2880 visual
 and 64 text tokens; weights do not change what a matrix product costs. OpenVINO GenAI is optional
 and needs an environment of its own (optimum-intel pins an older transformers): make one with
-`pip install openvino-genai optimum-intel`, and pass its interpreter as --genai-python.
+`pip install openvino-genai optimum-intel` (and `pip uninstall torchvision` where torch is the CPU
+build, which PyPI's torchvision does not fit), and pass its interpreter as --genai-python.
 """
 
 from __future__ import annotations
