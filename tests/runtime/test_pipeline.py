@@ -340,3 +340,26 @@ def test_the_picture_dims_what_was_dropped(setup: Setup) -> None:
     assert lit[0] > 0.99 > lit[1] > lit[2] > 0
     with pytest.raises(TrioError, match="no picture"):
         draw_generation(setup.pipeline().generate(prompt="what ?", max_new_tokens=1))
+
+
+def test_a_bfloat16_bundle_runs_on_openvino_and_is_refused_by_onnx_runtime_on_cpus(
+    setup: Setup, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    checkpoint = setup.checkpoints["llava"]
+    kwargs: dict[str, Any] = {"schedule": SCHEDULE, "dialect": "primitive", "progress": False}
+    export(checkpoint, out, dtype="bfloat16", target="cpu-openvino", **kwargs)
+    pipeline = TrioPipeline.from_bundle(out, threads=1)
+    assert pipeline.precision == "bfloat16"
+    image = make_picture()
+    answer = pipeline.generate([image], COLOR, max_new_tokens=3)
+    assert len(answer.token_ids) >= 1
+    pixels = pipeline.encode(Request(COLOR, [image]))[1][0].pixel_values
+    whole = setup.pipeline("llava", "primitive", runtime="openvino").engine("vision")
+    expected = whole.run({"pixel_values": pixels})["image_features"]
+    engine = pipeline.engine("vision")
+    rounded = pixels.astype(engine.inputs["pixel_values"].dtype)
+    features = engine.run({"pixel_values": rounded})["image_features"].astype(np.float32)
+    assert np.abs(features - expected).max() < 0.03 * np.abs(expected).max()
+    with pytest.raises(TrioError, match="no bfloat16 arithmetic on CPUs"):
+        TrioPipeline.from_bundle(out, "onnxruntime")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from trio_deploy.errors import TrioError
@@ -92,7 +93,11 @@ class OvEngine:
         request = self._bound(feeds, into)
         self._infer(request)
         names = [name for name in self.outputs if name not in into]
-        return {name: np.array(request.get_tensor(name).data) for name in names}
+        # OpenVINO hands bfloat16 over as if it were float16.
+        return {
+            name: np.array(request.get_tensor(name).data).view(self.outputs[name].dtype)
+            for name in names
+        }
 
     def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Callable[[], None]:
         """See `Engine.bind`."""
@@ -107,10 +112,19 @@ class OvEngine:
         request = self._model.create_infer_request()
         for arrays, specs in ((feeds, self.inputs), (into, self.outputs)):
             for name, array in arrays.items():
-                # A view, since numpy has two int64 types and OpenVINO knows one of them.
-                tensor = self._openvino.Tensor(array.view(specs[name].dtype), shared_memory=True)
-                request.set_tensor(name, tensor)
+                request.set_tensor(name, self._tensor(array.view(specs[name].dtype)))
         return request
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        """A tensor on the array's own memory.
+
+        `array` is a view in the port's type, since numpy has two int64 types and OpenVINO knows one
+        of them.
+        """
+        ov = self._openvino
+        if array.dtype == ml_dtypes.bfloat16:
+            return ov.Tensor(array.view(np.uint16), ov.Shape(array.shape), ov.Type.bf16)
+        return ov.Tensor(array, shared_memory=True)
 
     def _infer(self, request: Any) -> None:
         try:
@@ -139,5 +153,9 @@ def _specs(ports: list[Any]) -> dict[str, TensorSpec]:
         shape = tuple(
             None if size.is_dynamic else size.get_length() for size in port.get_partial_shape()
         )
-        specs[name] = TensorSpec(name, np.dtype(port.get_element_type().to_dtype()), shape)
+        kind = port.get_element_type()
+        # numpy has no bfloat16 of its own, and OpenVINO's `to_dtype` says float16.
+        bfloat = kind.get_type_name() == "bf16"
+        dtype = np.dtype(ml_dtypes.bfloat16 if bfloat else kind.to_dtype())
+        specs[name] = TensorSpec(name, dtype, shape)
     return specs

@@ -24,6 +24,7 @@ from trio_deploy.runtime.sampling import Sampler, Sampling, StopScanner, TokenSt
 from trio_deploy.runtime.stages import Clock, Prefilled, Stages
 from trio_deploy.schedule import Schedule, solve
 
+_CPU = (None, "cpu", "CPUExecutionProvider")
 ImageSource = Image.Image | str | os.PathLike[str] | bytes
 
 
@@ -152,7 +153,8 @@ class TrioPipeline:
     A follow-up question is a new prefill: which tokens a picture keeps depends on the question.
 
     Attributes:
-        precision: the float type that segments compute in (selections keep the bundle's).
+        precision: the float type that segments' results are rounded to (selections keep the
+            bundle's).
     """
 
     def __init__(
@@ -202,6 +204,11 @@ class TrioPipeline:
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(Path(bundle))
         loaded.require_weights()
         name, targeted = _target_options(loaded, target, runtime)
+        if loaded.manifest.dtype == "bfloat16" and name == "onnxruntime" and provider in _CPU:
+            raise TrioError(
+                "ONNX Runtime has no bfloat16 arithmetic on CPUs: export with --dtype float32, or "
+                "with --dialect primitive for --runtime openvino"
+            )
         opened = open_runtime(
             name,
             threads=threads,
@@ -219,7 +226,9 @@ class TrioPipeline:
             tokenizer, loaded.config.image_token_id, tokens, loaded.chat_template
         )
         preprocessor = Preprocessor.from_json(loaded.preprocessor, loaded.config)
-        chosen = precision or targeted or loaded.manifest.dtype
+        # Hidden states and cache of a 16-bit bundle are rounded whatever the products are done in.
+        stored = loaded.manifest.dtype
+        chosen = stored if stored != "float32" else precision or targeted or stored
         return cls(loaded, stages, encoder, preprocessor, chosen)
 
     def engine(self, stage: str) -> Engine:
