@@ -152,7 +152,11 @@ def format_report(report: Report) -> str:
         for line in lines
     ]
     failed = sum(not row.passed for row in report.rows)
-    verdict = f"{failed} of {len(report.rows)} rows beyond tolerance" if failed else "all within"
+    verdict = (
+        f"{failed} of {len(report.rows)} rows beyond tolerance"
+        if failed
+        else "all within tolerance"
+    )
     return "\n".join(
         [
             report.title,
