@@ -4,7 +4,8 @@ The loss touches P query rows alone, so a visual token acts only through the lay
 values. One product gives the keys of all S rows; everything else in the forward pass is done for
 P rows; and the gradient comes back through P x H rows of attention. The values are never projected
 (the probes' rows are pushed through W_v instead): 3 H P multiplications a feature and token against
-2 G D, which is less for every head layout but a single key/value head.
+2 G D, which is less while G > 3 H P / 2 D, so for P = 4 and D = 128 while G > H / 21: grouped-query
+models included.
 
 P probes, B rows, S tokens, d hidden size, H query heads, G key/value heads, R = H/G, D head size,
 V vocabulary.
