@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -239,9 +240,7 @@ def test_end_tokens_stop_the_answer_and_are_not_shown(setup: Setup) -> None:
     pipeline, image = setup.pipeline(), make_picture()
     whole = pipeline.generate([image], ask(COLOR), max_new_tokens=12).token_ids
     end = whole[4]
-    ending = TrioPipeline(
-        pipeline.bundle, pipeline._stages, pipeline._encoder, pipeline._preprocessor
-    )
+    ending = copy.copy(pipeline)
     ending._ends = frozenset({EOS, end})
     answer = ending.generate([image], ask(COLOR), max_new_tokens=12)
     assert answer.token_ids == whole[: whole.index(end) + 1]
@@ -293,7 +292,7 @@ def test_a_selection_that_did_not_settle_is_an_error(
     monkeypatch.setattr(
         engine, "run", lambda feeds: run(feeds) | {"converged": np.array([True, False])}
     )
-    with pytest.raises(TrioError, match="select_2 did not settle .* row 1"):
+    with pytest.raises(TrioError, match="select_2 found no set of tokens for row 1"):
         pipeline.generate_batch([Request(ask(COLOR), [make_picture()])] * 2)
 
 

@@ -217,8 +217,8 @@ def _select(
     if not out["converged"].all():
         rows = ", ".join(str(row) for row in np.flatnonzero(~out["converged"]))
         raise TrioError(
-            f"{name} did not settle on a set of tokens for row {rows}: run this request with "
-            "budget=1.0, and export with a dialect that has loops"
+            f"{name} found no set of tokens for row {rows}, most likely since the hidden states "
+            "overflowed in 16-bit floats: export with --dtype float32, or ask with a budget of 1"
         )
     return out
 
