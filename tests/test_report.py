@@ -10,6 +10,7 @@ from PIL import Image
 
 from trio_deploy import report
 from trio_deploy.errors import TrioError
+from trio_deploy.runtime import picture
 from trio_deploy.runtime.pipeline import Generation
 
 
@@ -66,7 +67,7 @@ def test_several_images_are_drawn_below_one_another(tmp_path, monkeypatch):
         seen.append((len(kept), layers))
         return Image.new("RGB", image.size, "red")
 
-    monkeypatch.setattr(report, "draw_kept", draw)
+    monkeypatch.setattr(picture, "draw_kept", draw)
 
     class Tokens:
         rows = np.arange(5)
@@ -82,7 +83,7 @@ def test_several_images_are_drawn_below_one_another(tmp_path, monkeypatch):
 def test_nothing_to_draw_or_nowhere_to_write_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(TrioError, match="--image"):
         report.save_kept(answer(), tmp_path / "kept.png")
-    monkeypatch.setattr(report, "draw_kept", lambda *_: Image.new("RGB", (3, 3)))
+    monkeypatch.setattr(picture, "draw_kept", lambda *_: Image.new("RGB", (3, 3)))
 
     class Tokens:
         rows = np.arange(10)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from trio_deploy.errors import TrioError
-from trio_deploy.runtime.picture import draw_kept
+from trio_deploy.runtime.picture import draw_generation
 from trio_deploy.runtime.pipeline import Generation
 
 _MIB = 2**20
-_GAP = 8  # pixels between the pictures of several images
 
 
 def generation_text(generation: Generation) -> str:
@@ -67,26 +64,7 @@ def save_kept(generation: Generation, path: Path) -> None:
     """
     if not generation.images:
         raise TrioError("--show draws what was kept of an image: pass one with --image")
-    starts = [start for start, _, _ in generation.layer_ranges]
-    layers = starts[len(starts) - len(generation.kept) :]
-    pictures = [
-        draw_kept(image, processed, generation.kept_of_image(number), layers)
-        for number, (image, processed) in enumerate(
-            zip(generation.images, generation.processed, strict=True)
-        )
-    ]
-    sheet = Image.new(
-        "RGB",
-        (
-            max(picture.width for picture in pictures),
-            sum(picture.height for picture in pictures) + _GAP * (len(pictures) - 1),
-        ),
-        "white",
-    )
-    top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height + _GAP
+    sheet = draw_generation(generation)
     try:
         sheet.save(path)
     except (OSError, ValueError) as error:

@@ -182,3 +182,12 @@ def test_a_picture_too_narrow_to_resize_is_refused(llava_checkpoint: Path):
     preprocessor = Preprocessor(checkpoint.image_settings(), checkpoint.model_config())
     with pytest.raises(TrioError, match="too long and narrow"):
         preprocessor(Image.new("RGB", (1, 100_000)))
+
+
+def test_any_path_like_is_a_path(tmp_path: Path) -> None:
+    class Elsewhere:
+        def __fspath__(self) -> str:
+            return str(tmp_path / "red.png")
+
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "red.png")
+    assert open_image(Elsewhere()).size == (3, 2)

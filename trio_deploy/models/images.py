@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,12 +94,15 @@ def open_image(source: Any) -> Image.Image:
         return _to_rgb(source, "the image")
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(bytes(source)), "the image")
-    if isinstance(source, (str, Path)):
+    if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if not path.is_file():
             raise TrioError(f"There is no image file at {path}.")
-        with path.open("rb") as file:
-            return _decode(file, str(path))
+        try:
+            with path.open("rb") as file:
+                return _decode(file, str(path))
+        except OSError as error:
+            raise TrioError(f"{path} cannot be read: {error.strerror or error}.") from error
     raise TrioError(
         f"An image must be a path, bytes or a Pillow image, not {type(source).__name__}."
     )
