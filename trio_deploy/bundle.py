@@ -106,7 +106,8 @@ class Manifest:
         schedule: pruning points as plain JSON, `[{"layer", "keep", "method"}, ...]`.
         decode: `shared` (prefill graphs decode too) or `separate` (decode.onnx).
         weights: `copied`, `linked` (hard links) or `planned` (`trio attach-weights` fills them in).
-        target: name of the engines/ file it was exported for; `runtime` is that target's runtime.
+        target: name of the engines/ file it was exported for, which need not be where it runs;
+            `runtime` and `precision` are that target's.
         files: every other file of the bundle, by path relative to the bundle, `/` as separator.
     """
 
@@ -125,6 +126,7 @@ class Manifest:
     weights: str
     target: str = "cpu"
     runtime: str = "onnxruntime"
+    precision: str | None = None
     schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
@@ -143,6 +145,7 @@ class Manifest:
             },
             "target": self.target,
             "runtime": self.runtime,
+            "precision": self.precision,
             "dtype": self.dtype,
             "dialect": self.dialect,
             "schedule": self.schedule,
@@ -229,6 +232,7 @@ class Manifest:
                 weights=str(raw["weights"]),
                 target=str(raw.get("target", "cpu")),
                 runtime=str(raw.get("runtime", "onnxruntime")),
+                precision=raw.get("precision"),
                 schema=schema,
             )
         except KeyError as error:

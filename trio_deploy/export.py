@@ -172,6 +172,7 @@ def export(
             weights=weights,
             target=device.name,
             runtime=device.runtime,
+            precision=device.precision,
         )
         writer.write(MANIFEST, manifest.dump())
     return Bundle.load(out)

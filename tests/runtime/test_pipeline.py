@@ -17,7 +17,7 @@ from trio_deploy.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.export import export
 from trio_deploy.runtime.picture import draw_generation
-from trio_deploy.runtime.pipeline import Generation, Request, TrioPipeline
+from trio_deploy.runtime.pipeline import Generation, Request, TrioPipeline, _target_options
 
 SCHEDULE = "1:0.4,2:0.2"
 COLOR = "what color is the circle ?"
@@ -362,3 +362,18 @@ def test_a_bfloat16_bundle_runs_on_openvino_and_is_refused_by_onnx_runtime_on_cp
     assert np.abs(features - expected).max() < 0.03 * np.abs(expected).max()
     with pytest.raises(TrioError, match="no bfloat16 arithmetic on CPUs"):
         TrioPipeline.from_bundle(out, "onnxruntime")
+
+
+def test_a_target_of_ones_own_is_carried_by_the_bundle(setup: Setup, tmp_path: Path) -> None:
+    target = tmp_path / "mine.yaml"
+    target.write_text(
+        "runtime: openvino\ndialect: primitive\ndtype: float32\nprecision: bfloat16\n"
+    )
+    out = tmp_path / "bundle"
+    export(setup.checkpoints["llava"], out, schedule=SCHEDULE, target=target, progress=False)
+    target.unlink()
+    bundle = Bundle.load(out)
+    assert (bundle.manifest.runtime, bundle.manifest.precision) == ("openvino", "bfloat16")
+    assert _target_options(bundle, None, None) == ("openvino", "bfloat16")
+    assert _target_options(bundle, None, "onnxruntime") == ("onnxruntime", None)
+    assert _target_options(bundle, "cpu-openvino", None) == ("openvino", "float32")

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from trio_deploy.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.models.preprocessing import Preprocessor, ProcessedImage
-from trio_deploy.recipe import Target, list_targets, load_target
+from trio_deploy.recipe import Target, load_target
 from trio_deploy.runtime.decode import Decoder
 from trio_deploy.runtime.engine import Engine, open_runtime
 from trio_deploy.runtime.kv import SegmentCache
@@ -443,15 +443,12 @@ def _target_options(
     bundle: Bundle, target: str | Target | None, runtime: str | None
 ) -> tuple[str, str | None]:
     """Runtime and precision: the caller's, else the target's, else the bundle's."""
-    name = runtime or bundle.manifest.runtime
+    manifest = bundle.manifest
     if target is None:
-        # The bundle knows its target by name; a file of the exporting machine's may not be here.
-        shipped = bundle.manifest.target in list_targets()
-        target = bundle.manifest.target if shipped else None
-        if runtime not in (None, bundle.manifest.runtime):
-            target = None
-    if target is None:
-        return name, None
+        # What the manifest says, since a target file of the exporting machine's may not be here.
+        name = runtime or manifest.runtime
+        known = manifest.precision if name == manifest.runtime == "openvino" else None
+        return name, known
     chosen = target if isinstance(target, Target) else load_target(target)
     name = runtime or chosen.runtime
     return name, chosen.precision if name == "openvino" else None
