@@ -128,3 +128,9 @@ def test_nothing_is_shown_that_may_turn_out_to_be_a_stop_string() -> None:
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(TrioError, match="stop string"):
         StopScanner([""])
+
+
+def test_the_smallest_temperature_is_greedy_without_a_warning(recwarn: pytest.WarningsRecorder):
+    logits = np.array([1.0, 3.0, 2.0], np.float32)
+    assert Sampler(Sampling(temperature=1e-320, seed=0))(logits) == 1
+    assert not recwarn.list

@@ -55,8 +55,10 @@ class Sampler:
             )
         if self._sampling.temperature == 0.0:
             return best
-        scaled = logits.astype(np.float64) / self._sampling.temperature
-        weights = np.exp(scaled - scaled[best])
+        # Subtracted first: a tiny temperature may then give -inf, but never inf - inf.
+        behind = logits.astype(np.float64) - float(logits[best])
+        with np.errstate(over="ignore"):
+            weights = np.exp(behind / self._sampling.temperature)
         probabilities = weights / weights.sum()
         order = np.argsort(-probabilities, kind="stable")
         cumulative = np.cumsum(probabilities[order])
