@@ -172,3 +172,21 @@ def test_plan_prints_text_or_json(capsys):
     assert "average" in capsys.readouterr().out
     assert cli.main("plan --model llava-1.5-7b --schedule 1:9 --json".split()) == 0
     assert json.loads(capsys.readouterr().out)["keep"] == [9]
+
+
+def test_verify_says_what_it_could_not_compare_and_compares_it_from_then_on(
+    tmp_path, llava_checkpoint, capsys
+):
+    from trio_deploy.export import export
+
+    export(llava_checkpoint, tmp_path / "b", budget=0.5, link_weights=True, progress=False)
+    command = ["inspect", str(tmp_path / "b"), "--verify"]
+    assert cli.main(command) == 0
+    assert "nothing to compare weights/model.safetensors with" in capsys.readouterr().err
+    weights = tmp_path / "b" / "weights" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.unlink()  # it shares its bytes with the checkpoint
+    weights.write_bytes(content)
+    assert cli.main(command) == 1
+    assert "model.safetensors" in capsys.readouterr().err

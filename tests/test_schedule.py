@@ -292,3 +292,8 @@ def test_a_budget_below_the_first_layers_names_the_smallest():
     with pytest.raises(TrioError, match="no pruning point"):
         solve(0.5, 32, ())
     assert solve(1.0, 32, ()) == Schedule()
+
+
+@pytest.mark.parametrize("text", ["1:1.0, 2:0.5", "1:1", "1:92, 10:54", "1:0.16"])
+def test_a_schedule_prints_as_it_is_read(text):
+    assert str(Schedule.parse(text)) == text

@@ -82,7 +82,14 @@ def _inspect(args: argparse.Namespace) -> None:
     from trio_deploy.export import inspect
 
     bundle = Bundle.load(args.bundle, verify=args.verify)
-    print(inspect(bundle.seal() if args.verify and bundle.unsealed else bundle))
+    if args.verify and bundle.unsealed and bundle.manifest.weights != "planned":
+        print(
+            f"trio: nothing to compare {', '.join(bundle.unsealed)} with: no checksum of linked "
+            "weights was recorded until now",
+            file=sys.stderr,
+        )
+        bundle = bundle.seal()
+    print(inspect(bundle))
 
 
 def _plan(args: argparse.Namespace) -> None:

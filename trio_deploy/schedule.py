@@ -186,7 +186,12 @@ class Schedule:
         return cls(tuple(points))
 
     def __str__(self) -> str:
-        return ", ".join(f"{p.layer}:{p.keep:g}" for p in self.points) or "no pruning"
+        return ", ".join(f"{p.layer}:{_keep_text(p.keep)}" for p in self.points) or "no pruning"
+
+
+def _keep_text(keep: float | int) -> str:
+    """As `_parse_keep` reads it: a ratio of 1 is `1.0`, since `1` is a count."""
+    return f"{keep:g}" if isinstance(keep, int) or keep != 1 else "1.0"
 
 
 def _parse_keep(text: str) -> float | int:
