@@ -1,6 +1,6 @@
 """Train the tiny VLM that ships in trio_deploy/data/tiny, on a CPU, from nothing.
 
-    python scripts/train_tiny.py --work /tmp/tiny --out trio_deploy/data/tiny
+    python scripts/train_tiny.py --work out/tiny --out trio_deploy/data/tiny
 
 Three stages, each resumable (run the same command again) and each with fixed seeds and step counts:
 
@@ -696,7 +696,7 @@ def interval(right: np.ndarray) -> dict[str, float | int]:
 
 
 def by_kind(kinds: np.ndarray, right: np.ndarray) -> dict[str, dict]:
-    out = {k: interval(right[kinds == k]) for k in scenes.KINDS}
+    out = {k: interval(right[kinds == k]) for k in scenes.KINDS if (kinds == k).any()}
     return out | {"all": interval(right.flatten())}
 
 
@@ -816,12 +816,14 @@ Weights under the project's licence; trained on nothing but generated pictures.
 
 
 def card(metrics: dict, out: Path, note: str) -> str:
-    def cell(x: dict) -> str:
+    def cell(x: dict | None) -> str:
+        if not x:
+            return "not asked"
         return f"{x['accuracy']:.1%} ({x['low']:.1%} to {x['high']:.1%})"
 
     table = "\n".join(
-        f"| {k} | {cell(b)} | {b['n']} | {cell(metrics['smooth'][k])} "
-        f"| {metrics['text_only'][k]['accuracy']:.1%} |"
+        f"| {k} | {cell(b)} | {b['n']} | {cell(metrics['smooth'].get(k))} "
+        f"| {cell(metrics['text_only'].get(k))} |"
         for k, b in metrics["busy"].items()
     )
     stages = "\n".join(
