@@ -205,10 +205,14 @@ def _probes(op: Any, options: GraphOptions, tokens: Tokens) -> tuple[ir.Value, i
 def _loss_gradient(op: Any, text: TextConfig, logits: ir.Value, weight: ir.Value) -> ir.Value:
     """(softmax - onehot(argmax)) · weight for logits [B,P,V], weight [B,P].
 
-    The label's entry is minus the sum of the others: p - 1 would cancel where p is near 1.
+    The label's entry is minus the sum of the others: p - 1 would cancel where p is near 1. Ties
+    for the label go to the lowest token, as ArgMax has it; OpenVINO's ArgMax sorts (8 ms for four
+    rows of 32,000 logits, where these reductions cost next to nothing).
     """
-    label = op.ArgMax(logits, axis=-1, keepdims=1)
-    hot = op.Equal(op.Range(0, text.vocab_size, 1), label)
+    vocabulary = op.Range(0.0, float(text.vocab_size), 1.0)
+    best = op.Equal(logits, reduce(op, "ReduceMax", logits, [-1]))
+    places = op.Where(best, vocabulary, float(text.vocab_size))
+    hot = op.Equal(vocabulary, reduce(op, "ReduceMin", places, [-1]))
     others = op.Where(hot, 0.0, op.Softmax(logits, axis=-1))
     gradient = op.Where(hot, op.Neg(reduce(op, "ReduceSum", others, [-1])), others)
     return op.Mul(gradient, op.Unsqueeze(weight, [2]))
