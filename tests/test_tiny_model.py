@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from trio_deploy.evaluate import scenes
+from trio_deploy.export import export
+from trio_deploy.runtime.pipeline import Request, TrioPipeline
 
 FOLDER = Path(__file__).parents[1] / "trio_deploy" / "data" / "tiny"
 
@@ -64,3 +66,22 @@ def test_answers_held_out_scenes(parts: tuple) -> None:
         kinds |= {q.kind for q in scene.questions}
     assert kinds == set(scenes.KINDS)
     assert math.fsum(right) / len(right) >= 0.9
+
+
+def test_every_kind_reaches_its_bound_unpruned_through_the_runtime(tmp_path: Path) -> None:
+    bounds = dict.fromkeys(("color", "shape", "exists", "count"), 0.95) | {
+        "digit": 0.90,
+        "plate": 0.80,
+    }
+    pipeline = TrioPipeline.from_bundle(export("tiny", tmp_path / "b", progress=False), threads=1)
+    right: dict[str, list[bool]] = {kind: [] for kind in scenes.KINDS}
+    for seed in scenes.TEST_SEEDS[6000:6015]:
+        scene = scenes.generate(seed)
+        answers = pipeline.generate_batch(
+            [Request(q.text, [scene.image], budget=1.0) for q in scene.questions]
+        )
+        for question, answer in zip(scene.questions, answers, strict=True):
+            right[question.kind].append(answer.text.strip() == question.answer)
+    for kind, bound in bounds.items():
+        assert len(right[kind]) >= 10
+        assert sum(right[kind]) / len(right[kind]) >= bound, kind
