@@ -259,6 +259,21 @@ def test_fill_leaves_nothing_undefined_behind_the_prompt() -> None:
     assert (key[:, :, :2] == 1).all() and (key[:, :, 2:] == 0).all()
 
 
+def test_fill_writes_memory_that_cannot_be_sliced() -> None:
+    """As on a GPU, where a cache's buffers are ONNX Runtime's own values."""
+    make = pytest.importorskip("onnxruntime").OrtValue.ortvalue_from_shape_and_type
+
+    def empty(shape: tuple[int, ...], dtype: np.dtype) -> object:
+        return make(shape, dtype.type, "cpu", 0)
+
+    cache = SegmentCache.allocate(range(1), np.array([2]), 5, SHAPE, empty, 2)
+    new = np.arange(32, dtype=np.float32).reshape(1, 2, 2, 8)
+    cache.fill({"present.0.key": new, "present.0.value": -new})
+    for name, sign in (("key", 1), ("value", -1)):
+        block = cache.past(0)[f"past.0.{name}"].numpy()
+        assert np.array_equal(block[:, :, :2], sign * new) and (block[:, :, 2:] == 0).all()
+
+
 def test_prefill_and_decode_write_into_one_buffer_in_place(tmp_path: Path) -> None:
     """What ONNX Runtime makes of a cache with room equals what it makes without any."""
     engine = open_engine(write_attention(tmp_path), threads=1)

@@ -307,6 +307,24 @@ def test_low_memory_gives_the_same_answer(setup: Setup) -> None:
     assert low.generate(**question, max_new_tokens=6).token_ids == expected.token_ids
 
 
+@pytest.mark.parametrize("dialect", ["ort", "onnx", "primitive"])
+def test_caches_in_memory_of_the_engines_own_give_the_same_answer(
+    setup: Setup, dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU they cannot be sliced; here ONNX Runtime's own values stand in for its memory."""
+    from trio_deploy.runtime.ort import OrtEngine
+
+    question: dict[str, Any] = {"images": [make_picture()], "prompt": ask(COLOR)}
+    expected = setup.pipeline(dialect=dialect).generate(**question, max_new_tokens=6)
+
+    def empty(engine: OrtEngine, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        return engine._ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, "cpu", 0)
+
+    monkeypatch.setattr(OrtEngine, "empty", empty)
+    answer = setup.pipeline(dialect=dialect).generate(**question, max_new_tokens=6)
+    assert alike(answer, expected)
+
+
 def test_a_bundle_without_a_chat_template_takes_the_whole_prompt(
     setup: Setup, tmp_path: Path
 ) -> None:

@@ -13,7 +13,10 @@ import numpy as np
 from trio_deploy.errors import TrioError
 
 Array = Any
-"""A numpy array, or memory of the engine's own as `Engine.empty` gives it (on a GPU)."""
+"""A numpy array, or memory of the engine's own as `Engine.empty` gives it (on a GPU).
+
+What is not a numpy array cannot be sliced; `update_inplace(array)` writes the whole of it.
+"""
 
 
 @dataclass(frozen=True)

@@ -77,12 +77,21 @@ class SegmentCache:
         return {f"present.{name}": array for name, array in self._side(step + 1).items()}
 
     def fill(self, outputs: Mapping[str, np.ndarray]) -> None:
-        """Copy what a prefill returned, present.{i} [B,G,S,D], to the front of step 0's past."""
+        """Copy what a prefill returned, present.{i} [B,G,S,D], to the front of step 0's past.
+
+        Memory of a GPU's takes whole blocks from the host only, so there each layer's block is put
+        together on the host first, once a prefill.
+        """
         for name, array in self._side(0).items():
             new = outputs[f"present.{name}"]
-            array[:, :, : new.shape[2]] = new
+            on_host = isinstance(array, np.ndarray)
+            shape = (*new.shape[:2], self.capacity, new.shape[3])
+            block = array if on_host else np.empty(shape, self.shape.dtype)
+            block[:, :, : new.shape[2]] = new
             # A runtime may multiply what lies behind by 0, which must not give NaN.
-            array[:, :, new.shape[2] :] = 0
+            block[:, :, new.shape[2] :] = 0
+            if not on_host:
+                array.update_inplace(block)
 
     def advance(self, active: np.ndarray) -> None:
         """Count the token that a step wrote for each row of bool [B] `active`."""

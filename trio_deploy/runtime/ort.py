@@ -33,7 +33,6 @@ _DTYPES = {
     "tensor(int32)": np.dtype(np.int32),
     "tensor(bool)": np.dtype(np.bool_),
 }
-_ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 
 
 def _onnxruntime() -> Any:
@@ -99,7 +98,8 @@ class OrtRuntime:
         available = self._ort.get_available_providers()
         if self.provider not in available:
             hint = (
-                "; pip install trio-deploy[gpu] in an environment without onnxruntime"
+                "; pip install trio-deploy[gpu] in an environment without onnxruntime, or pass "
+                "--provider cpu"
                 if self.provider == _PROVIDERS["cuda"]
                 else ""
             )
@@ -201,8 +201,8 @@ class OrtEngine:
         """See `Engine.empty`: numpy on the CPU, an OrtValue on a GPU."""
         if self._device == "cpu":
             return np.empty(shape, dtype)
-        kind = _ONNX_BFLOAT16 if dtype == ml_dtypes.bfloat16 else dtype.type
-        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, self._device, 0)
+        make = self._ort.OrtValue.ortvalue_from_shape_and_type
+        return make(shape, dtype.type, self._device, 0)
 
     def _binding(
         self, feeds: Mapping[str, Array], into: Mapping[str, Array]
@@ -222,10 +222,7 @@ class OrtEngine:
             return array
         if not array.flags.c_contiguous:
             raise TrioError("arrays must be contiguous")
-        make = self._ort.OrtValue
-        if array.dtype == ml_dtypes.bfloat16:
-            return make.ortvalue_from_numpy_with_onnx_type(array, _ONNX_BFLOAT16)
-        return make.ortvalue_from_numpy(array, device, 0)
+        return self._ort.OrtValue.ortvalue_from_numpy(array, device, 0)
 
     def _run(self, binding: Any) -> None:
         try:
