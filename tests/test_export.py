@@ -550,6 +550,12 @@ def test_a_half_downloaded_snapshot_is_not_taken(cache, llava_checkpoint):
         ({"schedule": "1:0.5", "dtype": "int3"}, "unknown dtype 'int3'"),
         ({"schedule": "1:0.5", "dialect": "onxx"}, "[Uu]nknown dialect 'onxx'"),
         ({"schedule": "1:0.5", "target": "cpu-openvino", "dialect": "ort"}, "choose primitive"),
+        (
+            {"schedule": "1:0.5", "dtype": "bfloat16"},
+            "target cpu, cannot run bfloat16 graphs: choose --dtype float32 or float16, or a "
+            r"--target that can \(cpu-openvino, cpu-openvino-bf16\)",
+        ),
+        ({"schedule": "1:0.5", "dtype": "bfloat16", "target": "cuda"}, "cannot run bfloat16"),
         ({"schedule": "1:0.5", "target": "cpuu"}, "no target called 'cpuu'"),
         ({"schedule": "1:0.5", "positions": "random"}, "[Uu]nknown positions"),
         ({"schedule": "1:0.5", "threshold": 3.0}, "threshold is 3.0"),

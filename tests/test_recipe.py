@@ -12,6 +12,7 @@ from tests.checkpoints import make_llava
 from trio_deploy.errors import TrioError
 from trio_deploy.models import parse_config
 from trio_deploy.recipe import (
+    GRAPH_DTYPES,
     list_recipes,
     list_targets,
     load_recipe,
@@ -203,6 +204,12 @@ class TestTargets:
         assert openvino.precision == "float32"
         assert load_target("cpu-openvino-bf16").precision == "bfloat16"
         assert all(load_target(name).description for name in list_targets())
+        cuda = load_target("cuda")
+        assert (cuda.runtime, cuda.provider, cuda.dtype) == ("onnxruntime", "cuda", "float16")
+        assert (cpu.provider, openvino.provider) == ("cpu", None)
+        for name in list_targets():
+            target = load_target(name)
+            assert target.dtype in GRAPH_DTYPES[target.runtime]
 
     def test_a_copy_is_loaded_from_its_path(self, tmp_path: Path):
         copy = tmp_path / "board.yaml"
@@ -217,6 +224,14 @@ class TestTargets:
             ("runtime: openvino\ndialect: ort\ndtype: float32\n", "dialect 'ort'.*primitive"),
             ("runtime: openvino\ndtipe: float32\n", "unknown key 'dtipe'.*'dtype'"),
             ("runtime: openvino\ndialect: primitive\ndtype: int8\n", "'int8'"),
+            (
+                "runtime: onnxruntime\nprovider: cude\ndialect: ort\ndtype: float16\n",
+                "provider 'cude'.*Did you mean 'cuda'",
+            ),
+            (
+                "runtime: openvino\nprovider: cuda\ndialect: primitive\ndtype: float32\n",
+                "a provider belongs to ONNX Runtime",
+            ),
         ],
     )
     def test_wrong_ones_are_named(self, tmp_path: Path, text, says):

@@ -107,7 +107,7 @@ class Manifest:
         decode: `shared` (prefill graphs decode too) or `separate` (decode.onnx).
         weights: `copied`, `linked` (hard links) or `planned` (`trio attach-weights` fills them in).
         target: name of the engines/ file it was exported for, which need not be where it runs;
-            `runtime` and `precision` are that target's.
+            `runtime`, `provider` and `precision` are that target's.
         files: every other file of the bundle, by path relative to the bundle, `/` as separator.
     """
 
@@ -126,6 +126,7 @@ class Manifest:
     weights: str
     target: str = "cpu"
     runtime: str = "onnxruntime"
+    provider: str | None = None
     precision: str | None = None
     schema: int = SCHEMA
 
@@ -145,6 +146,7 @@ class Manifest:
             },
             "target": self.target,
             "runtime": self.runtime,
+            "provider": self.provider,
             "precision": self.precision,
             "dtype": self.dtype,
             "dialect": self.dialect,
@@ -232,6 +234,7 @@ class Manifest:
                 weights=str(raw["weights"]),
                 target=str(raw.get("target", "cpu")),
                 runtime=str(raw.get("runtime", "onnxruntime")),
+                provider=raw.get("provider"),
                 precision=raw.get("precision"),
                 schema=schema,
             )

@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--budget", type=float, help="share of visual tokens (default: the bundle's)")
     run.add_argument("--show", type=Path, metavar="PNG", help="draw which visual tokens were kept")
     run.add_argument("--runtime", help="onnxruntime or openvino (default: by the bundle)")
-    run.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: cpu)")
+    run.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: by the bundle)")
     run.add_argument("--threads", type=int, help="CPU threads (default: the runtime's choice)")
     run.add_argument(
         "--low-memory", action="store_true", help="leave weights in the page cache (slower decode)"

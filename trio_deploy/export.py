@@ -38,7 +38,14 @@ from trio_deploy.errors import TrioError
 from trio_deploy.graphs import GraphOptions, build_graphs
 from trio_deploy.models import canonical_tensors, map_checkpoint_names, parse_config
 from trio_deploy.models.config import ModelConfig
-from trio_deploy.recipe import DIALECTS, Recipe, load_target
+from trio_deploy.recipe import (
+    DIALECTS,
+    GRAPH_DTYPES,
+    Recipe,
+    Target,
+    list_targets,
+    load_target,
+)
 from trio_deploy.schedule import Schedule, for_budget, max_visual_tokens
 from trio_deploy.source import HUB_ID, from_folder, hub_folder, resolve
 from trio_deploy.weights import (
@@ -113,6 +120,7 @@ def export(
     dtype = dtype or _target_dtype(device.dtype, sources, found.raw_config)
     if dtype not in SAFETENSORS:
         raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(SAFETENSORS)}")
+    _refuse_unless_it_runs(dtype, device)
     dialect = dialect or device.dialect
     options = _options(found.recipe, dialect, dtype, positions, probe, threshold)
     if dialect not in DIALECTS[device.runtime]:
@@ -172,10 +180,23 @@ def export(
             weights=weights,
             target=device.name,
             runtime=device.runtime,
+            provider=device.provider,
             precision=device.precision,
         )
         writer.write(MANIFEST, manifest.dump())
     return Bundle.load(out)
+
+
+def _refuse_unless_it_runs(dtype: str, device: Target) -> None:
+    """Raises TrioError where the target's runtime cannot run graphs in this float type."""
+    if dtype in GRAPH_DTYPES[device.runtime]:
+        return
+    able = [name for name in list_targets() if dtype in GRAPH_DTYPES[load_target(name).runtime]]
+    raise TrioError(
+        f"{device.runtime}, the runtime of the target {device.name}, cannot run {dtype} graphs: "
+        f"choose --dtype {' or '.join(GRAPH_DTYPES[device.runtime])}, or a --target that can "
+        f"({', '.join(able)})"
+    )
 
 
 def _schedule(
@@ -516,13 +537,14 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
         "linked": "hard links (onnx.load refuses them, ONNX Runtime takes them)",
         "planned": "missing: complete the bundle with `trio attach-weights`",
     }.get(manifest.weights, manifest.weights)
+    place = f"{manifest.runtime}, {manifest.provider}" if manifest.provider else manifest.runtime
     lines = [
         f"{it.path}",
         f"model      {manifest.model.name} ({manifest.model.source}{revision})",
         f"           {it.config.family}: {text.num_layers} layers, hidden {text.hidden_size}, "
         f"{text.num_heads} heads, {text.num_kv_heads} key/value heads, "
         f"vocabulary {text.vocab_size}",
-        f"target     {manifest.target} ({manifest.runtime}), dialect {manifest.dialect}, "
+        f"target     {manifest.target} ({place}), dialect {manifest.dialect}, "
         f"dtype {manifest.dtype}, decode {manifest.decode}",
         f"pruning    {it.schedule}",
         f"           probe {manifest.probe}, positions {manifest.positions}, "

@@ -35,6 +35,17 @@ DIALECTS = {
     "tensorrt": ("onnx", "primitive"),
 }
 
+#: In which float types a runtime runs graphs: ONNX Runtime has no bfloat16 arithmetic on CPUs, and
+#: its Python interface hands no bfloat16 over, whatever the provider.
+GRAPH_DTYPES = {
+    "onnxruntime": ("float32", "float16"),
+    "openvino": DTYPES,
+    "tensorrt": DTYPES,
+}
+
+#: Execution providers of ONNX Runtime, in short.
+PROVIDERS = ("cpu", "cuda")
+
 _RECIPE_KEYS = (
     "description",
     "hub_id",
@@ -47,7 +58,7 @@ _RECIPE_KEYS = (
     "threshold",
     "chat_template",
 )
-_TARGET_KEYS = ("description", "runtime", "dialect", "dtype", "precision")
+_TARGET_KEYS = ("description", "runtime", "provider", "dialect", "dtype", "precision")
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,7 @@ class Target:
         dialect: of the graphs: `ort`, `onnx` or `primitive`.
         dtype: of graphs and weights.
         precision: in which the runtime computes matrix products, where it can choose; else dtype.
+        provider: ONNX Runtime's, `cpu` or `cuda`; None for other runtimes.
     """
 
     name: str
@@ -98,6 +110,7 @@ class Target:
     dtype: str
     precision: str
     description: str = ""
+    provider: str | None = None
 
 
 def recipe_folder() -> Path:
@@ -178,6 +191,11 @@ def load_target(name_or_path: str | Path) -> Target:
     raw = _read(file, _TARGET_KEYS)
     runtime = _choice(file, raw, "runtime", RUNTIMES)
     dtype = _choice(file, raw, "dtype", DTYPES)
+    provider = None
+    if runtime == "onnxruntime":
+        provider = _choice(file, raw, "provider", PROVIDERS, "cpu")
+    elif "provider" in raw:
+        raise TrioError(f"{file}: a provider belongs to ONNX Runtime, not to {runtime}.")
     return Target(
         name=file.stem,
         runtime=runtime,
@@ -185,6 +203,7 @@ def load_target(name_or_path: str | Path) -> Target:
         dtype=dtype,
         precision=_choice(file, raw, "precision", DTYPES, dtype),
         description=_text(file, raw, "description") or "",
+        provider=provider,
     )
 
 

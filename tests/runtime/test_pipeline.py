@@ -359,7 +359,7 @@ def test_the_picture_dims_what_was_dropped(setup: Setup) -> None:
         draw_generation(setup.pipeline().generate(prompt="what ?", max_new_tokens=1))
 
 
-def test_a_bfloat16_bundle_runs_on_openvino_and_is_refused_by_onnx_runtime_on_cpus(
+def test_a_bfloat16_bundle_runs_on_openvino_and_is_refused_by_onnx_runtime(
     setup: Setup, tmp_path: Path
 ) -> None:
     out = tmp_path / "bundle"
@@ -378,7 +378,7 @@ def test_a_bfloat16_bundle_runs_on_openvino_and_is_refused_by_onnx_runtime_on_cp
     rounded = pixels.astype(engine.inputs["pixel_values"].dtype)
     features = engine.run({"pixel_values": rounded})["image_features"].astype(np.float32)
     assert np.abs(features - expected).max() < 0.03 * np.abs(expected).max()
-    with pytest.raises(TrioError, match="no bfloat16 arithmetic on CPUs"):
+    with pytest.raises(TrioError, match="onnxruntime cannot run bfloat16 graphs: .*cpu-openvino"):
         TrioPipeline.from_bundle(out, "onnxruntime")
 
 
@@ -392,6 +392,23 @@ def test_a_target_of_ones_own_is_carried_by_the_bundle(setup: Setup, tmp_path: P
     target.unlink()
     bundle = Bundle.load(out)
     assert (bundle.manifest.runtime, bundle.manifest.precision) == ("openvino", "bfloat16")
-    assert _target_options(bundle, None, None) == ("openvino", "bfloat16")
-    assert _target_options(bundle, None, "onnxruntime") == ("onnxruntime", None)
-    assert _target_options(bundle, "cpu-openvino", None) == ("openvino", "float32")
+    assert _target_options(bundle, None, None) == ("openvino", None, "bfloat16")
+    assert _target_options(bundle, None, "onnxruntime") == ("onnxruntime", None, None)
+    assert _target_options(bundle, "cpu-openvino", None) == ("openvino", None, "float32")
+
+
+def test_a_bundle_for_cuda_asks_for_a_gpu_unless_told_otherwise(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    checkpoint = setup.checkpoints["llava"]
+    bundle = export(checkpoint, tmp_path / "b", schedule=SCHEDULE, target="cuda", progress=False)
+    manifest = bundle.manifest
+    assert (manifest.runtime, manifest.provider) == ("onnxruntime", "cuda")
+    assert (manifest.dialect, manifest.dtype) == ("ort", "float16")
+    assert _target_options(bundle, None, None) == ("onnxruntime", "cuda", None)
+    with pytest.raises(TrioError, match=r"no CUDAExecutionProvider.*\[gpu\].*--provider cpu"):
+        TrioPipeline.from_bundle(bundle)
+    on_cpu = TrioPipeline.from_bundle(bundle, provider="cpu", threads=1)
+    assert on_cpu.generate([make_picture()], COLOR, max_new_tokens=2).token_ids

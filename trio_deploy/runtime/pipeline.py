@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from trio_deploy.bundle import Bundle
+from trio_deploy.bundle import Bundle, Manifest
 from trio_deploy.errors import TrioError
 from trio_deploy.models.preprocessing import Preprocessor, ProcessedImage
-from trio_deploy.recipe import Target, load_target
+from trio_deploy.recipe import GRAPH_DTYPES, Target, load_target
 from trio_deploy.runtime.decode import Decoder
 from trio_deploy.runtime.engine import Engine, open_runtime
 from trio_deploy.runtime.kv import SegmentCache
@@ -24,7 +24,6 @@ from trio_deploy.runtime.sampling import Sampler, Sampling, StopScanner, TokenSt
 from trio_deploy.runtime.stages import Clock, Prefilled, Stages
 from trio_deploy.schedule import Schedule, solve
 
-_CPU = (None, "cpu", "CPUExecutionProvider")
 ImageSource = Image.Image | str | os.PathLike[str] | bytes
 
 
@@ -195,7 +194,7 @@ class TrioPipeline:
             target: a name or file of engines/; None takes the one that the bundle was made for.
             threads: of one operator; None leaves the choice to the runtime.
             low_memory: keep weights in the page cache alone (ONNX Runtime).
-            provider: ONNX Runtime's execution provider, for example `cuda`.
+            provider: ONNX Runtime's execution provider, `cpu` or `cuda`; None takes the target's.
             precision: `float32` or `bfloat16`, what OpenVINO computes in; None takes the target's.
 
         Raises:
@@ -203,17 +202,18 @@ class TrioPipeline:
         """
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(Path(bundle))
         loaded.require_weights()
-        name, targeted = _target_options(loaded, target, runtime)
-        if loaded.manifest.dtype == "bfloat16" and name == "onnxruntime" and provider in _CPU:
+        name, device, targeted = _target_options(loaded, target, runtime)
+        dtype = loaded.manifest.dtype
+        if dtype not in GRAPH_DTYPES.get(name, (dtype,)):
             raise TrioError(
-                "ONNX Runtime has no bfloat16 arithmetic on CPUs: export with --dtype float32, or "
-                "with --dialect primitive for --runtime openvino"
+                f"{name} cannot run {dtype} graphs: export with --dtype "
+                f"{' or '.join(GRAPH_DTYPES[name])}, or with --target cpu-openvino"
             )
         opened = open_runtime(
             name,
             threads=threads,
             low_memory=low_memory,
-            provider=provider,
+            provider=provider or device,
             precision=precision or targeted,
         )
         stages = Stages(loaded, opened)
@@ -227,8 +227,7 @@ class TrioPipeline:
         )
         preprocessor = Preprocessor.from_json(loaded.preprocessor, loaded.config)
         # Hidden states and cache of a 16-bit bundle are rounded whatever the products are done in.
-        stored = loaded.manifest.dtype
-        chosen = stored if stored != "float32" else precision or targeted or stored
+        chosen = dtype if dtype != "float32" else precision or targeted or dtype
         return cls(loaded, stages, encoder, preprocessor, chosen)
 
     def engine(self, stage: str) -> Engine:
@@ -441,17 +440,20 @@ class TrioPipeline:
 
 def _target_options(
     bundle: Bundle, target: str | Target | None, runtime: str | None
-) -> tuple[str, str | None]:
-    """Runtime and precision: the caller's, else the target's, else the bundle's."""
-    manifest = bundle.manifest
-    if target is None:
-        # What the manifest says, since a target file of the exporting machine's may not be here.
-        name = runtime or manifest.runtime
-        known = manifest.precision if name == manifest.runtime == "openvino" else None
-        return name, known
-    chosen = target if isinstance(target, Target) else load_target(target)
+) -> tuple[str, str | None, str | None]:
+    """Runtime, provider and precision: the caller's, else the target's, else the bundle's.
+
+    Providers are ONNX Runtime's, a precision of its own OpenVINO's; None where the runtime is
+    another than the target's.
+    """
+    # What the manifest says, since a target file of the exporting machine's may not be here.
+    chosen: Manifest | Target = bundle.manifest
+    if target is not None:
+        chosen = target if isinstance(target, Target) else load_target(target)
     name = runtime or chosen.runtime
-    return name, chosen.precision if name == "openvino" else None
+    provider = chosen.provider if name == chosen.runtime == "onnxruntime" else None
+    precision = chosen.precision if name == chosen.runtime == "openvino" else None
+    return name, provider, precision
 
 
 def _numbered(requests: Sequence[Request]) -> list[tuple[str, Request]]:
