@@ -130,12 +130,14 @@ def test_check_records_before_it_checks(monkeypatch):
     from trio_deploy import parity
 
     seen = []
-    monkeypatch.setattr(parity, "record", lambda *args, **kwargs: seen.append("record"))
+    monkeypatch.setattr(parity, "record", lambda *args, **kwargs: seen.append(("record", kwargs)))
     monkeypatch.setattr(
-        parity, "check", lambda *a, **k: seen.append("check") or parity.Report("", [])
+        parity, "check", lambda *a, **k: seen.append(("check", k)) or parity.Report("", [])
     )
-    assert cli.main(["check", "b", "--record"]) == 0
-    assert seen == ["record", "check"]
+    assert cli.main("check b --record --runtime onnxruntime --provider cuda".split()) == 0
+    assert [name for name, _ in seen] == ["record", "check"]
+    for _, options in seen:
+        assert (options["runtime"], options["provider"]) == ("onnxruntime", "cuda")
 
 
 @pytest.mark.parametrize(

@@ -142,13 +142,19 @@ def _check(args: argparse.Namespace) -> int:
     from trio_deploy import parity
 
     if args.record:
-        parity.record(args.bundle, checkpoint=args.checkpoint)
+        parity.record(
+            args.bundle,
+            runtime=args.runtime,
+            checkpoint=args.checkpoint,
+            provider=args.provider,
+        )
     report = parity.check(
         args.bundle,
         runtime=args.runtime,
         golden=args.golden,
         checkpoint=args.checkpoint,
         threads=args.threads,
+        provider=args.provider,
     )
     print(json.dumps(report.to_json(), indent=2) if args.json else parity.format_report(report))
     return 0 if report.passed else 1
@@ -223,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     check = add("check", _check, "Compare a bundle with the reference, stage by stage.")
     check.add_argument("bundle", type=Path)
     check.add_argument("--runtime", help="onnxruntime or openvino (default: by the bundle)")
+    check.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: by the bundle)")
     source = check.add_mutually_exclusive_group()
     source.add_argument(
         "--record", action="store_true", help="store the reference's tensors in the bundle too"

@@ -200,6 +200,14 @@ def test_a_recorded_reference_is_compared_without_torch(made, tmp_path):
         check(bundle, golden=True)
 
 
+def test_a_device_is_checked_with_the_provider_that_was_asked_for(made, monkeypatch):
+    ort = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    for ask in (check, record):
+        with pytest.raises(TrioError, match="no CUDAExecutionProvider"):
+            ask(made[1], provider="cuda")
+
+
 def test_without_torch_it_says_what_to_install(made, monkeypatch):
     _, bundle = made
     for name in ("trio_deploy.reference.oracle", "trio_deploy.reference.restore"):

@@ -70,6 +70,7 @@ def check(
     checkpoint: str | Path | None = None,
     examples: Sequence[Example] | None = None,
     threads: int | None = None,
+    provider: str | None = None,
 ) -> Report:
     """Compare a bundle with the oracle.
 
@@ -79,12 +80,13 @@ def check(
         checkpoint: take the oracle's weights, and transformers' own processor, from this
             checkpoint folder; None takes the weights in the bundle.
         examples: what to ask; None asks `default_examples`.
+        provider: ONNX Runtime's, `cpu` or `cuda`; None takes the bundle's.
 
     Raises:
         TrioError: torch or transformers is missing, or nothing was recorded.
     """
     loaded = _loaded(bundle)
-    pipeline = TrioPipeline.from_bundle(loaded, runtime, threads=threads)
+    pipeline = TrioPipeline.from_bundle(loaded, runtime, threads=threads, provider=provider)
     if golden:
         reference, rows = load(loaded), []
     else:
@@ -116,16 +118,21 @@ def check(
 def record(
     bundle: Bundle | str | Path,
     *,
+    runtime: str | None = None,
     checkpoint: str | Path | None = None,
     examples: Sequence[Example] | None = None,
+    provider: str | None = None,
 ) -> Bundle:
     """Store the oracle's inputs and outputs in the bundle, for `check(golden=True)`.
+
+    `runtime` and `provider` are what this machine opens the bundle with; what is stored is the
+    oracle's.
 
     Raises:
         TrioError: torch or transformers is missing.
     """
     loaded = _loaded(bundle)
-    pipeline = TrioPipeline.from_bundle(loaded)
+    pipeline = TrioPipeline.from_bundle(loaded, runtime, provider=provider)
     return store(loaded, _ask_oracle(loaded, pipeline, examples or default_examples(), checkpoint))
 
 
