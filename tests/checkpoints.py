@@ -26,6 +26,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -45,6 +46,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
+
+from trio_deploy.checkpoint import DTYPES, TensorEntry, image_settings
+from trio_deploy.models import Preprocessor, parse_config
 
 LAYOUTS = ("5.x", "4.52", "hub")
 
@@ -411,3 +415,17 @@ def _split_processor(folder: Path) -> None:
     if images is not None:
         (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2))
         file.write_text(json.dumps(raw, indent=2))
+
+
+def read_tensor(entry: TensorEntry) -> np.ndarray:
+    """What lies at an entry, as a writable array of its own type."""
+    with entry.file.open("rb") as file:
+        file.seek(entry.offset)
+        data = np.fromfile(file, dtype=np.uint8, count=entry.nbytes)
+    return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def preprocessor_of(folder: Path) -> Preprocessor:
+    """The image preprocessing of a checkpoint folder."""
+    config = parse_config(json.loads((folder / "config.json").read_bytes()))
+    return Preprocessor(image_settings(folder), config)

@@ -12,9 +12,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.checkpoints import make_llava
-from trio_deploy.checkpoint import MAX_HEADER, Checkpoint, TensorEntry, read_header, read_tensor
+from tests.checkpoints import make_llava, read_tensor
+from trio_deploy.bundle import BundleWriter
+from trio_deploy.checkpoint import (
+    MAX_HEADER,
+    Checkpoint,
+    TensorEntry,
+    image_settings,
+    read_header,
+)
 from trio_deploy.errors import TrioError
+from trio_deploy.models import parse_config
+from trio_deploy.weights import plan_layout, write_layout
 
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
 
@@ -63,7 +72,7 @@ def test_tensors_are_read_to_the_byte(tmp_path: Path, dtype):
     assert set(checkpoint.tensors) == set(theirs)
     wanted = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     for name, expected in theirs.items():
-        ours = checkpoint.read(name)
+        ours = read_tensor(checkpoint.tensors[name])
         assert ours.dtype == wanted
         assert ours.tobytes() == expected.tobytes()
         assert ours.shape == expected.shape
@@ -74,7 +83,7 @@ def test_offsets_count_from_the_start_of_the_file(llava_checkpoint: Path):
     checkpoint = Checkpoint.from_path(llava_checkpoint)
     raw = (llava_checkpoint / "model.safetensors").read_bytes()
     entry = checkpoint.tensors[QUERY]
-    assert raw[entry.offset : entry.offset + entry.nbytes] == checkpoint.read(QUERY).tobytes()
+    assert raw[entry.offset : entry.offset + entry.nbytes] == read_tensor(entry).tobytes()
     assert entry.dtype == "F32"
 
 
@@ -83,7 +92,8 @@ def test_shards_and_a_single_file_hold_the_same(sharded: Path, tmp_path: Path):
     many = Checkpoint.from_path(sharded)
     assert len({entry.file for entry in many.tensors.values()}) == 3
     assert set(one.tensors) == set(many.tensors)
-    assert all(np.array_equal(one.read(name), many.read(name)) for name in one.tensors)
+    for name, entry in one.tensors.items():
+        assert np.array_equal(read_tensor(entry), read_tensor(many.tensors[name]))
 
 
 def test_a_hugging_face_cache_is_read_through_its_links(sharded: Path, tmp_path: Path):
@@ -95,19 +105,21 @@ def test_a_hugging_face_cache_is_read_through_its_links(sharded: Path, tmp_path:
         shutil.copy(file, blobs / f"{i}")
         (snapshot / file.name).symlink_to(f"../../blobs/{i}")
     checkpoint = Checkpoint.from_path(snapshot)
-    assert np.array_equal(checkpoint.read(QUERY), Checkpoint.from_path(sharded).read(QUERY))
-    assert checkpoint.verify(checkpoint.model_config())
+    original = Checkpoint.from_path(sharded)
+    assert np.array_equal(
+        read_tensor(checkpoint.tensors[QUERY]), read_tensor(original.tensors[QUERY])
+    )
+    assert checkpoint.verify(parse_config(checkpoint.config))
     _shard_of(snapshot, QUERY).resolve().unlink()
     with pytest.raises(TrioError, match="link to .*blobs.*does not exist"):
         Checkpoint.from_path(snapshot)
 
 
-def test_other_files_of_the_folder(llava_checkpoint: Path, sharded: Path, tmp_path: Path):
-    checkpoint = Checkpoint.from_path(llava_checkpoint)
-    generation = checkpoint.raw_json("generation_config.json")
-    assert generation is not None and generation["eos_token_id"] == [2]
-    assert checkpoint.raw_json("nothing.json") is None
-    new, old = checkpoint.image_settings(), Checkpoint.from_path(sharded).image_settings()
+def test_image_settings_are_found_in_new_and_old_files(
+    llava_checkpoint: Path, sharded: Path, tmp_path: Path
+):
+    assert image_settings(tmp_path) == {}
+    new, old = image_settings(llava_checkpoint), image_settings(sharded)
     assert new["crop_size"] == old["crop_size"] == {"height": 32, "width": 32}
 
 
@@ -118,9 +130,7 @@ def test_unused_tensors_may_have_any_type(single: Path):
     tensors["vision_tower.vision_model.embeddings.position_ids"] = np.arange(17)
     save_file(tensors, file)
     checkpoint = Checkpoint.from_path(single)
-    assert checkpoint.verify(checkpoint.model_config())
-    with pytest.raises(TrioError, match="I64"):
-        checkpoint.read("vision_tower.vision_model.embeddings.position_ids")
+    assert checkpoint.verify(parse_config(checkpoint.config))
 
 
 class TestMissing:
@@ -162,11 +172,7 @@ class TestMissing:
         save_file(tensors, file)
         checkpoint = Checkpoint.from_path(single)
         with pytest.raises(TrioError, match="lacks tensor 'language_model.layers.1.self_attn.q"):
-            checkpoint.verify(checkpoint.model_config())
-
-    def test_tensor_that_is_read(self, llava_checkpoint: Path):
-        with pytest.raises(TrioError, match="no tensor 'x'"):
-            Checkpoint.from_path(llava_checkpoint).read("x")
+            checkpoint.verify(parse_config(checkpoint.config))
 
 
 class TestBroken:
@@ -253,11 +259,13 @@ class TestBroken:
         with pytest.raises(TrioError, match="no weight_map"):
             Checkpoint.from_path(copy)
 
-    def test_file_that_shrinks_while_in_use(self, single: Path):
+    def test_file_that_shrinks_while_in_use(self, single: Path, tmp_path: Path):
         checkpoint = Checkpoint.from_path(single)
+        sources = checkpoint.verify(parse_config(checkpoint.config))
+        layout = plan_layout({name: entry.shape for name, entry in sources.items()}, "float16")
         (single / "model.safetensors").write_bytes(b"")
-        with pytest.raises(TrioError, match="truncated"):
-            checkpoint.read(QUERY)
+        with pytest.raises(TrioError, match="truncated"), BundleWriter(tmp_path / "b") as writer:
+            write_layout(writer, layout, sources)
 
 
 class TestUnfit:
@@ -275,7 +283,7 @@ class TestUnfit:
             single, lambda tensors: tensors.update({QUERY: np.zeros((64, 60), np.float32)})
         )
         with pytest.raises(TrioError, match=rf"'{QUERY}' has shape \[64, 60\].*\[64, 64\]"):
-            checkpoint.verify(checkpoint.model_config())
+            checkpoint.verify(parse_config(checkpoint.config))
 
     @pytest.mark.parametrize("dtype", ["float64", "int8", "uint8"])
     def test_wrong_dtype(self, single: Path, dtype):
@@ -283,14 +291,15 @@ class TestUnfit:
             single, lambda tensors: tensors.update({QUERY: tensors[QUERY].astype(dtype)})
         )
         with pytest.raises(TrioError, match=f"model.safetensors: tensor '{QUERY}' is [FIU]"):
-            checkpoint.verify(checkpoint.model_config())
+            checkpoint.verify(parse_config(checkpoint.config))
 
-    def test_mixed_dtypes(self, single: Path):
+    def test_mixed_float_types_fit(self, single: Path):
+        """A bundle has one type, which all of them are converted to."""
         checkpoint = self._save(
             single, lambda tensors: tensors.update({QUERY: tensors[QUERY].astype(np.float16)})
         )
-        with pytest.raises(TrioError, match=f"'{QUERY}' is F16, but .* is F32.*one type"):
-            checkpoint.verify(checkpoint.model_config())
+        found = checkpoint.verify(parse_config(checkpoint.config))
+        assert {entry.dtype for entry in found.values()} == {"F16", "F32"}
 
 
 def test_a_header_of_the_safetensors_package_is_read(tmp_path: Path):
@@ -298,4 +307,4 @@ def test_a_header_of_the_safetensors_package_is_read(tmp_path: Path):
     save_file({"a": np.ones((2, 3), np.float32), "empty": np.zeros((0, 4), np.float16)}, file)
     entries = read_header(file)
     assert entries["a"] == TensorEntry(file, entries["a"].offset, 24, (2, 3), "F32")
-    assert read_tensor("empty", entries["empty"]).shape == (0, 4)
+    assert read_tensor(entries["empty"]).shape == (0, 4)

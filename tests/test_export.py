@@ -17,7 +17,15 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.checkpoints import CHAT_TEMPLATE, EOS, IMAGE, PAD, make_llava, make_llava_next
+from tests.checkpoints import (
+    CHAT_TEMPLATE,
+    EOS,
+    IMAGE,
+    PAD,
+    make_llava,
+    make_llava_next,
+    read_tensor,
+)
 from trio_deploy import export as export_module
 from trio_deploy import source as source_module
 from trio_deploy import weights as weights_module
@@ -54,7 +62,7 @@ def expected(folder: Path) -> dict[str, np.ndarray]:
     checkpoint = Checkpoint.from_path(folder)
     config = parse_config(checkpoint.config)
     mapping = map_checkpoint_names(config, checkpoint.tensors)
-    return {name: checkpoint.read(theirs) for name, theirs in mapping.items()}
+    return {name: read_tensor(checkpoint.tensors[theirs]) for name, theirs in mapping.items()}
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +206,36 @@ def test_another_dtype_is_converted_tensor_by_tensor(stored, tmp_path):
         assert tensor.dtype == np.float32
         np.testing.assert_array_equal(tensor, theirs[name].astype(np.float32), err_msg=name)
     Bundle.load(it.path, verify=True)
+
+
+def test_a_checkpoint_of_mixed_types_becomes_a_bundle_of_one(checkpoint, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    norm = checkpoint_name(checkpoint, "language_model.norm.weight")
+    tensors[norm] = tensors[norm].astype(np.float16)
+    save_file(tensors, file, metadata={"format": "pt"})
+    it = export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+    theirs = expected(checkpoint)
+    for name, tensor in external(it).items():
+        assert tensor.dtype == np.float32
+        np.testing.assert_array_equal(tensor, theirs[name].astype(np.float32), err_msg=name)
+    with pytest.raises(TrioError, match=r"cannot make float32 out of .*float16, float32: leave"):
+        export(checkpoint, tmp_path / "c", schedule=SCHEDULE, link_weights=True, progress=False)
+
+
+def test_a_quantised_checkpoint_is_refused_by_name(checkpoint, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    norm = checkpoint_name(checkpoint, "language_model.norm.weight")
+    tensors[norm] = tensors[norm].astype(np.int8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(TrioError, match=rf"'{norm}' is I8; .*before quantisation"):
+        export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+    assert names(tmp_path) == ["checkpoint"]
 
 
 def test_converted_weights_are_valid_safetensors(tmp_path):

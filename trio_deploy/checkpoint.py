@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from trio_deploy.errors import TrioError
-from trio_deploy.models import canonical_tensors, map_checkpoint_names, parse_config
+from trio_deploy.models import canonical_tensors, map_checkpoint_names
 from trio_deploy.models.config import ModelConfig
 
 SINGLE = "model.safetensors"
@@ -105,35 +105,10 @@ class Checkpoint:
             raise TrioError(f"{folder} is not a checkpoint: it has no config.json.")
         return cls(folder, _weights(folder), config)
 
-    def raw_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the folder, None where there is none.
-
-        Raises:
-            TrioError: it is not a JSON object.
-        """
-        return read_json(self.path / name)
-
-    def model_config(self) -> ModelConfig:
-        """config.json, parsed; see `parse_config` for what is refused."""
-        return parse_config(self.config)
-
-    def image_settings(self) -> dict[str, Any]:
-        """The image processor's settings; see `image_settings`."""
-        return image_settings(self.path)
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, by its name in the checkpoint, as a writable array of its own type.
-
-        Raises:
-            TrioError: there is none of that name, or its type is not a weight's.
-        """
-        entry = self.tensors.get(name)
-        if entry is None:
-            raise TrioError(f"The checkpoint {self.path} has no tensor {name!r}.")
-        return read_tensor(name, entry)
-
     def verify(self, config: ModelConfig) -> dict[str, TensorEntry]:
-        """Check that every tensor the model needs is there, of the right shape, in one type.
+        """Check that every tensor the model needs is there, of the right shape and a usable type.
+
+        Types may differ from tensor to tensor: a bundle has one type, and converts to it.
 
         Returns:
             canonical name → where the tensor lies, for all of `canonical_tensors(config)`.
@@ -142,43 +117,21 @@ class Checkpoint:
             TrioError: naming the file and the tensor.
         """
         shapes = canonical_tensors(config)
-        names = map_checkpoint_names(config, self.tensors)
         found: dict[str, TensorEntry] = {}
-        first: tuple[str, TensorEntry] | None = None
-        for canonical, name in names.items():
+        for canonical, name in map_checkpoint_names(config, self.tensors).items():
             entry = self.tensors[name]
-            _check_dtype(name, entry)
+            if entry.dtype not in DTYPES:
+                raise TrioError(
+                    f"{entry.file}: tensor {name!r} is {entry.dtype}; weights must be F32, F16 or "
+                    "BF16. Use the checkpoint before quantisation."
+                )
             if entry.shape != shapes[canonical]:
                 raise TrioError(
                     f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}, but config.json "
                     f"asks for {list(shapes[canonical])}; the two do not belong together."
                 )
-            if first is None:
-                first = (name, entry)
-            elif entry.dtype != first[1].dtype:
-                raise TrioError(
-                    f"{entry.file}: tensor {name!r} is {entry.dtype}, but {first[0]!r} is "
-                    f"{first[1].dtype}; save the model in one type first (`model.to(dtype)."
-                    "save_pretrained(…)` in transformers)."
-                )
             found[canonical] = entry
         return found
-
-
-def read_tensor(name: str, entry: TensorEntry) -> np.ndarray:
-    """The tensor at an entry, as a writable array of its own type.
-
-    Raises:
-        TrioError: its type is not a weight's, or the file has become shorter.
-    """
-    _check_dtype(name, entry)
-    dtype = DTYPES[entry.dtype]
-    with entry.file.open("rb") as file:
-        file.seek(entry.offset)
-        data = np.fromfile(file, dtype=np.uint8, count=entry.nbytes)
-    if data.size != entry.nbytes:
-        raise TrioError(f"{entry.file} is truncated: it ends within tensor {name!r}.")
-    return data.view(dtype).reshape(entry.shape)
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -284,14 +237,6 @@ def _check_overlap(file: Path, entries: Mapping[str, TensorEntry]) -> None:
         if entry.offset < end:
             raise TrioError(f"{file} has a corrupt header: {name!r} and {last!r} overlap.")
         last, end = name, entry.offset + entry.nbytes
-
-
-def _check_dtype(name: str, entry: TensorEntry) -> None:
-    if entry.dtype not in DTYPES:
-        raise TrioError(
-            f"{entry.file}: tensor {name!r} is {entry.dtype}; weights must be F32, F16 or BF16. "
-            "Use the checkpoint before quantisation."
-        )
 
 
 def _weights(folder: Path) -> dict[str, TensorEntry]:

@@ -36,7 +36,7 @@ from trio_deploy.bundle import (
 from trio_deploy.checkpoint import Checkpoint, TensorEntry
 from trio_deploy.errors import TrioError
 from trio_deploy.graphs import GraphOptions, build_graphs
-from trio_deploy.models import canonical_tensors, map_checkpoint_names, parse_config
+from trio_deploy.models import canonical_tensors, parse_config
 from trio_deploy.models.config import ModelConfig
 from trio_deploy.recipe import (
     DIALECTS,
@@ -111,13 +111,11 @@ def export(
     found = resolve(os.fspath(model), weights_needed=not graphs_only)
     config = parse_config(found.raw_config)
     plan = _schedule(found.recipe, budget, schedule, config)
-    checkpoint = None
     sources: dict[str, TensorEntry] = {}
     if not graphs_only:
         assert found.folder is not None
-        checkpoint = Checkpoint.from_path(found.folder)
-        sources = _sources(config, checkpoint)
-    dtype = dtype or _target_dtype(device.dtype, sources, found.raw_config)
+        sources = Checkpoint.from_path(found.folder).verify(config)
+    dtype = dtype or device.dtype
     if dtype not in SAFETENSORS:
         raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(SAFETENSORS)}")
     _refuse_unless_it_runs(dtype, device)
@@ -213,40 +211,6 @@ def _schedule(
         plan = for_budget(wanted, layers, recipe.schedules if recipe else None)
     plan.validate(layers, max_visual_tokens(config))
     return plan
-
-
-def _sources(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
-    """Canonical name → tensor in the checkpoint, shapes checked."""
-    shapes = canonical_tensors(config)
-    mapping = map_checkpoint_names(config, checkpoint.tensors)
-    sources: dict[str, TensorEntry] = {}
-    for name, theirs in mapping.items():
-        entry = checkpoint.tensors[theirs]
-        if tuple(entry.shape) != tuple(shapes[name]):
-            raise TrioError(
-                f"{theirs} in {entry.file.name} has shape {list(entry.shape)} where config.json "
-                f"asks for {list(shapes[name])}: the two files belong to different checkpoints"
-            )
-        if entry.dtype not in DTYPES:
-            raise TrioError(
-                f"{theirs} in {entry.file.name} is stored as {entry.dtype}: only float32, float16 "
-                "and bfloat16 checkpoints can be exported (dequantise a quantised one first)"
-            )
-        sources[name] = entry
-    return sources
-
-
-def _target_dtype(
-    wanted: str | None, sources: Mapping[str, TensorEntry], raw_config: Mapping[str, Any]
-) -> str:
-    if wanted in SAFETENSORS:
-        return str(wanted)
-    if sources:
-        counts: dict[str, int] = {}
-        for entry in sources.values():
-            counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.nbytes
-        return DTYPES[max(counts, key=lambda code: counts[code])]
-    return str(raw_config.get("dtype") or raw_config.get("torch_dtype") or "float16")
 
 
 def _options(
@@ -426,7 +390,7 @@ def attach_weights(
             f"{folder} is not a checkpoint of {old.manifest.model.name}, for which the graphs were "
             f"made: {difference}"
         )
-    sources = _sources(config, Checkpoint.from_path(folder))
+    sources = Checkpoint.from_path(folder).verify(config)
     layout = plan_layout(_planned_tensors(old, canonical_tensors(config)), old.manifest.dtype)
     _check_plan(old, layout.refs)
     recipe = None

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from trio_deploy.bundle import WEIGHTS, BundleWriter, require_space
+from trio_deploy.checkpoint import DTYPES as NUMPY_DTYPES
 from trio_deploy.checkpoint import TensorEntry
 from trio_deploy.errors import TrioError
 
@@ -32,11 +32,6 @@ Progress = Callable[[int], object]
 
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DTYPES = {code: name for name, code in SAFETENSORS.items()}
-_NUMPY = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 _CHUNK = 1 << 24
 _SHARD = 4_000_000_000  # below the 4 GiB that FAT file systems can hold in a file
 _ALIGN = 64
@@ -93,7 +88,7 @@ def plan_layout(
         shard_bytes: a file is closed before a tensor that would take its data beyond this.
     """
     code = SAFETENSORS[dtype]
-    width = _NUMPY[code].itemsize
+    width = NUMPY_DTYPES[code].itemsize
     groups: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():
@@ -156,7 +151,7 @@ def write_layout(
 
 
 def _converted(name: str, entry: TensorEntry, ref: WeightRef) -> Iterable[bytes | memoryview]:
-    source, target = _NUMPY[entry.dtype], _NUMPY[SAFETENSORS[ref.dtype]]
+    source, target = NUMPY_DTYPES[entry.dtype], NUMPY_DTYPES[SAFETENSORS[ref.dtype]]
     with entry.file.open("rb") as file:
         file.seek(entry.offset)
         left = entry.nbytes

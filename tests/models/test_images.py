@@ -14,10 +14,9 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.image_utils import load_image
 
+from tests.checkpoints import preprocessor_of
 from tests.conftest import make_picture
-from trio_deploy.checkpoint import Checkpoint
 from trio_deploy.errors import TrioError
-from trio_deploy.models import Preprocessor
 from trio_deploy.models.images import MAX_PIXELS, open_image
 
 
@@ -85,8 +84,7 @@ def _modes() -> dict[str, Image.Image]:
 @pytest.mark.parametrize("mode", _modes())
 def test_every_mode_comes_out_as_from_transformers(llava_checkpoint: Path, mode):
     image = _modes()[mode]
-    checkpoint = Checkpoint.from_path(llava_checkpoint)
-    ours = Preprocessor(checkpoint.image_settings(), checkpoint.model_config())(image)
+    ours = preprocessor_of(llava_checkpoint)(image)
     processor = AutoProcessor.from_pretrained(llava_checkpoint).image_processor
     theirs = processor(images=[image], return_tensors="np")["pixel_values"]
     np.testing.assert_array_equal(ours.pixel_values, theirs)
@@ -178,8 +176,7 @@ def test_a_missing_file_and_a_strange_object_are_refused(tmp_path: Path):
 
 
 def test_a_picture_too_narrow_to_resize_is_refused(llava_checkpoint: Path):
-    checkpoint = Checkpoint.from_path(llava_checkpoint)
-    preprocessor = Preprocessor(checkpoint.image_settings(), checkpoint.model_config())
+    preprocessor = preprocessor_of(llava_checkpoint)
     with pytest.raises(TrioError, match="too long and narrow"):
         preprocessor(Image.new("RGB", (1, 100_000)))
 

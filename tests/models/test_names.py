@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.checkpoints import LAYOUTS, make_llava, make_llava_next
+from tests.checkpoints import LAYOUTS, make_llava, make_llava_next, read_tensor
 from trio_deploy.checkpoint import Checkpoint
 from trio_deploy.errors import TrioError
 from trio_deploy.models import canonical_tensors, map_checkpoint_names, parse_config
@@ -32,12 +32,13 @@ def test_layouts_hold_the_same_tensors(tmp_path: Path, make, variant):
     for layout in LAYOUTS:
         folder = make(tmp_path / layout, layout=layout, layers=2, **VARIANTS[variant])
         checkpoint = Checkpoint.from_path(folder)
-        config = checkpoint.model_config()
+        config = parse_config(checkpoint.config)
         shapes = canonical_tensors(config)
         names = map_checkpoint_names(config, checkpoint.tensors)
         assert list(names) == list(shapes)
         assert {n: e.shape for n, e in checkpoint.verify(config).items()} == shapes
-        read.append({name: checkpoint.read(theirs) for name, theirs in names.items()})
+        tensors = checkpoint.tensors
+        read.append({name: read_tensor(tensors[theirs]) for name, theirs in names.items()})
         left = set(checkpoint.tensors) - set(names.values())
         assert all("post_layernorm" in n or "encoder.layers" in n for n in left), left
     for other in read[1:]:
@@ -45,7 +46,7 @@ def test_layouts_hold_the_same_tensors(tmp_path: Path, make, variant):
 
 
 def test_names_are_the_canonical_ones(llava_next_checkpoint: Path):
-    names = canonical_tensors(Checkpoint.from_path(llava_next_checkpoint).model_config())
+    names = canonical_tensors(parse_config(Checkpoint.from_path(llava_next_checkpoint).config))
     assert "vision_tower.embeddings.class_embedding" in names
     assert "vision_tower.pre_layrnorm.bias" in names
     assert "vision_tower.encoder.layers.1.self_attn.out_proj.bias" in names
@@ -65,7 +66,7 @@ def test_vision_layers_above_the_features_are_left_out():
 
 def test_tied_embeddings_need_no_head(tmp_path: Path):
     checkpoint = Checkpoint.from_path(make_llava(tmp_path / "c", tie=True, layers=1))
-    assert "lm_head.weight" not in canonical_tensors(checkpoint.model_config())
+    assert "lm_head.weight" not in canonical_tensors(parse_config(checkpoint.config))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ class TestBadNames:
     @pytest.fixture
     def known(self, llava_checkpoint: Path):
         checkpoint = Checkpoint.from_path(llava_checkpoint)
-        return checkpoint.model_config(), list(checkpoint.tensors)
+        return parse_config(checkpoint.config), list(checkpoint.tensors)
 
     def test_position_buffers_are_ignored(self, known):
         config, names = known

@@ -83,14 +83,6 @@ class Preprocessor:
         """Same as the constructor; the counterpart of `to_json`."""
         return cls(raw, config)
 
-    @classmethod
-    def for_model(cls, config: ModelConfig) -> Preprocessor:
-        """The family's usual preprocessing at this model's image size."""
-        side = config.vision.image_size
-        return cls(
-            {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}, config
-        )
-
     def to_json(self) -> dict[str, Any]:
         """All settings, defaults filled in, as preprocessor_config.json has them."""
         return dict(self._raw)
