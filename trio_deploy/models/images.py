@@ -213,8 +213,8 @@ def _decode(file: Any, name: str) -> Image.Image:
                 return _to_rgb(image, name)
     except TrioError:
         raise
-    except Image.DecompressionBombError as error:
-        raise _bomb(name, str(error)) from None
+    except Image.DecompressionBombError:  # Pillow's own limit, above ours, before there is a size
+        raise _bomb(name, "it is far too large") from None
     except Exception as error:  # a decoder may raise anything on a broken file
         raise TrioError(f"{name} cannot be read as a picture: {error}.") from error
 
