@@ -164,6 +164,29 @@ def test_run_on_a_missing_bundle_is_an_error(tmp_path, capsys):
     assert "none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [("no/kept.png", "no folder"), ("kept.xyz", ".xyz names no"), ("kept", "without an ending"),
+     ("kept.eps.mpg", ".mpg names no"), (".", "is a folder")],
+)  # fmt: skip
+def test_show_that_cannot_be_written_fails_before_a_model_is_loaded(
+    tmp_path, capsys, monkeypatch, picture, words
+):
+    from trio_deploy.runtime.pipeline import TrioPipeline
+
+    def load(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(TrioPipeline, "from_bundle", load)
+    command = ["run", "b", "--prompt", "hi", "--image", "a.png", "--show"]
+    assert cli.main([*command, str(tmp_path / picture)]) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    for good in ("kept.png", "kept.JPG"):
+        with pytest.raises(AssertionError, match="was loaded"):
+            cli.main([*command, str(tmp_path / good)])
+
+
 def test_inspect_of_a_missing_bundle_is_an_error(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.startswith("trio: ")

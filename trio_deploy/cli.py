@@ -107,11 +107,18 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from trio_deploy.report import generation_json, generation_text, save_kept
+    from trio_deploy.report import (
+        check_picture_path,
+        generation_json,
+        generation_text,
+        save_kept,
+    )
     from trio_deploy.runtime.pipeline import TrioPipeline
 
-    if args.show is not None and not args.image:
-        raise TrioError("--show draws what was kept of an image: pass one with --image")
+    if args.show is not None:
+        if not args.image:
+            raise TrioError("--show draws what was kept of an image: pass one with --image")
+        check_picture_path(args.show)
     pipeline = TrioPipeline.from_bundle(
         args.bundle,
         runtime=args.runtime,

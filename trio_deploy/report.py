@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from trio_deploy.errors import TrioError
 from trio_deploy.runtime.picture import draw_generation
@@ -54,6 +57,23 @@ def generation_json(generation: Generation) -> dict[str, Any]:
         "timings": generation.timings,
         "kv_bytes": generation.kv_bytes,
     }
+
+
+def check_picture_path(path: Path) -> None:
+    """Finds what would keep a picture from being written, before an answer is computed for it.
+
+    Raises:
+        TrioError: no folder to write to, or an ending that stands for no picture format.
+    """
+    if not path.parent.is_dir():
+        raise TrioError(f"--show cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise TrioError(f"--show cannot write {path}: it is a folder, or not yours to write")
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise TrioError(
+            f"--show cannot write {path}: {path.suffix or 'a name without an ending'} names no "
+            "picture format that can be written; call it .png or .jpg"
+        )
 
 
 def save_kept(generation: Generation, path: Path) -> None:
