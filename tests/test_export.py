@@ -578,6 +578,20 @@ def test_a_half_downloaded_snapshot_is_not_taken(cache, llava_checkpoint):
 
 
 @pytest.mark.parametrize(
+    "index",
+    ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": []}}'],
+)
+def test_a_snapshot_with_a_damaged_index_is_not_taken(index, cache, llava_checkpoint, tmp_path):
+    snapshot = cache / "models--org--name" / "snapshots" / "abc"
+    shutil.copytree(llava_checkpoint, snapshot)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors.index.json").write_text(index)
+    assert source_module._cached("org/name") is None
+    with pytest.raises(TrioError, match="local cache has no whole copy"):
+        export("org/name", tmp_path / "b", schedule=SCHEDULE, progress=False)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"schedule": "1:0.5", "budget": 0.5}, "either --budget or --schedule"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trio_deploy.checkpoint import INDEX, SINGLE, read_json
 from trio_deploy.errors import TrioError
 from trio_deploy.recipe import Recipe, list_recipes, load_recipe, recipe_for
 
@@ -114,11 +115,15 @@ def _cached(hub_id: str) -> tuple[Path, str] | None:
 def _is_whole(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        return all((folder / shard).is_file() for shard in shards)
-    return (folder / "model.safetensors").is_file()
+    if (folder / SINGLE).is_file():
+        return True
+    try:
+        shards = (read_json(folder / INDEX) or {}).get("weight_map")
+    except TrioError:  # damaged, so it has to be downloaded again
+        return False
+    if not isinstance(shards, dict) or not shards:
+        return False
+    return all(isinstance(name, str) and (folder / name).is_file() for name in shards.values())
 
 
 def hub_folder(hub_id: str) -> tuple[Path, str | None]:
@@ -132,13 +137,13 @@ def hub_folder(hub_id: str) -> tuple[Path, str | None]:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        reason = "it is not in the local cache, and huggingface_hub is not installed"
+        reason = "the local cache has no whole copy, and huggingface_hub is not installed"
     else:
         try:
             folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
             return folder, folder.name
         except Exception as error:
-            reason = f"it is not in the local cache, and the hub gave {type(error).__name__}"
+            reason = f"the local cache has no whole copy, and the hub gave {type(error).__name__}"
     raise TrioError(
         f"cannot get {hub_id} from the Hugging Face hub ({reason}): run `hf download {hub_id} "
         "--local-dir FOLDER` on a machine with access and pass the folder as --model FOLDER, "
