@@ -286,6 +286,14 @@ def test_a_recipes_own_schedule_comes_before_the_solvers():
     assert for_budget(0.222, 32, recipe) == solve(0.222, 32) == for_budget(0.222, 32)
 
 
+def test_a_default_budget_that_cannot_be_reached_is_called_the_default():
+    assert for_budget(None, 32) == solve(0.111, 32)
+    with pytest.raises(TrioError, match=r"above 0\.125 \(0\.111 is the default.*--budget"):
+        for_budget(None, 8)
+    with pytest.raises(TrioError, match=r"above 0\.125$"):
+        for_budget(0.111, 8)
+
+
 def test_a_budget_below_the_first_layers_names_the_smallest():
     with pytest.raises(TrioError, match=r"must be above 0\.125"):
         solve(0.111, 8)

@@ -60,7 +60,6 @@ from trio_deploy.weights import (
     write_layout,
 )
 
-DEFAULT_BUDGET = 0.111
 _DEFAULTS: dict[str, Any] = {"probe": "last", "positions": "renumber", "threshold": 0.8}
 
 
@@ -207,8 +206,7 @@ def _schedule(
     if schedule is not None:
         plan = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
     else:
-        wanted = DEFAULT_BUDGET if budget is None else budget
-        plan = for_budget(wanted, layers, recipe.schedules if recipe else None)
+        plan = for_budget(budget, layers, recipe.schedules if recipe else None)
     plan.validate(layers, max_visual_tokens(config))
     return plan
 

@@ -141,7 +141,7 @@ def make_plan(
     if schedule is not None:
         chosen = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
     else:
-        chosen = for_budget(PAPER_BUDGET if budget is None else budget, depth, published)
+        chosen = for_budget(budget, depth, published)
     chosen.validate(depth, visual)
 
     def cost(of: Schedule) -> Cost:

@@ -23,6 +23,9 @@ from trio_deploy.models.config import ModelConfig, TextConfig
 METHODS = ("trio",)
 """Selection methods that a pruning point may name."""
 
+DEFAULT_BUDGET = 0.111
+"""Where none is given: the smaller of the published ones."""
+
 SUPPRESSION_BLOCK = 256
 """M, the ranks that suppression works through at a time."""
 
@@ -274,13 +277,26 @@ def solve(budget: float, num_layers: int, layers: Sequence[int] | None = None) -
 
 
 def for_budget(
-    budget: float, num_layers: int, published: Mapping[str, Schedule] | None = None
+    budget: float | None, num_layers: int, published: Mapping[str, Schedule] | None = None
 ) -> Schedule:
-    """The schedule that a recipe has for this budget ("0.111" → schedule), else the solver's."""
+    """The schedule that a recipe has for this budget ("0.111" → schedule), else the solver's.
+
+    Args:
+        budget: as `solve` takes it; None is `DEFAULT_BUDGET`.
+
+    Raises:
+        TrioError: as `solve`; where it was the default, the message says so.
+    """
+    wanted = DEFAULT_BUDGET if budget is None else budget
     for key, schedule in (published or {}).items():
-        if math.isclose(float(key), budget):
+        if math.isclose(float(key), wanted):
             return schedule
-    return solve(budget, num_layers)
+    try:
+        return solve(wanted, num_layers)
+    except TrioError as error:
+        if budget is not None:
+            raise
+        raise TrioError(f"{error} ({wanted:g} is the default: pass another as --budget)") from None
 
 
 def _shares(budget: float, count: int) -> list[float]:
