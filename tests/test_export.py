@@ -351,6 +351,17 @@ def test_attached_weights_complete_a_bundle(stored, layout, tmp_path):
         attach_weights(it, folder)
 
 
+def test_what_a_checkpoint_lacks_stays_as_the_planned_bundle_has_it(tmp_path):
+    folder = make_llava(tmp_path / "c", layers=3, hidden=32)
+    planned = export(folder, tmp_path / "b", schedule="1:0.5", graphs_only=True, progress=False)
+    settings = planned.preprocessor
+    edit_json(folder / "processor_config.json", lambda raw: raw.pop("image_processor"))
+    assert not (folder / "preprocessor_config.json").exists()
+    it = attach_weights(planned, folder, progress=False)
+    assert it.preprocessor == settings
+    Bundle.load(it.path, verify=True).require_weights()
+
+
 def test_attaching_another_models_weights_says_what_differs(tmp_path):
     ours = make_llava(tmp_path / "c", layers=3, hidden=32)
     other = make_llava(tmp_path / "d", layers=4, hidden=32)

@@ -16,7 +16,6 @@ from trio_deploy.checkpoint import image_settings
 from trio_deploy.errors import TrioError
 from trio_deploy.models.config import ModelConfig
 from trio_deploy.models.preprocessing import Preprocessor
-from trio_deploy.recipe import Recipe
 from trio_deploy.source import Source
 
 
@@ -43,10 +42,18 @@ def planned_assets(found: Source, config: ModelConfig) -> Assets:
 
 
 def checkpoint_assets(
-    folder: Path | None, config: ModelConfig, recipe: Recipe | None, raw_config: dict[str, Any]
+    folder: Path,
+    config: ModelConfig,
+    raw_config: Mapping[str, Any],
+    *,
+    preprocessing: Mapping[str, Any] | None,
+    chat_template: str | None,
 ) -> Assets:
-    """Everything of a checkpoint folder but graphs and weights, in the bundle's own form."""
-    assert folder is not None
+    """Everything of a checkpoint folder but graphs and weights, in the bundle's own form.
+
+    Args:
+        preprocessing, chat_template: a recipe's or an earlier bundle's, for a folder without.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise TrioError(
@@ -54,14 +61,14 @@ def checkpoint_assets(
             f"AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
     files = {TOKENIZER: path.read_bytes()}
-    raw = image_settings(folder) or (dict(recipe.preprocessing) if recipe else None)
+    raw = image_settings(folder) or preprocessing
     if not raw:
         raise TrioError(
             f"{folder} has neither preprocessor_config.json nor an image_processor in "
             "processor_config.json: copy one of them from the model's repository"
         )
     files[PREPROCESSOR] = _json_bytes(Preprocessor.from_json(raw, config).to_json())
-    template = _chat_template(folder) or (recipe.chat_template if recipe else None)
+    template = _chat_template(folder) or chat_template
     if template:
         files[CHAT_TEMPLATE] = template.encode()
     tokens, ids = _tokens(folder, config)

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from trio_deploy.assets import checkpoint_assets, planned_assets
 from trio_deploy.bundle import (
-    CHAT_TEMPLATE,
     MANIFEST,
+    PREPROCESSOR,
     WEIGHTS,
     Bundle,
     BundleWriter,
@@ -137,11 +137,17 @@ def export(
             f"{hint}leave --link-weights out"
         )
     # Everything that can be wrong with the small files is found before the weights are copied.
-    assets = (
-        planned_assets(found, config)
-        if graphs_only
-        else checkpoint_assets(found.folder, config, found.recipe, found.raw_config)
-    )
+    if graphs_only:
+        assets = planned_assets(found, config)
+    else:
+        assert found.folder is not None
+        assets = checkpoint_assets(
+            found.folder,
+            config,
+            found.raw_config,
+            preprocessing=found.recipe.preprocessing if found.recipe else None,
+            chat_template=found.recipe.chat_template if found.recipe else None,
+        )
     layout = None if same else plan_layout(used, dtype)
     refs = kept_layout(sources) if layout is None else layout.refs
     files = {entry.file for entry in sources.values()}
@@ -391,11 +397,14 @@ def attach_weights(
     sources = Checkpoint.from_path(folder).verify(config)
     layout = plan_layout(_planned_tensors(old, canonical_tensors(config)), old.manifest.dtype)
     _check_plan(old, layout.refs)
-    recipe = None
-    assets = checkpoint_assets(folder, config, recipe, found.raw_config)
-    files = dict(assets.files)
-    if CHAT_TEMPLATE not in files and old.chat_template:
-        files[CHAT_TEMPLATE] = old.chat_template.encode()
+    assets = checkpoint_assets(
+        folder,
+        config,
+        found.raw_config,
+        preprocessing=old.preprocessor if PREPROCESSOR in old.manifest.files else None,
+        chat_template=old.chat_template,
+    )
+    files = assets.files
     with BundleWriter(old.path, force=True, needed=layout.nbytes) as writer:
         _carry_over(old, writer, skip={MANIFEST, *files})
         for relative, content in files.items():
