@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -273,7 +274,7 @@ def test_a_failing_last_step_leaves_nothing(target, monkeypatch):
 
 def test_a_full_disk_says_how_much_is_needed_and_free(target):
     with (
-        pytest.raises(TrioError, match=r"needs 4\.77 GiB \(\d+ bytes\) and .* are free"),
+        pytest.raises(TrioError, match=r"at least 4\.77 GiB \(\d+ bytes\) and .* are free"),
         BundleWriter(target, needed=5_120_000_000) as writer,
     ):
         writer.write("embed.onnx", b"half")
@@ -291,9 +292,15 @@ def test_a_disk_that_is_really_full(tmp_path):
     if mounted.returncode:
         pytest.skip("mount is not allowed here")
     try:
-        with pytest.raises(TrioError, match="too full"), BundleWriter(disk / "b") as writer:
-            writer.write("embed.onnx", bytes(1 << 20))
+        big = bytes(1 << 20)
+        with (
+            pytest.raises(TrioError, match="too full") as refused,
+            BundleWriter(disk / "b", needed=len(big)) as writer,
+        ):
+            writer.write("embed.onnx", big)
         assert names(disk) == []
+        needed, free = re.findall(r"\((\d+) bytes\)", str(refused.value))
+        assert int(needed) == len(big) > 65_536 >= int(free) > 0
         write_bundle(disk / "b")
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -397,7 +398,7 @@ def full_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("step", ["_copy", "keep_files", "_write_graphs"])
+@pytest.mark.parametrize("step", ["_copy", "keep_files", "_write_weights"])
 def test_an_interrupt_leaves_no_half_bundle_and_a_rerun_works(
     step, checkpoint, tmp_path, monkeypatch
 ):
@@ -460,9 +461,16 @@ def test_a_disk_too_full_to_begin_with_is_noticed_before_copying(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(weights_module, "_reflink", lambda *a: False)
-    with pytest.raises(TrioError, match=r"too full for the weights.*\(1000 bytes\) are free"):
+    with pytest.raises(TrioError, match=r"too full: .*\(1000 bytes\) are free") as refused:
         export(checkpoint, tmp_path / "b", schedule=SCHEDULE, dtype=dtype, progress=False)
+    message = str(refused.value)
+    assert f"the disk of {tmp_path / 'b'} is" in message, "the user's folder, not a hidden one"
     assert names(tmp_path) == ["checkpoint"]
+    monkeypatch.undo()
+    it = export(checkpoint, tmp_path / "b", schedule=SCHEDULE, dtype=dtype, progress=False)
+    needed = int(re.search(r"\((\d+) bytes\) and", message)[1])
+    whole = sum(info.size for info in it.manifest.files.values())
+    assert needed == whole, "graphs and small files take room as well"
 
 
 def test_an_existing_bundle_needs_force(exported, llava_checkpoint):

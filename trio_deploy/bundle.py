@@ -479,25 +479,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def require_space(folder: Path, needed: int, what: str) -> None:
-    """Checks free space before writing.
-
-    Raises:
-        TrioError: less than `needed` bytes are free; says how many are needed and how many free.
-    """
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise TrioError(_no_space(folder, needed, free, what))
-
-
-def _no_space(folder: Path, needed: int, free: int, what: str) -> str:
-    return (
-        f"the disk of {folder} is too full for {what}: it needs {format_bytes(needed)} "
-        f"({needed} bytes) and {format_bytes(free)} ({free} bytes) are free; "
-        "make room or choose another --out"
-    )
-
-
 def format_bytes(count: float) -> str:
     """`1.5 GiB`; three significant digits at least."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -518,7 +499,8 @@ class BundleWriter:
     Attributes:
         target: the bundle's folder.
         force: replace a bundle that stands there; without it an existing target is refused.
-        needed: bytes the bundle takes as far as known, for the message about a full disk.
+        needed: bytes of all that will be written, as far as known, for the message about a full
+            disk.
         folder: where to write until the bundle is whole.
         files: sizes and checksums of what was written through this writer.
     """
@@ -528,6 +510,7 @@ class BundleWriter:
     needed: int = 0
     folder: Path = field(init=False)
     files: dict[str, FileInfo] = field(init=False, default_factory=dict)
+    _free: int = field(init=False, default=0)
 
     def __enter__(self) -> BundleWriter:
         self.target = Path(os.path.abspath(self.target))  # noqa: PTH100  (keep symlinks as named)
@@ -536,6 +519,7 @@ class BundleWriter:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             for leftover in _leftovers(self.target):
                 shutil.rmtree(leftover, ignore_errors=True)
+            self._free = shutil.disk_usage(self.target.parent).free
             self.folder = self.target.with_name(_temporary_name(self.target.name))
             self.folder.mkdir()
         except OSError as error:
@@ -581,11 +565,28 @@ class BundleWriter:
     def _explain(self, error: BaseException) -> None:
         full = (errno.ENOSPC, errno.EDQUOT)
         if isinstance(error, OSError) and error.errno in full:
-            free = shutil.disk_usage(self.target.parent).free
-            raise TrioError(
-                _no_space(self.target.parent, self.needed, free, f"the bundle {self.target.name}")
-                + " (nothing was left behind)"
-            ) from error
+            raise self._too_full() from error
+
+    def require_space(self, left: int) -> None:
+        """Checks that `left` more bytes can be written.
+
+        Raises:
+            TrioError: they cannot; says how many bytes the whole bundle needs and how many were
+                free for it.
+        """
+        if left > shutil.disk_usage(self.folder).free:
+            written = sum(info.size for info in self.files.values())
+            self.needed = max(self.needed, written + left)
+            raise self._too_full()
+
+    def _too_full(self) -> TrioError:
+        needed, free = self.needed, self._free
+        other = "" if needed > free else " (a quota or another program leaves less)"
+        return TrioError(
+            f"the disk of {self.target} is too full: the bundle needs at least "
+            f"{format_bytes(needed)} ({needed} bytes) and {format_bytes(free)} ({free} bytes) are "
+            f"free{other}; make room or choose another --out (nothing was left behind)"
+        )
 
     def path(self, relative: str) -> Path:
         """Where to write a file of the bundle; makes its folder."""

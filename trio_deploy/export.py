@@ -150,14 +150,14 @@ def export(
         )
     layout = None if same else plan_layout(used, dtype)
     refs = kept_layout(sources) if layout is None else layout.refs
-    files = {entry.file for entry in sources.values()}
-    if graphs_only or (link_weights and same):
-        needed = 0
-    else:
-        needed = layout.nbytes if layout else sum(file.stat().st_size for file in files)
+    graphs, contents = _serialised(models, refs)
+    contents |= assets.files
+    needed = sum(len(content) for content in contents.values())
+    if not (graphs_only or link_weights):
+        kept = {entry.file for entry in sources.values()}
+        needed += layout.nbytes if layout else sum(file.stat().st_size for file in kept)
     with BundleWriter(Path(out), force=force, needed=needed) as writer:
-        graphs = _write_graphs(writer, models, refs)
-        for name, content in assets.files.items():
+        for name, content in contents.items():
             writer.write(name, content)
         weights = "copied"
         if graphs_only:
@@ -272,10 +272,12 @@ def _open_initializers(model: ir.Model) -> list[ir.Value]:
     ]
 
 
-def _write_graphs(
-    writer: BundleWriter, models: Mapping[str, ir.Model], refs: Mapping[str, WeightRef]
-) -> dict[str, GraphInfo]:
+def _serialised(
+    models: Mapping[str, ir.Model], refs: Mapping[str, WeightRef]
+) -> tuple[dict[str, GraphInfo], dict[str, bytes]]:
+    """What the manifest says of each graph by its stage, and the graphs' files."""
     infos: dict[str, GraphInfo] = {}
+    contents: dict[str, bytes] = {}
     for stage, model in models.items():
         for value in _open_initializers(model):
             ref = refs[str(value.name)]
@@ -288,13 +290,13 @@ def _write_graphs(
                 name=str(value.name),
             )
         file = f"{stage}.onnx"
-        writer.write(file, ir.serde.serialize_model(model).SerializeToString(deterministic=True))
+        contents[file] = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
         infos[stage] = GraphInfo(
             file,
             tuple(_tensor_info(value) for value in model.graph.inputs),
             tuple(_tensor_info(value) for value in model.graph.outputs),
         )
-    return infos
+    return infos, contents
 
 
 def _ir_dtype(dtype: str) -> ir.DataType:
@@ -405,7 +407,8 @@ def attach_weights(
         chat_template=old.chat_template,
     )
     files = assets.files
-    with BundleWriter(old.path, force=True, needed=layout.nbytes) as writer:
+    needed = layout.nbytes + sum(len(content) for content in files.values())
+    with BundleWriter(old.path, force=True, needed=needed) as writer:
         _carry_over(old, writer, skip={MANIFEST, *files})
         for relative, content in files.items():
             writer.write(relative, content)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trio_deploy.bundle import WEIGHTS, BundleWriter, require_space
+from trio_deploy.bundle import WEIGHTS, BundleWriter
 from trio_deploy.checkpoint import DTYPES as NUMPY_DTYPES
 from trio_deploy.checkpoint import TensorEntry
 from trio_deploy.errors import TrioError
@@ -136,7 +136,7 @@ def write_layout(
     Raises:
         TrioError: the disk is too full, or a value does not fit into float16; names the tensor.
     """
-    require_space(writer.folder, layout.nbytes, "the weights")
+    writer.require_space(layout.nbytes)
     for shard in layout.shards:
         digest = hashlib.sha256()
         with writer.path(shard.file).open("wb") as out:
@@ -226,7 +226,7 @@ def keep_files(
             writer.record(relative, _hash(file, progress))
         else:
             left = sum(other.stat().st_size for other in waiting[index:])
-            require_space(writer.folder, left, "the weights")
+            writer.require_space(left)
             writer.record(relative, _copy(file, target, progress))
             written += target.stat().st_size
     return Kept(linked, written)
