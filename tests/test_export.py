@@ -413,7 +413,9 @@ def test_an_interrupt_leaves_no_half_bundle_and_a_rerun_works(
 
 def test_a_real_interrupt_in_the_middle_leaves_no_half_bundle(checkpoint, tmp_path):
     program = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # a background job inherits that interrupts are ignored; a command at a terminal does not
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from trio_deploy import cli, weights\n"
         "weights._reflink = lambda *a: False\n"
         "copy = weights._copy\n"

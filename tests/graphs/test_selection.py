@@ -24,10 +24,10 @@ FEATURES = ("random", "clusters", "identical", "duplicates", "zeros", "chain", "
 
 # What TensorRT 8.6's ONNX parser reads, as far as these graphs need it.
 TENSORRT_OPERATORS = set(
-    "Abs Add And ArgMax Cast Concat ConstantOfShape Cos CumSum Div Equal Expand Floor Gather "
+    "Abs Add And Cast Concat ConstantOfShape Cos CumSum Div Equal Expand Floor Gather "
     "GatherElements Greater GreaterOrEqual Identity Less LessOrEqual Log Loop MatMul Max Min Mul "
-    "Neg Not Or Pow Range ReduceMean ReduceSum ReduceSumSquare Reshape ScatterElements Shape "
-    "Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub TopK Transpose Unsqueeze Where".split()
+    "Neg Not Or Pow Range ReduceMax ReduceMean ReduceMin ReduceSum ReduceSumSquare Reshape "
+    "ScatterElements Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub TopK Transpose Unsqueeze Where".split()
 )
 
 
