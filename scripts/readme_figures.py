@@ -2,8 +2,8 @@
 
     python scripts/readme_figures.py
 
-Exports the tiny model, asks about examples/scene.png, draws the kept tokens into docs/kept.png, and
-copies the measured table from docs/measurements/core.md (scripts/bench_core.py writes it).
+Exports the tiny model, asks about examples/scene.png, draws the kept tokens into docs/kept.png,
+asks every question of examples/README.md at several budgets, and copies the measured table from docs/measurements/core.md (scripts/bench_core.py writes it).
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import re
 import tempfile
 from pathlib import Path
 
+from trio_deploy.evaluate import scenes
 from trio_deploy.export import export
 from trio_deploy.report import save_kept
-from trio_deploy.runtime.pipeline import TrioPipeline
+from trio_deploy.runtime.pipeline import Request, TrioPipeline
 
 ROOT = Path(__file__).parent.parent
+EXAMPLES = ((2000039, "busy"), (2000011, "busy"), (2000007, "smooth"))  # as examples/README.md
 COLUMNS = 4  # what, ours, against, figure; the targets stay in the full table
 
 
@@ -35,6 +37,28 @@ def picture(question: str, budget: float) -> str:
         f"“{question}” “{answer.text.strip()}”: the shipped tiny model at a budget of "
         f"{budget:.1%}, {answer.visual_tokens} visual tokens pruned to {counts}.\n"
     )
+
+
+def accuracy(budgets: tuple[float, ...] = (0.111, 0.222, 0.333, 0.5, 1.0)) -> str:
+    """Right answers of the tiny model to the questions of examples/README.md, a budget a column."""
+    asked = [
+        (question, scene.image)
+        for scene in (scenes.generate(seed, family) for seed, family in EXAMPLES)
+        for question in scene.questions
+    ]
+    cells = []
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline = TrioPipeline.from_bundle(export("tiny", Path(folder) / "bundle", progress=False))
+        for budget in budgets:
+            answers = pipeline.generate_batch(
+                [Request(question.text, [image], budget=budget) for question, image in asked]
+            )
+            right = sum(
+                a.text.strip() == q.answer for a, (q, _) in zip(answers, asked, strict=True)
+            )
+            cells.append(f"{right} of {len(asked)}")
+    head = "| budget | " + " | ".join(f"{budget:.1%}" for budget in budgets) + " |"
+    return f"{head}\n|---|{'---|' * len(budgets)}\n| right | " + " | ".join(cells) + " |\n"
 
 
 def table(measured: Path) -> str:
@@ -65,6 +89,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     text = replace(text, "picture", picture(args.question, args.budget))
+    text = replace(text, "accuracy", accuracy())
     measured = ROOT / "docs" / "measurements" / "core.md"
     if measured.is_file():
         text = replace(text, "table", table(measured))

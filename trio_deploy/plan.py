@@ -192,6 +192,11 @@ def _notes(
         "FLOPs are multiply-adds; the paper's formula takes visual tokens alone, two of three MLP "
         "matrices, and selection as free."
     ]
+    if config.grid_pinpoints:
+        notes.append(
+            "Visual tokens are those of the tiles, as the paper counts them; a prompt has one "
+            "newline more a row of the tiled image: --visual-tokens takes the exact number."
+        )
     if schedule.layers:
         notes.append(
             f"With a first pruning point before layer {schedule.layers[0]}, budgets lie above "

@@ -27,7 +27,8 @@ TENSORRT_OPERATORS = set(
     "Abs Add And Cast Concat ConstantOfShape Cos CumSum Div Equal Expand Floor Gather "
     "GatherElements Greater GreaterOrEqual Identity Less LessOrEqual Log Loop MatMul Max Min Mul "
     "Neg Not Or Pow Range ReduceMax ReduceMean ReduceMin ReduceSum ReduceSumSquare Reshape "
-    "ScatterElements Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub TopK Transpose Unsqueeze Where".split()
+    "ScatterElements Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub TopK Transpose "
+    "Unsqueeze Where".split()
 )
 
 
