@@ -3,7 +3,8 @@
     python scripts/readme_figures.py
 
 Exports the tiny model, asks about examples/scene.png, draws the kept tokens into docs/kept.png,
-asks every question of examples/README.md at several budgets, and copies the measured table from docs/measurements/core.md (scripts/bench_core.py writes it).
+asks every question of examples/README.md at several budgets, and copies the
+measured table from docs/measurements/core.md (scripts/bench_core.py writes it).
 """
 
 from __future__ import annotations
