@@ -105,6 +105,14 @@ def test_images_and_placeholders_must_agree(
         encoder(llava_checkpoint, None).text("<image>" * count, images)
 
 
+@pytest.mark.parametrize("content", ["what ?", [text_item("what ?")]])
+def test_images_that_no_message_names_are_told_where_to_be_named(
+    llava_checkpoint: Path, content: str | list
+) -> None:
+    with pytest.raises(TrioError, match=r'1 image.*\{"type": "image"\} in the message\'s content'):
+        encoder(llava_checkpoint).text([{"role": "user", "content": content}], 1)
+
+
 @pytest.mark.parametrize(
     "content", ["what <image> ?", [text_item("a <image> b")], [IMAGE_ITEM, text_item("<image>")]]
 )

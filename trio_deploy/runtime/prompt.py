@@ -226,7 +226,11 @@ class PromptEncoder:
                     f"({placeholders} placeholders for {images} images); "
                     'name images by {"type": "image"} items instead'
                 )
-        self._check_count(placeholders, images)
+        advice = (
+            'name each image by an item {"type": "image"} in the message\'s content (with '
+            "plain-string content there is nowhere for the image)"
+        )
+        self._check_count(placeholders, images, None if placeholders else advice)
         return self._template.render(prompt)
 
     def encode(self, text: str, images: Sequence[int], *, rendered: bool = True) -> Prompt:
@@ -260,11 +264,11 @@ class PromptEncoder:
         """Text of generated tokens, special ones left out."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _check_count(self, placeholders: int, images: int) -> None:
+    def _check_count(self, placeholders: int, images: int, advice: str | None = None) -> None:
         if placeholders != images:
             raise TrioError(
                 f"the prompt has {placeholders} image placeholder(s) ({self.image_token}) but "
-                f"{images} image(s) were given; pass one image for each placeholder"
+                f"{images} image(s) were given; {advice or 'pass one image for each placeholder'}"
             )
 
 
