@@ -573,9 +573,12 @@ def test_an_unknown_model_lists_the_recipes_and_the_nearest(tmp_path):
         export("llava-next-7B", tmp_path / "b")
 
 
-@pytest.mark.parametrize("model", ["llava-1.5-7b", "nobody/no-such-model"])
-def test_a_hub_model_out_of_reach_says_how_to_pass_a_folder(model, cache, tmp_path):
-    with pytest.raises(TrioError, match=r"hf download .*--model FOLDER.*--graphs-only"):
+@pytest.mark.parametrize(
+    ("model", "otherwise"),
+    [("llava-1.5-7b", "--graphs-only"), ("nobody/no-such-model", "a recipe's name")],
+)
+def test_a_hub_model_out_of_reach_says_how_to_pass_a_folder(model, otherwise, cache, tmp_path):
+    with pytest.raises(TrioError, match=rf"hf download .*--model FOLDER.*{otherwise}"):
         export(model, tmp_path / "b", progress=False)
     assert not (tmp_path / "b").exists()
 

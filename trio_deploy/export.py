@@ -388,7 +388,7 @@ def attach_weights(
     if not folder.is_dir():
         if not HUB_ID.fullmatch(name):
             raise TrioError(f"{name} is not a folder: pass the checkpoint's folder or its hub id")
-        folder, revision = hub_folder(name)
+        folder, revision = hub_folder(name, "pass the folder as the checkpoint")
     found = from_folder(folder)
     config = parse_config(found.raw_config)
     if difference := _difference(old.config, config):

@@ -17,6 +17,15 @@ from trio_deploy.recipe import Recipe, list_recipes, load_recipe, recipe_for
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
+# What to do without reaching the hub: a recipe's graphs can be had, other models need config.json.
+_RECIPE = (
+    "pass the folder as --model FOLDER, or pass --graphs-only, which needs no weights, and "
+    "`trio attach-weights` later"
+)
+_NO_RECIPE = "pass the folder as --model FOLDER, or a recipe's name as --model"
+
+_UNREACHED = {"LocalEntryNotFoundError", "RepositoryNotFoundError"}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -42,12 +51,19 @@ def resolve(model: str, weights_needed: bool) -> Source:
     if HUB_ID.fullmatch(text) and not path.exists():
         if (known := recipe_for(text)) is not None:
             return _from_recipe(known, weights_needed)
-        folder, revision = hub_folder(text)
+        folder, revision = hub_folder(text, _NO_RECIPE)
         return replace(from_folder(folder), name=text, source=text, revision=revision)
+    if path.exists():
+        raise TrioError(f"{text} is a file: pass a checkpoint's folder, a hub id or a recipe")
+    if "/" in text or os.sep in text:
+        raise TrioError(
+            f"the folder {text} does not exist: pass a checkpoint's folder, a hub id (org/name) "
+            f"or one of the recipes {', '.join(recipes)}"
+        )
     near = difflib.get_close_matches(text, recipes, n=1)
     raise TrioError(
         f"unknown model {text!r}: it is neither a folder nor a hub id (org/name) nor a recipe"
-        + (f"; did you mean {near[0]}?" if near else "")
+        + (f"; did you mean {near[0]}?" if near else ".")
         + f" The recipes are {', '.join(recipes)}"
     )
 
@@ -64,7 +80,7 @@ def _from_recipe(recipe: Recipe, weights_needed: bool) -> Source:
             f"the recipe {recipe.name} names no checkpoint: pass the checkpoint's folder as "
             "--model, or --graphs-only"
         )
-    folder, revision = hub_folder(recipe.hub_id)
+    folder, revision = hub_folder(recipe.hub_id, _RECIPE)
     found = from_folder(folder)
     return replace(found, name=recipe.name, source=source, revision=revision, recipe=recipe)
 
@@ -126,8 +142,10 @@ def _is_whole(folder: Path) -> bool:
     return all(isinstance(name, str) and (folder / name).is_file() for name in shards.values())
 
 
-def hub_folder(hub_id: str) -> tuple[Path, str | None]:
+def hub_folder(hub_id: str, advice: str) -> tuple[Path, str | None]:
     """A checkpoint folder for a hub id: from the local cache, else downloaded where possible.
+
+    `advice` says what to do with a folder that was downloaded elsewhere.
 
     Raises:
         TrioError: neither worked; says how to download it elsewhere and pass the folder.
@@ -143,9 +161,11 @@ def hub_folder(hub_id: str) -> tuple[Path, str | None]:
             folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
             return folder, folder.name
         except Exception as error:
-            reason = f"the local cache has no whole copy, and the hub gave {type(error).__name__}"
+            kind = type(error).__name__
+            cause = "no network, or no such repository" if kind in _UNREACHED else kind
+            reason = f"the local cache has no whole copy, and the download failed: {cause}"
+    here = f"the folder {hub_id} does not exist; " if Path(hub_id).parent.is_dir() else ""
     raise TrioError(
-        f"cannot get {hub_id} from the Hugging Face hub ({reason}): run `hf download {hub_id} "
-        "--local-dir FOLDER` on a machine with access and pass the folder as --model FOLDER, "
-        "or pass --graphs-only, which needs no weights, and `trio attach-weights` later"
+        f"{here}cannot get {hub_id} from the Hugging Face hub ({reason}): run "
+        f"`hf download {hub_id} --local-dir FOLDER` on a machine with access and {advice}"
     )
