@@ -96,7 +96,7 @@ def test_unknown_runtimes_and_options_are_refused(tmp_path: Path) -> None:
 def test_a_missing_runtime_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, extra in (("onnxruntime", "cpu"), ("openvino", "openvino")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(TrioError, match=rf"pip install trio-deploy\[{extra}\]"):
+        with pytest.raises(TrioError, match=rf"pip install 'trio-deploy\[{extra}\]'"):
             open_runtime(module)
 
 

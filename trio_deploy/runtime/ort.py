@@ -40,8 +40,8 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise TrioError(
-            "ONNX Runtime is not installed: pip install trio-deploy[cpu] "
-            "(or trio-deploy[gpu] for an NVIDIA GPU)"
+            "ONNX Runtime is not installed: pip install 'trio-deploy[cpu]' "
+            "(or 'trio-deploy[gpu]' for an NVIDIA GPU)"
         ) from error
     return onnxruntime
 
@@ -98,7 +98,7 @@ class OrtRuntime:
         available = self._ort.get_available_providers()
         if self.provider not in available:
             hint = (
-                "; pip install trio-deploy[gpu] in an environment without onnxruntime, or pass "
+                "; pip install 'trio-deploy[gpu]' in an environment without onnxruntime, or pass "
                 "--provider cpu"
                 if self.provider == _PROVIDERS["cuda"]
                 else ""

@@ -27,7 +27,7 @@ class OvRuntime:
             import openvino
         except ImportError as error:
             raise TrioError(
-                "OpenVINO is not installed: pip install trio-deploy[openvino]"
+                "OpenVINO is not installed: pip install 'trio-deploy[openvino]'"
             ) from error
         if precision not in _HINTS:
             raise TrioError(f"OpenVINO computes in float32 or bfloat16, not in {precision}")
