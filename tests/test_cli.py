@@ -70,6 +70,17 @@ def test_trio_export_is_trio_export(calls, monkeypatch):
     assert calls["export"][0] == ("tiny", Path("b"))
 
 
+@pytest.mark.parametrize(
+    ("option", "words"), [("--help", "usage: trio-export [-h]"), ("--version", "0.")]
+)
+def test_trio_export_goes_by_its_own_name(monkeypatch, capsys, option, words):
+    monkeypatch.setattr("sys.argv", ["trio-export", option])
+    with pytest.raises(SystemExit) as stop:
+        cli.export_main()
+    assert stop.value.code == 0
+    assert words in capsys.readouterr().out
+
+
 def test_budget_and_schedule_exclude_each_other(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main("export --model tiny --out b --budget 0.2 --schedule 1:3".split())
@@ -124,6 +135,15 @@ def test_check_fails_when_a_row_does(monkeypatch, capsys, problem, status):
     assert "prefill_0" in capsys.readouterr().out
     assert cli.main(["check", "b", "--json"]) == status
     assert json.loads(capsys.readouterr().out)["passed"] is (status == 0)
+
+
+@pytest.mark.parametrize(("problem", "explained"), [("", True), ("other tokens", False)])
+def test_a_table_explains_answers_that_may_differ(problem, explained):
+    from trio_deploy import parity
+
+    rows = [ParityRow("answer 0", tokens_equal=False, problem=problem)]
+    text = parity.format_report(parity.Report("a check", rows))
+    assert ("only float32 requires" in text) is explained
 
 
 def test_check_records_before_it_checks(monkeypatch):
@@ -197,6 +217,14 @@ def test_plan_prints_text_or_json(capsys):
     assert "average" in capsys.readouterr().out
     assert cli.main("plan --model llava-1.5-7b --schedule 1:9 --json".split()) == 0
     assert json.loads(capsys.readouterr().out)["keep"] == [9]
+
+
+def test_verify_of_graphs_alone_says_that_there_are_no_weights(tmp_path, capsys):
+    from trio_deploy.export import export
+
+    export("tiny", tmp_path / "b", budget=0.5, graphs_only=True, progress=False)
+    assert cli.main(["inspect", str(tmp_path / "b"), "--verify"]) == 0
+    assert "no weights are there to verify" in capsys.readouterr().err
 
 
 def test_verify_says_what_it_could_not_compare_and_compares_it_from_then_on(

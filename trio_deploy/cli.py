@@ -15,13 +15,16 @@ from pathlib import Path
 import trio_deploy
 from trio_deploy.errors import TrioError
 
+_EXPORT_SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `trio`: runs a command and returns its exit status."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    return _execute(_parser().parse_args(argv))
+
+
+def _execute(args: argparse.Namespace) -> int:
     try:
         command: Callable[[argparse.Namespace], int | None] = args.command
         return command(args) or 0
@@ -47,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export_main() -> int:
     """Entry point of `trio-export`, the same as `trio export`."""
-    return main(["export", *sys.argv[1:]])
+    parser = argparse.ArgumentParser(prog="trio-export", description=_EXPORT_SUMMARY)
+    parser.add_argument("--version", action="version", version=trio_deploy.__version__)
+    _add_common(parser, _export)
+    _add_export(parser)
+    return _execute(parser.parse_args())
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -89,6 +96,12 @@ def _inspect(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
         bundle = bundle.seal()
+    if args.verify and bundle.manifest.weights == "planned":
+        print(
+            "trio: no weights are there to verify, the other files were: complete the bundle with "
+            "`trio attach-weights`",
+            file=sys.stderr,
+        )
     print(inspect(bundle))
 
 
@@ -178,38 +191,19 @@ def _parser() -> argparse.ArgumentParser:
         name: str, function: Callable[[argparse.Namespace], int | None], summary: str
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-        command.set_defaults(command=function)
+        _add_common(command, function)
         return command
 
-    export = add("export", _export, "Turn a checkpoint into a bundle of pruned ONNX graphs.")
-    export.add_argument(
-        "--model", required=True, help="recipe name or file, checkpoint folder, or hub id"
-    )
-    export.add_argument("--out", type=Path, required=True, help="folder to write the bundle to")
-    _add_schedule(export)
-    export.add_argument("--dtype", help="float32, float16 or bfloat16 (default: the target's)")
-    export.add_argument("--dialect", help="ort, onnx or primitive (default: the target's)")
-    export.add_argument("--target", default="cpu", help="target name or file (default: cpu)")
-    export.add_argument(
-        "--link-weights", action="store_true", help="hard-link the weights instead of copying"
-    )
-    export.add_argument(
-        "--graphs-only", action="store_true", help="write graphs without weights, from a recipe"
-    )
-    export.add_argument("--positions", help="renumber or original (default: the recipe's)")
-    export.add_argument("--probe", help="last or shifted (default: the recipe's)")
-    export.add_argument("--threshold", type=float, help="cosine similarity that suppresses")
-    export.add_argument("--force", action="store_true", help="replace an existing bundle")
+    _add_export(add("export", _export, _EXPORT_SUMMARY))
 
     attach = add("attach-weights", _attach_weights, "Complete a bundle of graphs with weights.")
-    attach.add_argument("bundle", type=Path)
+    attach.add_argument("bundle", type=Path, help="folder of the bundle")
     attach.add_argument("checkpoint", type=Path, help="checkpoint folder")
 
     run = add("run", _run, "Answer a prompt about pictures.")
-    run.add_argument("bundle", type=Path)
+    run.add_argument("bundle", type=Path, help="folder of the bundle")
     run.add_argument("--image", action="append", default=[], type=Path, help="may be repeated")
-    run.add_argument("--prompt", required=True)
+    run.add_argument("--prompt", required=True, help="what to ask about the pictures")
     run.add_argument("--budget", type=float, help="share of visual tokens (default: the bundle's)")
     run.add_argument("--show", type=Path, metavar="PNG", help="draw which visual tokens were kept")
     run.add_argument("--runtime", help="onnxruntime or openvino (default: by the bundle)")
@@ -218,23 +212,32 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--low-memory", action="store_true", help="leave weights in the page cache (slower decode)"
     )
-    run.add_argument("--max-new-tokens", type=int, default=128)
+    run.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
     run.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    run.add_argument("--top-p", type=float, default=1.0)
-    run.add_argument("--seed", type=int)
+    run.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens of this total probability (default: 1, all)",
+    )
+    run.add_argument("--seed", type=int, help="of sampling (default: another each time)")
     run.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
     run.add_argument("--json", action="store_true", help="print one JSON object instead")
 
     plan = add("plan", _plan, "What a budget costs in tokens, operations and KV cache.")
     plan.add_argument("--model", required=True, help="recipe name or file, or checkpoint folder")
     _add_schedule(plan)
-    plan.add_argument("--visual-tokens", type=int, help="default: the most that one image takes")
+    plan.add_argument(
+        "--visual-tokens",
+        type=int,
+        help="default: the most that one image takes, newlines not counted",
+    )
     plan.add_argument("--text-tokens", type=int, default=60, help="default: 60, as in the paper")
     plan.add_argument("--probes", type=int, default=4, help="probe positions (default: 4)")
-    plan.add_argument("--json", action="store_true")
+    plan.add_argument("--json", action="store_true", help="print one JSON object instead")
 
     check = add("check", _check, "Compare a bundle with the reference, stage by stage.")
-    check.add_argument("bundle", type=Path)
+    check.add_argument("bundle", type=Path, help="folder of the bundle")
     check.add_argument("--runtime", help="onnxruntime or openvino (default: by the bundle)")
     check.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: by the bundle)")
     source = check.add_mutually_exclusive_group()
@@ -251,10 +254,10 @@ def _parser() -> argparse.ArgumentParser:
         "(default: the weights in the bundle)",
     )
     check.add_argument("--threads", type=int, help="CPU threads (default: the runtime's choice)")
-    check.add_argument("--json", action="store_true")
+    check.add_argument("--json", action="store_true", help="print one JSON object instead")
 
     inspect = add("inspect", _inspect, "Show what a bundle holds.")
-    inspect.add_argument("bundle", type=Path)
+    inspect.add_argument("bundle", type=Path, help="folder of the bundle")
     inspect.add_argument(
         "--verify",
         action="store_true",
@@ -263,10 +266,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_common(
+    command: argparse.ArgumentParser, function: Callable[[argparse.Namespace], int | None]
+) -> None:
+    command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    command.set_defaults(command=function)
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model", required=True, help="recipe name or file, checkpoint folder, or hub id"
+    )
+    command.add_argument("--out", type=Path, required=True, help="folder to write the bundle to")
+    _add_schedule(command)
+    command.add_argument("--dtype", help="float32, float16 or bfloat16 (default: the target's)")
+    command.add_argument("--dialect", help="ort, onnx or primitive (default: the target's)")
+    command.add_argument("--target", default="cpu", help="target name or file (default: cpu)")
+    command.add_argument(
+        "--link-weights", action="store_true", help="hard-link the weights instead of copying"
+    )
+    command.add_argument(
+        "--graphs-only", action="store_true", help="write graphs without weights, from a recipe"
+    )
+    command.add_argument("--positions", help="renumber or original (default: the recipe's)")
+    command.add_argument("--probe", help="last or shifted (default: the recipe's)")
+    command.add_argument(
+        "--threshold",
+        type=float,
+        help="cosine similarity that suppresses (default: the recipe's, else 0.8)",
+    )
+    command.add_argument("--force", action="store_true", help="replace an existing bundle")
+
+
 def _add_schedule(command: argparse.ArgumentParser) -> None:
     choice = command.add_mutually_exclusive_group()
     choice.add_argument(
-        "--budget", type=float, help="average share of visual tokens a layer sees, e.g. 0.111"
+        "--budget", type=float, help="average share of visual tokens a layer sees (default: 0.111)"
     )
     choice.add_argument(
         "--schedule", help="layer:keep,… as ratios (1:0.16,10:0.094) or counts (1:92,10:54)"

@@ -164,6 +164,7 @@ def format_report(report: Report) -> str:
         if failed
         else "all within tolerance"
     )
+    tolerated = any(row.passed and row.tokens_equal is False for row in report.rows)
     return "\n".join(
         [
             report.title,
@@ -171,7 +172,12 @@ def format_report(report: Report) -> str:
             *table,
             "",
             f"{verdict}; kept: share of the reference's "
-            "kept visual tokens, in doubt: share whose rank lies within the error",
+            "kept visual tokens, in doubt: share whose rank lies within the error"
+            + (
+                "; tokens: answers may differ in this type, only float32 requires equal ones"
+                if tolerated
+                else ""
+            ),
         ]
     )
 
@@ -211,7 +217,7 @@ def _ask_oracle(
         from trio_deploy.reference.restore import restore_model
     except ImportError as error:
         raise TrioError(
-            f"comparing with the oracle needs {error.name}: pip install trio-deploy[reference], "
+            f"comparing with the oracle needs {error.name}: pip install 'trio-deploy[reference]', "
             "or check against a recorded reference with --golden"
         ) from error
     manifest = bundle.manifest
