@@ -21,17 +21,15 @@ from trio_deploy.runtime.pipeline import Request, TrioPipeline
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ((2000039, "busy"), (2000011, "busy"), (2000007, "smooth"))  # as examples/README.md
+BUDGETS = (0.111, 0.222, 0.333, 0.5, 1.0)
 COLUMNS = 4  # what, ours, against, figure; the targets stay in the full table
 
 
-def picture(question: str, budget: float) -> str:
+def picture(pipeline: TrioPipeline, question: str, budget: float) -> str:
     """Answer about the example scene, draw docs/kept.png; Markdown that shows both."""
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = export("tiny", Path(folder) / "bundle", budget=budget, progress=False)
-        answer = TrioPipeline.from_bundle(bundle).generate(
-            [ROOT / "examples" / "scene.png"], question
-        )
-        save_kept(answer, ROOT / "docs" / "kept.png")
+    image = ROOT / "examples" / "scene.png"
+    answer = pipeline.generate([image], question, budget=budget)
+    save_kept(answer, ROOT / "docs" / "kept.png")
     counts = ", ".join(str(count) for count in answer.keep_counts)
     return (
         f"![visual tokens kept at each pruning point](docs/kept.png)\n\n"
@@ -40,7 +38,7 @@ def picture(question: str, budget: float) -> str:
     )
 
 
-def accuracy(budgets: tuple[float, ...] = (0.111, 0.222, 0.333, 0.5, 1.0)) -> str:
+def accuracy(pipeline: TrioPipeline, budgets: tuple[float, ...]) -> str:
     """Right answers of the tiny model to the questions of examples/README.md, a budget a column."""
     asked = [
         (question, scene.image)
@@ -48,16 +46,12 @@ def accuracy(budgets: tuple[float, ...] = (0.111, 0.222, 0.333, 0.5, 1.0)) -> st
         for question in scene.questions
     ]
     cells = []
-    with tempfile.TemporaryDirectory() as folder:
-        pipeline = TrioPipeline.from_bundle(export("tiny", Path(folder) / "bundle", progress=False))
-        for budget in budgets:
-            answers = pipeline.generate_batch(
-                [Request(question.text, [image], budget=budget) for question, image in asked]
-            )
-            right = sum(
-                a.text.strip() == q.answer for a, (q, _) in zip(answers, asked, strict=True)
-            )
-            cells.append(f"{right} of {len(asked)}")
+    for budget in budgets:
+        answers = pipeline.generate_batch(
+            [Request(question.text, [image], budget=budget) for question, image in asked]
+        )
+        right = sum(a.text.strip() == q.answer for a, (q, _) in zip(answers, asked, strict=True))
+        cells.append(f"{right} of {len(asked)}")
     head = "| budget | " + " | ".join(f"{budget:.1%}" for budget in budgets) + " |"
     return f"{head}\n|---|{'---|' * len(budgets)}\n| right | " + " | ".join(cells) + " |\n"
 
@@ -89,8 +83,11 @@ def main() -> None:
     args = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    text = replace(text, "picture", picture(args.question, args.budget))
-    text = replace(text, "accuracy", accuracy())
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = export("tiny", Path(folder) / "bundle", progress=False)
+        pipeline = TrioPipeline.from_bundle(bundle)
+        text = replace(text, "picture", picture(pipeline, args.question, args.budget))
+        text = replace(text, "accuracy", accuracy(pipeline, BUDGETS))
     measured = ROOT / "docs" / "measurements" / "core.md"
     if measured.is_file():
         text = replace(text, "table", table(measured))
