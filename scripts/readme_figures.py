@@ -14,9 +14,9 @@ import re
 import tempfile
 from pathlib import Path
 
+from trio_deploy.answer import save_kept
 from trio_deploy.evaluate import scenes
 from trio_deploy.export import export
-from trio_deploy.report import save_kept
 from trio_deploy.runtime.pipeline import Request, TrioPipeline
 
 ROOT = Path(__file__).parent.parent

@@ -24,7 +24,7 @@ FLOORS = {
     "reference": 2,
     "graphs": 2,
     "runtime": 2,
-    "report": 3,
+    "answer": 3,
     "plan": 3,
     "source": 2,
     "assets": 2,
@@ -100,7 +100,7 @@ def test_help_and_every_command_start_without_torch():
     """Importing the rooms, `check` of recorded answers included, loads no torch and no engine."""
     program = (
         "import sys, trio_deploy.cli, trio_deploy.plan, trio_deploy.export, trio_deploy.parity,"
-        " trio_deploy.report, trio_deploy.runtime.pipeline\n"
+        " trio_deploy.answer, trio_deploy.runtime.pipeline\n"
         f"print(sorted({(ONLY_THE_ORACLE | set(ENGINES))!r} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

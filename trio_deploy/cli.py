@@ -120,7 +120,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from trio_deploy.report import (
+    from trio_deploy.answer import (
         check_picture_path,
         generation_json,
         generation_text,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trio_deploy import report
+from trio_deploy import answer as answers
 from trio_deploy.errors import TrioError
 from trio_deploy.runtime import picture
 from trio_deploy.runtime.pipeline import Generation
@@ -35,7 +35,7 @@ def answer(**changes):
 
 
 def test_text_has_a_line_a_layer_range_and_the_average():
-    lines = report.generation_text(answer()).splitlines()
+    lines = answers.generation_text(answer()).splitlines()
     assert lines[1].split() == ["0", "10", "15"]
     assert lines[2].split() == ["1-2", "4", "9"]
     assert lines[3].split() == ["3", "1", "6"]
@@ -46,7 +46,7 @@ def test_text_has_a_line_a_layer_range_and_the_average():
 
 def test_a_text_only_answer_has_no_average():
     nothing = np.array([], np.int64)
-    text = report.generation_text(
+    text = answers.generation_text(
         answer(visual=nothing, kept=[], prompt_tokens=5, layer_ranges=[(0, 4, 5)], tokens_per_s=0.0)
     )
     assert "average" not in text
@@ -54,7 +54,7 @@ def test_a_text_only_answer_has_no_average():
 
 
 def test_json_is_plain():
-    raw = json.loads(json.dumps(report.generation_json(answer(token_ids=[np.int64(5)]))))
+    raw = json.loads(json.dumps(answers.generation_json(answer(token_ids=[np.int64(5)]))))
     assert raw["token_ids"] == [5]
     assert raw["keep_counts"] == [4, 1]
     assert raw["kept"][1] == [0, 1, 2, 12, 13, 14]
@@ -74,7 +74,7 @@ def test_several_images_are_drawn_below_one_another(tmp_path, monkeypatch):
 
     images = [Image.new("RGB", (30, 20)), Image.new("RGB", (50, 10))]
     generation = answer(images=images, processed=[Tokens, Tokens])
-    report.save_kept(generation, tmp_path / "kept.png")
+    answers.save_kept(generation, tmp_path / "kept.png")
     with Image.open(tmp_path / "kept.png") as sheet:
         assert sheet.width == 50 and sheet.height >= 30
     assert seen == [(2, [1, 3])] * 2
@@ -82,7 +82,7 @@ def test_several_images_are_drawn_below_one_another(tmp_path, monkeypatch):
 
 def test_nothing_to_draw_or_nowhere_to_write_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(TrioError, match="--image"):
-        report.save_kept(answer(), tmp_path / "kept.png")
+        answers.save_kept(answer(), tmp_path / "kept.png")
     monkeypatch.setattr(picture, "draw_kept", lambda *_: Image.new("RGB", (3, 3)))
 
     class Tokens:
@@ -90,4 +90,4 @@ def test_nothing_to_draw_or_nowhere_to_write_is_an_error(tmp_path, monkeypatch):
 
     generation = answer(images=[Image.new("RGB", (3, 3))], processed=[Tokens])
     with pytest.raises(TrioError, match="cannot write"):
-        report.save_kept(generation, tmp_path / "no" / "kept.png")
+        answers.save_kept(generation, tmp_path / "no" / "kept.png")
