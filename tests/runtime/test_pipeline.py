@@ -412,3 +412,43 @@ def test_a_bundle_for_cuda_asks_for_a_gpu_unless_told_otherwise(
         TrioPipeline.from_bundle(bundle)
     on_cpu = TrioPipeline.from_bundle(bundle, provider="cpu", threads=1)
     assert on_cpu.generate([make_picture()], COLOR, max_new_tokens=2).token_ids
+
+
+def test_a_picture_that_requests_share_is_seen_once(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = setup.pipeline()
+    one, other = make_picture(100, 60), make_picture(40, 90, seed=1)
+    questions = [Request(ask(COLOR), [image], max_new_tokens=4) for image in (one, other, one)]
+    alone = [pipeline.generate_batch([question])[0] for question in questions]
+    engine, tiles = pipeline.engine("vision"), []
+    run = engine.run
+
+    def counting(feeds: dict[str, Any], into: Any = None) -> dict[str, np.ndarray]:
+        tiles.append(len(feeds["pixel_values"]))
+        return run(feeds, into)
+
+    monkeypatch.setattr(engine, "run", counting)
+    together = pipeline.generate_batch(questions)
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    assert sum(tiles) == sum(len(a.processed[0].pixel_values) for a in alone[:2])
+
+
+def test_forced_tokens_are_given_back_with_their_probabilities(setup: Setup) -> None:
+    pipeline, image = setup.pipeline(), make_picture()
+    free = pipeline.generate([image], ask(COLOR), max_new_tokens=4)
+    forced, changed = pipeline.generate_batch(
+        [
+            Request(ask(COLOR), [image], forced=free.token_ids),
+            Request(ask(COLOR), [image], forced=[*free.token_ids[:2], 7]),
+        ]
+    )
+    assert forced.token_ids == free.token_ids and all(forced.greedy)
+    assert changed.logprobs[:2] == pytest.approx(forced.logprobs[:2], rel=1e-4)
+    first = free.first_logits
+    assert first is not None and int(first.argmax()) == free.token_ids[0]
+    expected = first[free.token_ids[0]] - np.log(np.exp(first.astype(np.float64)).sum())
+    assert forced.logprobs[0] == pytest.approx(expected, rel=1e-4)
+    context = pipeline.bundle.config.text.max_positions
+    with pytest.raises(TrioError, match="force fewer"):
+        pipeline.generate_batch([Request(ask(COLOR), [image], forced=[5] * context)])

@@ -20,11 +20,13 @@ from trio_deploy.runtime.decode import Decoder
 from trio_deploy.runtime.engine import Engine, open_runtime
 from trio_deploy.runtime.kv import SegmentCache
 from trio_deploy.runtime.prompt import Message, Prompt, PromptEncoder, collate
-from trio_deploy.runtime.sampling import Sampler, Sampling, StopScanner, TokenStream
+from trio_deploy.runtime.sampling import Forced, Sampler, Sampling, StopScanner, TokenStream
 from trio_deploy.runtime.stages import Clock, Prefilled, Stages
 from trio_deploy.schedule import Schedule, solve
 
 ImageSource = Image.Image | str | os.PathLike[str] | bytes
+_Opened = dict[int, tuple[Image.Image, ProcessedImage]]
+"""Pictures of a batch by their source's identity: requests about one share it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Request:
             takes the bundle's own schedule.
         raw: take a prompt string as it is, without the chat template.
         stream: called with each piece of text as it is ready.
+        forced: tokens to answer with instead of choosing any; `Generation.logprobs` says how
+            likely they were.
     """
 
     prompt: str | Sequence[Message]
@@ -53,6 +57,7 @@ class Request:
     budget: float | None = None
     raw: bool = False
     stream: Callable[[str], None] | None = None
+    forced: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,9 @@ class Generation:
         kv_bytes: keys and values of this row's tokens at the end.
         kv_bytes_allocated: all buffers of the batch.
         images: the pictures, upright RGB, and `processed`: their tokens and where they lie.
+        first_logits: float [V], from which the first token was chosen.
+        logprobs: of forced tokens, natural logarithms of their probabilities; `greedy`: whether
+            each was the likeliest.
     """
 
     text: str
@@ -90,6 +98,9 @@ class Generation:
     kv_bytes_allocated: int
     images: list[Image.Image] = field(default_factory=list, repr=False)
     processed: list[ProcessedImage] = field(default_factory=list, repr=False)
+    first_logits: np.ndarray | None = field(default=None, repr=False)
+    logprobs: list[float] = field(default_factory=list)
+    greedy: list[bool] = field(default_factory=list)
 
     @property
     def visual_tokens(self) -> int:
@@ -126,7 +137,7 @@ class _Row:
     prompt: Prompt
     limit: int
     keeps: tuple[int, ...]
-    sampler: Sampler
+    sampler: Sampler | Forced
     stream: TokenStream
     scanner: StopScanner
     ids: list[int] = field(default_factory=list)
@@ -134,6 +145,7 @@ class _Row:
     finish: str = ""
     first_s: float = 0.0
     last_s: float = 0.0
+    first_logits: np.ndarray | None = None
 
     def say(self, text: str) -> None:
         if text:
@@ -240,7 +252,7 @@ class TrioPipeline:
         Raises:
             TrioError: as `generate`.
         """
-        row = self._row(request)
+        row = self._row(request, {})
         return row.prompt, row.processed
 
     def generate(
@@ -285,7 +297,8 @@ class TrioPipeline:
         """Answer several questions at once, of any lengths, with any number of images each.
 
         Every row has its own budget, sampling, end and stop strings, and gives the answer it
-        would give alone (within the arithmetic's rounding).
+        would give alone (within the arithmetic's rounding). A picture that several requests pass
+        as the same object is prepared, and seen by the vision tower, once.
 
         Raises:
             TrioError: as `generate`, naming the request if there are several.
@@ -295,7 +308,10 @@ class TrioPipeline:
         start = time.perf_counter()
         clock = Clock()
         with clock.stage("preprocess"):
-            rows = [self._prepare(request, number) for number, request in _numbered(requests)]
+            opened: _Opened = {}
+            rows = [
+                self._prepare(request, number, opened) for number, request in _numbered(requests)
+            ]
             batch = collate(
                 [row.prompt for row in rows],
                 [[image.rows for image in row.processed] for row in rows],
@@ -315,23 +331,32 @@ class TrioPipeline:
             self._report(number, row, state, prompt_kv, clock) for number, row in enumerate(rows)
         ]
 
-    def _prepare(self, request: Request, number: str) -> _Row:
+    def _prepare(self, request: Request, number: str, opened: _Opened) -> _Row:
         try:
-            return self._row(request)
+            return self._row(request, opened)
         except TrioError as error:
             raise TrioError(f"{number}{error}") from error
 
-    def _row(self, request: Request) -> _Row:
+    def _row(self, request: Request, opened: _Opened) -> _Row:
         if request.max_new_tokens < 1:
             raise TrioError(f"max_new_tokens must be 1 or more, got {request.max_new_tokens}")
         text = self._encoder.text(request.prompt, len(request.images), raw=request.raw)
-        images = [self._preprocessor.open_image(image) for image in request.images]
-        processed = [self._preprocessor(image) for image in images]
+        for source in request.images:
+            if id(source) not in opened:
+                image = self._preprocessor.open_image(source)
+                opened[id(source)] = image, self._preprocessor(image)
+        images = [opened[id(source)][0] for source in request.images]
+        processed = [opened[id(source)][1] for source in request.images]
         rendered = self._encoder.has_template and not request.raw
         prompt = self._encoder.encode(
             text, [len(image.rows) for image in processed], rendered=rendered
         )
         context = self._text.max_positions
+        if prompt.length + len(request.forced) > context and prompt.length < context:
+            raise TrioError(
+                f"{len(request.forced)} forced tokens after a prompt of {prompt.length} exceed the "
+                f"model's context of {context}: force fewer"
+            )
         if prompt.length >= context:
             raise TrioError(
                 f"the prompt has {prompt.length} tokens ({prompt.visual_tokens} of them visual), "
@@ -342,9 +367,13 @@ class TrioPipeline:
             images=images,
             processed=processed,
             prompt=prompt,
-            limit=min(request.max_new_tokens, context - prompt.length),
+            limit=len(request.forced) or min(request.max_new_tokens, context - prompt.length),
             keeps=self._schedule(request.budget).resolve(prompt.visual_tokens),
-            sampler=Sampler(Sampling(request.temperature, request.top_p, request.seed)),
+            sampler=(
+                Forced(request.forced)
+                if request.forced
+                else Sampler(Sampling(request.temperature, request.top_p, request.seed))
+            ),
             stream=TokenStream(self._encoder.decode),
             scanner=StopScanner(request.stop),
         )
@@ -388,6 +417,8 @@ class TrioPipeline:
 
     def _take(self, row: _Row, logits: np.ndarray, start: float) -> int:
         """Pick a row's next token and say what it completes."""
+        if not row.ids:
+            row.first_logits = logits.copy()
         token = row.sampler(logits)
         row.ids.append(token)
         row.last_s = time.perf_counter() - start
@@ -435,6 +466,9 @@ class TrioPipeline:
             kv_bytes_allocated=sum(cache.allocated for cache in caches),
             images=row.images,
             processed=row.processed,
+            first_logits=row.first_logits,
+            logprobs=row.sampler.logprobs if isinstance(row.sampler, Forced) else [],
+            greedy=row.sampler.greedy if isinstance(row.sampler, Forced) else [],
         )
 
 

@@ -71,6 +71,33 @@ class Sampler:
         return int(order[min(place, len(order) - 1)])
 
 
+class Forced:
+    """Takes given tokens instead of choosing, and notes how likely each one was.
+
+    Attributes:
+        logprobs: of the tokens so far, natural logarithms of their probabilities.
+        greedy: whether each was the likeliest.
+    """
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = tuple(tokens)
+        self.logprobs: list[float] = []
+        self.greedy: list[bool] = []
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """The next of the given tokens, whatever the logits [V] say."""
+        token = self._tokens[len(self.logprobs)]
+        self.logprobs.append(float(log_softmax(logits)[token]))
+        self.greedy.append(int(np.argmax(logits)) == token)
+        return token
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Natural logarithms of the probabilities that logits [..., V] stand for, float64."""
+    behind = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True).astype(np.float64)
+    return behind - np.log(np.exp(behind).sum(axis=-1, keepdims=True))
+
+
 class TokenStream:
     """Text of a growing list of tokens, a piece at a time.
 

@@ -95,14 +95,18 @@ class Stages:
         return next(name for name in names if not name.startswith("present."))
 
     def see(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """image_features [R,d] of images [T,3,h,w] each, in order."""
-        features = [np.zeros((0, self.hidden_size), self.dtype)]
-        for start, stop in _groups([len(tiles) for tiles in images], _TILES_AT_ONCE):
-            pixels = np.concatenate(images[start:stop])
+        """image_features [R,d] of images [T,3,h,w] each, in order; the same array is seen once."""
+        once = list({id(tiles): tiles for tiles in images}.values())
+        features: dict[int, np.ndarray] = {}
+        for start, stop in _groups([len(tiles) for tiles in once], _TILES_AT_ONCE):
+            group = once[start:stop]
             engine = self.engines["vision"]
-            pixels = pixels.astype(engine.inputs["pixel_values"].dtype, copy=False)
-            features.append(engine.run({"pixel_values": pixels})["image_features"])
-        return np.concatenate(features)
+            pixels = np.concatenate(group).astype(engine.inputs["pixel_values"].dtype, copy=False)
+            found = engine.run({"pixel_values": pixels})["image_features"]
+            rows = np.cumsum([len(tiles) for tiles in group])[:-1] * (len(found) // len(pixels))
+            features |= dict(zip(map(id, group), np.split(found, rows), strict=True))
+        nothing = np.zeros((0, self.hidden_size), self.dtype)
+        return np.concatenate([nothing, *(features[id(tiles)] for tiles in images)])
 
     def prefill(
         self,
