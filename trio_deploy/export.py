@@ -125,7 +125,7 @@ def export(
             f"{device.runtime}, the runtime of the target {device.name}, does not read graphs in "
             f"the {dialect} dialect: choose {' or '.join(DIALECTS[device.runtime])}"
         )
-    models = build_graphs(config, plan.layers, options)
+    models = build_graphs(config, plan.points, options)
     used = _used_tensors(models, canonical_tensors(config))
     sources = {name: sources[name] for name in used} if sources else {}
     same = bool(sources) and all(DTYPES[e.dtype] == dtype for e in sources.values())

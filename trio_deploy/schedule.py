@@ -13,21 +13,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from trio_deploy.errors import TrioError
 from trio_deploy.models.config import ModelConfig, TextConfig
 
-METHODS = ("trio",)
-"""Selection methods that a pruning point may name."""
+METHODS = (
+    "trio",  # gradient of the layer-local loss, near-copies suppressed
+    "topk-gradient",  # the same gradient, nothing suppressed
+    "fastv",  # attention of the last token
+    "dart",  # pivots, and what is least like them
+    "divprune",  # the most diverse, farthest from what is kept already
+    "random",
+)
+"""Selection methods that a pruning point may name; docs/architecture.md defines them."""
 
 DEFAULT_BUDGET = 0.111
 """Where none is given: the smaller of the published ones."""
 
 SUPPRESSION_BLOCK = 256
 """M, the ranks that suppression works through at a time."""
+
+PIVOTS = 4
+"""Visual pivots of `dart`, and text pivots: the defaults of the authors and of NVIDIA."""
 
 # The published schedules of the LLaVA family (the authors' code): layers of 32, and what is kept
 # of 576 visual tokens for an average of 64 and of 128.  `solve` generalises these three lines.
@@ -58,6 +68,14 @@ class Schedule:
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(point.layer for point in self.points)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return tuple(point.method for point in self.points)
+
+    def with_method(self, method: str) -> Schedule:
+        """The same layers and keeps, every point by `method`."""
+        return Schedule(tuple(replace(point, method=method) for point in self.points))
 
     def segments(self, num_layers: int) -> list[tuple[int, int]]:
         """Layer ranges [start, stop) between pruning points; entry i is what `prefill_i` runs.
@@ -166,30 +184,40 @@ class Schedule:
         return cls(tuple(points))
 
     @classmethod
-    def parse(cls, text: str) -> Schedule:
+    def parse(cls, text: str, method: str = "trio") -> Schedule:
         """From a command line: `1:0.16,10:0.094,15:0.038`, `1:16%,…` or counts `1:92,10:54,15:22`.
+
+        A point may name its method, `0:96:divprune,16:32`.
+
+        Args:
+            method: of the points that name none.
 
         Raises:
             TrioError: the text is not of this form.
         """
         points = []
         for item in filter(None, (part.strip() for part in text.split(","))):
-            layer, colon, keep = (part.strip() for part in item.partition(":"))
             try:
-                if not colon:
-                    raise ValueError
-                points.append(PruningPoint(int(layer), _parse_keep(keep)))
+                layer, keep, *own = (part.strip() for part in item.split(":", 2))
+                named = own[0] if own else method
+                points.append(PruningPoint(int(layer), _parse_keep(keep), named))
             except ValueError:
                 raise TrioError(
                     f"cannot read '{item}' as a pruning point: write layer:keep, for example "
-                    "1:0.16,10:0.094,15:0.038 (ratios) or 1:92,10:54,15:22 (counts)"
+                    "1:0.16,10:0.094,15:0.038 (ratios) or 1:92,10:54,15:22 (counts), or "
+                    "layer:keep:method"
                 ) from None
         if not points:
             raise TrioError("the schedule is empty: write layer:keep, for example 1:0.16,10:0.094")
         return cls(tuple(points))
 
     def __str__(self) -> str:
-        return ", ".join(f"{p.layer}:{_keep_text(p.keep)}" for p in self.points) or "no pruning"
+        return ", ".join(map(_point_text, self.points)) or "no pruning"
+
+
+def _point_text(point: PruningPoint) -> str:
+    text = f"{point.layer}:{_keep_text(point.keep)}"
+    return text if point.method == "trio" else f"{text}:{point.method}"
 
 
 def _keep_text(keep: float | int) -> str:
@@ -236,7 +264,12 @@ def smallest_budget(num_layers: int, layers: Sequence[int]) -> float:
     return layers[0] / num_layers if layers else 1.0
 
 
-def solve(budget: float, num_layers: int, layers: Sequence[int] | None = None) -> Schedule:
+def solve(
+    budget: float,
+    num_layers: int,
+    layers: Sequence[int] | None = None,
+    methods: Sequence[str] | None = None,
+) -> Schedule:
     """A schedule of the published shape whose average is `budget` times the visual tokens.
 
     The keeps fall in the proportions that the published schedules have (interpolated between the
@@ -247,6 +280,7 @@ def solve(budget: float, num_layers: int, layers: Sequence[int] | None = None) -
         budget: average visual tokens a layer, as a share of the visual tokens at the start.
         num_layers: L.
         layers: pruning layers, where they are fixed (a bundle's); else the published ones, scaled.
+        methods: of each of the pruning layers; default: `trio`.
 
     Raises:
         TrioError: the budget is not in (0, 1], or below what the first layers cost.
@@ -257,8 +291,9 @@ def solve(budget: float, num_layers: int, layers: Sequence[int] | None = None) -
             "that a layer sees, above 0 and at most 1"
         )
     layers = default_layers(num_layers) if layers is None else tuple(layers)
+    methods = ("trio",) * len(layers) if methods is None else tuple(methods)
     if budget == 1:
-        return Schedule(tuple(PruningPoint(layer, 1.0) for layer in layers))
+        return _schedule(layers, [1.0] * len(layers), methods)
     floor = smallest_budget(num_layers, layers)
     if budget <= floor:
         if not layers:
@@ -271,9 +306,12 @@ def solve(budget: float, num_layers: int, layers: Sequence[int] | None = None) -
     sizes = [stop - start for start, stop in pairwise((*layers, num_layers))]
     keeps = _water_fill(_shares(budget, len(layers)), sizes, budget * num_layers - layers[0])
     ratios = [min(1.0, max(_SMALLEST_RATIO, round(keep, _RATIO_DIGITS))) for keep in keeps]
-    return Schedule(
-        tuple(PruningPoint(layer, ratio) for layer, ratio in zip(layers, ratios, strict=True))
-    )
+    return _schedule(layers, ratios, methods)
+
+
+def _schedule(layers: Sequence[int], keeps: Sequence[float], methods: Sequence[str]) -> Schedule:
+    points = zip(layers, keeps, methods, strict=True)
+    return Schedule(tuple(PruningPoint(*point) for point in points))
 
 
 def for_budget(

@@ -12,9 +12,16 @@ from trio_deploy.errors import TrioError
 from trio_deploy.graphs import GraphOptions, build_graphs
 from trio_deploy.models import canonical_tensors
 from trio_deploy.models.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
+from trio_deploy.schedule import PruningPoint
 
 DIALECTS = ("ort", "onnx", "primitive")
 dialects = pytest.mark.parametrize("dialect", DIALECTS)
+
+
+def points(*layers: int) -> tuple[PruningPoint, ...]:
+    return tuple(PruningPoint(layer, 0.5) for layer in layers)
+
+
 LLAVA_NEXT_7B = ModelConfig(
     family="llava_next",
     vision=VisionConfig(1024, 4096, 24, 16, 336, 14, 1e-5, "quick_gelu", (23,), True),
@@ -28,13 +35,13 @@ LLAVA_NEXT_7B = ModelConfig(
 
 @dialects
 def test_stages_come_in_the_order_in_which_they_run(dialect: str) -> None:
-    names = list(build_graphs(model_config(), (1, 2), GraphOptions(dialect=dialect)))
+    names = list(build_graphs(model_config(), points(1, 2), GraphOptions(dialect=dialect)))
     expected = ["vision", "embed", "prefill_0", "select_1", "prefill_1", "select_2", "prefill_2"]
     assert names == expected + (["decode"] if dialect == "onnx" else [])
 
 
 def test_without_pruning_there_is_one_segment() -> None:
-    assert list(build_graphs(model_config(), (), GraphOptions())) == [
+    assert list(build_graphs(model_config(), points(), GraphOptions())) == [
         "vision",
         "embed",
         "prefill_0",
@@ -42,7 +49,7 @@ def test_without_pruning_there_is_one_segment() -> None:
 
 
 def test_pruning_before_the_first_layer_leaves_no_empty_segment() -> None:
-    graphs = build_graphs(model_config(), (0, 2), GraphOptions(separate_decode=True))
+    graphs = build_graphs(model_config(), points(0, 2), GraphOptions(separate_decode=True))
     assert list(graphs) == [
         "vision",
         "embed",
@@ -60,7 +67,7 @@ def test_pruning_before_the_first_layer_leaves_no_empty_segment() -> None:
 @pytest.mark.parametrize("layers", [(2, 1), (1, 1), (-1,), (3,), (1, 7)])
 def test_layers_out_of_order_or_range_are_an_error(layers: tuple[int, ...]) -> None:
     with pytest.raises(TrioError, match="must increase"):
-        build_graphs(model_config(), layers, GraphOptions())
+        build_graphs(model_config(), points(*layers), GraphOptions())
 
 
 @dialects
@@ -69,7 +76,7 @@ def test_every_tensor_of_the_checkpoint_is_used_and_nothing_else(dialect: str, d
     config = model_config(family="llava_next", grid_pinpoints=((28, 56),), attention_bias=True)
     options = GraphOptions(dialect=dialect, dtype=dtype)
     used = {}
-    for model in build_graphs(config, (1, 2), options).values():
+    for model in build_graphs(config, points(1, 2), options).values():
         for name, value in model.graph.initializers.items():
             if value.const_value is None:
                 used[name] = tuple(value.shape)
@@ -87,13 +94,21 @@ def test_every_tensor_of_the_checkpoint_is_used_and_nothing_else(dialect: str, d
 @dialects
 def test_tied_embeddings_need_no_head_weight(dialect: str) -> None:
     config = model_config(tie_word_embeddings=True)
-    for model in build_graphs(config, (1,), GraphOptions(dialect=dialect)).values():
+    for model in build_graphs(
+        config,
+        points(
+            1,
+        ),
+        GraphOptions(dialect=dialect),
+    ).values():
         assert "lm_head.weight" not in model.graph.initializers
 
 
 @dialects
 def test_no_stage_has_one_name_twice_or_carries_big_constants(dialect: str) -> None:
-    for stage, model in build_graphs(model_config(), (1, 2), GraphOptions(dialect=dialect)).items():
+    for stage, model in build_graphs(
+        model_config(), points(1, 2), GraphOptions(dialect=dialect)
+    ).items():
         names = [v.name for v in (*model.graph.inputs, *model.graph.initializers.values())]
         names += [v.name for node in model.graph.all_nodes() for v in node.outputs]
         assert len(names) == len(set(names)), stage
@@ -104,7 +119,7 @@ def test_no_stage_has_one_name_twice_or_carries_big_constants(dialect: str) -> N
 @dialects
 def test_llava_next_7b_builds_in_seconds_and_without_weights(dialect: str) -> None:
     start = time.process_time()
-    graphs = build_graphs(LLAVA_NEXT_7B, (1, 10, 15), GraphOptions(dialect=dialect))
+    graphs = build_graphs(LLAVA_NEXT_7B, points(1, 10, 15), GraphOptions(dialect=dialect))
     assert time.process_time() - start < 5
     assert len(graphs) >= 9
     # Peak of the whole test process, torch included: the graphs themselves take some 20 MiB.

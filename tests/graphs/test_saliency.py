@@ -14,7 +14,7 @@ from tests.graphs.reference import model_config, relative
 from tests.graphs.run import Runner, filled
 from trio_deploy.graphs.layers import inverse_frequencies
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.selection import build_select
+from trio_deploy.graphs.pruning import build_select
 from trio_deploy.models.config import ModelConfig, RopeConfig
 
 LAYER = 1

@@ -15,8 +15,9 @@ from tests.graphs.select_reference import greedy
 from tests.graphs.test_saliency import LAYER, TARGETS, batch_of, weights_of
 from trio_deploy.graphs.layers import BOOL, FLOAT, INT64, Dialect, Stage
 from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.graphs.pruning import build_select
 from trio_deploy.graphs.saliency import Tokens
-from trio_deploy.graphs.selection import build_select, select
+from trio_deploy.graphs.selection import select
 
 THRESHOLD = 0.8
 SIZE = 6

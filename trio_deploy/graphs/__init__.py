@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import onnx_ir as ir
@@ -10,14 +11,15 @@ from trio_deploy.errors import TrioError
 from trio_deploy.graphs.decode import build_decode
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.prefill import build_prefill
-from trio_deploy.graphs.selection import build_select
+from trio_deploy.graphs.pruning import build_select
 from trio_deploy.graphs.vision import build_embed, build_vision
 from trio_deploy.models.config import ModelConfig
+from trio_deploy.schedule import PruningPoint
 
 __all__ = ["GraphOptions", "build_graphs", "segments"]
 
 
-def segments(config: ModelConfig, layers: tuple[int, ...]) -> list[tuple[int, int, int]]:
+def segments(config: ModelConfig, layers: Sequence[int]) -> list[tuple[int, int, int]]:
     """(index, start, stop) of each prefill_{index}, for pruning before each of `layers`.
 
     A pruning point before layer 0 leaves no prefill_0: a segment without layers is not written.
@@ -35,22 +37,23 @@ def segments(config: ModelConfig, layers: tuple[int, ...]) -> list[tuple[int, in
 
 
 def build_graphs(
-    config: ModelConfig, layers: tuple[int, ...], options: GraphOptions
+    config: ModelConfig, points: Sequence[PruningPoint], options: GraphOptions
 ) -> dict[str, ir.Model]:
-    """All stages in the order in which they run, pruning before each of `layers`.
+    """All stages in the order in which they run, pruning at each of `points`, by its method.
 
     Names: vision, embed, prefill_0, select_1, prefill_1, …, and decode where
     `options.separate_decode`. Initializers that belong to the checkpoint carry canonical names,
     shape and dtype, and no data (`const_value` is None); small constants are inline. Pure.
 
     Raises:
-        TrioError: `layers` that do not increase or lie outside the model.
+        TrioError: layers that do not increase or lie outside the model, or an unknown method.
     """
-    parts = segments(config, tuple(layers))
+    parts = segments(config, [point.layer for point in points])
     graphs = {"vision": build_vision(config, options), "embed": build_embed(config, options)}
     for index, start, stop in parts:
         if index:
-            graphs[f"select_{index}"] = build_select(config, start, options)
+            method = points[index - 1].method
+            graphs[f"select_{index}"] = build_select(config, start, options, method=method)
         graphs[f"prefill_{index}"] = build_prefill(config, index, start, stop, options)
     if options.separate_decode:
         bounds = [(start, stop) for _, start, stop in parts]

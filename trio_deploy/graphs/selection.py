@@ -1,4 +1,4 @@
-"""select_i.onnx: which visual tokens stay at a pruning point, and the sequence they leave.
+"""Which visual tokens stay at a pruning point, given their saliency.
 
 Greedy non-maximum suppression is the fixed point of
 ``keep_i = not exists j: keep_j and cosine_ji >= threshold and j ranked before i`` iterated from all
@@ -22,91 +22,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trio_deploy.graphs.layers import (
-    BOOL,
-    FLOAT,
-    INT64,
-    Dialect,
-    Stage,
-    cast,
-    constant,
-    dim,
-    reduce,
-)
-from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.saliency import Tokens, saliency
-from trio_deploy.models.config import ModelConfig
+from trio_deploy.graphs.layers import BOOL, FLOAT, INT64, cast, constant, dim, reduce
+from trio_deploy.graphs.saliency import Tokens
 
 BLOCK = 256
 
-_NO_CANDIDATE = -1.0  # scores of what is not visual,
-_PADDING = -2.0  # of the M columns that make every TopK long enough,
-_SEEN = -3.0  # of what a block has taken: it never comes up again, since padding suffices
+NO_CANDIDATE = -1.0  # scores of what is not visual,
+PADDING = -2.0  # of the M columns that make every TopK long enough,
+SEEN = -3.0  # of what a block has taken: it never comes up again, since padding suffices
 _END = np.iinfo(np.int64).max  # of a slice
-_NORM_FLOOR = 1e-12  # a zero row has cosine 0 with everything, and no NaN
-_HUGE = 1e38
-
-
-def build_select(
-    config: ModelConfig, layer: int, options: GraphOptions, *, block: int = BLOCK
-) -> ir.Model:
-    """Prune before `layer`, probing with that layer, the final norm and the head.
-
-    Inputs: hidden_states [B,S,d], position_ids int64 [B,S], lengths int64 [B], visual_mask bool
-    [B,S], keep int64 [B], width int64 [1]: W, the longest row of the result.
-    Outputs: keep_index int64 [B,W] (ascending, -1 behind a row's end), hidden_states_out [B,W,d],
-    position_ids_out int64 [B,W], lengths_out int64 [B], visual_mask_out bool [B,W], saliency f32
-    [B,S] (0 where not visual), converged bool [B]: false where the row must not be used, because
-    the fixed point was not reached, the saliency is not finite or `width` is too small.
-
-    Args:
-        block: M; at most 1024.
-    """
-    text, d = config.text, Dialect.of(options)
-    stage = Stage(f"select_before_{layer}", d)
-    op = stage.op
-    x = stage.input("hidden_states", d.dtype, ["B", "S", text.hidden_size])
-    positions = stage.input("position_ids", INT64, ["B", "S"])
-    lengths = stage.input("lengths", INT64, ["B"])
-    visual_mask = stage.input("visual_mask", BOOL, ["B", "S"])
-    keep = stage.input("keep", INT64, ["B"])
-    width = stage.input("width", INT64, [1])
-
-    tokens = Tokens.of(op, x, positions, lengths, visual_mask)
-    scores = saliency(op, d, text, layer, options, tokens)
-    kept, converged = select(
-        op,
-        tokens,
-        scores=scores.ranking,
-        keep=keep,
-        capacity=width,
-        threshold=options.threshold,
-        block=block,
-    )
-    index, lengths_out = compact(op, op.Or(tokens.text, kept), tokens.index, width)
-    total = reduce(op, "ReduceSum", scores.ranking, [1], keepdims=False)
-    converged = op.And(converged, op.Less(total, _HUGE))  # false for NaN, too
-    converged = op.And(converged, op.LessOrEqual(lengths_out, width))
-
-    filled = op.GreaterOrEqual(index, 0)  # [B,W]
-    safe = op.Max(index, 0)
-    rows = op.Gather(tokens.flat, op.Add(safe, tokens.offset), axis=0)
-    rows = op.Where(op.Unsqueeze(filled, [2]), rows, 0.0)
-    if options.positions == "original":
-        places = op.GatherElements(positions, safe, axis=1)
-    else:
-        places = op.Unsqueeze(op.Range(0, op.Squeeze(width, [0]), 1), [0])
-    places = op.Where(filled, places, 0)
-    visual = op.GatherElements(cast(op, tokens.visual, INT64), safe, axis=1)
-
-    stage.output("keep_index", index, INT64, ["B", "W"])
-    stage.output("hidden_states_out", rows, d.dtype, ["B", "W", text.hidden_size])
-    stage.output("position_ids_out", places, INT64, ["B", "W"])
-    stage.output("lengths_out", lengths_out, INT64, ["B"])
-    stage.output("visual_mask_out", op.And(cast(op, visual, BOOL), filled), BOOL, ["B", "W"])
-    stage.output("saliency", scores.value, FLOAT, ["B", "S"])
-    stage.output("converged", converged, BOOL, ["B"])
-    return stage.finish(config)
+NORM_FLOOR = 1e-12  # a zero row has cosine 0 with everything, and no NaN
 
 
 def compact(op: Any, mask: ir.Value, index: ir.Value, width: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -155,7 +80,7 @@ def select(
     prunes = op.Less(keep, candidates)
     need = op.Cast(op.Where(prunes, keep, 0), to=FLOAT)  # [B,1]
     available = op.Cast(candidates, to=FLOAT)
-    norms = op.Max(op.Sqrt(op.Squeeze(tokens.squares, [2])), _NORM_FLOOR)  # [B,S]
+    norms = op.Max(op.Sqrt(op.Squeeze(tokens.squares, [2])), NORM_FLOOR)  # [B,S]
     last = op.Sub(length, 1)
     before = _before(op, block)
     up_to = constant(op, np.triu(np.ones((block, block), np.float32)), f"up_to_{block}")
@@ -169,9 +94,9 @@ def select(
     one, padding = constant(op, np.array([1]), "one"), constant(op, np.array([block]), "block")
     blocks = op.Div(op.Add(length, block - 1), block)  # int64 [1]
     trash = op.Add(length, block)  # the column behind the S tokens and the padding
-    score = op.Where(tokens.visual, scores, _NO_CANDIDATE)
+    score = op.Where(tokens.visual, scores, NO_CANDIDATE)
     start = [
-        op.Concat(score, full(padding, np.float32(_PADDING)), axis=1),  # what to take next [B,S+M]
+        op.Concat(score, full(padding, np.float32(PADDING)), axis=1),  # what to take next [B,S+M]
         op.Add(full(op.Mul(blocks, block), np.int64(0)), trash),  # the token of each rank [B,R]
         full(op.Mul(blocks, block), np.float32(-1)),  # 1 kept, 0 not, -1 no candidate [B,R]
         full(op.Add(capacity, block), np.int64(0)),  # tokens kept so far, then scrap [B,K+M]
@@ -189,7 +114,7 @@ def select(
         count: ir.Value,
         converged: ir.Value,
     ) -> tuple[ir.Value, list[ir.Value]]:
-        best, index = _next_best(op, score, block)
+        best, index = next_best(op, score, block)
         candidate = op.GreaterOrEqual(best, 0.0)  # [B,M]
         token = op.Min(index, last)  # padding may point anywhere, it never counts
         # cosines with what is kept and with one another
@@ -220,17 +145,17 @@ def select(
         taken = op.Cast(taken, to=FLOAT)
         count = op.Add(count, reduce(op, "ReduceSum", taken, [1]))
         converged = op.Mul(converged, op.Cast(op.Less(changed, 0.5), to=FLOAT))
-        score = op.ScatterElements(score, index, op.Add(op.Mul(taken, 0.0), _SEEN), axis=1)
+        score = op.ScatterElements(score, index, op.Add(op.Mul(taken, 0.0), SEEN), axis=1)
         # two shift registers, the newest block last
         order = op.Concat(op.Slice(order, [block], [_END], [1]), index, axis=1)
         newest = op.Where(candidate, taken, -1.0)
         status = op.Concat(op.Slice(status, [block], [_END], [1]), newest, axis=1)
         seen = op.Cast(op.Mul(op.Add(iteration, 1), block), to=FLOAT)
         more = op.And(op.Less(count, need), op.Less(seen, available))
-        return _any(op, more), [score, order, status, buffer, count, converged]
+        return any_of(op, more), [score, order, status, buffer, count, converged]
 
     _, order, status, _, count, converged = loop(
-        op, op.Squeeze(blocks, [0]), _any(op, op.Greater(need, 0.0)), start, take_block, "blocks"
+        op, op.Squeeze(blocks, [0]), any_of(op, op.Greater(need, 0.0)), start, take_block, "blocks"
     )
     # fill up with the best of what was suppressed
     suppressed = op.And(op.Greater(status, -0.5), op.Less(status, 0.5))
@@ -258,13 +183,13 @@ def _fixed_point(
         hits = op.Squeeze(op.MatMul(conflict, op.Unsqueeze(kept, [2])), [2])
         after = op.Mul(alive, op.Cast(op.Less(hits, 0.5), to=FLOAT))
         changed = reduce(op, "ReduceSum", op.Abs(op.Sub(after, kept)), [1])
-        return _any(op, op.Greater(changed, 0.5)), [after, changed]
+        return any_of(op, op.Greater(changed, 0.5)), [after, changed]
 
     # every round settles one more rank at least, and one more round sees that nothing moves
     kept, changed = loop(
         op,
         op.Squeeze(constant(op, np.array([block + 1]), "rounds"), [0]),
-        _any(op, op.Greater(alive, 0.5)),
+        any_of(op, op.Greater(alive, 0.5)),
         [alive, op.Mul(reduce(op, "ReduceSum", alive, [1]), 0.0)],
         settle,
         "fixed_point",
@@ -272,7 +197,7 @@ def _fixed_point(
     return kept, changed
 
 
-def _next_best(op: Any, score: ir.Value, block: int) -> tuple[ir.Value, ir.Value]:
+def next_best(op: Any, score: ir.Value, block: int) -> tuple[ir.Value, ir.Value]:
     """The M best of each row, descending, and their indices: both [B,M].
 
     Ties go to the lower index whatever the runtime's TopK does about them (OpenVINO's and
@@ -302,7 +227,7 @@ def _before(op: Any, block: int) -> ir.Value:
     return constant(op, np.tril(np.ones((1, block, block), np.bool_), -1), f"before_{block}")
 
 
-def _any(op: Any, flags: ir.Value) -> ir.Value:
+def any_of(op: Any, flags: ir.Value) -> ir.Value:
     """Whether any of `flags` holds: bool scalar."""
     return op.Greater(op.ReduceSum(op.Cast(flags, to=FLOAT), keepdims=0), 0.5)
 
