@@ -36,6 +36,7 @@ class SegmentCache:
     Attributes:
         capacity: C, tokens a row can hold.
         lengths: int64 [B], tokens valid in each row.
+        turn: steps done, hence which side the next one reads.
     """
 
     layers: Sequence[int]
@@ -43,6 +44,7 @@ class SegmentCache:
     lengths: np.ndarray
     shape: CacheShape
     sides: list[dict[str, Array]] = field(default_factory=list)
+    turn: int = 0
 
     @classmethod
     def allocate(
@@ -67,6 +69,18 @@ class SegmentCache:
             for _ in range(sides)
         ]
         return cache
+
+    def head(self, rows: int) -> SegmentCache:
+        """The first rows alone, in the same memory; all rows where it cannot be sliced."""
+        if rows == self.rows or not self.sliceable:
+            return self
+        sides = [{name: array[:rows] for name, array in side.items()} for side in self.sides]
+        return SegmentCache(self.layers, self.capacity, self.lengths[:rows], self.shape, sides)
+
+    @property
+    def sliceable(self) -> bool:
+        """Whether rows can be used apart; ONNX Runtime's own values on a GPU offer no parts."""
+        return hasattr(next(iter(self.sides[0].values())), "__getitem__")
 
     def past(self, step: int = 0) -> dict[str, Array]:
         """Inputs past.{i}.key / .value of a decode step."""
@@ -93,9 +107,28 @@ class SegmentCache:
             if not on_host:
                 array.update_inplace(block)
 
+    def copy_rows(self, rows: Sequence[int], source: SegmentCache, taken: Sequence[int]) -> None:
+        """Let `rows` hold what rows `taken` of another cache of these layers (or of this) hold.
+
+        Raises:
+            TrioError: the capacity is too small.
+        """
+        self.lengths[rows] = source.lengths[taken]
+        self.check()
+        for name, theirs in source._side(source.turn).items():
+            array = self._side(self.turn)[name]
+            ours = array if self.sliceable else array.numpy()
+            theirs = theirs if source.sliceable else theirs.numpy()
+            for row, other, length in zip(rows, taken, source.lengths[taken], strict=True):
+                ours[row, :, :length] = theirs[other, :, :length]
+                ours[row, :, length:] = 0  # as in `fill`
+            if ours is not array:
+                array.update_inplace(ours)
+
     def advance(self, active: np.ndarray) -> None:
-        """Count the token that a step wrote for each row of bool [B] `active`."""
-        self.lengths += active
+        """Count the token that a step wrote for each of the first rows, by bool `active`."""
+        self.lengths[: len(active)] += active
+        self.turn += 1
 
     def check(self) -> None:
         """Raises TrioError if a row is longer than the capacity."""

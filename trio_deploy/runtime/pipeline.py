@@ -412,7 +412,7 @@ class TrioPipeline:
                 return
             if decoder is None:
                 positions = self.bundle.manifest.positions
-                decoder = Decoder(self._stages, state.caches, lengths, positions)
+                decoder = Decoder(self._stages, state.caches, lengths.copy(), positions)
             logits = decoder.step(tokens, active)
 
     def _take(self, row: _Row, logits: np.ndarray, start: float) -> int:

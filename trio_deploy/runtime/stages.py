@@ -55,6 +55,8 @@ class Stages:
         segments: names of the stages with decoder layers, in order.
         separate: whether decode.onnx decodes, rather than the segments themselves.
         sides: buffers a cache needs, 1 where a step writes in place.
+        layers: numbers of the layers of each segment.
+        cache_shape: of the caches.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
@@ -78,7 +80,7 @@ class Stages:
         text = bundle.config.text
         dtype = self.engines["embed"].outputs["inputs_embeds"].dtype
         self.hidden_size, self.vocab_size, self.dtype = text.hidden_size, text.vocab_size, dtype
-        self._cache_shape = CacheShape(text.num_kv_heads, text.head_dim, dtype)
+        self.cache_shape = CacheShape(text.num_kv_heads, text.head_dim, dtype)
         if [i for name in self.segments for i in self.layers[name]] != list(range(text.num_layers)):
             raise TrioError(
                 "the bundle's segments do not cover the model's layers one by one: export it again"
@@ -152,20 +154,18 @@ class Stages:
                 result.kept.append(origins)
             elif name in self.segments:
                 with clock.stage(name):
-                    cache = self._cache(engine, name, lengths, new_tokens)
+                    cache = self.cache(name, lengths, int((lengths + new_tokens).max()))
                     outputs = self._segment(name, cache, hidden, positions, lengths)
                 result.caches[name] = cache
                 hidden = outputs[self.sink(name)]
         result.logits = hidden
         return result
 
-    def _cache(
-        self, engine: Engine, name: str, lengths: np.ndarray, new_tokens: np.ndarray
-    ) -> SegmentCache:
-        capacity = int((lengths + new_tokens).max())
-        holder = self.engines["decode"] if self.separate else engine
+    def cache(self, name: str, lengths: np.ndarray, capacity: int) -> SegmentCache:
+        """A segment's cache for rows of int64 [B] `lengths`, with room for `capacity` tokens."""
+        holder = self.engines["decode"] if self.separate else self.engines[name]
         return SegmentCache.allocate(
-            self.layers[name], lengths, capacity, self._cache_shape, holder.empty, self.sides
+            self.layers[name], lengths, capacity, self.cache_shape, holder.empty, self.sides
         )
 
     def _segment(
@@ -189,7 +189,7 @@ class Stages:
                 feeds |= cache.past()
                 into = cache.present()
             else:
-                shape = self._cache_shape
+                shape = self.cache_shape
                 none = np.zeros((len(lengths), shape.heads, 0, shape.head_dim), shape.dtype)
                 feeds |= {key: none for key in engine.inputs if key.startswith("past.")}
         outputs = engine.run(feeds, into)
