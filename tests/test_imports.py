@@ -31,6 +31,7 @@ FLOORS = {
     "export": 3,
     "parity": 3,
     "evaluate": 3,
+    "triton": 3,
     "cli": 4,
 }
 # Of the same floor, but apart from each other: each can be replaced without the others.

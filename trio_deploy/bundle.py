@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from trio_deploy.errors import TrioError
 from trio_deploy.models import parse_config
@@ -496,6 +496,9 @@ class BundleWriter:
     (an interrupt included) removes what was written and keeps what stood at the target. A run that
     was killed leaves a temporary folder behind, which the next run to the same target removes.
 
+    Subclasses write folders of other kinds: `kind` names them in messages, and `marker` is the file
+    by which `force` knows that it replaces such a folder and nothing else.
+
     Attributes:
         target: the bundle's folder.
         force: replace a bundle that stands there; without it an existing target is refused.
@@ -504,6 +507,9 @@ class BundleWriter:
         folder: where to write until the bundle is whole.
         files: sizes and checksums of what was written through this writer.
     """
+
+    kind: ClassVar[str] = "bundle"
+    marker: ClassVar[str] = MANIFEST
 
     target: Path
     force: bool = False
@@ -531,16 +537,16 @@ class BundleWriter:
     def refuse_existing(self) -> None:
         """Raises TrioError where something stands at the target that may not be replaced."""
         if not self.target.name:
-            raise TrioError(f"{self.target} cannot be a bundle: name a folder for it")
+            raise TrioError(f"{self.target} cannot be a {self.kind}: name a folder for it")
         if not _exists(self.target):
             return
         if not self.force:
             raise TrioError(
                 f"{self.target} exists already: pass --force to replace it, or choose another --out"
             )
-        if not (self.target / MANIFEST).is_file() and not _is_empty_folder(self.target):
+        if not (self.target / self.marker).is_file() and not _is_empty_folder(self.target):
             raise TrioError(
-                f"{self.target} exists and is not a bundle, so --force does not replace it: "
+                f"{self.target} exists and is not a {self.kind}, so --force does not replace it: "
                 "choose another --out"
             )
 
@@ -583,7 +589,7 @@ class BundleWriter:
         needed, free = self.needed, self._free
         other = "" if needed > free else " (a quota or another program leaves less)"
         return TrioError(
-            f"the disk of {self.target} is too full: the bundle needs at least "
+            f"the disk of {self.target} is too full: the {self.kind} needs at least "
             f"{format_bytes(needed)} ({needed} bytes) and {format_bytes(free)} ({free} bytes) are "
             f"free{other}; make room or choose another --out (nothing was left behind)"
         )

@@ -180,6 +180,25 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
+def _triton(args: argparse.Namespace) -> None:
+    from trio_deploy.bundle import Bundle
+    from trio_deploy.triton.repository import Options, read_settings, write_repository
+
+    options = Options(
+        runtime=args.runtime,
+        target=args.target,
+        device=args.device,
+        instances=args.instances,
+        stages=args.stages,
+        name=args.name,
+        settings=read_settings(args.settings, args.set),
+        link=args.link,
+    )
+    models = write_repository(Bundle.load(args.bundle), args.out, options, force=args.force)
+    print(f"{args.out}: {', '.join(models)}")
+    print(f"serve it: tritonserver --model-repository {args.out}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trio", description="Token-pruned vision-language models as ONNX graphs."
@@ -255,6 +274,43 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--threads", type=int, help="CPU threads (default: the runtime's choice)")
     check.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+    triton = add("triton", _triton, "Write a model repository for the Triton Inference Server.")
+    triton.add_argument("bundle", type=Path, help="folder of the bundle")
+    triton.add_argument("--out", type=Path, required=True, help="folder to write the repository to")
+    triton.add_argument(
+        "--runtime", help="onnxruntime, openvino or tensorrt (default: by the bundle)"
+    )
+    triton.add_argument("--target", help="target name or file (default: the bundle's)")
+    triton.add_argument("--device", default="cpu", help="cpu or gpu (default: cpu)")
+    triton.add_argument(
+        "--instances",
+        type=int,
+        default=1,
+        help="processes that each load the model (default: 1, which answers many requests at once)",
+    )
+    triton.add_argument(
+        "--stages",
+        action="store_true",
+        help="write each stage, and vision + embed, as models too (loads the weights once more)",
+    )
+    triton.add_argument(
+        "--name", default="trio", help="prefix of the models' names (default: trio)"
+    )
+    triton.add_argument(
+        "--settings", type=Path, metavar="YAML", help="file of limits and other settings"
+    )
+    triton.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="one setting, such as max_tokens=512; may be repeated",
+    )
+    triton.add_argument(
+        "--link", action="store_true", help="hard-link the bundle's files instead of copying"
+    )
+    triton.add_argument("--force", action="store_true", help="replace an existing repository")
 
     inspect = add("inspect", _inspect, "Show what a bundle holds.")
     inspect.add_argument("bundle", type=Path, help="folder of the bundle")

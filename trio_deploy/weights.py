@@ -252,6 +252,19 @@ def link_file(source: Path, target: Path) -> bool:
     return True
 
 
+def place_file(
+    source: Path, target: Path, link: bool, progress: Progress = lambda count: None
+) -> None:
+    """Puts a file at `target`: by a hard link if wanted, else by sharing blocks, else by copying.
+
+    Where the file system has no hard links, or `target` is on another one, it is copied.
+    """
+    if (link and link_file(source, target)) or _reflink(source, target):
+        progress(target.stat().st_size)
+    else:
+        _copy(source, target, progress)
+
+
 def _name_in_cache(file: Path) -> str | None:
     """The Hugging Face cache names a large file by its SHA-256."""
     name = file.name

@@ -1,0 +1,498 @@
+"""Writes a model repository that a stock Triton Inference Server loads.
+
+    repository/
+      trio.json                                                            what it was made of
+      trio_vlm/            config.pbtxt, 1/model.py, 1/bundle/, warmup/     answers, streamed
+      trio_vlm_complete/   config.pbtxt, 1/model.py                        answers, whole
+    and with `stages` each graph as a model of its own, for those who compose:
+      trio_vision/         config.pbtxt, 1/model.onnx/{model.onnx, weights/}  (or 1/model.plan)
+      trio_embed/, trio_prefill_0/, trio_select_1/, …
+      trio_embeddings/     config.pbtxt                                    vision, then embed
+
+ONNX files refer to their weights by paths below their own folder, and the onnxruntime backend takes
+a folder `model.onnx` with the graph inside as a model of many files (Triton's "model repository",
+ONNX models). So every stage gets such a folder, with hard links to those weight files of the bundle
+that its graph reads.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+import trio_deploy
+from trio_deploy.bundle import MANIFEST, Bundle, BundleWriter, TensorInfo, safe_path
+from trio_deploy.errors import TrioError
+from trio_deploy.recipe import RUNTIMES, Target, load_target
+from trio_deploy.runtime.external import external_tensors
+from trio_deploy.triton.limits import check_settings
+from trio_deploy.triton.pbtxt import Enum, format_message
+from trio_deploy.weights import Progress, place_file
+
+DEVICES = ("cpu", "gpu")
+#: What the repository was made of; Triton reads folders alone.
+RECORD = "trio.json"
+#: Plain requests that `NAME_vlm_complete` answers at the same time; each is one light process.
+COMPLETE_INSTANCES = 4
+
+_BUNDLE = "1/bundle"
+_TYPES = {
+    "bool": "TYPE_BOOL",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "float16": "TYPE_FP16",
+    "float32": "TYPE_FP32",
+    "float64": "TYPE_FP64",
+    "bfloat16": "TYPE_BF16",
+    "string": "TYPE_STRING",
+}
+# What a request may say: name, type, elements (-1 is any number).
+_INPUTS = (
+    ("prompt", "string", 1),
+    ("messages", "string", 1),
+    ("images", "string", -1),
+    ("images_base64", "string", -1),
+    ("max_tokens", "int32", 1),
+    ("temperature", "float64", 1),
+    ("top_p", "float64", 1),
+    ("seed", "int64", 1),
+    ("stop", "string", -1),
+    ("budget", "float64", 1),
+    ("timeout_s", "float64", 1),
+)
+_OUTPUTS = (
+    ("text", "string", 1),
+    ("token_ids", "int64", -1),
+    ("finish_reason", "string", 1),
+    ("timings", "string", 1),
+)
+_WARM_UP_PROMPT = b"What is this?"
+_WARM_UP_SIDE = 64
+_WARM_UP_TOKENS = 4
+
+
+class RepositoryWriter(BundleWriter):
+    """Writes a model repository the way a bundle is written: whole or not at all."""
+
+    kind = "model repository"
+    marker = RECORD
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a bundle is to be served.
+
+    Attributes:
+        runtime, target: which engines answer; None takes the bundle's own.
+        device: `cpu` or `gpu`: what instances run on.
+        instances: of `NAME_vlm`; each is a process that loads the model.
+        stages: write the stages and the ensemble as models too.
+        name: prefix of all models' names.
+        settings: parameters of `NAME_vlm`, limits above all; see `triton/settings.py`.
+        link: hard-link the bundle's files instead of copying them.
+    """
+
+    runtime: str | None = None
+    target: str | None = None
+    device: str = "cpu"
+    instances: int = 1
+    stages: bool = False
+    name: str = "trio"
+    settings: Mapping[str, str] = field(default_factory=dict)
+    link: bool = False
+
+
+def write_repository(
+    bundle: Bundle, out: Path, options: Options | None = None, force: bool = False
+) -> list[str]:
+    """Writes the repository in a temporary place and moves it to `out` when it is whole.
+
+    Returns:
+        The names of its models.
+
+    Raises:
+        TrioError: something stands at `out`, an option or setting is wrong, the bundle has no
+            weights, or no engines of the target where TensorRT is to run them.
+    """
+    options = options or Options()
+    bundle.require_weights()
+    target = None if options.target is None else load_target(options.target)
+    runtime = options.runtime or (target.runtime if target else bundle.manifest.runtime)
+    _check_options(options, runtime)
+    settings = check_settings(_parameters(bundle, options, runtime, target))
+    files = list(_files(bundle, runtime, target))
+    writer = RepositoryWriter(out, force, sum(path.stat().st_size for _, path in files))
+    with writer:
+        models = _Models(writer, bundle, options, settings)
+        models.add_vlm(files)
+        models.add_complete()
+        if options.stages:
+            models.add_stages(_plans(bundle, target) if runtime == "tensorrt" else None)
+        writer.write(RECORD, _record(bundle, models.names))
+    return models.names
+
+
+def read_settings(file: Path | None, assignments: Sequence[str]) -> dict[str, str]:
+    """Parameters of the model from a YAML file of names and values, and from `NAME=VALUE` texts.
+
+    The latter win. Names and values are checked by `write_repository`.
+
+    Raises:
+        TrioError: the file cannot be read, or a text is not of that form.
+    """
+    settings: dict[str, str] = {}
+    if file is not None:
+        try:
+            raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise TrioError(f"{file} cannot be read as YAML: {error}") from None
+        if not isinstance(raw, dict) or any(isinstance(v, dict | list) for v in raw.values()):
+            raise TrioError(f"{file} must hold names and values, one a line: max_tokens: 512")
+        for name, value in raw.items():
+            settings[str(name)] = str(value).lower() if isinstance(value, bool) else str(value)
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise TrioError(f"--set takes NAME=VALUE, as in --set max_tokens=512, not {text!r}")
+        settings[name] = value
+    return settings
+
+
+def _check_options(options: Options, runtime: str) -> None:
+    if runtime not in RUNTIMES:
+        raise TrioError(f"unknown runtime {runtime!r}: choose from {', '.join(RUNTIMES)}")
+    if options.device not in DEVICES:
+        raise TrioError(f"unknown device {options.device!r}: choose cpu or gpu")
+    if options.instances < 1:
+        raise TrioError(f"there must be 1 instance or more, got {options.instances}")
+    if not options.name.replace("_", "").replace("-", "").isalnum():
+        raise TrioError(
+            f"models cannot be called {options.name!r}_vlm: use letters, digits, - and _"
+        )
+    if runtime == "tensorrt" and options.device == "cpu":
+        raise TrioError("TensorRT needs a GPU: pass --device gpu, or --runtime onnxruntime")
+    if runtime == "openvino" and options.device == "gpu":
+        raise TrioError("OpenVINO runs on CPUs here: leave --device gpu out, or pass --runtime")
+
+
+def _parameters(
+    bundle: Bundle, options: Options, runtime: str, target: Target | None
+) -> dict[str, str]:
+    """Parameters of NAME_vlm: where its bundle is and what runs it, then the caller's settings."""
+    parameters = {"bundle": _BUNDLE, "runtime": runtime}
+    if target is not None:
+        parameters["target"] = target.name
+    if runtime == "onnxruntime":
+        parameters["provider"] = "cuda" if options.device == "gpu" else "cpu"
+    parameters["warm_up"] = "false"  # by model_warmup, which also proves that requests get through
+    clash = sorted(set(options.settings) & {"bundle", "runtime", "target"})
+    if clash:
+        raise TrioError(f"{clash[0]} is not a setting: it follows from the options of this command")
+    return parameters | dict(options.settings)
+
+
+def _files(bundle: Bundle, runtime: str, target: Target | None) -> Iterable[tuple[str, Path]]:
+    """(path relative to the bundle, file) of what serving needs."""
+    for name in [MANIFEST, *bundle.manifest.files]:
+        yield name, safe_path(bundle.path, name)
+    if runtime == "tensorrt":
+        folder = _engines(bundle, target)
+        for file in sorted(folder.iterdir()):
+            if file.suffix in (".engine", ".json"):
+                yield file.relative_to(bundle.path).as_posix(), file
+
+
+def _engines(bundle: Bundle, target: Target | None) -> Path:
+    name = target.name if target else bundle.manifest.target
+    folder = bundle.path / "engines" / name
+    if not (folder / "record.json").is_file():
+        raise TrioError(
+            f"the bundle has no engines for {name}: build them on the device first, with "
+            f"`trio build BUNDLE --target {name}`"
+        )
+    return folder
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """An engine of TensorRT: its file, its optimisation profiles, and what int64 became in it."""
+
+    file: Path
+    profiles: int
+    narrow: bool
+
+
+def _plans(bundle: Bundle, target: Target | None) -> dict[str, _Plan]:
+    """By stage, from the build's record. Before version 10 TensorRT took int64 for int32."""
+    folder = _engines(bundle, target)
+    record = json.loads((folder / "record.json").read_bytes())
+    narrow = int(record["tensorrt"].split(".")[0]) < 10
+    return {
+        stage: _Plan(folder / Path(entry["file"]).name, len(entry["profiles"]), narrow)
+        for stage, entry in record["stages"].items()
+    }
+
+
+class _Models:
+    """Writes the models one after another into a repository."""
+
+    def __init__(
+        self,
+        writer: RepositoryWriter,
+        bundle: Bundle,
+        options: Options,
+        settings: Mapping[str, str],
+    ) -> None:
+        self.names: list[str] = []
+        self._writer = writer
+        self._bundle = bundle
+        self._options = options
+        self._settings = settings
+        self._kind = Enum("KIND_GPU" if options.device == "gpu" else "KIND_CPU")
+
+    def add_vlm(self, files: Sequence[tuple[str, Path]]) -> None:
+        """The streaming model, which holds the bundle."""
+        name = f"{self._options.name}_vlm"
+        bar = tqdm(
+            total=sum(path.stat().st_size for _, path in files),
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            desc="bundle",
+            disable=None,
+        )
+        with bar:
+            for relative, path in files:
+                self._place(path, f"{name}/{_BUNDLE}/{relative}", self._options.link, bar.update)
+        self._writer.write(f"{name}/1/model.py", _model_py("model"))
+        self._writer.write(f"{name}/warmup/prompt", _bytes_tensor(_WARM_UP_PROMPT))
+        self._writer.write(f"{name}/warmup/image", _bytes_tensor(_picture()))
+        self._writer.write(f"{name}/warmup/max_tokens", struct.pack("<i", _WARM_UP_TOKENS))
+        self._config(
+            name,
+            {
+                "backend": "python",
+                "max_batch_size": 0,
+                **_vlm_interface(),
+                "model_transaction_policy": {"decoupled": True},
+                "instance_group": self._instances(self._options.instances),
+                "parameters": _string_parameters(self._settings),
+                "model_warmup": _vlm_warm_up(),
+            },
+        )
+
+    def add_complete(self) -> None:
+        """The model for plain requests, which forwards to the streaming one."""
+        name = f"{self._options.name}_vlm_complete"
+        self._writer.write(f"{name}/1/model.py", _model_py("complete"))
+        self._config(
+            name,
+            {
+                "backend": "python",
+                "max_batch_size": 0,
+                **_vlm_interface(),
+                "instance_group": [{"count": COMPLETE_INSTANCES, "kind": Enum("KIND_CPU")}],
+                "parameters": _string_parameters({"model": f"{self._options.name}_vlm"}),
+            },
+        )
+
+    def add_stages(self, plans: Mapping[str, _Plan] | None) -> None:
+        """Each stage as a model, and vision + embed as an ensemble.
+
+        Args:
+            plans: TensorRT engines; without them the graphs are served by ONNX Runtime.
+        """
+        for stage in self._bundle.stages:
+            if plans is None:
+                self._add_graph(stage)
+            else:
+                self._add_plan(stage, plans[stage])
+        self._add_ensemble(plans is not None and plans["embed"].narrow)
+
+    def _add_graph(self, stage: str) -> None:
+        name = self._stage_name(stage)
+        folder = f"{name}/1/model.onnx"
+        graph = self._bundle.graph(stage)
+        self._place(graph, f"{folder}/model.onnx", self._options.link)
+        for weights in sorted({tensor.file for tensor in external_tensors(graph).values()}):
+            placed = self._writer.path(f"{self._options.name}_vlm/{_BUNDLE}/{weights}")
+            self._place(placed, f"{folder}/{weights}", link=True)
+        self._config(
+            name,
+            {
+                "backend": "onnxruntime",
+                **self._stage_interface(stage),
+                "instance_group": self._instances(1),
+                "model_warmup": self._stage_warm_up(stage),
+            },
+        )
+
+    def _add_plan(self, stage: str, plan: _Plan) -> None:
+        name = self._stage_name(stage)
+        self._place(plan.file, f"{name}/1/model.plan", self._options.link)
+        group = {"count": 1, "kind": self._kind, "profile": [str(i) for i in range(plan.profiles)]}
+        self._config(
+            name,
+            {
+                "platform": "tensorrt_plan",
+                **self._stage_interface(stage, plan.narrow),
+                "instance_group": [group],
+            },
+        )
+
+    def _add_ensemble(self, narrow: bool) -> None:
+        """From pixels and token ids to the embeddings that the first segment or selection takes."""
+        vision = self._bundle.manifest.graphs["vision"]
+        embed = self._bundle.manifest.graphs["embed"]
+        between = {tensor.name for tensor in vision.outputs}
+        inputs = (*vision.inputs, *(t for t in embed.inputs if t.name not in between))
+        used = {tensor.name for tensor in embed.inputs}
+        outputs = (*(t for t in vision.outputs if t.name not in used), *embed.outputs)
+        name = f"{self._options.name}_embeddings"
+        self._writer.write(f"{name}/1/.keep", b"")  # object stores forget empty folders
+        self._config(
+            name,
+            {
+                "platform": "ensemble",
+                "max_batch_size": 0,
+                "input": [_tensor(tensor, narrow=narrow) for tensor in inputs],
+                "output": [_tensor(tensor, narrow=narrow) for tensor in outputs],
+                "ensemble_scheduling": {
+                    "step": [
+                        {
+                            "model_name": self._stage_name(stage),
+                            "model_version": -1,
+                            "input_map": [
+                                {"key": tensor.name, "value": tensor.name}
+                                for tensor in self._bundle.manifest.graphs[stage].inputs
+                            ],
+                            "output_map": [
+                                {"key": tensor.name, "value": tensor.name}
+                                for tensor in self._bundle.manifest.graphs[stage].outputs
+                            ],
+                        }
+                        for stage in ("vision", "embed")
+                    ]
+                },
+            },
+        )
+
+    def _stage_name(self, stage: str) -> str:
+        return f"{self._options.name}_{stage}"
+
+    def _stage_interface(self, stage: str, narrow: bool = False) -> dict[str, Any]:
+        """Tensors as in the stage contract.
+
+        max_batch_size stays 0: a stage's rows are a batch already, and Triton's own batching would
+        want a second batch axis on [B] tensors and equal lengths, which rows do not have.
+        """
+        graph = self._bundle.manifest.graphs[stage]
+        return {
+            "max_batch_size": 0,
+            "input": [_tensor(tensor, narrow=narrow) for tensor in graph.inputs],
+            "output": [_tensor(tensor, narrow=narrow) for tensor in graph.outputs],
+        }
+
+    def _stage_warm_up(self, stage: str) -> list[dict[str, Any]] | None:
+        """One blank tile for vision; the others take no input that is right for any model."""
+        if stage != "vision":
+            return None
+        (pixels,) = self._bundle.manifest.graphs[stage].inputs
+        dims = [size if isinstance(size, int) else 1 for size in pixels.shape]
+        blank = {"data_type": Enum(_TYPES[pixels.dtype]), "dims": dims, "zero_data": True}
+        return [_warm_up("one tile", {pixels.name: blank})]
+
+    def _instances(self, count: int) -> list[dict[str, Any]]:
+        return [{"count": count, "kind": self._kind}]
+
+    def _place(
+        self, source: Path, relative: str, link: bool, progress: Progress = lambda count: None
+    ) -> None:
+        place_file(source, self._writer.path(relative), link, progress)
+        self._writer.record(relative, None)
+
+    def _config(self, name: str, fields: Mapping[str, Any]) -> None:
+        self._writer.write(f"{name}/config.pbtxt", format_message({"name": name} | fields).encode())
+        self.names.append(name)
+
+
+def _record(bundle: Bundle, names: Sequence[str]) -> bytes:
+    record = {
+        "trio_deploy": trio_deploy.__version__,
+        "bundle": bundle.manifest.model.name,
+        "models": list(names),
+    }
+    return (json.dumps(record, indent=1) + "\n").encode()
+
+
+def _vlm_interface() -> dict[str, Any]:
+    return {
+        "input": [_tensor(TensorInfo(n, t, (size,)), optional=True) for n, t, size in _INPUTS],
+        "output": [_tensor(TensorInfo(n, t, (size,))) for n, t, size in _OUTPUTS],
+    }
+
+
+def _tensor(
+    tensor: TensorInfo, optional: bool | None = None, narrow: bool = False
+) -> dict[str, Any]:
+    kind = "int32" if narrow and tensor.dtype == "int64" else tensor.dtype
+    return {
+        "name": tensor.name,
+        "data_type": Enum(_TYPES[kind]),
+        "dims": [size if isinstance(size, int) else -1 for size in tensor.shape],
+        "optional": optional,
+    }
+
+
+def _string_parameters(values: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"key": name, "value": {"string_value": value}} for name, value in values.items()]
+
+
+def _vlm_warm_up() -> list[dict[str, Any]]:
+    """A picture and a question: nothing that the first client would wait for is left to do."""
+    files = {
+        "prompt": ("TYPE_STRING", "prompt"),
+        "images": ("TYPE_STRING", "image"),
+        "max_tokens": ("TYPE_INT32", "max_tokens"),
+    }
+    inputs = {
+        name: {"data_type": Enum(kind), "dims": [1], "input_data_file": file}
+        for name, (kind, file) in files.items()
+    }
+    return [_warm_up("a picture and a question", inputs)]
+
+
+def _warm_up(name: str, inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "batch_size": 1,
+        "inputs": [{"key": key, "value": value} for key, value in inputs.items()],
+    }
+
+
+def _model_py(module: str) -> bytes:
+    return (
+        '"""Loaded by Triton\'s python backend, whose Python needs trio-deploy installed."""\n\n'
+        f"from trio_deploy.triton.{module} import TritonPythonModel\n\n"
+        '__all__ = ["TritonPythonModel"]\n'
+    ).encode()
+
+
+def _bytes_tensor(value: bytes) -> bytes:
+    """A TYPE_STRING tensor of one element as Triton lays it out: its length, then its bytes."""
+    return struct.pack("<I", len(value)) + value
+
+
+def _picture() -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (_WARM_UP_SIDE, _WARM_UP_SIDE), (127, 127, 127)).save(content, "PNG")
+    return content.getvalue()
