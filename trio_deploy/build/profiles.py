@@ -1,0 +1,253 @@
+"""Optimisation profiles: which shapes an engine is built for, from the schedule and the limits.
+
+A profile admits what requests within a target's limits can bring about and no more: behind a
+pruning point there are at most as many tokens as the largest allowed budget keeps, a KV cache holds
+what its segment sees and what may be generated. What lies beyond is refused when it is asked for.
+
+B rows, S tokens, T tiles, R image rows of a batch, C capacity of a KV cache, W width after pruning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from trio_deploy.bundle import Bundle
+from trio_deploy.errors import TrioError
+from trio_deploy.models.config import ModelConfig
+from trio_deploy.recipe import Limits, Target
+from trio_deploy.schedule import Schedule, max_tiles, max_visual_tokens, solve
+
+PREFILL, DECODE, DEFAULT = "prefill", "decode", "default"
+
+#: Tiles that the runtime shows the vision tower at once, if no single image has more.
+TILES_AT_ONCE = 8
+
+Shape = tuple[int, ...]
+Dims = Sequence[int | str]
+"""An input's sizes, and names of those that are not fixed."""
+
+
+class Bounds(NamedTuple):
+    """Least, typical and largest shape (or values) of an input."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+
+class Span(NamedTuple):
+    """Least, typical and largest size of a dimension."""
+
+    min: int
+    opt: int
+    max: int
+
+    @classmethod
+    def of(cls, least: int, typical: int, most: int) -> Span:
+        """With the typical size moved into the range."""
+        most = max(least, most)
+        return cls(least, min(max(least, typical), most), most)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one optimisation profile of an engine admits.
+
+    Attributes:
+        name: `prefill` and `decode` where one engine does both, else `default`.
+        shapes: of every input, in the graph's order.
+        values: of inputs whose values make shapes (`width` of a selection).
+    """
+
+    name: str
+    shapes: dict[str, Bounds]
+    values: dict[str, Bounds] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """`from_json` is the inverse."""
+
+        def plain(bounds: Mapping[str, Bounds]) -> dict[str, Any]:
+            return {name: [list(shape) for shape in each] for name, each in bounds.items()}
+
+        return {"name": self.name, "shapes": plain(self.shapes), "values": plain(self.values)}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Profile:
+        """Raises KeyError, TypeError or ValueError for what `to_json` did not write."""
+
+        def bounds(entries: Mapping[str, Any]) -> dict[str, Bounds]:
+            return {
+                name: Bounds(*(tuple(int(size) for size in shape) for shape in each))
+                for name, each in entries.items()
+            }
+
+        return cls(str(raw["name"]), bounds(raw["shapes"]), bounds(raw["values"]))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's prompts can be like within the limits, stage by stage.
+
+    Attributes:
+        batch, tiles: B; T of one call of the vision tower.
+        rows: R, image rows of a whole batch.
+        tokens: S before the first pruning point and behind each.
+        capacity: C of each segment of layers, entry i behind i pruning points.
+    """
+
+    batch: Span
+    tiles: Span
+    rows: Span
+    tokens: tuple[Span, ...]
+    capacity: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, config: ModelConfig, schedule: Schedule, limits: Limits) -> Sizes:
+        """For a schedule's pruning points and the budgets that the limits allow.
+
+        Raises:
+            TrioError: the largest budget cannot be reached at these pruning points.
+        """
+        one_image = max_visual_tokens(config)
+        visual = min(limits.max_visual_tokens, limits.max_images * one_image)
+        context = config.text.max_positions
+        if limits.max_text_tokens > context:
+            raise TrioError(
+                f"max_text_tokens {limits.max_text_tokens} of the target exceeds the model's "
+                f"context of {context} tokens: lower it"
+            )
+        usual = min(limits.typical_visual_tokens, one_image)
+        usual_kept = (usual, *schedule.resolve(usual))
+        most_kept = (visual, *_most_kept(config, schedule, limits.max_budget, visual))
+        tokens, capacity = [], []
+        for most, typical in zip(most_kept, usual_kept, strict=True):
+            longest = min(limits.max_text_tokens + most, context)
+            typical += limits.typical_text_tokens
+            tokens.append(Span.of(1, typical, longest))
+            capacity.append(
+                Span.of(
+                    2,
+                    typical + limits.typical_new_tokens,
+                    min(longest + limits.max_new_tokens, context),
+                )
+            )
+        tiles = max_tiles(config)
+        images = limits.max_batch * limits.max_images
+        usual_tiles = min(tiles, math.ceil(usual / config.vision.rows_per_tile))
+        together = max(tiles, min(TILES_AT_ONCE, images * tiles))
+        return cls(
+            batch=Span.of(1, limits.typical_batch, limits.max_batch),
+            tiles=Span.of(1, usual_tiles, together),
+            rows=Span.of(
+                0,
+                limits.typical_batch * usual_tiles * config.vision.rows_per_tile,
+                images * tiles * config.vision.rows_per_tile,
+            ),
+            tokens=tuple(tokens),
+            capacity=tuple(capacity),
+        )
+
+
+def _most_kept(
+    config: ModelConfig, schedule: Schedule, budget: float, visual: int
+) -> tuple[int, ...]:
+    """Visual tokens behind each point, at most: at `budget`, or as the schedule itself has it."""
+    own = schedule.resolve(visual)
+    if not schedule.points:
+        return ()
+    try:
+        largest = solve(budget, config.text.num_layers, layers=schedule.layers)
+    except TrioError as error:
+        raise TrioError(f"the target's max_budget does not fit: {error}") from None
+    return tuple(max(pair) for pair in zip(own, largest.resolve(visual), strict=True))
+
+
+def profiles(bundle: Bundle, target: Target) -> dict[str, list[Profile]]:
+    """The profiles of every stage of a bundle, in the order in which engines number them.
+
+    Raises:
+        TrioError: the target's limits do not fit the model.
+    """
+    inputs = {
+        stage: {tensor.name: tensor.shape for tensor in graph.inputs}
+        for stage, graph in bundle.manifest.graphs.items()
+    }
+    return stage_profiles(inputs, bundle.config, bundle.schedule, target)
+
+
+def stage_profiles(
+    inputs: Mapping[str, Mapping[str, Dims]],
+    config: ModelConfig,
+    schedule: Schedule,
+    target: Target,
+) -> dict[str, list[Profile]]:
+    """The profiles of graphs.
+
+    Args:
+        inputs: stage → input → sizes and names of dynamic axes, as graphs declare them.
+
+    Raises:
+        TrioError: the target's limits do not fit the model.
+    """
+    sizes = Sizes.of(config, schedule, target.limits)
+    shared = "decode" not in inputs
+    segments = [stage for stage in inputs if stage.startswith("prefill_")]
+    found: dict[str, list[Profile]] = {}
+    for stage, tensors in inputs.items():
+        spans = _spans(stage, sizes, segments, target.dialect)
+        if shared and (stage == "embed" or stage in segments):
+            one = Span(1, 1, 1)
+            # One text token a row: no image rows, and the past that it is added to.
+            step = {"S": one, "R": Span(0, 0, 0), "C": _capacity(stage, sizes)}
+            found[stage] = [
+                _profile(PREFILL, tensors, spans),
+                _profile(DECODE, tensors, {**spans, **step}),
+            ]
+        else:
+            found[stage] = [_profile(DEFAULT, tensors, spans)]
+        if "width" in tensors:
+            width = sizes.tokens[_index(stage)]
+            values = {"width": Bounds(*((size,) for size in width))}
+            found[stage] = [Profile(p.name, p.shapes, values) for p in found[stage]]
+    return found
+
+
+def _index(stage: str) -> int:
+    return int(stage.rpartition("_")[2])
+
+
+def _capacity(stage: str, sizes: Sizes) -> Span:
+    return sizes.capacity[_index(stage)] if stage.startswith("prefill_") else Span(0, 0, 0)
+
+
+def _spans(stage: str, sizes: Sizes, segments: Sequence[str], dialect: str) -> dict[str, Span]:
+    """Ranges of a stage's dynamic axes, by their names."""
+    spans = {"B": sizes.batch, "T": sizes.tiles, "R": sizes.rows, "S": sizes.tokens[0]}
+    if stage.startswith("prefill_"):
+        spans |= {"S": sizes.tokens[_index(stage)], "C": Span(0, 0, 0)}
+    elif stage.startswith("select_"):
+        # It runs where some row prunes: one visual token and one of text at least.
+        before = sizes.tokens[_index(stage) - 1]
+        spans["S"] = Span.of(2, before.opt, before.max)
+    elif stage == "decode":
+        for number, segment in enumerate(segments):
+            capacity = sizes.capacity[_index(segment)]
+            if dialect == "onnx":  # KVCacheUpdate takes a cache of one fixed capacity
+                capacity = Span(capacity.max, capacity.max, capacity.max)
+            spans[f"C{number}"] = capacity
+    return spans
+
+
+def _profile(name: str, tensors: Mapping[str, Dims], spans: Mapping[str, Span]) -> Profile:
+    def bounds(dims: Dims) -> Bounds:
+        return Bounds(
+            *(
+                tuple(spans[dim][corner] if isinstance(dim, str) else dim for dim in dims)
+                for corner in range(3)
+            )
+        )
+
+    return Profile(name, {tensor: bounds(dims) for tensor, dims in tensors.items()})
