@@ -30,6 +30,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import trio_deploy
+from trio_deploy.build.record import RECORD as ENGINES_RECORD
+from trio_deploy.build.record import Record
 from trio_deploy.bundle import MANIFEST, Bundle, BundleWriter, TensorInfo, safe_path
 from trio_deploy.errors import TrioError
 from trio_deploy.recipe import RUNTIMES, Target, load_target
@@ -205,21 +207,15 @@ def _files(bundle: Bundle, runtime: str, target: Target | None) -> Iterable[tupl
     for name in [MANIFEST, *bundle.manifest.files]:
         yield name, safe_path(bundle.path, name)
     if runtime == "tensorrt":
-        folder = _engines(bundle, target)
-        for file in sorted(folder.iterdir()):
-            if file.suffix in (".engine", ".json"):
-                yield file.relative_to(bundle.path).as_posix(), file
+        folder, record = _engines(bundle, target)
+        files = [folder / ENGINES_RECORD, *(record.check_file(folder, s) for s in record.stages)]
+        for file in files:
+            yield file.relative_to(bundle.path).as_posix(), file
 
 
-def _engines(bundle: Bundle, target: Target | None) -> Path:
-    name = target.name if target else bundle.manifest.target
-    folder = bundle.path / "engines" / name
-    if not (folder / "record.json").is_file():
-        raise TrioError(
-            f"the bundle has no engines for {name}: build them on the device first, with "
-            f"`trio build BUNDLE --target {name}`"
-        )
-    return folder
+def _engines(bundle: Bundle, target: Target | None) -> tuple[Path, Record]:
+    folder = bundle.path / "engines" / (target.name if target else bundle.manifest.target)
+    return folder, Record.load(folder)
 
 
 @dataclass(frozen=True)
@@ -232,13 +228,12 @@ class _Plan:
 
 
 def _plans(bundle: Bundle, target: Target | None) -> dict[str, _Plan]:
-    """By stage, from the build's record. Before version 10 TensorRT took int64 for int32."""
-    folder = _engines(bundle, target)
-    record = json.loads((folder / "record.json").read_bytes())
-    narrow = int(record["tensorrt"].split(".")[0]) < 10
+    """By stage. Before version 10 TensorRT took int64 for int32."""
+    folder, record = _engines(bundle, target)
+    narrow = int(record.tensorrt.split(".")[0]) < 10
     return {
-        stage: _Plan(folder / Path(entry["file"]).name, len(entry["profiles"]), narrow)
-        for stage, entry in record["stages"].items()
+        stage: _Plan(record.check_file(folder, stage), len(entry.profiles), narrow)
+        for stage, entry in record.stages.items()
     }
 
 
@@ -421,7 +416,9 @@ class _Models:
         self._writer.record(relative, None)
 
     def _config(self, name: str, fields: Mapping[str, Any]) -> None:
-        self._writer.write(f"{name}/config.pbtxt", format_message({"name": name} | fields).encode())
+        self._writer.write(
+            f"{name}/config.pbtxt", format_message({"name": name, **fields}).encode()
+        )
         self.names.append(name)
 
 

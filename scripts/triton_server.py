@@ -1,0 +1,178 @@
+"""A Triton server on loopback for tests and measurements, started and ended by its own process id.
+
+Needs what `scripts/setup_triton.sh` installs, and is imported by that environment's Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+HOST = "127.0.0.1"
+PROGRAM = Path(sys.executable).parent / "tritonserver"
+
+
+class TritonServer:
+    """`with TritonServer(repository, log) as server:` a server that answers, then ends.
+
+    Attributes:
+        http_port, grpc_port, metrics_port: free ones, on 127.0.0.1 alone.
+        process: the server; its python backend's processes are its descendants.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        log: Path,
+        arguments: Sequence[str] = (),
+        *,
+        wait_s: float | None = 60.0,
+        program: Path = PROGRAM,
+    ) -> None:
+        """Args:
+        wait_s: how long it may take to get ready; None does not wait.
+        """
+        self.log = log
+        self._wait_s = wait_s
+        self.http_port, self.grpc_port, self.metrics_port = _free_ports(3)
+        self._command = [
+            str(program),
+            f"--model-repository={repository}",
+            *(f"--{kind}-address={HOST}" for kind in ("http", "grpc", "metrics")),
+            f"--http-port={self.http_port}",
+            f"--grpc-port={self.grpc_port}",
+            f"--metrics-port={self.metrics_port}",
+            "--allow-gpu-metrics=false",
+            "--metrics-interval-ms=200",
+            *arguments,
+        ]
+
+    @property
+    def http(self) -> str:
+        """`host:port`"""
+        return f"{HOST}:{self.http_port}"
+
+    @property
+    def grpc(self) -> str:
+        """`host:port`"""
+        return f"{HOST}:{self.grpc_port}"
+
+    def __enter__(self) -> TritonServer:
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+        try:
+            if self._wait_s is not None:
+                self.wait_until_ready(self._wait_s)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Raises RuntimeError, with the end of the log, unless all models get ready in time."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"tritonserver ended ({self.process.returncode}):{self.tail()}")
+            with contextlib.suppress(OSError):
+                if self.get("/v2/health/ready")[0] == 200:
+                    return
+            time.sleep(0.1)
+        raise RuntimeError(f"tritonserver was not ready after {timeout_s} s:{self.tail()}")
+
+    def get(self, path: str, port: int | None = None) -> tuple[int, str]:
+        """Status and body of an HTTP GET."""
+        connection = http.client.HTTPConnection(HOST, port or self.http_port, timeout=10)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+        finally:
+            connection.close()
+
+    def metrics(self) -> dict[str, float]:
+        """Every line of the metrics endpoint: name with labels → value."""
+        lines = self.get("/metrics", self.metrics_port)[1].splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+    def descendants(self) -> list[int]:
+        """Process ids of the models' Python processes."""
+        children: dict[int, list[int]] = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    status = (entry / "stat").read_text()
+                    parent = int(status.rpartition(")")[2].split()[1])
+                    children.setdefault(parent, []).append(int(entry.name))
+        found: list[int] = []
+        waiting = [self.process.pid]
+        while waiting:
+            waiting += children.get(waiting.pop(), [])
+            found = [pid for pid in dict.fromkeys([*found, *waiting]) if pid != self.process.pid]
+        return found
+
+    def memory_mib(self) -> float:
+        """Resident memory of the server and its models' processes; shared pages count once."""
+        total = 0
+        for pid in [self.process.pid, *self.descendants()]:
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                    if line.startswith("Pss:"):
+                        total += int(line.split()[1])
+        return total / 1024
+
+    def stop(self, timeout_s: float = 45.0) -> int:
+        """Ends the server with SIGTERM, which lets it finish what it is doing.
+
+        Returns:
+            Its exit status; what does not end in time is killed.
+        """
+        family = self.descendants()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for pid in family:  # a model's process may outlive a server that was killed
+            with contextlib.suppress(OSError):
+                if str(Path(f"/proc/{pid}/cmdline").read_bytes()).find("triton_python") >= 0:
+                    os.kill(pid, signal.SIGKILL)
+        return self.process.returncode
+
+    def tail(self, lines: int = 25) -> str:
+        """The end of the log."""
+        text = self.log.read_text(errors="replace").splitlines()
+        return "\n" + "\n".join(text[-lines:])
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind((HOST, 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
