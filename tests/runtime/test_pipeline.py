@@ -289,9 +289,8 @@ def test_a_selection_that_did_not_settle_is_an_error(
     pipeline = setup.pipeline()
     engine = pipeline._stages.engines["select_2"]
     run = engine.run
-    monkeypatch.setattr(
-        engine, "run", lambda feeds: run(feeds) | {"converged": np.array([True, False])}
-    )
+    unsettled = {"converged": np.array([True, False])}
+    monkeypatch.setattr(engine, "run", lambda feeds, **options: run(feeds, **options) | unsettled)
     with pytest.raises(TrioError, match="select_2 found no set of tokens for row 1"):
         pipeline.generate_batch([Request(ask(COLOR), [make_picture()])] * 2)
 
@@ -424,9 +423,9 @@ def test_a_picture_that_requests_share_is_seen_once(
     engine, tiles = pipeline.engine("vision"), []
     run = engine.run
 
-    def counting(feeds: dict[str, Any], into: Any = None) -> dict[str, np.ndarray]:
+    def counting(feeds: dict[str, Any], into: Any = None, **options: Any) -> dict[str, Any]:
         tiles.append(len(feeds["pixel_values"]))
-        return run(feeds, into)
+        return run(feeds, into, **options)
 
     monkeypatch.setattr(engine, "run", counting)
     together = pipeline.generate_batch(questions)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from trio_deploy.errors import TrioError
-from trio_deploy.runtime.engine import Array
+from trio_deploy.runtime.engine import Array, Step
 from trio_deploy.runtime.kv import SegmentCache
 from trio_deploy.runtime.stages import Stages
-
-Step = Callable[[], None]
 
 
 class Decoder:
@@ -45,7 +41,7 @@ class Decoder:
         else:
             self._lengths = np.zeros((count, rows), np.int64)
             self._positions = np.zeros((count, rows), np.int64)
-        self._bound: dict[int, list[list[Step]]] = {}
+        self._bound: dict[int, list[Step]] = {}
         self._sliceable = all(cache.sliceable for cache in caches.values())
 
     def step(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:
@@ -67,21 +63,21 @@ class Decoder:
             self._positions[column] = cache.lengths if self._renumber else self._place
             turn = cache.turn
         sides = self._bind(rows if self._sliceable else len(self._place))
-        for run in sides[turn % len(sides)]:
-            run()
+        sides[turn % len(sides)]()
         self._place[:rows] += active
         for cache in self._caches.values():
             cache.advance(active)
         return self._logits[:rows]
 
-    def _bind(self, rows: int) -> list[list[Step]]:
+    def _bind(self, rows: int) -> list[Step]:
         if rows not in self._bound:
             heads = {name: cache.head(rows) for name, cache in self._caches.items()}
             if self._stages.separate:
                 sides = range(self._stages.sides)
-                self._bound[rows] = [self._bind_decode(rows, heads, side) for side in sides]
+                steps = [self._bind_decode(rows, heads, side) for side in sides]
             else:
-                self._bound[rows] = self._bind_segments(rows, heads)
+                steps = self._bind_segments(rows, heads)
+            self._bound[rows] = [self._stages.sequence(side) for side in steps]
         return self._bound[rows]
 
     def _bind_decode(self, rows: int, caches: dict[str, SegmentCache], side: int) -> list[Step]:
@@ -98,7 +94,8 @@ class Decoder:
 
     def _bind_segments(self, rows: int, caches: dict[str, SegmentCache]) -> list[list[Step]]:
         stages = self._stages
-        hidden = [np.empty((rows, 1, stages.hidden_size), stages.dtype) for _ in caches]
+        shape = (rows, 1, stages.hidden_size)
+        hidden = [stages.engines[name].empty(shape, stages.dtype) for name in caches]
         outputs = [*hidden, self._logits[:rows]]
         nothing = np.zeros((0, stages.hidden_size), stages.dtype)
         zeros, ones = np.zeros((rows, 1), np.int64), np.ones(rows, np.int64)

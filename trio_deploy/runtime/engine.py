@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +16,12 @@ from trio_deploy.errors import TrioError
 Array = Any
 """A numpy array, or memory of the engine's own as `Engine.empty` gives it (on a GPU).
 
-What is not a numpy array cannot be sliced; `update_inplace(array)` writes the whole of it.
+ONNX Runtime's own memory cannot be sliced; `update_inplace(array)` writes the whole of it.
+TensorRT's (`runtime/cuda.py`) can; `runtime/arrays.py` handles it as it does numpy's.
 """
+
+Step = Callable[[], None]
+"""A bound run: works on the same arrays each time."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +51,29 @@ class Engine(Protocol):
         ...
 
     def run(
-        self, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None
-    ) -> dict[str, np.ndarray]:
+        self,
+        feeds: Mapping[str, Array],
+        into: Mapping[str, Array] | None = None,
+        *,
+        host: Collection[str] | None = None,
+    ) -> dict[str, Array]:
         """Run once.
 
         Args:
             feeds: every input by name.
             into: outputs to be written into arrays of the caller's.
+            host: outputs that are needed as numpy arrays, None for all; the others may stay where
+                the engine works, for the engine that is fed with them.
 
         Returns:
-            The other outputs by name.
+            The outputs that are not in `into`, by name.
 
         Raises:
-            TrioError: inputs are missing, unknown, or of the wrong type.
+            TrioError: inputs are missing, unknown, of the wrong type, or more than it takes.
         """
         ...
 
-    def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Callable[[], None]:
+    def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Step:
         """A function that runs on these very arrays each time it is called.
 
         All outputs must be in `into`; the caller changes the inputs in place in between.
@@ -74,14 +85,38 @@ class Engine(Protocol):
         ...
 
 
+class Moment(Protocol):
+    """A point in an engine's work."""
+
+    def since(self, earlier: Any) -> float:
+        """Seconds from `earlier`, of the same runtime's, to here; may wait until it is reached."""
+        ...
+
+
+@dataclass(frozen=True)
+class HostMoment:
+    """A `Moment` of the host's clock, for engines that return when they are done."""
+
+    seconds: float
+
+    @classmethod
+    def now(cls) -> HostMoment:
+        """This moment."""
+        return cls(time.perf_counter())
+
+    def since(self, earlier: HostMoment) -> float:
+        """See `Moment.since`."""
+        return self.seconds - earlier.seconds
+
+
 class Runtime(Protocol):
     """Opens the graphs of one bundle with one set of options."""
 
     def shares_cache(self, dialect: str) -> bool:
-        """Whether past and present of a layer may be one buffer, which a prefill fills as well.
+        """Whether past and present of a layer are one buffer in a decode step.
 
-        Where not, a decode step reads one buffer and writes another, and a prefill (C = 0)
-        returns presents of its own.
+        A prefill whose graph takes a past fills that buffer as well; any other returns presents
+        of its own. Where it is false, a decode step reads one buffer and writes another.
 
         Raises:
             TrioError: this runtime cannot run graphs of this dialect.
@@ -97,6 +132,32 @@ class Runtime(Protocol):
                 the file rather than make a rearranged copy.
         """
         ...
+
+    def sequence(self, steps: Sequence[Step]) -> Step:
+        """Bound runs, one after another, as one step."""
+        ...
+
+    def moment(self) -> Moment:
+        """The point that the engines' work has now."""
+        ...
+
+
+class HostRuntime:
+    """What runtimes have in common whose engines return when they are done."""
+
+    def sequence(self, steps: Sequence[Step]) -> Step:
+        """See `Runtime.sequence`."""
+        steps = list(steps)
+
+        def run() -> None:
+            for step in steps:
+                step()
+
+        return run
+
+    def moment(self) -> Moment:
+        """See `Runtime.moment`."""
+        return HostMoment.now()
 
 
 def open_runtime(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trio_deploy.errors import TrioError
+from trio_deploy.runtime.arrays import clear, copy
 from trio_deploy.runtime.engine import Array
 
 Empty = Callable[[tuple[int, ...], np.dtype], Array]
@@ -63,9 +64,12 @@ class SegmentCache:
         """
         cache = cls(layers, capacity, lengths.copy(), shape)
         cache.check()
-        full = (len(lengths), shape.heads, capacity, shape.head_dim)
         cache.sides = [
-            {f"{i}.{part}": empty(full, shape.dtype) for i in layers for part in ("key", "value")}
+            {
+                f"{i}.{part}": empty(cache._full, shape.dtype)
+                for i in layers
+                for part in ("key", "value")
+            }
             for _ in range(sides)
         ]
         return cache
@@ -90,22 +94,16 @@ class SegmentCache:
         """Outputs present.{i}.key / .value of a decode step."""
         return {f"present.{name}": array for name, array in self._side(step + 1).items()}
 
-    def fill(self, outputs: Mapping[str, np.ndarray]) -> None:
-        """Copy what a prefill returned, present.{i} [B,G,S,D], to the front of step 0's past.
-
-        Memory of a GPU's takes whole blocks from the host only, so there each layer's block is put
-        together on the host first, once a prefill.
-        """
+    def fill(self, outputs: Mapping[str, Array]) -> None:
+        """Copy what a prefill returned, present.{i} [B,G,S,D], to the front of step 0's past."""
         for name, array in self._side(0).items():
             new = outputs[f"present.{name}"]
-            on_host = isinstance(array, np.ndarray)
-            shape = (*new.shape[:2], self.capacity, new.shape[3])
-            block = array if on_host else np.empty(shape, self.shape.dtype)
-            block[:, :, : new.shape[2]] = new
+            ours = array if self.sliceable else np.empty(self._full, self.shape.dtype)
+            copy(ours[:, :, : new.shape[2]], new)
             # A runtime may multiply what lies behind by 0, which must not give NaN.
-            block[:, :, new.shape[2] :] = 0
-            if not on_host:
-                array.update_inplace(block)
+            clear(ours[:, :, new.shape[2] :])
+            if ours is not array:
+                array.update_inplace(ours)
 
     def copy_rows(self, rows: Sequence[int], source: SegmentCache, taken: Sequence[int]) -> None:
         """Let `rows` hold what rows `taken` of another cache of these layers (or of this) hold.
@@ -120,8 +118,8 @@ class SegmentCache:
             ours = array if self.sliceable else array.numpy()
             theirs = theirs if source.sliceable else theirs.numpy()
             for row, other, length in zip(rows, taken, source.lengths[taken], strict=True):
-                ours[row, :, :length] = theirs[other, :, :length]
-                ours[row, :, length:] = 0  # as in `fill`
+                copy(ours[row : row + 1, :, :length], theirs[other : other + 1, :, :length])
+                clear(ours[row : row + 1, :, length:])  # as in `fill`
             if ours is not array:
                 array.update_inplace(ours)
 
@@ -153,6 +151,11 @@ class SegmentCache:
     def used(self, row: int) -> int:
         """Bytes of the tokens that one row holds now."""
         return self.shape.nbytes(int(self.lengths[row])) * len(self.layers)
+
+    @property
+    def _full(self) -> tuple[int, ...]:
+        """Shape of a buffer."""
+        return (self.rows, self.shape.heads, self.capacity, self.shape.head_dim)
 
     def _side(self, step: int) -> dict[str, Array]:
         return self.sides[step % len(self.sides)]

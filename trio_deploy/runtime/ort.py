@@ -13,7 +13,7 @@ import contextlib
 import functools
 import importlib.metadata
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from trio_deploy.errors import TrioError
-from trio_deploy.runtime.engine import Array, TensorSpec, check_feeds
+from trio_deploy.runtime.engine import Array, HostRuntime, Step, TensorSpec, check_feeds
 from trio_deploy.runtime.external import WeightMap, external_tensors
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -68,7 +68,7 @@ def _share_arena(ort: Any) -> None:
         ort.create_and_register_allocator(memory, None)
 
 
-class OrtRuntime:
+class OrtRuntime(HostRuntime):
     """Sessions with common options, sharing mapped weights; see `open_runtime`."""
 
     def __init__(
@@ -173,9 +173,13 @@ class OrtEngine:
         self.outputs = _specs(session.get_outputs())
 
     def run(
-        self, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None
-    ) -> dict[str, np.ndarray]:
-        """See `Engine.run`."""
+        self,
+        feeds: Mapping[str, Array],
+        into: Mapping[str, Array] | None = None,
+        *,
+        host: Collection[str] | None = None,
+    ) -> dict[str, Array]:
+        """See `Engine.run`; all that is not in `into` is the host's."""
         check_feeds(self, feeds)
         into = into or {}
         binding, _ = self._binding(feeds, into)
@@ -186,7 +190,7 @@ class OrtEngine:
         values = dict(zip([*into, *free], binding.get_outputs(), strict=True))
         return {name: _numpy(values[name]) for name in free}
 
-    def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Callable[[], None]:
+    def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Step:
         """See `Engine.bind`."""
         check_feeds(self, feeds)
         binding, values = self._binding(feeds, into)

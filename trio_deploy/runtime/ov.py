@@ -6,7 +6,7 @@ threshold. Weights are mapped from the bundle's files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import ml_dtypes
 import numpy as np
 
 from trio_deploy.errors import TrioError
-from trio_deploy.runtime.engine import Array, TensorSpec, check_feeds
+from trio_deploy.runtime.engine import Array, HostRuntime, Step, TensorSpec, check_feeds
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 
-class OvRuntime:
+class OvRuntime(HostRuntime):
     """Compiled models with common options; see `open_runtime`."""
 
     def __init__(self, *, threads: int | None = None, precision: str = "float32") -> None:
@@ -84,9 +84,13 @@ class OvEngine:
         self.outputs = _specs(model.outputs)
 
     def run(
-        self, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None
-    ) -> dict[str, np.ndarray]:
-        """See `Engine.run`."""
+        self,
+        feeds: Mapping[str, Array],
+        into: Mapping[str, Array] | None = None,
+        *,
+        host: Collection[str] | None = None,
+    ) -> dict[str, Array]:
+        """See `Engine.run`; all outputs are the host's."""
         check_feeds(self, feeds)
         into = into or {}
         # A request of its own: one keeps the output tensors that it was given.
@@ -99,7 +103,7 @@ class OvEngine:
             for name in names
         }
 
-    def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Callable[[], None]:
+    def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Step:
         """See `Engine.bind`."""
         check_feeds(self, feeds)
         return _Step(self._bound(feeds, into), {**feeds, **into})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,25 +10,34 @@ import numpy as np
 
 from trio_deploy.bundle import Bundle
 from trio_deploy.errors import TrioError
-from trio_deploy.runtime.engine import Array, Engine, Runtime
+from trio_deploy.runtime.arrays import concatenate, on_host, to_host
+from trio_deploy.runtime.engine import Array, Engine, HostMoment, Moment, Runtime
 from trio_deploy.runtime.kv import CacheShape, SegmentCache
 from trio_deploy.runtime.prompt import Batch
 
-_TILES_AT_ONCE = 8  # of the vision tower, which bounds its memory
+TILES_AT_ONCE = 8  # of the vision tower, which bounds its memory
 
 
 @dataclass
 class Clock:
-    """Seconds a stage."""
+    """How long stages take."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    _spans: list[tuple[str, Moment, Moment]] = field(default_factory=list)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to stage `name`."""
-        start = time.perf_counter()
+    def stage(self, name: str, moment: Callable[[], Moment] = HostMoment.now) -> Iterator[None]:
+        """Add the time spent inside to stage `name`; `moment` as in `Runtime.moment`."""
+        start = moment()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self._spans.append((name, start, moment()))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage."""
+        seconds: dict[str, float] = {}
+        for name, start, stop in self._spans:
+            seconds[name] = seconds.get(name, 0.0) + stop.since(start)
+        return seconds
 
 
 @dataclass
@@ -67,6 +75,7 @@ class Stages:
         """
         bundle.require_weights()
         self._shares_cache = runtime.shares_cache(bundle.manifest.dialect)
+        self.sequence, self._moment = runtime.sequence, runtime.moment
         self.engines: dict[str, Engine] = {}
         for name in bundle.stages:
             selects = name.startswith("select_")
@@ -96,19 +105,22 @@ class Stages:
         names = self.engines[segment].outputs
         return next(name for name in names if not name.startswith("present."))
 
-    def see(self, images: Sequence[np.ndarray]) -> np.ndarray:
+    def see(self, images: Sequence[np.ndarray]) -> Array:
         """image_features [R,d] of images [T,3,h,w] each, in order; the same array is seen once."""
         once = list({id(tiles): tiles for tiles in images}.values())
-        features: dict[int, np.ndarray] = {}
-        for start, stop in _groups([len(tiles) for tiles in once], _TILES_AT_ONCE):
+        features: dict[int, Array] = {}
+        for start, stop in _groups([len(tiles) for tiles in once], TILES_AT_ONCE):
             group = once[start:stop]
             engine = self.engines["vision"]
             pixels = np.concatenate(group).astype(engine.inputs["pixel_values"].dtype, copy=False)
-            found = engine.run({"pixel_values": pixels})["image_features"]
-            rows = np.cumsum([len(tiles) for tiles in group])[:-1] * (len(found) // len(pixels))
-            features |= dict(zip(map(id, group), np.split(found, rows), strict=True))
-        nothing = np.zeros((0, self.hidden_size), self.dtype)
-        return np.concatenate([nothing, *(features[id(tiles)] for tiles in images)])
+            found = engine.run({"pixel_values": pixels}, host=())["image_features"]
+            rows, at = len(found) // len(pixels), 0  # rows a tile
+            for tiles in group:
+                features[id(tiles)] = found[at : at + rows * len(tiles)]
+                at += rows * len(tiles)
+        if not images:
+            return np.zeros((0, self.hidden_size), self.dtype)
+        return concatenate([features[id(tiles)] for tiles in images])
 
     def prefill(
         self,
@@ -128,38 +140,40 @@ class Stages:
         Raises:
             TrioError: a selection did not converge.
         """
-        with clock.stage("vision"):
+        with clock.stage("vision", self._moment):
             features = self.see(images)
-        with clock.stage("embed"):
+        with clock.stage("embed", self._moment):
             embed = {
                 "input_ids": batch.input_ids,
                 "image_features": features,
                 "source_index": batch.source_index,
             }
-            hidden = self.engines["embed"].run(embed)["inputs_embeds"]
+            hidden = self.engines["embed"].run(embed, host=())["inputs_embeds"]
         del features, embed
-        positions, lengths, visual = batch.position_ids, batch.lengths, batch.visual_mask
-        origins = [np.arange(length) for length in lengths]
-        result = Prefilled(np.empty(0), {}, [])
+        tokens = _Tokens(
+            hidden,
+            batch.position_ids,
+            batch.visual_mask,
+            batch.lengths,
+            batch.visual_mask.sum(axis=1),
+        )
+        del hidden
+        chosen: list[_Chosen | None] = []
+        caches: dict[str, SegmentCache] = {}
         for name, engine in self.engines.items():
             if name.startswith("select_"):
-                keep = keeps[len(result.kept)]
-                if (keep < visual.sum(axis=1)).any():
-                    with clock.stage(name):
-                        out = _select(engine, name, hidden, positions, lengths, visual, keep)
-                    hidden, positions = out["hidden_states_out"], out["position_ids_out"]
-                    lengths, visual = out["lengths_out"], out["visual_mask_out"]
-                    index = out["keep_index"]
-                    origins = [old[index[b, : lengths[b]]] for b, old in enumerate(origins)]
-                result.kept.append(origins)
+                keep, picked = keeps[len(chosen)], None
+                if (keep < tokens.seen).any():
+                    with clock.stage(name, self._moment):
+                        picked, tokens = _select(engine, name, tokens, keep)
+                chosen.append(picked)
             elif name in self.segments:
-                with clock.stage(name):
-                    cache = self.cache(name, lengths, int((lengths + new_tokens).max()))
-                    outputs = self._segment(name, cache, hidden, positions, lengths)
-                result.caches[name] = cache
-                hidden = outputs[self.sink(name)]
-        result.logits = hidden
-        return result
+                with clock.stage(name, self._moment):
+                    capacity = int((tokens.lengths + new_tokens).max())
+                    caches[name] = self.cache(name, tokens.lengths, capacity)
+                    tokens.hidden = self._segment(name, caches[name], tokens)
+        logits = to_host(tokens.hidden)  # here a device is waited for, and not before
+        return Prefilled(logits, caches, _origins(chosen, batch.lengths))
 
     def cache(self, name: str, lengths: np.ndarray, capacity: int) -> SegmentCache:
         """A segment's cache for rows of int64 [B] `lengths`, with room for `capacity` tokens."""
@@ -168,63 +182,106 @@ class Stages:
             self.layers[name], lengths, capacity, self.cache_shape, holder.empty, self.sides
         )
 
-    def _segment(
-        self,
-        name: str,
-        cache: SegmentCache,
-        hidden: np.ndarray,
-        positions: np.ndarray,
-        lengths: np.ndarray,
-    ) -> dict[str, np.ndarray]:
+    def _segment(self, name: str, cache: SegmentCache, tokens: _Tokens) -> Array:
+        """Run a segment and fill its cache; returns what comes next: hidden states or logits."""
         engine = self.engines[name]
         feeds: dict[str, Array] = {
-            self.source(name): hidden,
-            "position_ids": positions,
-            "lengths": lengths,
+            self.source(name): tokens.hidden,
+            "position_ids": tokens.positions,
+            "lengths": tokens.lengths,
         }
         into: Mapping[str, Array] = {}
         if "past_lengths" in engine.inputs:
-            feeds["past_lengths"] = np.zeros_like(lengths)
+            feeds["past_lengths"] = np.zeros_like(tokens.lengths)
             if self._shares_cache:
                 feeds |= cache.past()
                 into = cache.present()
             else:
                 shape = self.cache_shape
-                none = np.zeros((len(lengths), shape.heads, 0, shape.head_dim), shape.dtype)
+                none = np.zeros((len(tokens.lengths), shape.heads, 0, shape.head_dim), shape.dtype)
                 feeds |= {key: none for key in engine.inputs if key.startswith("past.")}
-        outputs = engine.run(feeds, into)
+        outputs = engine.run(feeds, into, host=())
         if not into:
             cache.fill(outputs)
-        return outputs
+        return outputs[self.sink(name)]
+
+
+@dataclass
+class _Tokens:
+    """What goes through the layers; lengths and counts are the host's whatever the runtime.
+
+    Attributes:
+        hidden: [B,S,d]; after the last segment logits [B,V].
+        positions: int64 [B,S].
+        visual: bool [B,S].
+        lengths: int64 [B], valid tokens.
+        seen: int64 [B], visual ones among them.
+    """
+
+    hidden: Array
+    positions: Array
+    visual: Array
+    lengths: np.ndarray
+    seen: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What a selection kept: keep_index int64 [B,W], the first `lengths` entries of each row."""
+
+    stage: str
+    index: Array
+    lengths: np.ndarray
+    converged: Array
+
+    def check(self) -> None:
+        """Raises TrioError if a row was not settled."""
+        converged = to_host(self.converged)
+        if converged.all():
+            return
+        rows = ", ".join(str(row) for row in np.flatnonzero(~converged))
+        raise TrioError(
+            f"{self.stage} found no set of tokens for row {rows}, most likely since the hidden "
+            "states overflowed in 16-bit floats: export with --dtype float32, or ask with a budget "
+            "of 1"
+        )
 
 
 def _select(
-    engine: Engine,
-    name: str,
-    hidden: np.ndarray,
-    positions: np.ndarray,
-    lengths: np.ndarray,
-    visual: np.ndarray,
-    keep: np.ndarray,
-) -> dict[str, np.ndarray]:
-    seen = visual.sum(axis=1)
-    width = int((lengths - seen + np.minimum(keep, seen)).max())
-    feeds = {
-        "hidden_states": hidden,
-        "position_ids": positions,
-        "lengths": lengths,
-        "visual_mask": visual,
+    engine: Engine, name: str, tokens: _Tokens, keep: np.ndarray
+) -> tuple[_Chosen, _Tokens]:
+    seen = np.minimum(keep, tokens.seen)
+    lengths = tokens.lengths - tokens.seen + seen
+    feeds: dict[str, Array] = {
+        "hidden_states": tokens.hidden,
+        "position_ids": tokens.positions,
+        "lengths": tokens.lengths,
+        "visual_mask": tokens.visual,
         "keep": keep,
-        "width": np.array([width], np.int64),
+        "width": np.array([lengths.max()], np.int64),
     }
-    out = engine.run(feeds)
-    if not out["converged"].all():
-        rows = ", ".join(str(row) for row in np.flatnonzero(~out["converged"]))
-        raise TrioError(
-            f"{name} found no set of tokens for row {rows}, most likely since the hidden states "
-            "overflowed in 16-bit floats: export with --dtype float32, or ask with a budget of 1"
-        )
-    return out
+    out = engine.run(feeds, host=())
+    chosen = _Chosen(name, out["keep_index"], lengths, out["converged"])
+    if on_host(chosen.converged):
+        chosen.check()
+    hidden, positions = out["hidden_states_out"], out["position_ids_out"]
+    return chosen, _Tokens(hidden, positions, out["visual_mask_out"], lengths, seen)
+
+
+def _origins(chosen: Sequence[_Chosen | None], lengths: np.ndarray) -> list[list[np.ndarray]]:
+    """`Prefilled.kept`; None stands for a pruning point where no row pruned.
+
+    Raises:
+        TrioError: a selection did not converge.
+    """
+    origins, kept = [np.arange(length) for length in lengths], []
+    for choice in chosen:
+        if choice is not None:
+            choice.check()
+            index = to_host(choice.index)
+            origins = [old[index[b, : choice.lengths[b]]] for b, old in enumerate(origins)]
+        kept.append(origins)
+    return kept
 
 
 def _layers(engine: Engine) -> list[int]:

@@ -1,0 +1,411 @@
+"""A GPU's memory, its one stream and CUDA graphs, over cuda-python.
+
+All work of a pipeline is put on one stream, so what runs later sees what ran earlier, and memory
+that is given back may be given out again at once. Memory given back is kept for the next request.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trio_deploy.errors import TrioError
+
+_DRIVER = "libcuda.so.1"
+_SMALL, _LARGE = 512, 2 << 20  # bytes that requests are rounded up to, so that they fit again
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+
+
+def load_driver() -> Any:
+    """The driver's library as ctypes gives it.
+
+    Raises:
+        OSError: there is none.
+    """
+    return ctypes.CDLL(_DRIVER)
+
+
+def require_driver() -> None:
+    """Make sure that there is a GPU to be used.
+
+    Raises:
+        TrioError: no driver, or no GPU that it can use.
+    """
+    try:
+        driver = load_driver()
+    except OSError as error:
+        raise TrioError(
+            f"no NVIDIA driver was found ({error}): TensorRT needs an NVIDIA GPU and its driver; "
+            "in a container start it with --gpus all; without a GPU use --runtime onnxruntime"
+        ) from error
+    status = driver.cuInit(0)
+    count = ctypes.c_int(0)
+    if status == 0:
+        status = driver.cuDeviceGetCount(ctypes.byref(count))
+    if status != 0 or count.value == 0:
+        raise TrioError(
+            f"the NVIDIA driver finds no GPU to use (CUDA error {status}): see nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES, or use --runtime onnxruntime"
+        )
+
+
+def _cuda_runtime() -> Any:
+    """cuda-python's runtime module: `cuda.bindings.runtime`, before 12.8 `cuda.cudart`."""
+    for name in ("cuda.bindings.runtime", "cuda.cudart"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+    raise TrioError("cuda-python is not installed: pip install 'trio-deploy[tensorrt]'")
+
+
+class DeviceArray:
+    """An array in a GPU's memory, or a part of one: `array[a:b, :, :n]`.
+
+    Attributes:
+        strides: bytes from one entry to the next, by axis.
+        address: of the first entry.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        block: object,
+        address: int,
+        strides: tuple[int, ...] | None = None,
+    ) -> None:
+        """Use `Device.empty`; `block` is what keeps the memory."""
+        self.device, self.shape, self.dtype = device, shape, dtype
+        self.address = address
+        self.strides = _strides(shape, dtype.itemsize) if strides is None else strides
+        self._block = block
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the entries."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the entries lie one behind another."""
+        return self.strides == _strides(self.shape, self.dtype.itemsize) or not self.nbytes
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> DeviceArray:
+        slices = index if isinstance(index, tuple) else (index,)
+        shape, address = list(self.shape), self.address
+        for axis, part in enumerate(slices):
+            start, stop, step = part.indices(self.shape[axis])
+            if step != 1:
+                raise IndexError("parts of device memory have no steps")
+            shape[axis] = max(stop - start, 0)
+            address += start * self.strides[axis]
+        return DeviceArray(
+            self.device, tuple(shape), self.dtype, self._block, address, self.strides
+        )
+
+
+class _Block:
+    """Memory on its way back to the pool when nobody needs it any more."""
+
+    def __init__(self, give_back: Callable[[int, int], None], address: int, size: int) -> None:
+        self.address = address
+        weakref.finalize(self, give_back, address, size).atexit = False
+
+
+@dataclass(frozen=True)
+class Event:
+    """A point in the stream's work."""
+
+    handle: Any
+    device: Device
+
+    def since(self, earlier: Event) -> float:
+        """Seconds on the device from `earlier` to here; waits until it is reached."""
+        call = self.device.call
+        call("cudaEventSynchronize", self.handle)
+        return float(call("cudaEventElapsedTime", earlier.handle, self.handle)) / 1e3
+
+
+class Graph:
+    """Recorded work, started as one."""
+
+    def __init__(self, device: Device, executable: Any) -> None:
+        self._device, self._executable = device, executable
+        device.own(self, "cudaGraphExecDestroy", executable)
+
+    def launch(self) -> None:
+        """Put the work on the stream."""
+        self._device.call("cudaGraphLaunch", self._executable, self._device.stream)
+
+
+class Device:
+    """The first GPU that CUDA shows.
+
+    Attributes:
+        name: "NVIDIA H200".
+        compute_capability: "9.0".
+        driver: the newest CUDA version that the driver knows, "12.4".
+        stream: where all work goes.
+    """
+
+    def __init__(self) -> None:
+        """Open it.
+
+        Raises:
+            TrioError: no driver, no GPU, or cuda-python is not installed.
+        """
+        require_driver()
+        self._cuda = _cuda_runtime()
+        self.call("cudaSetDevice", 0)
+        properties = self.call("cudaGetDeviceProperties", 0)
+        self.name = properties.name.decode().rstrip("\0")
+        self.compute_capability = f"{properties.major}.{properties.minor}"
+        version = int(self.call("cudaDriverGetVersion"))
+        self.driver = f"{version // 1000}.{version % 1000 // 10}"
+        flag = int(self._cuda.cudaStreamNonBlocking)
+        self.stream = self.call("cudaStreamCreateWithFlags", flag)
+        self._spare: defaultdict[int, list[int]] = defaultdict(list)
+        self.own(self, "cudaStreamDestroy", self.stream)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """A function of the CUDA runtime; returns what it gives beside its status.
+
+        Raises:
+            TrioError: it failed.
+        """
+        status, *values = getattr(self._cuda, name)(*arguments)
+        if int(status) != 0:
+            raise TrioError(f"{name} failed: {self._reason(status)}")
+        return values[0] if values else None
+
+    def own(self, holder: object, destroy: str, handle: Any) -> None:
+        """Call `destroy` on `handle` when `holder` is gone."""
+        weakref.finalize(holder, getattr(self._cuda, destroy), handle).atexit = False
+
+    def memory(self) -> tuple[int, int]:
+        """Free and all bytes; what is kept for the next request counts as taken."""
+        status, free, total = self._cuda.cudaMemGetInfo()
+        if int(status) != 0:
+            raise TrioError(f"cudaMemGetInfo failed: {self._reason(status)}")
+        return int(free), int(total)
+
+    # --------------------------------------------------------------------------------- memory
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, use: str = "a tensor") -> DeviceArray:
+        """Uninitialised memory, aligned to 256 bytes.
+
+        Args:
+            use: what it is for, for a message.
+
+        Raises:
+            TrioError: there is no room.
+        """
+        dtype = np.dtype(dtype)
+        block = self.block(math.prod(shape) * dtype.itemsize, use)
+        return DeviceArray(self, tuple(shape), dtype, block, block.address)
+
+    def block(self, nbytes: int, use: str) -> _Block:
+        """`nbytes` bytes, at least one; see `empty`."""
+        unit = _LARGE if nbytes >= _LARGE else _SMALL
+        size = max(1, -(-nbytes // unit)) * unit
+        spare = self._spare[size]
+        return _Block(self._give_back, spare.pop() if spare else self._new(size, use), size)
+
+    def release(self) -> None:
+        """Give what is kept for the next request back to the GPU."""
+        self.synchronize()
+        for addresses in self._spare.values():
+            while addresses:
+                self.call("cudaFree", addresses.pop())
+
+    def _new(self, size: int, use: str) -> int:
+        for attempt in range(2):
+            status, address = self._cuda.cudaMalloc(size)
+            if int(status) == 0:
+                return int(address)
+            self._cuda.cudaGetLastError()  # it would come up again at the next call
+            if int(status) != _OUT_OF_MEMORY:
+                raise TrioError(f"cudaMalloc failed: {self._reason(status)}")
+            if attempt == 0:
+                self.release()
+        free, total = self.memory()
+        raise TrioError(
+            f"the GPU is out of memory: {_mib(size)} are needed for {use}, and {_mib(free)} of "
+            f"{_mib(total)} are free; ask for fewer tokens, rows or a lower budget, or end other "
+            "programs on this GPU"
+        )
+
+    def _give_back(self, address: int, size: int) -> None:
+        self._spare[size].append(address)
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array of the host's whose memory a CUDA graph may copy from and to."""
+        dtype = np.dtype(dtype)
+        nbytes = max(1, math.prod(shape) * dtype.itemsize)
+        address = int(self.call("cudaMallocHost", nbytes))
+        buffer = (ctypes.c_byte * nbytes).from_address(address)
+        self.own(buffer, "cudaFreeHost", address)
+        flat = np.frombuffer(buffer, np.uint8)[: math.prod(shape) * dtype.itemsize]
+        return flat.view(dtype).reshape(shape)
+
+    # --------------------------------------------------------------------------------- copies
+
+    def upload(self, array: np.ndarray, into: DeviceArray | None = None) -> DeviceArray:
+        """Copy to the device; the array may be changed afterwards."""
+        array = np.ascontiguousarray(array)
+        target = self.empty(array.shape, array.dtype) if into is None else into
+        if array.nbytes:
+            self._copy(target.address, array.ctypes.data, array.nbytes, "HostToDevice")
+        return target
+
+    def download(self, array: DeviceArray, into: np.ndarray | None = None) -> np.ndarray:
+        """Copy to the host; waits for it."""
+        source = array
+        if not array.contiguous:
+            source = self.empty(array.shape, array.dtype)
+            self.copy(source, array)
+        target = np.empty(array.shape, array.dtype) if into is None else into
+        if array.nbytes:
+            self._copy(target.ctypes.data, source.address, array.nbytes, "DeviceToHost")
+        self.synchronize()
+        return target
+
+    def fetch(self, array: DeviceArray, into: np.ndarray) -> None:
+        """Copy to `pinned` memory of the host without waiting."""
+        self._copy(into.ctypes.data, array.address, array.nbytes, "DeviceToHost")
+
+    def send(self, array: np.ndarray, into: DeviceArray) -> None:
+        """Copy from `pinned` memory of the host without waiting."""
+        self._copy(into.address, array.ctypes.data, array.nbytes, "HostToDevice")
+
+    def copy(self, target: DeviceArray, source: DeviceArray) -> None:
+        """Copy between arrays, or parts of arrays, of one shape and type on the device."""
+        if target.shape != source.shape or target.dtype != source.dtype:
+            raise ValueError(f"cannot copy {source.shape} to {target.shape}")
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        plan = _planes(target.shape, target.dtype.itemsize, target.strides, source.strides)
+        for (to, come), (to_pitch, from_pitch), width, height in plan:
+            self.call(
+                "cudaMemcpy2DAsync",
+                target.address + to,
+                to_pitch,
+                source.address + come,
+                from_pitch,
+                width,
+                height,
+                kind,
+                self.stream,
+            )
+
+    def clear(self, array: DeviceArray) -> None:
+        """Fill with zero bytes."""
+        for (at,), (pitch,), width, height in _planes(
+            array.shape, array.dtype.itemsize, array.strides
+        ):
+            self.call("cudaMemset2DAsync", array.address + at, pitch, 0, width, height, self.stream)
+
+    def _copy(self, target: int, source: int, nbytes: int, kind: str) -> None:
+        kinds = self._cuda.cudaMemcpyKind
+        kind = getattr(kinds, f"cudaMemcpy{kind}")
+        self.call("cudaMemcpyAsync", target, source, nbytes, kind, self.stream)
+
+    # --------------------------------------------------------------------------------- stream
+
+    def synchronize(self) -> None:
+        """Wait for all work.
+
+        Raises:
+            TrioError: some of it failed.
+        """
+        self.call("cudaStreamSynchronize", self.stream)
+
+    def event(self) -> Event:
+        """The point that the stream's work has now."""
+        handle = self.call("cudaEventCreate")
+        event = Event(handle, self)
+        self.own(event, "cudaEventDestroy", handle)
+        self.call("cudaEventRecord", handle, self.stream)
+        return event
+
+    def record(self, work: Callable[[], None]) -> Graph:
+        """A CUDA graph of the work that a function puts on the stream, which does not run yet.
+
+        Raises:
+            TrioError: some of it cannot be recorded.
+        """
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.call("cudaStreamBeginCapture", self.stream, mode)
+        try:
+            work()
+        except BaseException:
+            self._cuda.cudaStreamEndCapture(self.stream)
+            self._cuda.cudaGetLastError()
+            raise
+        graph = self.call("cudaStreamEndCapture", self.stream)
+        try:
+            return Graph(self, self.call("cudaGraphInstantiate", graph, 0))
+        finally:
+            self.call("cudaGraphDestroy", graph)
+
+    def _reason(self, status: Any) -> str:
+        name = self._cuda.cudaGetErrorName(status)[1]
+        text = self._cuda.cudaGetErrorString(status)[1]
+        return f"{bytes(text).decode()} ({bytes(name).decode()})"
+
+
+def _strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    strides, step = [], itemsize
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def _planes(
+    shape: Sequence[int], itemsize: int, *strides: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int, int]]:
+    """Arrays of one shape, cut into planes of `height` lines of `width` bytes.
+
+    Yields:
+        offset in each array, pitch (bytes from line to line) in each, width, height.
+    """
+    if not math.prod(shape):
+        return
+    width = itemsize
+    axes: list[tuple[int, tuple[int, ...]]] = []  # (size, strides), outermost first
+    for axis, size in enumerate(shape):
+        if size > 1:
+            axes.append((size, tuple(s[axis] for s in strides)))
+    while axes and all(step == width for step in axes[-1][1]):
+        width *= axes.pop()[0]
+    # neighbours that run on without a gap are one axis
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for size, steps in axes:
+        if merged and merged[-1][1] == tuple(size * step for step in steps):
+            merged[-1] = (merged[-1][0] * size, steps)
+        else:
+            merged.append((size, steps))
+    height, pitches = merged.pop() if merged else (1, (width,) * len(strides))
+    for place in np.ndindex(*(size for size, _ in merged)):
+        offsets = tuple(
+            sum(number * steps[which] for number, (_, steps) in zip(place, merged, strict=True))
+            for which in range(len(strides))
+        )
+        yield offsets, pitches, width, height
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
