@@ -32,8 +32,15 @@ class Running:
     ...     running.release()
     """
 
-    def __init__(self, stages: Stages, positions: str, pad: int) -> None:
-        """`positions` as in `Decoder`; `pad` is the token that empty places are fed with."""
+    def __init__(self, stages: Stages, positions: str, pad: int, most: int | None = None) -> None:
+        """An empty batch.
+
+        Args:
+            positions: as in `Decoder`.
+            pad: the token that empty places are fed with.
+            most: rows that there will be at once; None means any number.
+        """
+        self._most = most
         self._stages = stages
         self._positions = positions
         self._pad = pad
@@ -49,9 +56,11 @@ class Running:
 
     @property
     def kv_bytes(self) -> int:
-        """Keys and values of the rows' tokens."""
-        used = [number for number, row in enumerate(self._slots) if row is not None]
-        return sum(cache.used(number) for cache in self._caches.values() for number in used)
+        """Keys and values of the rows' tokens; empty places have none."""
+        return sum(
+            cache.shape.nbytes(int(cache.lengths.sum())) * len(cache.layers)
+            for cache in self._caches.values()
+        )
 
     @property
     def kv_bytes_allocated(self) -> int:
@@ -153,9 +162,9 @@ class Running:
     def _room(self, new: Sequence[tuple[Row, Sequence[int]]]) -> tuple[int, dict[str, int]]:
         """Rows and tokens a segment that caches must have, for rows and their lengths there."""
         count = len(self.rows) + len(new)
-        if count > len(self._places):
+        if self._slots and count > len(self._places):
             doubled = 1 << (count - 1).bit_length()
-            count = doubled if self._slots else count
+            count = max(count, min(doubled, self._most or doubled))
         capacities = {}
         for column, name in enumerate(self._stages.segments):
             longest = max((lengths[column] + row.limit for row, lengths in new), default=0)
@@ -184,11 +193,11 @@ class Running:
         places = np.zeros(count, np.int64)
         places[: len(self._places)] = self._places
         old = list(range(len(self._slots)))
+        larger = {}
         for name, cache in self._caches.items():
-            larger = self._stages.cache(name, np.zeros(count, np.int64), capacities[name])
-            larger.copy_rows(old, cache, old)
-            self._caches[name] = larger
-        self._places, self._decoder = places, None
+            larger[name] = self._stages.cache(name, np.zeros(count, np.int64), capacities[name])
+            larger[name].copy_rows(old, cache, old)
+        self._caches, self._places, self._decoder = larger, places, None
 
 
 def _account(row: Row, number: int, caches: dict[str, SegmentCache]) -> None:
