@@ -110,7 +110,13 @@ class HostMoment:
 
 
 class Runtime(Protocol):
-    """Opens the graphs of one bundle with one set of options."""
+    """Opens the graphs of one bundle with one set of options.
+
+    Attributes:
+        concurrent: whether several threads may run its engines at once.
+    """
+
+    concurrent: bool
 
     def shares_cache(self, dialect: str) -> bool:
         """Whether past and present of a layer are one buffer in a decode step.
@@ -144,6 +150,8 @@ class Runtime(Protocol):
 
 class HostRuntime:
     """What runtimes have in common whose engines return when they are done."""
+
+    concurrent = True
 
     def sequence(self, steps: Sequence[Step]) -> Step:
         """See `Runtime.sequence`."""
