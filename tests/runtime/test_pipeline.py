@@ -451,3 +451,18 @@ def test_forced_tokens_are_given_back_with_their_probabilities(setup: Setup) -> 
     context = pipeline.bundle.config.text.max_positions
     with pytest.raises(TrioError, match="force fewer"):
         pipeline.generate_batch([Request(ask(COLOR), [image], forced=[5] * context)])
+
+
+def test_a_request_may_say_what_to_keep_at_each_point(setup: Setup) -> None:
+    pipeline, image = setup.pipeline(), make_picture()
+    own, other = pipeline.generate_batch(
+        [
+            Request(ask(COLOR), [image], max_new_tokens=3),
+            Request(ask(COLOR), [image], max_new_tokens=3, keep=(0.5, 0.1)),
+        ]
+    )
+    assert other.keep_counts[0] == int(0.5 * other.visual_tokens + 0.5) > own.keep_counts[0]
+    assert other.keep_counts[1] == int(0.1 * other.visual_tokens + 0.5) < own.keep_counts[1]
+    for wrong in ({"keep": (0.5,)}, {"keep": (0.5, 0.2), "budget": 0.5}, {"keep": (0.2, 0.5)}):
+        with pytest.raises(TrioError):
+            pipeline.generate_batch([Request(ask(COLOR), [image], **wrong)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -279,7 +280,7 @@ class TrioPipeline:
             processed=processed,
             prompt=prompt,
             limit=len(request.forced) or min(request.max_new_tokens, context - prompt.length),
-            keeps=self._schedule(request.budget).resolve(prompt.visual_tokens),
+            keeps=self._schedule(request).resolve(prompt.visual_tokens),
             sampler=(
                 Forced(request.forced)
                 if request.forced
@@ -291,8 +292,18 @@ class TrioPipeline:
             start=start,
         )
 
-    def _schedule(self, budget: float | None) -> Schedule:
-        schedule = self.bundle.schedule
+    def _schedule(self, request: Request) -> Schedule:
+        schedule, budget = self.bundle.schedule, request.budget
+        if request.keep:
+            if budget is not None or len(request.keep) != len(schedule.points):
+                raise TrioError(
+                    f"a request may say what to keep at each of the bundle's {len(schedule.points)} "
+                    "pruning points, or a budget"
+                )
+            points = zip(schedule.points, request.keep, strict=True)
+            schedule = Schedule(tuple(replace(point, keep=keep) for point, keep in points))
+            schedule.validate(self._text.num_layers)
+            return schedule
         if budget is None:
             return schedule
         if not schedule.layers:

@@ -29,6 +29,8 @@ class Request:
             takes the bundle's own schedule.
         raw: take a prompt string as it is, without the chat template.
         stream: called with each piece of text as it is ready.
+        keep: for each pruning point of the bundle what to keep, as a schedule says it (ratios or
+            counts), in place of a budget.
         forced: tokens to answer with instead of choosing any; `Generation.logprobs` says how
             likely they were.
     """
@@ -43,6 +45,7 @@ class Request:
     budget: float | None = None
     raw: bool = False
     stream: Callable[[str], None] | None = None
+    keep: Sequence[float | int] = ()
     forced: Sequence[int] = ()
 
 
