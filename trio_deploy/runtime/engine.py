@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from trio_deploy.bundle import Bundle
 from trio_deploy.errors import TrioError
 
 Array = Any
@@ -175,18 +176,22 @@ def open_runtime(
     low_memory: bool = False,
     provider: str | None = None,
     precision: str | None = None,
+    bundle: Bundle | None = None,
+    target: str | None = None,
 ) -> Runtime:
     """The runtime called `name`.
 
     Args:
-        name: `onnxruntime` or `openvino`.
+        name: `onnxruntime`, `openvino` or `tensorrt`.
         threads: of one operator; None leaves the choice to the runtime.
         low_memory: keep weights in the page cache alone (ONNX Runtime).
         provider: ONNX Runtime's execution provider, by its full name or as `cpu`, `cuda`.
         precision: `float32` or `bfloat16`, what OpenVINO computes in; None means float32.
+        bundle: whose engines TensorRT runs.
+        target: of which engines to run, where `bundle` has several.
 
     Raises:
-        TrioError: an unknown name, or a runtime that is not installed.
+        TrioError: an unknown name, a runtime that is not installed, or no engines for it.
     """
     if threads is not None and threads < 1:
         raise TrioError(f"threads must be 1 or more, got {threads}")
@@ -207,7 +212,18 @@ def open_runtime(
         if low_memory:
             raise TrioError("the low-memory option belongs to ONNX Runtime, not to OpenVINO")
         return OvRuntime(threads=threads, precision=precision or "float32")
-    raise TrioError(f"unknown runtime {name!r}: choose onnxruntime or openvino")
+    if name == "tensorrt":
+        from trio_deploy.runtime.trt import TrtRuntime, engine_folder
+
+        for option, value in (("provider", provider), ("precision", precision)):
+            if value is not None:
+                raise TrioError(f"{option} is settled when TensorRT's engines are built")
+        if threads is not None or low_memory:
+            raise TrioError("threads and low memory are options of CPU runtimes, not of TensorRT")
+        if bundle is None:
+            raise TrioError("TensorRT runs the engines of a bundle: open the bundle")
+        return TrtRuntime(engine_folder(bundle, target), bundle)
+    raise TrioError(f"unknown runtime {name!r}: choose onnxruntime, openvino or tensorrt")
 
 
 def open_engine(

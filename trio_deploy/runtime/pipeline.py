@@ -79,7 +79,7 @@ class TrioPipeline:
         """Load a bundle.
 
         Args:
-            runtime: `onnxruntime` or `openvino`; None takes the target's.
+            runtime: `onnxruntime`, `openvino` or `tensorrt`; None takes the target's.
             target: a name or file of engines/; None takes the one that the bundle was made for.
             threads: of one operator; None leaves the choice to the runtime.
             low_memory: keep weights in the page cache alone (ONNX Runtime).
@@ -104,6 +104,8 @@ class TrioPipeline:
             low_memory=low_memory,
             provider=provider or device,
             precision=precision or targeted,
+            bundle=loaded,
+            target=target.name if isinstance(target, Target) else target and Path(target).stem,
         )
         stages = Stages(loaded, opened)
         tokens = {key: token for key, token in loaded.tokens.items() if isinstance(token, str)}

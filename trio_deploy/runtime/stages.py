@@ -178,6 +178,9 @@ class Stages:
     def cache(self, name: str, lengths: np.ndarray, capacity: int) -> SegmentCache:
         """A segment's cache for rows of int64 [B] `lengths`, with room for `capacity` tokens."""
         holder = self.engines["decode"] if self.separate else self.engines[name]
+        fixed = holder.inputs[f"past.{self.layers[name][0]}.key"].shape[2]
+        if isinstance(fixed, int):  # an engine that updates in place may take one capacity only
+            capacity = max(capacity, fixed)
         return SegmentCache.allocate(
             self.layers[name], lengths, capacity, self.cache_shape, holder.empty, self.sides
         )

@@ -1,0 +1,488 @@
+"""TensorRT: the engines that `trio build` made, on buffers that stay in the GPU's memory.
+
+What one engine writes the next one reads, all on one stream; the host waits when it needs logits.
+Engines take turns at one scratch buffer. A decode step, all its engines together, is recorded as a
+CUDA graph at its second run: the first one lets TensorRT do what it puts off after a new shape.
+"""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trio_deploy.build.adapter import IoTensor, TensorRT, load
+from trio_deploy.build.profiles import Profile
+from trio_deploy.build.record import Gpu, Record
+from trio_deploy.bundle import Bundle
+from trio_deploy.errors import TrioError
+from trio_deploy.runtime.cuda import Device, DeviceArray, Event, Graph
+from trio_deploy.runtime.engine import Array, Step, TensorSpec, check_feeds
+
+ENGINES = "engines"
+"""The bundle's folder that holds one of engines for each target."""
+
+# Which limits of a target (engines/*.yaml) bound a dynamic axis of a graph.
+_LIMITS = {
+    "B": ("rows", "max_batch"),
+    "T": ("image tiles", "max_images"),
+    "R": ("rows of image features", "max_images or max_batch"),
+    "S": ("tokens a row", "max_text_tokens, max_visual_tokens or max_budget"),
+    "C": ("tokens a row in the KV cache", "max_new_tokens, max_text_tokens or max_visual_tokens"),
+    "W": ("tokens a row after pruning", "max_budget or max_text_tokens"),
+}
+
+
+def engine_folder(bundle: Bundle, target: str | None = None) -> Path:
+    """Where the engines of a bundle lie.
+
+    Args:
+        target: name of the target; None takes the bundle's, or else the only one built.
+
+    Raises:
+        TrioError: none were built, or there are several to choose from.
+    """
+    folder = bundle.path / ENGINES
+    built = sorted(file.parent.name for file in folder.glob("*/record.json"))
+    if target is None and bundle.manifest.target in built:
+        target = bundle.manifest.target
+    if target is None and len(built) == 1:
+        target = built[0]
+    if target in built:
+        return folder / str(target)
+    if not built:
+        wanted = target or "TARGET"
+        raise TrioError(
+            f"{bundle.path} has no TensorRT engines: make them on this machine with `trio build "
+            f"{bundle.path} --target {wanted}`"
+        )
+    raise TrioError(
+        f"{bundle.path} has engines for {', '.join(built)}"
+        + (f", not for {target}" if target else "")
+        + ": choose one with --target"
+    )
+
+
+class TrtRuntime:
+    """The engines of one target.
+
+    Attributes:
+        record: what was built, and on what.
+        device: the GPU.
+        recordings: CUDA graphs made so far.
+    """
+
+    concurrent = False  # one stream, one scratch buffer
+
+    def __init__(
+        self,
+        folder: Path,
+        bundle: Bundle | None = None,
+        *,
+        tensorrt: TensorRT | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
+        """Open the GPU and see that the engines are its.
+
+        Args:
+            folder: of the engines, with their record.json.
+            bundle: whose engines they are: their graphs must be the ones that were built.
+            tensorrt: None loads the installed one.
+            cuda_graphs: record decode steps.
+
+        Raises:
+            TrioError: no driver or TensorRT, or engines of another GPU, TensorRT or bundle.
+        """
+        self.tensorrt = tensorrt or load()
+        self.device = Device()
+        self.record = Record.load(folder)
+        here = Gpu(self.device.name, self.device.compute_capability, self.device.driver)
+        self.record.require_same(here, self.tensorrt.version)
+        self.cuda_graphs = cuda_graphs
+        self.recordings = 0
+        self._folder, self._bundle = folder, bundle
+        self._scratch = self.device.block(1, "scratch")
+        self._scratch_size = 1
+
+    def shares_cache(self, dialect: str) -> bool:
+        """See `Runtime.shares_cache`: KVCacheUpdate works in place, `primitive` graphs do not."""
+        if dialect != self.record.dialect:
+            raise TrioError(
+                f"the engines were built from {self.record.dialect} graphs, but this bundle has "
+                f"{dialect} graphs: run `trio build` again"
+            )
+        return dialect == "onnx"
+
+    def open(self, path: Path, *, exact: bool = False, probing: bool = False) -> TrtEngine:
+        """Load the engine of a graph; its precision was settled when it was built.
+
+        Raises:
+            TrioError: it is missing, damaged, does not load, or was made of another graph.
+        """
+        stage = path.stem
+        file = self.record.check_file(self._folder, stage)
+        entry = self.record.stages[stage]
+        axes: dict[str, tuple[int | str, ...]] = {}
+        if self._bundle is not None:
+            known = self._bundle.manifest.files[path.name].sha256
+            if known not in (None, entry.graph_sha256):
+                raise TrioError(
+                    f"{file} was built from another {path.name} than the bundle's: run "
+                    "`trio build` again"
+                )
+            graph = self._bundle.manifest.graphs[stage]
+            axes = {tensor.name: tensor.shape for tensor in graph.inputs}
+        with file.open("rb") as source:
+            plan = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            engine = self.tensorrt.deserialize(memoryview(plan), str(file))
+        except TrioError as error:
+            free, total = self.device.memory()
+            if "memory" in str(error).lower():
+                raise TrioError(
+                    f"the GPU is out of memory: the engine of {stage} needs at least "
+                    f"{_mib(entry.bytes)}, and {_mib(free)} of {_mib(total)} are free; see `trio "
+                    f"plan --target {self.record.target}` for what fits ({error})"
+                ) from error
+            raise TrioError(
+                f"{error}; if the file is damaged, run `trio build --force` on this machine"
+            ) from error
+        return TrtEngine(self, stage, engine, entry.profiles, axes)
+
+    def sequence(self, steps: Sequence[Step]) -> Step:
+        """See `Runtime.sequence`: recorded as one CUDA graph."""
+        return _Sequence(self, [step for step in steps if isinstance(step, _Step)])
+
+    def moment(self) -> Event:
+        """See `Runtime.moment`."""
+        return self.device.event()
+
+    def scratch(self, nbytes: int) -> tuple[Any, int]:
+        """Memory for execution contexts of at least this size, and its size; shared by all."""
+        if nbytes > self._scratch_size:
+            self._scratch = self.device.block(nbytes, "the engines' intermediate results")
+            self._scratch_size = nbytes
+        return self._scratch, self._scratch_size
+
+
+class _Context:
+    """An execution context with a profile, and the scratch memory it was lent."""
+
+    def __init__(self, engine: TrtEngine, profile: int) -> None:
+        tensorrt, device = engine.runtime.tensorrt, engine.runtime.device
+        self.trt = tensorrt.context(engine.trt)
+        self.profile = profile
+        self._scratch, size = engine.runtime.scratch(tensorrt.scratch_bytes(engine.trt))
+        tensorrt.lend(self.trt, self._scratch.address, size)
+        if profile != self.trt.active_optimization_profile:
+            if not self.trt.set_optimization_profile_async(profile, int(device.stream)):
+                raise TrioError(f"{engine.stage}: {tensorrt.last_errors()}")
+            device.synchronize()
+
+
+class TrtEngine:
+    """One engine. Integers are int64 to the outside, also where TensorRT narrows them."""
+
+    def __init__(
+        self,
+        runtime: TrtRuntime,
+        stage: str,
+        engine: Any,
+        profiles: Sequence[Profile],
+        axes: Mapping[str, tuple[int | str, ...]],
+    ) -> None:
+        """Use `TrtRuntime.open`; `axes` names the dynamic axes of inputs."""
+        self.runtime, self.stage, self.trt = runtime, stage, engine
+        self.profiles = tuple(profiles)
+        self._axes = axes
+        if engine.num_optimization_profiles != len(self.profiles):
+            raise TrioError(
+                f"the engine of {stage} has {engine.num_optimization_profiles} profiles where its "
+                f"record says {len(self.profiles)}: run `trio build` again"
+            )
+        self._tensors = {tensor.name: tensor for tensor in runtime.tensorrt.tensors(engine)}
+        self.inputs = {t.name: _spec(t) for t in self._tensors.values() if t.is_input}
+        self.outputs = {t.name: _spec(t) for t in self._tensors.values() if not t.is_input}
+        self._idle: dict[int, list[_Context]] = {}
+
+    def run(
+        self,
+        feeds: Mapping[str, Array],
+        into: Mapping[str, Array] | None = None,
+        *,
+        host: Collection[str] | None = None,
+    ) -> dict[str, Array]:
+        """See `Engine.run`. An output that is its input in place overwrites the input fed."""
+        into = into or {}
+        context = self._context(self._profile(feeds))
+        try:
+            inputs = {name: self.input(name, feeds[name]) for name in self.inputs}
+            self.set_inputs(context, inputs)
+            given = {name: a for name, a in into.items() if not isinstance(a, np.ndarray)}
+            outputs = self.set_outputs(context, inputs, given)
+            self.execute(context)
+        finally:
+            self._idle.setdefault(context.profile, []).append(context)
+        for name, array in into.items():
+            if isinstance(array, np.ndarray):
+                array[...] = self._download(name, outputs[name])
+        return {
+            name: self._download(name, array) if host is None or name in host else array
+            for name, array in outputs.items()
+            if name not in into
+        }
+
+    def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Step:
+        """See `Engine.bind`."""
+        context = self._context(self._profile(feeds))
+        step = _Step(self, context, feeds, into)
+        # No other shape before the step, and what was recorded of it, is gone.
+        idle = self._idle.setdefault(context.profile, [])
+        weakref.finalize(step, idle.append, context).atexit = False
+        return step
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
+        """See `Engine.empty`."""
+        return self.runtime.device.empty(shape, dtype, f"buffers of {self.stage} (KV cache)")
+
+    def stored(self, name: str) -> np.dtype:
+        """The type of a tensor as it lies in memory."""
+        return self._tensors[name].dtype
+
+    def on_host(self, name: str) -> bool:
+        """Whether an input is read from the host's memory: its values make shapes."""
+        return self._tensors[name].on_host
+
+    def execute(self, context: _Context) -> None:
+        """Put one run of a context, all set, on the stream."""
+        if not context.trt.execute_async_v3(int(self.runtime.device.stream)):
+            raise TrioError(f"{self.stage} failed: {self._errors()}")
+
+    def _profile(self, feeds: Mapping[str, Array]) -> int:
+        """The first profile that admits what is fed."""
+        check_feeds(self, feeds)
+        problems = []
+        for number, profile in enumerate(self.profiles):
+            problem = self._exceeds(profile, feeds)
+            if not problem:
+                return number
+            problems.append(problem)
+        raise TrioError(min(problems)[1])
+
+    def _exceeds(self, profile: Profile, feeds: Mapping[str, Array]) -> tuple[int, str] | None:
+        """What a profile does not admit, the nearest miss first; None where it admits all."""
+        for name, bounds in profile.shapes.items():
+            shape = tuple(feeds[name].shape)
+            named = self._axes.get(name, (None,) * len(shape))
+            if len(shape) != len(bounds.max):
+                return (1, f"input {name} of {self.stage} has the wrong number of axes: {shape}")
+            for axis, (least, size, most) in enumerate(
+                zip(bounds.min, shape, bounds.max, strict=True)
+            ):
+                if not least <= size <= most:
+                    letter = str(named[axis])[:1]
+                    return self._refusal(f"{name} {shape}", letter, size, least, most)
+        for name, bounds in profile.values.items():
+            for least, size, most in zip(
+                bounds.min, np.ravel(feeds[name]).tolist(), bounds.max, strict=True
+            ):
+                if not least <= size <= most:
+                    return self._refusal(name, "W", size, least, most)
+        return None
+
+    def _refusal(self, what: str, axis: str, size: int, least: int, most: int) -> tuple[int, str]:
+        meaning, limits = _LIMITS.get(axis, (f"entries of {what}", "a limit"))
+        target = self.runtime.record.target
+        text = (
+            f"the request needs {size} {meaning} in {self.stage}, whose engine for {target} takes "
+            f"{least} to {most}: "
+        )
+        if size > most:
+            text += f"raise {limits} in the target's file and run `trio build` again, or ask for"
+            text += " less"
+        else:
+            text += "the engine is not made for so few"
+        return (abs(size - (most if size > most else least)), text)
+
+    def _context(self, profile: int) -> _Context:
+        idle = self._idle.get(profile)
+        return idle.pop() if idle else _Context(self, profile)
+
+    def input(self, name: str, value: Array) -> Array:
+        """On the device, or on the host where TensorRT wants it there, in the stored type."""
+        dtype = self.stored(name)
+        if isinstance(value, np.ndarray):
+            narrow = np.ascontiguousarray(value, dtype)
+            return narrow if self.on_host(name) else self.runtime.device.upload(narrow)
+        if self.on_host(name):
+            return self.runtime.device.download(value)
+        if value.dtype != dtype or not value.contiguous:
+            raise TrioError(
+                f"input {name} of {self.stage} must be contiguous {dtype}, got {value.dtype}"
+            )
+        return value
+
+    def set_inputs(self, context: _Context, inputs: Mapping[str, Array]) -> None:
+        """Tell a context where its inputs are and what shapes they have."""
+        for name, array in inputs.items():
+            accepted = context.trt.set_input_shape(name, tuple(array.shape))
+            if not accepted or not context.trt.set_tensor_address(name, _address(array)):
+                raise TrioError(f"{self.stage} refuses {name}: {self._errors()}")
+        missing = context.trt.infer_shapes()
+        if missing:
+            raise TrioError(f"{self.stage}: TensorRT lacks the shapes of {', '.join(missing)}")
+
+    def set_outputs(
+        self, context: _Context, inputs: Mapping[str, Array], given: Mapping[str, DeviceArray]
+    ) -> dict[str, DeviceArray]:
+        """Tell a context, its inputs set, where to write; what is not given is made."""
+        outputs = {}
+        for name in self.outputs:
+            tensor = self._tensors[name]
+            shape = tuple(context.trt.get_tensor_shape(name))
+            if any(size < 0 for size in shape):
+                raise TrioError(f"the shape of {name} of {self.stage} depends on data: {shape}")
+            if name in given:
+                array = given[name]
+            elif tensor.alias:
+                array = inputs[tensor.alias]
+            else:
+                use = f"{name} of {self.stage}"
+                array = self.runtime.device.empty(shape, tensor.dtype, use)
+            if tuple(array.shape) != shape or array.dtype != tensor.dtype:
+                raise TrioError(
+                    f"{name} of {self.stage} is {tensor.dtype} {shape}, not {array.dtype} "
+                    f"{array.shape}"
+                )
+            if tensor.alias and _address(inputs[tensor.alias]) != array.address:
+                raise TrioError(f"{name} of {self.stage} must be the memory of {tensor.alias}")
+            if not context.trt.set_tensor_address(name, array.address):
+                raise TrioError(f"{self.stage} refuses memory for {name}: {self._errors()}")
+            outputs[name] = array
+        return outputs
+
+    def _errors(self) -> str:
+        return self.runtime.tensorrt.last_errors()
+
+    def _download(self, name: str, array: DeviceArray) -> np.ndarray:
+        found = self.runtime.device.download(array)
+        return found.astype(self.outputs[name].dtype, copy=False)
+
+
+class _Step:
+    """A bound run: what the host feeds and wants is copied by way of pinned memory."""
+
+    def __init__(
+        self,
+        engine: TrtEngine,
+        context: _Context,
+        feeds: Mapping[str, Array],
+        into: Mapping[str, Array],
+    ) -> None:
+        device = engine.runtime.device
+        self._engine, self._context, self._device = engine, context, device
+        self._sent: list[tuple[np.ndarray, np.ndarray, DeviceArray | None]] = []
+        self._fetched: list[tuple[DeviceArray, np.ndarray, np.ndarray]] = []
+        self._inputs: dict[str, Array] = {}
+        self._outputs: dict[str, DeviceArray] = {}
+        for name in engine.inputs:
+            value = feeds[name]
+            if not isinstance(value, np.ndarray):
+                self._inputs[name] = engine.input(name, value)
+                continue
+            pinned = device.pinned(value.shape, engine.stored(name))
+            there = None if engine.on_host(name) else device.empty(value.shape, pinned.dtype)
+            self._sent.append((value, pinned, there))
+            self._inputs[name] = pinned if there is None else there
+        for name, value in into.items():
+            if isinstance(value, np.ndarray):
+                pinned = device.pinned(value.shape, engine.stored(name))
+                self._outputs[name] = device.empty(value.shape, pinned.dtype)
+                self._fetched.append((self._outputs[name], pinned, value))
+            else:
+                self._outputs[name] = value
+        self.take()
+        engine.set_inputs(context, self._inputs)
+        engine.set_outputs(context, self._inputs, self._outputs)
+
+    def __call__(self) -> None:
+        self.take()
+        self.enqueue()
+        self._device.synchronize()
+        self.give()
+
+    def take(self) -> None:
+        """Read the host's arrays."""
+        for array, pinned, _ in self._sent:
+            pinned[...] = array
+
+    def enqueue(self) -> None:
+        """Put the run on the stream."""
+        for _, pinned, there in self._sent:
+            if there is not None:
+                self._device.send(pinned, there)
+        self._engine.execute(self._context)
+        for there, pinned, _ in self._fetched:
+            self._device.fetch(there, pinned)
+
+    def give(self) -> None:
+        """Write the host's arrays, when the stream is done."""
+        for _, pinned, array in self._fetched:
+            array[...] = pinned
+
+
+class _Sequence:
+    """Steps one behind another, recorded at the second run."""
+
+    def __init__(self, runtime: TrtRuntime, steps: Sequence[_Step]) -> None:
+        self._runtime, self._steps = runtime, steps
+        self._runs = 0
+        self._graph: Graph | None = None
+
+    def __call__(self) -> None:
+        for step in self._steps:
+            step.take()
+        if self._runs == 1 and self._runtime.cuda_graphs:
+            self._record()
+        self._runs += 1
+        if self._graph is None:
+            self._enqueue()
+        else:
+            self._graph.launch()
+        self._runtime.device.synchronize()
+        for step in self._steps:
+            step.give()
+
+    def _enqueue(self) -> None:
+        for step in self._steps:
+            step.enqueue()
+
+    def _record(self) -> None:
+        try:
+            self._graph = self._runtime.device.record(self._enqueue)
+        except TrioError as error:
+            # A step without a graph is slower, not wrong.
+            self._runtime.cuda_graphs = False
+            warnings.warn(f"decode steps run without CUDA graphs: {error}", stacklevel=2)
+        else:
+            self._runtime.recordings += 1
+
+
+def _spec(tensor: IoTensor) -> TensorSpec:
+    dtype = np.dtype(np.int64) if tensor.dtype == np.int32 else tensor.dtype
+    shape = tuple(None if size < 0 else size for size in tensor.shape)
+    return TensorSpec(tensor.name, dtype, shape)
+
+
+def _address(array: Array) -> int:
+    """Of the first entry."""
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.address
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
