@@ -45,6 +45,7 @@ from trio_deploy.recipe import (
     Target,
     list_targets,
     load_target,
+    tensorrt_dialects,
 )
 from trio_deploy.schedule import Schedule, for_budget, max_visual_tokens
 from trio_deploy.source import HUB_ID, from_folder, hub_folder, resolve
@@ -119,11 +120,15 @@ def export(
         raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(SAFETENSORS)}")
     _refuse_unless_it_runs(dtype, device)
     dialect = dialect or device.dialect
-    options = _options(found.recipe, dialect, dtype, positions, probe, threshold)
-    if dialect not in DIALECTS[device.runtime]:
+    options = _options(found.recipe, device, dialect, dtype, positions, probe, threshold)
+    readable = DIALECTS[device.runtime]
+    if device.tensorrt is not None:
+        readable = tensorrt_dialects(device.tensorrt)
+    if dialect not in readable:
         raise TrioError(
-            f"{device.runtime}, the runtime of the target {device.name}, does not read graphs in "
-            f"the {dialect} dialect: choose {' or '.join(DIALECTS[device.runtime])}"
+            f"{device.runtime}{f' {device.tensorrt}' if device.tensorrt else ''}, the runtime of "
+            f"the target {device.name}, does not read graphs in the {dialect} dialect: choose "
+            f"{' or '.join(readable)}"
         )
     models = build_graphs(config, plan.points, options)
     used = _used_tensors(models, canonical_tensors(config))
@@ -219,6 +224,7 @@ def _schedule(
 
 def _options(
     recipe: Recipe | None,
+    device: Target,
     dialect: str,
     dtype: str,
     positions: str | None,
@@ -237,7 +243,7 @@ def _options(
     return GraphOptions(
         dialect=dialect,  # type: ignore[arg-type]  # checked there, unknown ones are named
         dtype=dtype,  # type: ignore[arg-type]
-        separate_decode=dialect == "onnx",
+        separate_decode=dialect == "onnx" or device.decode_layout == "separate",
         **values,
     )
 

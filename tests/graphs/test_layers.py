@@ -26,6 +26,7 @@ from trio_deploy.graphs.layers import (
     constant,
     inverse_frequencies,
     rotary_angles,
+    running_sum,
 )
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.models.config import RopeConfig
@@ -113,6 +114,17 @@ def test_unknown_activation_is_an_error() -> None:
     s = stage()
     with pytest.raises(TrioError, match="relu6"):
         activation(s.op, "relu6", s.input("x", FLOAT, [1]))
+
+
+@dialects
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 2944])
+def test_a_running_sum_counts_exactly_up_to_each_place(dialect: str, length: int) -> None:
+    s = stage(dialect)
+    flags = s.input("flags", FLOAT, ["B", "L"])
+    s.output("sums", running_sum(s.op, flags), FLOAT, ["B", "L"])
+    array = np.random.default_rng(0).integers(0, 2, (3, length)).astype(np.float32)
+    out = run(s.finish(CONFIG), {}, {"flags": array})
+    assert np.array_equal(out["sums"], np.cumsum(array, 1))
 
 
 @pytest.mark.parametrize("dialect", ["ort", "primitive"])

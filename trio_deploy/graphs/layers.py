@@ -44,6 +44,7 @@ _DTYPES = {
 }
 # The oldest IR version that the ONNX release of an opset allows: TensorRT 8.6 reads 8.
 _IR_VERSIONS = {17: 8, 23: 11, 24: 12}
+_RUN = 128  # places that `running_sum` adds up at a time
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,29 @@ def reduce(
 def dim(op: Any, value: ir.Value, axis: int) -> ir.Value:
     """The size of one axis, int64 [1]."""
     return op.Shape(value, start=axis, end=axis + 1)
+
+
+def running_sum(op: Any, flags: ir.Value) -> ir.Value:
+    """How many of `flags` hold up to each place: f32 0 or 1 [B,L] → f32 [B,L].
+
+    TensorRT before 10.15 turns CumSum into a loop of L steps; so in opset 17 it is done with a
+    triangle: within blocks, then over the blocks. Every product is exact, in bfloat16 too.
+    """
+    if op.version > 17:
+        return op.CumSum(flags, 1)
+    batch, length = dim(op, flags, 0), dim(op, flags, 1)
+    blocks = op.Div(op.Add(length, _RUN - 1), _RUN)
+    missing = op.Concat(batch, op.Sub(op.Mul(blocks, _RUN), length), axis=0)
+    padding = op.ConstantOfShape(missing, value=ir.tensor(np.zeros(1, np.float32)))
+    table = op.Concat(batch, blocks, [_RUN], axis=0)
+    flags = op.Reshape(op.Concat(flags, padding, axis=1), table)
+    inside = op.MatMul(flags, constant(op, np.triu(np.ones((_RUN, _RUN), np.float32)), "run"))
+    totals = op.Slice(inside, [_RUN - 1], [_RUN], [2])  # [B,blocks,1]
+    number = op.Range(0, op.Squeeze(blocks, [0]), 1)
+    before = op.Less(op.Unsqueeze(number, [0]), op.Unsqueeze(number, [1]))
+    offsets = op.MatMul(op.Cast(before, to=FLOAT), totals)
+    sums = op.Reshape(op.Add(inside, offsets), op.Concat(batch, [-1], axis=0))
+    return op.Slice(sums, [0], length, [1])
 
 
 # --------------------------------------------------------------------------------------------
@@ -392,7 +416,8 @@ class Window:
         seqlens, total: int32 [B] and scalar, for GroupQueryAttention.
         past_lengths: int64 [B], tokens valid before this step.
         written, beyond, mask: for `primitive`, with P = max(C, S): bool [B, 1, P, 1], the slot that
-            takes the new token; P - C, int64 [1]; additive fp32 [B, 1, S, P].
+            takes the new token; P - C, int64 [1]; additive fp32 [B, 1, S, P]. In decode.onnx of the
+            `onnx` dialect: mask, bool [B, 1, 1, C], the slots that are valid.
     """
 
     angles: Angles
@@ -417,14 +442,16 @@ def cache_window(
     """The window of a segment over S new tokens x [B, S, d].
 
     Prefill: C = 0, past_lengths = 0, lengths = valid new tokens. Decode: S = 1, lengths = 1,
-    past_lengths = tokens valid before. One set of formulas serves both; the `onnx` dialect's
-    prefill graphs pass neither `past_lengths` nor `past`.
+    past_lengths = tokens valid before. One set of formulas serves both; prefill graphs beside a
+    decode.onnx pass neither `past_lengths` nor `past`.
     """
     angles = rotary_angles(op, d, text, positions)
-    if past_lengths is None:
-        return Window(angles)
     if d.name == "onnx":
-        return Window(angles, past_lengths=past_lengths)
+        if past_lengths is None or past is None:
+            return Window(angles)
+        slots = op.Range(0, op.Squeeze(dim(op, past.key, 2), [0]), 1)
+        seen = op.LessOrEqual(op.Unsqueeze(slots, [0]), op.Unsqueeze(past_lengths, [1]))
+        return Window(angles, past_lengths=past_lengths, mask=op.Unsqueeze(seen, [1, 2]))
     new = dim(op, x, 1)
     if d.name == "ort":
         if lengths is None:
@@ -434,7 +461,13 @@ def cache_window(
         total = op.Add(op.ReduceMax(past_lengths, keepdims=1), new)
         total = op.Cast(op.Squeeze(total, [0]), to=INT32)
         return Window(angles, seqlens=seqlens, total=total)
-    assert past is not None
+    if past_lengths is None or past is None:
+        assert lengths is not None
+        rows = op.Range(0, op.Squeeze(new, [0]), 1)
+        ends = op.Unsqueeze(op.Sub(lengths, 1), [1, 2])
+        last = op.Min(op.Unsqueeze(rows, [0, 2]), ends)  # see below
+        blind = op.Cast(op.Greater(op.Unsqueeze(rows, [0, 1]), last), to=FLOAT)
+        return Window(angles, mask=op.Unsqueeze(op.Mul(blind, -1e30), [1]))
     capacity = dim(op, past.key, 2)
     beyond = op.Max(op.Sub(new, capacity), 0)
     slots = op.Range(0, op.Squeeze(op.Add(capacity, beyond), [0]), 1)
@@ -527,15 +560,18 @@ class Attention(nn.Module):
             op.TensorScatter(past.key, k, window.past_lengths, axis=-2),
             op.TensorScatter(past.value, v, window.past_lengths, axis=-2),
         )
-        valid = op.Add(window.past_lengths, 1)
-        y = op.Attention(q, present.key, present.value, None, None, None, valid, scale=scale)
+        # TensorRT's parser takes no nonpad_kv_seqlen.
+        y = op.Attention(q, present.key, present.value, window.mask, scale=scale)
         return merge_heads(op, typed(y, self.d.dtype, shape_of(q))), present
 
     def _primitive(
         self, op: Any, q: ir.Value, k: ir.Value, v: ir.Value, window: Window, past: KV | None
     ) -> tuple[ir.Value, KV]:
-        assert past is not None
-        present = KV(self._update(op, past.key, k, window), self._update(op, past.value, v, window))
+        present = KV(k, v)
+        if past is not None:
+            present = KV(
+                self._update(op, past.key, k, window), self._update(op, past.value, v, window)
+            )
         times = self.text.num_heads // self.text.num_kv_heads
         keys = repeat_heads(op, present.key, times)
         values = repeat_heads(op, present.value, times)

@@ -24,8 +24,9 @@ def build_prefill(
     """Layers start…stop-1 as prefill_{index}.onnx.
 
     Inputs: inputs_embeds (index 0) or hidden_states [B, S, d], position_ids int64 [B, S], lengths
-    int64 [B] (valid new tokens), and, but for the `onnx` dialect, past_lengths int64 [B] (valid
-    tokens in the past) and past.{i}.key / .value [B, G, C, D], i counted over the whole model.
+    int64 [B] (valid new tokens), and, unless there is a decode.onnx (whatever there is, in `ort`),
+    past_lengths int64 [B] (valid tokens in the past) and past.{i}.key / .value [B, G, C, D], i
+    counted over the whole model.
     Outputs: hidden_states [B, S, d] (hidden_states_out where hidden_states is an input), or from
     the last segment logits float32 [B, V] at each row's last valid new token; present.{i}.key /
     .value [B, G, max(C, S), D].
@@ -43,7 +44,7 @@ def build_prefill(
     lengths = stage.input("lengths", INT64, ["B"])
     pasts: dict[int, KV] = {}
     past_lengths = None
-    if d.name != "onnx":
+    if d.name == "ort" or not options.separate_decode:
         past_lengths = stage.input("past_lengths", INT64, ["B"])
         pasts = {i: past_inputs(stage, config, i, "C") for i in range(start, stop)}
 

@@ -36,6 +36,7 @@ from trio_deploy.graphs.layers import (
     merge_heads,
     reduce,
     rotary_angles,
+    running_sum,
     split_heads,
     typed,
 )
@@ -192,7 +193,7 @@ def _probes(op: Any, options: GraphOptions, tokens: Tokens) -> tuple[ir.Value, i
     Probe p is the text token with p more behind it, or p + 1 where `probe` is `shifted`.
     """
     text = op.Cast(tokens.text, to=FLOAT)
-    behind = op.Sub(reduce(op, "ReduceSum", text, [1]), op.CumSum(text, 1))
+    behind = op.Sub(reduce(op, "ReduceSum", text, [1]), running_sum(op, text))
     shift = 1 if options.probe == "shifted" else 0
     wanted = np.arange(options.probes, dtype=np.float32)[None, :, None] + shift
     hit = op.Equal(op.Unsqueeze(behind, [1]), constant(op, wanted, "probes"))

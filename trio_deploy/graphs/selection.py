@@ -22,7 +22,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trio_deploy.graphs.layers import BOOL, FLOAT, INT64, cast, constant, dim, reduce
+from trio_deploy.graphs.layers import (
+    BOOL,
+    FLOAT,
+    INT64,
+    cast,
+    constant,
+    dim,
+    reduce,
+    running_sum,
+)
 from trio_deploy.graphs.saliency import Tokens
 
 BLOCK = 256
@@ -41,14 +50,15 @@ def compact(op: Any, mask: ir.Value, index: ir.Value, width: ir.Value) -> tuple[
     """
     shape = op.Shape(mask)
     index = op.Expand(index, shape)
-    ones = cast(op, mask, INT64)
+    flags = cast(op, mask, FLOAT)
     # what stays goes to its rank, what goes to a place of its own behind the W columns
-    slot = op.Where(mask, op.Sub(op.CumSum(ones, 1), 1), op.Add(index, width))
+    rank = op.Cast(op.Sub(running_sum(op, flags), 1.0), to=INT64)
+    slot = op.Where(mask, rank, op.Add(index, width))
     room = op.Concat(dim(op, mask, 0), op.Add(dim(op, mask, 1), width), axis=0)
     room = op.ConstantOfShape(room, value=ir.tensor(np.array([-1], np.int64)))
     packed = op.ScatterElements(room, slot, index, axis=1)
     packed = op.Slice(packed, [0], width, [1])
-    return packed, reduce(op, "ReduceSum", ones, [1], keepdims=False)
+    return packed, op.Cast(reduce(op, "ReduceSum", flags, [1], keepdims=False), to=INT64)
 
 
 def select(
@@ -75,11 +85,10 @@ def select(
         bool [B].
     """
     batch, length = dim(op, tokens.x, 0), dim(op, tokens.x, 1)
-    candidates = reduce(op, "ReduceSum", cast(op, tokens.visual, INT64), [1])  # [B,1]
+    available = reduce(op, "ReduceSum", op.Cast(tokens.visual, to=FLOAT), [1])  # [B,1]
     keep = op.Unsqueeze(keep, [1])
-    prunes = op.Less(keep, candidates)
+    prunes = op.Less(keep, op.Cast(available, to=INT64))
     need = op.Cast(op.Where(prunes, keep, 0), to=FLOAT)  # [B,1]
-    available = op.Cast(candidates, to=FLOAT)
     norms = op.Max(op.Sqrt(op.Squeeze(tokens.squares, [2])), NORM_FLOOR)  # [B,S]
     last = op.Sub(length, 1)
     before = _before(op, block)
@@ -91,7 +100,10 @@ def select(
         shape = op.Concat(batch, columns, axis=0)
         return op.ConstantOfShape(shape, value=ir.tensor(np.array([value])))
 
-    one, padding = constant(op, np.array([1]), "one"), constant(op, np.array([block]), "block")
+    one, padding = (
+        constant(op, np.array([1]), "one"),
+        constant(op, np.array([block]), f"block_{block}"),
+    )
     blocks = op.Div(op.Add(length, block - 1), block)  # int64 [1]
     trash = op.Add(length, block)  # the column behind the S tokens and the padding
     score = op.Where(tokens.visual, scores, NO_CANDIDATE)
@@ -159,7 +171,7 @@ def select(
     )
     # fill up with the best of what was suppressed
     suppressed = op.And(op.Greater(status, -0.5), op.Less(status, 0.5))
-    turn = op.CumSum(op.Cast(suppressed, to=FLOAT), 1)
+    turn = running_sum(op, op.Cast(suppressed, to=FLOAT))
     filling = op.And(suppressed, op.LessOrEqual(turn, op.Sub(need, count)))
     picked = op.Cast(op.Or(op.Greater(status, 0.5), filling), to=FLOAT)
     chosen = op.ScatterElements(full(op.Add(trash, 1), np.float32(0)), order, picked, axis=1)
@@ -207,10 +219,10 @@ def next_best(op: Any, score: ir.Value, block: int) -> tuple[ir.Value, ir.Value]
     least = op.Slice(values, [block - 1], [block], [1])  # [B,1]
     above, level = op.Greater(score, least), op.Equal(score, least)
     room = op.Sub(float(block), reduce(op, "ReduceSum", op.Cast(above, to=FLOAT), [1]))
-    turn = op.CumSum(op.Cast(level, to=FLOAT), 1)
+    turn = running_sum(op, op.Cast(level, to=FLOAT))
     inside = op.Or(above, op.And(level, op.LessOrEqual(turn, room)))  # exactly M a row
     columns = op.Range(0, op.Squeeze(dim(op, score, 1), [0]), 1)
-    index, _ = compact(op, inside, columns, constant(op, np.array([block]), "block"))
+    index, _ = compact(op, inside, columns, constant(op, np.array([block]), f"block_{block}"))
     value = op.GatherElements(score, index, axis=1)
     mine, other = op.Unsqueeze(value, [2]), op.Unsqueeze(value, [1])
     tied_before = op.And(op.Equal(other, mine), _before(op, block))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
@@ -18,6 +19,7 @@ from trio_deploy.graphs.layers import (
     Weight,
     activation,
     cast,
+    constant,
     dtype_of,
     merge_heads,
     plain_attention,
@@ -194,7 +196,9 @@ def build_embed(config: ModelConfig, options: GraphOptions) -> ir.Model:
     if "image_newline" in canonical_tensors(config):
         newline = op.Reshape(Weight("image_newline", [size], d.dtype).into(op), [1, size])
     else:
-        newline = op.Expand(op.CastLike(0.0, features), [1, size])
+        newline = op.Expand(
+            cast(op, constant(op, np.zeros(1, np.float32), "zero"), d.dtype), [1, size]
+        )
     rows = op.Concat(features, newline, axis=0)
     pictures = op.Gather(rows, op.Where(is_text, 0, op.Sub(source, length)), axis=0)
     y = op.Where(op.Unsqueeze(is_text, [2]), words, pictures)
