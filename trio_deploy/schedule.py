@@ -18,26 +18,14 @@ from itertools import pairwise
 from typing import Any
 
 from trio_deploy.errors import TrioError
+from trio_deploy.methods import METHODS
 from trio_deploy.models.config import ModelConfig, TextConfig
-
-METHODS = (
-    "trio",  # gradient of the layer-local loss, near-copies suppressed
-    "topk-gradient",  # the same gradient, nothing suppressed
-    "fastv",  # attention of the last token
-    "dart",  # pivots, and what is least like them
-    "divprune",  # the most diverse, farthest from what is kept already
-    "random",
-)
-"""Selection methods that a pruning point may name; docs/architecture.md defines them."""
 
 DEFAULT_BUDGET = 0.111
 """Where none is given: the smaller of the published ones."""
 
 SUPPRESSION_BLOCK = 256
 """M, the ranks that suppression works through at a time."""
-
-PIVOTS = 4
-"""Visual pivots of `dart`, and text pivots: the defaults of the authors and of NVIDIA."""
 
 # The published schedules of the LLaVA family (the authors' code): layers of 32, and what is kept
 # of 576 visual tokens for an average of 64 and of 128.  `solve` generalises these three lines.

@@ -191,8 +191,8 @@ def test_rows_are_put_together_padded_on_the_right(oracles):
 def test_refuses_what_it_does_not_know(oracles):
     folder, oracle = oracles("llava")
     _, row = processed(folder, "<image> " + QUESTION, make_picture())
-    other = Schedule((PruningPoint(1, 0.5, method="divprune"),))
-    with pytest.raises(TrioError, match="divprune"):
+    other = Schedule((PruningPoint(1, 0.5, method="best"),))
+    with pytest.raises(TrioError, match="best"):
         oracle.generate([row], other)
     with pytest.raises(TrioError, match="no picture"):
         oracle.generate([Row(row.input_ids)], PRUNED)

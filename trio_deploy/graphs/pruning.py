@@ -20,8 +20,8 @@ from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.rivals import Choice, Method, Site
 from trio_deploy.graphs.saliency import Tokens, saliency
 from trio_deploy.graphs.selection import BLOCK, compact, select
+from trio_deploy.methods import METHODS
 from trio_deploy.models.config import ModelConfig
-from trio_deploy.schedule import METHODS
 
 _HUGE = 1e38
 
@@ -63,7 +63,7 @@ def build_select(
     not be used, because the method did not finish, a score is not finite or `width` is too small.
 
     Args:
-        method: one of `schedule.METHODS`.
+        method: one of `methods.METHODS`.
         block: M, ranks that are worked through at a time; at most 1024.
 
     Raises:
@@ -95,11 +95,13 @@ def build_select(
     safe = op.Max(index, 0)
     rows = op.Gather(tokens.flat, op.Add(safe, tokens.offset), axis=0)
     rows = op.Where(op.Unsqueeze(filled, [2]), rows, 0.0)
+    old = op.GatherElements(positions, safe, axis=1)
     if options.positions == "original":
-        places = op.GatherElements(positions, safe, axis=1)
+        places = op.Where(filled, old, 0)
     else:
+        # The minimum is 0, and a reason for OpenVINO to keep an input that no method may read.
         places = op.Unsqueeze(op.Range(0, op.Squeeze(width, [0]), 1), [0])
-    places = op.Where(filled, places, 0)
+        places = op.Where(filled, places, op.Min(old, 0))
     visual = op.GatherElements(cast(op, tokens.visual, INT64), safe, axis=1)
 
     stage.output("keep_index", index, INT64, ["B", "W"])

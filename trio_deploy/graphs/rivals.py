@@ -44,20 +44,19 @@ from trio_deploy.graphs.selection import (
     loop,
     next_best,
 )
+from trio_deploy.methods import (
+    FAR,
+    PIVOTS,
+    RANDOM_PRIME,
+    RANDOM_ROUNDS,
+    STEP,
+    TIE,
+    random_constant,
+)
 from trio_deploy.models.config import TextConfig
-from trio_deploy.schedule import PIVOTS
 
 _BLIND = -1e30  # additive mask; its exponential is zero in fp32
-_FAR = 2.0  # the largest cosine distance: what has nothing to be near to has it
 _OUTSIDE = -1.0  # of what cannot be chosen
-_TIE = 1e-5  # distances closer than this are equal, so that no tie is decided by rounding
-_STEP = 2.0**-16  # distances are rounded to multiples of this, for the same reason
-
-# The permutation behind `random`: cubing modulo a prime p, where 3 does not divide p - 1, after
-# adding a key, as in the MiMC cipher (Albrecht et al., 2016), in so many rounds. p² stays below
-# 2³¹, since TensorRT computes in 32 bits before version 10.
-RANDOM_PRIME = 46337
-RANDOM_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -148,8 +147,9 @@ def fastv(op: Any, site: Site) -> Choice:
 def random(op: Any, site: Site) -> Choice:
     """A set of tokens that depends on the row's seed and on nothing else.
 
-    Takes `seed` int64 [B]. A token's score is its place under a keyed permutation of 0…p-1, so no
-    two tokens tie, and a row keeps the same tokens alone and in a batch.
+    Takes `seed` int64 [B], below 2³¹: OpenVINO and TensorRT 8 make 32-bit numbers of it. A token's
+    score is its place under a keyed permutation of 0…p-1, so no two tokens tie, and a row keeps the
+    same tokens alone and in a batch.
     """
     seed = site.stage.input("seed", INT64, ["B"])
     p = constant(op, np.array([RANDOM_PRIME]), "prime")
@@ -158,7 +158,6 @@ def random(op: Any, site: Site) -> Choice:
         return op.Sub(value, op.Mul(op.Div(value, p), p))
 
     key = mod(op.Unsqueeze(seed, [1]))
-    key = mod(op.Add(key, p))  # a negative seed leaves a negative rest
     x = mod(op.Unsqueeze(site.tokens.index, [0]))
     for turn in range(RANDOM_ROUNDS):
         x = mod(op.Add(op.Add(x, key), random_constant(site.layer, turn)))
@@ -167,17 +166,13 @@ def random(op: Any, site: Site) -> Choice:
     return _by_score(op, site, score)
 
 
-def random_constant(layer: int, turn: int) -> int:
-    """What a round of the permutation adds to the key; each layer has a permutation of its own."""
-    return (7919 * (turn + 1) + 104729 * (layer + 1) * (turn + 1) ** 2) % RANDOM_PRIME
-
-
 def divprune(op: Any, site: Site) -> Choice:
     """The most diverse tokens, greedily (DivPrune, arXiv 2503.02175).
 
     First the token whose nearest other one is farthest, then again and again the one that is
     farthest from all that is kept; distance is 1 - cosine. The score is a token's distance from
-    what was kept when it was taken, or at the end where it was not; the first one's is 2.
+    what was kept when it was taken, or at the end where it was not; the first one's is 2, and all
+    are 0 in a row that keeps everything.
     """
     tokens = site.tokens
     need, prunes = site.need(op)
@@ -187,7 +182,7 @@ def divprune(op: Any, site: Site) -> Choice:
     distances = op.Sub(1.0, cosines)
     itself = op.Equal(op.Unsqueeze(tokens.index, [1]), op.Unsqueeze(tokens.index, [0]))  # [S,S]
     other = op.And(op.Unsqueeze(visual, [2]), op.Not(op.Unsqueeze(itself, [0])))
-    nearest = reduce(op, "ReduceMin", op.Where(other, distances, _FAR), [1], keepdims=False)
+    nearest = reduce(op, "ReduceMin", op.Where(other, distances, FAR), [1], keepdims=False)
     flat = op.Reshape(distances, op.Concat([-1], dim(op, tokens.x, 1), axis=0))  # [B*S,S]
     nothing = op.Mul(nearest, 0.0)
 
@@ -195,7 +190,7 @@ def divprune(op: Any, site: Site) -> Choice:
         """The token that is farthest, int64 [B,1]; and 1 at its place, f32 [B,S]."""
         free = op.And(visual, op.Less(chosen, 0.5))
         open_ = op.Where(free, gap, _OUTSIDE)
-        far = op.Sub(reduce(op, "ReduceMax", open_, [1]), _TIE)
+        far = op.Sub(reduce(op, "ReduceMax", open_, [1]), TIE)
         hit = op.And(free, op.GreaterOrEqual(open_, far))
         index = op.Cast(tokens.index, to=FLOAT)
         length = op.Cast(dim(op, gap, 1), to=FLOAT)
@@ -205,13 +200,14 @@ def divprune(op: Any, site: Site) -> Choice:
         picked = op.And(op.Equal(index, first), op.And(hit, op.Less(count, need)))
         return op.Cast(first, to=INT64), op.Cast(picked, to=FLOAT)
 
-    def nearer(op: Any, gap: ir.Value, token: ir.Value) -> ir.Value:
-        """Distances from what is kept, once `token` [B,1] is."""
+    def nearer(op: Any, gap: ir.Value, token: ir.Value, picked: ir.Value) -> ir.Value:
+        """Distances from what is kept, once `token` [B,1] is, where a row has `picked` one."""
         row = op.Squeeze(op.Gather(flat, op.Add(token, tokens.offset), axis=0), [1])
-        return op.Min(gap, op.Max(row, 0.0))
+        some = op.Greater(reduce(op, "ReduceSum", picked, [1]), 0.5)
+        return op.Where(some, op.Min(gap, op.Max(row, 0.0)), gap)
 
     token, chosen = take(op, nearest, nothing)
-    start = [nearer(op, op.Add(nothing, _FAR), token), chosen, op.Mul(chosen, _FAR)]
+    start = [nearer(op, op.Add(nothing, FAR), token, chosen), chosen, op.Mul(chosen, FAR)]
 
     def next_one(
         op: Any, _turn: ir.Value, gap: ir.Value, chosen: ir.Value, score: ir.Value
@@ -220,7 +216,7 @@ def divprune(op: Any, site: Site) -> Choice:
         score = op.Add(score, op.Mul(picked, gap))
         chosen = op.Add(chosen, picked)
         more = op.Less(reduce(op, "ReduceSum", chosen, [1]), need)
-        return any_of(op, more), [nearer(op, gap, token), chosen, score]
+        return any_of(op, more), [nearer(op, gap, token, picked), chosen, score]
 
     most = op.Squeeze(dim(op, nearest, 1), [0])
     gap, chosen, score = loop(op, most, any_of(op, op.Greater(need, 1.0)), start, next_one, "picks")
@@ -239,7 +235,8 @@ def dart(op: Any, site: Site) -> Choice:
     throughout. At a later layer norms are those of its keys, cosines those of the hidden states
     after the final norm, and the text is what follows the first visual token, as in the authors'
     code (their keys are those of the layer before). The score is a token's distance, 1 - cosine,
-    from the pivot that it was compared with last; a visual pivot's is 2.
+    from the pivot that it was compared with last; a visual pivot's is 2, and all are 0 in a row
+    that keeps everything.
     """
     d, text, tokens = site.d, site.text, site.tokens
     need, prunes = site.need(op)
@@ -265,7 +262,7 @@ def dart(op: Any, site: Site) -> Choice:
     flat = op.Reshape(unit, [-1, text.hidden_size])
     mine = op.Gather(flat, op.Add(pivots, tokens.offset), axis=0)  # [B,2P,d]
     distances = op.Sub(1.0, op.MatMul(mine, op.Transpose(unit, perm=[0, 2, 1])))  # [B,2P,S]
-    distances = op.Mul(op.Floor(op.Add(op.Mul(op.Max(distances, 0.0), 1 / _STEP), 0.5)), _STEP)
+    distances = op.Mul(op.Floor(op.Add(op.Mul(op.Max(distances, 0.0), 1 / STEP), 0.5)), STEP)
     own = op.Equal(op.Unsqueeze(pictures, [2]), op.Unsqueeze(tokens.index, [0, 1]))  # [B,P,S]
     own = op.And(own, op.Unsqueeze(known, [2]))
     chosen = reduce(op, "ReduceMax", op.Cast(own, to=FLOAT), [1], keepdims=False)
@@ -280,10 +277,9 @@ def dart(op: Any, site: Site) -> Choice:
         left = reduce(op, "ReduceSum", op.Slice(valid, turn, [2 * PIVOTS], [1]), [1])
         rest = op.Mul(op.Sub(need, reduce(op, "ReduceSum", chosen, [1])), now)
         share = op.Floor(op.Div(op.Add(rest, op.Sub(left, 1.0)), op.Max(left, 1.0)))
-        share = op.Mul(share, now)
         distance = op.Squeeze(op.Slice(distances, turn, op.Add(turn, 1), [1]), [1])
         free = op.And(tokens.visual, op.Less(chosen, 0.5))
-        compared = op.And(free, op.Greater(now, 0.5))
+        compared = op.And(free, op.Greater(rest, 0.5))
         score = op.Where(compared, distance, score)
         taken = _top(op, distance, free, share, site.block)
         more = op.Less(reduce(op, "ReduceSum", chosen, [1]), need)
@@ -293,7 +289,7 @@ def dart(op: Any, site: Site) -> Choice:
         op,
         op.Squeeze(constant(op, np.array([2 * PIVOTS]), "all_pivots"), [0]),
         any_of(op, op.Greater(need, 0.0)),
-        [chosen, op.Mul(chosen, _FAR)],
+        [chosen, op.Mul(chosen, FAR)],
         grow,
         "grow",
     )
@@ -327,7 +323,7 @@ def _best(op: Any, site: Site, score: ir.Value) -> ir.Value:
 
 def _made(op: Any, site: Site, picked: ir.Value, prunes: ir.Value, score: ir.Value) -> Choice:
     visual = site.tokens.visual
-    score = op.Where(visual, score, 0.0)
+    score = op.Where(op.And(visual, prunes), score, 0.0)
     return Choice(op.And(visual, op.Or(picked, op.Not(prunes))), score, finite=score)
 
 

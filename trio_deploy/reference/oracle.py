@@ -8,7 +8,7 @@ a loop over rows and nothing here knows about padding.
 A pruning point (l, k): before decoder layer l runs, keep k visual tokens. The score of a visual
 token v is the norm of d(loss)/d(X[v]), where X is the input of layer l, and the loss asks how sure
 layer l alone, followed by the final norm and the head, is of its own predictions at the last few
-text tokens.
+text tokens. What other methods choose by is in `rivals`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from trio_deploy.errors import TrioError
+from trio_deploy.reference import rivals
 from trio_deploy.reference.nms import greedy_select
 from trio_deploy.reference.trace import Stage, Tensors, stack_rows
 from trio_deploy.schedule import Schedule
@@ -45,11 +46,13 @@ class Row:
         input_ids: [S] int64, with one image token for every visual token.
         pixel_values: [T, 3, h, w] tiles of all images of the prompt; None for text alone.
         image_sizes: (height, width) of each image before preprocessing, in pixels.
+        seed: of `random` selections.
     """
 
     input_ids: NDArray[np.int64]
     pixel_values: NDArray[np.floating] | None = None
     image_sizes: Sequence[tuple[int, int]] = ()
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -258,17 +261,20 @@ class Oracle:
         norms = gradient[0].double().norm(dim=-1) / scale
         return torch.where(visual, norms, scores)
 
-    def select(
-        self, layer: int, hidden: Tensor, positions: Tensor, visual: Tensor, keep: int
-    ) -> tuple[Tensor, Tensor]:
+    def select(self, method: str, view: rivals.View) -> tuple[Tensor, Tensor]:
         """Places kept out of [1, S, d] in ascending order, [W], and the scores, [S]."""
-        scores = self.saliency(layer, hidden, positions, visual)
-        places = visual.nonzero().flatten()
-        chosen = greedy_select(
-            _array(scores[visual]), _array(hidden[0, visual]), keep, self.threshold
-        )
+        visual = view.visual
+        self.probe_logits = 0.0
+        if method == "trio":
+            scores = self.saliency(view.layer, view.hidden, view.positions, visual)
+            chosen = greedy_select(
+                _array(scores[visual]), _array(view.hidden[0, visual]), view.keep, self.threshold
+            )
+            kept = view.places[torch.as_tensor(chosen, device=visual.device)]
+        else:
+            kept, scores = rivals.METHODS[method](self, view)
         keeps = ~visual
-        keeps[places[torch.as_tensor(chosen, device=places.device)]] = True
+        keeps[kept.to(visual.device)] = True
         return keeps.nonzero().flatten(), scores
 
     # ---- prompt to answer -----------------------------------------------------------------------
@@ -284,13 +290,9 @@ class Oracle:
         """Greedy generation, a row at a time.
 
         Raises:
-            TrioError: a pruning point of another method, or a prompt that does not fit its images.
+            TrioError: an unknown method, or a prompt that does not fit its images.
         """
-        for point in schedule.points:
-            if point.method != "trio":
-                raise TrioError(
-                    f"the oracle prunes by 'trio' alone; the schedule has {point.method!r}"
-                )
+        schedule.validate(len(self.text.layers))
         results = [self.generate_row(row, schedule, max_new_tokens, end_tokens) for row in rows]
         return OracleResult(results, stack_rows([result.stages for result in results]))
 
@@ -316,10 +318,12 @@ class Oracle:
         for i, layers in enumerate(segments):
             if i > 0:
                 keep = min(counts[i - 1], int(visual.sum()))
-                index, scores = self.select(layers.start, hidden, positions, visual, keep)
+                view = rivals.View(layers.start, hidden, positions, visual, keep, row.seed)
+                index, scores = self.select(schedule.methods[i - 1], view)
                 before = _sequence(hidden, positions, visual) | {
                     "keep": np.array([keep]),
                     "width": np.array([len(index)]),
+                    "seed": np.array([row.seed]),
                     # No input of the graph: how far a logit's error reaches into the scores.
                     "probe_logits": np.array([self.probe_logits]),
                 }

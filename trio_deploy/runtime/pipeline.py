@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from trio_deploy.bundle import Bundle, Manifest
 from trio_deploy.errors import TrioError
+from trio_deploy.methods import SEEDS
 from trio_deploy.models.preprocessing import Preprocessor, ProcessedImage
 from trio_deploy.recipe import GRAPH_DTYPES, Target, load_target
 from trio_deploy.runtime.engine import Engine, open_runtime
@@ -232,6 +233,7 @@ class TrioPipeline:
             [np.array(keeps, np.int64) for keeps in zip(*(row.keeps for row in rows), strict=True)],
             np.array([row.limit for row in rows], np.int64),
             clock,
+            np.array([(row.request.seed or 0) % SEEDS for row in rows], np.int64),
         )
         for number, row in enumerate(rows):
             row.kept = [kept[number] for kept in prefilled.kept]
@@ -241,9 +243,14 @@ class TrioPipeline:
             ]
         return prefilled
 
-    def running(self) -> Running:
-        """An empty batch for rows of this pipeline."""
-        return Running(self._stages, self.bundle.manifest.positions, self._pad)
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may prefill at once, and beside a running batch's steps."""
+        return self._stages.concurrent
+
+    def running(self, most: int | None = None) -> Running:
+        """An empty batch for rows of this pipeline, of which there will be `most` at once."""
+        return Running(self._stages, self.bundle.manifest.positions, self._pad, most)
 
     def _numbered(self, request: Request, number: str, opened: _Opened, start: float) -> Row:
         try:
@@ -299,8 +306,8 @@ class TrioPipeline:
         if request.keep:
             if budget is not None or len(request.keep) != len(schedule.points):
                 raise TrioError(
-                    f"a request may say what to keep at each of the bundle's {len(schedule.points)} "
-                    "pruning points, or a budget"
+                    "a request may say what to keep at each of the "
+                    f"{len(schedule.points)} pruning points of the bundle, or a budget"
                 )
             points = zip(schedule.points, request.keep, strict=True)
             schedule = Schedule(tuple(replace(point, keep=keep) for point, keep in points))
@@ -315,7 +322,9 @@ class TrioPipeline:
                 "this bundle was exported without pruning points, so it has no other budget than "
                 "1.0: export it with --budget"
             )
-        return solve(budget, self._text.num_layers, layers=schedule.layers)
+        return solve(
+            budget, self._text.num_layers, layers=schedule.layers, methods=schedule.methods
+        )
 
     def _features(self, image: ProcessedImage) -> int:
         return len(image.pixel_values) * self.bundle.config.vision.rows_per_tile

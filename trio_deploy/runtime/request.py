@@ -23,7 +23,8 @@ class Request:
         prompt: the question, or a whole conversation as messages in Hugging Face's format.
         images: one for each image the prompt names; Pillow image, path or file content.
         max_new_tokens: the answer's length at most; the model's context may end it earlier.
-        temperature, top_p, seed: see `Sampling`; temperature 0 is greedy.
+        temperature, top_p, seed: see `Sampling`; temperature 0 is greedy. The seed is that of
+            `random` pruning points too, 0 where there is none.
         stop: strings that end the answer, themselves left out.
         budget: visual tokens a layer on average, as a share of all (1.0 prunes nothing); None
             takes the bundle's own schedule.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from trio_deploy.runtime.arrays import concatenate, on_host, to_host
 from trio_deploy.runtime.engine import Array, Engine, HostMoment, Moment, Runtime
 from trio_deploy.runtime.kv import CacheShape, SegmentCache
 from trio_deploy.runtime.prompt import Batch
+
+_FEATURES = "image_features"
 
 TILES_AT_ONCE = 8  # of the vision tower, which bounds its memory
 
@@ -65,6 +67,7 @@ class Stages:
         sides: buffers a cache needs, 1 where a step writes in place.
         layers: numbers of the layers of each segment.
         cache_shape: of the caches.
+        concurrent: whether several threads may run the stages at once.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
@@ -76,6 +79,7 @@ class Stages:
         bundle.require_weights()
         self._shares_cache = runtime.shares_cache(bundle.manifest.dialect)
         self.sequence, self._moment = runtime.sequence, runtime.moment
+        self.concurrent = runtime.concurrent
         self.engines: dict[str, Engine] = {}
         for name in bundle.stages:
             selects = name.startswith("select_")
@@ -105,22 +109,31 @@ class Stages:
         names = self.engines[segment].outputs
         return next(name for name in names if not name.startswith("present."))
 
-    def see(self, images: Sequence[np.ndarray]) -> Array:
-        """image_features [R,d] of images [T,3,h,w] each, in order; the same array is seen once."""
+    def see(self, images: Sequence[np.ndarray]) -> tuple[Array, dict[str, np.ndarray]]:
+        """image_features [R,d] of images [T,3,h,w] each, in order; the same array is seen once.
+
+        And the graph's other outputs f32 [R] by name, which some selections go by.
+        """
         once = list({id(tiles): tiles for tiles in images}.values())
-        features: dict[int, Array] = {}
+        engine = self.engines["vision"]
+        scores = [name for name in engine.outputs if name != _FEATURES]
+        found: dict[int, dict[str, Array]] = {}
         for start, stop in _groups([len(tiles) for tiles in once], TILES_AT_ONCE):
             group = once[start:stop]
-            engine = self.engines["vision"]
             pixels = np.concatenate(group).astype(engine.inputs["pixel_values"].dtype, copy=False)
-            found = engine.run({"pixel_values": pixels}, host=())["image_features"]
-            rows, at = len(found) // len(pixels), 0  # rows a tile
+            out = engine.run({"pixel_values": pixels}, host=scores)
+            rows, at = len(out[_FEATURES]) // len(pixels), 0  # rows a tile
             for tiles in group:
-                features[id(tiles)] = found[at : at + rows * len(tiles)]
-                at += rows * len(tiles)
+                end = at + rows * len(tiles)
+                found[id(tiles)] = {name: values[at:end] for name, values in out.items()}
+                at = end
         if not images:
-            return np.zeros((0, self.hidden_size), self.dtype)
-        return concatenate([features[id(tiles)] for tiles in images])
+            nothing = {name: np.zeros(0, np.float32) for name in scores}
+            return np.zeros((0, self.hidden_size), self.dtype), nothing
+        features = concatenate([found[id(tiles)][_FEATURES] for tiles in images])
+        return features, {
+            name: np.concatenate([found[id(tiles)][name] for tiles in images]) for name in scores
+        }
 
     def prefill(
         self,
@@ -129,6 +142,7 @@ class Stages:
         keeps: Sequence[np.ndarray],
         new_tokens: np.ndarray,
         clock: Clock,
+        seeds: np.ndarray | None = None,
     ) -> Prefilled:
         """Run a batch up to its first logits.
 
@@ -136,12 +150,13 @@ class Stages:
             images: pixel values of all images of the batch in order.
             keeps: for each pruning point, int64 [B], visual tokens to keep.
             new_tokens: int64 [B], how many tokens a row may generate; sizes the KV cache.
+            seeds: int64 [B], of `random` selections; None is 0 for all.
 
         Raises:
             TrioError: a selection did not converge.
         """
         with clock.stage("vision", self._moment):
-            features = self.see(images)
+            features, scores = self.see(images)
         with clock.stage("embed", self._moment):
             embed = {
                 "input_ids": batch.input_ids,
@@ -156,6 +171,8 @@ class Stages:
             batch.visual_mask,
             batch.lengths,
             batch.visual_mask.sum(axis=1),
+            np.zeros(len(batch.lengths), np.int64) if seeds is None else seeds,
+            {name: _per_token(batch, rows) for name, rows in scores.items()},
         )
         del hidden
         chosen: list[_Chosen | None] = []
@@ -219,6 +236,8 @@ class _Tokens:
         visual: bool [B,S].
         lengths: int64 [B], valid tokens.
         seen: int64 [B], visual ones among them.
+        seeds: int64 [B], of `random` selections.
+        scores: f32 [B,S] each, by the name of the vision graph's output: what the encoder thinks.
     """
 
     hidden: Array
@@ -226,6 +245,8 @@ class _Tokens:
     visual: Array
     lengths: np.ndarray
     seen: np.ndarray
+    seeds: np.ndarray
+    scores: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -263,12 +284,35 @@ def _select(
         "keep": keep,
         "width": np.array([lengths.max()], np.int64),
     }
+    own = {"seed": tokens.seeds, **tokens.scores}
+    feeds |= {key: value for key, value in own.items() if key in engine.inputs}
     out = engine.run(feeds, host=())
     chosen = _Chosen(name, out["keep_index"], lengths, out["converged"])
     if on_host(chosen.converged):
         chosen.check()
-    hidden, positions = out["hidden_states_out"], out["position_ids_out"]
-    return chosen, _Tokens(hidden, positions, out["visual_mask_out"], lengths, seen)
+    scores = tokens.scores
+    if scores:
+        index = np.maximum(to_host(chosen.index), 0)
+        scores = {name: np.take_along_axis(of, index, axis=1) for name, of in scores.items()}
+    return chosen, replace(
+        tokens,
+        hidden=out["hidden_states_out"],
+        positions=out["position_ids_out"],
+        visual=out["visual_mask_out"],
+        lengths=lengths,
+        seen=seen,
+        scores=scores,
+    )
+
+
+def _per_token(batch: Batch, rows: np.ndarray) -> np.ndarray:
+    """The encoder's scores [R] where the tokens of a batch come from, f32 [B,S].
+
+    0 for text, and for image_newline, which shows nothing of a picture.
+    """
+    row = batch.source_index - batch.source_index.shape[1]
+    scores = np.append(rows, np.float32(0))[np.maximum(row, 0)]
+    return np.where(batch.visual_mask, scores, np.float32(0))
 
 
 def _origins(chosen: Sequence[_Chosen | None], lengths: np.ndarray) -> list[list[np.ndarray]]:
