@@ -11,9 +11,11 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import trio_deploy
 from trio_deploy.errors import TrioError
+from trio_deploy.methods import METHODS
 
 _EXPORT_SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -21,7 +23,8 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `trio`: runs a command and returns its exit status."""
-    return _execute(_parser().parse_args(argv))
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    return _execute(_parser().parse_args(arguments, argparse.Namespace(arguments=arguments)))
 
 
 def _execute(args: argparse.Namespace) -> int:
@@ -65,6 +68,7 @@ def _export(args: argparse.Namespace) -> None:
         args.out,
         budget=args.budget,
         schedule=args.schedule,
+        method=args.method,
         dtype=args.dtype,
         dialect=args.dialect,
         target=args.target,
@@ -112,6 +116,7 @@ def _plan(args: argparse.Namespace) -> None:
         args.model,
         budget=args.budget,
         schedule=args.schedule,
+        method=args.method,
         visual_tokens=args.visual_tokens,
         text_tokens=args.text_tokens,
         probes=args.probes,
@@ -197,6 +202,46 @@ def _triton(args: argparse.Namespace) -> None:
     models = write_repository(Bundle.load(args.bundle), args.out, options, force=args.force)
     print(f"{args.out}: {', '.join(models)}")
     print(f"serve it: tritonserver --model-repository {args.out}")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from trio_deploy.bench import Options, bench
+    from trio_deploy.bench.command import shown_command
+    from trio_deploy.bench.table import to_text
+
+    images = args.images or ([1, 2, 3, 4] if args.sweep else [1])
+    if len(images) > 1 and not args.sweep:
+        raise TrioError("several numbers of --images are a sweep: pass --sweep, or one number")
+    result = bench(
+        args.bundle,
+        Options(
+            budgets=tuple(args.budget or ([0.111, 0.222, 0.333] if args.sweep else [None])),
+            images=images[0],
+            picture=args.picture,
+            text_tokens=args.text_tokens,
+            new_tokens=args.new_tokens,
+            runs=args.runs,
+            warm_up=args.warm_up,
+            baselines=args.baselines,
+            memory=not args.no_memory,
+            runtime=args.runtime,
+            target=args.target,
+            provider=args.provider,
+            precision=args.precision,
+            threads=args.threads,
+            checkpoint=args.checkpoint,
+            genai_python=args.genai_python,
+        ),
+        size=args.size,
+        schedule=args.schedule,
+        dtype=args.dtype,
+        dialect=args.dialect,
+        cache=args.cache,
+        images=images if args.sweep else None,
+        out=args.out,
+        command=shown_command(args.arguments),
+    )
+    print(json.dumps(result, indent=2) if args.json else to_text(result))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -312,6 +357,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     triton.add_argument("--force", action="store_true", help="replace an existing repository")
 
+    _add_bench(add("bench", _bench, "Measure time and memory, against no pruning and others."))
+
     inspect = add("inspect", _inspect, "Show what a bundle holds.")
     inspect.add_argument("bundle", type=Path, help="folder of the bundle")
     inspect.add_argument(
@@ -354,13 +401,89 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace an existing bundle")
 
 
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("bundle", nargs="?", type=Path, help="folder of the bundle")
+    bench.add_argument(
+        "--size",
+        help="random weights, not a bundle: d=1024,layers=16,vocab=32000, or a recipe's sizes",
+    )
+    bench.add_argument(
+        "--budget",
+        type=_list_of(float),
+        help="shares of visual tokens, 0.111,0.333 (default: the bundle's, or 0.111; of a sweep "
+        "0.111,0.222,0.333); no pruning is always measured too",
+    )
+    bench.add_argument("--schedule", help="of the bundle made for --size, as of `trio export`")
+    bench.add_argument(
+        "--images", type=_list_of(int), help="pictures in the prompt (default: 1; 1,2,3,4 --sweep)"
+    )
+    bench.add_argument(
+        "--picture",
+        type=_pixels,
+        metavar="WxH",
+        help="their size (default: the one with most visual tokens)",
+    )
+    bench.add_argument("--text-tokens", type=int, default=64, help="default: 64")
+    bench.add_argument("--new-tokens", type=int, default=32, help="generated a run (default: 32)")
+    bench.add_argument("--runs", type=int, default=5, help="measured (default: 5)")
+    bench.add_argument("--warm-up", type=int, default=2, help="not measured (default: 2)")
+    bench.add_argument(
+        "--sweep", action="store_true", help="how cost grows: every budget at every --images"
+    )
+    bench.add_argument(
+        "--baselines",
+        type=_list_of(str, none="none"),
+        help="of transformers, oracle, genai; or none (default: those that are installed)",
+    )
+    bench.add_argument("--genai-python", metavar="PATH", help="interpreter with openvino-genai")
+    bench.add_argument("--checkpoint", metavar="DIR", help="a bundle's checkpoint, for genai")
+    bench.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    bench.add_argument("--runtime", help="onnxruntime or openvino (default: by the bundle)")
+    bench.add_argument("--target", help="target name or file (default: by the bundle)")
+    bench.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: by the bundle)")
+    bench.add_argument("--precision", help="of OpenVINO: float32 or bfloat16")
+    bench.add_argument("--threads", type=int, help="CPU threads (default: the runtime's choice)")
+    bench.add_argument("--dtype", help="of random weights (default: float32)")
+    bench.add_argument("--dialect", help="of the bundle made for --size (default: the target's)")
+    bench.add_argument("--cache", type=Path, help="where random weights stay for the next time")
+    bench.add_argument(
+        "--out", type=Path, metavar="NAME", help="write NAME.json, NAME.md and NAME.png"
+    )
+    bench.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def _list_of(kind: Callable[[str], Any], none: str | None = None) -> Callable[[str], list[Any]]:
+    """Reads `1,2,3`; `none` stands for an empty list."""
+
+    def read(text: str) -> list[Any]:
+        return [] if text == none else [kind(part) for part in text.split(",")]
+
+    read.__name__ = f"comma-separated {kind.__name__}"  # what argparse calls it in an error
+    return read
+
+
+def _pixels(text: str) -> tuple[int, int]:
+    """Reads `640x480`."""
+    width, height = text.lower().split("x")
+    return int(width), int(height)
+
+
+_pixels.__name__ = "WxH"
+
+
 def _add_schedule(command: argparse.ArgumentParser) -> None:
     choice = command.add_mutually_exclusive_group()
     choice.add_argument(
         "--budget", type=float, help="average share of visual tokens a layer sees (default: 0.111)"
     )
     choice.add_argument(
-        "--schedule", help="layer:keep,… as ratios (1:0.16,10:0.094) or counts (1:92,10:54)"
+        "--schedule",
+        help="layer:keep,… as ratios (1:0.16,10:0.094) or counts (1:92,10:54), each with :method "
+        "if not trio (0:96:divprune,16:32); or the name of a schedule of the recipe's",
+    )
+    command.add_argument(
+        "--method",
+        help=f"what selects at pruning points that name no method: {', '.join(METHODS)}",
     )
 
 

@@ -1,0 +1,153 @@
+"""OpenVINO GenAI's own pipeline as a baseline, in the Python environment that has it.
+
+optimum-intel converts the checkpoint there once; `genai_child.py` then answers there, one line a
+request, while this process waits its turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from trio_deploy.bench.cases import Case, Run
+from trio_deploy.bench.workload import Workload
+from trio_deploy.errors import TrioError
+
+_CHILD = Path(__file__).with_name("genai_child.py")
+_NEEDED = "import openvino_genai, optimum.intel, openvino_tokenizers"
+_MODEL = "openvino_language_model.xml"
+_CONVERSION = (
+    "optimum.commands.optimum_cli export openvino --task image-text-to-text --weight-format fp16"
+).split()
+_PRECISIONS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+def missing(python: str) -> str | None:
+    """Why GenAI cannot be measured with this interpreter; None where it can."""
+    try:
+        check = subprocess.run([python, "-c", _NEEDED], capture_output=True, text=True)
+    except OSError as error:
+        return f"{python} does not start ({error.strerror})"
+    if not check.returncode:
+        return None
+    reason = check.stderr.strip().splitlines()[-1:] or ["no reason given"]
+    return (
+        f"{Path(python).name} has no OpenVINO GenAI ({reason[0]}): pip install openvino-genai "
+        "optimum-intel into an environment of its own and pass its interpreter as --genai-python"
+    )
+
+
+def convert(checkpoint: Path, python: str) -> Path:
+    """The checkpoint as optimum-intel converts it, beside it; done once.
+
+    Raises:
+        TrioError: optimum-intel refuses it.
+    """
+    converted = checkpoint.with_name(f"{checkpoint.name}-genai")
+    if not (converted / _MODEL).is_file():
+        unfinished = checkpoint.with_name(f".{converted.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        out = subprocess.run(
+            [python, "-m", *_CONVERSION, "--model", str(checkpoint), str(unfinished)],
+            capture_output=True,
+            text=True,
+        )
+        if out.returncode or not (unfinished / _MODEL).is_file():
+            last = (out.stderr.strip().splitlines() or ["no message"])[-1]
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise TrioError(f"optimum-intel did not convert the checkpoint ({last})")
+        # GenAI reads this file alone, which newer transformers fold into processor_config.json.
+        shutil.copy(checkpoint / "preprocessor_config.json", unfinished)
+        shutil.rmtree(converted, ignore_errors=True)
+        unfinished.rename(converted)
+    return converted
+
+
+class GenAI:
+    """A process that answers with openvino_genai.VLMPipeline; a contender while it is entered."""
+
+    def __init__(self, case: Case, work: Workload) -> None:
+        """Convert the checkpoint if need be, and start the process.
+
+        Raises:
+            TrioError: GenAI is not there, or the checkpoint does not convert.
+        """
+        python = case.python or ""
+        if reason := missing(python):
+            raise TrioError(f"the baseline genai: {reason}")
+        if case.checkpoint is None:
+            raise TrioError(
+                "the baseline genai converts a checkpoint: pass its folder as --checkpoint"
+            )
+        self._work = work
+        self._precision = case.precision or "float32"
+        folder = convert(Path(case.checkpoint), python)
+        self._pictures = tempfile.TemporaryDirectory(prefix="trio-genai-")
+        arguments = {
+            "folder": str(folder),
+            "threads": case.threads,
+            "precision": _PRECISIONS[self._precision],
+            "prompt": work.prompt,
+            "new_tokens": work.new_tokens,
+        }
+        self._child = subprocess.Popen(
+            [python, str(_CHILD), json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> GenAI:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.close()
+        try:
+            self._child.wait(30)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        self._pictures.cleanup()
+
+    def __call__(self, seed: int) -> Run:
+        """Answer once.
+
+        Raises:
+            TrioError: the process ended.
+        """
+        file = Path(self._pictures.name) / "pictures.npy"
+        np.save(file, np.stack([np.asarray(image) for image in self._work.pictures(seed)]))
+        reply = self._ask(str(file))
+        return Run(
+            stages={},  # GenAI's metrics do not tell preprocessing, vision and prefill apart
+            first_token_s=reply["first_token_s"],
+            tokens_per_s=reply["tokens_per_s"],
+            prompt_tokens=reply["input_tokens"],
+            precision=self._precision,
+            peak_mib=reply["peak_mib"],
+        )
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            print(line, file=self._child.stdin, flush=True)
+            for answer in self._child.stdout:
+                if answer.startswith("{"):  # other lines are the library's own remarks
+                    return dict(json.loads(answer))
+        raise TrioError(f"OpenVINO GenAI's process ended with status {self._child.wait()}")

@@ -1,0 +1,56 @@
+"""Answers with OpenVINO GenAI, once for each line it reads: the path of an .npy file of pictures.
+
+A program for another Python environment, so it imports nothing of this package; `genai.py` starts
+it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def main() -> None:
+    import openvino
+    import openvino_genai
+
+    options = json.loads(sys.argv[1])
+    properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": options["precision"]}
+    if options["threads"]:
+        properties["INFERENCE_NUM_THREADS"] = options["threads"]
+    pipeline = openvino_genai.VLMPipeline(options["folder"], "CPU", **properties)
+    config = pipeline.get_generation_config()
+    config.max_new_tokens = options["new_tokens"]
+    config.ignore_eos = True
+    for line in sys.stdin:
+        pictures = [openvino.Tensor(picture[None]) for picture in np.load(line.strip())]
+        start = time.perf_counter()
+        result = pipeline.generate(options["prompt"], images=pictures, generation_config=config)
+        wall = time.perf_counter() - start
+        metrics = result.perf_metrics
+        several = options["new_tokens"] > 1
+        reply = {
+            "first_token_s": metrics.get_ttft().mean / 1000,
+            "wall_s": wall,
+            "tokens_per_s": 1000 / metrics.get_tpot().mean if several else 0.0,
+            "input_tokens": metrics.get_num_input_tokens(),
+            "peak_mib": _peak_mib(),
+            "version": openvino_genai.__version__,
+        }
+        print(json.dumps(reply), flush=True)
+
+
+def _peak_mib() -> float | None:
+    """VmHWM of /proc/self/status, where there is one."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""From runs to figures: medians, what the arithmetic predicts, and ratios to no pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trio_deploy.bench.cases import GROUPS, OTHER, Case, Run
+from trio_deploy.bench.timing import Spread
+from trio_deploy.bundle import Bundle
+from trio_deploy.schedule import (
+    Cost,
+    PruningPoint,
+    Schedule,
+    account,
+    vision_flops,
+)
+
+PROBES = 4
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def case_figures(case: Case, runs: Sequence[Run], bundle: Bundle, tiles: int) -> dict[str, Any]:
+    """One case as plain JSON; seconds, bytes, multiply-adds.
+
+    Args:
+        tiles: of all pictures of a prompt, for the vision tower's operations.
+    """
+    last = runs[-1]
+    split = bool(last.stages)
+    figures: dict[str, Any] = {
+        "name": case.name,
+        "kind": case.kind,
+        "budget": case.budget,
+        "runtime": case.runtime,
+        "precision": last.precision,
+        "tokens": {
+            "prompt": last.prompt_tokens,
+            "visual": last.visual_tokens,
+            "keep": list(last.keep),
+            "ranges": [list(entry) for entry in last.layer_ranges],
+        },
+        "first_token_s": Spread.of([run.first_token_s for run in runs]).to_json(),
+        "prefill_s": None,
+        "groups_s": None,
+        "stages_s": None,
+        "tokens_per_s": None,
+        "kv_bytes": last.kv_bytes,
+        "kv_bytes_counted": None,
+        "flops": None,
+        "peak_mib": None,
+        "against_unpruned": None,
+    }
+    if split:
+        figures["prefill_s"] = Spread.of([run.prefill_s for run in runs]).to_json()
+        figures["groups_s"] = {
+            group: Spread.of([run.groups[group] for run in runs]).to_json()
+            for group in (*GROUPS, OTHER)
+        }
+        figures["stages_s"] = {
+            stage: Spread.of([run.stages.get(stage, 0.0) for run in runs]).to_json()
+            for stage in last.stages
+        }
+    if last.tokens_per_s:
+        figures["tokens_per_s"] = Spread.of([run.tokens_per_s for run in runs]).to_json()
+    if last.layer_ranges:
+        cost = cost_of(last, bundle)
+        figures["kv_bytes_counted"] = cost.kv_bytes
+        if case.kind != "oracle":  # whose probes are whole layers, there and back
+            figures["flops"] = flops_json(cost, vision_flops(bundle.config, tiles))
+    return figures
+
+
+def cost_of(run: Run, bundle: Bundle) -> Cost:
+    """What the arithmetic says about the tokens that a run had at each layer."""
+    points = zip(bundle.schedule.points, run.keep, strict=False)
+    schedule = Schedule(
+        tuple(PruningPoint(point.layer, keep, point.method) for point, keep in points)
+    )
+    return account(
+        bundle.config.text,
+        schedule,
+        run.visual_tokens,
+        run.prompt_tokens - run.visual_tokens,
+        item_bytes=_ITEM_BYTES[bundle.manifest.dtype],
+        probes=PROBES,
+    )
+
+
+def flops_json(cost: Cost, vision: int) -> dict[str, int]:
+    """Multiply-adds: `prefill` is the sum of the four parts, `vision` comes before it."""
+    return {
+        "prefill": cost.honest,
+        "layers": cost.layers,
+        "saliency": cost.saliency,
+        "suppression_at_most": cost.similarity,
+        "lm_head": cost.lm_head,
+        "vision": vision,
+    }
+
+
+def compare(figures: Mapping[str, Any], unpruned: Mapping[str, Any]) -> dict[str, Any]:
+    """How many times better than no pruning a case is; None where one of the two is unknown.
+
+    `flops_limit` is what the prefill would gain if time were proportional to operations (selection
+    counted), `flops_limit_free_selection` if selecting cost nothing; `of_limit` is the share of the
+    former that the prefill reached.
+    """
+
+    def ratio(over: Any, under: Any) -> float | None:
+        return over / under if over and under else None
+
+    def median(entry: Mapping[str, Any], key: str) -> float | None:
+        return entry[key]["median"] if entry[key] else None
+
+    limit = free = None
+    ours, theirs = figures["flops"], unpruned["flops"]
+    if ours and theirs:
+        limit = ratio(theirs["prefill"], ours["prefill"])
+        free = ratio(theirs["prefill"], ours["layers"] + ours["lm_head"])
+    prefill = ratio(median(unpruned, "prefill_s"), median(figures, "prefill_s"))
+    return {
+        "name": unpruned["name"],
+        "first_token": ratio(median(unpruned, "first_token_s"), median(figures, "first_token_s")),
+        "prefill": prefill,
+        "flops_limit": limit,
+        "flops_limit_free_selection": free,
+        "of_limit": ratio(prefill, limit),
+        "tokens_per_s": ratio(median(figures, "tokens_per_s"), median(unpruned, "tokens_per_s")),
+        "kv_bytes": ratio(unpruned["kv_bytes"], figures["kv_bytes"]),
+        "peak_mib": ratio(unpruned["peak_mib"], figures["peak_mib"]),
+    }

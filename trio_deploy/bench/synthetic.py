@@ -1,0 +1,367 @@
+"""Checkpoints with random weights: what a matrix product costs does not depend on what is in it.
+
+Written tensor by tensor in the layout of hub checkpoints, without torch, so that any size that fits
+on the disk can be measured, and transformers and optimum-intel read it as they read any other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from trio_deploy.checkpoint import INDEX, SINGLE
+from trio_deploy.errors import TrioError
+from trio_deploy.models import canonical_tensors, parse_config
+from trio_deploy.models.config import ModelConfig
+from trio_deploy.recipe import list_recipes
+from trio_deploy.source import resolve
+from trio_deploy.weights import plan_layout
+
+_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+_STD = 0.02  # what transformers initialises Llama and CLIP with
+_CHUNK = 1 << 22  # numbers drawn at a time
+_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+_IMAGE_TOKEN = _SPECIAL.index("<image>")
+_BYTES = 256
+_TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A LLaVA-1.5 of any size; 0 takes the usual proportion.
+
+    Attributes:
+        d: hidden size of the language model.
+        mlp: its MLP's (2.75 d, to the next multiple of 64).
+        heads: query heads (of 64 features each), `kv_heads` key/value heads (as many).
+        image, patch: pixels along a picture's and a patch's side.
+        vision_d, vision_layers: of the CLIP tower.
+        context: positions at most.
+    """
+
+    d: int = 1024
+    layers: int = 16
+    vocab: int = 32000
+    mlp: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    image: int = 336
+    patch: int = 14
+    vision_d: int = 256
+    vision_layers: int = 3
+    context: int = 4096
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """From `d=1024,layers=16,vocab=32000`; what is not named keeps its default.
+
+        Raises:
+            TrioError: an unknown name, no positive integer, or sizes that do not fit together.
+        """
+        known = [item.name for item in fields(cls)]
+        values: dict[str, int] = {}
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            name, _, value = (piece.strip() for piece in part.partition("="))
+            if name not in known:
+                raise TrioError(
+                    f"--size does not know {name!r}: write name=number, of {', '.join(known)}, or "
+                    f"a recipe ({', '.join(list_recipes())})"
+                )
+            if not value.isascii() or not value.isdigit() or int(value) < 1:
+                raise TrioError(f"--size {part}: the value must be a positive integer")
+            values[name] = int(value)
+        size = cls(**values).filled()
+        size._check()
+        return size
+
+    def filled(self) -> Size:
+        """With the usual proportions where nothing was said."""
+        heads = self.heads or max(1, self.d // 64)
+        return replace(
+            self,
+            mlp=self.mlp or math.ceil(2.75 * self.d / 64) * 64,
+            heads=heads,
+            kv_heads=self.kv_heads or heads,
+        )
+
+    def _check(self) -> None:
+        for what, whole, part in (
+            ("d must be an even multiple of heads", self.d, 2 * self.heads),
+            ("heads must be a multiple of kv_heads", self.heads, self.kv_heads),
+            ("image must be a multiple of patch", self.image, self.patch),
+            ("vision_d must be a multiple of 4", self.vision_d, 4),
+        ):
+            if whole % part:
+                raise TrioError(f"--size: {what}")
+        if self.vocab < len(_SPECIAL) + _BYTES:
+            raise TrioError(f"--size: vocab must be {len(_SPECIAL) + _BYTES} or more")
+        if self.vision_layers < 2:
+            raise TrioError(
+                "--size: vision_layers must be 2 or more, features are the last but one's"
+            )
+
+    def config(self) -> dict[str, Any]:
+        """A config.json."""
+        full = self.filled()
+        return {
+            "model_type": "llava",
+            "architectures": ["LlavaForConditionalGeneration"],
+            "image_token_index": _IMAGE_TOKEN,
+            "image_seq_length": (full.image // full.patch) ** 2,
+            "projector_hidden_act": "gelu",
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+            "tie_word_embeddings": False,
+            "text_config": {
+                "model_type": "llama",
+                "hidden_size": full.d,
+                "intermediate_size": full.mlp,
+                "num_hidden_layers": full.layers,
+                "num_attention_heads": full.heads,
+                "num_key_value_heads": full.kv_heads,
+                "head_dim": full.d // full.heads,
+                "vocab_size": full.vocab,
+                "max_position_embeddings": full.context,
+                "hidden_act": "silu",
+                "rms_norm_eps": 1e-6,
+                "rope_theta": 10000.0,
+                "tie_word_embeddings": False,
+            },
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": full.vision_d,
+                "intermediate_size": 2 * full.vision_d,
+                "num_hidden_layers": full.vision_layers,
+                "num_attention_heads": 4,
+                "image_size": full.image,
+                "patch_size": full.patch,
+                "projection_dim": full.vision_d,
+                "hidden_act": "quick_gelu",
+                "layer_norm_eps": 1e-5,
+            },
+        }
+
+    @property
+    def name(self) -> str:
+        """For folders and titles."""
+        full = self.filled()
+        default = Size(d=full.d, heads=self.heads).filled()
+        parts = [f"llava-d{full.d}-l{full.layers}-v{full.vocab}"]
+        for item in fields(self):
+            if item.name in ("d", "layers", "vocab"):
+                continue
+            value = getattr(full, item.name)
+            if value != getattr(default, item.name) or (item.name == "heads" and self.heads):
+                parts.append(f"{item.name.replace('_', '')}{value}")
+        return "-".join(parts)
+
+
+def model_of(text: str) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+    """What --size means: (name, config.json, preprocessor_config.json or None for CLIP's own).
+
+    A recipe gives the sizes of its architecture; its image token moves to where this module's
+    tokenizer has one.
+
+    Raises:
+        TrioError: neither a recipe nor sizes.
+    """
+    if "=" not in text:
+        found = resolve(text, weights_needed=False)
+        settings = found.recipe.preprocessing if found.recipe else None
+        config = {k: v for k, v in found.raw_config.items() if k != "image_token_id"}
+        return found.name, config | {"image_token_index": _IMAGE_TOKEN}, settings or None
+    size = Size.parse(text)
+    return size.name, size.config(), None
+
+
+def write_checkpoint(
+    folder: Path,
+    config: dict[str, Any],
+    preprocessing: dict[str, Any] | None = None,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    progress: bool = True,
+) -> Path:
+    """A checkpoint folder with random weights; nothing happens where it stands already.
+
+    Raises:
+        TrioError: the disk has no room for it.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    parsed = parse_config(config)
+    shapes = _hub_shapes(parsed)
+    layout = plan_layout(shapes, dtype)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if layout.nbytes > free:
+        raise TrioError(
+            f"random weights of this size take {layout.nbytes / 2**30:.1f} GiB and {folder.parent} "
+            f"has {free / 2**30:.1f} GiB free: choose a smaller --size, another --cache or "
+            "--dtype float16"
+        )
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        _write_weights(unfinished, layout, dtype, seed, progress)
+        for name, content in _small_files(config, parsed, preprocessing, dtype).items():
+            (unfinished / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        _tokenizer(unfinished / "tokenizer.json")
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return folder
+
+
+def _hub_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model by its name on the hub, those that no graph reads included."""
+    vision, read = config.vision, config.vision.feature_layers
+    # As if features came from the last layer, so that the layers above the real one are there too.
+    whole = replace(vision, feature_layers=(*read[:-1], vision.num_layers))
+    shapes = canonical_tensors(replace(config, vision=whole))
+    shapes |= {
+        f"vision_tower.post_layernorm.{part}": (vision.hidden_size,) for part in ("weight", "bias")
+    }
+    return {_hub_name(name): shape for name, shape in shapes.items()}
+
+
+def _hub_name(name: str) -> str:
+    for ours, theirs in (
+        ("vision_tower.", "vision_tower.vision_model."),
+        ("language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    ):
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    return name
+
+
+def _write_weights(folder: Path, layout: Any, dtype: str, seed: int, progress: bool) -> None:
+    rng = np.random.default_rng(seed)
+    target = _DTYPES[dtype]
+    places: dict[str, str] = {}
+    bar = tqdm(
+        total=layout.nbytes,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        desc="random weights",
+        disable=None if progress else True,
+    )
+    with bar:
+        for shard in layout.shards:
+            file = SINGLE if len(layout.shards) == 1 else Path(shard.file).name
+            with (folder / file).open("wb") as out:
+                out.write(shard.header)
+                for name in shard.names:
+                    places[name] = file
+                    left = math.prod(layout.refs[name].shape)
+                    while left:
+                        count = min(left, _CHUNK)
+                        left -= count
+                        out.write(_numbers(rng, name, count).astype(target).tobytes())
+                        bar.update(count * target.itemsize)
+    if len(layout.shards) > 1:
+        index = {"metadata": {"total_size": layout.nbytes}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+
+
+def _numbers(rng: np.random.Generator, name: str, count: int) -> np.ndarray:
+    """Norms start at one, biases at zero, the rest is normally distributed."""
+    if "norm" in name.split(".")[-2]:
+        return np.full(count, name.endswith("weight"), np.float32)
+    if name.endswith("bias"):
+        return np.zeros(count, np.float32)
+    return rng.standard_normal(count, np.float32) * np.float32(_STD)
+
+
+def _small_files(
+    config: dict[str, Any],
+    parsed: ModelConfig,
+    preprocessing: dict[str, Any] | None,
+    dtype: str,
+) -> dict[str, Any]:
+    """JSON files as hub checkpoints have them, by name."""
+    side = parsed.vision.image_size
+    tiled = bool(parsed.grid_pinpoints)
+    images = preprocessing or {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "do_convert_rgb": True,
+    }
+    special = {
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+    }
+    processor = "LlavaNextProcessor" if tiled else "LlavaProcessor"
+    return {
+        "config.json": config | {"torch_dtype": dtype},
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
+        "preprocessor_config.json": images,
+        "processor_config.json": {
+            "processor_class": processor,
+            "image_token": "<image>",
+            "patch_size": parsed.vision.patch_size,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+        "chat_template.json": {"chat_template": _TEMPLATE},
+        "tokenizer_config.json": {
+            **special,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "processor_class": processor,
+            "additional_special_tokens": ["<image>"],
+            "image_token": "<image>",
+            "chat_template": _TEMPLATE,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": parsed.text.max_positions,
+        },
+        "special_tokens_map.json": {**special, "additional_special_tokens": ["<image>"]},
+    }
+
+
+def _tokenizer(file: Path) -> None:
+    """tokenizer.json in which a byte is a token, so that lengths are known."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*_SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in _SPECIAL]
+    )
+    tokenizer.save(str(file))

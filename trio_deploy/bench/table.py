@@ -1,0 +1,173 @@
+"""Measurements as text for a terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trio_deploy.bench.cases import GROUPS, OTHER
+from trio_deploy.machine import machine_text
+
+_MIB = 2**20
+NOTE = (
+    "Medians (quartiles) of runs by turns after warm-up, new pictures in each. FLOPs are "
+    "multiply-adds of the language model's prefill, selection counted; their limit is the speed-up "
+    "that the prefill would have if time were proportional to them. Peak memory is that of a fresh "
+    "process for each line."
+)
+
+_COST_HEAD = (
+    "against no pruning|first token|prefill|FLOPs limit|reached|tokens/s|prefill FLOPs|KV MiB|"
+    "peak MiB"
+).split("|")
+_SWEEP_HEAD = (
+    "visual tokens|budget|first token s|(quartiles)|prefill s|against no pruning|FLOPs limit|"
+    "reached|prefill FLOPs|KV MiB"
+).split("|")
+
+
+def to_text(result: Mapping[str, Any]) -> str:
+    """Tables of `measure`, or of `sweep`, for a terminal."""
+    lines = [_title(result), ""]
+    for table in _tables(result):
+        lines += [*_aligned(table), ""]
+    lines += [f"{name}: {reason}" for name, reason in _skipped(result).items()]
+    return "\n".join(lines).rstrip()
+
+
+def to_markdown(result: Mapping[str, Any], command: str, picture: str | None = None) -> str:
+    """The same as Markdown, with the machine, the command that made it and its chart."""
+    lines = [f"# {_title(result)}", "", f"Command: `{command}`.", ""]
+    machine = machine_text(result["machine"], result["load_before"], result["load_after"])
+    lines += [f"Machine: {machine}", "", NOTE, ""]
+    if picture:
+        lines += [f"![{_title(result)}]({picture})", ""]
+    for head, *rows in _tables(result):
+        lines += [_piped(head), "|" + "---|" * len(head), *map(_piped, rows), ""]
+    lines += [f"Left out: {name}, {reason}" for name, reason in _skipped(result).items()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    model = result["model"]
+    title = f"{model['name']}, {model['layers']} layers, hidden size {model['hidden_size']}"
+    if "points" in result:
+        counts = [point["workload"]["visual_tokens"] for point in result["points"]]
+        return f"{title}: {min(counts)} to {max(counts)} visual tokens"
+    work = result["workload"]
+    return f"{title}: {work['visual_tokens']} visual + {work['text_tokens']} text tokens"
+
+
+def _skipped(result: Mapping[str, Any]) -> dict[str, str]:
+    return dict(result.get("skipped", {}))
+
+
+def _tables(result: Mapping[str, Any]) -> list[list[list[str]]]:
+    """Tables as rows of cells, the heads first."""
+    if "points" in result:
+        return [_sweep_table(result["points"])]
+    cases = result["cases"]
+    return [_time_table(cases), _cost_table(cases)]
+
+
+def _time_table(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    groups = (*GROUPS, OTHER)
+    rows = [["seconds", "first token", "(quartiles)", *groups, "tokens/s", "computed in"]]
+    for case in cases:
+        first = case["first_token_s"]
+        split = [
+            f"{case['groups_s'][group]['median']:.3f}" if case["groups_s"] else ""
+            for group in groups
+        ]
+        rows.append(
+            [
+                case["name"],
+                f"{first['median']:.3f}",
+                f"({first['q1']:.3f} – {first['q3']:.3f})",
+                *split,
+                f"{case['tokens_per_s']['median']:.1f}" if case["tokens_per_s"] else "",
+                where(case),
+            ]
+        )
+    return rows
+
+
+def _cost_table(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    rows = [_COST_HEAD]
+    for case in cases:
+        ratios = case["against_unpruned"]
+        rows.append(
+            [
+                case["name"],
+                times(ratios["first_token"]),
+                times(ratios["prefill"]),
+                times(ratios["flops_limit"]),
+                f"{ratios['of_limit']:.0%}" if ratios["of_limit"] else "",
+                times(ratios["tokens_per_s"]),
+                operations(case["flops"]["prefill"]) if case["flops"] else "",
+                f"{case['kv_bytes'] / _MIB:.1f}" if case["kv_bytes"] else "",
+                f"{case['peak_mib']:.0f}" if case["peak_mib"] else "",
+            ]
+        )
+    return rows
+
+
+def _sweep_table(points: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    rows = [_SWEEP_HEAD]
+    for point in points:
+        for case in point["cases"]:
+            first, ratios = case["first_token_s"], case["against_unpruned"]
+            rows.append(
+                [
+                    str(point["workload"]["visual_tokens"]),
+                    case["name"],
+                    f"{first['median']:.3f}",
+                    f"({first['q1']:.3f} – {first['q3']:.3f})",
+                    f"{case['prefill_s']['median']:.3f}",
+                    times(ratios["prefill"]),
+                    times(ratios["flops_limit"]),
+                    f"{ratios['of_limit']:.0%}" if ratios["of_limit"] else "",
+                    operations(case["flops"]["prefill"]),
+                    f"{case['kv_bytes'] / _MIB:.1f}",
+                ]
+            )
+    return rows
+
+
+def where(case: Mapping[str, Any]) -> str:
+    """What computed a case, and in which float type."""
+    engine = {
+        "transformers": "torch",
+        "oracle": "torch",
+        "genai": "openvino genai",
+    }.get(case["kind"], case["runtime"] or "")
+    return f"{engine} {case['precision']}".strip()
+
+
+def times(ratio: float | None) -> str:
+    """`7.39x`; empty where it is not known."""
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def operations(count: float) -> str:
+    """`16.7 T`: multiply-adds with three digits."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """First column left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+
+
+def _piped(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

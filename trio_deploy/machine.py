@@ -1,0 +1,63 @@
+"""What measured figures depend on: the machine, its load, the versions of what computed them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "trio-deploy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "torch",
+    "transformers",
+    "numpy",
+)
+
+
+def load_average() -> float | None:
+    """Of the last minute; None where the system counts none."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def machine(threads: int | None) -> dict[str, Any]:
+    """What the figures depend on; `threads` None is the runtime's own choice."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    memory = None
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "memory_gib": memory,
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": versions,
+    }
+
+
+def machine_text(on: Mapping[str, Any], before: float | None, after: float | None) -> str:
+    """The machine in a sentence or two, with its load before and after."""
+    threads = f"{on['threads']} threads used" if on["threads"] else "threads by the runtime"
+    memory = f", {on['memory_gib']} GiB" if on["memory_gib"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
+    text = f"{on['cpu']}, {on['cores']} cores, {threads}{memory}; {on['system']}; {versions}."
+    if before is not None and after is not None:
+        text += f" Load average before and after: {before:.2f}, {after:.2f}."
+    return text
