@@ -164,7 +164,7 @@ class TestBadRecipes:
             ({"threshold": True}, "threshold"),
             ({"hub_id": 3}, "hub_id must be text"),
             ({"schedules": []}, "map budgets"),
-            ({"schedules": {"much": []}}, "'much'"),
+            ({"schedules": {"2x": []}}, "'2x'"),
             ({"schedules": {"2": []}}, "'2'"),
             ({"schedules": {"0.1": [{"layer": 1}]}}, "schedule 0.1"),
             ({"schedules": {"0.1": [{"layer": 1, "keep": 0.1, "kep": 1}]}}, "kep"),

@@ -7,11 +7,13 @@ from itertools import pairwise
 import pytest
 
 from trio_deploy.errors import TrioError
+from trio_deploy.methods import METHODS
 from trio_deploy.models.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from trio_deploy.schedule import (
     PruningPoint,
     Schedule,
     account,
+    choose,
     default_layers,
     for_budget,
     kv_bytes,
@@ -305,3 +307,50 @@ def test_a_budget_below_the_first_layers_names_the_smallest():
 @pytest.mark.parametrize("text", ["1:1.0, 2:0.5", "1:1", "1:92, 10:54", "1:0.16"])
 def test_a_schedule_prints_as_it_is_read(text):
     assert str(Schedule.parse(text)) == text
+
+
+# --- methods -------------------------------------------------------------------------------------
+
+
+def test_a_point_may_name_its_method():
+    schedule = Schedule.parse("0:96:divprune, 16:32")
+    assert schedule.methods == ("divprune", "trio")
+    assert Schedule.parse(str(schedule)) == schedule
+    assert Schedule.from_json(schedule.to_json()) == schedule
+    assert Schedule.parse("1:92,10:54:fastv", "dart").methods == ("dart", "fastv")
+    assert PAPER_11.with_method("random").methods == ("random",) * 3
+    assert PAPER_11.with_method("random").resolve(576) == PAPER_11.resolve(576)
+
+
+def test_a_solved_schedule_keeps_the_methods_of_its_points():
+    for budget in (0.111, 1.0):
+        schedule = solve(budget, 32, (0, 16), ("divprune", "trio"))
+        assert schedule.methods == ("divprune", "trio")
+        assert schedule.average(10**6, 32) == pytest.approx(budget * 10**6, rel=1e-3)
+
+
+def test_a_schedule_is_asked_for_by_budget_text_or_name():
+    published = {"0.111": PAPER_11, "encoder": Schedule.parse("0:96:divprune,16:32")}
+    assert choose(32, 0.111, published=published) == PAPER_11
+    assert choose(32, 0.111, method="dart", published=published) == PAPER_11.with_method("dart")
+    assert choose(32, schedule="encoder", published=published) == published["encoder"]
+    assert choose(32, schedule="1:5,2:3:random", method="fastv").methods == ("fastv", "random")
+    with pytest.raises(TrioError, match="encoder"):
+        choose(32, schedule="decoder", published=published)
+    assert for_budget(0.2, 32, published).methods == ("trio",) * 3
+
+
+def test_what_selects_is_counted_by_its_method():
+    """TRIO's probes cost more than attention of one token; diversity compares all with all."""
+    by = {m: cost(PAPER_11.with_method(m), 576) for m in METHODS}
+    assert by["random"].selection == 0
+    assert by["trio"].saliency == by["topk-gradient"].saliency > by["fastv"].saliency > 0
+    assert by["topk-gradient"].similarity == by["fastv"].similarity == 0
+    assert by["divprune"].saliency == 0
+    tokens = [n + 60 for n in (576, 92, 54)]
+    assert by["divprune"].similarity == sum(n * n * 4096 for n in tokens)
+    assert by["dart"].saliency == sum(n * 4096 * 4096 for n in tokens)
+    one_shot = cost(Schedule.parse("0:64:dart"), 576)
+    assert one_shot.saliency == 0 and one_shot.similarity == 8 * 636 * 4096
+    layers = {c.layers for c in by.values()}
+    assert len(layers) == 1

@@ -37,7 +37,6 @@ from trio_deploy.checkpoint import Checkpoint, TensorEntry
 from trio_deploy.errors import TrioError
 from trio_deploy.graphs import GraphOptions, build_graphs
 from trio_deploy.models import canonical_tensors, parse_config
-from trio_deploy.models.config import ModelConfig
 from trio_deploy.recipe import (
     DIALECTS,
     GRAPH_DTYPES,
@@ -47,7 +46,7 @@ from trio_deploy.recipe import (
     load_target,
     tensorrt_dialects,
 )
-from trio_deploy.schedule import Schedule, for_budget, max_visual_tokens
+from trio_deploy.schedule import Schedule, choose, max_visual_tokens
 from trio_deploy.source import HUB_ID, from_folder, hub_folder, resolve
 from trio_deploy.weights import (
     DTYPES,
@@ -70,6 +69,7 @@ def export(
     *,
     budget: float | None = None,
     schedule: Schedule | str | None = None,
+    method: str | None = None,
     dtype: str | None = None,
     dialect: str | None = None,
     target: str | os.PathLike[str] | None = None,
@@ -88,7 +88,10 @@ def export(
         out: the bundle's folder; must not exist unless `force`.
         budget: average share of visual tokens a layer sees; default 0.111. The recipe's schedule
             for it where the recipe has one, else the solver's.
-        schedule: pruning points instead of a budget, as `Schedule.parse` reads them.
+        schedule: pruning points instead of a budget, as `Schedule.parse` reads them, or the name
+            of one of the recipe's schedules.
+        method: selection method of every pruning point, or of those that the schedule's text names
+            none for; default: trio, or what the recipe says.
         dtype: float32, float16 or bfloat16; default: what the target says.
         dialect: ort, onnx or primitive; default: the target's.
         target: name or file of an engines/ target; default cpu.
@@ -110,7 +113,9 @@ def export(
     device = load_target(str(target) if target is not None else "cpu")
     found = resolve(os.fspath(model), weights_needed=not graphs_only)
     config = parse_config(found.raw_config)
-    plan = _schedule(found.recipe, budget, schedule, config)
+    depth, published = config.text.num_layers, found.recipe.schedules if found.recipe else None
+    plan = choose(depth, budget, schedule, method, published)
+    plan.validate(depth, max_visual_tokens(config))
     sources: dict[str, TensorEntry] = {}
     if not graphs_only:
         assert found.folder is not None
@@ -205,21 +210,6 @@ def _refuse_unless_it_runs(dtype: str, device: Target) -> None:
         f"choose --dtype {' or '.join(GRAPH_DTYPES[device.runtime])}, or a --target that can "
         f"({', '.join(able)})"
     )
-
-
-def _schedule(
-    recipe: Recipe | None,
-    budget: float | None,
-    schedule: Schedule | str | None,
-    config: ModelConfig,
-) -> Schedule:
-    layers = config.text.num_layers
-    if schedule is not None:
-        plan = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
-    else:
-        plan = for_budget(budget, layers, recipe.schedules if recipe else None)
-    plan.validate(layers, max_visual_tokens(config))
-    return plan
 
 
 def _options(

@@ -15,7 +15,7 @@ from trio_deploy.schedule import (
     Cost,
     Schedule,
     account,
-    for_budget,
+    choose,
     kv_bytes,
     max_tiles,
     paper_layer_flops,
@@ -96,8 +96,8 @@ class Plan:
             ("FLOPs by the paper's formula", ours.paper, full.paper, ""),
             ("FLOPs of the prefill, all counted", ours.honest, full.honest, ""),
             ("  layers", ours.layers, full.layers, ""),
-            ("  saliency", ours.saliency, full.saliency, ""),
-            ("  suppression, at most", ours.similarity, full.similarity, ""),
+            ("  scores of tokens", ours.saliency, full.saliency, ""),
+            ("  comparisons of tokens, at most", ours.similarity, full.similarity, ""),
             ("  lm_head", ours.lm_head, full.lm_head, ""),
             (f"FLOPs of the vision tower, {_tiles(self.tiles)}", self.vision, self.vision, ""),
             ("KV cache, 16-bit", ours.kv_bytes / _MIB, full.kv_bytes / _MIB, "MiB"),
@@ -115,11 +115,12 @@ def make_plan(
     *,
     budget: float | None = None,
     schedule: str | Schedule | None = None,
+    method: str | None = None,
     visual_tokens: int | None = None,
     text_tokens: int = 60,
     probes: int = 4,
 ) -> Plan:
-    """The cost of `budget` or `schedule` (default: the paper's 11.1 %) on `model`.
+    """The cost of `budget` or `schedule` (default: the paper's 11.1 %) on `model`; see `choose`.
 
     Args:
         model: recipe name or file, checkpoint folder (its config.json is enough), or hub id.
@@ -138,10 +139,7 @@ def make_plan(
         raise TrioError("token counts must not be negative, and there is at least one probe")
     if visual_tokens is not None:
         tiles = min(tiles, math.ceil(visual / config.vision.rows_per_tile))
-    if schedule is not None:
-        chosen = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
-    else:
-        chosen = for_budget(budget, depth, published)
+    chosen = choose(depth, budget, schedule, method, published)
     chosen.validate(depth, visual)
 
     def cost(of: Schedule) -> Cost:

@@ -17,7 +17,7 @@ import yaml
 from trio_deploy.checkpoint import image_settings, read_json
 from trio_deploy.errors import TrioError
 from trio_deploy.models import Preprocessor, parse_config
-from trio_deploy.schedule import Schedule
+from trio_deploy.schedule import Schedule, is_budget
 
 _PACKAGE = Path(__file__).parent
 
@@ -85,7 +85,7 @@ class Recipe:
         hub_id: of the checkpoint on the Hugging Face hub, where it is there.
         checkpoint: a local checkpoint folder, where the recipe names one.
         architecture: a config.json with every size written out.
-        schedules: budget, as the recipe writes it ("0.111"), → schedule.
+        schedules: budget, as the recipe writes it ("0.111"), or a name → schedule.
         probe: `last` or `shifted`, which positions the proxy loss looks at.
         positions: `renumber` or `original`, position ids after pruning.
         threshold: cosine similarity from which a kept token suppresses another.
@@ -465,12 +465,12 @@ def _schedules(file: Path, raw: Any) -> dict[str, Schedule]:
     schedules = {}
     for budget, points in raw.items():
         try:
-            if not 0 < float(budget) <= 1:
+            if is_budget(str(budget)) and not 0 < float(budget) <= 1:
                 raise ValueError
         except (TypeError, ValueError):
             raise TrioError(
                 f"{file}: the budget {budget!r} in `schedules` must be a share above 0 and at "
-                "most 1."
+                "most 1, or a name that begins with a letter."
             ) from None
         try:
             schedules[str(budget)] = Schedule.from_json(points)

@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from trio_deploy.errors import TrioError
-from trio_deploy.methods import METHODS
+from trio_deploy.methods import METHODS, PIVOTS
 from trio_deploy.models.config import ModelConfig, TextConfig
 
 DEFAULT_BUDGET = 0.111
@@ -315,7 +315,7 @@ def for_budget(
     """
     wanted = DEFAULT_BUDGET if budget is None else budget
     for key, schedule in (published or {}).items():
-        if math.isclose(float(key), wanted):
+        if is_budget(key) and math.isclose(float(key), wanted):
             return schedule
     try:
         return solve(wanted, num_layers)
@@ -323,6 +323,44 @@ def for_budget(
         if budget is not None:
             raise
         raise TrioError(f"{error} ({wanted:g} is the default: pass another as --budget)") from None
+
+
+def choose(
+    num_layers: int,
+    budget: float | None = None,
+    schedule: Schedule | str | None = None,
+    method: str | None = None,
+    published: Mapping[str, Schedule] | None = None,
+) -> Schedule:
+    """What a caller asked for.
+
+    Args:
+        budget: see `for_budget`; it counts where there is no schedule.
+        schedule: itself, the name of one in `published`, or what `Schedule.parse` reads.
+        method: of every pruning point; in a schedule's text, of those that name none.
+        published: a recipe's schedules.
+
+    Raises:
+        TrioError: as `for_budget` and `Schedule.parse`.
+    """
+    if isinstance(schedule, str) and schedule not in (published or {}):
+        if schedule[:1].isalpha():
+            names = ", ".join(key for key in published or {} if not is_budget(key)) or "none"
+            raise TrioError(
+                f"there is no schedule called '{schedule}': this model's recipe has {names}; "
+                "or write layer:keep, for example 1:0.16,10:0.094"
+            )
+        return Schedule.parse(schedule, method or "trio")
+    if isinstance(schedule, str):
+        schedule = (published or {})[schedule]
+    if schedule is None:
+        schedule = for_budget(budget, num_layers, published)
+    return schedule if method is None else schedule.with_method(method)
+
+
+def is_budget(key: str) -> bool:
+    """Whether a recipe's schedule is called by its budget rather than by a name."""
+    return not key[:1].isalpha()
 
 
 def _shares(budget: float, count: int) -> list[float]:
@@ -393,6 +431,39 @@ def similarity_flops(visual: int, keep: int, block: int, d: int) -> int:
     return visual * min(visual, keep + block) * d
 
 
+def method_flops(
+    point: PruningPoint,
+    before: int,
+    after: int,
+    text_tokens: int,
+    text: TextConfig,
+    probes: int,
+    block: int,
+) -> tuple[int, int]:
+    """Multiply-adds of a pruning point of `before` visual tokens: of its scores, of comparisons.
+
+    n tokens in all.  `fastv`: keys of all rows and one query, n·d·GD + d·HD + n·HD.  `dart`: keys,
+    unless before layer 0, and the cosines of eight pivots, 8·n·d.  `divprune`: all cosines, n²·d.
+    `vscan`: cosines of all tokens with those that stay, and their means, 2·n·(text + after)·d.
+    `random` and `cls-attention` compute next to nothing here.
+    """
+    n = before + text_tokens
+    d, q, kv = _widths(text)
+    if point.method == "trio":
+        return saliency_flops(n, text, probes), similarity_flops(before, after, block, d)
+    if point.method == "topk-gradient":
+        return saliency_flops(n, text, probes), 0
+    if point.method == "fastv":
+        return n * d * kv + d * q + n * q, 0
+    if point.method == "dart":
+        return (n * d * kv if point.layer else 0), 2 * PIVOTS * n * d
+    if point.method == "divprune":
+        return 0, n * n * d
+    if point.method == "vscan":
+        return 0, 2 * n * (text_tokens + after) * d
+    return 0, 0
+
+
 def lm_head_flops(text: TextConfig) -> int:
     """Multiply-adds of the one row of logits that a prefill ends in."""
     return text.hidden_size * text.vocab_size
@@ -447,8 +518,8 @@ class Cost:
         average: visual tokens a layer, averaged over the layers.
         paper: the paper's formula over visual tokens alone, selection free of charge.
         layers: all layers over all tokens, text included.
-        saliency: the probes of all pruning points that prune.
-        similarity: their suppression, at worst.
+        saliency: the scores of all pruning points that prune: TRIO's probes, others' attention.
+        similarity: their comparisons of tokens: TRIO's suppression, at worst; others' cosines.
         lm_head: the last row's logits.
     """
 
@@ -491,10 +562,12 @@ def account(
     per_layer = schedule.visual_per_layer(visual, text.num_layers)
     counts = (visual, *schedule.resolve(visual))
     saliency = similarity = 0
-    for before, after in pairwise(counts):
+    for point, (before, after) in zip(schedule.points, pairwise(counts), strict=True):
         if after < before:
-            saliency += saliency_flops(before + text_tokens, text, probes)
-            similarity += similarity_flops(before, after, block, text.hidden_size)
+            scores, comparisons = method_flops(
+                point, before, after, text_tokens, text, probes, block
+            )
+            saliency, similarity = saliency + scores, similarity + comparisons
     return Cost(
         ranges=tuple(
             (start, stop, count, count + text_tokens)
