@@ -143,6 +143,16 @@ def test_the_gpu_and_instances_reach_the_configuration(bundle, tmp_path):
     assert 'string_value: "cuda"' in text
 
 
+def test_a_target_of_the_users_own_travels_with_the_repository(bundle, tmp_path):
+    file = tmp_path / "box.yaml"
+    file.write_text("runtime: onnxruntime\ndialect: ort\ndtype: float32\n")
+    write_repository(bundle, tmp_path / "own", Options(target=str(file)))
+    assert (tmp_path / "own" / "trio_vlm" / "1" / "box.yaml").read_text() == file.read_text()
+    assert '"1/box.yaml"' in (tmp_path / "own" / "trio_vlm" / "config.pbtxt").read_text()
+    write_repository(bundle, tmp_path / "shipped", Options(target="cpu"))
+    assert 'string_value: "cpu"' in (tmp_path / "shipped/trio_vlm/config.pbtxt").read_text()
+
+
 def test_the_warm_up_files_are_laid_out_as_triton_reads_strings(bundle, tmp_path):
     write_repository(bundle, tmp_path / "out")
     content = (tmp_path / "out" / "trio_vlm" / "warmup" / "image").read_bytes()

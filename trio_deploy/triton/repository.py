@@ -34,7 +34,7 @@ from trio_deploy.build.record import RECORD as ENGINES_RECORD
 from trio_deploy.build.record import Record
 from trio_deploy.bundle import MANIFEST, Bundle, BundleWriter, TensorInfo, safe_path
 from trio_deploy.errors import TrioError
-from trio_deploy.recipe import RUNTIMES, Target, load_target
+from trio_deploy.recipe import RUNTIMES, Target, list_targets, load_target
 from trio_deploy.runtime.external import external_tensors
 from trio_deploy.triton.limits import check_settings
 from trio_deploy.triton.pbtxt import Enum, format_message
@@ -192,7 +192,7 @@ def _parameters(
     """Parameters of NAME_vlm: where its bundle is and what runs it, then the caller's settings."""
     parameters = {"bundle": _BUNDLE, "runtime": runtime}
     if target is not None:
-        parameters["target"] = target.name
+        parameters["target"] = _target_parameter(options)
     if runtime == "onnxruntime":
         parameters["provider"] = "cuda" if options.device == "gpu" else "cpu"
     parameters["warm_up"] = "false"  # by model_warmup, which also proves that requests get through
@@ -200,6 +200,12 @@ def _parameters(
     if clash:
         raise TrioError(f"{clash[0]} is not a setting: it follows from the options of this command")
     return parameters | dict(options.settings)
+
+
+def _target_parameter(options: Options) -> str:
+    """A shipped target's name, or where in the model's folder the user's own file is put."""
+    target = str(options.target)
+    return target if target in list_targets() else f"1/{Path(target).name}"
 
 
 def _files(bundle: Bundle, runtime: str, target: Target | None) -> Iterable[tuple[str, Path]]:
@@ -268,6 +274,9 @@ class _Models:
         with bar:
             for relative, path in files:
                 self._place(path, f"{name}/{_BUNDLE}/{relative}", self._options.link, bar.update)
+        if self._settings.get("target", "").startswith("1/"):
+            target = Path(str(self._options.target)).expanduser()
+            self._writer.write(f"{name}/{self._settings['target']}", target.read_bytes())
         self._writer.write(f"{name}/1/model.py", _model_py("model"))
         self._writer.write(f"{name}/warmup/prompt", _bytes_tensor(_WARM_UP_PROMPT))
         self._writer.write(f"{name}/warmup/image", _bytes_tensor(_picture()))
