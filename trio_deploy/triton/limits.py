@@ -1,4 +1,4 @@
-"""What may be set of a served model: limits of requests and of the batch, as Triton's parameters."""
+"""Parameters of a served model: limits of requests and of the batch."""
 
 from __future__ import annotations
 
