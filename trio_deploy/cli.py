@@ -244,6 +244,41 @@ def _bench(args: argparse.Namespace) -> None:
     print(json.dumps(result, indent=2) if args.json else to_text(result))
 
 
+def _build(args: argparse.Namespace) -> int:
+    from trio_deploy.bundle import Bundle
+    from trio_deploy.recipe import load_target
+
+    bundle = Bundle.load(args.bundle)
+    target = load_target(args.target or bundle.manifest.target)
+    if args.dry_run:
+        from trio_deploy.build.check import dry_run
+
+        report = dry_run(bundle, target, tensorrt=args.tensorrt)
+        print(json.dumps(report.to_json(), indent=2) if args.json else report.to_text())
+        return 0 if report.passed else 1
+    if args.tensorrt is not None:
+        raise TrioError("--tensorrt is for --dry-run: engines are built by what is installed")
+    from trio_deploy.build import adapter
+    from trio_deploy.build.builder import build_engines
+    from trio_deploy.build.record import Gpu
+    from trio_deploy.build.verify import run_once
+    from trio_deploy.runtime.cuda import Device
+
+    tensorrt, device = adapter.load(), Device()
+    outcome = build_engines(
+        bundle,
+        target,
+        tensorrt,
+        Gpu(device.name, device.compute_capability, device.driver),
+        verify=lambda folder, stage: run_once(bundle, tensorrt, folder, stage),
+        stages=args.stage or None,
+        force=args.force,
+        progress=not args.json,
+    )
+    print(json.dumps(outcome.to_json(), indent=2) if args.json else outcome.to_text())
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trio", description="Token-pruned vision-language models as ONNX graphs."
@@ -287,6 +322,23 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, help="of sampling (default: another each time)")
     run.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
     run.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+    build = add("build", _build, "Build TensorRT engines of a bundle, on the device they run on.")
+    build.add_argument("bundle", type=Path, help="folder of the bundle")
+    build.add_argument("--target", help="target name or file (default: the bundle's)")
+    build.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the graphs against TensorRT's operators and the target's limits; no GPU needed",
+    )
+    build.add_argument(
+        "--tensorrt", metavar="VERSION", help="of --dry-run, as 8.6 or 10.3 (default: the target's)"
+    )
+    build.add_argument(
+        "--stage", action="append", default=[], help="build this engine alone; may be repeated"
+    )
+    build.add_argument("--force", action="store_true", help="build engines again that are there")
+    build.add_argument("--json", action="store_true", help="print one JSON object instead")
 
     plan = add("plan", _plan, "What a budget costs in tokens, operations and KV cache.")
     plan.add_argument("--model", required=True, help="recipe name or file, or checkpoint folder")

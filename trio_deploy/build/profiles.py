@@ -18,12 +18,10 @@ from trio_deploy.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.models.config import ModelConfig
 from trio_deploy.recipe import Limits, Target
+from trio_deploy.runtime.stages import TILES_AT_ONCE
 from trio_deploy.schedule import Schedule, max_tiles, max_visual_tokens, solve
 
 PREFILL, DECODE, DEFAULT = "prefill", "decode", "default"
-
-#: Tiles that the runtime shows the vision tower at once, if no single image has more.
-TILES_AT_ONCE = 8
 
 Shape = tuple[int, ...]
 Dims = Sequence[int | str]

@@ -99,12 +99,16 @@ class Record:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TrioError(f"{file} is damaged ({error}): run `trio build` again") from error
 
-    def save(self, folder: Path) -> None:
-        """Write record.json, wholly or not at all."""
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as record.json has them."""
         raw = asdict(self)
         for name, stage in self.stages.items():
             raw["stages"][name]["profiles"] = [profile.to_json() for profile in stage.profiles]
-        content = json.dumps(raw, indent=1, ensure_ascii=False) + "\n"
+        return raw
+
+    def save(self, folder: Path) -> None:
+        """Write record.json, wholly or not at all."""
+        content = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
         write_atomically(folder / RECORD, content.encode())
 
     def with_stage(self, name: str, stage: StageRecord) -> Record:

@@ -1,0 +1,368 @@
+"""`trio build`: engines of a bundle's graphs, one after another, in `engines/<target>/`.
+
+An engine appears under its name when it is whole, and the record with it; a build that was
+interrupted goes on at the next engine. An engine whose graph, weights, profiles, TensorRT or GPU
+are no longer what it was made of is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
+
+from trio_deploy.build.adapter import Built, Log, ProfileLike, Progress
+from trio_deploy.build.check import read_graph, require_dialect
+from trio_deploy.build.profiles import Profile, profiles
+from trio_deploy.build.record import Gpu, Record, StageRecord
+from trio_deploy.bundle import Bundle, format_bytes, sha256_of, write_atomically
+from trio_deploy.errors import TrioError
+from trio_deploy.recipe import Target
+
+ENGINES = "engines"
+TIMING_CACHE = "timing.cache"
+LOG = "build.log"
+
+_GIB = 2**30
+_LOGGED = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")  # VERBOSE takes hundreds of megabytes
+
+
+class Builder(Protocol):
+    """What is asked of TensorRT here; `build/adapter.py` has it."""
+
+    version: str
+
+    def build(
+        self,
+        onnx: Path,
+        profiles: Sequence[ProfileLike],
+        *,
+        workspace: int,
+        dtype: str = "float32",
+        timing_cache: bytes = b"",
+        log: Log | None = None,
+        progress: Progress | None = None,
+    ) -> Built:
+        """Make an engine of a graph."""
+        ...
+
+
+Verify = Callable[[Path, str], None]
+"""Loads the engine of a stage in a folder and runs it once; raises TrioError where that fails."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a build did: `built` now, `kept` from an earlier one."""
+
+    folder: Path
+    record: Record
+    built: tuple[str, ...]
+    kept: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The folder, what was built and kept, and the record."""
+        return {
+            "folder": str(self.folder),
+            "built": list(self.built),
+            "kept": list(self.kept),
+            "record": self.record.to_json(),
+        }
+
+    def to_text(self) -> str:
+        record = self.record
+        lines = [
+            f"{self.folder}: {len(record.stages)} engines for {record.gpu.name} "
+            f"(compute capability {record.gpu.compute_capability}), TensorRT {record.tensorrt}"
+        ]
+        for name, stage in record.stages.items():
+            how = f"built in {stage.seconds:.0f} s" if name in self.built else "kept"
+            lines.append(f"  {name:<12}{format_bytes(stage.bytes):>10}  {how}")
+        return "\n".join(lines)
+
+
+def build_engines(
+    bundle: Bundle,
+    target: Target,
+    tensorrt: Builder,
+    gpu: Gpu,
+    *,
+    verify: Verify | None = None,
+    stages: Sequence[str] | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Outcome:
+    """Build the engines of a bundle that are not there yet.
+
+    Args:
+        tensorrt: of `build.adapter.load`.
+        gpu: the one to build on, which TensorRT takes too.
+        verify: called for every engine as soon as it is built; one that fails is thrown away.
+        stages: only these.
+        force: also those that are there.
+        progress: show a bar on stderr.
+
+    Raises:
+        TrioError: the bundle has no weights or does not suit TensorRT, the GPU is not the target's,
+            the disk is too full, or an engine cannot be built or run.
+    """
+    bundle.require_weights()
+    _require_gpu(target, gpu)
+    require_dialect(bundle.manifest.dialect, tensorrt.version, str(bundle.path))
+    wanted = _chosen(bundle, stages)
+    found = profiles(bundle, target)
+    folder = bundle.path / ENGINES / target.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrioError(f"cannot write to {folder}: {error.strerror}") from error
+    record = _record(folder, bundle, target, tensorrt.version, gpu)
+    prints = {stage: _fingerprint(bundle, stage, found[stage], target, record) for stage in wanted}
+    missing = [
+        stage for stage in wanted if force or not _is_built(folder, record, stage, prints[stage])
+    ]
+    _require_space(bundle, folder, missing)
+    record.save(folder)
+    for leftover in folder.glob(".*.engine.*"):
+        leftover.unlink(missing_ok=True)
+    bar = tqdm(total=len(wanted), unit="engine", desc="engines", disable=None if progress else True)
+    with bar, _log(folder / LOG) as log:
+        bar.update(len(wanted) - len(missing))
+        for stage in missing:
+            entry = _build(
+                bundle, stage, found[stage], target, tensorrt, folder, prints[stage], log, bar
+            )
+            record = record.with_stage(stage, entry)
+            record.save(folder)
+            if verify is not None:
+                bar.set_postfix_str(f"{stage}: first run")
+                try:
+                    verify(folder, stage)
+                except TrioError as error:
+                    _drop(folder, record, stage)
+                    raise TrioError(
+                        f"the engine of {stage} was built, but does not run: {error}"
+                    ) from error
+            bar.update()
+    order = {name: record.stages[name] for name in bundle.stages if name in record.stages}
+    record = replace(record, stages=order)
+    record.save(folder)
+    kept = tuple(stage for stage in wanted if stage not in missing)
+    return Outcome(folder, record, tuple(missing), kept)
+
+
+def _build(
+    bundle: Bundle,
+    stage: str,
+    found: Sequence[Profile],
+    target: Target,
+    tensorrt: Builder,
+    folder: Path,
+    fingerprint: str,
+    log: Log,
+    bar: Any,
+) -> StageRecord:
+    """One engine under its name, and the timing cache that its build leaves."""
+
+    def tell(phase: str, done: int, steps: int) -> None:
+        bar.set_postfix_str(f"{stage}: {phase} {done}/{steps}")
+
+    bar.set_postfix_str(stage)
+    log("INFO", f"==== {stage}: {len(found)} profile(s), TensorRT {tensorrt.version}")
+    for profile in found:
+        log("INFO", f"profile {json.dumps(profile.to_json())}")
+    cache = folder / TIMING_CACHE
+    start = time.monotonic()
+    built = tensorrt.build(
+        bundle.graph(stage),
+        found,
+        workspace=int(target.workspace_gib * _GIB),
+        dtype=bundle.manifest.dtype,
+        timing_cache=cache.read_bytes() if cache.is_file() else b"",
+        log=log,
+        progress=tell,
+    )
+    seconds = time.monotonic() - start
+    file = f"{stage}.engine"
+    write_whole(folder / file, built.plan)
+    write_atomically(cache, built.timing_cache)
+    digest = hashlib.sha256(built.plan).hexdigest()
+    log("INFO", f"==== {stage}: {len(built.plan)} bytes in {seconds:.1f} s")
+    return StageRecord(
+        file=file,
+        sha256=digest,
+        bytes=len(built.plan),
+        graph_sha256=_graph_sha256(bundle, stage),
+        fingerprint=fingerprint,
+        profiles=tuple(found),
+        seconds=round(seconds, 1),
+    )
+
+
+def write_whole(path: Path, content: memoryview | bytes) -> None:
+    """Writes a file beside its place and moves it there.
+
+    Raises:
+        TrioError: the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise TrioError(
+            f"cannot write {path} of {format_bytes(len(content))}: {error.strerror}; what was "
+            "built before it is kept"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _require_gpu(target: Target, gpu: Gpu) -> None:
+    if target.runtime != "tensorrt":
+        raise TrioError(
+            f"the target {target.name} runs {target.runtime}: engines are for targets with "
+            "`runtime: tensorrt`"
+        )
+    if target.compute_capability not in (None, gpu.compute_capability):
+        raise TrioError(
+            f"the target {target.name} has compute capability {target.compute_capability}, but "
+            f"this GPU, {gpu.name}, has {gpu.compute_capability}: engines are built on the device "
+            "where they run; choose another --target, or copy the target's file and change it"
+        )
+
+
+def _chosen(bundle: Bundle, stages: Sequence[str] | None) -> list[str]:
+    for stage in stages or ():
+        bundle.graph(stage)  # names the stages there are
+    return [stage for stage in bundle.stages if stages is None or stage in stages]
+
+
+def _record(folder: Path, bundle: Bundle, target: Target, version: str, gpu: Gpu) -> Record:
+    """The folder's record where it is of this GPU, TensorRT and bundle, else an empty one."""
+    manifest = bundle.manifest
+    fresh = Record(
+        target=target.name,
+        tensorrt=version,
+        gpu=gpu,
+        dialect=manifest.dialect,
+        dtype=manifest.dtype,
+        decode_layout=manifest.decode,
+        limits=target.limits,
+    )
+    try:
+        known = Record.load(folder)
+    except TrioError:  # none yet, or damaged: all engines are made
+        return fresh
+    same = replace(known, limits=fresh.limits, gpu=replace(known.gpu, driver=gpu.driver), stages={})
+    return replace(fresh, stages=known.stages) if same == fresh else fresh
+
+
+def _fingerprint(
+    bundle: Bundle, stage: str, found: Sequence[Profile], target: Target, record: Record
+) -> str:
+    """What an engine is made of: its graph, weights, profiles, and who makes it."""
+    weights = _weight_files(bundle, stage)
+    files = bundle.manifest.files
+    parts = {
+        "graph": _graph_sha256(bundle, stage),
+        "weights": {name: _identity(bundle, name, files) for name in weights},
+        "profiles": [profile.to_json() for profile in found],
+        "workspace_gib": target.workspace_gib,
+        "dtype": record.dtype,
+        "tensorrt": record.tensorrt,
+        "gpu": [record.gpu.name, record.gpu.compute_capability],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _graph_sha256(bundle: Bundle, stage: str) -> str:
+    known = bundle.manifest.files[bundle.manifest.graphs[stage].file].sha256
+    return known or sha256_of(bundle.graph(stage))
+
+
+def _identity(bundle: Bundle, name: str, files: Mapping[str, Any]) -> list[Any]:
+    """Checksum of a file of weights, or size and time of change where none was recorded."""
+    info = files[name]
+    if info.sha256 is not None:
+        return [info.sha256]
+    return [info.size, (bundle.path / name).stat().st_mtime_ns]
+
+
+def _weight_files(bundle: Bundle, stage: str) -> list[str]:
+    names = {
+        entry.value
+        for tensor in read_graph(bundle.graph(stage)).graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return sorted(name for name in names if name in bundle.manifest.files)
+
+
+def weight_bytes(bundle: Bundle, stage: str) -> int:
+    """Bytes of the weights that a graph refers to: about the size of its engine."""
+    return sum(
+        int(entry.value)
+        for tensor in read_graph(bundle.graph(stage)).graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "length"
+    )
+
+
+def _is_built(folder: Path, record: Record, stage: str, fingerprint: str) -> bool:
+    entry = record.stages.get(stage)
+    if entry is None or entry.fingerprint != fingerprint:
+        return False
+    try:
+        record.check_file(folder, stage)
+    except TrioError:
+        return False
+    return True
+
+
+def _require_space(bundle: Bundle, folder: Path, missing: Sequence[str]) -> None:
+    needed = sum(weight_bytes(bundle, stage) for stage in missing)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise TrioError(
+            f"the disk of {folder} is too full: the engines need about {format_bytes(needed)}, and "
+            f"{format_bytes(free)} are free"
+        )
+
+
+def _drop(folder: Path, record: Record, stage: str) -> None:
+    stages = {name: entry for name, entry in record.stages.items() if name != stage}
+    replace(record, stages=stages).save(folder)
+    (folder / record.stages[stage].file).unlink(missing_ok=True)
+
+
+@contextmanager
+def _log(file: Path) -> Iterator[Log]:
+    """Appends what the builder says; warnings and errors of a whole build stay in one file."""
+    with file.open("a", encoding="utf-8") as out:
+        yield _Lines(out)
+
+
+class _Lines:
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._start = time.monotonic()
+
+    def __call__(self, severity: str, message: str) -> None:
+        if severity in _LOGGED:
+            seconds = time.monotonic() - self._start
+            self._out.write(f"[{seconds:9.2f}] {severity:<7} {message.rstrip()}\n")
+            self._out.flush()

@@ -1,0 +1,70 @@
+"""The first run of an engine: it loads, takes its typical shapes, and gives finite numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trio_deploy.build.adapter import TensorRT
+from trio_deploy.build.profiles import Profile
+from trio_deploy.bundle import Bundle
+from trio_deploy.errors import TrioError
+from trio_deploy.runtime.engine import TensorSpec
+from trio_deploy.runtime.trt import TrtRuntime
+
+
+def run_once(bundle: Bundle, tensorrt: TensorRT, folder: Path, stage: str) -> None:
+    """Load the engine of a stage and run it at the typical shapes of each of its profiles.
+
+    Raises:
+        TrioError: it does not load or run, or gives what is not finite.
+    """
+    runtime = TrtRuntime(folder, bundle, tensorrt=tensorrt)
+    engine = runtime.open(bundle.graph(stage))
+    for profile in runtime.record.stages[stage].profiles:
+        outputs = engine.run(example_feeds(engine.inputs, profile))
+        for name, array in outputs.items():
+            if array.dtype.kind == "f" and not np.isfinite(array.astype(np.float32)).all():
+                raise TrioError(
+                    f"{name} is not finite for small numbers at the {profile.name} profile's "
+                    "typical shapes"
+                )
+
+
+def example_feeds(inputs: Mapping[str, TensorSpec], profile: Profile) -> dict[str, np.ndarray]:
+    """Inputs of the typical shapes whose values a stage can make sense of.
+
+    Floats are small random numbers; a row of a selection starts and ends with text and keeps what
+    its width has room for; a row of a segment is full.
+    """
+    random = np.random.default_rng(0)
+    shapes = {name: bounds.opt for name, bounds in profile.shapes.items()}
+    tokens = next((shape[1] for name, shape in shapes.items() if name == "position_ids"), 1)
+    capacities = [shape[2] for name, shape in shapes.items() if name.startswith("past.")]
+    capacity = min(capacities, default=0)
+    width = min(profile.values["width"].opt[0], tokens) if "width" in profile.values else tokens
+    text = max(1, width // 2)
+    visual = np.zeros(tokens, np.bool_)
+    visual[1 : tokens - text + 1] = True
+    rows: dict[str, Any] = {
+        "position_ids": np.arange(tokens),
+        "source_index": np.arange(shapes["source_index"][1]) if "source_index" in shapes else None,
+        "visual_mask": visual,
+        "lengths": np.int64(capacity - 1 if "input_ids" in shapes else tokens),
+        "past_lengths": np.int64(max(capacity - 1, 0)),
+        "keep": np.int64(width - text),
+        "width": np.int64(width),
+    }
+    feeds: dict[str, np.ndarray] = {}
+    for name, shape in shapes.items():
+        dtype = inputs[name].dtype
+        if rows.get(name) is not None:
+            feeds[name] = np.ascontiguousarray(np.broadcast_to(rows[name], shape).astype(dtype))
+        elif dtype.kind in "iub" or name.startswith("past."):
+            feeds[name] = np.zeros(shape, dtype)
+        else:
+            feeds[name] = (0.1 * random.standard_normal(shape)).astype(dtype)
+    return feeds
