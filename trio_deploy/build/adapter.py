@@ -10,6 +10,7 @@ What was read off the bindings of 8.6.1, 10.0, 10.3, 10.15, 11.0 and 11.4 (docs/
                                        builder flags `FP16`, `BF16`, `INT8`)
 INT64, BF16                            from 10; 8.6 narrows INT64 to INT32
 `TacticSource.CUBLAS`, `CUDNN` …       gone in 11
+`PROFILE_SHARING_0806`                 to be asked for in 8.6; several contexts then share a profile
 `IProgressMonitor`                     from 10
 `get_aliased_input_tensor`             from 10.15: a KV cache is updated in place
 `device_memory_size`, contexts         `…_v2` from 10.3 and alone in 11; contexts without memory
@@ -197,6 +198,8 @@ class TensorRT:
             # float32 means float32: selections compare cosines with a threshold.
             config.clear_flag(trt.BuilderFlag.TF32)
             self._without_libraries(config)
+            if not self.strongly_typed:  # the rule from 10 on: contexts may share a profile
+                config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
             if dtype == "float16" and not self.strongly_typed:
                 config.set_flag(trt.BuilderFlag.FP16)
                 config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)

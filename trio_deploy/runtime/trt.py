@@ -32,10 +32,11 @@ _LIMITS = {
     "B": ("rows", "max_batch"),
     "T": ("image tiles", "max_images"),
     "R": ("rows of image features", "max_images or max_batch"),
-    "S": ("tokens a row", "max_text_tokens, max_visual_tokens or max_budget"),
+    "S": ("tokens a row", "max_text_tokens or max_visual_tokens"),
     "C": ("tokens a row in the KV cache", "max_new_tokens, max_text_tokens or max_visual_tokens"),
     "W": ("tokens a row after pruning", "max_budget or max_text_tokens"),
 }
+_UNPRUNED = ("embed", "prefill_0", "select_1")  # stages that see the whole prompt
 
 
 def engine_folder(bundle: Bundle, target: str | None = None) -> Path:
@@ -297,6 +298,8 @@ class TrtEngine:
 
     def _refusal(self, what: str, axis: str, size: int, least: int, most: int) -> tuple[int, str]:
         meaning, limits = _LIMITS.get(axis, (f"entries of {what}", "a limit"))
+        if axis == "S" and self.stage not in _UNPRUNED:
+            limits = _LIMITS["W"][1]
         target = self.runtime.record.target
         text = (
             f"the request needs {size} {meaning} in {self.stage}, whose engine for {target} takes "
