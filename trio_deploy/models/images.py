@@ -10,6 +10,8 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,18 @@ def open_image(source: Any) -> Image.Image:
     )
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of a picture by its file's header, before anything is decoded.
+
+    Raises:
+        TrioError: not a picture in one of `FORMATS` but ICO, whose header need not tell the size
+            of the picture inside.
+    """
+    formats = [form for form in FORMATS if form != "ICO"]
+    with _opened(io.BytesIO(data), "the image", formats) as image:
+        return image.size
+
+
 def resize(image: Image.Image, size: tuple[int, int], settings: ImageSettings) -> Image.Image:
     """Scale to (height, width) with the settings' filter."""
     if size[0] * size[1] > MAX_PIXELS:
@@ -201,16 +215,23 @@ def _center_crop(pixels: np.ndarray, crop: tuple[int, int]) -> tuple[np.ndarray,
 
 
 def _decode(file: Any, name: str) -> Image.Image:
+    with _opened(file, name, FORMATS) as image:
+        _check_size(image, name)
+        image.load()
+        return _to_rgb(image, name)
+
+
+@contextmanager
+def _opened(file: Any, name: str, formats: Sequence[str]) -> Iterator[Image.Image]:
+    """The picture in a file, not decoded yet; whatever fails inside is one `TrioError`."""
     Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]  # older Pillows lack AVIF
+    known = [form for form in formats if form in Image.OPEN]  # older Pillows lack AVIF
     try:
         with warnings.catch_warnings():
-            # The size is checked below, against our own limit and with our own message.
+            # The size is checked against our own limit and with our own message.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file, formats=formats) as image:
-                _check_size(image, name)
-                image.load()
-                return _to_rgb(image, name)
+            with Image.open(file, formats=known) as image:
+                yield image
     except TrioError:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, above ours, before there is a size

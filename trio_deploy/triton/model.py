@@ -1,0 +1,246 @@
+"""`trio_vlm`, for Triton's python backend: answers streamed token by token.
+
+Imported by the model.py of a repository that `trio triton` writes, inside Triton's own process for
+the model; `triton_python_backend_utils` exists there alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from PIL import Image
+
+from trio_deploy.errors import TrioError
+from trio_deploy.runtime.continuous import (
+    Cancelled,
+    ContinuousBatcher,
+    DeadlinePassed,
+    Event,
+    Failed,
+    Handle,
+    Refused,
+)
+from trio_deploy.runtime.pipeline import Generation, Request, TrioPipeline
+from trio_deploy.triton.limits import Settings
+from trio_deploy.triton.metrics import Exporter
+from trio_deploy.triton.request import INPUTS, Question, read
+
+_LOG = logging.getLogger(__name__)
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+_LOOK_S = 0.05  # between looks at whether waiting requests were cancelled, and at the metrics
+_DRAIN_S = 30.0
+
+
+class TritonPythonModel:
+    """What Triton loads; its interface is Triton's."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Open the bundle.
+
+        Raises:
+            TritonModelException: it is broken, or a parameter is wrong; the model does not get
+                ready then.
+        """
+        # Threads hand the interpreter over often: the model's must not wait for long.
+        sys.setswitchinterval(0.0005)
+        try:
+            self._settings = Settings.parse(_parameters(args))
+            pipeline = _open(self._settings, Path(args["model_repository"]))
+            if self._settings.warm_up:
+                _warm_up(pipeline)
+            self._batcher = _batcher(pipeline, self._settings)
+        except (TrioError, OSError) as error:
+            raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from error
+        self._exporter = _exporter(args)
+        self._answers: set[_Answer] = set()
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="trio-watch", daemon=True)
+        self._watcher.start()
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Take requests; their responses are sent as they come to be."""
+        for request in requests:
+            answer = _Answer(request.get_response_sender(), self._answers.discard)
+            try:
+                self._answers.add(answer)
+                answer.ask(self._batcher, self._read(request))
+            except Exception as error:  # nothing that a client sends may end the instance
+                answer.fail(error)
+
+    def finalize(self) -> None:
+        """Answer what was asked, then stop."""
+        self._batcher.close(timeout=_DRAIN_S)
+        self._stop.set()
+        self._watcher.join()
+        self._export()
+
+    def _read(self, request: Any) -> Question:
+        tensors = {}
+        for name in INPUTS:
+            tensor = pb_utils.get_input_tensor_by_name(request, name)
+            if tensor is not None:
+                tensors[name] = tensor.as_numpy()
+        return read(tensors, request.parameters(), request.timeout(), self._settings)
+
+    def _watch(self) -> None:
+        """Heed the cancelling of requests that get no tokens yet, and keep the metrics."""
+        while not self._stop.wait(_LOOK_S):
+            for answer in list(self._answers):
+                if not answer.begun:
+                    answer.look()
+            self._export()
+
+    def _export(self) -> None:
+        if self._exporter is None:
+            return
+        try:
+            self._exporter.update(self._batcher.metrics())
+        except Exception:
+            _LOG.exception("exporting the metrics failed")
+
+
+class _Answer:
+    """One request's responses.
+
+    Attributes:
+        begun: whether there was a token.
+    """
+
+    def __init__(self, sender: Any, done: Any) -> None:
+        self._sender = sender
+        self._done = done
+        self._handle: Handle | None = None
+        self._stream = True
+        self.begun = False
+
+    def ask(self, batcher: ContinuousBatcher, question: Question) -> None:
+        self._stream = question.stream
+        self._handle = batcher.submit(
+            question.request, self._on_event, timeout_s=question.timeout_s
+        )
+
+    def look(self) -> None:
+        """End the answer if the client has cancelled it."""
+        if self._handle is not None and not self._handle.done and self._sender.is_cancelled():
+            self._handle.cancel()
+
+    def fail(self, error: Exception) -> None:
+        """Send an error, and that it is the last response."""
+        code = _code(error)
+        if code == pb_utils.TritonError.INTERNAL:
+            _LOG.error("a request failed", exc_info=error)
+        text = str(error) if isinstance(error, TrioError) else f"internal error: {error!r:.200}"
+        self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(text, code)), last=True)
+
+    def _on_event(self, event: Event) -> None:
+        self.begun = True
+        if event.error is not None:
+            self.fail(event.error)
+            return
+        if event.generation is None:
+            self.look()
+            if not self._stream:
+                return
+        ids = [] if event.token_id is None else [event.token_id]
+        text = event.text
+        if event.generation is not None and not self._stream:
+            ids, text = event.generation.token_ids, event.generation.text
+        tensors = [_string("text", text), pb_utils.Tensor("token_ids", np.array(ids, np.int64))]
+        if event.generation is not None:
+            tensors += _end(event.generation)
+        self._send(pb_utils.InferenceResponse(tensors), last=event.last)
+
+    def _send(self, response: Any, last: bool) -> None:
+        try:
+            self._sender.send(response, flags=_FINAL if last else 0)
+        finally:
+            if last:
+                self._done(self)
+
+
+def _parameters(args: Mapping[str, str]) -> dict[str, str]:
+    """The model's parameters; names in capitals are Triton's own."""
+    given = json.loads(args["model_config"]).get("parameters", {})
+    return {name: value["string_value"] for name, value in given.items() if name != name.upper()}
+
+
+def _open(settings: Settings, folder: Path) -> TrioPipeline:
+    return TrioPipeline.from_bundle(
+        folder / settings.bundle,
+        settings.runtime,
+        target=settings.target,
+        threads=settings.threads,
+        low_memory=settings.low_memory,
+        provider=settings.provider,
+        precision=settings.precision,
+    )
+
+
+def _batcher(pipeline: TrioPipeline, settings: Settings) -> ContinuousBatcher:
+    return ContinuousBatcher(
+        pipeline,
+        max_rows=settings.max_rows,
+        max_queue=settings.max_queue,
+        prefill_rows=settings.prefill_rows,
+        prefill_tokens=settings.prefill_tokens,
+        max_prompt_tokens=settings.max_prompt_tokens,
+        max_kv_bytes=settings.max_kv_bytes,
+        prefillers=settings.prefillers,
+        preparers=settings.preparers,
+    )
+
+
+def _warm_up(pipeline: TrioPipeline) -> None:
+    """Run every stage once, with a picture and without."""
+    blank = Image.new("RGB", (64, 64), (127, 127, 127))
+    pipeline.generate_batch([Request("what is this?", images, 2) for images in ([blank], [])])
+
+
+def _exporter(args: Mapping[str, str]) -> Exporter | None:
+    labels = {"model": args["model_name"], "version": args["model_version"]}
+    try:
+        return Exporter(pb_utils, labels)
+    except Exception as error:  # a server may be told to export none
+        _LOG.warning("no metrics are exported: %s", error)
+        return None
+
+
+def _code(error: Exception) -> int:
+    codes: dict[type[Exception], int] = {
+        TrioError: pb_utils.TritonError.INVALID_ARG,
+        Refused: pb_utils.TritonError.UNAVAILABLE,
+        DeadlinePassed: pb_utils.TritonError.UNAVAILABLE,
+        Cancelled: pb_utils.TritonError.CANCELLED,
+        Failed: pb_utils.TritonError.INTERNAL,
+    }
+    return codes.get(type(error), pb_utils.TritonError.INTERNAL)
+
+
+def _end(generation: Generation) -> list[Any]:
+    """Why the answer ended, and what it took: JSON with seconds, counts and bytes."""
+    timings = {
+        "first_token_s": generation.first_token_s,
+        "tokens_per_s": generation.tokens_per_s,
+        "stages": generation.timings,
+        "prompt_tokens": generation.prompt_tokens,
+        "visual_tokens": generation.visual_tokens,
+        "kept_tokens": generation.keep_counts,
+        "kv_bytes": generation.kv_bytes,
+    }
+    return [
+        _string("finish_reason", generation.finish_reason),
+        _string("timings", json.dumps(timings)),
+    ]
+
+
+def _string(name: str, text: str) -> Any:
+    # The whole of a character's bytes or its replacement: a tokenizer may produce half of one.
+    return pb_utils.Tensor(name, np.array([text.encode(errors="replace")], np.object_))
