@@ -93,7 +93,10 @@ class Stages:
         text = bundle.config.text
         dtype = self.engines["embed"].outputs["inputs_embeds"].dtype
         self.hidden_size, self.vocab_size, self.dtype = text.hidden_size, text.vocab_size, dtype
-        self.cache_shape = CacheShape(text.num_kv_heads, text.head_dim, dtype)
+        # The engine's own: OpenVINO may hold a cache in fewer bits than hidden states.
+        first = self.segments[0]
+        kept = self.engines[first].outputs[f"present.{self.layers[first][0]}.key"].dtype
+        self.cache_shape = CacheShape(text.num_kv_heads, text.head_dim, kept)
         if [i for name in self.segments for i in self.layers[name]] != list(range(text.num_layers)):
             raise TrioError(
                 "the bundle's segments do not cover the model's layers one by one: export it again"
