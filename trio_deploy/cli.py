@@ -15,6 +15,7 @@ from typing import Any
 
 import trio_deploy
 from trio_deploy.errors import TrioError
+from trio_deploy.evaluate.options import add_eval, add_tune
 from trio_deploy.methods import METHODS
 
 _EXPORT_SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
@@ -279,6 +280,19 @@ def _build(args: argparse.Namespace) -> int:
     return 0
 
 
+def _eval(args: argparse.Namespace) -> None:
+    from trio_deploy.evaluate.command import run_eval
+
+    results = run_eval(args)
+    print(json.dumps(results.to_json(), indent=1) if args.json else results.to_text())
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from trio_deploy.evaluate.command import run_tune, tuned_text
+
+    print(tuned_text(run_tune(args)))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trio", description="Token-pruned vision-language models as ONNX graphs."
@@ -408,6 +422,9 @@ def _parser() -> argparse.ArgumentParser:
         "--link", action="store_true", help="hard-link the bundle's files instead of copying"
     )
     triton.add_argument("--force", action="store_true", help="replace an existing repository")
+
+    add_eval(add("eval", _eval, "Measure what pruning keeps of the answers, method by method."))
+    add_tune(add("tune", _tune, "Search for the schedule that changes answers least; no labels."))
 
     _add_bench(add("bench", _bench, "Measure time and memory, against no pruning and others."))
 

@@ -1,0 +1,157 @@
+"""`trio eval` and `trio tune`: what the command line says, made into calls."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from trio_deploy.errors import TrioError
+from trio_deploy.evaluate import evaluate
+from trio_deploy.evaluate.configurations import (
+    RECIPE,
+    Configuration,
+    RuntimeOptions,
+    Source,
+    blind,
+    grid,
+    named,
+)
+from trio_deploy.evaluate.options import BUDGETS, FILE_TOKENS, SCENE_TOKENS
+from trio_deploy.evaluate.questions import (
+    Question,
+    annotate,
+    read_questions,
+    scene_questions,
+)
+from trio_deploy.evaluate.results import PLOT, RESULTS, TABLE, Results, draw
+from trio_deploy.evaluate.tune import BEST, Space, Tuned, tune
+from trio_deploy.schedule import DEFAULT_BUDGET, Schedule
+
+T = TypeVar("T")
+
+
+def run_eval(args: argparse.Namespace) -> Results:
+    """Measure what the arguments of `trio eval` name, and write what was found.
+
+    Raises:
+        TrioError: an option is wrong, or what `evaluate` raises.
+    """
+    source = Source.open(args.model)
+    questions, scorer, data, limit = _questions(args)
+    configurations = _configurations(args, source)
+    if args.blind:
+        configurations.append(blind(source))
+    results = evaluate(
+        source,
+        questions,
+        configurations,
+        args.out,
+        scorer=scorer,
+        options=_running(args),
+        batch=args.batch,
+        max_new_tokens=limit,
+        data=data,
+    )
+    written = [RESULTS, TABLE]
+    if not args.no_plot and configurations:
+        draw(results, args.out / PLOT)
+        written.append(PLOT)
+    print(f"trio: wrote {', '.join(written)} to {args.out}", file=sys.stderr)
+    return results
+
+
+def run_tune(args: argparse.Namespace) -> Tuned:
+    """Search as the arguments of `trio tune` say.
+
+    Raises:
+        TrioError: an option is wrong, or what `tune` raises.
+    """
+    source = Source.open(args.model)
+    questions, _, _, limit = _questions(args)
+    tuned = tune(
+        source,
+        questions,
+        args.budget if args.budget is not None else DEFAULT_BUDGET,
+        args.out,
+        space=Space(
+            methods=tuple(_list(args.methods, str)),
+            thresholds=tuple(_list(args.threshold, float)) or (0.8,),
+            probes=tuple(_list(args.probe, str)) or (None,),
+            positions=tuple(_list(args.positions, str)) or (None,),
+            points=args.points,
+        ),
+        options=_running(args),
+        batch=args.batch,
+        max_new_tokens=limit,
+        limit=args.candidates,
+        start=[Schedule.parse(text) for text in args.start],
+    )
+    print(f"trio: wrote {BEST} to {args.out}", file=sys.stderr)
+    return tuned
+
+
+def _questions(args: argparse.Namespace) -> tuple[list[Question], str, str, int]:
+    """Questions, the scorer's name, the data in words, tokens an answer may have."""
+    if args.questions is None:
+        if args.images or args.annotations:
+            raise TrioError("--images and --annotations belong to --questions FILE")
+        found = scene_questions(args.scenes, family=args.family, split=args.split, first=args.first)
+        data = f"{args.family} scenes {args.first} to {args.first + args.scenes - 1} of the "
+        return found, "exact", f"{data}{args.split} seeds", args.max_new_tokens or SCENE_TOKENS
+    found = read_questions(args.questions, args.images, append=args.append, limit=args.limit)
+    scorer = args.scorer
+    if args.annotations is not None:
+        found = annotate(found, scorer, args.annotations)
+    return found, scorer, args.questions.name, args.max_new_tokens or FILE_TOKENS
+
+
+def _configurations(args: argparse.Namespace, source: Source) -> list[Configuration]:
+    budgets = _list(args.budgets, float) or list(BUDGETS)
+    methods = _list(args.methods, str)
+    if not methods and not args.schedule and source.bundle is None:
+        methods = [RECIPE]
+    found: list[Configuration] = []
+    if methods or source.bundle is not None:
+        found, refused = grid(
+            source,
+            methods,
+            budgets,
+            thresholds=_list(args.threshold, float) or [None],
+            probes=_list(args.probe, str) or [None],
+            positions=_list(args.positions, str) or [None],
+            seeds=range(args.seeds),
+        )
+        for sentence in refused:
+            print(f"trio: {sentence}", file=sys.stderr)
+    return [named(source, text) for text in args.schedule] + found
+
+
+def _running(args: argparse.Namespace) -> RuntimeOptions:
+    return RuntimeOptions(args.target, args.dtype, args.runtime, args.provider, args.threads)
+
+
+def _list(text: str | None, kind: Callable[[str], T]) -> list[T]:
+    """Comma-separated values.
+
+    Raises:
+        TrioError: one cannot be read.
+    """
+    try:
+        return [kind(part.strip()) for part in (text or "").split(",") if part.strip()]
+    except ValueError:
+        raise TrioError(f"cannot read {text!r}: write numbers with commas between them") from None
+
+
+def tuned_text(tuned: Tuned, others: Sequence[int] = range(5)) -> str:
+    """The result in recipe form, and the schedules that came next."""
+    lines = [tuned.text, "loss     same answer  schedule"]
+    for place in others:
+        if place < len(tuned.ranking):
+            one = tuned.ranking[place]
+            lines.append(
+                f"{one.loss:<8.4f} {one.agreement:<12.1%} {one.configuration.name}"
+                f"  τ={one.configuration.threshold:g}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,360 @@
+"""What is compared: a schedule, its methods and options, and the bundle that has them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from trio_deploy.bundle import MANIFEST, WEIGHTS, Bundle, sha256_of
+from trio_deploy.checkpoint import Checkpoint
+from trio_deploy.errors import TrioError
+from trio_deploy.export import export
+from trio_deploy.methods import METHODS
+from trio_deploy.models import parse_config
+from trio_deploy.models.config import ModelConfig
+from trio_deploy.recipe import load_target
+from trio_deploy.runtime.pipeline import TrioPipeline
+from trio_deploy.schedule import Schedule, for_budget, max_visual_tokens, solve
+from trio_deploy.source import resolve
+from trio_deploy.weights import DTYPES
+
+BUNDLES = "bundles"
+UNPRUNED = "unpruned"
+BLIND = "no picture"
+RECIPE = "recipe"
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One thing to measure.
+
+    Attributes:
+        name: as tables and plots call it.
+        schedule: pruning points of a bundle to be exported; None takes the bundle as it is.
+        budget: what was asked for, a share of the visual tokens (1.0: nothing is pruned).
+        threshold, probe, positions: None takes the model's own.
+        seeds: of a random selection; scores are averaged over them.
+        blind: ask without the picture.
+    """
+
+    name: str
+    schedule: Schedule | None
+    budget: float
+    threshold: float | None = None
+    probe: str | None = None
+    positions: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    blind: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "schedule": None if self.schedule is None else self.schedule.to_json(),
+            "budget": self.budget,
+            "threshold": self.threshold,
+            "probe": self.probe,
+            "positions": self.positions,
+            "seeds": list(self.seeds),
+            "blind": self.blind,
+        }
+
+    @property
+    def key(self) -> str:
+        """Short name of what is measured, whatever it is called."""
+        what = self.to_json()
+        for incidental in ("name", "seeds") + (("budget",) if self.schedule is not None else ()):
+            del what[incidental]
+        return _digest(what)
+
+
+def _digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Source:
+    """A bundle as it is, or a model of which a bundle is exported for each schedule.
+
+    Attributes:
+        name: of the model, for reports.
+        config: of the model.
+        bundle: the bundle, where there is one already.
+        dtypes: the float types of the checkpoint's weights.
+    """
+
+    name: str
+    config: ModelConfig
+    model: str = ""
+    bundle: Bundle | None = None
+    dtypes: frozenset[str] = frozenset()
+    recipe_schedules: dict[str, Schedule] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, model: str | os.PathLike[str]) -> Source:
+        """A bundle's folder, a recipe, a checkpoint's folder or a hub id.
+
+        Raises:
+            TrioError: it is none of them.
+        """
+        path = Path(model)
+        if (path / MANIFEST).is_file():
+            bundle = Bundle.load(path)
+            return cls(bundle.manifest.model.name, bundle.config, bundle=bundle)
+        found = resolve(os.fspath(model), weights_needed=True)
+        assert found.folder is not None
+        config = parse_config(found.raw_config)
+        entries = Checkpoint.from_path(found.folder).verify(config).values()
+        return cls(
+            found.name,
+            config,
+            os.fspath(model),
+            dtypes=frozenset(DTYPES[entry.dtype] for entry in entries),
+            recipe_schedules=dict(found.recipe.schedules) if found.recipe else {},
+        )
+
+    @property
+    def layers(self) -> int:
+        return self.config.text.num_layers
+
+    @property
+    def visual(self) -> int:
+        """The most visual tokens that one picture takes."""
+        return max_visual_tokens(self.config)
+
+
+def unpruned(source: Source) -> Configuration:
+    """What everything is compared with."""
+    return Configuration(UNPRUNED, None if source.bundle else Schedule(), 1.0)
+
+
+def blind(source: Source) -> Configuration:
+    """How far one gets without seeing the picture."""
+    return Configuration(BLIND, None if source.bundle else Schedule(), 1.0, blind=True)
+
+
+def grid(
+    source: Source,
+    methods: Sequence[str],
+    budgets: Sequence[float],
+    *,
+    thresholds: Sequence[float | None] = (None,),
+    probes: Sequence[str | None] = (None,),
+    positions: Sequence[str | None] = (None,),
+    seeds: Sequence[int] = (0,),
+) -> tuple[list[Configuration], list[str]]:
+    """Every method at every budget with every option, and what cannot be had.
+
+    Args:
+        methods: a bundle has its own, so none may be given there. Else `recipe` (the recipe's
+            schedule for the budget), or a method of pruning: by itself in the published schedule's
+            shape, with layers (`divprune@0`, `trio@1+5+8`) before those, its keeps solved.
+        budgets: shares of the visual tokens that a layer sees on average.
+        seeds: for a random selection.
+
+    Returns:
+        The configurations, and a sentence for each that the model cannot do.
+
+    Raises:
+        TrioError: an unknown method, or options and methods for a bundle, which has its own.
+    """
+    options = list(product(thresholds, probes, positions))
+    if source.bundle is not None:
+        if list(methods) or options != [(None, None, None)]:
+            raise TrioError(
+                "a bundle has its methods and options already: leave them out, or pass the model "
+                "that it was exported from"
+            )
+        own = source.bundle.schedule
+        name = "+".join(dict.fromkeys(own.methods)) or UNPRUNED
+        return [Configuration(name, None, budget) for budget in budgets], []
+    found: list[Configuration] = []
+    refused: list[str] = []
+    for method, budget in product(methods, budgets):
+        try:
+            schedule = _schedule(source, method, budget)
+        except TrioError as error:
+            if not _known(method):
+                raise
+            refused.append(f"{method} at {budget:.1%} is left out: {error}")
+            continue
+        for threshold, probe, position in options:
+            said = [f"τ={threshold:g}"] if threshold is not None and len(thresholds) > 1 else []
+            said += [p for p in (probe if len(probes) > 1 else None,
+                                 position if len(positions) > 1 else None) if p]  # fmt: skip
+            found.append(
+                Configuration(
+                    " ".join([method, *said]),
+                    schedule,
+                    budget,
+                    threshold,
+                    probe,
+                    position,
+                    tuple(seeds) if RANDOM in schedule.methods else (0,),
+                )
+            )
+    return found, refused
+
+
+def named(source: Source, text: str) -> Configuration:
+    """From `NAME=SCHEDULE` or `SCHEDULE`, a schedule as `Schedule.parse` reads it.
+
+    Raises:
+        TrioError: the schedule is not possible on this model, or the model is a bundle.
+    """
+    if source.bundle is not None:
+        raise TrioError(
+            "a bundle has its schedule already: pass the model that it was exported from"
+        )
+    name, equals, points = text.partition("=")
+    schedule = Schedule.parse(points if equals else text)
+    schedule.validate(source.layers, source.visual)
+    share = schedule.average(source.visual, source.layers) / source.visual
+    return Configuration(name if equals else str(schedule), schedule, round(share, 4))
+
+
+def _known(method: str) -> bool:
+    return method == RECIPE or method.partition("@")[0] in METHODS
+
+
+def _schedule(source: Source, method: str, budget: float) -> Schedule:
+    kind, at, places = method.partition("@")
+    if not _known(method):
+        raise TrioError(
+            f"unknown method {kind!r}: choose from {RECIPE}, {', '.join(METHODS)}; METHOD@LAYER "
+            "or METHOD@LAYER+LAYER says where it prunes"
+        )
+    if kind == RECIPE:
+        return for_budget(budget, source.layers, source.recipe_schedules)
+    try:
+        layers = [int(place) for place in places.split("+")] if at else None
+    except ValueError:
+        raise TrioError(f"{method!r} must be METHOD@LAYER or METHOD@LAYER+LAYER") from None
+    if layers == [0]:
+        schedule = Schedule.parse(f"0:{budget}:{kind}")
+    else:
+        schedule = solve(budget, source.layers, layers=layers).with_method(kind)
+    schedule.validate(source.layers, source.visual)
+    return schedule
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How bundles are exported and run; None leaves a choice to the target."""
+
+    target: str = "cpu"
+    dtype: str | None = None
+    runtime: str | None = None
+    provider: str | None = None
+    threads: int | None = None
+
+
+class Bundles:
+    """Bundles of one model for many schedules, exported when first asked for.
+
+    They lie under `folder` for the next run, and share one copy of the weights: hard links to the
+    checkpoint where the float type is the same, else to the first bundle's.
+    """
+
+    def __init__(self, source: Source, folder: Path, options: RuntimeOptions) -> None:
+        self._source = source
+        self._folder = folder
+        self._options = options
+        self._open: tuple[str, TrioPipeline] | None = None
+        self._shapes: dict[str, Configuration] = {}
+
+    def pipeline(self, configuration: Configuration) -> TrioPipeline:
+        """Ready to answer; the one before it is let go.
+
+        Raises:
+            TrioError: what exporting or opening raises.
+        """
+        key = self._key(configuration)
+        if self._open is None or self._open[0] != key:
+            self._open = None
+            options = self._options
+            self._open = (
+                key,
+                TrioPipeline.from_bundle(
+                    self.bundle(configuration),
+                    options.runtime,
+                    threads=options.threads,
+                    provider=options.provider,
+                ),
+            )
+        return self._open[1]
+
+    def identity(self, configuration: Configuration) -> str:
+        """Short name of what answers: model, options and configuration."""
+        bundle, options = self._source.bundle, self._options
+        manifest = sha256_of(bundle.path / MANIFEST) if bundle else ""
+        run = [options.target, options.dtype, options.runtime, options.provider]
+        return _digest([self._source.model, manifest, *run, configuration.key])
+
+    def shape(self, configuration: Configuration) -> str:
+        """Short name of what the bundle's graphs depend on: all but how many tokens are kept."""
+        assert configuration.schedule is not None
+        points = configuration.schedule.points
+        places = [(point.layer, point.method) for point in points]
+        chosen = (configuration.threshold, configuration.probe, configuration.positions)
+        return _digest([places, *chosen])
+
+    def shaped(self, configuration: Configuration) -> TrioPipeline:
+        """A pipeline that serves the configuration if requests say what to `keep`."""
+        like = self._shapes.setdefault(self.shape(configuration), configuration)
+        return self.pipeline(like)
+
+    def _key(self, configuration: Configuration) -> str:
+        what = configuration.to_json()
+        for incidental in ("name", "seeds", "budget", "blind"):
+            del what[incidental]
+        options = self._options
+        return _digest([self._source.model, options.target, options.dtype, what])
+
+    def bundle(self, configuration: Configuration) -> Bundle:
+        """The configuration's bundle, exported if it is not there yet."""
+        if self._source.bundle is not None:
+            return self._source.bundle
+        out = self._folder / self._key(configuration)
+        if (out / MANIFEST).is_file():
+            return Bundle.load(out)
+        bundle = export(
+            self._source.model,
+            out,
+            schedule=configuration.schedule,
+            threshold=configuration.threshold,
+            probe=configuration.probe,
+            positions=configuration.positions,
+            target=self._options.target,
+            dtype=self._options.dtype,
+            link_weights=self._linkable(),
+            progress=False,
+        )
+        self._share(bundle)
+        return bundle
+
+    def _linkable(self) -> bool:
+        dtype = self._options.dtype or load_target(self._options.target).dtype
+        return self._source.dtypes == {dtype}
+
+    def _share(self, bundle: Bundle) -> None:
+        """Make weights that another bundle here has too hard links to those."""
+        others = [p for p in sorted(self._folder.iterdir()) if (p / MANIFEST).is_file()]
+        for other in (p for p in others if p != bundle.path):
+            known = Bundle.load(other).manifest.files
+            for name, info in bundle.manifest.files.items():
+                same = known.get(name)
+                if not name.startswith(f"{WEIGHTS}/") or info.sha256 is None or same != info:
+                    continue
+                spare = bundle.path / f"{name}.linked"
+                with suppress(OSError):  # a file system without hard links keeps its copy
+                    os.link(other / name, spare)
+                    spare.replace(bundle.path / name)
+            return

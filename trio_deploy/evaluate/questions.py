@@ -1,0 +1,245 @@
+"""What is asked: generated scenes, or a question file in LLaVA's format with its annotations."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from trio_deploy.errors import TrioError
+from trio_deploy.evaluate import scenes
+from trio_deploy.evaluate.options import FIRST_SCENE
+from trio_deploy.evaluate.scorers import SCORERS
+
+FAMILIES = ("busy", "smooth")
+SPLITS = {"test": scenes.TEST_SEEDS, "tuning": scenes.TUNING_SEEDS}
+
+_LETTERS = "ABCDE"
+_PLACEHOLDER = "<image>"
+_AGAIN = " #"  # before the number of a question whose id others had before
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about pictures.
+
+    Attributes:
+        id: of its own in its set; answers are resumed and compared by it.
+        images: what the pipeline takes; requests that pass one object share its preparation.
+        picture: names the pictures, for statistics: questions about one are not independent.
+        kind: results are also given a kind.
+        reference: what the scorer compares with; None where the answer is not known.
+    """
+
+    id: str
+    prompt: str
+    images: tuple[Image.Image | Path, ...]
+    picture: str
+    kind: str
+    reference: Any = None
+
+
+def scene_questions(
+    count: int,
+    *,
+    family: str = "busy",
+    split: str = "test",
+    first: int = FIRST_SCENE,
+    each: int = 16,
+) -> list[Question]:
+    """Questions about generated scenes, `each` a scene; the same for the same arguments.
+
+    Args:
+        count: scenes.
+        family: `busy`, or `smooth`: few objects on plain ground, where diversity alone finds them.
+        split: `test` or `tuning`, whose seeds are disjoint and disjoint from training's.
+        first: the first scene's place in the split.
+
+    Raises:
+        TrioError: an unknown family or split, or more scenes than the split has.
+    """
+    if family not in FAMILIES:
+        raise TrioError(f"unknown family of scenes {family!r}: choose {' or '.join(FAMILIES)}")
+    if split not in SPLITS:
+        raise TrioError(f"unknown split {split!r}: choose {' or '.join(SPLITS)}")
+    seeds = SPLITS[split]
+    if count < 1 or first < 0 or first + count > len(seeds):
+        raise TrioError(
+            f"scenes {first} to {first + count} of the {split} split: it has {len(seeds)}"
+        )
+    return [
+        Question(
+            f"{family}-{scene.seed}-{number}",
+            question.text,
+            (scene.image,),
+            f"{family}-{scene.seed}",
+            question.kind,
+            question.answer,
+        )
+        for seed in seeds[first : first + count]
+        for scene in [scenes.generate(seed, family, each)]  # type: ignore[arg-type]
+        for number, question in enumerate(scene.questions)
+    ]
+
+
+def read_questions(
+    file: Path, images: Path | None = None, *, append: str = "", limit: int | None = None
+) -> list[Question]:
+    """A question file as LLaVA's evaluation takes them.
+
+    Either JSON Lines with `question_id`, `text`, `image` (a name, or a list of them) and, where
+    known, `category` and `answer`, `answers` or `label`; or a JSON list with `id`, `image` and
+    `conversations`, whose first `value` is asked (ScienceQA).
+
+    Args:
+        images: the folder that picture names are relative to.
+        append: added to every question on a line of its own.
+        limit: take the first so many.
+
+    Raises:
+        TrioError: the file cannot be read, lacks something, or names a picture that is not there.
+    """
+    questions = []
+    for place, entry in enumerate(_entries(file)):
+        if limit is not None and place >= limit:
+            break
+        if not isinstance(entry, dict):
+            raise TrioError(
+                f"{file}, question {place + 1}: it must be an object, not {entry!r:.60}"
+            )
+        name = entry.get("question_id", entry.get("id"))
+        text = _asked(entry)
+        if name is None or text is None:
+            raise TrioError(
+                f"{file}, question {place + 1}: it needs question_id and text (or id and "
+                "conversations)"
+            )
+        pictures = entry.get("image") or []
+        pictures = pictures if isinstance(pictures, list) else [pictures]
+        paths = tuple(_picture(file, images, picture) for picture in pictures)
+        reference = next((entry[k] for k in ("answers", "answer", "label") if k in entry), None)
+        default = "image" if paths else "text"
+        questions.append(
+            Question(
+                str(name),
+                f"{text}\n{append}" if append else text,
+                paths,
+                "|".join(map(str, pictures)) or str(name),
+                str(entry.get("category") or default),
+                reference,
+            )
+        )
+    if not questions:
+        raise TrioError(f"{file} holds no questions")
+    # A batch prepares a picture once if its questions pass the same object.
+    shared: dict[tuple[Image.Image | Path, ...], tuple[Image.Image | Path, ...]] = {}
+    seen: Counter[str] = Counter()
+    out = []
+    for question in questions:
+        seen[question.id] += 1  # LLaVA's TextVQA file gives all questions of a picture one id
+        again = f"{_AGAIN}{seen[question.id]}" if seen[question.id] > 1 else ""
+        same = shared.setdefault(question.images, question.images)
+        out.append(replace(question, id=question.id + again, images=same))
+    return out
+
+
+def _entries(file: Path) -> Iterable[Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            return list(json.loads(text))
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrioError(f"the questions {file} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise TrioError(f"{file} is neither JSON Lines nor a JSON list: {error}") from None
+
+
+def _asked(entry: dict[str, Any]) -> str | None:
+    text = entry.get("text")
+    if text is None and entry.get("conversations"):
+        text = entry["conversations"][0].get("value")
+    return text.replace(_PLACEHOLDER, "").strip() if isinstance(text, str) else None
+
+
+def _picture(file: Path, folder: Path | None, name: Any) -> Path:
+    path = (folder or file.parent) / str(name)
+    if not path.is_file():
+        raise TrioError(f"{file}: there is no picture {path}; say where they are with --images")
+    return path
+
+
+def annotate(questions: Sequence[Question], scorer: str, source: Path) -> list[Question]:
+    """The questions with references from a benchmark's own annotation file.
+
+    - `pope`: a folder with coco_pope_{category}.json, whose lines follow the questions of the
+      category in order, or one such file.
+    - `textvqa`: TextVQA_0.5.1_val.json; joined by image and question, as LLaVA does.
+    - `scienceqa`: problems.json, joined by id.
+    - `vqav2`: v2_mscoco_val2014_annotations.json, joined by question_id.
+
+    Raises:
+        TrioError: the annotations are not of that form, or lack a question.
+    """
+    readers = {"pope": _pope, "textvqa": _textvqa, "scienceqa": _scienceqa, "vqav2": _vqav2}
+    if scorer not in readers:
+        raise TrioError(
+            f"the scorer {scorer} has no annotation file: put `answer` into the question file, or "
+            f"choose {', '.join(readers)}"
+        )
+    assert set(readers) < set(SCORERS)
+    try:
+        found = readers[scorer](questions, source)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise TrioError(
+            f"{source} does not hold {scorer}'s annotations of these questions: "
+            f"{type(error).__name__} {error}"
+        ) from None
+    return [replace(q, reference=r) for q, r in zip(questions, found, strict=True)]
+
+
+def _pope(questions: Sequence[Question], source: Path) -> list[Any]:
+    labels: dict[str, list[str]] = {}
+    for category in {q.kind for q in questions}:
+        file = source / f"coco_pope_{category}.json" if source.is_dir() else source
+        lines = file.read_text(encoding="utf-8").splitlines()
+        labels[category] = [json.loads(line)["label"] for line in lines if line.strip()]
+    taken = dict.fromkeys(labels, 0)
+    found = []
+    for question in questions:
+        key = question.kind if source.is_dir() else next(iter(labels))
+        found.append(labels[key][taken[key]])
+        taken[key] += 1
+    return found
+
+
+def _textvqa(questions: Sequence[Question], source: Path) -> list[Any]:
+    data = json.loads(source.read_text(encoding="utf-8"))["data"]
+    known = {(str(a["image_id"]), a["question"].lower()): a["answers"] for a in data}
+    return [known[(q.id.split(_AGAIN)[0], _plain(q.prompt).lower())] for q in questions]
+
+
+def _plain(prompt: str) -> str:
+    """The question in a TextVQA prompt, which may carry OCR tokens and an instruction."""
+    if prompt.startswith("OCR tokens: "):
+        found = re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)
+        return found.group(1) if found else prompt
+    lines = prompt.split("\n")
+    return lines[1] if len(lines) > 1 and lines[0].startswith("Reference OCR token:") else lines[0]
+
+
+def _scienceqa(questions: Sequence[Question], source: Path) -> list[Any]:
+    problems = json.loads(source.read_text(encoding="utf-8"))
+    return [_LETTERS[int(problems[q.id]["answer"])] for q in questions]
+
+
+def _vqav2(questions: Sequence[Question], source: Path) -> list[Any]:
+    annotations = json.loads(source.read_text(encoding="utf-8"))["annotations"]
+    known = {str(a["question_id"]): [x["answer"] for x in a["answers"]] for a in annotations}
+    return [known[q.id] for q in questions]

@@ -1,0 +1,386 @@
+"""What was measured, in numbers: JSON to go on with, a table to read, a plot to look at."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trio_deploy.bundle import write_atomically
+from trio_deploy.errors import TrioError
+from trio_deploy.evaluate.configurations import BLIND, UNPRUNED, Configuration, Source
+from trio_deploy.evaluate.questions import Question
+from trio_deploy.evaluate.run import Measured
+from trio_deploy.evaluate.scorers import pope_summary, yes_or_no
+from trio_deploy.evaluate.statistics import Bootstrap, Estimate
+from trio_deploy.schedule import Schedule
+
+SCHEMA = 1
+RESULTS = "results.json"
+TABLE = "results.md"
+PLOT = "retention.png"
+
+
+@dataclass(frozen=True)
+class KindResult:
+    """Of the questions of one kind; accuracy and retention are None without references."""
+
+    questions: int
+    agreement: float
+    kl: float
+    accuracy: Estimate | None
+    retention: Estimate | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "questions": self.questions,
+            "agreement": self.agreement,
+            "kl": self.kl,
+            "accuracy": self.accuracy.to_json() if self.accuracy else None,
+            "retention": self.retention.to_json() if self.retention else None,
+        }
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> KindResult:
+        accuracy, retention = (
+            Estimate.from_json(raw[key]) if raw[key] else None for key in ("accuracy", "retention")
+        )
+        return cls(raw["questions"], raw["agreement"], raw["kl"], accuracy, retention)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one configuration.
+
+    Attributes:
+        budget: what was asked for; `share`: visual tokens a layer really sees, of all.
+        agreement: share of answers that are the unpruned model's, with its interval.
+        kl: mean divergence of the first token's distribution, in nats.
+        behind: retention of the run's first configuration of this budget minus this one's.
+    """
+
+    name: str
+    budget: float
+    share: float
+    schedule: Schedule | None
+    options: dict[str, Any]
+    overall: KindResult
+    agreement: Estimate
+    kinds: dict[str, KindResult]
+    behind: Estimate | None
+    extra: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "budget": self.budget,
+            "share": self.share,
+            "schedule": None if self.schedule is None else self.schedule.to_json(),
+            "options": self.options,
+            **self.overall.to_json(),
+            "agreement": self.agreement.to_json(),
+            "kinds": {kind: result.to_json() for kind, result in self.kinds.items()},
+            "behind": self.behind.to_json() if self.behind else None,
+            "extra": self.extra,
+        }
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Result:
+        agreement = Estimate.from_json(raw["agreement"])
+        return cls(
+            raw["name"],
+            raw["budget"],
+            raw["share"],
+            None if raw["schedule"] is None else Schedule.from_json(raw["schedule"]),
+            raw["options"],
+            KindResult.from_json({**raw, "agreement": agreement.value}),
+            agreement,
+            {kind: KindResult.from_json(one) for kind, one in raw["kinds"].items()},
+            Estimate.from_json(raw["behind"]) if raw["behind"] else None,
+            raw["extra"],
+        )
+
+
+@dataclass(frozen=True)
+class Results:
+    """Of one evaluation.
+
+    Attributes:
+        model: its name; `data`: what was asked, in words; `machine`: where (JSON).
+        questions, pictures: how many.
+        results: the unpruned model first.
+    """
+
+    model: str
+    data: str
+    scorer: str
+    machine: dict[str, Any]
+    questions: int
+    pictures: int
+    results: list[Result]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "data": self.data,
+            "scorer": self.scorer,
+            "machine": self.machine,
+            "questions": self.questions,
+            "pictures": self.pictures,
+            "results": [result.to_json() for result in self.results],
+        }
+
+    @classmethod
+    def load(cls, file: Path) -> Results:
+        """From what `save` wrote.
+
+        Raises:
+            TrioError: it cannot be read, or is of another version.
+        """
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+            if raw.pop("schema") != SCHEMA:
+                raise TrioError(f"{file} is of another version of trio eval: measure again")
+            raw["results"] = [Result.from_json(entry) for entry in raw["results"]]
+            return cls(**raw)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TrioError(f"{file} holds no results of trio eval: {error!r}") from None
+
+    def save(self, folder: Path) -> None:
+        """Write results.json and results.md, and retention.png where matplotlib is installed."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            folder / RESULTS, (json.dumps(_plain(self.to_json()), indent=1) + "\n").encode()
+        )
+        write_atomically(folder / TABLE, self.to_text().encode())
+
+    def to_text(self) -> str:
+        """Tables in Markdown."""
+        lines = [
+            f"{self.model}: {self.questions} questions about {self.pictures} pictures "
+            f"({self.data}), scored by `{self.scorer}`.",
+            "",
+            "| configuration | schedule (layer:keep:method) | tokens | accuracy | retention | "
+            "first − this | agreement | KL |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for result in self.results:
+            one = result.overall
+            lines.append(
+                f"| {result.name} | {_schedule_text(result)} | {result.share:.1%} | "
+                f"{_percent(one.accuracy)} | {_range(one.retention)} | {_points(result.behind)} | "
+                f"{result.agreement.value:.1%} | {one.kl:.4f} |"
+            )
+        kinds = list(self.results[0].kinds) if self.results else []
+        if len(kinds) > 1:
+            lines += [
+                "",
+                "Accuracy a kind of question:"
+                if self.results[0].overall.accuracy
+                else "Agreement a kind of question:",
+                "",
+                "| configuration | tokens | " + " | ".join(kinds) + " |",
+                "|---|---|" + "---|" * len(kinds),
+                "| questions |  | "
+                + " | ".join(str(self.results[0].kinds[kind].questions) for kind in kinds)
+                + " |",
+            ]
+            for result in self.results:
+                cells = [
+                    f"{(r.accuracy.value if r.accuracy else r.agreement):.1%}"
+                    for r in (result.kinds[kind] for kind in kinds)
+                ]
+                lines.append(f"| {result.name} | {result.share:.1%} | " + " | ".join(cells) + " |")
+        extras = [result for result in self.results if result.extra]
+        if extras:
+            names = list(extras[0].extra)
+            lines += ["", "| configuration | tokens | " + " | ".join(names) + " |",
+                      "|---|---|" + "---|" * len(names)]  # fmt: skip
+            for result in extras:
+                cells = [f"{result.extra[name]:.1%}" for name in names]
+                lines.append(f"| {result.name} | {result.share:.1%} | " + " | ".join(cells) + " |")
+        lines += [
+            "",
+            "Tokens: visual tokens that a layer sees on average, of all. In brackets 95 %",
+            "intervals by bootstrap over pictures. First − this: retention of the first",
+            "configuration of the same budget minus this one's, in points. KL: of the first",
+            "token's distribution from the unpruned model's, in nats.",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def collect(
+    source: Source,
+    questions: Sequence[Question],
+    measured: Sequence[Measured],
+    *,
+    data: str,
+    scorer: str,
+    machine: dict[str, Any],
+) -> Results:
+    """Statistics of what was answered; the unpruned model comes first in `measured`."""
+    bootstrap = Bootstrap([question.picture for question in questions])
+    scored = all(question.reference is not None for question in questions)
+    kinds = {
+        kind: np.array([question.kind == kind for question in questions])
+        for kind in sorted({question.kind for question in questions})
+    }
+    reference = measured[0].scores()
+    first: dict[float, Measured] = {}
+    results = []
+    for one in measured:
+        configuration = one.configuration
+        ours = first.setdefault(configuration.budget, one)
+        compared = scored and ours is not one and configuration.name not in (UNPRUNED, BLIND)
+
+        def result(chosen: np.ndarray, one: Measured = one) -> KindResult:
+            scores = one.scores()
+            return KindResult(
+                int(chosen.sum()),
+                float(one.agreement()[chosen].mean()),
+                float(one.divergence()[chosen].mean()),
+                bootstrap.mean(scores, chosen) if scored else None,
+                bootstrap.retention(scores, reference, chosen) if scored else None,
+            )
+
+        results.append(
+            Result(
+                configuration.name,
+                configuration.budget,
+                _share(source, configuration),
+                configuration.schedule,
+                {
+                    key: value
+                    for key, value in configuration.to_json().items()
+                    if key in ("threshold", "probe", "positions") and value is not None
+                },
+                result(np.ones(len(questions), bool)),
+                bootstrap.mean(one.agreement()),
+                {kind: result(chosen) for kind, chosen in kinds.items()},
+                bootstrap.difference(ours.scores(), one.scores(), reference) if compared else None,
+                _extra(scorer, questions, one) if scored else {},
+            )
+        )
+    return Results(
+        source.name,
+        data,
+        scorer,
+        machine,
+        len(questions),
+        len({question.picture for question in questions}),
+        results,
+    )
+
+
+def _extra(scorer: str, questions: Sequence[Question], one: Measured) -> dict[str, float]:
+    """What a benchmark reports beside accuracy."""
+    if scorer != "pope":
+        return {}
+    said = [yes_or_no(answer.text) for answer in one.answers[0]]
+    return pope_summary(said, [str(question.reference).strip().lower() for question in questions])
+
+
+def _share(source: Source, configuration: Configuration) -> float:
+    if configuration.blind:
+        return 0.0
+    if configuration.schedule is None:
+        return configuration.budget
+    visual = source.visual
+    return configuration.schedule.average(visual, source.layers) / visual
+
+
+def _schedule_text(result: Result) -> str:
+    options = " ".join(f"{key} {value}" for key, value in result.options.items())
+    text = "" if result.schedule is None else str(result.schedule)
+    return " ".join(filter(None, [text, f"({options})" if options else ""]))
+
+
+def _percent(estimate: Estimate | None) -> str:
+    if estimate is None or math.isnan(estimate.value):
+        return ""
+    return f"{estimate.value:.1%}"
+
+
+def _range(estimate: Estimate | None) -> str:
+    if estimate is None or math.isnan(estimate.value):
+        return ""
+    return f"{estimate.value:.1%} ({estimate.low:.1%} to {estimate.high:.1%})"
+
+
+def _points(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    return f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: a ratio that is not defined becomes null."""
+    if isinstance(value, dict):
+        if set(value) == {"value", "low", "high"} and math.isnan(value["value"]):
+            return None
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def draw(results: Results, file: Path) -> None:
+    """Retention (agreement without references) over the budget, a line a method, with intervals.
+
+    Raises:
+        TrioError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise TrioError(
+            "the plot needs matplotlib: pip install 'trio-deploy[plots]', or pass --no-plot"
+        ) from None
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+    lines: dict[str, list[Result]] = {}
+    for result in results.results:
+        if result.name not in (UNPRUNED, BLIND):
+            lines.setdefault(result.name, []).append(result)
+    scored = bool(results.results[0].overall.retention)
+    for number, (name, points) in enumerate(lines.items()):
+        points.sort(key=lambda one: one.share)
+        estimates = [one.overall.retention if scored else one.agreement for one in points]
+        values = [100 * e.value for e in estimates if e]
+        spread = [
+            [100 * (e.value - e.low) for e in estimates if e],
+            [100 * (e.high - e.value) for e in estimates if e],
+        ]
+        axes.errorbar(
+            [100 * one.share for one in points],
+            values,
+            yerr=spread,
+            label=name,
+            marker="os^vDP*X"[number % 8],
+            capsize=2,
+            linewidth=2.2 if number == 0 else 1.2,
+            color=f"C{number}" if number < 10 else None,
+        )
+    axes.axhline(100, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("visual tokens a layer sees, % of all")
+    axes.set_ylabel("retention, % of the unpruned model" if scored else "same answer, %")
+    axes.set_title(f"{results.model}: {results.questions} questions, {results.data}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+    try:
+        spare = file.with_name(f".{file.name}.part")
+        figure.savefig(spare, dpi=130, format="png")
+        spare.replace(file)
+    except OSError as error:
+        raise TrioError(f"cannot write the plot to {file}: {error}") from None
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,475 @@
+"""Find the schedule and the options under which a model's answers change least, without labels.
+
+What is minimised is the probability that sampling would give another answer than the unpruned
+model's greedy one, averaged over calibration questions: 1 − Π p(token), each token's probability
+after the ones before it. It counts the whole answer and stays between 0 and 1, so that neither a
+first token nor one hopeless question decides; where the probabilities are extreme it is the share
+of answers that change.
+
+Candidates begin coarse: one, two or three pruning points, at the start of the language model and
+across its depth, by each of the methods, keeps in a few proportions. All are asked a few questions;
+the better third is asked three times as many (successive halving, Jamieson and Talwalkar 2016),
+joined by neighbours of the best: a point moved, the proportions changed, a method, τ or the probe
+exchanged. The last third is asked everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from trio_deploy.bundle import write_atomically
+from trio_deploy.errors import TrioError
+from trio_deploy.evaluate.configurations import (
+    BUNDLES,
+    Bundles,
+    Configuration,
+    RuntimeOptions,
+    Source,
+    unpruned,
+)
+from trio_deploy.evaluate.questions import Question
+from trio_deploy.evaluate.run import AnswerLog, batches, checksum
+from trio_deploy.evaluate.statistics import Bootstrap, Estimate
+from trio_deploy.methods import METHODS
+from trio_deploy.runtime.pipeline import Request, TrioPipeline
+from trio_deploy.schedule import PruningPoint, Schedule, default_layers, solve
+
+BEST = "schedule.yaml"
+_LOG = "tuning.jsonl"
+_REFERENCE = "unpruned.jsonl"
+
+_RATIO_DIGITS = 6
+_SURVIVE = 3  # one in so many goes on, to be asked so many times as much
+_FEWEST = 4  # that go on, where there are as many
+_PARENTS = 3  # whose neighbours join
+_ROUNDS = 4  # how often questions grow
+_DEPTHS = (0.2, 0.35, 0.5, 0.65)  # of a second point, as a share of the layers
+_FALLS = (0.65, 0.45, 0.3)  # what a later point keeps of the one before
+_STEP = 1.25  # by which a neighbour's keeps differ
+_TAU_STEP = 0.1
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search may choose from.
+
+    Attributes:
+        methods: of the pruning points.
+        thresholds: cosines τ to begin with; neighbours move in steps of 0.1.
+        probes, positions: those to try; None keeps the model's own.
+        points: pruning points at most.
+    """
+
+    methods: tuple[str, ...] = ("trio", "divprune")
+    thresholds: tuple[float, ...] = (0.8,)
+    probes: tuple[str | None, ...] = (None,)
+    positions: tuple[str | None, ...] = (None,)
+    points: int = 3
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise TrioError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
+        if not self.methods or not 1 <= self.points <= 3:
+            raise TrioError("a search needs a method, and 1 to 3 pruning points")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule by its shape, from which the budget makes keeps.
+
+    Attributes:
+        points: (layer, weight, method); keeps are proportional to the weights.
+    """
+
+    points: tuple[tuple[int, float, str], ...]
+    threshold: float
+    probe: str | None
+    positions: str | None
+
+
+@dataclass
+class Ranked:
+    """A candidate with what it lost so far; `loss` and `agreement` over `asked` questions."""
+
+    configuration: Configuration
+    loss: float
+    agreement: float
+    asked: int
+    candidate: Candidate
+
+
+@dataclass
+class Tuned:
+    """The result of a search: `ranking` best first, all of them asked every question."""
+
+    budget: float
+    ranking: list[Ranked]
+    loss: Estimate
+    questions: int
+    tried: int
+    text: str = field(repr=False, default="")
+
+    @property
+    def best(self) -> Configuration:
+        return self.ranking[0].configuration
+
+
+def realise(candidate: Candidate, budget: float, layers: int, visual: int) -> Configuration | None:
+    """The candidate's schedule whose average is the budget or just below; None if there is none.
+
+    Keeps are whole tokens of `visual`, stored as ratios.
+    """
+    starts = [layer for layer, _, _ in candidate.points]
+    sizes = [stop - start for start, stop in pairwise((*starts, layers))]
+    total = math.floor(budget * layers * visual + 1e-9) - starts[0] * visual
+    weights = [weight for _, weight, _ in candidate.points]
+
+    def counts(scale: float) -> list[int]:
+        return [min(visual, max(1, math.floor(scale * weight))) for weight in weights]
+
+    def cost(keeps: Sequence[int]) -> int:
+        return sum(keep * size for keep, size in zip(keeps, sizes, strict=True))
+
+    if cost(counts(0)) > total:
+        return None
+    low, high = 0.0, float(visual) / min(weights)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(counts(middle)) <= total else (low, middle)
+    keeps = counts(low)
+    for place in range(len(keeps)):  # what rounding left over
+        most = visual if place == 0 else keeps[place - 1]
+        while keeps[place] < most and cost(keeps) + sizes[place] <= total:
+            keeps[place] += 1
+    points = tuple(
+        PruningPoint(layer, round(keep / visual, _RATIO_DIGITS), method)
+        for keep, (layer, _, method) in zip(keeps, candidate.points, strict=True)
+    )
+    if any(after.keep >= before.keep for before, after in pairwise(points)):
+        return None  # a point that prunes nothing
+    schedule = Schedule(points)
+    return Configuration(
+        str(schedule), schedule, budget, candidate.threshold, candidate.probe, candidate.positions
+    )
+
+
+def coarse(space: Space, budget: float, layers: int) -> list[Candidate]:
+    """Where a search begins."""
+    shapes: list[list[tuple[int, float]]] = [[(0, 1.0)]]
+    first = default_layers(layers)[0]
+    shapes.append([(first, 1.0)])
+    depths = sorted({max(1, math.floor(share * layers + 0.5)) for share in _DEPTHS})
+    if space.points >= 2:
+        shapes += [[(0, 1.0), (depth, fall)] for depth, fall in product(depths, _FALLS)]
+    if space.points >= 3:
+        shapes += [
+            [(0, 1.0), (one, fall), (other, fall * fall)]
+            for one, other in pairwise(depths)
+            for fall in _FALLS[:2]
+        ]
+        if budget * layers > first:
+            published = solve(budget, layers).points
+            shapes.append([(point.layer, float(point.keep)) for point in published])
+    found = []
+    for shape in shapes:
+        # One method before layer 0 and one for all later points: neighbours mix further.
+        early, late = (space.methods if any(p == 0 for p, _ in shape) else ("",)), space.methods
+        if shape[-1][0] == 0:
+            late = ("",)
+        for one, other in product(early, late):
+            points = tuple((layer, w, one if layer == 0 else other) for layer, w in shape)
+            found += [
+                Candidate(points, *options)
+                for options in product(space.thresholds, space.probes, space.positions)
+            ]
+    return list(dict.fromkeys(found))
+
+
+def neighbours(candidate: Candidate, space: Space, layers: int) -> Iterator[Candidate]:
+    """Candidates that differ in one thing."""
+    points = candidate.points
+    step = max(1, layers // 32)
+    for place, (layer, weight, method) in enumerate(points):
+
+        def with_point(*new: tuple[int, float, str], at: int = place) -> Candidate:
+            return replace(candidate, points=points[:at] + new + points[at + 1 :])
+
+        before = points[place - 1][0] if place else -1
+        after = points[place + 1][0] if place + 1 < len(points) else layers
+        for moved in (layer - step, layer + step):
+            if before < moved < after and layer > 0:
+                yield with_point((moved, weight, method))
+        if len(points) > 1:
+            yield with_point((layer, weight * _STEP, method))
+            yield with_point((layer, weight / _STEP, method))
+        for other in space.methods:
+            if other != method:
+                yield with_point((layer, weight, other))
+        if len(points) < space.points and after - layer > 1:
+            middle = (layer + after) // 2
+            yield with_point((layer, weight, method), (middle, weight * _FALLS[0], method))
+    if "trio" in (method for _, _, method in points):
+        for tau in (candidate.threshold - _TAU_STEP, candidate.threshold + _TAU_STEP):
+            if 0 < tau < 1:
+                yield replace(candidate, threshold=round(tau, 3))
+        for probe in space.probes:
+            yield replace(candidate, probe=probe)
+    for positions in space.positions:
+        yield replace(candidate, positions=positions)
+
+
+class Tuner:
+    """Asks candidates calibration questions; what was asked before is not asked again."""
+
+    def __init__(
+        self,
+        source: Source,
+        questions: Sequence[Question],
+        out: Path,
+        options: RuntimeOptions,
+        *,
+        batch: int = 16,
+        max_new_tokens: int = 128,
+        progress: bool = True,
+    ) -> None:
+        """Arguments as in `tune`."""
+        if source.bundle is not None:
+            raise TrioError(
+                "a bundle's schedule is settled: pass the model that it was exported from"
+            )
+        self._source = source
+        # Spread over the pictures, so that the first few questions are about many of them.
+        order = np.random.default_rng(0).permutation(len(questions))
+        self.questions = [questions[place] for place in order]
+        self._bundles = Bundles(source, out / BUNDLES, options)
+        self._batch = batch
+        self._limit = max_new_tokens
+        self._progress = progress
+        self._log = AnswerLog(out / _LOG)
+        self._losses: dict[tuple[str, str], tuple[float, bool]] = {
+            (entry["candidate"], entry["id"]): (entry["loss"], entry["agrees"])
+            for entry in self._log.entries
+            if entry.get("limit") == max_new_tokens
+        }
+        self._answers = self._reference(AnswerLog(out / _REFERENCE))
+
+    def _reference(self, log: AnswerLog) -> dict[str, list[int]]:
+        """Tokens of the unpruned model's answers, by question."""
+        known = {
+            entry["id"]: entry["tokens"]
+            for entry in log.entries
+            if entry.get("limit") == self._limit
+        }
+        prompts = {entry["id"]: entry["prompt"] for entry in log.entries}
+        missing = [
+            q for q in self.questions if q.id not in known or prompts[q.id] != checksum(q.prompt)
+        ]
+        if missing:
+            pipeline = self._bundles.pipeline(unpruned(self._source))
+            with log, self._bar("unpruned", len(missing)) as bar:
+                for group in batches(missing, self._batch):
+                    requests = [
+                        Request(q.prompt, list(q.images), max_new_tokens=self._limit) for q in group
+                    ]
+                    for question, given in zip(
+                        group, pipeline.generate_batch(requests), strict=True
+                    ):
+                        known[question.id] = given.token_ids
+                        log.add(
+                            {
+                                "id": question.id,
+                                "prompt": checksum(question.prompt),
+                                "limit": self._limit,
+                                "tokens": given.token_ids,
+                            }
+                        )
+                    bar.update(len(group))
+        return known
+
+    def rank(
+        self, candidates: dict[str, tuple[Configuration, Candidate]], asked: int
+    ) -> list[Ranked]:
+        """Ask each candidate the first `asked` questions; best first."""
+        questions = self.questions[:asked]
+        ranked = []
+        # Those that differ in keeps alone share a bundle: one after the other.
+        order = sorted(candidates.values(), key=lambda one: self._bundles.shape(one[0]))
+        missing = sum((key, q.id) not in self._losses for key in candidates for q in questions)
+        with self._log, self._bar(f"{len(candidates)} schedules", missing) as bar:
+            for configuration, candidate in order:
+                losses = self._ask(configuration, questions, bar)
+                ranked.append(
+                    Ranked(
+                        configuration,
+                        float(np.mean([loss for loss, _ in losses])),
+                        float(np.mean([agrees for _, agrees in losses])),
+                        len(questions),
+                        candidate,
+                    )
+                )
+        return sorted(ranked, key=lambda one: one.loss)
+
+    def losses(self, configuration: Configuration) -> np.ndarray:
+        """Of all questions, float64 [n]; they must have been asked."""
+        return np.array([self._losses[(configuration.key, q.id)][0] for q in self.questions])
+
+    def _ask(
+        self, configuration: Configuration, questions: Sequence[Question], bar: Any
+    ) -> list[tuple[float, bool]]:
+        key = configuration.key
+        missing = [q for q in questions if (key, q.id) not in self._losses]
+        if missing:
+            assert configuration.schedule is not None
+            pipeline = self._bundles.shaped(configuration)
+            keep = tuple(point.keep for point in configuration.schedule.points)
+            for group in batches(missing, self._batch):
+                for question, (loss, agrees) in zip(
+                    group, self._loss(pipeline, keep, group), strict=True
+                ):
+                    self._losses[(key, question.id)] = loss, agrees
+                    self._log.add(
+                        {
+                            "candidate": key,
+                            "id": question.id,
+                            "limit": self._limit,
+                            "loss": round(loss, 7),
+                            "agrees": agrees,
+                        }
+                    )
+                bar.update(len(group))
+        return [self._losses[(key, q.id)] for q in questions]
+
+    def _loss(
+        self, pipeline: TrioPipeline, keep: tuple[float | int, ...], questions: Sequence[Question]
+    ) -> list[tuple[float, bool]]:
+        generations = pipeline.generate_batch(
+            [
+                Request(q.prompt, list(q.images), keep=keep, forced=self._answers[q.id])
+                for q in questions
+            ]
+        )
+        return [(-math.expm1(sum(g.logprobs)), all(g.greedy)) for g in generations]
+
+    def _bar(self, label: str, total: int) -> Any:
+        return tqdm(total=total, desc=label, unit="q", disable=None if self._progress else True)
+
+
+def tune(
+    source: Source,
+    questions: Sequence[Question],
+    budget: float,
+    out: Path,
+    *,
+    space: Space | None = None,
+    options: RuntimeOptions | None = None,
+    batch: int = 16,
+    max_new_tokens: int = 128,
+    limit: int | None = None,
+    start: Sequence[Schedule] = (),
+    progress: bool = True,
+) -> Tuned:
+    """Search for the schedule of this budget; the same call after an interrupt goes on.
+
+    Args:
+        questions: for calibration; references are not looked at.
+        budget: visual tokens a layer on average, as a share of all.
+        out: a folder for bundles and what was asked; `schedule.yaml` there is the result in the
+            form of a recipe.
+        limit: candidates to begin with at most, evenly taken.
+        start: schedules to begin with besides; scaled to the budget.
+
+    Raises:
+        TrioError: the budget cannot be reached, or what exporting and running raises.
+    """
+    space = space or Space()
+    tuner = Tuner(
+        source,
+        questions,
+        out,
+        options or RuntimeOptions(),
+        batch=batch,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+    layers, visual = source.layers, source.visual
+    known: dict[str, tuple[Configuration, Candidate]] = {}
+
+    def add(candidates: Sequence[Candidate]) -> list[str]:
+        keys = []
+        for candidate in candidates:
+            configuration = realise(candidate, budget, layers, visual)
+            if configuration is not None:
+                known.setdefault(configuration.key, (configuration, candidate))
+                keys.append(configuration.key)
+        return keys
+
+    begin = coarse(space, budget, layers)
+    if limit is not None and limit < len(begin):
+        places = np.linspace(0, len(begin) - 1, limit).round().astype(int)
+        begin = [begin[place] for place in places]
+    begin += [
+        Candidate(
+            tuple((p.layer, float(p.keep), p.method) for p in schedule.points),
+            space.thresholds[0],
+            space.probes[0],
+            space.positions[0],
+        )
+        for schedule in start
+    ]
+    alive = list(dict.fromkeys(add(begin)))
+    if not alive:
+        raise TrioError(
+            f"no schedule of this model reaches a budget of {budget:g}: pass a larger one, or a "
+            "method that may prune before layer 0"
+        )
+    total = len(tuner.questions)
+    rungs = [max(1, math.ceil(total / _SURVIVE**power)) for power in range(_ROUNDS - 1, -1, -1)]
+    ranked: list[Ranked] = []
+    for asked in dict.fromkeys(rungs):
+        if ranked:
+            survivors = ranked[: max(_FEWEST, len(ranked) // _SURVIVE)]
+            alive = [one.configuration.key for one in survivors]
+            if asked < total:  # the last round only decides
+                parents = [one.candidate for one in survivors[:_PARENTS]]
+                alive += add([near for one in parents for near in neighbours(one, space, layers)])
+            alive = list(dict.fromkeys(alive))
+        ranked = tuner.rank({key: known[key] for key in alive}, asked)
+    losses = tuner.losses(ranked[0].configuration)
+    interval = Bootstrap([q.picture for q in tuner.questions]).mean(losses)
+    tuned = Tuned(budget, ranked, interval, total, len(known))
+    tuned.text = recipe_text(tuned)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / BEST, tuned.text.encode())
+    return tuned
+
+
+def recipe_text(tuned: Tuned) -> str:
+    """The best schedule in the form of a recipe, to be put into one."""
+    best = tuned.best
+    assert best.schedule is not None
+    lines = [
+        f"# trio tune: {tuned.tried} schedules, {tuned.questions} questions; the chance of another "
+        "answer than",
+        f"# unpruned is {tuned.loss.value:.4f} ({tuned.loss.low:.4f} to {tuned.loss.high:.4f}), "
+        f"the same answer came {tuned.ranking[0].agreement:.1%} of the time.",
+        "schedules:",
+        f'  "{tuned.budget:g}":',
+    ]
+    lines += [
+        f"    - {yaml.safe_dump(point, default_flow_style=True, sort_keys=False).strip()}"
+        for point in best.schedule.to_json()
+    ]
+    lines.append(f"threshold: {best.threshold:g}")
+    lines += [f"probe: {best.probe}"] if best.probe else []
+    lines += [f"positions: {best.positions}"] if best.positions else []
+    return "\n".join(lines) + "\n"
