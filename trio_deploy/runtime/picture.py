@@ -26,14 +26,19 @@ def draw_generation(generation: Generation) -> Image.Image:
     """
     if not generation.images:
         raise TrioError("there is no picture to draw: the prompt was text alone")
-    layers = [start for start, _, _ in generation.layer_ranges][-len(generation.kept) :]
     strips = [
-        draw_kept(image, processed, generation.kept_of_image(number), layers)
+        draw_kept(image, processed, generation.kept_of_image(number), pruned_before(generation))
         for number, (image, processed) in enumerate(
             zip(generation.images, generation.processed, strict=True)
         )
     ]
     return _stack(strips)
+
+
+def pruned_before(generation: Generation) -> list[int]:
+    """For each pruning point of an answer, the layer it stood before."""
+    starts = [start for start, _, _ in generation.layer_ranges]
+    return starts[len(starts) - len(generation.kept) :]
 
 
 def draw_kept(
@@ -52,16 +57,12 @@ def draw_kept(
         kept: for each pruning point, which of the picture's own visual tokens went on.
         layers: for each pruning point, the layer it stands before; for the captions.
     """
-    scale = _PANEL / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     total = len(processed.rows)
-    panels = [_panel(small, f"all {total} tokens")]
-    for number, tokens in enumerate(kept):
+    whole, *pruned = kept_panels(image, processed, kept)
+    panels = [_panel(whole, f"all {total} tokens")]
+    for number, (tokens, picture) in enumerate(zip(kept, pruned, strict=True)):
         where = f"from layer {layers[number]}" if layers is not None else f"point {number + 1}"
-        lit = _lit(processed, tokens, small.size)
-        caption = f"{where}: {len(tokens)} of {total}"
-        panels.append(_panel(_dim(small, lit), caption))
+        panels.append(_panel(picture, f"{where}: {len(tokens)} of {total}"))
     sheet = Image.new(
         "RGB",
         (sum(panel.width + _GAP for panel in panels) + _GAP, panels[0].height + 2 * _GAP),
@@ -72,6 +73,16 @@ def draw_kept(
         sheet.paste(panel, (left, _GAP))
         left += panel.width + _GAP
     return sheet
+
+
+def kept_panels(
+    image: Image.Image, processed: ProcessedImage, kept: Sequence[np.ndarray]
+) -> list[Image.Image]:
+    """The panels of `draw_kept` by themselves, without captions: all, then each pruning point."""
+    scale = _PANEL / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    return [small, *(_dim(small, _lit(processed, tokens, small.size)) for tokens in kept)]
 
 
 def _lit(processed: ProcessedImage, tokens: np.ndarray, size: tuple[int, int]) -> np.ndarray:
