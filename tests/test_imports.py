@@ -32,6 +32,7 @@ FLOORS = {
     "source": 2,
     "assets": 2,
     "export": 3,
+    "fit": 3,
     "parity": 3,
     "evaluate": 3,
     "triton": 3,

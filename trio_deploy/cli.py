@@ -121,6 +121,8 @@ def _plan(args: argparse.Namespace) -> None:
         visual_tokens=args.visual_tokens,
         text_tokens=args.text_tokens,
         probes=args.probes,
+        target=args.target,
+        dtype=args.dtype,
     )
     print(json.dumps(plan.to_json(), indent=2) if args.json else plan.to_text())
 
@@ -363,6 +365,8 @@ def _parser() -> argparse.ArgumentParser:
         help="default: the most that one image takes, newlines not counted",
     )
     plan.add_argument("--text-tokens", type=int, default=60, help="default: 60, as in the paper")
+    plan.add_argument("--target", help="name or file of a TensorRT target: does the model fit it?")
+    plan.add_argument("--dtype", help="of the engines on --target (default: the target's)")
     plan.add_argument("--probes", type=int, default=4, help="probe positions (default: 4)")
     plan.add_argument("--json", action="store_true", help="print one JSON object instead")
 

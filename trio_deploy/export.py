@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +37,7 @@ from trio_deploy.checkpoint import Checkpoint, TensorEntry
 from trio_deploy.errors import TrioError
 from trio_deploy.graphs import GraphOptions, build_graphs
 from trio_deploy.models import canonical_tensors, parse_config
+from trio_deploy.models.config import ModelConfig
 from trio_deploy.recipe import (
     DIALECTS,
     GRAPH_DTYPES,
@@ -46,7 +47,7 @@ from trio_deploy.recipe import (
     load_target,
     tensorrt_dialects,
 )
-from trio_deploy.schedule import Schedule, choose, max_visual_tokens
+from trio_deploy.schedule import PruningPoint, Schedule, choose, max_visual_tokens
 from trio_deploy.source import HUB_ID, from_folder, hub_folder, resolve
 from trio_deploy.weights import (
     DTYPES,
@@ -198,6 +199,20 @@ def export(
         )
         writer.write(MANIFEST, manifest.dump())
     return Bundle.load(out)
+
+
+def planned_graphs(
+    config: ModelConfig, points: Sequence[PruningPoint], options: GraphOptions
+) -> dict[str, bytes]:
+    """The graphs of a model by stage, as --graphs-only writes them: weights have places, no data.
+
+    Raises:
+        TrioError: pruning points that do not suit the model.
+    """
+    models = build_graphs(config, points, options)
+    layout = plan_layout(_used_tensors(models, canonical_tensors(config)), options.dtype)
+    infos, contents = _serialised(models, layout.refs)
+    return {stage: contents[info.file] for stage, info in infos.items()}
 
 
 def _refuse_unless_it_runs(dtype: str, device: Target) -> None:

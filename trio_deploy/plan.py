@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trio_deploy.errors import TrioError
 from trio_deploy.models import parse_config
 from trio_deploy.models.config import ModelConfig
+from trio_deploy.recipe import DTYPES, load_target
 from trio_deploy.schedule import (
     Cost,
     Schedule,
@@ -23,6 +24,9 @@ from trio_deploy.schedule import (
     vision_flops,
 )
 from trio_deploy.source import resolve
+
+if TYPE_CHECKING:
+    from trio_deploy.build.memory import Fit
 
 PAPER_BUDGET = 0.111
 """The budget that the paper's rows for operations and KV cache belong to."""
@@ -57,6 +61,7 @@ class Plan:
     vision: int
     paper: tuple[PaperRow, ...]
     notes: tuple[str, ...]
+    fit: Fit | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Counts of multiply-adds and bytes; the paper's figures under `paper`, in their units."""
@@ -71,6 +76,7 @@ class Plan:
             "vision": {"tiles": self.tiles, "flops": self.vision},
             "paper": [asdict(row) for row in self.paper],
             "notes": list(self.notes),
+            **({"memory": self.fit.to_json()} if self.fit else {}),
         }
 
     def to_text(self) -> str:
@@ -107,6 +113,8 @@ class Plan:
             lines += ["", "the paper's own figures (11.1 %)"]
             lines += [_row(r.label, r.pruned, r.unpruned, r.unit) for r in self.paper]
         lines += ["", *(f"- {note}" for note in self.notes)]
+        if self.fit is not None:
+            lines += ["", self.fit.to_text()]
         return "\n".join(lines)
 
 
@@ -119,12 +127,16 @@ def make_plan(
     visual_tokens: int | None = None,
     text_tokens: int = 60,
     probes: int = 4,
+    target: str | None = None,
+    dtype: str | None = None,
 ) -> Plan:
     """The cost of `budget` or `schedule` (default: the paper's 11.1 %) on `model`; see `choose`.
 
     Args:
         model: recipe name or file, checkpoint folder (its config.json is enough), or hub id.
         visual_tokens: N; default the most that one image takes (rows of newlines not counted).
+        target: name or file of a target with TensorRT: whether engines fit its memory.
+        dtype: of the engines; default the target's.
 
     Raises:
         TrioError: unknown model, impossible budget or schedule, or counts below 0.
@@ -147,6 +159,18 @@ def make_plan(
 
     pruned, unpruned = cost(chosen), cost(Schedule())
     paper = _paper_rows(name)
+    device = load_target(target) if target is not None else None
+    if dtype is not None:
+        if device is None:
+            raise TrioError("--dtype is of the engines on a --target: pass one")
+        if dtype not in DTYPES:
+            raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+        device = replace(device, dtype=dtype)
+    memory = None
+    if device is not None:
+        from trio_deploy.fit import fit  # builds graphs, which the arithmetic does not need
+
+        memory = fit(config, chosen, device)
     return Plan(
         model=name,
         config=config,
@@ -159,6 +183,7 @@ def make_plan(
         vision=vision_flops(config, tiles),
         paper=paper,
         notes=_notes(config, chosen, visual, pruned, unpruned, paper),
+        fit=memory,
     )
 
 
