@@ -398,7 +398,7 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
         name = _KINDS[kind][0]
         return getattr(trt.DataType, "INT32" if old and name == "INT64" else name)
 
-    class Tensor:
+    class ITensor:
         def __init__(self, info: onnx.ValueInfoProto, shapes: set[str]) -> None:
             self.name = info.name
             self.kind = info.type.tensor_type.elem_type
@@ -407,7 +407,7 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
             self.shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
             self.is_shape_tensor = info.name in shapes
 
-    class Layer:
+    class ILayer:
         type = trt.LayerType.ELEMENTWISE
 
         def __init__(self, outputs: list[Any]) -> None:
@@ -419,15 +419,17 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
         def get_output(self, number: int) -> Any:
             return self._outputs[number]
 
-        def set_output_type(self, number: int, kind: Any) -> None:
-            self.output_types[number] = kind
+        if not new:
+
+            def set_output_type(self, number: int, kind: Any) -> None:
+                self.output_types[number] = kind
 
     class INetworkDefinition:
         def __init__(self, flags: int) -> None:
             self.flags = flags
             self.path: Path | None = None
             self.inputs: list[Any] = []
-            self.layers: list[Layer] = []
+            self.layers: list[ILayer] = []
 
         @property
         def num_inputs(self) -> int:
@@ -440,7 +442,7 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
         def get_input(self, number: int) -> Any:
             return self.inputs[number]
 
-        def get_layer(self, number: int) -> Layer:
+        def get_layer(self, number: int) -> ILayer:
             return self.layers[number]
 
     class IOptimizationProfile:
@@ -456,7 +458,7 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
         def set_shape_input(self, input: str, min: Any, opt: Any, max: Any) -> None:
             self.values[input] = [list(min), list(opt), list(max)]
 
-    class TimingCache:
+    class ITimingCache:
         def __init__(self, content: bytes) -> None:
             self.content = content
 
@@ -469,10 +471,11 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
             self.pools: dict[Any, int] = {}
             self.profiles: list[IOptimizationProfile] = []
             self.sources = (1 << len(trt.TacticSource)) - 1
-            self.cache: TimingCache | None = None
+            self.cache: ITimingCache | None = None
             self.preview: set[Any] = set()
-            if not old:
-                self.progress_monitor: Any = None
+
+        if not old:
+            progress_monitor: Any = None
 
         def set_flag(self, flag: Any) -> None:
             self.flags.add(flag)
@@ -490,10 +493,10 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
             self.sources = tactic_sources
             return True
 
-        def create_timing_cache(self, serialized_timing_cache: bytes) -> TimingCache:
-            return TimingCache(serialized_timing_cache)
+        def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache:
+            return ITimingCache(serialized_timing_cache)
 
-        def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool:
+        def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
             if cache.content.startswith(b"other"):
                 return False
             self.cache = cache
@@ -538,12 +541,12 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
                 return False
             network.path = Path(model).resolve()
             shapes = _shape_inputs(proto.graph)
-            network.inputs = [Tensor(info, shapes) for info in proto.graph.input]
+            network.inputs = [ITensor(info, shapes) for info in proto.graph.input]
             inferred = onnx.shape_inference.infer_shapes(proto).graph
             values = [*inferred.value_info, *inferred.output]
             known = {v.name: v for v in values if v.type.tensor_type.elem_type in _KINDS}
             network.layers = [
-                Layer([Tensor(known[name], set()) for name in node.output])
+                ILayer([ITensor(known[name], set()) for name in node.output])
                 for node in inferred.node
                 if all(name in known for name in node.output)
             ]
@@ -609,10 +612,10 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
             self.session: Any = None
             self.values, self.profiles = content["values"], content["profiles"]
             self.shared_profiles, self.contexts = content["shared_profiles"], 0
-            self.inputs = {info.name: Tensor(info, set()) for info in graph.input}
+            self.inputs = {info.name: ITensor(info, set()) for info in graph.input}
             for name, shape in content["inputs"].items():
                 self.inputs[name].shape = tuple(shape)
-            self.outputs = {info.name: Tensor(info, set()) for info in graph.output}
+            self.outputs = {info.name: ITensor(info, set()) for info in graph.output}
             self.tensors = {**self.inputs, **self.outputs}
             self.names = list(self.tensors)
             self.num_io_tensors = len(self.names)
@@ -622,18 +625,8 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
                 for node in graph.node
                 if node.op_type == "TensorScatter"
             }
-            if release >= (10, 3):
-                self.device_memory_size_v2 = SCRATCH
-            if not new:
-                self.device_memory_size = SCRATCH
-            if release >= (10, 15):
-                self.get_aliased_input_tensor = self._alias
-            if old:
-                self.create_execution_context_without_device_memory = self._context
-            else:
-                self.create_execution_context = self._managed
 
-        def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             if self.session is None:
                 options = onnxruntime.SessionOptions()
                 options.intra_op_num_threads, options.log_severity_level = 1, 4
@@ -658,17 +651,31 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
         def get_tensor_location(self, name: str) -> Any:
             return trt.TensorLocation.HOST if name in self.values else trt.TensorLocation.DEVICE
 
-        def _alias(self, name: str) -> str | None:
-            return self.aliases.get(name)
-
-        def _managed(self, strategy: Any) -> IExecutionContext:
-            assert strategy == trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            return self._context()
-
         def _context(self) -> IExecutionContext:
             self.contexts += 1
             assert self.shared_profiles or self.contexts <= self.num_optimization_profiles
             return IExecutionContext(self)
+
+        if old:
+
+            def create_execution_context_without_device_memory(self) -> IExecutionContext:
+                return self._context()
+
+        else:
+
+            def create_execution_context(self, strategy: Any) -> IExecutionContext:
+                assert strategy == trt.ExecutionContextAllocationStrategy.USER_MANAGED
+                return self._context()
+
+        if release >= (10, 15):
+
+            def get_aliased_input_tensor(self, name: str) -> str | None:
+                return self.aliases.get(name)
+
+        if release >= (10, 3):
+            device_memory_size_v2 = SCRATCH
+        if not new:
+            device_memory_size = SCRATCH
 
     class IExecutionContext:
         def __init__(self, engine: ICudaEngine) -> None:
@@ -679,8 +686,11 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
             self._found: dict[Any, dict[str, tuple[int, ...]]] = {}
             self._settled: Any = None  # the shapes of the last run that was not recorded
             self._lent: tuple[int, int] = (0, 0)
-            if release >= (10, 3):
-                self.set_device_memory = self._lend
+
+        if release >= (10, 3):
+
+            def set_device_memory(self, memory: int, size: int) -> None:
+                self._lend(memory, size)
 
         @property
         def device_memory(self) -> int:
@@ -763,7 +773,7 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
                     name: host[name] if name in host else _read(memory[name], tensor, shapes[name])
                     for name, tensor in engine.inputs.items()
                 }
-                found = engine.run(feeds)
+                found = engine._run(feeds)
                 for name, value in found.items():
                     if trt.spoiled.get(engine.path.stem) == name:
                         value = value * 2 + 1
@@ -806,7 +816,7 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
                     else np.zeros(self._shapes[name], _KINDS[tensor.kind][1])
                     for name, tensor in self.engine.inputs.items()
                 }
-                self._found[key] = {n: v.shape for n, v in self.engine.run(feeds).items()}
+                self._found[key] = {n: v.shape for n, v in self.engine._run(feeds).items()}
             return self._found[key]
 
         def _fail(self, message: str) -> bool:
@@ -833,14 +843,17 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
             return ICudaEngine(content, self._logger)
 
     trt.Builder, trt.OnnxParser, trt.Runtime = Builder, OnnxParser, Runtime
-    # The classes that a program meets without constructing them, for comparison with the bindings.
-    trt.acted = (
+    # What a program meets without constructing it, for the comparison with the bindings.
+    trt.met = (
         INetworkDefinition,
         IBuilderConfig,
         IOptimizationProfile,
         ICudaEngine,
         IExecutionContext,
         ParserError,
+        ITimingCache,
+        ITensor,
+        ILayer,
     )
     return trt
 

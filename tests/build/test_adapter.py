@@ -1,0 +1,327 @@
+"""The differences between TensorRT's versions: the bindings' names, and a simulation's builds."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto as T
+from onnx import helper
+
+from tests.simulated_tensorrt import Simulation, install
+from trio_deploy.build.adapter import Bounds, TensorRT, load
+from trio_deploy.errors import TrioError
+
+API = json.loads((Path(__file__).parent / "tensorrt_api.json").read_text())
+SIMULATED = {
+    "8.6.1": "8.6.1",
+    "10.0.1": "10.0.1",
+    "10.3.0": "10.3.0",
+    "10.15.1": "10.15.1.29",
+    "11.0.0": "11.0.0.114",
+    "11.4.0": "11.4.0.106",
+}
+OLD, NEW = "8.6.1", "10.3.0"
+BINDINGS = os.environ.get("TRIO_TENSORRT_BINDINGS", "")
+
+
+def names(version: str, kind: str) -> set[str]:
+    """What a class of the bindings has, read off the real ones by scripts/tensorrt_api.py."""
+    column = API["versions"].index(version)
+    return {name for name, marks in API["classes"][kind].items() if marks[column] == "x"}
+
+
+# -------------------------------------------------------------------------------- the real names
+
+
+@pytest.mark.parametrize("version", SIMULATED)
+def test_the_simulation_has_no_name_that_the_bindings_lack(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on the simulation, then, calls nothing that the real TensorRT does not have."""
+    module = install(monkeypatch, version).tensorrt
+    public = [getattr(module, name) for name in dir(module) if name[0].isupper()]
+    for kind in [*public, *module.met]:
+        if inspect.isclass(kind):
+            mine = {name for name in vars(kind) if not name.startswith("_")}
+            if issubclass(kind, enum.Enum):
+                mine = set(kind.__members__)
+            assert mine <= names(SIMULATED[version], kind.__name__), kind.__name__
+
+
+@pytest.mark.parametrize("version", API["versions"])
+def test_what_the_adapter_reaches_for_by_version_is_there(version: str) -> None:
+    old, release = version.startswith("8"), tuple(map(int, version.split(".")[:2]))
+    flags = names(version, "NetworkDefinitionCreationFlag")
+    assert ("EXPLICIT_BATCH" if old else "STRONGLY_TYPED") in flags
+    assert ("FP16" in names(version, "BuilderFlag")) == (release < (11, 0))
+    assert ("OBEY_PRECISION_CONSTRAINTS" in names(version, "BuilderFlag")) == (release < (11, 0))
+    assert ("INT64" in names(version, "DataType")) == (not old)
+    assert ("PROFILE_SHARING_0806" in names(version, "PreviewFeature")) == (release < (11, 0))
+    assert bool(names(version, "IProgressMonitor")) == (not old)
+    assert bool(names(version, "ExecutionContextAllocationStrategy")) == (not old)
+    engine = names(version, "ICudaEngine")
+    assert ("device_memory_size_v2" in engine) == (release >= (10, 3))
+    assert ("device_memory_size" in engine) == (release < (11, 0))
+    assert ("get_aliased_input_tensor" in engine) == (release >= (10, 15))
+    assert ("add_kv_cache_update" in names(version, "INetworkDefinition")) == (release >= (10, 15))
+    layers = names(version, "LayerType")
+    assert {"CONSTANT", "SHAPE", "ASSERTION", "CONDITION", "RECURRENCE", "TRIP_LIMIT"} <= layers
+
+
+def installed() -> list[Path | None]:
+    """Folders of bindings that scripts/tensorrt_api.py has kept; None for an installed TensorRT."""
+    kept = [file.parent for file in sorted(Path(BINDINGS).glob("*/lib"))] if BINDINGS else []
+    try:
+        import tensorrt  # noqa: F401
+    except ImportError:
+        return list(kept)
+    return [*kept, None]
+
+
+def test_real_bindings_take_the_adapters_classes() -> None:
+    """Our logger and progress monitor in the real bindings, whose names are the recorded ones."""
+    places = installed()
+    if not places:
+        pytest.skip(
+            "no TensorRT bindings are installed: python scripts/tensorrt_api.py --bindings DIR, "
+            "then TRIO_TENSORRT_BINDINGS=DIR"
+        )
+    program = """
+import json, sys
+try:
+    import tensorrt_bindings as trt
+except ImportError:
+    import tensorrt as trt
+from trio_deploy.build.adapter import TensorRT, _monitor
+heard = []
+wrapped = TensorRT(trt)
+wrapped.logger.log(trt.ILogger.ERROR, "a message")
+assert "a message" in wrapped.last_errors()
+if hasattr(trt, "IProgressMonitor"):
+    monitor = _monitor(trt, lambda *told: heard.append(told))
+    monitor.phase_start("building", None, 3)
+    assert monitor.step_complete("building", 0) and heard[-1] == ("building", 1, 3)
+assert wrapped._network_flags() > 0
+api = json.loads(sys.argv[1])
+if trt.__version__ in api["versions"]:
+    column = api["versions"].index(trt.__version__)
+    for kind, marks in api["classes"].items():
+        there = {name for name in dir(getattr(trt, kind, object)) if not name.startswith("_")}
+        assert there == {name for name, mark in marks.items() if mark[column] == "x"}, kind
+print(trt.__version__)
+"""
+    root = str(Path(__file__).parents[2])
+    for place in places:
+        env = dict(os.environ)
+        env["PYTHONPATH"] = os.pathsep.join([root, *([str(place)] if place else [])])
+        if place is not None:
+            env["LD_LIBRARY_PATH"] = str(place / "lib")
+        command = [sys.executable, "-c", program, json.dumps(API)]
+        out = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr
+        if place is not None:
+            assert out.stdout.strip() == place.name
+
+
+# ------------------------------------------------------------------------------------- building
+
+
+@dataclass
+class Admits:
+    """A profile."""
+
+    shapes: dict[str, Bounds]
+    values: dict[str, Bounds] = field(default_factory=dict)
+    name: str = "default"
+
+
+def rising(*shapes: tuple[int, ...]) -> Bounds:
+    return (shapes[0], shapes[len(shapes) // 2], shapes[-1])
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    """x float16 [B,4,C] → x² in float32 → the first `width` entries of the last axis."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["wide"], to=T.FLOAT),
+        helper.make_node("Mul", ["wide", "wide"], ["squares"]),
+        helper.make_node("Cast", ["squares"], ["narrow"], to=T.FLOAT16),
+        helper.make_node("Constant", [], ["zero"], value_ints=[0]),
+        helper.make_node("Constant", [], ["last"], value_ints=[2]),
+        helper.make_node("Slice", ["narrow", "zero", "width", "last"], ["y"]),
+    ]
+    infos = [
+        helper.make_tensor_value_info("x", T.FLOAT16, ["B", 4, "C"]),
+        helper.make_tensor_value_info("width", T.INT64, [1]),
+    ]
+    out = helper.make_tensor_value_info("y", T.FLOAT16, ["B", 4, "W"])
+    made = helper.make_graph(nodes, "squares", infos, [out])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path = tmp_path / "squares.onnx"
+    onnx.save(model, path)
+    return path
+
+
+ADMITS = Admits(
+    {"x": rising((1, 4, 8), (2, 4, 8), (3, 4, 8)), "width": rising((1,), (1,), (1,))},
+    {"width": rising((1,), (4,), (8,))},
+)
+Start = Callable[..., tuple[TensorRT, Simulation]]
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Start:
+    def start(version: str = NEW) -> tuple[TensorRT, Simulation]:
+        simulation = install(monkeypatch, version)
+        return load(), simulation
+
+    return start
+
+
+@pytest.mark.parametrize("version", SIMULATED)
+def test_an_engine_is_built_and_describes_itself(start: Start, graph: Path, version: str) -> None:
+    tensorrt, simulation = start(version)
+    built = tensorrt.build(graph, [ADMITS], workspace=1 << 20, dtype="float16")
+    engine = tensorrt.deserialize(built.plan, "squares.engine")
+    found = {tensor.name: tensor for tensor in tensorrt.tensors(engine)}
+    assert list(found) == ["x", "width", "y"]
+    assert found["x"].dtype == np.float16
+    assert found["x"].is_input
+    assert not found["y"].is_input
+    assert found["x"].shape == (-1, 4, 8), "one size in all profiles is fixed"
+    assert found["width"].dtype == (np.int32 if tensorrt.narrows_int64 else np.int64)
+    assert found["width"].on_host
+    assert not found["x"].on_host
+    assert tensorrt.scratch_bytes(engine) > 0
+    _, config = simulation.tensorrt.last
+    left = [
+        source.name for source in simulation.tensorrt.TacticSource if config.sources >> source & 1
+    ]
+    assert left == ["EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"]
+
+
+def test_before_strong_typing_float32_layers_are_told_to_stay(start: Start, graph: Path) -> None:
+    tensorrt, simulation = start(OLD)
+    tensorrt.build(graph, [ADMITS], workspace=1 << 20, dtype="float16")
+    network, config = simulation.tensorrt.last
+    trt = simulation.tensorrt
+    assert {trt.BuilderFlag.FP16, trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS} <= config.flags
+    told = {
+        layer.get_output(0).name: layer.precision
+        for layer in network.layers
+        if layer.precision is not None
+    }
+    assert told == {"wide": trt.DataType.FLOAT, "squares": trt.DataType.FLOAT}
+    assert all(
+        layer.output_types == {0: trt.DataType.FLOAT}
+        for layer in network.layers
+        if layer.get_output(0).name in told
+    )
+
+
+def test_strongly_typed_networks_are_told_nothing(start: Start, graph: Path) -> None:
+    tensorrt, simulation = start(NEW)
+    tensorrt.build(graph, [ADMITS], workspace=1 << 20, dtype="float16")
+    network, config = simulation.tensorrt.last
+    assert config.flags == set()
+    assert all(layer.precision is None for layer in network.layers)
+
+
+def test_bfloat16_needs_tensorrt_10(start: Start, graph: Path) -> None:
+    tensorrt, _ = start(OLD)
+    with pytest.raises(TrioError, match=r"8\.6\.1 has no bfloat16: export with --dtype float16"):
+        tensorrt.build(graph, [ADMITS], workspace=1 << 20, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("version", "where"), [(OLD, "node 0"), (NEW, "node a_node, AnOperator")])
+def test_what_cannot_be_parsed_is_listed(
+    start: Start, tmp_path: Path, version: str, where: str
+) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"\xff\xff not a graph")
+    tensorrt, _ = start(version)
+    with pytest.raises(TrioError, match=rf"cannot parse bad\.onnx: Failed to parse.*\({where}\)"):
+        tensorrt.build(tmp_path / "bad.onnx", [ADMITS], workspace=1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        (Admits({}), "profile default of squares.onnx does not say which shapes x may have"),
+        (Admits(ADMITS.shapes), "does not say which values width may have"),
+    ],
+)
+def test_a_profile_must_bound_every_input(
+    start: Start, graph: Path, profile: Admits, message: str
+) -> None:
+    tensorrt, _ = start()
+    with pytest.raises(TrioError, match=message):
+        tensorrt.build(graph, [profile], workspace=1 << 20)
+
+
+def test_a_build_that_fails_says_what_tensorrt_said(start: Start, graph: Path) -> None:
+    tensorrt, _ = start()
+    with pytest.raises(TrioError, match=r"could not build squares\.onnx: .*needs a profile"):
+        tensorrt.build(graph, [], workspace=1 << 20)
+
+
+def test_progress_and_messages_are_handed_on(start: Start, graph: Path) -> None:
+    tensorrt, _ = start()
+    told: list[tuple[str, int, int]] = []
+    said: list[tuple[str, str]] = []
+    tensorrt.build(
+        graph,
+        [ADMITS],
+        workspace=1 << 20,
+        progress=lambda *steps: told.append(steps),
+        log=lambda *line: said.append(line),
+    )
+    assert told == [("building", done, 2) for done in (0, 1, 2, 2)]
+    assert said == [("INFO", "built squares.onnx")]
+    tensorrt.build(graph, [ADMITS], workspace=1 << 20)
+    assert len(said) == 1, "a build is heard by its own log alone"
+
+
+def test_an_interrupt_ends_the_build(start: Start, graph: Path) -> None:
+    tensorrt, _ = start()
+
+    def interrupt(phase: str, done: int, steps: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tensorrt.build(graph, [ADMITS], workspace=1 << 20, progress=interrupt)
+
+
+def test_a_timing_cache_is_handed_from_build_to_build(start: Start, graph: Path) -> None:
+    tensorrt, _ = start()
+    first = tensorrt.build(graph, [ADMITS], workspace=1 << 20).timing_cache
+    second = tensorrt.build(graph, [ADMITS], workspace=1 << 20, timing_cache=first).timing_cache
+    assert (first, second) == (b"+", b"++")
+    foreign = tensorrt.build(graph, [ADMITS], workspace=1 << 20, timing_cache=b"other GPU")
+    assert foreign.timing_cache == b"+", "one of another GPU is not taken"
+
+
+def test_a_builder_that_does_not_start_is_an_error(start: Start, graph: Path) -> None:
+    """Without a GPU the bindings' constructors raise TypeError."""
+    tensorrt, simulation = start()
+
+    def none(*_: Any) -> None:
+        tensorrt.logger.log(simulation.tensorrt.ILogger.ERROR, "CUDA initialization failure: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    simulation.tensorrt.Builder = none
+    with pytest.raises(
+        TrioError, match="does not start on this machine: CUDA initialization .* 35"
+    ):
+        tensorrt.build(graph, [ADMITS], workspace=1 << 20)
