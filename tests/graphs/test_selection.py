@@ -36,7 +36,8 @@ TENSORRT_OPERATORS = set(
 @cache
 def suppressor(dialect: Any, runtime: str, block: int, threshold: float = THRESHOLD) -> Runner:
     """A graph of `select` alone, its scores an input."""
-    stage = Stage("select", Dialect.of(GraphOptions(dialect=dialect)))
+    d = Dialect.of(GraphOptions(dialect=dialect))
+    stage = Stage("select", d)
     op = stage.op
     tokens = Tokens.of(
         op,
@@ -47,6 +48,7 @@ def suppressor(dialect: Any, runtime: str, block: int, threshold: float = THRESH
     )
     mask, converged = select(
         op,
+        d,
         tokens,
         scores=stage.input("scores", FLOAT, ["B", "S"]),
         keep=stage.input("keep", INT64, ["B"]),

@@ -415,9 +415,9 @@ class Window:
     Which fields are set depends on the dialect:
         seqlens, total: int32 [B] and scalar, for GroupQueryAttention.
         past_lengths: int64 [B], tokens valid before this step.
-        written, beyond, mask: for `primitive`, with P = max(C, S): bool [B, 1, P, 1], the slot that
-            takes the new token; P - C, int64 [1]; additive fp32 [B, 1, S, P]. In decode.onnx of the
-            `onnx` dialect: mask, bool [B, 1, 1, C], the slots that are valid.
+        written, filler, mask: for `primitive`, with P = max(C, S): bool [B, 1, P, 1], the slots
+            that take new tokens; 1 in prefill, 0 in decode, int64 [1]; additive fp32 [B, 1, S, P].
+            In decode.onnx of the `onnx` dialect: mask, bool [B, 1, 1, C], the slots that are valid.
     """
 
     angles: Angles
@@ -425,7 +425,7 @@ class Window:
     total: ir.Value | None = None
     past_lengths: ir.Value | None = None
     written: ir.Value | None = None
-    beyond: ir.Value | None = None
+    filler: ir.Value | None = None
     mask: ir.Value | None = None
 
 
@@ -469,8 +469,8 @@ def cache_window(
         blind = op.Cast(op.Greater(op.Unsqueeze(rows, [0, 1]), last), to=FLOAT)
         return Window(angles, mask=op.Unsqueeze(op.Mul(blind, -1e30), [1]))
     capacity = dim(op, past.key, 2)
-    beyond = op.Max(op.Sub(new, capacity), 0)
-    slots = op.Range(0, op.Squeeze(op.Add(capacity, beyond), [0]), 1)
+    fresh = op.Greater(new, capacity)  # prefill
+    slots = op.Range(0, op.Squeeze(op.Max(capacity, new), [0]), 1)
     rows = op.Range(0, op.Squeeze(new, [0]), 1)
     start = op.Unsqueeze(past_lengths, [1, 2])
     # [B, S, 1]: a query sees slots up to its own, one that pads up to its row's last valid token
@@ -480,9 +480,10 @@ def cache_window(
         last = op.Min(last, op.Add(start, op.Unsqueeze(op.Sub(lengths, 1), [1, 2])))
     blind = op.Cast(op.Greater(op.Unsqueeze(slots, [0, 1]), last), to=FLOAT)
     mask = op.Unsqueeze(op.Mul(blind, -1e30), [1])
-    written = op.Unsqueeze(op.Equal(op.Unsqueeze(slots, [0]), op.Unsqueeze(past_lengths, [1])), [1])
-    written = op.Unsqueeze(written, [3])
-    return Window(angles, past_lengths=past_lengths, written=written, beyond=beyond, mask=mask)
+    written = op.Equal(op.Unsqueeze(slots, [0]), op.Unsqueeze(past_lengths, [1]))
+    written = op.Unsqueeze(op.Or(written, fresh), [1, 3])
+    filler = op.Cast(fresh, to=INT64)
+    return Window(angles, past_lengths=past_lengths, written=written, filler=filler, mask=mask)
 
 
 def plain_attention(
@@ -581,10 +582,11 @@ class Attention(nn.Module):
     def _update(self, op: Any, past: ir.Value, new: ir.Value, window: Window) -> ir.Value:
         """[B, G, C, D] and [B, G, S, D] → [B, G, max(C, S), D].
 
-        Prefill (C = 0): `old` is the new tokens themselves, so either branch gives them. Decode
-        (S = 1): `old` is the past, and the one new token is broadcast to the slot it takes.
+        Prefill (C = 0): every slot takes its new token; `old` is a filler of one slot that is
+        broadcast and never taken. Decode (S = 1): `old` is the past, and the one new token is
+        broadcast to the slot it takes.
         """
-        old = op.Concat(past, op.Slice(new, [0], window.beyond, [2]), axis=2)
+        old = op.Concat(past, op.Slice(new, [0], window.filler, [2]), axis=2)
         batch, heads, _, head_dim = shape_of(new)
         shape = [batch, heads, None, head_dim]
         return typed(op.Where(window.written, new, old), self.d.dtype, shape)

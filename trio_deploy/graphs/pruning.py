@@ -31,6 +31,7 @@ def trio(op: Any, site: Site) -> Choice:
     scores = saliency(op, site.d, site.text, site.layer, site.options, site.tokens)
     kept, converged = select(
         op,
+        site.d,
         site.tokens,
         scores=scores.ranking,
         keep=site.keep,

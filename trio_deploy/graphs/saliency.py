@@ -129,11 +129,12 @@ def saliency(
         op, d, split_heads(op, _few(op, d, attention.q_proj, probed), heads, size), probe_angles
     )
     q = op.Reshape(op.Mul(q, size**-0.5), [0, groups, per_group, size])
-    scores = cast(op, _by_transposed(op, d, q, k), FLOAT)  # [B,G,R*P,S]
+    raw = cast(op, _by_transposed(op, d, q, k), FLOAT)  # [B,G,R*P,S]
+    raw = op.Reshape(raw, [0, heads, probes, -1])
     blind = op.Greater(op.Unsqueeze(tokens.index, [0, 1]), op.Unsqueeze(place, [2]))
     mask = op.Unsqueeze(op.Mul(op.Cast(blind, to=FLOAT), _BLIND), [1])  # [B,1,P,S]
-    scores = op.Add(op.Reshape(scores, [0, heads, probes, -1]), mask)
-    a = op.Reshape(op.Softmax(scores, axis=-1), [0, heads * probes, -1])  # [B,H*P,S]
+    a = op.Softmax(op.Add(raw, mask), axis=-1)
+    a, raw = (op.Reshape(v, [0, heads * probes, -1]) for v in (a, raw))  # [B,H*P,S]
     lifted = cast(op, op.Mul(a, _LIFT), d.dtype)
     mixed = op.Mul(cast(op, op.MatMul(lifted, n), FLOAT), 1.0 / _LIFT)  # [B,H*P,d]: a n
     w_v = _view(op, d, attention.v_proj.weight.into(op), [groups, size, hidden], tokens.x)
@@ -171,6 +172,9 @@ def saliency(
     narrow = cast(op, u, d.dtype)
     da = cast(op, _by_transposed(op, d, narrow, n), FLOAT)  # [B,H*P,S]
     ds = op.Mul(a, op.Sub(da, reduce(op, "ReduceSum", op.Mul(u, mixed), [-1])))
+    # n·dn of each row, which need not be summed up over its d entries: the rotation drops out
+    along = op.Add(op.Mul(ds, raw), op.Mul(a, da))
+    along = op.Transpose(reduce(op, "ReduceSum", along, [1]), perm=[0, 2, 1])  # [B,S,1]
     ds = cast(op, op.Mul(ds, _LIFT), d.dtype)
     ds = op.Reshape(ds, [0, groups, per_group, -1])
     dk = op.MatMul(op.Transpose(ds, perm=[0, 1, 3, 2]), q)  # [B,G,S,D]
@@ -179,8 +183,12 @@ def saliency(
         attention.k_proj(op, dk, transpose=True),
         op.MatMul(op.Transpose(lifted, perm=[0, 2, 1]), narrow),
     )
-    dx, r = _norm_back(op, block.input_layernorm, tokens.x, cast(op, dn, FLOAT), tokens.squares)
-    norm = op.Mul(op.Sqrt(reduce(op, "ReduceSumSquare", dx, [-1])), r)
+    if attention.k_proj.bias is not None:
+        in_bias = op.MatMul(dk, op.Unsqueeze(attention.k_proj.bias.into(op), [1]))
+        along = op.Sub(along, op.Mul(cast(op, in_bias, FLOAT), 1.0 / _LIFT))
+    norm = _norm_of_norm_back(
+        op, block.input_layernorm, tokens.squares, cast(op, dn, FLOAT), op.Mul(along, _LIFT)
+    )
     norm = op.Squeeze(norm, [2])  # [B,S]
     ranking = op.Where(tokens.visual, norm, 0.0)
     scale = op.Squeeze(op.Mul(op.Mul(scale, scale_of_u), 1.0 / _LIFT), [2])
@@ -281,9 +289,7 @@ def _back(op: Any, d: Dialect, module: Linear, g: ir.Value) -> ir.Value:
     return _scaled(op, d, g, lambda narrow: _few(op, d, module, narrow, transpose=True))
 
 
-def _norm_back(
-    op: Any, module: RMSNorm, x: ir.Value, g: ir.Value, squares: ir.Value | None = None
-) -> tuple[ir.Value, ir.Value]:
+def _norm_back(op: Any, module: RMSNorm, x: ir.Value, g: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The gradient before an RMSNorm of x [...,d] from the one behind it, f32.
 
     With r = 1/sqrt(mean(x²) + ε) and h = w ∘ g it is r (h - x r² (h·x)/d); returned as two factors,
@@ -291,12 +297,27 @@ def _norm_back(
     """
     x = cast(op, x, FLOAT)
     size = int(_sizes(x)[-1])
-    if squares is None:
-        squares = reduce(op, "ReduceSumSquare", x, [-1])
+    squares = reduce(op, "ReduceSumSquare", x, [-1])
     square = op.Div(1.0, op.Add(op.Mul(squares, 1.0 / size), module.eps))  # r²
     h = op.Mul(g, cast(op, module.weight.into(op), FLOAT))
     along = op.Mul(reduce(op, "ReduceSum", op.Mul(h, x), [-1]), op.Mul(square, 1.0 / size))
     return op.Sub(h, op.Mul(x, along)), op.Sqrt(square)
+
+
+def _norm_of_norm_back(
+    op: Any, module: RMSNorm, squares: ir.Value, g: ir.Value, along: ir.Value
+) -> ir.Value:
+    """The norm of what `_norm_back` gives, f32 [...,1], from x·x and y·g of each row alone.
+
+    With y = r x ∘ w the normed row, y·g = r (h·x); so r² |h - x r² (h·x)/d|² is
+    r² (|h|² - (y·g)² (1 + ε r²)/d), for which neither x nor the difference is gone through.
+    """
+    size = int(_sizes(g)[-1])
+    square = op.Div(1.0, op.Add(op.Mul(squares, 1.0 / size), module.eps))  # r²
+    h = op.Mul(g, cast(op, module.weight.into(op), FLOAT))
+    inside = op.Mul(op.Mul(along, along), op.Add(op.Mul(square, module.eps), 1.0))
+    outside = op.Sub(reduce(op, "ReduceSumSquare", h, [-1]), op.Mul(inside, 1.0 / size))
+    return op.Sqrt(op.Mul(op.Max(outside, 0.0), square))
 
 
 def _by_transposed(op: Any, d: Dialect, a: ir.Value, b: ir.Value) -> ir.Value:

@@ -7,8 +7,9 @@ candidates, suppresses them by what is kept already (M x K), and an inner Loop r
 among them (M x M). It ends when every row has its budget or has no candidate left.
 
 Formulated for runtimes with fragile loops: loop states never change their shape, nothing in a body
-has a data-dependent shape, a block is a TopK of constant size M over the candidates not seen yet
-(no sort of all N: TensorRT 8.6 limits TopK to 1024), and no index is scattered to twice.
+has a data-dependent shape (but in the `ort` dialect, where a block is compared with no more than is
+kept by then), a block is a TopK of constant size M over the candidates not seen yet (no sort of all
+N: TensorRT 8.6 limits TopK to 1024), and no index is scattered to twice.
 
 B rows, S tokens, N of them visual, d hidden size, M block size, K capacity for kept tokens,
 R = M ceil(S / M) ranks, W width after pruning.
@@ -26,6 +27,7 @@ from trio_deploy.graphs.layers import (
     BOOL,
     FLOAT,
     INT64,
+    Dialect,
     cast,
     constant,
     dim,
@@ -63,6 +65,7 @@ def compact(op: Any, mask: ir.Value, index: ir.Value, width: ir.Value) -> tuple[
 
 def select(
     op: Any,
+    d: Dialect,
     tokens: Tokens,
     *,
     scores: ir.Value,
@@ -130,22 +133,24 @@ def select(
         candidate = op.GreaterOrEqual(best, 0.0)  # [B,M]
         token = op.Min(index, last)  # padding may point anywhere, it never counts
         # cosines with what is kept and with one another
-        both = op.Concat(op.Slice(buffer, [0], capacity, [1]), token, axis=1)
+        held = _most(op, count) if d.name == "ort" else capacity
+        both = op.Concat(op.Slice(buffer, [0], held, [1]), token, axis=1)
         rows = cast(op, op.Gather(tokens.flat, op.Add(both, tokens.offset), axis=0), FLOAT)
-        mine = op.Slice(rows, capacity, [_END], [1])
+        mine = op.Slice(rows, held, [_END], [1])
         bound = op.GatherElements(norms, both, axis=1)  # [B,K+M]
-        own = op.Mul(op.Slice(bound, capacity, [_END], [1]), threshold)
+        own = op.Mul(op.Slice(bound, held, [_END], [1]), threshold)
         bound = op.Mul(op.Unsqueeze(own, [2]), op.Unsqueeze(bound, [1]))
         dots = op.MatMul(mine, op.Transpose(rows, perm=[0, 2, 1]))  # [B,M,K+M]
         similar = op.GreaterOrEqual(dots, bound)
-        by_kept = op.Slice(similar, [0], capacity, [2])
-        by_kept = op.And(by_kept, op.Unsqueeze(op.Less(slots, count), [1]))
+        by_kept = op.Slice(similar, [0], held, [2])
+        filled = op.Less(op.Slice(slots, [0], held, [1]), count)
+        by_kept = op.And(by_kept, op.Unsqueeze(filled, [1]))
         hits = reduce(op, "ReduceSum", op.Cast(by_kept, to=FLOAT), [2], keepdims=False)
         alive = op.And(op.And(candidate, op.Less(count, need)), op.Less(hits, 0.5))
         kept, changed = _fixed_point(
             op,
             op.Cast(alive, to=FLOAT),
-            op.Cast(op.And(op.Slice(similar, capacity, [_END], [2]), before), to=FLOAT),
+            op.Cast(op.And(op.Slice(similar, held, [_END], [2]), before), to=FLOAT),
             block,
         )
         # no more than the budget, best first
@@ -237,6 +242,11 @@ def next_best(op: Any, score: ir.Value, block: int) -> tuple[ir.Value, ir.Value]
 def _before(op: Any, block: int) -> ir.Value:
     """[1,M,M] bool: j comes before i."""
     return constant(op, np.tril(np.ones((1, block, block), np.bool_), -1), f"before_{block}")
+
+
+def _most(op: Any, count: ir.Value) -> ir.Value:
+    """The greatest entry of `count` f32 [B,1], int64 [1]."""
+    return op.Reshape(op.Cast(op.ReduceMax(count), to=INT64), [1])
 
 
 def any_of(op: Any, flags: ir.Value) -> ir.Value:

@@ -3,8 +3,9 @@
 How weights stay in memory once (measured, docs/measurements): a segment's session rearranges its
 matrices ("prepacking") into private memory and gives the file mapping back, so layers that only
 segments use are held once. Select and embed graphs use tensors that segments hold too: they run on
-the file's pages, mapped once for all of them, which the page cache owns and may drop. With
-`low_memory` all sessions do, and nothing private is held at all.
+the file's pages, mapped once for all of them, which the page cache owns and may drop; rearranged is
+what a select graph multiplies all its rows with, the key projection, and nothing else. With
+`low_memory` all sessions run on the file's pages, and nothing private is held at all.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ class OrtRuntime(HostRuntime):
             options.enable_mem_pattern = False
         held: list[Any] = []
         if on_cpu and (probing or self._low_memory):
-            options.add_session_config_entry("session.disable_prepacking", "1")
+            if self._low_memory:
+                options.add_session_config_entry("session.disable_prepacking", "1")
             held = self._share_weights(options, path)
         try:
             session = ort.InferenceSession(str(path), options, providers=[self.provider])
