@@ -43,8 +43,6 @@ from trio_deploy.weights import Progress, place_file
 DEVICES = ("cpu", "gpu")
 #: What the repository was made of; Triton reads folders alone.
 RECORD = "trio.json"
-#: Plain requests that `NAME_vlm_complete` answers at the same time; each is one light process.
-COMPLETE_INSTANCES = 4
 
 _BUNDLE = "1/bundle"
 _TYPES = {
@@ -304,7 +302,8 @@ class _Models:
                 "backend": "python",
                 "max_batch_size": 0,
                 **_vlm_interface(),
-                "instance_group": [{"count": COMPLETE_INSTANCES, "kind": Enum("KIND_CPU")}],
+                # One light process answers any number at once: it waits for the other model.
+                "instance_group": [{"count": 1, "kind": Enum("KIND_CPU")}],
                 "parameters": _string_parameters({"model": f"{self._options.name}_vlm"}),
             },
         )
