@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,9 @@ from trio_deploy.runtime.continuous import (
 from trio_deploy.runtime.pipeline import Generation, Request, TrioPipeline
 from trio_deploy.triton.limits import Settings
 from trio_deploy.triton.metrics import Exporter
-from trio_deploy.triton.request import INPUTS, Question, read
+from trio_deploy.triton.request import INPUTS, REFUSAL, Question, forwarded, read
 
 _LOG = logging.getLogger(__name__)
-_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _LOOK_S = 0.05  # between looks at whether waiting requests were cancelled, and at the metrics
 _DRAIN_S = 30.0
 
@@ -61,6 +60,7 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from error
         self._exporter = _exporter(args)
         self._answers: set[_Answer] = set()
+        self._invalid = 0
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="trio-watch", daemon=True)
         self._watcher.start()
@@ -68,19 +68,31 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> None:
         """Take requests; their responses are sent as they come to be."""
         for request in requests:
-            answer = _Answer(request.get_response_sender(), self._answers.discard)
+            key, cancelled = forwarded(request.parameters())
+            answer = _Answer(request.get_response_sender(), self._answers.discard, key)
+            if cancelled is not None:
+                self._cancel(cancelled)
+                answer.end()
+                continue
             try:
-                self._answers.add(answer)
-                answer.ask(self._batcher, self._read(request))
+                question = self._read(request)
             except Exception as error:  # nothing that a client sends may end the instance
+                self._invalid += 1
                 answer.fail(error)
+                continue
+            self._answers.add(answer)
+            answer.ask(self._batcher, question)
 
     def finalize(self) -> None:
         """Answer what was asked, then stop."""
         self._batcher.close(timeout=_DRAIN_S)
         self._stop.set()
         self._watcher.join()
-        self._export()
+
+    def _cancel(self, key: str) -> None:
+        for answer in list(self._answers):
+            if answer.key == key:
+                answer.cancel()
 
     def _read(self, request: Any) -> Question:
         tensors = {}
@@ -93,18 +105,19 @@ class TritonPythonModel:
     def _watch(self) -> None:
         """Heed the cancelling of requests that get no tokens yet, and keep the metrics."""
         while not self._stop.wait(_LOOK_S):
-            for answer in list(self._answers):
-                if not answer.begun:
-                    answer.look()
-            self._export()
+            try:
+                for answer in list(self._answers):
+                    if not answer.begun:
+                        answer.look()
+                self._export()
+            except Exception:
+                _LOG.exception("watching over requests failed, and goes on")
 
     def _export(self) -> None:
-        if self._exporter is None:
-            return
-        try:
-            self._exporter.update(self._batcher.metrics())
-        except Exception:
-            _LOG.exception("exporting the metrics failed")
+        if self._exporter is not None:
+            metrics = self._batcher.metrics()
+            metrics.outcomes["invalid"] = metrics.outcomes.get("invalid", 0) + self._invalid
+            self._exporter.update(metrics)
 
 
 class _Answer:
@@ -112,33 +125,53 @@ class _Answer:
 
     Attributes:
         begun: whether there was a token.
+        key: of a request that `trio_vlm_complete` passed on.
     """
 
-    def __init__(self, sender: Any, done: Any) -> None:
+    def __init__(self, sender: Any, done: Callable[[_Answer], None], key: str | None) -> None:
         self._sender = sender
         self._done = done
         self._handle: Handle | None = None
         self._stream = True
         self.begun = False
+        self.key = key
 
     def ask(self, batcher: ContinuousBatcher, question: Question) -> None:
+        """Submit the question; if it is refused, that is the answer."""
         self._stream = question.stream
-        self._handle = batcher.submit(
-            question.request, self._on_event, timeout_s=question.timeout_s
-        )
+        try:
+            self._handle = batcher.submit(
+                question.request, self._on_event, timeout_s=question.timeout_s
+            )
+        except Refused as error:
+            self.fail(error)
+
+    def cancel(self) -> None:
+        """End the answer."""
+        if self._handle is not None:
+            self._handle.cancel()
+
+    def end(self) -> None:
+        """Send nothing more than that nothing comes."""
+        self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def look(self) -> None:
         """End the answer if the client has cancelled it."""
         if self._handle is not None and not self._handle.done and self._sender.is_cancelled():
-            self._handle.cancel()
+            self.cancel()
 
     def fail(self, error: Exception) -> None:
         """Send an error, and that it is the last response."""
-        code = _code(error)
-        if code == pb_utils.TritonError.INTERNAL:
+        code = _CODES.get(type(error), "INTERNAL")
+        if code == "INTERNAL":
             _LOG.error("a request failed", exc_info=error)
         text = str(error) if isinstance(error, TrioError) else f"internal error: {error!r:.200}"
-        self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(text, code)), last=True)
+        if self.key is None:
+            triton = pb_utils.TritonError(text, getattr(pb_utils.TritonError, code))
+            response = pb_utils.InferenceResponse(error=triton)
+        else:
+            response = pb_utils.InferenceResponse(_refusal(text, code))
+        self._send(response, last=True)
 
     def _on_event(self, event: Event) -> None:
         self.begun = True
@@ -159,8 +192,9 @@ class _Answer:
         self._send(pb_utils.InferenceResponse(tensors), last=event.last)
 
     def _send(self, response: Any, last: bool) -> None:
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
         try:
-            self._sender.send(response, flags=_FINAL if last else 0)
+            self._sender.send(response, flags=flags)
         finally:
             if last:
                 self._done(self)
@@ -213,15 +247,22 @@ def _exporter(args: Mapping[str, str]) -> Exporter | None:
         return None
 
 
-def _code(error: Exception) -> int:
-    codes: dict[type[Exception], int] = {
-        TrioError: pb_utils.TritonError.INVALID_ARG,
-        Refused: pb_utils.TritonError.UNAVAILABLE,
-        DeadlinePassed: pb_utils.TritonError.UNAVAILABLE,
-        Cancelled: pb_utils.TritonError.CANCELLED,
-        Failed: pb_utils.TritonError.INTERNAL,
-    }
-    return codes.get(type(error), pb_utils.TritonError.INTERNAL)
+_CODES: dict[type[Exception], str] = {
+    TrioError: "INVALID_ARG",
+    Refused: "UNAVAILABLE",
+    DeadlinePassed: "UNAVAILABLE",
+    Cancelled: "CANCELLED",
+    Failed: "INTERNAL",
+}
+
+
+def _refusal(text: str, code: str) -> list[Any]:
+    """An error as outputs, for `trio_vlm_complete`."""
+    return [
+        _string("text", text),
+        pb_utils.Tensor("token_ids", np.zeros(0, np.int64)),
+        _string("finish_reason", REFUSAL + code),
+    ]
 
 
 def _end(generation: Generation) -> list[Any]:

@@ -37,6 +37,10 @@ INPUTS: dict[str, tuple[str, int]] = {
     "timeout_s": ("float64", 1),
 }
 
+#: Begins the finish reason of a response to `trio_vlm_complete` that is an error; the name of
+#: Triton's code follows.
+REFUSAL = "error:"
+
 
 @dataclass(frozen=True)
 class Question:
@@ -85,6 +89,17 @@ def read(
         budget=_budget(tensors, settings),
     )
     return Question(request, _timeout(tensors, timeout_us, settings), _streams(parameters))
+
+
+def forwarded(parameters: str) -> tuple[str | None, str | None]:
+    """What `trio_vlm_complete` adds to requests that it passes on, both random and secret.
+
+    Returns:
+        The key of this request, whose errors are to be responses (Triton would turn their codes
+        into INTERNAL on the way); and the key of the request that this one cancels.
+    """
+    given = _json_object(parameters)
+    return given.get("key"), given.get("cancel")
 
 
 def _prompt(tensors: Mapping[str, np.ndarray], settings: Settings) -> str | list[Message]:
@@ -216,8 +231,9 @@ def _timeout(tensors: Mapping[str, np.ndarray], timeout_us: int, settings: Setti
 
 
 def _streams(parameters: str) -> bool:
-    given = json.loads(parameters) if parameters else {}
+    given = _json_object(parameters)
     stream = given.pop("stream", True)
+    given.pop("key", None)
     if not isinstance(stream, bool):
         raise TrioError(f"the parameter stream must be true or false, got {stream!r:.40}")
     if given:
@@ -226,6 +242,10 @@ def _streams(parameters: str) -> bool:
             "only parameter is stream"
         )
     return stream
+
+
+def _json_object(parameters: str) -> dict[str, Any]:
+    return json.loads(parameters) if parameters else {}
 
 
 def _scalar(tensors: Mapping[str, np.ndarray], name: str, default: Any) -> Any:
