@@ -224,6 +224,7 @@ def check_graph(
     messages = list(_opsets(model, table))
     corners: dict[str, dict[str, tuple[int, ...]]] = {}
     activations = 0
+    unknown: dict[tuple[str, str, str], str] = {}
     largest: Resolved | None = None
     for profile in found:
         for number, corner in enumerate(_CORNERS):
@@ -233,8 +234,7 @@ def check_graph(
             try:
                 resolved = resolve(model, shapes, values)
             except UnknownShape as error:
-                name = error.node.name or error.node.op_type
-                messages.append((f"{name} ({error.node.op_type}) at {label} {error}", True))
+                unknown.setdefault((error.node.op_type, error.node.name, str(error)), label)
                 continue
             corners[label] = {
                 entry.name: resolved.tensors[entry.name].shape for entry in model.graph.output
@@ -243,6 +243,8 @@ def check_graph(
             if largest is None or corner == "max":
                 largest = resolved
                 messages += _volumes(resolved, table, label)
+    for (operator, name, reason), label in unknown.items():
+        messages.append((f"{operator} {reason} ({name or 'unnamed'}, at {label})", True))
     operators: Counter[str] = Counter()
     types: set[str] = set()
     on_sizes: set[str] = set()
@@ -293,16 +295,14 @@ def _opsets(model: ModelProto, table: OperatorTable) -> _Messages:
 
 
 def _volumes(resolved: Resolved, table: OperatorTable, label: str) -> _Messages:
-    if table.max_elements is None:
-        return
-    for step in resolved.steps:
-        for tensor in step.outputs:
-            if tensor.elements > table.max_elements:
-                message = (
-                    f"{step.node.op_type} makes {tensor.elements} elements at {label}, where a "
-                    f"tensor has {table.max_elements} at most: lower the target's limits"
-                )
-                yield message, True
+    made = [(tensor.elements, step.node) for step in resolved.steps for tensor in step.outputs]
+    most, node = max(made, key=lambda pair: pair[0])
+    if table.max_elements is not None and most > table.max_elements:
+        message = (
+            f"{node.op_type} makes {most} elements at {label}, where a tensor has "
+            f"{table.max_elements} at most: lower the target's limits"
+        )
+        yield message, True
 
 
 def _node(step: Step, table: OperatorTable) -> Iterator[str]:

@@ -270,10 +270,12 @@ class _Walk:
         return tuple(outputs)
 
     def _infer(self, node: NodeProto, inputs: tuple[Known | None, ...]) -> dict[str, TypeProto]:
-        version = self._versions.get(node.domain)
-        if version is None or not onnx.defs.has(node.op_type, node.domain):
-            raise UnknownShape(node, f"is no operator of {node.domain or 'ONNX'}")
-        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+        version = self._versions.get(node.domain, 0)
+        try:
+            schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+        except onnx.defs.SchemaError:
+            where = f"{node.domain or 'ONNX'}, opset {version}"
+            raise UnknownShape(node, f"is no operator of {where}") from None
         types: dict[str, TypeProto] = {}
         data: dict[str, TensorProto] = {}
         for name, tensor in zip(node.input, inputs, strict=True):

@@ -482,7 +482,8 @@ def cache_window(
     mask = op.Unsqueeze(op.Mul(blind, -1e30), [1])
     written = op.Equal(op.Unsqueeze(slots, [0]), op.Unsqueeze(past_lengths, [1]))
     written = op.Unsqueeze(op.Or(written, fresh), [1, 3])
-    filler = op.Cast(fresh, to=INT64)
+    # By arithmetic: TensorRT computes no sizes with comparisons.
+    filler = op.Min(op.Max(op.Sub(new, capacity), 0), 1)
     return Window(angles, past_lengths=past_lengths, written=written, filler=filler, mask=mask)
 
 
