@@ -183,6 +183,7 @@ def _check(args: argparse.Namespace) -> int:
         checkpoint=args.checkpoint,
         threads=args.threads,
         provider=args.provider,
+        target=args.target,
     )
     print(json.dumps(report.to_json(), indent=2) if args.json else parity.format_report(report))
     return 0 if report.passed else 1
@@ -293,6 +294,27 @@ def _tune(args: argparse.Namespace) -> None:
     from trio_deploy.evaluate.command import run_tune, tuned_text
 
     print(tuned_text(run_tune(args)))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from trio_deploy.report import Wanted, asked_about, write_report
+
+    page = write_report(
+        args.bundle,
+        args.out,
+        Wanted(
+            bench=args.bench,
+            evaluation=args.eval,
+            asked=asked_about(args.image, args.prompt),
+            check=not args.no_check,
+            measure=not args.no_bench,
+            scenes=args.scenes,
+            runtime=args.runtime,
+            provider=args.provider,
+            threads=args.threads,
+        ),
+    )
+    print(page)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -431,6 +453,43 @@ def _parser() -> argparse.ArgumentParser:
     add_tune(add("tune", _tune, "Search for the schedule that changes answers least; no labels."))
 
     _add_bench(add("bench", _bench, "Measure time and memory, against no pruning and others."))
+
+    report = add("report", _report, "Write one HTML page about a bundle.")
+    report.add_argument("bundle", type=Path, help="folder of the bundle")
+    report.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)"
+    )
+    report.add_argument(
+        "--bench", type=Path, metavar="JSON", help="of `trio bench --out` (default: a quick one)"
+    )
+    report.add_argument(
+        "--eval",
+        type=Path,
+        metavar="JSON",
+        help="results.json of `trio eval` (default: a quick one)",
+    )
+    report.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        type=Path,
+        help="to show what is kept of; may be repeated (default: generated scenes)",
+    )
+    report.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="asked about the --image at its place; one alone is asked about all of them, and "
+        "several about one --image",
+    )
+    report.add_argument(
+        "--scenes", type=int, default=8, help="asked for a quick accuracy (default: 8; 0: none)"
+    )
+    report.add_argument("--no-check", action="store_true", help="leave the reference out")
+    report.add_argument("--no-bench", action="store_true", help="measure no time now")
+    report.add_argument("--runtime", help="onnxruntime or openvino (default: by the bundle)")
+    report.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: by the bundle)")
+    report.add_argument("--threads", type=int, help="CPU threads (default: the runtime's choice)")
 
     inspect = add("inspect", _inspect, "Show what a bundle holds.")
     inspect.add_argument("bundle", type=Path, help="folder of the bundle")

@@ -1,0 +1,306 @@
+"""`trio report`: one page, whole, escaped, that asks nothing of the network."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_picture
+from trio_deploy import cli
+from trio_deploy.bench import Options, bench
+from trio_deploy.bundle import Bundle
+from trio_deploy.errors import TrioError
+from trio_deploy.evaluate.results import KindResult, Result, Results
+from trio_deploy.evaluate.statistics import Estimate
+from trio_deploy.export import export
+from trio_deploy.report import Asked, Wanted, asked_about, gather, write_report
+from trio_deploy.report.page import plot, render
+
+EVIL = '<script>alert(1)</script><img src="https://evil.example/x.png">&"\''
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+                None)  # fmt: skip
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+@pytest.fixture(scope="module")
+def bundle(llava_checkpoint, tmp_path_factory) -> Bundle:
+    out = tmp_path_factory.mktemp("report") / "b"
+    return export(llava_checkpoint, out, schedule="1:8,2:4", progress=False)
+
+
+@pytest.fixture(scope="module")
+def measured(bundle, tmp_path_factory) -> Path:
+    """What `trio bench --out` writes about it."""
+    out = tmp_path_factory.mktemp("figures") / "bench"
+    options = Options(text_tokens=20, new_tokens=3, runs=2, warm_up=0, baselines=(), memory=False)
+    bench(bundle.path, options, out=out, progress=False)
+    return out.with_suffix(".json")
+
+
+@pytest.fixture(scope="module")
+def evaluated(bundle, tmp_path_factory) -> Path:
+    """What `trio eval` writes, of made-up figures."""
+
+    def result(name, share, retained):
+        estimate = Estimate(retained, retained - 0.02, retained + 0.01)
+        kind = KindResult(20, retained, 0.1, estimate, estimate)
+        return Result(name, share, share, None, {}, kind, estimate, {"colour": kind}, None)
+
+    results = Results(
+        bundle.manifest.model.name, "made up", "exact", {"cpu": "x"}, 20, 5,
+        [result("unpruned", 1.0, 1.0), result("trio", 0.111, 0.92), result("trio", 0.333, 0.99),
+         result("random", 0.111, 0.4)],
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("eval")
+    results.save(folder)
+    return folder / "results.json"
+
+
+@pytest.fixture(scope="module")
+def page(bundle, measured, evaluated, tmp_path_factory) -> Path:
+    wanted = Wanted(
+        bench=measured,
+        evaluation=evaluated,
+        asked=[Asked(EVIL, (make_picture(),), "4"), Asked("how many ?", (make_picture(seed=1),))],
+        check=False,
+    )
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    return write_report(bundle, out, wanted, progress=False)
+
+
+def test_it_says_what_was_exported_and_what_it_costs(page, bundle):
+    text = Page(page.read_text()).text
+    assert bundle.manifest.model.name in text
+    for stage in bundle.stages:
+        assert stage in text
+    assert "by trio" in text and "layers 2 – 3" in text
+    assert "KV cache" in text and "no pruning" in text and "2 runs by turns" in text
+
+
+def test_accuracy_is_that_of_the_first_configuration(page):
+    text = " ".join(Page(page.read_text()).text.split())
+    assert "Right answers kept92 %" in text
+    assert "90.0% – 93.0%" in text and "random" in text
+
+
+def test_pictures_are_inside_the_page_a_panel_a_pruning_point(page):
+    images = Page(page.read_text()).all("img")
+    assert len(images) == 2 * 3
+    assert all(str(image["src"]).startswith("data:image/jpeg;base64,") for image in images)
+    assert [image["alt"] for image in images[:3]] == [
+        "all: 16 tokens", "from layer 1: 8 of 16", "from layer 2: 4 of 16",
+    ]  # fmt: skip
+
+
+def test_nothing_is_loaded_and_nothing_runs(page):
+    found = Page(page.read_text())
+    names = {tag for tag, _ in found.tags}
+    assert not names & {"script", "iframe", "object", "embed", "base", "form", "a", "audio"}
+    assert [link for link in found.all("link") if link] == []
+    policy = next(m["content"] for m in found.all("meta") if m.get("http-equiv"))
+    assert policy.startswith("default-src 'none'")
+    styles = re.search(r"<style>(.*)</style>", page.read_text(), re.DOTALL)[1]
+    assert "url(" not in styles and "@import" not in styles
+    for _, attributes in found.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        for key in ("src", "href", "srcset", "data", "action", "background"):
+            assert str(attributes.get(key, "data:")).startswith("data:")
+
+
+def test_what_bundles_and_users_say_is_escaped(page, bundle):
+    content = page.read_text()
+    assert "<script" not in content and '<img src="https' not in content
+    assert EVIL in Page(content).text
+    parts = {
+        "bundle": gather.exported(bundle) | {"name": EVIL, "facts": [(EVIL, EVIL)]},
+        "schedule": gather.schedule(bundle) | {"points": [{"layer": 1, "keep": 8, "method": EVIL}]},
+        "arithmetic": gather.arithmetic(bundle),
+        **{part: {"skipped": EVIL} for part in ("cost", "parity", "accuracy", "answers")},
+    }
+    content = render(parts)
+    assert "<script" not in content and "https://evil.example" in Page(content).text
+    assert [tag for tag, _ in Page(content).tags if tag == "img"] == []
+
+
+def test_graphs_alone_make_a_page_that_says_what_is_missing(tmp_path, llava_checkpoint):
+    planned = export(
+        llava_checkpoint, tmp_path / "b", schedule="1:8", graphs_only=True, progress=False
+    )
+    text = Page(write_report(planned, tmp_path / "r.html", progress=False).read_text()).text
+    assert "no weights yet" in text and "select_1" in text and "KV cache" in text
+
+
+def test_a_bundle_that_prunes_nothing_has_a_page(tmp_path, llava_checkpoint):
+    from trio_deploy.schedule import Schedule
+
+    whole = export(llava_checkpoint, tmp_path / "b", schedule=Schedule(), progress=False)
+    wanted = Wanted(check=False, measure=False, scenes=0, asked=[Asked("hi", (make_picture(),))])
+    text = Page(write_report(whole, tmp_path / "r.html", wanted, progress=False).read_text()).text
+    assert "prunes nothing" in text and "Left out." in text
+
+
+def test_parity_comes_from_the_reference_or_the_recorded_one(bundle, monkeypatch):
+    from trio_deploy import parity
+    from trio_deploy.parity.compare import ParityRow
+
+    seen = {}
+    rows = [ParityRow("embed"), ParityRow("select_1", overlap=1.0, problem="too far")]
+
+    def check(*args, **kwargs):
+        seen.update(kwargs)
+        return parity.Report("a check", rows)
+
+    monkeypatch.setattr(parity, "check", check)
+    monkeypatch.setattr(gather, "_has_torch", lambda: True)
+    found = gather.check(bundle, {"threads": 1})
+    assert seen == {"golden": False, "threads": 1}
+    assert found["passed"] == 1 and found["rows"][1]["problem"] == "too far"
+    monkeypatch.setattr(gather, "_has_torch", lambda: False)
+    assert "--record" in gather.check(bundle, {})["skipped"]
+    monkeypatch.setattr(gather, "GOLDEN", "manifest.json")  # something that is there
+    gather.check(bundle, {})
+    assert seen["golden"] is True
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{}", "no measurements"), ("no json", "no measurements"), (None, "no measurements")],
+)
+def test_figures_that_are_none_are_refused(bundle, tmp_path, content, words):
+    file = tmp_path / "f.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(TrioError, match=words):
+        gather.read_bench(file, bundle)
+
+
+def test_figures_of_another_model_are_refused(bundle, measured, evaluated, tmp_path):
+    raw = json.loads(measured.read_text())
+    raw["model"]["name"] = "another"
+    (tmp_path / "bench.json").write_text(json.dumps(raw))
+    with pytest.raises(TrioError, match="about another"):
+        gather.read_bench(tmp_path / "bench.json", bundle)
+    raw = json.loads(evaluated.read_text()) | {"model": "another"}
+    (tmp_path / "results.json").write_text(json.dumps(raw))
+    with pytest.raises(TrioError, match="about another"):
+        gather.accuracy(bundle, tmp_path / "results.json", 0, progress=False)
+
+
+def test_a_sweep_is_not_what_a_page_shows(bundle, measured, tmp_path):
+    raw = json.loads(measured.read_text())
+    del raw["cases"]
+    (tmp_path / "sweep.json").write_text(json.dumps(raw | {"points": []}))
+    with pytest.raises(TrioError, match="no measurements of trio bench"):
+        gather.read_bench(tmp_path / "sweep.json", bundle)
+
+
+def test_questions_and_pictures_go_together():
+    a, b = Path("a.png"), Path("b.png")
+    assert [(q.images, q.prompt) for q in asked_about([a, b], ["x"])] == [((a,), "x"), ((b,), "x")]
+    assert [q.prompt for q in asked_about([a], ["x", "y"])] == ["x", "y"]
+    assert asked_about([], []) == []
+    for images, prompts in (([a], []), ([], ["x"]), ([a, b, a], ["x", "y"])):
+        with pytest.raises(TrioError, match="do not go together"):
+            asked_about(images, prompts)
+
+
+def test_the_default_questions_are_about_the_test_split():
+    from trio_deploy.evaluate.scenes import TEST_SEEDS
+
+    asked = gather.default_questions()
+    assert len(asked) == 4 and asked[0].images == asked[1].images
+    assert asked[0].prompt != asked[1].prompt and all(q.truth for q in asked)
+    assert all(seed in TEST_SEEDS for seed, _, _ in gather._SCENES)
+
+
+def test_the_accuracy_chart_holds_every_point_inside_its_frame():
+    lines = {"trio": [(0.1, 0.9, 0.85, 0.94), (0.3, 1.01, 0.97, 1.04)], "x": [(0.1, 0.2, 0.1, 0.3)]}
+    drawn = plot({"lines": lines, "scored": True})
+    for line in drawn["lines"]:
+        for point in line["points"]:
+            assert drawn["left"] <= point["x"] <= drawn["right"]
+            for key in ("y", "low", "high"):
+                assert drawn["top"] <= point[key] <= drawn["bottom"]
+    assert any(tick["whole"] for tick in drawn["y_ticks"])
+    assert plot({"lines": {}, "scored": True}) is None
+    assert plot({"skipped": "no"}) is None
+
+
+def test_a_page_is_there_wholly_or_not_at_all(bundle, tmp_path, monkeypatch):
+    wanted = Wanted(check=False, measure=False, scenes=0, asked=[Asked("hi", (Path("none.png"),))])
+    with pytest.raises(TrioError):
+        write_report(bundle, tmp_path / "r.html", wanted, progress=False)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TrioError, match="folder that is there"):
+        write_report(bundle, tmp_path / "none" / "r.html", wanted, progress=False)
+    with pytest.raises(TrioError, match="folder that is there"):
+        write_report(bundle, tmp_path, wanted, progress=False)
+
+
+def test_the_command_hands_on_what_was_asked(monkeypatch, capsys):
+    from trio_deploy import report
+
+    seen = {}
+    monkeypatch.setattr(
+        report, "write_report", lambda *args: seen.update(args=args) or Path("p.html")
+    )
+    command = (
+        "report b --out p.html --bench f.json --eval e.json --image a.png --prompt hi --scenes 0 "
+        "--no-check --no-bench --runtime openvino --threads 2"
+    )
+    assert cli.main(command.split()) == 0
+    bundle, out, wanted = seen["args"]
+    assert (bundle, out) == (Path("b"), Path("p.html"))
+    assert wanted == Wanted(
+        Path("f.json"), Path("e.json"), [Asked("hi", (Path("a.png"),))], False, False, 0,
+        "openvino", None, 2,
+    )  # fmt: skip
+    assert capsys.readouterr().out == "p.html\n"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+@pytest.mark.parametrize("width", [375, 1200])
+def test_a_browser_shows_it_and_asks_for_nothing_else(page, tmp_path, width):
+    log = tmp_path / "net.json"
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
+        f"--log-net-log={log}", "--net-log-capture-mode=Default",
+        f"--screenshot={tmp_path / 'page.png'}", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    out = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "LANG": "C"}
+    )
+    assert out.returncode == 0, out.stderr
+    shown = Page(out.stdout)
+    assert len(shown.all("h2")) == 6 and len(shown.all("img")) == 6
+    assert EVIL in shown.text and not shown.all("script")
+    assert "violates the following Content Security Policy" not in out.stderr
+    asked = set(re.findall(r'"url":\s*"(https?://[^"]+)"', log.read_text())) if log.exists() else ()
+    assert not [url for url in asked if "evil" in url]
+    assert (tmp_path / "page.png").stat().st_size > 10_000
