@@ -12,8 +12,16 @@ METHODS = (
     "dart",  # pivots, and what is least like them
     "divprune",  # the most diverse, farthest from what is kept already
     "random",
+    "cls-attention",  # attention of the encoder's class token
+    "vscan",  # the same in two layers, in one of them window by window; the rest is merged
 )
 """Selection methods that a pruning point may name."""
+
+ENCODER_SCORES = {"cls-attention": ("prior",), "vscan": ("prior", "prior_local")}
+"""What a method goes by that the vision graph puts out and the select graph takes."""
+
+MERGING = ("vscan",)
+"""Methods that average what they drop into what they keep."""
 
 PIVOTS = 4
 """Visual pivots of `dart`, and text pivots: the defaults of the authors and of NVIDIA."""
@@ -30,14 +38,14 @@ STEP = 2.0**-16
 WINDOW = 6
 """Patches along a side of the windows of `vscan`."""
 
-SEEDS = 2**31
-"""Seeds of `random` are taken modulo this: runtimes that compute in 32 bits see the same ones."""
-
 # The permutation behind `random`: adding a key and cubing modulo a prime p, where 3 does not divide
-# p - 1, round after round, as in the cipher MiMC (Albrecht et al., 2016). p² stays below 2³¹, since
-# TensorRT computes in 32 bits before version 10.
-RANDOM_PRIME = 46337
+# p - 1, round after round, as in the cipher MiMC (Albrecht et al., 2016). p² stays below 2²⁴, where
+# fp32 is exact: OpenVINO divides integers in fp32, and TensorRT before 10 has 32 bits for them.
+RANDOM_PRIME = 4091
 RANDOM_ROUNDS = 8
+
+SEEDS = RANDOM_PRIME**2
+"""Seeds of `random` are taken modulo this."""
 
 
 def random_constant(layer: int, turn: int) -> int:

@@ -18,7 +18,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.graphs import rivals as graphs
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.pruning import build_select
-from trio_deploy.methods import METHODS, SEEDS
+from trio_deploy.methods import MERGING, METHODS, SEEDS
 from trio_deploy.reference import rivals
 from trio_deploy.reference.oracle import Oracle
 
@@ -63,7 +63,13 @@ def batch(keep: list[int], seed: int = 0, **features: np.ndarray) -> dict[str, n
     visual = feeds["visual_mask"] & (np.arange(19) < feeds["lengths"][:, None])
     seen = visual.sum(1)
     feeds["width"] = np.array([(feeds["lengths"] - seen + np.minimum(keep, seen)).max()])
-    return feeds | {"seed": rng.integers(SEEDS, size=len(keep))}
+    patch = visual & (rng.random(visual.shape) < 0.8)  # the others are image_newline
+    local = rng.integers(1, 5, visual.shape) + 0.999 * rng.random(visual.shape)
+    return feeds | {
+        "seed": rng.integers(SEEDS, size=len(keep)),
+        "prior": np.where(patch, rng.random(visual.shape), 0).astype(np.float32),
+        "prior_local": np.where(patch, local, 0).astype(np.float32),
+    }
 
 
 def views(feeds: dict[str, np.ndarray], layer: int):
@@ -77,6 +83,9 @@ def views(feeds: dict[str, np.ndarray], layer: int):
             visual,
             min(int(feeds["keep"][b]), int(visual.sum())),
             seed=int(feeds["seed"][b]),
+            encoder={
+                name: torch.tensor(feeds[name][b, :length]) for name in ("prior", "prior_local")
+            },
         )
 
 
@@ -95,8 +104,12 @@ def assert_same(feeds: dict[str, np.ndarray], outputs: dict[str, np.ndarray], me
             assert relative(outputs["saliency"][b], expected) < 1e-4
         else:
             assert not outputs["saliency"][b].any()
-        kept = feeds["hidden_states"][b, index.tolist()]
-        np.testing.assert_array_equal(outputs["hidden_states_out"][b, :length], kept)
+        got = outputs["hidden_states_out"][b]
+        assert not got[length:].any()
+        if method in MERGING:
+            assert relative(got[:length], rivals.merge(view, index)[0].numpy()) < 1e-6
+        else:
+            np.testing.assert_array_equal(got[:length], view.hidden[0, index])
 
 
 @targets

@@ -138,3 +138,46 @@ def test_what_is_not_finite_is_no_small_difference():
     assert difference(np.array([np.nan]), np.array([1.0])) == (np.inf, np.inf)
     assert difference(np.array([1e-9]), np.array([0.0]))[1] == np.inf
     assert difference(np.zeros(0), np.zeros(0)) == (0.0, 0.0)
+
+
+def picked(method: str, kept: list[list[int]], scores: np.ndarray) -> Stage:
+    """`selection` with other tokens and scores."""
+    stage = selection()
+    hidden, visual = stage.inputs["hidden_states"], stage.inputs["visual_mask"]
+    index = np.full((2, 5), -1)
+    for b, tokens in enumerate(kept):
+        text = np.flatnonzero(~visual[b][: stage.inputs["lengths"][b]])
+        index[b, : len(text) + len(tokens)] = np.sort([*text, *tokens])
+    real = index >= 0
+    moved = np.take_along_axis(hidden, np.where(real, index, 0)[..., None], 1)
+    outputs = stage.outputs | {
+        "keep_index": index,
+        "hidden_states_out": np.where(real[..., None], moved, 0),
+        "saliency": np.where(visual, scores, 0).astype(np.float32),
+    }
+    return Stage(stage.inputs, outputs)
+
+
+def test_a_score_keeps_its_greatest_without_suppression():
+    scores = np.tile(np.array([0, 4.0, 3, 2, 1, 0]), (2, 1))
+    right = picked("random", [[1, 2, 3], [1]], scores)
+    assert compare_selection("select_1", right, right.outputs, EXACT, 0.8, "random").passed
+    wrong = picked("random", [[1, 2, 4], [1]], scores)
+    row = compare_selection("select_1", wrong, wrong.outputs, EXACT, 0.8, "random")
+    assert "picks" in row.problem
+
+
+def test_the_farthest_are_recognised_whatever_came_of_a_tie():
+    """Distances equal to within the rule's slack: either token is right, a nearer one is not."""
+    scores = np.array([[0, 2.0, 1, 1, 0, 0], [0, 2, 1, 1, 0, 0]])
+    stage = picked("divprune", [[1, 2, 3], [1]], scores)
+    stage.inputs["hidden_states"][0, 1:5] = np.eye(8)[[0, 1, 2, 0]] + 1e-8
+    for kept, right in (([1, 2, 3], True), ([4, 2, 3], True), ([1, 2, 4], False)):
+        own = scores.copy()
+        own[0, 1:5] = 0
+        own[0, kept] = [2.0, 1, 1 if right else 0.5]
+        got = picked("divprune", [kept, [1]], own)
+        moved = stage.inputs["hidden_states"][0, got.outputs["keep_index"][0]]
+        got.outputs["hidden_states_out"][0] = moved
+        row = compare_selection("select_1", stage, got.outputs, EXACT, 0.8, "divprune")
+        assert ("picks" in row.problem) is not right

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from trio_deploy.methods import PIVOTS
+from trio_deploy.methods import PIVOTS, RANDOM_PRIME
 from trio_deploy.reference import rivals
 from trio_deploy.reference.oracle import Oracle
 
@@ -24,9 +27,13 @@ def view(features: np.ndarray, keep: int, layer: int = 0, texts: int = 3, seed: 
     rows = np.concatenate([words[:1], features, words[1:]]).astype(np.float32)
     visual = torch.zeros(len(rows), dtype=torch.bool)
     visual[1 : 1 + n] = True
-    return rivals.View(
-        layer, torch.tensor(rows)[None], torch.arange(len(rows))[None], visual, keep, seed
-    )
+    prior = torch.zeros(len(rows))
+    prior[visual] = torch.tensor(rng.random(n), dtype=torch.float32)
+    local = torch.zeros(len(rows))
+    local[visual] = torch.tensor(1 + rng.random(n), dtype=torch.float32)
+    encoder = {"prior": prior, "prior_local": local}
+    at = torch.arange(len(rows))[None]
+    return rivals.View(layer, torch.tensor(rows)[None], at, visual, keep, seed, encoder)
 
 
 def kept(oracle: Oracle, method: str, at: rivals.View) -> list[int]:
@@ -87,6 +94,12 @@ def test_random_is_a_fair_draw_that_depends_on_the_seed_alone(oracle):
     assert np.abs(apart - draws * p).max() < 6 * np.sqrt(draws * p * (1 - p))
 
 
+def test_random_draws_from_more_tokens_than_its_permutation_has(oracle):
+    n = RANDOM_PRIME + 500
+    chosen = np.array(kept(oracle, "random", view(np.ones((n, 64)), n // 2, seed=7)))
+    assert abs((chosen < 500).sum() - 250) < 70 and abs((chosen >= n - 500).sum() - 250) < 70
+
+
 def test_random_draws_anew_at_every_layer(oracle):
     at = [view(spread(40), 10, layer=layer, seed=5) for layer in (0, 1, 2)]
     assert len({tuple(kept(oracle, "random", each)) for each in at}) == 3
@@ -120,3 +133,56 @@ def test_topk_gradient_is_trio_without_suppression(oracle):
     assert chosen == sorted(scores.topk(4).indices.tolist())
     apart = Oracle(oracle.model, threshold=1.0)
     assert kept(apart, "trio", at) == chosen
+
+
+def scanned(prior: list[float], local: list[float], features: np.ndarray, keep: int):
+    """A view with these scores of its visual tokens."""
+    at = view(features, keep)
+    for name, values in (("prior", prior), ("prior_local", local)):
+        at.encoder[name][at.visual] = torch.tensor(values)
+    return at
+
+
+def test_cls_attention_keeps_what_the_encoder_looks_at_and_newlines_last(oracle):
+    at = scanned([0.1, 0.5, 0.0, 0.4, 0.2], [1.0] * 5, spread(5), 3)
+    assert kept(oracle, "cls-attention", at) == [1, 3, 4]
+    assert kept(oracle, "cls-attention", replace(at, keep=4)) == [0, 1, 3, 4]
+
+
+def test_vscan_takes_half_by_each_scan_and_no_token_twice(oracle):
+    prior, local = [0.6, 0.5, 0.4, 0.3, 0.2, 0.1], [6.9, 5.9, 5.8, 6.8, 6.7, 5.1]
+    at = scanned(prior, local, spread(6), 4)
+    assert kept(oracle, "vscan", at) == [0, 1, 3, 4]  # 0 and 1, then 3 and 4: 0 is taken
+    assert kept(oracle, "vscan", replace(at, keep=3)) == [0, 1, 3]
+
+
+def test_what_is_dropped_is_averaged_into_the_most_alike_kept_token():
+    features = np.eye(4, 64)[[0, 1, 0, 1, 2, 1]] + 1e-3 * spread(6)
+    at = scanned([0.9, 0.8, 0.1, 0.1, 0.1, 0.0], [2.0, 2.0, 1.0, 1.0, 1.0, 0.0], features, 2)
+    index, _ = Oracle.select(SimpleNamespace(), "vscan", at)
+    merged = rivals.merge(at, index)[0]
+    rows, visual = at.hidden[0], at.places
+    assert torch.equal(merged[0], rows[0]) and torch.equal(merged[3:], rows[7:])  # text
+    nearest = torch.nn.functional.cosine_similarity(rows[visual[4]], rows[visual[:2]]).argmax()
+    groups = [[0, 2], [1, 3]]  # the last one is a newline: no patch, so it goes nowhere
+    groups[int(nearest)].append(4)
+    for row, group in zip(merged[1:3], groups, strict=True):
+        torch.testing.assert_close(row, rows[visual[group]].mean(0))
+
+
+@pytest.mark.parametrize("side", [4, 6, 8, 12])
+def test_the_local_scan_goes_round_the_windows(side):
+    attention = torch.tensor(spread(2, 1 + side * side)).softmax(-1).float()
+    order = rivals._window_order(attention)
+    place = np.arange(side * side)
+    window = place // side // 6 * 10 + place % side // 6
+    for tile in range(2):
+        weights = attention[tile, 1:].numpy()
+        taken = np.argsort(-order[tile].numpy(), kind="stable")
+        count = len(np.unique(window))
+        first = taken[:count]  # the best of each window, the best of all in front
+        assert set(first) == {
+            max(np.flatnonzero(window == w), key=lambda i: weights[i]) for w in np.unique(window)
+        }
+        assert first[0] == weights.argmax()
+        assert (np.diff(weights[first]) <= 0).all()

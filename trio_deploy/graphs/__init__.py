@@ -13,6 +13,7 @@ from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.prefill import build_prefill
 from trio_deploy.graphs.pruning import build_select
 from trio_deploy.graphs.vision import build_embed, build_vision
+from trio_deploy.methods import ENCODER_SCORES
 from trio_deploy.models.config import ModelConfig
 from trio_deploy.schedule import PruningPoint
 
@@ -49,7 +50,11 @@ def build_graphs(
         TrioError: layers that do not increase or lie outside the model, or an unknown method.
     """
     parts = segments(config, [point.layer for point in points])
-    graphs = {"vision": build_vision(config, options), "embed": build_embed(config, options)}
+    needed = {name for point in points for name in ENCODER_SCORES.get(point.method, ())}
+    graphs = {
+        "vision": build_vision(config, options, sorted(needed)),
+        "embed": build_embed(config, options),
+    }
     for index, start, stop in parts:
         if index:
             method = points[index - 1].method

@@ -57,7 +57,7 @@ def build_select(
 
     Inputs: hidden_states [B,S,d], position_ids int64 [B,S], lengths int64 [B], visual_mask bool
     [B,S], keep int64 [B], width int64 [1]: W, the longest row of the result; and what the method
-    asks for by name (`seed`, `prior`).
+    asks for by name (`seed`, `prior`, `prior_local`).
     Outputs: keep_index int64 [B,W] (ascending, -1 behind a row's end), hidden_states_out [B,W,d],
     position_ids_out int64 [B,W], lengths_out int64 [B], visual_mask_out bool [B,W], saliency f32
     [B,S] (the method's scores, 0 where not visual), converged bool [B]: false where the row must
@@ -94,7 +94,10 @@ def build_select(
 
     filled = op.GreaterOrEqual(index, 0)  # [B,W]
     safe = op.Max(index, 0)
-    rows = op.Gather(tokens.flat, op.Add(safe, tokens.offset), axis=0)
+    if choice.merge is None:
+        rows = op.Gather(tokens.flat, op.Add(safe, tokens.offset), axis=0)
+    else:
+        rows = choice.merge(op, index)
     rows = op.Where(op.Unsqueeze(filled, [2]), rows, 0.0)
     old = op.GatherElements(positions, safe, axis=1)
     if options.positions == "original":

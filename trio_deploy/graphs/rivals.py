@@ -101,12 +101,15 @@ class Choice:
         score: f32 [B,S], what they were chosen by, 0 where not visual.
         finite: f32 [B,S], the scores where they must be finite.
         converged: bool [B], whether an iteration came to its end; None where there is none.
+        merge: from (op, keep_index [B,W]) the hidden states that go on, [B,W,d] (what stands behind
+            a row's end does not matter); None: those of the tokens kept.
     """
 
     kept: ir.Value
     score: ir.Value
     finite: ir.Value
     converged: ir.Value | None = None
+    merge: Callable[[Any, ir.Value], ir.Value] | None = None
 
 
 Method = Callable[[Any, Site], Choice]
@@ -147,23 +150,31 @@ def fastv(op: Any, site: Site) -> Choice:
 def random(op: Any, site: Site) -> Choice:
     """A set of tokens that depends on the row's seed and on nothing else.
 
-    Takes `seed` int64 [B], below 2³¹: OpenVINO and TensorRT 8 make 32-bit numbers of it. A token's
-    score is its place under a keyed permutation of 0…p-1, so no two tokens tie, and a row keeps the
-    same tokens alone and in a batch.
+    Takes `seed` int64 [B], below `methods.SEEDS`. A token's score is its place under a keyed
+    permutation of 0…p-1, so no two of p tokens tie, and a row keeps the same ones alone and in a
+    batch.
     """
-    seed = site.stage.input("seed", INT64, ["B"])
-    p = constant(op, np.array([RANDOM_PRIME]), "prime")
+    seed = op.Cast(op.Unsqueeze(site.stage.input("seed", INT64, ["B"]), [1]), to=FLOAT)
+    p = float(RANDOM_PRIME)
 
-    def mod(value: ir.Value) -> ir.Value:
-        return op.Sub(value, op.Mul(op.Div(value, p), p))
+    def divide(value: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Quotient and rest, where the product of the rounded quotient may be one off."""
+        quotient = op.Floor(op.Mul(value, 1.0 / p))
+        rest = op.Sub(value, op.Mul(quotient, p))
+        step = op.Sub(
+            op.Cast(op.GreaterOrEqual(rest, p), to=FLOAT), op.Cast(op.Less(rest, 0.0), to=FLOAT)
+        )
+        return op.Add(quotient, step), op.Sub(rest, op.Mul(step, p))
 
-    key = mod(op.Unsqueeze(seed, [1]))
-    x = mod(op.Unsqueeze(site.tokens.index, [0]))
+    high, low = divide(seed)
+    lap, x = divide(op.Unsqueeze(op.Cast(site.tokens.index, to=FLOAT), [0]))
+    keys = op.Add(low, lap), high
     for turn in range(RANDOM_ROUNDS):
-        x = mod(op.Add(op.Add(x, key), random_constant(site.layer, turn)))
-        x = mod(op.Mul(mod(op.Mul(x, x)), x))
-    score = op.Mul(op.Cast(op.Add(x, 1), to=FLOAT), 1.0 / RANDOM_PRIME)
-    return _by_score(op, site, score)
+        added = float(random_constant(site.layer, turn))
+        _, x = divide(op.Add(op.Add(x, keys[turn % 2]), added))
+        _, square = divide(op.Mul(x, x))
+        _, x = divide(op.Mul(square, x))
+    return _by_score(op, site, op.Mul(op.Add(x, 1.0), 1.0 / p))
 
 
 def divprune(op: Any, site: Site) -> Choice:
@@ -296,12 +307,69 @@ def dart(op: Any, site: Site) -> Choice:
     return _made(op, site, op.Greater(chosen, 0.5), prunes, score)
 
 
+def cls_attention(op: Any, site: Site) -> Choice:
+    """Attention of the encoder's class token in the last layer but one (FasterVLM, arXiv
+    2412.01818; the dominant tokens of VisionZip, arXiv 2412.04467).
+
+    Takes `prior` f32 [B,S], 0 where there is no patch: image_newline goes last.
+    """
+    return _by_score(op, site, _prior(site, "prior"))
+
+
+def vscan(op: Any, site: Site) -> Choice:
+    """A global scan, a local scan, and the rest merged (VScan, arXiv 2505.22654).
+
+    Takes `prior` and `prior_local` f32 [B,S] (`graphs/vision.py`), 0 where there is no patch. Half
+    of the budget, rounded up, goes to the greatest `prior`; the rest to the greatest `prior_local`
+    of what is left: the best of each window, then the second best, and so on. Every dropped patch
+    is averaged into the kept visual token of the greatest cosine; image_newline is just dropped.
+    Cosines and means are those of the hidden states at the pruning point, which before layer 0 are
+    the projected features. The score is `prior`.
+    """
+    tokens = site.tokens
+    need, prunes = site.need(op)
+    prior, local = _prior(site, "prior"), _prior(site, "prior_local")
+    half = op.Floor(op.Mul(need, 0.5))
+    wide = _top(op, prior, tokens.visual, op.Sub(need, half), site.block, "global_scan")
+    rest = op.And(tokens.visual, op.Not(wide))
+    picked = op.Or(wide, _top(op, local, rest, half, site.block, "local_scan"))
+    choice = _made(op, site, picked, prunes, prior)
+    dropped = op.And(op.And(tokens.visual, op.Not(choice.kept)), op.Greater(local, 0.0))
+    score = op.Where(tokens.visual, prior, 0.0)
+    total = op.Add(score, op.Where(tokens.visual, local, 0.0))
+
+    def merge(op: Any, index: ir.Value) -> ir.Value:
+        filled, safe = op.GreaterOrEqual(index, 0), op.Max(index, 0)
+        x = cast(op, tokens.x, FLOAT)
+        unit = _unit_rows(op, x, tokens.squares)
+        flat = op.Reshape(unit, [-1, site.text.hidden_size])
+        kept = op.Gather(flat, op.Add(safe, tokens.offset), axis=0)  # [B,W,d]
+        cosines = op.MatMul(kept, op.Transpose(unit, perm=[0, 2, 1]))  # [B,W,S]
+        visual = op.GatherElements(cast(op, tokens.visual, INT64), safe, axis=1)
+        heirs = op.Unsqueeze(op.And(filled, op.Greater(visual, 0)), [2])  # [B,W,1]
+        cosines = op.Where(heirs, cosines, -FAR)
+        near = op.GreaterOrEqual(cosines, op.Sub(reduce(op, "ReduceMax", cosines, [1]), TIE))
+        columns = op.Range(0.0, op.Squeeze(op.Cast(site.width, to=FLOAT), [0]), 1.0)
+        columns = op.Unsqueeze(columns, [0, 2])  # [1,W,1]
+        none = op.Cast(site.width, to=FLOAT)
+        heir = reduce(op, "ReduceMin", op.Where(op.And(near, heirs), columns, none), [1])
+        given = op.And(op.Equal(columns, heir), op.Unsqueeze(dropped, [1]))
+        own = op.Equal(op.Unsqueeze(index, [2]), op.Unsqueeze(tokens.index, [0, 1]))
+        share = op.Cast(op.Or(given, own), to=FLOAT)  # [B,W,S]
+        count = op.Max(reduce(op, "ReduceSum", share, [2]), 1.0)
+        return cast(op, op.Div(op.MatMul(share, x), count), site.d.dtype)
+
+    return Choice(choice.kept, score, finite=total, merge=merge)
+
+
 METHODS: Mapping[str, Method] = {
     "topk-gradient": top_gradient,
     "fastv": fastv,
     "dart": dart,
     "divprune": divprune,
     "random": random,
+    "cls-attention": cls_attention,
+    "vscan": vscan,
 }
 
 
@@ -313,6 +381,11 @@ def _by_score(op: Any, site: Site, score: ir.Value) -> Choice:
     """The greatest of a score [B,S] that is not negative."""
     score = op.Where(site.tokens.visual, score, 0.0)
     return Choice(_best(op, site, score), score, finite=score)
+
+
+def _prior(site: Site, name: str) -> ir.Value:
+    """The encoder's score as an input, f32 [B,S]."""
+    return site.stage.input(name, FLOAT, ["B", "S"])
 
 
 def _best(op: Any, site: Site, score: ir.Value) -> ir.Value:
@@ -327,10 +400,13 @@ def _made(op: Any, site: Site, picked: ir.Value, prunes: ir.Value, score: ir.Val
     return Choice(op.And(visual, op.Or(picked, op.Not(prunes))), score, finite=score)
 
 
-def _top(op: Any, score: ir.Value, among: ir.Value, count: ir.Value, block: int) -> ir.Value:
+def _top(
+    op: Any, score: ir.Value, among: ir.Value, count: ir.Value, block: int, name: str = "ranks"
+) -> ir.Value:
     """Where the `count` f32 [B,1] greatest of `score` f32 [B,S] ≥ 0 lie, of those `among`: bool.
 
-    Ties go to the lower index. A block of M ranks at a time, as in `selection.select`.
+    Ties go to the lower index. A block of M ranks at a time, as in `selection.select`; `name` is
+    the loop's, one of its own in a graph.
     """
     batch, length = dim(op, score, 0), dim(op, score, 1)
     shape = op.Concat(batch, [block], axis=0)
@@ -351,7 +427,7 @@ def _top(op: Any, score: ir.Value, among: ir.Value, count: ir.Value, block: int)
 
     trips = op.Squeeze(op.Div(op.Add(length, block - 1), block), [0])
     start = any_of(op, op.Greater(count, 0.0))
-    _, chosen = loop(op, trips, start, [left, op.Mul(left, 0.0)], take_block, "ranks")
+    _, chosen = loop(op, trips, start, [left, op.Mul(left, 0.0)], take_block, name)
     return op.Greater(op.Slice(chosen, [0], length, [1]), 0.5)
 
 

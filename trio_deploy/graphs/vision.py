@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,13 @@ from trio_deploy.graphs.layers import (
     dtype_of,
     merge_heads,
     plain_attention,
+    reduce,
     shape_of,
     split_heads,
     typed,
 )
 from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.methods import WINDOW, shallow_layer
 from trio_deploy.models import canonical_tensors
 from trio_deploy.models.config import ModelConfig, VisionConfig
 
@@ -44,11 +47,17 @@ class ClipAttention(nn.Module):
         self.v_proj = Linear(d, f"{name}.v_proj", size, size, bias=True)
         self.out_proj = Linear(d, f"{name}.out_proj", size, size, bias=True)
 
-    def forward(self, op: Any, x: ir.Value) -> ir.Value:
-        """[T, N, h] → [T, N, h]."""
+    def forward(self, op: Any, x: ir.Value, seen: list[ir.Value] | None = None) -> ir.Value:
+        """[T, N, h] → [T, N, h]; appends to `seen` what the class token attends to, f32 [T, N]."""
         heads = self.vision.num_heads
         head_dim = self.vision.hidden_size // heads
         q, k, v = self.q_proj(op, x), self.k_proj(op, x), self.v_proj(op, x)
+        if seen is not None:
+            first = split_heads(op, op.Slice(q, [0], [1], [1]), heads, head_dim)  # [T, H, 1, D]
+            keys = op.Transpose(split_heads(op, k, heads, head_dim), perm=[0, 1, 3, 2])
+            scores = cast(op, op.MatMul(op.Mul(first, head_dim**-0.5), keys), FLOAT)
+            weights = op.Softmax(scores, axis=-1)
+            seen.append(reduce(op, "ReduceMean", weights, [1, 2], keepdims=False))
         if self.d.name == "ort":
             y = op.MultiHeadAttention(
                 q, k, v, num_heads=heads, scale=head_dim**-0.5,
@@ -90,9 +99,9 @@ class ClipLayer(nn.Module):
         self.layer_norm2 = LayerNorm(d, f"{name}.layer_norm2", size, eps)
         self.mlp = ClipMLP(d, f"{name}.mlp", vision)
 
-    def forward(self, op: Any, x: ir.Value) -> ir.Value:
-        """[T, N, h] → [T, N, h]."""
-        x = op.Add(x, self.self_attn(op, self.layer_norm1(op, x)))
+    def forward(self, op: Any, x: ir.Value, seen: list[ir.Value] | None = None) -> ir.Value:
+        """[T, N, h] → [T, N, h]; `seen` as in `ClipAttention`."""
+        x = op.Add(x, self.self_attn(op, self.layer_norm1(op, x), seen))
         return op.Add(x, self.mlp(op, self.layer_norm2(op, x)))
 
 
@@ -144,8 +153,19 @@ class Projector(nn.Module):
         return self.linear_2(op, activation(op, self.kind, self.linear_1(op, x)))
 
 
-def build_vision(config: ModelConfig, options: GraphOptions) -> ir.Model:
+def build_vision(
+    config: ModelConfig, options: GraphOptions, scores: Collection[str] = ()
+) -> ir.Model:
     """Input pixel_values [T, 3, h, w]; output image_features [T·p, d], tile after tile.
+
+    And those of `scores`, f32 [T·p]:
+
+    * `prior`: the attention that the class token pays to each, averaged over the heads, in the
+      layer whose output the features are (the last but one);
+    * `prior_local`: the order of a scan window by window (VScan, arXiv 2505.22654), greater is
+      earlier: the tile is cut into windows of 6 x 6 patches, and with r the rank of a patch in its
+      window by the class token's attention a in a shallow layer, it is 36 - r + 0.999 a / max a.
+      The class token's own row, where it is among the features, counts 36.
 
     Layers above the last feature layer are not built, nor is the tower's post-norm.
     """
@@ -158,15 +178,52 @@ def build_vision(config: ModelConfig, options: GraphOptions) -> ir.Model:
     norm = "vision_tower.pre_layrnorm"
     x = LayerNorm(d, norm, vision.hidden_size, vision.layer_norm_eps)(op, x)
     hidden = [x]
-    for i in range(max(vision.feature_layers)):
-        hidden.append(ClipLayer(d, vision, i)(op, hidden[-1]))
+    top = max(vision.feature_layers) - 1
+    shallow = min(shallow_layer(vision.num_layers), top)
+    watched = {"prior": top, "prior_local": shallow}
+    attention: dict[int, list[ir.Value]] = {watched[name]: [] for name in scores}
+    for i in range(top + 1):
+        hidden.append(ClipLayer(d, vision, i)(op, hidden[-1], attention.get(i)))
     chosen = [hidden[i] for i in vision.feature_layers]
     features = chosen[0] if len(chosen) == 1 else op.Concat(*chosen, axis=-1)
     if vision.drop_cls:
         features = op.Slice(features, [1], [vision.side**2 + 1], [1])
     y = op.Reshape(Projector(d, config)(op, features), [-1, size])
     stage.output("image_features", y, d.dtype, ["R", size])
+    for name in scores:
+        a = attention[watched[name]][0]  # [T, 1 + patches]
+        if name == "prior_local":
+            local = _window_order(op, vision, op.Slice(a, [1], [vision.side**2 + 1], [1]))
+            own = op.Mul(op.Slice(a, [0], [1], [1]), 0.0)
+            a = op.Concat(op.Add(own, float(WINDOW**2)), local, axis=1)
+        if vision.drop_cls:
+            a = op.Slice(a, [1], [vision.side**2 + 1], [1])
+        stage.output(name, op.Reshape(a, [-1]), FLOAT, ["R"])
     return stage.finish(config)
+
+
+def _window_order(op: Any, vision: VisionConfig, attention: ir.Value) -> ir.Value:
+    """`prior_local` of patches from the attention paid to them: f32 [T, patches] of each."""
+    side, area = vision.side, WINDOW**2
+    across = -(-side // WINDOW)
+    grid = op.Reshape(attention, [-1, side, side])
+    if missing := across * WINDOW - side:  # windows at the far edges are smaller
+        grid = op.Pad(grid, [0, 0, 0, 0, missing, missing], -1.0)
+    windows = op.Transpose(
+        op.Reshape(grid, [-1, across, WINDOW, across, WINDOW]), perm=[0, 1, 3, 2, 4]
+    )
+    windows = op.Reshape(windows, [-1, across * across, area])
+    mine, other = op.Unsqueeze(windows, [3]), op.Unsqueeze(windows, [2])
+    before = constant(op, np.tril(np.ones((1, 1, area, area), np.bool_), -1), "window")
+    ahead = op.Or(op.Greater(other, mine), op.And(op.Equal(other, mine), before))
+    rank = reduce(op, "ReduceSum", op.Cast(ahead, to=FLOAT), [3], keepdims=False)
+    most = op.Unsqueeze(reduce(op, "ReduceMax", attention, [1]), [2])
+    order = op.Add(op.Sub(float(area), rank), op.Mul(op.Div(windows, most), 0.999))
+    order = op.Reshape(order, [-1, across, across, WINDOW, WINDOW])
+    order = op.Reshape(
+        op.Transpose(order, perm=[0, 1, 3, 2, 4]), [-1, across * WINDOW, across * WINDOW]
+    )
+    return op.Reshape(op.Slice(order, [0, 0], [side, side], [1, 2]), [-1, side * side])
 
 
 def build_embed(config: ModelConfig, options: GraphOptions) -> ir.Model:

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from trio_deploy.errors import TrioError
+from trio_deploy.methods import ENCODER_SCORES, MERGING, SEEDS
 from trio_deploy.reference import rivals
 from trio_deploy.reference.nms import greedy_select
 from trio_deploy.reference.trace import Stage, Tensors, stack_rows
@@ -140,8 +141,11 @@ class Oracle:
 
     # ---- from pictures and words to the first hidden states -------------------------------------
 
-    def embed(self, row: Row) -> tuple[Tensor, Stage, Stage]:
-        """Input of layer 0, [1, S, d], and the stages `vision` and `embed`."""
+    def embed(self, row: Row, scores: Collection[str] = ()) -> tuple[Tensor, Stage, Stage]:
+        """Input of layer 0, [1, S, d], and the stages `vision` and `embed`.
+
+        `scores`: what else `vision` puts out, of methods.ENCODER_SCORES.
+        """
         model, device = self.model.model, self.model.device
         ids = torch.as_tensor(row.input_ids, device=device)[None]
         visual = ids == self.model.config.image_token_id
@@ -151,6 +155,7 @@ class Oracle:
         rows = embeds.new_zeros(0, embeds.shape[-1])
         side = self.model.config.vision_config.image_size
         pixels = np.zeros((0, 3, side, side), np.float32)
+        encoder = {name: torch.zeros(0) for name in scores}
         if row.pixel_values is not None:
             pixels = np.asarray(row.pixel_values)
             # The projector's output is what vision.onnx makes: [T, p, d], before tiles are packed.
@@ -170,11 +175,12 @@ class Oracle:
                 )
             embeds[visual] = packed
             rows = self._stored(tiles[0].flatten(0, 1))
+            encoder = rivals.encoder_scores(model, pixel_values, scores)
             source[visual] = self._packing_order(tiles[0].shape[:2], sizes, ids.shape[1])
         elif visual.any():
             raise TrioError("the prompt has image tokens but no picture")
         embeds = self._stored(embeds)
-        vision = Stage({"pixel_values": pixels}, {"image_features": _array(rows)})
+        vision = Stage({"pixel_values": pixels}, _arrays({"image_features": rows, **encoder}))
         inputs = _arrays({"input_ids": ids, "image_features": rows, "source_index": source})
         inputs["lengths"] = np.array([ids.shape[1]])  # no input of the graph: says what is padding
         return embeds, vision, Stage(inputs, _arrays({"inputs_embeds": embeds}))
@@ -305,7 +311,10 @@ class Oracle:
         Stages: `vision`, `embed`, `prefill_0`, `select_1`, `prefill_1`, ..., and the first step of
         decoding as `decode_0`, `decode_1`, ... (the same segments, one new token).
         """
-        hidden, vision, embed = self.embed(row)
+        needed = {name for m in schedule.methods for name in ENCODER_SCORES.get(m, ())}
+        hidden, vision, embed = self.embed(row, sorted(needed))
+        source = embed.inputs["source_index"][0]
+        encoder = {name: _per_token(vision.outputs[name], source) for name in needed}
         stages = {"vision": vision, "embed": embed}
         segments = [range(*bounds) for bounds in schedule.segments(len(self.text.layers))]
         visual = torch.as_tensor(row.input_ids) == self.model.config.image_token_id
@@ -318,17 +327,24 @@ class Oracle:
         for i, layers in enumerate(segments):
             if i > 0:
                 keep = min(counts[i - 1], int(visual.sum()))
-                view = rivals.View(layers.start, hidden, positions, visual, keep, row.seed)
-                index, scores = self.select(schedule.methods[i - 1], view)
+                method = schedule.methods[i - 1]
+                seed = row.seed % SEEDS
+                view = rivals.View(layers.start, hidden, positions, visual, keep, seed, encoder)
+                index, scores = self.select(method, view)
                 before = _sequence(hidden, positions, visual) | {
                     "keep": np.array([keep]),
                     "width": np.array([len(index)]),
-                    "seed": np.array([row.seed]),
+                    "seed": np.array([seed]),
+                    **_arrays({name: value[None] for name, value in encoder.items()}),
                     # No input of the graph: how far a logit's error reaches into the scores.
                     "probe_logits": np.array([self.probe_logits]),
                 }
-                hidden, visual, places = hidden[:, index], visual[index], places[index]
-                positions = positions[:, index]
+                if method in MERGING:
+                    hidden = self._stored(rivals.merge(view, index))
+                else:
+                    hidden = hidden[:, index]
+                visual, places, positions = visual[index], places[index], positions[:, index]
+                encoder = {name: value[index] for name, value in encoder.items()}
                 if self.positions == "renumber":
                     positions = torch.arange(len(index), device=hidden.device)[None]
                 after = _sequence(hidden, positions, visual)
@@ -445,6 +461,14 @@ def _keep_norms_in_float64(model: Any) -> None:
 def _cached(cache: DynamicCache, layer: int) -> tuple[NDArray, NDArray]:
     entry: Any = cache.layers[layer]
     return _array(entry.keys), _array(entry.values)
+
+
+def _per_token(rows: NDArray, source: NDArray) -> Tensor:
+    """The encoder's scores [R] where the tokens come from, [S]; 0 for text and image_newline."""
+    picture = source >= len(source)
+    scores = np.zeros(len(source), np.float32)
+    scores[picture] = rows[source[picture] - len(source)]
+    return torch.from_numpy(scores)
 
 
 def _sequence(hidden: Tensor, positions: Tensor, visual: Tensor) -> Tensors:

@@ -6,8 +6,9 @@ for one row of hidden states [1, S, d]; cosines are computed in fp64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from trio_deploy.methods import (
     RANDOM_ROUNDS,
     STEP,
     TIE,
+    WINDOW,
     random_constant,
+    shallow_layer,
 )
 
 
@@ -35,7 +38,8 @@ class View:
         positions: int64 [1, S].
         visual: bool [S].
         keep: visual tokens to keep; their number at most.
-        seed: of `random`.
+        seed: of `random`, below `methods.SEEDS`.
+        encoder: `prior` and `prior_local` of every token, fp32 [S], where a method goes by them.
     """
 
     layer: int
@@ -44,6 +48,7 @@ class View:
     visual: Tensor
     keep: int
     seed: int = 0
+    encoder: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def places(self) -> Tensor:
@@ -127,13 +132,50 @@ def divprune(oracle: Any, view: View) -> tuple[Tensor, Tensor]:
 
 def random(oracle: Any, view: View) -> tuple[Tensor, Tensor]:
     """The tokens that come last under a permutation by the seed."""
-    x = torch.arange(len(view.visual)) % RANDOM_PRIME
-    key = view.seed % RANDOM_PRIME
+    index = torch.arange(len(view.visual))
+    high, low = divmod(view.seed, RANDOM_PRIME)
+    keys, x = (low + index // RANDOM_PRIME, high), index % RANDOM_PRIME
     for turn in range(RANDOM_ROUNDS):
-        x = (x + key + random_constant(view.layer, turn)) % RANDOM_PRIME
+        x = (x + keys[turn % 2] + random_constant(view.layer, turn)) % RANDOM_PRIME
         x = x * x % RANDOM_PRIME * x % RANDOM_PRIME
     scores = (x + 1).double() / RANDOM_PRIME * view.visual.cpu()
     return _best(scores, view), scores
+
+
+def cls_attention(oracle: Any, view: View) -> tuple[Tensor, Tensor]:
+    """What the encoder's class token attends to most."""
+    scores = view.encoder["prior"].double() * view.visual
+    return _best(scores, view), scores
+
+
+def vscan(oracle: Any, view: View) -> tuple[Tensor, Tensor]:
+    """Half by the global scan, rounded up, then by the local scan."""
+    prior, local = (view.encoder[name].double() * view.visual for name in ("prior", "prior_local"))
+    if view.keep == len(view.places):
+        return view.places, prior
+    wide = _best(prior, replace(view, keep=view.keep - view.keep // 2))
+    rest = view.visual.clone()
+    rest[wide] = False
+    near = _best(local, replace(view, visual=rest, keep=view.keep // 2))
+    return torch.cat([wide, near]), prior
+
+
+def merge(view: View, index: Tensor) -> Tensor:
+    """Hidden states of the places `index` [W], what is dropped averaged into them: [1, W, d].
+
+    A dropped patch goes to the kept visual token of the greatest cosine, to the earlier one of
+    equals; what is no patch (`prior_local` 0: image_newline) is just dropped.
+    """
+    hidden = view.hidden[0]
+    groups: dict[int, list[int]] = {int(place): [int(place)] for place in index}
+    heirs = [place for place in groups if view.visual[place]]
+    for place in view.places.tolist():
+        if place in groups or view.encoder["prior_local"][place] <= 0 or not heirs:
+            continue
+        distance = _distances(hidden[heirs].double(), hidden[place].double())
+        nearest = int((distance <= distance.min() + TIE).nonzero()[0])
+        groups[heirs[nearest]].append(place)
+    return torch.stack([hidden[group].mean(0) for group in groups.values()])[None]
 
 
 METHODS: dict[str, Method] = {
@@ -142,7 +184,67 @@ METHODS: dict[str, Method] = {
     "dart": dart,
     "divprune": divprune,
     "random": random,
+    "cls-attention": cls_attention,
+    "vscan": vscan,
 }
+
+
+def encoder_scores(model: Any, pixel_values: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+    """`prior` and `prior_local` of the rows of image_features [T·p], fp32, as far as `names` asks.
+
+    Args:
+        model: transformers' LLaVA, without its head.
+        pixel_values: [T, 3, h, w].
+    """
+    if not names:
+        return {}
+    config, tower = model.config, model.vision_tower
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    chosen = config.vision_feature_layer
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    top = max(i if i >= 0 else len(layers) + 1 + i for i in chosen) - 1
+    shallow = min(shallow_layer(len(layers)), top)
+    seen: dict[int, Tensor] = {}
+
+    def watch(index: int) -> Any:
+        def note(_module: Any, _inputs: Any, normal: Tensor) -> None:
+            attention = layers[index].self_attn
+            query, key = attention.q_proj(normal[:, :1]), attention.k_proj(normal)
+            query, key = (
+                x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (query, key)
+            )
+            weights = (query @ key.transpose(2, 3) * attention.head_dim**-0.5).softmax(-1)
+            seen[index] = weights.mean(1)[:, 0].float()  # [T, 1 + patches]
+
+        return layers[index].layer_norm1.register_forward_hook(note)
+
+    hooks = [watch(index) for index in {top, shallow}]
+    tower(pixel_values, output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    local = torch.cat([seen[shallow][:, :1] * 0 + WINDOW**2, _window_order(seen[shallow])], dim=1)
+    scores = {"prior": seen[top], "prior_local": local}
+    first = 1 if config.vision_feature_select_strategy == "default" else 0
+    return {name: scores[name][:, first:].flatten() for name in sorted(names)}
+
+
+def _window_order(attention: Tensor) -> Tensor:
+    """For each patch, what decides when the local scan takes it: [T, patches] of [T, 1 + patches].
+
+    36 minus its rank inside its window, and for equal ranks by the attention itself.
+    """
+    attention = attention[:, 1:]
+    side = math.isqrt(attention.shape[1])
+    place = torch.arange(side * side)
+    window = place // side // WINDOW * side + place % side // WINDOW
+    order = torch.zeros_like(attention)
+    for tile, weights in enumerate(attention):
+        for number in window.unique():
+            inside = (window == number).nonzero().flatten()
+            ranked = inside[weights[inside].argsort(descending=True, stable=True)]
+            order[tile, ranked] = float(WINDOW**2) - torch.arange(len(inside))
+        order[tile] += 0.999 * weights / weights.max()
+    return order
 
 
 def _best(scores: Tensor, view: View) -> Tensor:
