@@ -177,12 +177,11 @@ def grid(
         return [Configuration(name, None, budget) for budget in budgets], []
     found: list[Configuration] = []
     refused: list[str] = []
+    kinds = {method: _parse(method) for method in methods}
     for method, budget in product(methods, budgets):
         try:
-            schedule = _schedule(source, method, budget)
+            schedule = _schedule(source, *kinds[method], budget)
         except TrioError as error:
-            if not _known(method):
-                raise
             refused.append(f"{method} at {budget:.1%} is left out: {error}")
             continue
         for threshold, probe, position in options:
@@ -220,27 +219,24 @@ def named(source: Source, text: str) -> Configuration:
     return Configuration(name if equals else str(schedule), schedule, round(share, 4))
 
 
-def _known(method: str) -> bool:
-    return method == RECIPE or method.partition("@")[0] in METHODS
-
-
-def _schedule(source: Source, method: str, budget: float) -> Schedule:
-    kind, at, places = method.partition("@")
-    if not _known(method):
+def _parse(text: str) -> tuple[str, list[int] | None]:
+    """A method and, where they are given, its layers."""
+    kind, at, places = text.partition("@")
+    if kind != RECIPE and kind not in METHODS:
         raise TrioError(
             f"unknown method {kind!r}: choose from {RECIPE}, {', '.join(METHODS)}; METHOD@LAYER "
             "or METHOD@LAYER+LAYER says where it prunes"
         )
+    try:
+        return kind, [int(place) for place in places.split("+")] if at else None
+    except ValueError:
+        raise TrioError(f"{text!r} must be METHOD@LAYER or METHOD@LAYER+LAYER") from None
+
+
+def _schedule(source: Source, kind: str, layers: list[int] | None, budget: float) -> Schedule:
     if kind == RECIPE:
         return for_budget(budget, source.layers, source.recipe_schedules)
-    try:
-        layers = [int(place) for place in places.split("+")] if at else None
-    except ValueError:
-        raise TrioError(f"{method!r} must be METHOD@LAYER or METHOD@LAYER+LAYER") from None
-    if layers == [0]:
-        schedule = Schedule.parse(f"0:{budget}:{kind}")
-    else:
-        schedule = solve(budget, source.layers, layers=layers).with_method(kind)
+    schedule = solve(budget, source.layers, layers=layers).with_method(kind)
     schedule.validate(source.layers, source.visual)
     return schedule
 

@@ -155,7 +155,7 @@ def realise(candidate: Candidate, budget: float, layers: int, visual: int) -> Co
         PruningPoint(layer, round(keep / visual, _RATIO_DIGITS), method)
         for keep, (layer, _, method) in zip(keeps, candidate.points, strict=True)
     )
-    if any(after.keep >= before.keep for before, after in pairwise(points)):
+    if any(after >= before for before, after in pairwise((visual, *keeps))):
         return None  # a point that prunes nothing
     schedule = Schedule(points)
     return Configuration(
@@ -342,7 +342,7 @@ class Tuner:
                             "candidate": key,
                             "id": question.id,
                             "limit": self._limit,
-                            "loss": round(loss, 7),
+                            "loss": loss,
                             "agrees": agrees,
                         }
                     )

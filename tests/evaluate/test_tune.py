@@ -1,0 +1,120 @@
+"""The search for a schedule: inside the budget, resumable, no worse than where it began."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trio_deploy.cli import main
+from trio_deploy.errors import TrioError
+from trio_deploy.evaluate.configurations import RuntimeOptions, Source
+from trio_deploy.evaluate.questions import scene_questions
+from trio_deploy.evaluate.tune import Candidate, Space, Tuner, coarse, neighbours, realise, tune
+from trio_deploy.export import export
+from trio_deploy.runtime.pipeline import TrioPipeline
+from trio_deploy.schedule import Schedule
+
+ONE_THREAD = RuntimeOptions(threads=1)
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return Source.open("tiny")
+
+
+@pytest.mark.parametrize("budget", [0.111, 0.222, 0.5])
+@pytest.mark.parametrize(("layers", "visual"), [(16, 256), (32, 576), (28, 1000)])
+def test_candidates_use_the_budget_and_never_exceed_it(budget, layers, visual):
+    found = [realise(c, budget, layers, visual) for c in coarse(Space(), budget, layers)]
+    schedules = [one.schedule for one in found if one is not None]
+    assert len(schedules) >= 20
+    for schedule in schedules:
+        schedule.validate(layers, visual)
+        share = schedule.average(visual, layers) / visual
+        assert share <= budget + 1e-9
+        assert share > 0.96 * budget, schedule
+        kept = (visual, *schedule.resolve(visual))
+        assert all(after < before for before, after in pairwise(kept))
+
+
+def test_a_candidate_that_cannot_reach_the_budget_is_none():
+    late = Candidate(((4, 1.0, "trio"),), 0.8, None, None)
+    assert realise(late, 0.111, 16, 256) is None
+    assert realise(late, 0.5, 16, 256) is not None
+
+
+def test_neighbours_differ_in_one_thing_and_stay_inside_the_space():
+    space = Space(methods=("trio", "divprune"), probes=(None, "shifted"))
+    candidate = Candidate(((0, 1.0, "divprune"), (6, 0.5, "trio")), 0.8, None, None)
+    found = set(neighbours(candidate, space, 16))
+    assert Candidate(((0, 1.0, "divprune"), (5, 0.5, "trio")), 0.8, None, None) in found
+    assert Candidate(((0, 1.0, "trio"), (6, 0.5, "trio")), 0.8, None, None) in found
+    assert Candidate(candidate.points, 0.7, None, None) in found
+    assert Candidate(candidate.points, 0.8, "shifted", None) in found
+    assert {len(one.points) for one in found} == {2, 3}
+    assert {1, 2} >= {len(one.points) for one in neighbours(candidate, Space(points=2), 16)}
+    with pytest.raises(TrioError, match="unknown method"):
+        Space(methods=("best",))
+
+
+@pytest.fixture(scope="module")
+def searched(source, tmp_path_factory: pytest.TempPathFactory):
+    out = tmp_path_factory.mktemp("tuning")
+    return out, search(source, out)
+
+
+def search(source: Source, out: Path):
+    return tune(
+        source,
+        scene_questions(2, split="tuning", each=5),
+        0.111,
+        out,
+        space=Space(points=2),
+        options=ONE_THREAD,
+        batch=10,
+        max_new_tokens=8,
+        limit=2,
+        start=[Schedule.parse("0:0.17:divprune,6:0.07")],
+        progress=False,
+    )
+
+
+def test_the_best_schedule_is_in_recipe_form_and_can_be_exported(searched, source, tmp_path):
+    out, tuned = searched
+    assert [one.loss for one in tuned.ranking] == sorted(one.loss for one in tuned.ranking)
+    assert all(one.asked == 10 for one in tuned.ranking) and tuned.tried > 3
+    written = yaml.safe_load((out / "schedule.yaml").read_text(encoding="utf-8"))
+    schedule = Schedule.from_json(written["schedules"]["0.111"])
+    assert schedule == tuned.best.schedule and written["threshold"] == tuned.best.threshold
+    assert schedule.average(source.visual, source.layers) <= 0.111 * source.visual
+    export("tiny", tmp_path / "b", schedule=schedule, progress=False)
+
+
+def test_a_search_goes_on_where_it_stopped(searched, source, monkeypatch):
+    out, tuned = searched
+
+    def refuse(*_):
+        raise AssertionError("it was asked before")
+
+    monkeypatch.setattr(TrioPipeline, "generate_batch", refuse)
+    assert search(source, out).text == tuned.text
+
+
+def test_the_loss_is_the_chance_of_another_answer(source, searched):
+    out, tuned = searched
+    questions = scene_questions(2, split="tuning", each=5)
+    tuner = Tuner(source, questions, out, ONE_THREAD, max_new_tokens=8, progress=False)
+    losses = tuner.losses(tuned.best)
+    assert ((losses >= 0) & (losses <= 1)).all()
+    assert losses.mean() == pytest.approx(tuned.ranking[0].loss)
+
+
+def test_the_command_searches(tmp_path, capsys):
+    arguments = f"tune tiny --out {tmp_path} --scenes 1 --candidates 2 --points 1 --threads 1"
+    assert main(arguments.split()) == 0
+    captured = capsys.readouterr()
+    assert "schedules:" in captured.out and "same answer" in captured.out
+    assert "wrote schedule.yaml" in captured.err
+    assert main(f"tune tiny --out {tmp_path} --budget 0.0001 --scenes 1 --threads 1".split()) == 1
+    assert "no schedule of this model reaches" in capsys.readouterr().err
