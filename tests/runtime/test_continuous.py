@@ -379,13 +379,17 @@ def test_a_failing_step_ends_its_rows_and_not_the_service(
 def test_a_listener_that_raises_loses_its_request_alone(
     pipeline: TrioPipeline, batcher: ContinuousBatcher
 ) -> None:
+    heard: list[Event] = []
+
     def broken(event: Event) -> None:
+        heard.append(event)
         raise RuntimeError("client gone")
 
     one = batcher.submit(Request(SHORT.prompt, max_new_tokens=200), broken)
     two = batcher.submit(SHORT)
     with pytest.raises(Cancelled):
         one.result(30)
+    assert [event.last for event in heard] == [False, True], "it may have things to put away"
     assert alike(two.result(30), pipeline.generate_batch([SHORT])[0])
 
 

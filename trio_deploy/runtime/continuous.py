@@ -77,6 +77,7 @@ class Handle:
         self._until = until
         self._submitted = time.perf_counter()
         self._cancelled = False
+        self._deaf = False
         self._row: Row | None = None
         self._joined = 0.0
         self._last: Event | None = None
@@ -253,7 +254,7 @@ class ContinuousBatcher:
 
         Args:
             on_event: called with each event, from one thread for all requests, so it must be
-                quick. If it raises, its request is cancelled.
+                quick. If it raises, its request is cancelled, and it hears the last event only.
             timeout_s: seconds from now until the answer ends with what there is (finish reason
                 `deadline`), or with `DeadlinePassed` if that is nothing.
 
@@ -580,11 +581,11 @@ class ContinuousBatcher:
                 continue
             handle, event = item
             try:
-                if handle._on_event is not None:
+                if handle._on_event is not None and (event.last or not handle._deaf):
                     handle._on_event(event)
             except Exception:
                 _LOG.exception("the listener of a request failed; the request is cancelled")
-                handle._on_event = None
+                handle._deaf = True
                 handle.cancel()
             if event.last:
                 handle._last = event
