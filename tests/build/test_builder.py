@@ -1,0 +1,408 @@
+"""Builds that are resumed, redone, refused and logged; the first run of what was built.
+
+TensorRT is a stand-in here: one that makes bytes for the builder's own logic, and the simulated one
+(`tests/simulated_tensorrt.py`) for the whole of `trio build`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.runtime.engines import export_for, make_target
+from tests.simulated_tensorrt import install
+from trio_deploy.build import builder, verify
+from trio_deploy.build.adapter import Built, load
+from trio_deploy.build.builder import build_engines
+from trio_deploy.build.profiles import Profile, profiles
+from trio_deploy.build.record import Gpu, Record
+from trio_deploy.build.verify import example_feeds, run_once
+from trio_deploy.bundle import Bundle
+from trio_deploy.cli import main
+from trio_deploy.errors import TrioError
+from trio_deploy.export import export
+from trio_deploy.recipe import Target, load_target
+from trio_deploy.runtime.engine import TensorSpec
+
+GPU = Gpu("NVIDIA H200", "9.0", "12.4")
+STAGES = ["vision", "embed", "prefill_0", "select_1", "prefill_1"]
+
+
+class Stub:
+    """Makes an engine's bytes from the graph's name and the number of the build."""
+
+    def __init__(self, version: str = "10.3.0", stop_at: str = "", error: Any = None) -> None:
+        self.version = version
+        self.stop_at, self.error = stop_at, error
+        self.built: list[str] = []
+        self.caches: list[bytes] = []
+
+    def build(
+        self,
+        onnx: Path,
+        profiles: Sequence[Any],
+        *,
+        workspace: int,
+        dtype: str = "float32",
+        timing_cache: bytes = b"",
+        log: Callable[[str, str], None] | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Built:
+        assert workspace > 0 and profiles and dtype == "float32"
+        assert log is not None and progress is not None
+        log("VERBOSE", "far too much")
+        log("WARNING", f"about {onnx.stem}")
+        progress("tactics", 1, 2)
+        if onnx.stem == self.stop_at:
+            raise self.error
+        self.built.append(onnx.stem)
+        self.caches.append(timing_cache)
+        plan = f"{onnx.stem} {len(self.built)}".encode()
+        return Built(memoryview(plan), timing_cache + b"+" + onnx.stem.encode())
+
+
+@pytest.fixture(scope="module")
+def original(llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original")
+    target = make_target(folder, "10.3", "primitive", "shared")
+    export_for(llava_checkpoint, folder, target, "1:0.5")
+    return folder
+
+
+@pytest.fixture
+def target(original: Path) -> Target:
+    return load_target(original / "test-gpu.yaml")
+
+
+@pytest.fixture
+def bundle(original: Path, tmp_path: Path) -> Bundle:
+    return Bundle.load(shutil.copytree(original / "bundle", tmp_path / "bundle"))
+
+
+def build(bundle: Bundle, target: Target, tensorrt: Stub, **options: Any) -> builder.Outcome:
+    return build_engines(bundle, target, tensorrt, GPU, progress=False, **options)
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_build_leaves_an_engine_a_stage_a_cache_a_log_and_a_record(
+    bundle: Bundle, target: Target
+) -> None:
+    outcome = build(bundle, target, Stub())
+    assert outcome.folder == bundle.path / "engines" / "test-gpu"
+    assert files(outcome.folder) == {f"{stage}.engine" for stage in STAGES} | {
+        "timing.cache",
+        "build.log",
+        "record.json",
+    }
+    record = Record.load(outcome.folder)
+    assert record == outcome.record and list(record.stages) == STAGES
+    assert (record.tensorrt, record.gpu, record.decode_layout) == ("10.3.0", GPU, "shared")
+    assert [p.name for p in record.stages["prefill_1"].profiles] == ["prefill", "decode"]
+    assert record.stages["select_1"].profiles == tuple(profiles(bundle, target)["select_1"])
+    for stage in STAGES:
+        record.check_file(outcome.folder, stage, verify=True)
+    log = (outcome.folder / "build.log").read_text()
+    assert "about select_1" in log and "far too much" not in log and '"width"' in log
+    text = outcome.to_text()
+    assert "5 engines for NVIDIA H200" in text and "built in" in text
+    assert json.dumps(outcome.to_json())
+
+
+def test_what_the_builder_learns_goes_on_to_the_next_engine(bundle: Bundle, target: Target) -> None:
+    stub = Stub()
+    build(bundle, target, stub)
+    assert stub.caches == [b"", b"+vision", *(stub.caches[2:])]
+    assert stub.caches[-1].endswith(b"+select_1")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), TrioError("no room")])
+def test_an_interrupted_build_goes_on_at_the_next_engine(
+    bundle: Bundle, target: Target, error: BaseException
+) -> None:
+    first, second = Stub(stop_at="select_1", error=error), Stub()
+    with pytest.raises(type(error)):
+        build(bundle, target, first)
+    folder = bundle.path / "engines" / "test-gpu"
+    assert list(Record.load(folder).stages) == STAGES[:3]
+    assert not [name for name in files(folder) if name.startswith(".")]
+    outcome = build(bundle, target, second)
+    assert second.built == STAGES[3:] and outcome.kept == tuple(STAGES[:3])
+    assert second.caches[0].startswith(b"+vision")
+    third = Stub()
+    assert build(bundle, target, third).built == () and third.built == []
+
+
+def test_what_a_killed_build_left_is_cleared_away(bundle: Bundle, target: Target) -> None:
+    folder = bundle.path / "engines" / "test-gpu"
+    folder.mkdir(parents=True)
+    (folder / ".vision.engine.1-aa").write_bytes(b"half")
+    build(bundle, target, Stub())
+    assert ".vision.engine.1-aa" not in files(folder)
+
+
+def test_what_an_engine_no_longer_matches_is_built_again(bundle: Bundle, target: Target) -> None:
+    build(bundle, target, Stub())
+    folder = bundle.path / "engines" / "test-gpu"
+
+    def rebuilt(new: Target = target, version: str = "10.3.0", **options: Any) -> list[str]:
+        stub = Stub(version)
+        build(bundle, new, stub, **options)
+        return stub.built
+
+    more = replace(target, limits=replace(target.limits, max_new_tokens=30))
+    assert rebuilt(more) == ["prefill_0", "prefill_1"]  # the caches grew
+    assert rebuilt(target) == ["prefill_0", "prefill_1"]
+    (folder / "embed.engine").write_bytes(b"cut")
+    assert rebuilt() == ["embed"]
+    (folder / "vision.engine").unlink()
+    assert rebuilt() == ["vision"]
+    assert rebuilt(replace(target, workspace_gib=0.5)) == STAGES
+    assert rebuilt(force=True, stages=["select_1"]) == ["select_1"]
+    assert rebuilt(version="10.4.0") == STAGES
+    (folder / "record.json").write_text("{")
+    assert rebuilt() == STAGES
+
+
+def test_other_weights_make_other_engines(bundle: Bundle, target: Target) -> None:
+    build(bundle, target, Stub())
+    files = dict(bundle.manifest.files)
+    for name in [name for name in files if name.startswith("weights/")]:
+        files[name] = replace(files[name], sha256="0" * 64)
+    other = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    stub = Stub()
+    build(other, target, stub)
+    assert stub.built == STAGES
+
+
+def test_another_graph_makes_another_engine(bundle: Bundle, target: Target) -> None:
+    build(bundle, target, Stub())
+    files = dict(bundle.manifest.files)
+    files["select_1.onnx"] = replace(files["select_1.onnx"], sha256="0" * 64)
+    other = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    stub = Stub()
+    build(other, target, stub)
+    assert stub.built == ["select_1"]
+
+
+def test_an_engine_that_does_not_run_is_thrown_away_and_named(
+    bundle: Bundle, target: Target
+) -> None:
+    def first_run(folder: Path, stage: str) -> None:
+        assert (folder / f"{stage}.engine").is_file()
+        if stage == "prefill_0":
+            raise TrioError("hidden_states is not finite")
+
+    with pytest.raises(TrioError, match="engine of prefill_0 was built, but does not run.*finite"):
+        build(bundle, target, Stub(), verify=first_run)
+    folder = bundle.path / "engines" / "test-gpu"
+    assert list(Record.load(folder).stages) == ["vision", "embed"]
+    assert "prefill_0.engine" not in files(folder)
+
+
+def test_another_gpu_than_the_targets_is_refused(bundle: Bundle, target: Target) -> None:
+    orin = replace(target, name="jetson", compute_capability="8.7")
+    with pytest.raises(TrioError, match=r"jetson has compute capability 8\.7.*H200, has 9\.0"):
+        build(bundle, orin, Stub())
+    anywhere = replace(target, compute_capability=None)
+    assert build(bundle, anywhere, Stub()).built
+
+
+def test_a_target_without_tensorrt_is_refused(bundle: Bundle) -> None:
+    with pytest.raises(TrioError, match="target cpu runs onnxruntime"):
+        build(bundle, load_target("cpu"), Stub())
+
+
+def test_an_unknown_stage_is_named(bundle: Bundle, target: Target) -> None:
+    with pytest.raises(TrioError, match="no stage 'decode'; it has vision"):
+        build(bundle, target, Stub(), stages=["decode"])
+
+
+def test_a_bundle_without_weights_is_refused(target: Target, tmp_path: Path) -> None:
+    planned = export("tiny", tmp_path / "b", graphs_only=True, target="jetson-orin-nano-8gb")
+    with pytest.raises(TrioError, match="graphs but no weights"):
+        build(planned, target, Stub())
+
+
+def test_a_disk_that_is_too_full_is_found_before_anything_is_built(
+    bundle: Bundle, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(builder.shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    stub = Stub()
+    with pytest.raises(TrioError, match="too full: the engines need about .* are free"):
+        build(bundle, target, stub)
+    assert stub.built == []
+
+
+def test_a_disk_that_fills_up_leaves_no_half_engine(
+    bundle: Bundle, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = bundle.path / "engines" / "test-gpu"
+    with monkeypatch.context() as patched:
+        patched.setattr(builder.os, "fsync", full)
+        with pytest.raises(TrioError, match="vision.engine of 8 B: No space left.*is kept"):
+            builder.write_whole(bundle.path / "vision.engine", b"vision 1")
+    assert not list(bundle.path.glob(".vision*")) and not folder.exists()
+
+
+# ------------------------------------------------------------------------------------- the record
+
+
+@pytest.fixture
+def built(bundle: Bundle, target: Target) -> builder.Outcome:
+    return build(bundle, target, Stub())
+
+
+def test_engines_of_another_gpu_or_tensorrt_are_refused(built: builder.Outcome) -> None:
+    record = Record.load(built.folder)
+    record.require_same(GPU, "10.3.0")
+    record.require_same(replace(GPU, driver="13.0"), "10.3.0")  # a newer driver will do
+    with pytest.raises(TrioError, match=r"built on NVIDIA H200 .*this is NVIDIA L4 .*`trio build`"):
+        record.require_same(Gpu("NVIDIA L4", "8.9", "12.4"), "10.3.0")
+    with pytest.raises(TrioError, match=r"by TensorRT 10\.3\.0, but this is 10\.4\.0"):
+        record.require_same(GPU, "10.4.0")
+
+
+def test_missing_short_and_damaged_engines_are_named(built: builder.Outcome) -> None:
+    record, file = Record.load(built.folder), built.folder / "embed.engine"
+    with pytest.raises(TrioError, match="no engine of decode.*goes on where it stopped"):
+        record.check_file(built.folder, "decode")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(TrioError, match=r"embed\.engine has 6 bytes where its record says 7"):
+        record.check_file(built.folder, "embed")
+    file.write_bytes(b"?" * len(whole))
+    record.check_file(built.folder, "embed")
+    with pytest.raises(TrioError, match="is damaged"):
+        record.check_file(built.folder, "embed", verify=True)
+    file.unlink()
+    with pytest.raises(TrioError, match="is missing"):
+        record.check_file(built.folder, "embed")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda raw: raw.update(schema=2), "newer trio-deploy"),
+        (lambda raw: raw.pop("gpu"), "is damaged"),
+        (lambda raw: raw["limits"].update(colour=1), "is damaged"),
+        (lambda raw: raw["stages"]["embed"].update(file="../x"), "is damaged.*name of a file"),
+        (lambda raw: raw["stages"]["embed"].update(profiles=[{}]), "is damaged"),
+    ],
+)
+def test_a_record_that_cannot_be_used_says_why(
+    built: builder.Outcome, change: Callable[[Any], Any], says: str
+) -> None:
+    file = built.folder / "record.json"
+    raw = json.loads(file.read_text())
+    change(raw)
+    file.write_text(json.dumps(raw))
+    with pytest.raises(TrioError, match=says):
+        Record.load(built.folder)
+
+
+def test_a_folder_without_a_record_says_what_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(TrioError, match="holds no engines.*trio build"):
+        Record.load(tmp_path)
+
+
+# ---------------------------------------------------------------------------------- the first run
+
+
+def test_a_first_run_takes_inputs_that_mean_something() -> None:
+    shapes = {
+        "hidden_states": (2, 20, 8),
+        "position_ids": (2, 20),
+        "lengths": (2,),
+        "visual_mask": (2, 20),
+        "keep": (2,),
+        "width": (1,),
+    }
+    kinds = {"hidden_states": "f2", "visual_mask": "?"}
+    profile = Profile(
+        "default",
+        {name: (shape,) * 3 for name, shape in shapes.items()},  # type: ignore[misc]
+        {"width": ((1,), (9,), (20,))},  # type: ignore[dict-item]
+    )
+    profile = Profile.from_json(profile.to_json())
+    specs = {n: TensorSpec(n, np.dtype(kinds.get(n, "i8")), s) for n, s in shapes.items()}
+    feeds = example_feeds(specs, profile)
+    assert {name: array.shape for name, array in feeds.items()} == shapes
+    visual, keep = feeds["visual_mask"].sum(axis=1), feeds["keep"]
+    assert (20 - visual + keep == feeds["width"]).all() and (keep < visual).all()
+    assert not feeds["visual_mask"][:, [0, -1]].any()
+
+
+@pytest.mark.parametrize(
+    ("version", "dialect", "layout"),
+    [("8.6.1", "primitive", "shared"), ("10.15.1", "onnx", "separate")],
+)
+def test_trio_build_builds_runs_and_resumes(
+    version: str,
+    dialect: str,
+    layout: str,
+    llava_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target = make_target(tmp_path, version, dialect, layout)
+    bundle = export_for(llava_checkpoint, tmp_path, target, "1:0.5")
+    install(monkeypatch, version)
+    command = ["build", str(bundle.path), "--target", str(target)]
+
+    def fails(bundle: Bundle, tensorrt: Any, folder: Path, stage: str) -> None:
+        if stage == "prefill_1":
+            raise TrioError("out of device memory")
+        run_once(bundle, tensorrt, folder, stage)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(verify, "run_once", fails)
+        assert main(command) == 1
+        assert "prefill_1 was built, but does not run: out of dev" in capsys.readouterr().err
+    assert main([*command, "--json"]) == 0
+    raw = json.loads(capsys.readouterr().out)
+    assert raw["kept"] == STAGES[:4]
+    assert raw["built"] == ["prefill_1"] + (["decode"] if layout == "separate" else [])
+    assert raw["record"]["tensorrt"] == version
+
+
+def test_an_engine_that_gives_no_numbers_fails_its_first_run(
+    original: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, "10.3.0")
+    target, tensorrt = load_target(original / "test-gpu.yaml"), load()
+
+    def without_numbers(inputs: Any, profile: Profile) -> dict[str, np.ndarray]:
+        feeds = example_feeds(inputs, profile)
+        feeds["image_features"][:] = np.nan
+        feeds["source_index"][:] = feeds["source_index"].shape[1]  # the first row of the image
+        return feeds
+
+    monkeypatch.setattr(verify, "example_feeds", without_numbers)
+    build_engines(bundle, target, tensorrt, GPU, stages=["embed"], progress=False)
+    with pytest.raises(TrioError, match="inputs_embeds is not finite"):
+        run_once(bundle, tensorrt, bundle.path / "engines" / "test-gpu", "embed")
+
+
+def test_what_is_for_the_dry_run_alone_is_said(
+    bundle: Bundle, original: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["build", str(bundle.path), "--target", str(original / "test-gpu.yaml")]
+    assert main([*command, "--tensorrt", "8.6"]) == 1
+    assert "--tensorrt is for --dry-run" in capsys.readouterr().err
