@@ -72,7 +72,12 @@ def load(modules: tuple[ModuleType, ModuleType], bundle: Path) -> Iterator[Calla
 
     def load(**parameters: str) -> Any:
         model = modules[0].TritonPythonModel()
-        given = {"bundle": bundle.name, "threads": "1", "warm_up": "false"} | parameters
+        given = {
+            "bundle": bundle.name,
+            "threads": "1",
+            "warm_up": "false",
+            "watch": "false",
+        } | parameters
         model.initialize(arguments(bundle.parent, **given))
         loaded.append(model)
         return model
@@ -356,7 +361,7 @@ def both(
     model = load(max_tokens="2000")
     monkeypatch.setitem(InferenceRequest.MODELS, "trio_vlm", model)
     complete = modules[1].TritonPythonModel()
-    complete.initialize(arguments(Path(), model="trio_vlm", max_requests="3"))
+    complete.initialize(arguments(Path(), model="trio_vlm", max_requests="3", watch="false"))
     yield complete, model
     complete.finalize()
 

@@ -18,6 +18,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from trio_deploy.triton.request import INPUTS, REFUSAL
+from trio_deploy.triton.watch import Watch
 
 _LOG = logging.getLogger(__name__)
 _OUTPUTS = ["text", "token_ids", "finish_reason", "timings"]
@@ -28,7 +29,11 @@ class TritonPythonModel:
     """What Triton loads; its interface is Triton's."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Read the parameters `model`, whom to ask, and `max_requests`, how many at once."""
+        """Read the parameters: `model`, whom to ask; `max_requests`, how many at once; `watch`.
+
+        Raises:
+            TritonModelException: `max_requests` is not a number above 0.
+        """
         given = json.loads(args["model_config"]).get("parameters", {})
         values = {name: value["string_value"] for name, value in given.items()}
         self._model = values.get("model", "trio_vlm")
@@ -41,8 +46,10 @@ class TritonPythonModel:
         self._pool = ThreadPoolExecutor(self._most, thread_name_prefix="trio-forward")
         self._open: dict[str, Any] = {}
         self._stop = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="trio-watch", daemon=True)
-        self._watcher.start()
+        self._keeper = threading.Thread(target=self._keep, name="trio-keep", daemon=True)
+        self._keeper.start()
+        watched = values.get("watch", "true").lower() != "false"
+        self._watch = Watch(args["model_name"]) if watched else None
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Pass requests on; each is answered when its answer is there."""
@@ -63,9 +70,11 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Wait for what is under way."""
+        if self._watch is not None:
+            self._watch.close()
         self._pool.shutdown()
         self._stop.set()
-        self._watcher.join()
+        self._keeper.join()
 
     def _asked(self, request: Any, key: str) -> Any:
         """The request to pass on, with tensors of its own: this one's go when `execute` ends."""
@@ -105,7 +114,7 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse([*outputs.values()])
         return _error(f"{self._model} sent no answer")
 
-    def _watch(self) -> None:
+    def _keep(self) -> None:
         """Pass on that requests were cancelled, which a request of this kind does not do itself."""
         told: set[str] = set()
         while not self._stop.wait(_LOOK_S):

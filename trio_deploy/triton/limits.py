@@ -19,7 +19,7 @@ class Settings:
     Attributes:
         bundle: its folder, absolute or relative to the model's.
         runtime, target, provider, precision, threads, low_memory: as in
-            `TrioPipeline.from_bundle`.
+            `TrioPipeline.from_bundle`; a target's file may be relative to the model's folder, too.
         budget: of requests that name none; None is the bundle's own schedule.
         default_max_tokens: of requests that name none, at most `max_tokens`.
         max_tokens: of an answer.
@@ -32,6 +32,7 @@ class Settings:
         max_rows, max_queue, prefill_rows, prefill_tokens, max_kv_bytes, prefillers, preparers: as
             in `ContinuousBatcher`.
         warm_up: answer a question before the model is ready.
+        watch: end the server when the model's process dies; see `triton/watch.py`.
     """
 
     bundle: str
@@ -60,6 +61,7 @@ class Settings:
     prefillers: int = 0
     preparers: int = 2
     warm_up: bool = True
+    watch: bool = True
 
     @classmethod
     def parse(cls, parameters: Mapping[str, str]) -> Settings:

@@ -32,6 +32,7 @@ from trio_deploy.runtime.pipeline import Generation, Request, TrioPipeline
 from trio_deploy.triton.limits import Settings
 from trio_deploy.triton.metrics import Exporter
 from trio_deploy.triton.request import INPUTS, REFUSAL, Question, forwarded, read
+from trio_deploy.triton.watch import Watch
 
 _LOG = logging.getLogger(__name__)
 _LOOK_S = 0.05  # between looks at whether waiting requests were cancelled, and at the metrics
@@ -62,8 +63,9 @@ class TritonPythonModel:
         self._answers: set[_Answer] = set()
         self._invalid = 0
         self._stop = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="trio-watch", daemon=True)
-        self._watcher.start()
+        self._keeper = threading.Thread(target=self._keep, name="trio-keep", daemon=True)
+        self._keeper.start()
+        self._watch = Watch(args["model_name"]) if self._settings.watch else None
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Take requests; their responses are sent as they come to be."""
@@ -85,9 +87,11 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Answer what was asked, then stop."""
+        if self._watch is not None:
+            self._watch.close()
         self._batcher.close(timeout=_DRAIN_S)
         self._stop.set()
-        self._watcher.join()
+        self._keeper.join()
 
     def _cancel(self, key: str) -> None:
         for answer in list(self._answers):
@@ -102,7 +106,7 @@ class TritonPythonModel:
                 tensors[name] = tensor.as_numpy()
         return read(tensors, request.parameters(), request.timeout(), self._settings)
 
-    def _watch(self) -> None:
+    def _keep(self) -> None:
         """Heed the cancelling of requests that get no tokens yet, and keep the metrics."""
         while not self._stop.wait(_LOOK_S):
             try:
@@ -111,7 +115,7 @@ class TritonPythonModel:
                         answer.look()
                 self._export()
             except Exception:
-                _LOG.exception("watching over requests failed, and goes on")
+                _LOG.exception("looking after requests failed, and goes on")
 
     def _export(self) -> None:
         if self._exporter is not None:
@@ -210,12 +214,19 @@ def _open(settings: Settings, folder: Path) -> TrioPipeline:
     return TrioPipeline.from_bundle(
         folder / settings.bundle,
         settings.runtime,
-        target=settings.target,
+        target=_target(settings, folder),
         threads=settings.threads,
         low_memory=settings.low_memory,
         provider=settings.provider,
         precision=settings.precision,
     )
+
+
+def _target(settings: Settings, folder: Path) -> str | None:
+    """A target's name, or its file, which `trio triton` puts into the model's folder."""
+    if settings.target is not None and settings.target.endswith(".yaml"):
+        return str(folder / settings.target)
+    return settings.target
 
 
 def _batcher(pipeline: TrioPipeline, settings: Settings) -> ContinuousBatcher:
