@@ -38,6 +38,7 @@ TOKENIZER = "tokenizer.json"
 TOKENS = "tokens.json"
 PREPROCESSOR = "preprocessor.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+ENGINES = "engines"  # of TensorRT, a folder a target, made where they run
 _CHUNK = 1 << 22
 
 

@@ -146,6 +146,7 @@ def _run(args: argparse.Namespace) -> None:
         threads=args.threads,
         low_memory=args.low_memory,
         provider=args.provider,
+        target=args.target,
     )
     generation = pipeline.generate(
         args.image,
@@ -343,7 +344,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--prompt", required=True, help="what to ask about the pictures")
     run.add_argument("--budget", type=float, help="share of visual tokens (default: the bundle's)")
     run.add_argument("--show", type=Path, metavar="PNG", help="draw which visual tokens were kept")
-    run.add_argument("--runtime", help="onnxruntime or openvino (default: by the bundle)")
+    run.add_argument("--runtime", help="onnxruntime, openvino or tensorrt (default: by the bundle)")
+    run.add_argument("--target", help="of which engines to take, where several were built")
     run.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: by the bundle)")
     run.add_argument("--threads", type=int, help="CPU threads (default: the runtime's choice)")
     run.add_argument(
@@ -394,7 +396,10 @@ def _parser() -> argparse.ArgumentParser:
 
     check = add("check", _check, "Compare a bundle with the reference, stage by stage.")
     check.add_argument("bundle", type=Path, help="folder of the bundle")
-    check.add_argument("--runtime", help="onnxruntime or openvino (default: by the bundle)")
+    check.add_argument(
+        "--runtime", help="onnxruntime, openvino or tensorrt (default: by the bundle)"
+    )
+    check.add_argument("--target", help="of which engines to take, where several were built")
     check.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: by the bundle)")
     source = check.add_mutually_exclusive_group()
     source.add_argument(

@@ -25,11 +25,10 @@ from trio_deploy.build.adapter import Built, Log, ProfileLike, Progress
 from trio_deploy.build.check import read_graph, require_dialect
 from trio_deploy.build.profiles import Profile, profiles
 from trio_deploy.build.record import Gpu, Record, StageRecord
-from trio_deploy.bundle import Bundle, format_bytes, sha256_of, write_atomically
+from trio_deploy.bundle import ENGINES, Bundle, format_bytes, sha256_of, write_atomically
 from trio_deploy.errors import TrioError
 from trio_deploy.recipe import Target
 
-ENGINES = "engines"
 TIMING_CACHE = "timing.cache"
 LOG = "build.log"
 

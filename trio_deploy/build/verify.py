@@ -15,6 +15,9 @@ from trio_deploy.errors import TrioError
 from trio_deploy.runtime.engine import TensorSpec
 from trio_deploy.runtime.trt import TrtRuntime
 
+CORNERS = ("min", "opt", "max")
+"""The shapes that a profile names: least, typical and largest."""
+
 
 def run_once(bundle: Bundle, tensorrt: TensorRT, folder: Path, stage: str) -> None:
     """Load the engine of a stage and run it at the typical shapes of each of its profiles.
@@ -34,18 +37,25 @@ def run_once(bundle: Bundle, tensorrt: TensorRT, folder: Path, stage: str) -> No
                 )
 
 
-def example_feeds(inputs: Mapping[str, TensorSpec], profile: Profile) -> dict[str, np.ndarray]:
-    """Inputs of the typical shapes whose values a stage can make sense of.
+def example_feeds(
+    inputs: Mapping[str, TensorSpec], profile: Profile, corner: str = "opt"
+) -> dict[str, np.ndarray]:
+    """Inputs of a profile's shapes whose values a stage can make sense of.
 
     Floats are small random numbers; a row of a selection starts and ends with text and keeps what
     its width has room for; a row of a segment is full.
+
+    Args:
+        corner: which of the profile's shapes, one of `CORNERS`.
     """
     random = np.random.default_rng(0)
-    shapes = {name: bounds.opt for name, bounds in profile.shapes.items()}
+    shapes = {name: getattr(bounds, corner) for name, bounds in profile.shapes.items()}
     tokens = next((shape[1] for name, shape in shapes.items() if name == "position_ids"), 1)
     capacities = [shape[2] for name, shape in shapes.items() if name.startswith("past.")]
     capacity = min(capacities, default=0)
-    width = min(profile.values["width"].opt[0], tokens) if "width" in profile.values else tokens
+    width = tokens
+    if "width" in profile.values:
+        width = min(getattr(profile.values["width"], corner)[0], tokens)
     text = max(1, width // 2)
     visual = np.zeros(tokens, np.bool_)
     visual[1 : tokens - text + 1] = True

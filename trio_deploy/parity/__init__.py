@@ -24,11 +24,15 @@ from trio_deploy.parity.compare import (
     compare_stages,
     difference,
 )
+from trio_deploy.parity.engines import compare_engines
 from trio_deploy.parity.examples import Example, default_examples
 from trio_deploy.parity.golden import Reference, load, store
+from trio_deploy.recipe import GRAPH_DTYPES
 from trio_deploy.reference.trace import Tensors
 from trio_deploy.runtime.pipeline import Request, TrioPipeline
 from trio_deploy.runtime.prompt import Prompt, collate
+from trio_deploy.runtime.stages import TILES_AT_ONCE
+from trio_deploy.runtime.trt import TrtEngine
 
 __all__ = ["Example", "ParityRow", "Report", "check", "format_report", "record"]
 
@@ -71,26 +75,31 @@ def check(
     examples: Sequence[Example] | None = None,
     threads: int | None = None,
     provider: str | None = None,
+    target: str | None = None,
 ) -> Report:
-    """Compare a bundle with the oracle.
+    """Compare a bundle with the oracle; TensorRT's engines with ONNX Runtime too.
 
     Args:
-        runtime: `onnxruntime` or `openvino`; None takes the bundle's.
+        runtime: `onnxruntime`, `openvino` or `tensorrt`; None takes the bundle's.
         golden: compare with what `record` stored, which needs no torch.
         checkpoint: take the oracle's weights, and transformers' own processor, from this
             checkpoint folder; None takes the weights in the bundle.
         examples: what to ask; None asks `default_examples`.
         provider: ONNX Runtime's, `cpu` or `cuda`; None takes the bundle's.
+        target: of which engines to check, or whose runtime and options; None takes the bundle's.
 
     Raises:
         TrioError: torch or transformers is missing, or nothing was recorded.
     """
     loaded = _loaded(bundle)
-    pipeline = TrioPipeline.from_bundle(loaded, runtime, threads=threads, provider=provider)
+    pipeline = TrioPipeline.from_bundle(
+        loaded, runtime, threads=threads, provider=provider, target=target
+    )
     if golden:
         reference, rows = load(loaded), []
     else:
-        reference = _ask_oracle(loaded, pipeline, examples or default_examples(), checkpoint)
+        asked = list(examples or default_examples())[: pipeline.max_rows]
+        reference = _ask_oracle(loaded, pipeline, asked, checkpoint)
         rows = _compare_inputs(pipeline, reference, checkpoint)
     manifest = loaded.manifest
     stages = TOLERANCES[pipeline.precision]
@@ -103,15 +112,21 @@ def check(
             tolerance,
             threshold=manifest.threshold,
             separate_decode=manifest.decode == "separate",
+            methods=loaded.schedule.methods,
         )
     order = list(loaded.stages)
     rows.sort(key=lambda row: _place(row.stage, order))
-    rows += _compare_answers(pipeline, reference, stages)
-    source = "the recorded reference" if golden else "the oracle"
     title = (
         f"{manifest.model.name}, {manifest.dialect} graphs in {manifest.dtype}, computed in "
-        f"{pipeline.precision}, against {source}"
+        f"{pipeline.precision}, against {'the recorded reference' if golden else 'the oracle'}"
     )
+    if isinstance(pipeline.engine("embed"), TrtEngine):
+        if manifest.dtype in GRAPH_DTYPES["onnxruntime"]:
+            rows += _compare_engines(pipeline, selections)
+            title += "; each engine, at the shapes in brackets, against ONNX Runtime"
+        else:
+            title += f"; not against ONNX Runtime, which has no {manifest.dtype}"
+    rows += _compare_answers(pipeline, reference, stages)
     return Report(title, rows)
 
 
@@ -188,11 +203,39 @@ def _loaded(bundle: Bundle | str | Path) -> Bundle:
 
 def _run(pipeline: TrioPipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray]:
     engine = pipeline.engine(stage)
-    taken = {
-        name: np.ascontiguousarray(feeds[name], dtype=spec.dtype)
-        for name, spec in engine.inputs.items()
-    }
-    return engine.run(taken)
+    taken = {}
+    capacities = {}
+    for name, spec in engine.inputs.items():
+        taken[name] = np.ascontiguousarray(feeds[name], dtype=spec.dtype)
+        if name.startswith("past.") and isinstance(spec.shape[2], int):
+            # an engine of one capacity: the rest is empty
+            size = taken[name].shape[2]
+            rest = [(0, 0), (0, 0), (0, spec.shape[2] - size), (0, 0)]
+            taken[name] = np.pad(taken[name], rest)
+            capacities[name.replace("past", "present", 1)] = size
+    if "pixel_values" in taken:  # as many tiles at once as the pipeline shows
+        tiles = taken["pixel_values"]
+        parts = [
+            engine.run({"pixel_values": tiles[start : start + TILES_AT_ONCE]})
+            for start in range(0, len(tiles), TILES_AT_ONCE)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in engine.outputs}
+    outputs = engine.run(taken)
+    return outputs | {name: outputs[name][:, :, :size] for name, size in capacities.items()}
+
+
+def _compare_engines(pipeline: TrioPipeline, tolerance: Tolerance) -> list[ParityRow]:
+    from trio_deploy.runtime.ort import OrtRuntime
+
+    bundle = pipeline.bundle
+    return compare_engines(
+        {stage: pipeline.engine(stage).profiles for stage in bundle.stages},  # type: ignore[attr-defined]
+        lambda stage: OrtRuntime().open(bundle.graph(stage)),
+        pipeline.engine,
+        tolerance,
+        threshold=bundle.manifest.threshold,
+        methods=bundle.schedule.methods,
+    )
 
 
 def _place(stage: str, order: list[str]) -> tuple[int, int]:

@@ -115,9 +115,11 @@ class Runtime(Protocol):
 
     Attributes:
         concurrent: whether several threads may run its engines at once.
+        max_rows: of a batch, None where engines take any number.
     """
 
     concurrent: bool
+    max_rows: int | None
 
     def shares_cache(self, dialect: str) -> bool:
         """Whether past and present of a layer are one buffer in a decode step.
@@ -153,6 +155,7 @@ class HostRuntime:
     """What runtimes have in common whose engines return when they are done."""
 
     concurrent = True
+    max_rows: int | None = None
 
     def sequence(self, steps: Sequence[Step]) -> Step:
         """See `Runtime.sequence`."""

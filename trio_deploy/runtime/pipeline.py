@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from trio_deploy.bundle import Bundle, Manifest
+from trio_deploy.bundle import ENGINES, Bundle, Manifest
 from trio_deploy.errors import TrioError
 from trio_deploy.methods import SEEDS
 from trio_deploy.models.preprocessing import Preprocessor, ProcessedImage
@@ -135,6 +135,10 @@ class TrioPipeline:
         row = self.prepare(request)
         return row.prompt, row.processed
 
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of an answer's text, as `Request.forced` takes them."""
+        return self._encoder.answer(text)
+
     def generate(
         self,
         images: ImageSource | Sequence[ImageSource] | None = None,
@@ -248,6 +252,11 @@ class TrioPipeline:
         """Whether several threads may prefill at once, and beside a running batch's steps."""
         return self._stages.concurrent
 
+    @property
+    def max_rows(self) -> int | None:
+        """Requests that a batch may have, None where any number will do."""
+        return self._stages.max_rows
+
     def running(self, most: int | None = None) -> Running:
         """An empty batch for rows of this pipeline, of which there will be `most` at once."""
         return Running(self._stages, self.bundle.manifest.positions, self._pad, most)
@@ -338,6 +347,9 @@ def _target_options(
     Providers are ONNX Runtime's, a precision of its own OpenVINO's; None where the runtime is
     another than the target's.
     """
+    built = isinstance(target, str) and (bundle.path / ENGINES / target).is_dir()
+    if built and runtime in (None, "tensorrt"):
+        return "tensorrt", None, None
     # What the manifest says, since a target file of the exporting machine's may not be here.
     chosen: Manifest | Target = bundle.manifest
     if target is not None:

@@ -68,6 +68,7 @@ class Stages:
         layers: numbers of the layers of each segment.
         cache_shape: of the caches.
         concurrent: whether several threads may run the stages at once.
+        max_rows: of a batch, None where any number will do.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
@@ -79,7 +80,7 @@ class Stages:
         bundle.require_weights()
         self._shares_cache = runtime.shares_cache(bundle.manifest.dialect)
         self.sequence, self._moment = runtime.sequence, runtime.moment
-        self.concurrent = runtime.concurrent
+        self.concurrent, self.max_rows = runtime.concurrent, runtime.max_rows
         self.engines: dict[str, Engine] = {}
         for name in bundle.stages:
             selects = name.startswith("select_")

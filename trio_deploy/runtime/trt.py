@@ -19,13 +19,10 @@ import numpy as np
 from trio_deploy.build.adapter import IoTensor, TensorRT, load
 from trio_deploy.build.profiles import Profile
 from trio_deploy.build.record import Gpu, Record
-from trio_deploy.bundle import Bundle
+from trio_deploy.bundle import ENGINES, Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.runtime.cuda import Device, DeviceArray, Event, Graph
 from trio_deploy.runtime.engine import Array, Step, TensorSpec, check_feeds
-
-ENGINES = "engines"
-"""The bundle's folder that holds one of engines for each target."""
 
 # Which limits of a target (engines/*.yaml) bound a dynamic axis of a graph.
 _LIMITS = {
@@ -75,6 +72,7 @@ class TrtRuntime:
     Attributes:
         record: what was built, and on what.
         device: the GPU.
+        max_rows: of a batch.
         recordings: CUDA graphs made so far.
     """
 
@@ -104,6 +102,7 @@ class TrtRuntime:
         self.record = Record.load(folder)
         here = Gpu(self.device.name, self.device.compute_capability, self.device.driver)
         self.record.require_same(here, self.tensorrt.version)
+        self.max_rows: int | None = self.record.limits.max_batch
         self.cuda_graphs = cuda_graphs
         self.recordings = 0
         self._folder, self._bundle = folder, bundle
