@@ -20,7 +20,9 @@ from trio_deploy.recipe import (
     recipe_folder,
     recipe_for,
     target_folder,
+    tensorrt_dialects,
 )
+from trio_deploy.schedule import is_budget
 
 HUB = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
@@ -43,8 +45,9 @@ def test_a_recipe_is_complete(name):
     assert recipe.probe == "last"
     assert recipe.positions == ("original" if name == "tiny" else "renumber")
     assert recipe.threshold == 0.8
-    assert list(recipe.schedules) == ["0.333", "0.222", "0.111"]
-    for budget, schedule in recipe.schedules.items():
+    budgets = {key: s for key, s in recipe.schedules.items() if is_budget(key)}
+    assert list(budgets) == ["0.333", "0.222", "0.111"]
+    for budget, schedule in budgets.items():
         schedule.validate(layers)
         # Within what rounding to whole tokens allows.
         assert schedule.average(576, layers) / 576 == pytest.approx(float(budget), abs=0.001)
@@ -63,6 +66,18 @@ def test_published_schedules(name, budget, kept, average):
     assert schedule.average(576, 32) == average
     if budget == "0.111":
         assert schedule.resolve(2880) == (460, 270, 110)
+
+
+@pytest.mark.parametrize("name", sorted(HUB))
+def test_schedules_with_a_stage_at_the_encoder(name):
+    """A sixth at the encoder and a third of that halfway: the average of the paper's 11.1 %."""
+    recipe = load_recipe(name)
+    depth = parse_config(recipe.architecture).text.num_layers
+    for key, method in (("encoder-0.111", "vscan"), ("encoder-divprune-0.111", "divprune")):
+        schedule = recipe.schedules[key]
+        assert schedule.layers == (0, depth // 2) and schedule.methods == (method, "trio")
+        assert schedule.resolve(576) == (96, 32) and schedule.resolve(2880) == (480, 160)
+        assert schedule.average(576, depth) == 64
 
 
 def test_thirteen_billion_has_forty_layers():
@@ -195,6 +210,9 @@ class TestBadRecipes:
             load_recipe(file)
 
 
+_TENSORRT = 'runtime: tensorrt\ntensorrt: "10.3"\ndtype: float16\n'
+
+
 class TestTargets:
     def test_the_shipped_ones(self):
         assert {"cpu", "cpu-openvino"} <= set(list_targets())
@@ -210,6 +228,56 @@ class TestTargets:
         for name in list_targets():
             target = load_target(name)
             assert target.dtype in GRAPH_DTYPES[target.runtime]
+
+    def test_targets_with_tensorrt_say_what_they_are_built_for(self):
+        names = {name for name in list_targets() if load_target(name).runtime == "tensorrt"}
+        assert names == {
+            "a100",
+            "h200",
+            "jetson-agx-orin-64gb",
+            "jetson-orin-nano-8gb",
+            "jetson-orin-nx-16gb",
+            "jetson-thor",
+            "l4",
+            "rtx-4090",
+        }
+        for target in map(load_target, names):
+            assert target.usable_gib and 0 < target.usable_gib < target.memory_gib
+            assert target.dialect in tensorrt_dialects(target.tensorrt)
+            assert target.compute_capability and target.decode_layout in ("shared", "separate")
+            assert target.limits.typical_visual_tokens <= target.limits.max_visual_tokens
+        orin = load_target("jetson-agx-orin-64gb")
+        assert (orin.tensorrt, orin.dialect, orin.compute_capability) == (
+            "10.3",
+            "primitive",
+            "8.7",
+        )
+        assert load_target("h200").dialect == "onnx"
+
+    @pytest.mark.parametrize(
+        ("version", "dialects"),
+        [
+            ("8.6", ("primitive",)),
+            ("8.6.1.post1", ("primitive",)),
+            ("10.14.1", ("primitive",)),
+            ("10.15", ("onnx", "primitive")),
+            ("11.0", ("onnx", "primitive")),
+        ],
+    )
+    def test_the_dialect_follows_from_the_version(self, version, dialects, tmp_path: Path):
+        assert tensorrt_dialects(version) == dialects
+        file = tmp_path / "board.yaml"
+        file.write_text(f'runtime: tensorrt\ntensorrt: "{version}"\ndtype: float16\n')
+        target = load_target(file)
+        assert target.dialect == dialects[0]
+        assert target.decode_layout == ("separate" if dialects[0] == "onnx" else "shared")
+
+    def test_what_is_typical_is_never_more_than_what_is_allowed(self, tmp_path: Path):
+        file = tmp_path / "board.yaml"
+        limits = "limits: {max_text_tokens: 32, max_visual_tokens: 0}\n"
+        file.write_text(f'runtime: tensorrt\ntensorrt: "10.3"\ndtype: float16\n{limits}')
+        assert load_target(file).limits.typical_text_tokens == 32
+        assert load_target(file).limits.typical_visual_tokens == 0
 
     def test_a_copy_is_loaded_from_its_path(self, tmp_path: Path):
         copy = tmp_path / "board.yaml"
@@ -231,6 +299,32 @@ class TestTargets:
             (
                 "runtime: openvino\nprovider: cuda\ndialect: primitive\ndtype: float32\n",
                 "a provider belongs to ONNX Runtime",
+            ),
+            (
+                "runtime: openvino\ntensorrt: '10.3'\ndialect: primitive\ndtype: float32\n",
+                "tensorrt belongs to TensorRT, not to openvino",
+            ),
+            ("runtime: tensorrt\ndtype: float16\n", "'tensorrt' must give a version in quotes"),
+            ("runtime: tensorrt\ntensorrt: 10.3\ndtype: float16\n", "in quotes.*not 10.3"),
+            ("runtime: tensorrt\ntensorrt: new\ndtype: float16\n", "'new' is no version"),
+            (_TENSORRT.replace("10.3", "8.5"), "8.5 is too old; 8.6 is the oldest"),
+            (_TENSORRT + "provider: cuda\n", "a provider belongs to ONNX Runtime"),
+            (_TENSORRT + "dialect: onnx\n", "10.3 does not read the onnx dialect.*10.15"),
+            (
+                _TENSORRT.replace("10.3", "10.15") + "decode_layout: shared\n",
+                "onnx dialect decodes with an engine of its own",
+            ),
+            (_TENSORRT + "decode_layout: split\n", "decode_layout 'split'"),
+            (_TENSORRT + "compute_capability: 8.7\n", "compute_capability must be in quotes"),
+            (_TENSORRT + "memory_gib: lots\n", "memory_gib must be a number"),
+            (_TENSORRT + "memory_gib: 4\nreserved_gib: 4\n", "leaves nothing of 4 GiB"),
+            (_TENSORRT + "limits: 4\n", "`limits` must be a mapping"),
+            (_TENSORRT + "limits: {max_bach: 4}\n", "'max_bach'.*Did you mean 'max_batch'"),
+            (_TENSORRT + "limits: {max_batch: 0}\n", "max_batch must be a positive"),
+            (_TENSORRT + "limits: {max_budget: 2}\n", "max_budget must be above 0"),
+            (
+                _TENSORRT + "limits: {max_batch: 2, typical_batch: 3}\n",
+                "typical_batch 3 exceeds max_batch 2",
             ),
         ],
     )

@@ -20,6 +20,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 
 from tests.graphs.reference import VISION, clip_config, model_config, randomise, relative
 from tests.graphs.run import filled, run
+from trio_deploy.errors import TrioError
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.vision import build_embed, build_vision
 from trio_deploy.models.config import ModelConfig
@@ -102,6 +103,48 @@ def test_vision_builds_no_layer_above_the_features() -> None:
     names = build_vision(model_config(), GraphOptions()).graph.initializers
     assert any("encoder.layers.1." in name for name in names)
     assert not any("encoder.layers.2." in name or "post_layernorm" in name for name in names)
+
+
+SIDES = {"ragged windows": 8, "whole windows": 12, "one window": 4}
+
+
+@targets
+@pytest.mark.parametrize("side", SIDES.values(), ids=SIDES)
+@pytest.mark.parametrize("drop_cls", [True, False])
+def test_the_class_tokens_attention_is_transformers(
+    dialect: str, runtime: str, side: int, drop_cls: bool
+) -> None:
+    vision = replace(VISION, image_size=7 * side, drop_cls=drop_cls)
+    config = model_config(vision=vision)
+    clip, _, weights = tower(config)
+    clip.set_attn_implementation("eager")
+    pixels = np.random.default_rng(0).standard_normal((3, 3, 7 * side, 7 * side))
+    pixels = pixels.astype(np.float32)
+    model = build_vision(config, GraphOptions(dialect=dialect), ["prior", "prior_local"])
+    got = run(model, weights, {"pixel_values": pixels}, runtime)
+    with torch.no_grad():
+        attentions = clip(torch.tensor(pixels), output_attentions=True).attentions
+    shallow, top = (attentions[layer].mean(1)[:, 0].numpy() for layer in (0, 1))
+    first = 1 if drop_cls else 0
+    assert relative(got["prior"], top[:, first:].flatten()) < 1e-5
+    order = got["prior_local"].reshape(3, -1)
+    if not drop_cls:
+        assert (order[:, 0] == 36).all()
+        order = order[:, 1:]
+    shallow = shallow[:, 1:]
+    for tile in range(3):
+        for y in range(0, side, 6):
+            for x in range(0, side, 6):
+                window = np.arange(side * side).reshape(side, side)[y : y + 6, x : x + 6].ravel()
+                ranks = np.argsort(np.argsort(-shallow[tile, window]))
+                want = 36 - ranks + 0.999 * shallow[tile, window] / shallow[tile].max()
+                assert relative(order[tile, window], want) < 1e-6
+
+
+def test_without_an_encoder_layer_there_is_no_attention_to_go_by() -> None:
+    config = model_config(**FAMILIES["embeddings as features"])
+    with pytest.raises(TrioError, match="another method"):
+        build_vision(config, GraphOptions(), ["prior"])
 
 
 def embed_weights(config: ModelConfig) -> dict[str, np.ndarray]:

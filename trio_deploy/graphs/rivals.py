@@ -86,10 +86,10 @@ class Site:
 
     def need(self, op: Any) -> tuple[ir.Value, ir.Value]:
         """How many tokens a row must choose, f32 [B,1] (0 where it keeps all), and if, bool."""
-        seen = reduce(op, "ReduceSum", cast(op, self.tokens.visual, INT64), [1])
-        keep = op.Unsqueeze(self.keep, [1])
+        seen = reduce(op, "ReduceSum", op.Cast(self.tokens.visual, to=FLOAT), [1])
+        keep = op.Cast(op.Unsqueeze(self.keep, [1]), to=FLOAT)
         prunes = op.Less(keep, seen)
-        return op.Cast(op.Where(prunes, keep, 0), to=FLOAT), prunes
+        return op.Where(prunes, keep, 0.0), prunes
 
 
 @dataclass(frozen=True)
@@ -277,18 +277,17 @@ def dart(op: Any, site: Site) -> Choice:
     own = op.Equal(op.Unsqueeze(pictures, [2]), op.Unsqueeze(tokens.index, [0, 1]))  # [B,P,S]
     own = op.And(own, op.Unsqueeze(known, [2]))
     chosen = reduce(op, "ReduceMax", op.Cast(own, to=FLOAT), [1], keepdims=False)
+    numbers = constant(op, _counting(2 * PIVOTS), "numbers")
 
     def grow(
         op: Any, turn: ir.Value, chosen: ir.Value, score: ir.Value
     ) -> tuple[ir.Value, list[ir.Value]]:
-        turn = op.Unsqueeze(turn, [0])
-        now = op.GatherElements(
-            valid, op.Expand(turn, op.Concat(dim(op, valid, 0), [1], axis=0)), axis=1
-        )
-        left = reduce(op, "ReduceSum", op.Slice(valid, turn, [2 * PIVOTS], [1]), [1])
+        later = op.GreaterOrEqual(numbers, op.Cast(turn, to=FLOAT))
+        left = reduce(op, "ReduceSum", op.Mul(valid, op.Cast(later, to=FLOAT)), [1])
+        now = op.Unsqueeze(op.Gather(valid, turn, axis=1), [1])  # [B,1]
         rest = op.Mul(op.Sub(need, reduce(op, "ReduceSum", chosen, [1])), now)
         share = op.Floor(op.Div(op.Add(rest, op.Sub(left, 1.0)), op.Max(left, 1.0)))
-        distance = op.Squeeze(op.Slice(distances, turn, op.Add(turn, 1), [1]), [1])
+        distance = op.Gather(distances, turn, axis=1)
         free = op.And(tokens.visual, op.Less(chosen, 0.5))
         compared = op.And(free, op.Greater(rest, 0.5))
         score = op.Where(compared, distance, score)
@@ -349,7 +348,7 @@ def vscan(op: Any, site: Site) -> Choice:
         heirs = op.Unsqueeze(op.And(filled, op.Greater(visual, 0)), [2])  # [B,W,1]
         cosines = op.Where(heirs, cosines, -FAR)
         near = op.GreaterOrEqual(cosines, op.Sub(reduce(op, "ReduceMax", cosines, [1]), TIE))
-        columns = op.Range(0.0, op.Squeeze(op.Cast(site.width, to=FLOAT), [0]), 1.0)
+        columns = op.Cast(op.Range(0, op.Squeeze(site.width, [0]), 1), to=FLOAT)
         columns = op.Unsqueeze(columns, [0, 2])  # [1,W,1]
         none = op.Cast(site.width, to=FLOAT)
         heir = reduce(op, "ReduceMin", op.Where(op.And(near, heirs), columns, none), [1])

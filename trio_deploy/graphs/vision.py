@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
+from trio_deploy.errors import TrioError
 from trio_deploy.graphs.layers import (
     FLOAT,
     INT64,
@@ -168,8 +169,17 @@ def build_vision(
       The class token's own row, where it is among the features, counts 36.
 
     Layers above the last feature layer are not built, nor is the tower's post-norm.
+
+    Raises:
+        TrioError: scores are asked for of a tower whose features come before its first layer.
     """
     vision, size = config.vision, config.text.hidden_size
+    top = max(vision.feature_layers) - 1
+    if scores and top < 0:
+        raise TrioError(
+            "This model takes the features of pictures before the encoder's first layer, so there "
+            "is no attention of a class token: choose another method than cls-attention and vscan."
+        )
     d = Dialect.of(options)
     stage = Stage("vision", d)
     op = stage.op
@@ -178,7 +188,6 @@ def build_vision(
     norm = "vision_tower.pre_layrnorm"
     x = LayerNorm(d, norm, vision.hidden_size, vision.layer_norm_eps)(op, x)
     hidden = [x]
-    top = max(vision.feature_layers) - 1
     shallow = min(shallow_layer(vision.num_layers), top)
     watched = {"prior": top, "prior_local": shallow}
     attention: dict[int, list[ir.Value]] = {watched[name]: [] for name in scores}
