@@ -28,8 +28,19 @@ def available() -> bool:
     return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
-def open_baseline(case: Case, bundle: Bundle, work: Workload) -> Callable[[int], Run]:
-    """A contender that answers with torch, in float32.
+def open_baseline(
+    case: Case,
+    bundle: Bundle,
+    work: Workload,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> Callable[[int], Run]:
+    """A contender that answers with torch.
+
+    Args:
+        device: torch's, `cpu` or `cuda`; what runs on a GPU is waited for wherever time is taken.
+        dtype: of weights and arithmetic.
 
     Raises:
         TrioError: torch or transformers is not installed.
@@ -46,7 +57,8 @@ def open_baseline(case: Case, bundle: Bundle, work: Workload) -> Callable[[int],
 
     if case.threads:
         torch.set_num_threads(case.threads)
-    model, inputs = restore_model(bundle), Inputs(bundle)
+    model = restore_model(bundle, getattr(torch, dtype)).to(device)
+    inputs = Inputs(bundle)
     if case.kind == "transformers":
         return _transformers(model, inputs, work)
     manifest = bundle.manifest
@@ -83,13 +95,11 @@ def _transformers(model: Any, inputs: Inputs, work: Workload) -> Callable[[int],
     import torch
 
     seen: dict[str, float] = {}
-    model.model.vision_tower.register_forward_pre_hook(
-        lambda *_: seen.update(start=time.perf_counter())
-    )
-    model.model.multi_modal_projector.register_forward_hook(
-        lambda *_: seen.update(stop=time.perf_counter())
-    )
+    now = _clock(model.device)
+    model.model.vision_tower.register_forward_pre_hook(lambda *_: seen.update(start=now()))
+    model.model.multi_modal_projector.register_forward_hook(lambda *_: seen.update(stop=now()))
     text = inputs.config.text
+    precision = str(model.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
     def answer(seed: int) -> Run:
@@ -97,19 +107,20 @@ def _transformers(model: Any, inputs: Inputs, work: Workload) -> Callable[[int],
         start = time.perf_counter()
         prompt, pixels, sizes = _request(inputs, work, seed, stages)
         feeds: dict[str, Any] = {"input_ids": torch.as_tensor(prompt.ids)[None]}
-        feeds["pixel_values"] = torch.as_tensor(pixels)
+        feeds["pixel_values"] = torch.as_tensor(pixels, dtype=model.dtype)
         if inputs.config.grid_pinpoints:
-            feeds = _tiled(feeds, pixels, sizes)
-        with timed(stages, "prefill"):
+            feeds = _tiled(feeds, sizes)
+        feeds = {name: tensor.to(model.device) for name, tensor in feeds.items()}
+        with timed(stages, "prefill", now):
             out = model(**feeds, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)
-        first = time.perf_counter() - start
+        first = now() - start
         stages["vision"] = seen["stop"] - seen["start"]
         stages["prefill"] -= stages["vision"]
         for _ in range(work.new_tokens - 1):
             out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
-        later = time.perf_counter() - start - first
+        later = now() - start - first
         return Run(
             stages=stages,
             first_token_s=first,
@@ -117,22 +128,32 @@ def _transformers(model: Any, inputs: Inputs, work: Workload) -> Callable[[int],
             prompt_tokens=prompt.length,
             visual_tokens=prompt.visual_tokens,
             layer_ranges=((0, text.num_layers, prompt.length),),
-            kv_bytes=kv_bytes([prompt.length] * text.num_layers, text, 4),
-            precision="float32",
+            kv_bytes=kv_bytes([prompt.length] * text.num_layers, text, model.dtype.itemsize),
+            precision=precision,
         )
 
     return answer
 
 
-def _tiled(
-    feeds: dict[str, Any], pixels: np.ndarray, sizes: list[tuple[int, int]]
-) -> dict[str, Any]:
+def _clock(device: Any) -> Callable[[], float]:
+    """The time at which a device has done what it was given."""
+    import torch
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+def _tiled(feeds: dict[str, Any], sizes: list[tuple[int, int]]) -> dict[str, Any]:
     """As LLaVA-NeXT's forward takes pictures: tiles of each padded to the most, and their sizes."""
     import torch
 
-    count = len(sizes)
+    count, pixels = len(sizes), feeds["pixel_values"]
     tiles = len(pixels) // count  # pictures of one workload have one size
-    shaped = torch.as_tensor(pixels).reshape(count, tiles, *pixels.shape[1:])
+    shaped = pixels.reshape(count, tiles, *pixels.shape[1:])
     return feeds | {"pixel_values": shaped, "image_sizes": torch.tensor([list(s) for s in sizes])}
 
 
@@ -149,7 +170,8 @@ def _oracle(
     from trio_deploy.reference.nms import greedy_select
     from trio_deploy.reference.oracle import Row
 
-    text = inputs.config.text
+    text, device = inputs.config.text, oracle.model.device
+    now = _clock(device)
     segments = schedule.segments(text.num_layers)
     image_token = inputs.config.image_token_id
 
@@ -158,41 +180,44 @@ def _oracle(
         stages: dict[str, float] = {}
         start = time.perf_counter()
         prompt, pixels, sizes = _request(inputs, work, seed, stages)
-        with timed(stages, "vision"):
+        with timed(stages, "vision", now):
             hidden, _, _ = oracle.embed(Row(prompt.ids, pixels, sizes))
-        visual = torch.as_tensor(prompt.ids) == image_token
+        visual = torch.as_tensor(prompt.ids, device=device) == image_token
         counts = schedule.resolve(prompt.visual_tokens)
-        positions = torch.arange(prompt.length)[None]
+        positions = torch.arange(prompt.length, device=device)[None]
         cache = DynamicCache()
         lengths: list[int] = []
         for number, (first, stop) in enumerate(segments):
             if number:
-                with timed(stages, f"select_{number}"):
-                    scores = oracle.saliency(first, hidden, positions, visual)[visual].numpy()
+                with timed(stages, f"select_{number}", now):
+                    scores = oracle.saliency(first, hidden, positions, visual)[visual]
                     chosen = greedy_select(
-                        scores, hidden[0, visual].numpy(), counts[number - 1], oracle.threshold
+                        scores.cpu().numpy(),
+                        hidden[0, visual].float().cpu().numpy(),
+                        counts[number - 1],
+                        oracle.threshold,
                     )
                     keeps = ~visual
                     keeps[visual.nonzero().flatten()[chosen]] = True
                     index = keeps.nonzero().flatten()
                 hidden, visual, positions = hidden[:, index], visual[index], positions[:, index]
                 if oracle.positions == "renumber":
-                    positions = torch.arange(len(index))[None]
-            with timed(stages, f"prefill_{number}"):
+                    positions = torch.arange(len(index), device=device)[None]
+            with timed(stages, f"prefill_{number}", now):
                 hidden = oracle.run_layers(range(first, stop), hidden, positions, cache)
             lengths.append(hidden.shape[1])
-        with timed(stages, f"prefill_{len(counts)}"):
+        with timed(stages, f"prefill_{len(counts)}", now):
             token = oracle.logits(hidden[:, -1:]).argmax(-1)
-        until_first = time.perf_counter() - start
+        until_first = now() - start
         for step in range(work.new_tokens - 1):
             hidden = oracle.text.embed_tokens(token[None])
             for (first, stop), length in zip(segments, lengths, strict=True):
                 at = length if oracle.positions == "renumber" else prompt.length
                 hidden = oracle.run_layers(
-                    range(first, stop), hidden, torch.tensor([[at + step]]), cache
+                    range(first, stop), hidden, torch.tensor([[at + step]], device=device), cache
                 )
             token = oracle.logits(hidden).argmax(-1)
-        later = time.perf_counter() - start - until_first
+        later = now() - start - until_first
         per_layer = [n for n, (a, b) in zip(lengths, segments, strict=True) for _ in range(a, b)]
         return Run(
             stages=stages,
@@ -204,8 +229,8 @@ def _oracle(
             layer_ranges=tuple(
                 (a, b, n) for n, (a, b) in zip(lengths, segments, strict=True) if b > a
             ),
-            kv_bytes=kv_bytes(per_layer, text, 4),
-            precision="float32",
+            kv_bytes=kv_bytes(per_layer, text, oracle.model.dtype.itemsize),
+            precision=str(oracle.model.dtype).removeprefix("torch."),
         )
 
     return answer

@@ -214,8 +214,10 @@ def fitted(work: Workload, bundle: Bundle, text_tokens: int) -> tuple[Workload, 
 
 
 @contextlib.contextmanager
-def timed(stages: dict[str, float], name: str) -> Iterator[None]:
+def timed(
+    stages: dict[str, float], name: str, now: Callable[[], float] = time.perf_counter
+) -> Iterator[None]:
     """Adds the seconds spent inside to a stage."""
-    start = time.perf_counter()
+    start = now()
     yield
-    stages[name] = stages.get(name, 0.0) + time.perf_counter() - start
+    stages[name] = stages.get(name, 0.0) + now() - start
