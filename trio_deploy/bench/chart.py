@@ -52,7 +52,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 def _bars(pyplot: Any, result: Mapping[str, Any]) -> Any:
     """Time to the first token by stage, a bar a case."""
     cases, work = result["cases"], result["workload"]
-    figure, axes = pyplot.subplots(figsize=(9, 1.3 + 0.62 * len(cases)))
+    figure, axes = pyplot.subplots(figsize=(9.5, 1.5 + 0.62 * len(cases)), layout="constrained")
     longest = max(case["first_token_s"]["q3"] for case in cases)
     for row, case in enumerate(cases):
         left, first = 0.0, case["first_token_s"]
@@ -87,8 +87,7 @@ def _bars(pyplot: Any, result: Mapping[str, Any]) -> Any:
     ]
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[group]) for group in shown]
     labels = ["other, or not told apart" if group == OTHER else group for group in shown]
-    axes.legend(handles, labels, frameon=False, ncols=len(shown), loc="upper left",
-                bbox_to_anchor=(0, -0.28 - 0.5 / len(cases)), columnspacing=1.2)  # fmt: skip
+    figure.legend(handles, labels, frameon=False, ncols=len(shown), loc="outside lower left")
     return figure
 
 
@@ -98,9 +97,11 @@ def _sweep(pyplot: Any, result: Mapping[str, Any]) -> Any:
     names = [case["name"] for case in points[0]["cases"]]
     counts = [point["workload"]["visual_tokens"] for point in points]
     figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    most = max(case["flops"]["prefill"] for point in points for case in point["cases"])
+    size, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "G")) if most >= s), (1e6, "M"))
     values = (
         ("seconds of prefill", lambda case: case["prefill_s"]["median"]),
-        ("multiply-adds of prefill (T)", lambda case: case["flops"]["prefill"] / 1e12),
+        (f"multiply-adds of prefill ({unit})", lambda case: case["flops"]["prefill"] / size),
         ("KV cache (MiB)", lambda case: case["kv_bytes"] / _MIB),
     )
     for panel, (label, value) in zip(panels, values, strict=True):

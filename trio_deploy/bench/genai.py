@@ -19,6 +19,7 @@ import numpy as np
 
 from trio_deploy.bench.cases import Case, Run
 from trio_deploy.bench.workload import Workload
+from trio_deploy.checkpoint import image_settings
 from trio_deploy.errors import TrioError
 
 _CHILD = Path(__file__).with_name("genai_child.py")
@@ -65,7 +66,8 @@ def convert(checkpoint: Path, python: str) -> Path:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise TrioError(f"optimum-intel did not convert the checkpoint ({last})")
         # GenAI reads this file alone, which newer transformers fold into processor_config.json.
-        shutil.copy(checkpoint / "preprocessor_config.json", unfinished)
+        settings = json.dumps(image_settings(checkpoint), indent=1)
+        (unfinished / "preprocessor_config.json").write_text(settings, encoding="utf-8")
         shutil.rmtree(converted, ignore_errors=True)
         unfinished.rename(converted)
     return converted
@@ -90,7 +92,8 @@ class GenAI:
         self._work = work
         self._precision = case.precision or "float32"
         folder = convert(Path(case.checkpoint), python)
-        self._pictures = tempfile.TemporaryDirectory(prefix="trio-genai-")
+        self._folder = tempfile.TemporaryDirectory(prefix="trio-genai-")
+        self._errors = Path(self._folder.name) / "errors"
         arguments = {
             "folder": str(folder),
             "threads": case.threads,
@@ -98,12 +101,14 @@ class GenAI:
             "prompt": work.prompt,
             "new_tokens": work.new_tokens,
         }
-        self._child = subprocess.Popen(
-            [python, str(_CHILD), json.dumps(arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        with self._errors.open("w", encoding="utf-8") as errors:
+            self._child = subprocess.Popen(
+                [python, str(_CHILD), json.dumps(arguments)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
 
     def __enter__(self) -> GenAI:
         return self
@@ -122,7 +127,7 @@ class GenAI:
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
-        self._pictures.cleanup()
+        self._folder.cleanup()
 
     def __call__(self, seed: int) -> Run:
         """Answer once.
@@ -130,7 +135,7 @@ class GenAI:
         Raises:
             TrioError: the process ended.
         """
-        file = Path(self._pictures.name) / "pictures.npy"
+        file = Path(self._folder.name) / "pictures.npy"
         np.save(file, np.stack([np.asarray(image) for image in self._work.pictures(seed)]))
         reply = self._ask(str(file))
         return Run(
@@ -150,4 +155,6 @@ class GenAI:
             for answer in self._child.stdout:
                 if answer.startswith("{"):  # other lines are the library's own remarks
                     return dict(json.loads(answer))
-        raise TrioError(f"OpenVINO GenAI's process ended with status {self._child.wait()}")
+        self._child.wait()
+        said = self._errors.read_text(encoding="utf-8").strip().splitlines() or ["no message"]
+        raise TrioError(f"OpenVINO GenAI does not answer about this checkpoint ({said[-1]})")

@@ -104,7 +104,10 @@ def measure(
         if case.kind == "genai":  # in what the pipeline computes in
             case = replace(case, precision=pipeline.precision)
         try:
-            contenders[case.name] = opened.open(case, work)
+            answer = opened.open(case, work)
+            if case.kind in BASELINES:
+                answer(0)  # what cannot be measured is found before the others are
+            contenders[case.name] = answer
         except TrioError as error:
             if case.kind not in BASELINES or options.baselines:
                 raise
