@@ -32,10 +32,10 @@ import tritonclient.grpc.aio as triton
 from tqdm import tqdm
 from triton_server import TritonServer
 
-from trio_deploy.bench.measure import load_average, machine, machine_text
 from trio_deploy.bundle import Bundle
 from trio_deploy.evaluate import scenes
 from trio_deploy.export import export
+from trio_deploy.machine import load_average, machine, machine_text
 from trio_deploy.runtime.pipeline import TrioPipeline
 from trio_deploy.triton.repository import Options, write_repository
 

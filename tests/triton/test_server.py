@@ -457,30 +457,42 @@ def test_after_all_that_it_still_answers(running):
     assert ask(running.server, prompt=case.question, images=case.png).token_ids == case.token_ids
 
 
+@contextlib.contextmanager
+def full(server: TritonServer) -> Iterator[list[Asking]]:
+    """Two answers on their way and two waiting, as many as this model takes."""
+    held: list[Asking] = []
+    try:
+        for _ in range(4):
+            held.append(
+                Asking(server, "endless_vlm", prompt="what color is the star?", max_tokens=600)
+            )
+            if len(held) <= 2:
+                assert held[-1].next()
+        assert until(lambda: metric(server, "trio_queue_length", model="endless_vlm") == 2)
+        yield held
+    finally:
+        for asking in held:
+            asking.close(cancel=True)
+
+
 def test_a_full_queue_refuses_clearly_and_loses_nothing(running):
-    """Two rows run, two wait, the others are told to come back."""
-    held = [
-        Asking(running.server, "endless_vlm", prompt="what color is the star?", max_tokens=40)
-        for _ in range(7)
-    ]
-    answers = [asking.all() for asking in held]
-    refused = [a.error for a in answers if a.error is not None]
-    done = [a for a in answers if a.error is None]
-    assert refused and all("queue" in error.message() for error in refused)
-    assert len(done) >= 4 and all(len(a.token_ids) == 40 for a in done)
-
-
-def test_a_full_queue_is_503_in_http(running):
-    held = [
-        Asking(running.server, "endless_vlm", prompt="what color is the star?", max_tokens=200)
-        for _ in range(4)
-    ]
-    assert until(lambda: metric(running.server, "trio_queue_length", model="endless_vlm") == 2)
-    body = {"prompt": "what color is the star?"}
-    status, text = post(running.server, "/v2/models/endless_vlm_complete/generate", body)
-    for asking in held:
-        asking.close(cancel=True)
-    assert status == 503 and "queue" in text
+    with full(running.server) as held:
+        late = ask(running.server, "endless_vlm", prompt="what color is the star?")
+        assert "queue" in late.error.message()
+        for client, url, expected in (
+            (grpc_client, running.server.grpc, "StatusCode.UNAVAILABLE"),
+            (http_client, running.server.http, "503"),
+        ):
+            with (
+                client.InferenceServerClient(url) as connection,
+                pytest.raises(client.InferenceServerException, match="queue") as refused,
+            ):
+                connection.infer("endless_vlm_complete", tensors(client, {"prompt": "hi"}))
+            assert refused.value.status() == expected
+        for asking in held[:2]:
+            asking.close(cancel=True)
+        for asking in held[2:]:  # their turn has come
+            assert asking.next() and asking.answer.token_ids
 
 
 # ---------------------------------------------------------------------------- cancelling, deadlines
