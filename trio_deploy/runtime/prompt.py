@@ -255,6 +255,10 @@ class PromptEncoder:
             raise TrioError("the prompt has no text: write something to ask")
         return Prompt(expanded, np.repeat(marks, repeats))
 
+    def answer(self, text: str) -> list[int]:
+        """Token ids of an answer's text, without special tokens."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
     @property
     def has_template(self) -> bool:
         """Whether messages can be rendered."""
