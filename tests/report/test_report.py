@@ -164,6 +164,28 @@ def test_a_bundle_that_prunes_nothing_has_a_page(tmp_path, llava_checkpoint):
     assert "prunes nothing" in text and "Left out." in text
 
 
+def test_engines_are_those_that_the_build_recorded(bundle, tmp_path):
+    from trio_deploy.build.record import Gpu, Record, StageRecord
+    from trio_deploy.recipe import Limits
+
+    copy = shutil.copytree(bundle.path, tmp_path / "b")
+    folder = copy / "engines" / "orin"
+    folder.mkdir(parents=True)
+    stage = StageRecord("vision.engine", "0" * 64, 2**20, "0" * 64, "0" * 64, ())
+    limits = Limits(max_batch=1, max_text_tokens=64, max_visual_tokens=576, max_new_tokens=64)
+    Record("orin", "8.6.1", Gpu("Orin", "8.7", "540.3"), "primitive", "float16", "separate",
+           limits, {"vision": stage}).save(folder)  # fmt: skip
+    (copy / "engines" / "thor").mkdir()
+    (copy / "engines" / "thor" / "record.json").write_text("{")
+    good, bad = gather.exported(Bundle.load(copy))["engines"]
+    assert (good["target"], good["tensorrt"], good["stages"]) == ("orin", "8.6.1", "1")
+    assert "Orin" in good["gpu"] and good["size"] == "1 MiB"
+    assert bad["target"] == "thor" and "damaged" in bad["problem"]
+    wanted = Wanted(check=False, measure=False, scenes=0, asked=[Asked("hi", (make_picture(),))])
+    text = Page(write_report(copy, tmp_path / "r.html", wanted, progress=False).read_text()).text
+    assert "TensorRT engines" in text and "540.3" in text
+
+
 def test_parity_comes_from_the_reference_or_the_recorded_one(bundle, monkeypatch):
     from trio_deploy import parity
     from trio_deploy.parity.compare import ParityRow

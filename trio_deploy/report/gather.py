@@ -26,7 +26,8 @@ from trio_deploy.bench.results import PROBES
 from trio_deploy.bench.runner import SCHEMA as BENCH_SCHEMA
 from trio_deploy.bench.runner import UNPRUNED
 from trio_deploy.bench.table import operations, times, where
-from trio_deploy.bundle import WEIGHTS, Bundle, format_bytes
+from trio_deploy.build.record import RECORD, Record
+from trio_deploy.bundle import ENGINES, WEIGHTS, Bundle, format_bytes
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluate import evaluate, scenes
 from trio_deploy.evaluate.configurations import BLIND, Source, grid
@@ -120,7 +121,36 @@ def exported(bundle: Bundle) -> dict[str, Any]:
         }
         for stage, graph in manifest.graphs.items()
     ]
-    return {"name": manifest.model.name, "facts": facts, "stages": stages}
+    return {
+        "name": manifest.model.name,
+        "facts": facts,
+        "stages": stages,
+        "engines": _engines(bundle.path / ENGINES),
+    }
+
+
+def _engines(folder: Path) -> list[dict[str, str]]:
+    """What `trio build` made for each target, by its own records."""
+    found = []
+    for record in sorted(folder.glob(f"*/{RECORD}")):
+        try:
+            built = Record.load(record.parent)
+        except TrioError as error:
+            found.append({"target": record.parent.name, "problem": str(error)})
+            continue
+        size = sum(stage.bytes for stage in built.stages.values())
+        gpu = built.gpu
+        found.append(
+            {
+                "target": built.target,
+                "problem": "",
+                "gpu": f"{gpu.name} ({gpu.compute_capability}, driver {gpu.driver})",
+                "tensorrt": built.tensorrt,
+                "stages": str(len(built.stages)),
+                "size": format_bytes(size),
+            }
+        )
+    return found
 
 
 def _work(stage: str, bundle: Bundle) -> str:
