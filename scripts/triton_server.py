@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 HOST = "127.0.0.1"
+_SHARED = Path("/dev/shm")
 PROGRAM = Path(sys.executable).parent / "tritonserver"
 
 
@@ -131,6 +132,14 @@ class TritonServer:
             found = [pid for pid in dict.fromkeys([*found, *waiting]) if pid != self.process.pid]
         return found
 
+    def shared_memory(self) -> list[Path]:
+        """What the server passes tensors to its models' processes through; their arguments say."""
+        arguments = []
+        for pid in self.descendants():
+            with contextlib.suppress(OSError):
+                arguments += Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        return [_SHARED / name for name in arguments if name.startswith("triton_python_backend_")]
+
     def memory_mib(self) -> float:
         """Resident memory of the server and its models' processes; shared pages count once."""
         total = 0
@@ -147,7 +156,7 @@ class TritonServer:
         Returns:
             Its exit status; what does not end in time is killed.
         """
-        family = self.descendants()
+        family, shared = self.descendants(), self.shared_memory()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -155,10 +164,11 @@ class TritonServer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        for pid in family:  # a model's process may outlive a server that was killed
-            with contextlib.suppress(OSError):
-                if str(Path(f"/proc/{pid}/cmdline").read_bytes()).find("triton_python") >= 0:
+            for pid in family:  # which would notice by themselves, but only in a while
+                with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
+            for region in shared:
+                region.unlink(missing_ok=True)
         return self.process.returncode
 
     def tail(self, lines: int = 25) -> str:

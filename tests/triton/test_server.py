@@ -52,7 +52,6 @@ grpc_client = pytest.importorskip("tritonclient.grpc")
 http_client = pytest.importorskip("tritonclient.http")
 
 WAIT_S = 20.0
-SHARED = Path("/dev/shm")
 TYPES = {
     "prompt": "BYTES",
     "messages": "BYTES",
@@ -558,19 +557,9 @@ def test_metrics_tell_what_was_done(running):
 # --------------------------------------------------------------------------- starting and ending
 
 
-def regions(server: TritonServer) -> list[Path]:
-    """Shared memory of the models' processes, whose arguments name it."""
-    arguments = [
-        argument
-        for pid in server.descendants()
-        for argument in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-    ]
-    return [SHARED / name for name in arguments if name.startswith("triton_python_backend_shm")]
-
-
 def test_sigterm_lets_running_answers_finish_and_leaves_no_shared_memory(running, tmp_path):
     with TritonServer(running.repositories[1], tmp_path / "log") as server:
-        family, shared = server.descendants(), regions(server)
+        family, shared = server.descendants(), server.shared_memory()
         assert shared and all(region.exists() for region in shared)
         asking = Asking(server, "endless_vlm", prompt="what color is the star?", max_tokens=150)
         assert asking.next()
@@ -588,7 +577,7 @@ def test_a_killed_instance_is_reported_and_ends_the_server(running, tmp_path):
     with TritonServer(
         running.repositories[0], tmp_path / "log", ["--exit-timeout-secs=2"]
     ) as server:
-        shared = regions(server)
+        shared = server.shared_memory()
         (pid,) = [
             pid
             for pid in server.descendants()
