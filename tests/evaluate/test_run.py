@@ -161,11 +161,15 @@ def test_a_bundle_is_measured_at_any_budget(tmp_path, questions):
 
 def test_methods_go_into_schedules(source):
     found, refused = grid(
-        source, ["recipe", "fastv", "dart@0", "fastv@2", "random@1+4"], [0.111], seeds=(0, 1, 2)
+        source,
+        ["recipe", "fastv", "dart@0", "fastv@2", "dart@recipe", "random@1+4"],
+        [0.111],
+        seeds=(0, 1, 2),
     )
     by_name = {one.name: one for one in found}
     assert by_name["recipe"].schedule == source.recipe_schedules["0.111"]
     assert set(by_name["fastv"].schedule.methods) == {"fastv"}
+    assert by_name["dart@recipe"].schedule == by_name["recipe"].schedule.with_method("dart")
     assert by_name["dart@0"].schedule == Schedule.parse("0:0.111:dart")
     assert by_name["random@1+4"].schedule.layers == (1, 4)
     assert by_name["random@1+4"].seeds == (0, 1, 2) and by_name["fastv"].seeds == (0,)

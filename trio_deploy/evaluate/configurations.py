@@ -155,7 +155,8 @@ def grid(
     Args:
         methods: a bundle has its own, so none may be given there. Else `recipe` (the recipe's
             schedule for the budget), or a method of pruning: by itself in the published schedule's
-            shape, with layers (`divprune@0`, `trio@1+5+8`) before those, its keeps solved.
+            shape, with layers (`divprune@0`, `trio@1+5+8`) before those, its keeps solved, with
+            `@recipe` in the recipe's schedule.
         budgets: shares of the visual tokens that a layer sees on average.
         seeds: for a random selection.
 
@@ -219,23 +220,26 @@ def named(source: Source, text: str) -> Configuration:
     return Configuration(name if equals else str(schedule), schedule, round(share, 4))
 
 
-def _parse(text: str) -> tuple[str, list[int] | None]:
-    """A method and, where they are given, its layers."""
+def _parse(text: str) -> tuple[str, list[int] | str | None]:
+    """A method and, where it is said, its layers or that the recipe says them."""
     kind, at, places = text.partition("@")
     if kind != RECIPE and kind not in METHODS:
         raise TrioError(
-            f"unknown method {kind!r}: choose from {RECIPE}, {', '.join(METHODS)}; METHOD@LAYER "
-            "or METHOD@LAYER+LAYER says where it prunes"
+            f"unknown method {kind!r}: choose from {RECIPE}, {', '.join(METHODS)}; METHOD@LAYER, "
+            f"METHOD@LAYER+LAYER or METHOD@{RECIPE} says where it prunes"
         )
+    if places == RECIPE:
+        return kind, RECIPE
     try:
         return kind, [int(place) for place in places.split("+")] if at else None
     except ValueError:
         raise TrioError(f"{text!r} must be METHOD@LAYER or METHOD@LAYER+LAYER") from None
 
 
-def _schedule(source: Source, kind: str, layers: list[int] | None, budget: float) -> Schedule:
-    if kind == RECIPE:
-        return for_budget(budget, source.layers, source.recipe_schedules)
+def _schedule(source: Source, kind: str, layers: list[int] | str | None, budget: float) -> Schedule:
+    if kind == RECIPE or isinstance(layers, str):
+        schedule = for_budget(budget, source.layers, source.recipe_schedules)
+        return schedule if kind == RECIPE else schedule.with_method(kind)
     schedule = solve(budget, source.layers, layers=layers).with_method(kind)
     schedule.validate(source.layers, source.visual)
     return schedule

@@ -22,7 +22,8 @@ def add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--methods",
         help="comma-separated: recipe (the recipe's schedules), trio, divprune, … in the "
-        "published schedule's shape, or METHOD@LAYER+LAYER (default: recipe; a bundle has its own)",
+        "published schedule's shape, METHOD@LAYER+LAYER, or METHOD@recipe for the recipe's layers "
+        "and keeps (default: recipe; a bundle has its own)",
     )
     command.add_argument(
         "--schedule",
