@@ -139,7 +139,7 @@ def test_the_gpu_and_instances_reach_the_configuration(bundle, tmp_path):
         bundle, tmp_path / "out", Options(runtime="onnxruntime", device="gpu", instances=2)
     )
     text = (tmp_path / "out" / "trio_vlm" / "config.pbtxt").read_text()
-    assert "count: 2\n  kind: KIND_GPU" in text
+    assert "count: 2\n  kind: KIND_GPU\n  gpus: [0]" in text
     assert 'string_value: "cuda"' in text
 
 

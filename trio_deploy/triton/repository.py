@@ -342,7 +342,8 @@ class _Models:
     def _add_plan(self, stage: str, plan: _Plan) -> None:
         name = self._stage_name(stage)
         self._place(plan.file, f"{name}/1/model.plan", self._options.link)
-        group = {"count": 1, "kind": self._kind, "profile": [str(i) for i in range(plan.profiles)]}
+        (group,) = self._instances(1)
+        group["profile"] = [str(profile) for profile in range(plan.profiles)]
         self._config(
             name,
             {
@@ -415,7 +416,9 @@ class _Models:
         return [_warm_up("one tile", {pixels.name: blank})]
 
     def _instances(self, count: int) -> list[dict[str, Any]]:
-        return [{"count": count, "kind": self._kind}]
+        # The runtimes take the first GPU they see, wherever Triton would place an instance.
+        gpus = [0] if self._kind == "KIND_GPU" else None
+        return [{"count": count, "kind": self._kind, "gpus": gpus}]
 
     def _place(
         self, source: Path, relative: str, link: bool, progress: Progress = lambda count: None
