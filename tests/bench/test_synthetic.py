@@ -103,3 +103,12 @@ def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkey
     with pytest.raises(TrioError, match="smaller --size"):
         write_checkpoint(tmp_path / "c", config, settings, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_beyond_the_memory_are_refused(tmp_path, monkeypatch):
+    _, config, settings = model_of("llava-1.5-7b")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("U", (), {"free": 1 << 50})())
+    monkeypatch.setattr("trio_deploy.bench.synthetic.machine", lambda _: {"memory_gib": 16.0})
+    with pytest.raises(TrioError, match=r"26\.\d GiB and this machine has 16.0 GiB"):
+        write_checkpoint(tmp_path / "c", config, settings, progress=False)
+    assert not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from trio_deploy.checkpoint import INDEX, SINGLE
 from trio_deploy.errors import TrioError
+from trio_deploy.machine import machine
 from trio_deploy.models import canonical_tensors, parse_config
 from trio_deploy.models.config import ModelConfig
 from trio_deploy.recipe import list_recipes
@@ -204,7 +205,7 @@ def write_checkpoint(
     """A checkpoint folder with random weights; nothing happens where it stands already.
 
     Raises:
-        TrioError: the disk has no room for it.
+        TrioError: neither disk nor memory has room for it.
     """
     if (folder / "config.json").is_file():
         return folder
@@ -218,6 +219,12 @@ def write_checkpoint(
             f"random weights of this size take {layout.nbytes / 2**30:.1f} GiB and {folder.parent} "
             f"has {free / 2**30:.1f} GiB free: choose a smaller --size, another --cache or "
             "--dtype float16"
+        )
+    memory = machine(None)["memory_gib"]
+    if memory and layout.nbytes > memory * 2**30:
+        raise TrioError(
+            f"random weights of this size take {layout.nbytes / 2**30:.1f} GiB and this machine "
+            f"has {memory} GiB of memory: choose a smaller --size or --dtype float16"
         )
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
