@@ -49,7 +49,7 @@ TORCH_BASELINES = "bench/baselines.py"  # what bundles are measured against
 ENGINES = {
     "onnxruntime": ("runtime/ort.py",),
     # The second is a program for an environment with OpenVINO GenAI, which has no trio_deploy.
-    "openvino": ("runtime/ov.py", "bench/genai_child.py"),
+    "openvino": ("runtime/ov.py", "runtime/ov_passes.py", "bench/genai_child.py"),
 }
 
 

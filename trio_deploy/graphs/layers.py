@@ -466,8 +466,8 @@ def cache_window(
         rows = op.Range(0, op.Squeeze(new, [0]), 1)
         ends = op.Unsqueeze(op.Sub(lengths, 1), [1, 2])
         last = op.Min(op.Unsqueeze(rows, [0, 2]), ends)  # see below
-        blind = op.Cast(op.Greater(op.Unsqueeze(rows, [0, 1]), last), to=FLOAT)
-        return Window(angles, mask=op.Unsqueeze(op.Mul(blind, -1e30), [1]))
+        mask = _blind(op, op.Greater(op.Unsqueeze(rows, [0, 1]), last))
+        return Window(angles, mask=mask)
     capacity = dim(op, past.key, 2)
     fresh = op.Greater(new, capacity)  # prefill
     slots = op.Range(0, op.Squeeze(op.Max(capacity, new), [0]), 1)
@@ -478,13 +478,17 @@ def cache_window(
     last = op.Add(start, op.Unsqueeze(rows, [0, 2]))
     if lengths is not None:
         last = op.Min(last, op.Add(start, op.Unsqueeze(op.Sub(lengths, 1), [1, 2])))
-    blind = op.Cast(op.Greater(op.Unsqueeze(slots, [0, 1]), last), to=FLOAT)
-    mask = op.Unsqueeze(op.Mul(blind, -1e30), [1])
+    mask = _blind(op, op.Greater(op.Unsqueeze(slots, [0, 1]), last))
     written = op.Equal(op.Unsqueeze(slots, [0]), op.Unsqueeze(past_lengths, [1]))
     written = op.Unsqueeze(op.Or(written, fresh), [1, 3])
     # By arithmetic: TensorRT computes no sizes with comparisons.
     filler = op.Min(op.Max(op.Sub(new, capacity), 0), 1)
     return Window(angles, past_lengths=past_lengths, written=written, filler=filler, mask=mask)
+
+
+def _blind(op: Any, hidden: ir.Value) -> ir.Value:
+    """The additive mask f32 [B, 1, S, P] that hides the slots where bool [B, S, P] holds."""
+    return op.Unsqueeze(op.Where(hidden, -1e30, 0.0), [1])
 
 
 def plain_attention(

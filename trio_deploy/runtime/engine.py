@@ -136,7 +136,8 @@ class Runtime(Protocol):
         """Load a graph.
 
         Args:
-            exact: compute in the graph's own precision whatever the runtime was told.
+            exact: decisions hang on this graph's numbers: whatever the runtime was told, compute in
+                the graph's own precision all but products with weights.
             probing: a graph whose weights other graphs hold as well (select, embed): refer to
                 the file rather than make a rearranged copy.
         """

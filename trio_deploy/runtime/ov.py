@@ -1,7 +1,8 @@
 """OpenVINO, which reads the `primitive` graphs; on CPUs with AMX it computes in bfloat16.
 
-Select graphs always compute in float32: bfloat16 similarities would move tokens across the
-threshold. Weights are mapped from the bundle's files.
+Select graphs compute in float32, since bfloat16 similarities would move tokens across the
+threshold; with precision bfloat16 only their products with weights are narrowed. Weights are mapped
+from the bundle's files.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from trio_deploy.errors import TrioError
 from trio_deploy.runtime.engine import Array, HostRuntime, Step, TensorSpec, check_feeds
+from trio_deploy.runtime.ov_passes import Passes
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -33,6 +35,7 @@ class OvRuntime(HostRuntime):
             raise TrioError(f"OpenVINO computes in float32 or bfloat16, not in {precision}")
         self._openvino = openvino
         self._core = openvino.Core()
+        self._passes = Passes()
         self._precision = precision
         self._threads = threads
         able = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -51,7 +54,7 @@ class OvRuntime(HostRuntime):
         return False
 
     def open(self, path: Path, *, exact: bool = False, probing: bool = False) -> OvEngine:
-        """Load a graph.
+        """Load a graph; with precision bfloat16 its caches, where it has some, are bfloat16 too.
 
         Raises:
             TrioError: it does not load.
@@ -67,10 +70,17 @@ class OvRuntime(HostRuntime):
         if self._threads is not None:
             options["INFERENCE_NUM_THREADS"] = self._threads
         try:
-            model = self._core.compile_model(str(path), "CPU", options)
+            model = self._core.read_model(str(path))
+            if _sees_all(model):
+                self._passes.split_queries(model)
+            if self._precision == "bfloat16" and exact:
+                self._passes.narrow_products(model)
+            elif self._precision == "bfloat16":
+                model = self._passes.narrow_caches(model)
+            compiled = self._core.compile_model(model, "CPU", options)
         except RuntimeError as error:
             raise TrioError(f"OpenVINO cannot load {path.name}: {error}") from error
-        return OvEngine(self._openvino, model)
+        return OvEngine(self._openvino, compiled)
 
 
 class OvEngine:
@@ -148,6 +158,11 @@ class _Step:
     def __call__(self) -> None:
         self._request.start_async()
         self._request.wait()
+
+
+def _sees_all(model: Any) -> bool:
+    """Whether a graph is the segment before any pruning, which works on whole prompts."""
+    return any(port.get_any_name() == "inputs_embeds" for port in model.inputs)
 
 
 def _specs(ports: list[Any]) -> dict[str, TensorSpec]:

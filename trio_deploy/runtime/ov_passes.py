@@ -1,0 +1,146 @@
+"""What OpenVINO's CPU plugin does faster than it reads the `primitive` dialect.
+
+Each pass changes a model that was read and is not compiled yet; none changes what is computed but
+for rounding. Shapes: B rows, S new tokens, P = max(C, S) slots of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+_PARTS = 4  # of a prompt's queries: 5/8 of the scores are computed instead of all
+_END = np.iinfo(np.int64).max  # of a slice
+
+_Cut = Callable[[Any, int], Any]
+"""Cuts a range out of a value along an axis."""
+
+
+class Passes:
+    """The passes; one object serves all models."""
+
+    def __init__(self) -> None:
+        """Needs OpenVINO."""
+        from openvino import Type, opset13
+        from openvino.preprocess import PrePostProcessor
+
+        self._op, self._type, self._ports = opset13, Type, PrePostProcessor
+
+    def narrow_products(self, model: Any) -> None:
+        """Products with a weight of the checkpoint in bfloat16; all else stays in float32.
+
+        For select graphs. Products of two activations are left alone: the backward pass through
+        attention subtracts what is nearly equal, and similarities are compared with a threshold.
+        So are the bodies of Loops. (Compiled in bfloat16 as a whole, such a graph ends the process
+        with SIGFPE in OpenVINO 2026.4.)
+        """
+        for product in _of_kind(model, "MatMul"):
+            operands = [product.input_value(i) for i in range(2)]
+            if any(map(self._is_weight, operands)):
+                attributes = product.get_attributes()
+                flips = attributes["transpose_a"], attributes["transpose_b"]
+                y = self._op.matmul(*map(self._narrow, operands), *flips)
+                _replace(product, self._op.convert(y, "f32"))
+
+    def narrow_caches(self, model: Any) -> Any:
+        """The model with past.* and present.* in bfloat16, as attention reads them."""
+        changed = self._ports(model)
+        for ports, prefix, of in (
+            (model.inputs, "past.", changed.input),
+            (model.outputs, "present.", changed.output),
+        ):
+            for name in (port.get_any_name() for port in ports):
+                if name.startswith(prefix):
+                    of(name).tensor().set_element_type(self._type.bf16)
+        return changed.build()
+
+    def split_queries(self, model: Any) -> None:
+        """Causal attention a part of the queries at a time, each with the keys that it can see.
+
+        softmax(q kᵀ + mask) v over all keys spends half of its time on what the mask hides. In
+        prefill (P = S) the queries up to the i-th see the first i slots at most. In decode (S = 1)
+        the last part has the query and all slots, and the others are empty.
+        """
+        op = self._op
+        shared: dict[str, list[tuple[_Cut, _Cut, Any]]] = {}
+        for product in _of_kind(model, "MatMul"):
+            softmax = _behind_cast(product.input_value(0))
+            masked = softmax.input_value(0).get_node()
+            if softmax.get_type_name() != "Softmax" or masked.get_type_name() != "Add":
+                continue
+            scores, mask = _behind_cast(masked.input_value(0)), masked.input_value(1)
+            q, transpose = scores.input_value(0), scores.input_value(1).get_node()
+            k, v = transpose.input_value(0), product.input_value(1)
+            name = mask.get_node().get_friendly_name()
+            if name not in shared:  # by all layers
+                shared[name] = self._parts(mask)
+            parts = []
+            for queries, slots, hidden in shared[name]:
+                keys = op.transpose(slots(k, 2), transpose.input_value(1))
+                raw = op.convert(op.matmul(queries(q, 2), keys, False, False), "f32")
+                weights = op.softmax(op.add(raw, hidden), -1)
+                weights = op.convert(weights, v.get_element_type())
+                parts.append(op.matmul(weights, slots(v, 2), False, False))
+            _replace(product, op.concat(parts, 2))
+
+    def _parts(self, mask: Any) -> list[tuple[_Cut, _Cut, Any]]:
+        """For each part what cuts out its queries and its slots, and its own mask."""
+        op = self._op
+        size = op.gather(op.shape_of(mask, "i64"), _at(2), np.int64(0))
+        size = op.divide(size, _at(_PARTS))  # the last part takes what is left over, too
+        starts = [op.multiply(size, _at(number)) for number in range(_PARTS)]
+        parts: list[tuple[_Cut, _Cut, Any]] = []
+        for start, stop in pairwise(starts):
+            queries, slots = partial(self._cut, start, stop), partial(self._cut, _at(0), stop)
+            parts.append((queries, slots, slots(queries(mask, 2), 3)))
+        queries = partial(self._cut, starts[-1], _at(_END))
+        return [*parts, (queries, _whole, queries(mask, 2))]
+
+    def _cut(self, start: Any, stop: Any, value: Any, axis: int) -> Any:
+        return self._op.slice(value, start, stop, _at(1), _at(axis))
+
+    def _is_weight(self, value: Any) -> bool:
+        """Whether it is a float32 tensor of the checkpoint, or the transpose of one."""
+        node = value.get_node()
+        if node.get_type_name() == "Transpose":
+            node = node.input_value(0).get_node()
+        return (
+            node.get_type_name() == "Constant"
+            and node.get_element_type() == self._type.f32
+            and node.get_friendly_name().endswith(".weight")
+        )
+
+    def _narrow(self, value: Any) -> Any:
+        node = value.get_node()
+        if node.get_type_name() == "Transpose":  # narrow the constant itself: that is folded
+            narrow = self._op.convert(node.input_value(0), "bf16")
+            return self._op.transpose(narrow, node.input_value(1))
+        return self._op.convert(value, "bf16")
+
+
+def _of_kind(model: Any, kind: str) -> list[Any]:
+    return [node for node in model.get_ordered_ops() if node.get_type_name() == kind]
+
+
+def _behind_cast(value: Any) -> Any:
+    """The node that makes a value, but for a Convert."""
+    node = value.get_node()
+    return node.input_value(0).get_node() if node.get_type_name() == "Convert" else node
+
+
+def _whole(value: Any, axis: int) -> Any:
+    return value
+
+
+def _at(*numbers: int) -> np.ndarray:
+    return np.array(numbers, np.int64)
+
+
+def _replace(node: Any, by: Any) -> None:
+    by.set_friendly_name(node.get_friendly_name())
+    for target in list(node.output(0).get_target_inputs()):
+        target.replace_source_output(by.output(0))
