@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -476,3 +478,35 @@ def test_a_row_copied_between_caches_brings_its_tokens_and_no_other(pipeline: Tr
     assert all(np.isnan(array).all() for array in target.sides[0].values())
     with pytest.raises(TrioError, match="holds 2 tokens, but 5 are needed"):
         cache(1, [0], 2).copy_rows([0], source, [1])
+
+
+def test_an_answered_request_leaves_nothing_behind(pipeline: TrioPipeline) -> None:
+    """Pictures are large, and cycles of references would keep them until a rare full collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        with ContinuousBatcher(pipeline) as batcher:
+
+            class Listener:
+                handle: Handle
+
+                def hear(self, event: Event) -> None:
+                    pass
+
+            listener = Listener()
+            rows = []
+            take = pipeline.prepare
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(
+                    pipeline, "prepare", lambda r: rows.append(weakref.ref(row := take(r))) or row
+                )
+                listener.handle = batcher.submit(
+                    Request(ask(COLOR), [make_picture()], 3), listener.hear
+                )
+                listener.handle.result(30)
+            gone = weakref.ref(listener)
+            del listener
+            # The worker and the deliverer may not have left their functions yet.
+            wait_for(lambda: gone() is None and rows[0]() is None)
+    finally:
+        gc.enable()

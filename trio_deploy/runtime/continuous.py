@@ -174,7 +174,7 @@ class ContinuousBatcher:
         """Start the threads.
 
         Args:
-            max_rows: rows decoded at once.
+            max_rows: rows decoded at once; no more than the runtime's engines were built for.
             max_queue: requests that may wait; more are refused.
             prefill_rows, prefill_tokens: requests, and tokens with padding, that are prefilled
                 before the rows in decoding take their next step. A single longer prompt still is.
@@ -207,13 +207,13 @@ class ContinuousBatcher:
                 "own: set prefillers to 0"
             )
         self._pipeline = pipeline
-        self._max_rows = max_rows
+        self._max_rows = min(max_rows, pipeline.max_rows or max_rows)
         self._max_queue = max_queue
-        self._prefill_rows = prefill_rows
+        self._prefill_rows = min(prefill_rows, self._max_rows)
         self._prefill_tokens = prefill_tokens
         self._max_prompt_tokens = max_prompt_tokens
         self._max_kv_bytes = max_kv_bytes
-        self._running = pipeline.running(max_rows)
+        self._running = pipeline.running(self._max_rows)
         self._active: dict[Row, Handle] = {}
         self._away: set[Handle] = set()
         # Guards what follows; everything above belongs to the worker.
@@ -221,6 +221,7 @@ class ContinuousBatcher:
         self._news = False
         self._arrived: deque[tuple[list[Handle], Prefilled | Exception]] = deque()
         self._busy = 0
+        self._open: set[Handle] = set()
         self._preparing: set[Handle] = set()
         self._ready: deque[Handle] = deque()
         self._metrics = Metrics()
@@ -272,6 +273,7 @@ class ContinuousBatcher:
                     else f"the queue is full: max_queue = {self._max_queue} requests are waiting; "
                     "try again later"
                 )
+            self._open.add(handle)
             self._preparing.add(handle)
             self._pool.submit(self._prepare, handle)
         return handle
@@ -588,6 +590,10 @@ class ContinuousBatcher:
                 handle._deaf = True
                 handle.cancel()
             if event.last:
+                # A listener often holds its handle: let go of it, and of the pictures, at once.
+                handle._on_event, handle._row = None, None
+                with self._changed:
+                    self._open.discard(handle)
                 handle._last = event
                 handle._done.set()
 
@@ -603,7 +609,7 @@ class ContinuousBatcher:
         self._changed.notify_all()
 
     def _cancel_all(self) -> None:
-        for handle in [*self._preparing, *self._ready, *self._away, *self._active.values()]:
+        for handle in self._open:
             handle._cancelled = True
 
     @staticmethod
@@ -612,7 +618,7 @@ class ContinuousBatcher:
 
     @property
     def _queued(self) -> int:
-        return len(self._preparing) + len(self._ready) + len(self._away)
+        return len(self._preparing) + len(self._ready)
 
     def _count(self, outcome: str) -> None:
         outcomes = self._metrics.outcomes

@@ -11,15 +11,14 @@ from trio_deploy.runtime.kv import SegmentCache
 from trio_deploy.runtime.rows import Row
 from trio_deploy.runtime.stages import Prefilled, Stages
 
-_BLOCK = 64  # tokens that a cache which must grow is rounded up to
-
 
 class Running:
     """A batch whose rows come and go.
 
     Its KV caches are those of the prefill whose rows found it empty, taken over as they are. Rows
     that come later are copied into free places; caches without room are replaced by larger ones
-    (twice the rows, whole blocks of tokens). The caches are given back when the last row has left.
+    (twice the rows, as many tokens as are needed: an engine may be made for no more). They are
+    given back when the last row has left.
 
     Rows stay in front: who leaves makes room for the last one, so that a step computes as many
     rows as there are answers. Where memory cannot be sliced, all rows are computed, and places
@@ -168,10 +167,7 @@ class Running:
         capacities = {}
         for column, name in enumerate(self._stages.segments):
             longest = max((lengths[column] + row.limit for row, lengths in new), default=0)
-            if self._slots:
-                longest = -(-longest // _BLOCK) * _BLOCK
-                longest = max(longest, self._caches[name].capacity)
-            capacities[name] = longest
+            capacities[name] = max(longest, self._caches[name].capacity) if self._slots else longest
         return max(count, len(self._places)), capacities
 
     def _lengths(self, row: Row) -> list[int]:
