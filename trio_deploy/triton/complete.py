@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from trio_deploy.triton.request import INPUTS, REFUSAL
+from trio_deploy.triton.request import INPUTS, OUTPUTS, REFUSAL
 from trio_deploy.triton.watch import Watch
 
 _LOG = logging.getLogger(__name__)
-_OUTPUTS = ["text", "token_ids", "finish_reason", "timings"]
 _LOOK_S = 0.05  # between looks at whether requests were cancelled
 
 
@@ -86,7 +85,7 @@ class TritonPythonModel:
         parameters = json.loads(request.parameters() or "{}")
         return pb_utils.InferenceRequest(
             model_name=self._model,
-            requested_output_names=_OUTPUTS,
+            requested_output_names=list(OUTPUTS),
             inputs=inputs,
             timeout=request.timeout(),
             parameters={**parameters, "stream": False, "key": key},
@@ -131,7 +130,7 @@ class TritonPythonModel:
     def _cancel(self, key: str) -> None:
         asked = pb_utils.InferenceRequest(
             model_name=self._model,
-            requested_output_names=_OUTPUTS,
+            requested_output_names=list(OUTPUTS),
             inputs=[],
             parameters={"cancel": key},
         )

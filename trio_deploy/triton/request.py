@@ -37,6 +37,13 @@ INPUTS: dict[str, tuple[str, int]] = {
     "timeout_s": ("float64", 1),
 }
 
+#: Outputs of both models, likewise.
+OUTPUTS: dict[str, tuple[str, int]] = {
+    "text": ("string", 1),
+    "token_ids": ("int64", -1),
+    "finish_reason": ("string", 1),
+    "timings": ("string", 1),
+}
 #: Begins the finish reason of a response to `trio_vlm_complete` that is an error; the name of
 #: Triton's code follows.
 REFUSAL = "error:"
