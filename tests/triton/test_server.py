@@ -456,6 +456,11 @@ def test_after_all_that_it_still_answers(running):
     assert ask(running.server, prompt=case.question, images=case.png).token_ids == case.token_ids
 
 
+def idle(server: TritonServer, model: str) -> bool:
+    names = ("trio_rows_active", "trio_queue_length")
+    return not any(metric(server, name, model=model) for name in names)
+
+
 @contextlib.contextmanager
 def full(server: TritonServer) -> Iterator[list[Asking]]:
     """Two answers on their way and two waiting, as many as this model takes."""
@@ -472,6 +477,7 @@ def full(server: TritonServer) -> Iterator[list[Asking]]:
     finally:
         for asking in held:
             asking.close(cancel=True)
+        assert until(lambda: idle(server, "endless_vlm"))
 
 
 def test_a_full_queue_refuses_clearly_and_loses_nothing(running):
@@ -499,6 +505,7 @@ def test_a_full_queue_refuses_clearly_and_loses_nothing(running):
 
 def test_a_cancelled_answer_stops_within_a_token_or_two(running):
     server = running.server
+    assert until(lambda: idle(server, "endless_vlm"))
     cancelled = metric(server, "trio_requests_total", model="endless_vlm", outcome="cancelled")
     tokens = metric(server, "trio_tokens_total", model="endless_vlm")
     asking = Asking(server, "endless_vlm", prompt="what color is the star?", max_tokens=1000)
@@ -511,7 +518,7 @@ def test_a_cancelled_answer_stops_within_a_token_or_two(running):
             == cancelled + 1
         )
     )
-    assert metric(server, "trio_rows_active", model="endless_vlm") == 0
+    assert idle(server, "endless_vlm")
     # What was on its way when the client let go is counted as well.
     made = metric(server, "trio_tokens_total", model="endless_vlm") - tokens
     assert made < 100
