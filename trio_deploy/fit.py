@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import onnx
 
@@ -30,35 +31,40 @@ def fit(config: ModelConfig, schedule: Schedule, target: Target) -> Fit:
             f"the target {target.name} runs {target.runtime}: memory is planned for targets with "
             "`runtime: tensorrt`"
         )
-    shapes = _Graphs(config, schedule)
-    own = shapes.memory(target)
-    layouts = (own, shapes.memory(_other_layout(target)))
+    model = _Model(config, schedule)
+    layouts = (model.memory(target), model.memory(_other_layout(target)))
     result = Fit(target, layouts)
     if result.fits is False:
-        return replace(result, advice=tuple(_advice(shapes, result)))
+        return replace(result, advice=tuple(_advice(model, result)))
     return result
 
 
-class _Graphs:
-    """The graphs of a model in each dialect and layout, made once."""
+@lru_cache(maxsize=4)
+def _graphs(
+    config: ModelConfig, schedule: Schedule, dialect: str, separate: bool, dtype: str
+) -> dict[str, onnx.ModelProto]:
+    """The graphs of a model, which the same plan asks for again and again."""
+    options = GraphOptions(
+        dialect=dialect,  # type: ignore[arg-type]  # of a checked target
+        dtype=dtype,  # type: ignore[arg-type]
+        separate_decode=separate,
+    )
+    made = planned_graphs(config, schedule.points, options)
+    return {stage: onnx.load_model_from_string(content) for stage, content in made.items()}
 
-    def __init__(self, config: ModelConfig, schedule: Schedule) -> None:
-        self.config, self.schedule = config, schedule
-        self._made: dict[tuple[str, str, str], dict[str, onnx.ModelProto]] = {}
+
+@dataclass(frozen=True)
+class _Model:
+    """A model pruned by a schedule."""
+
+    config: ModelConfig
+    schedule: Schedule
 
     def memory(self, target: Target) -> Memory:
-        key = (target.dialect, str(target.decode_layout), target.dtype)
-        if key not in self._made:
-            options = GraphOptions(
-                dialect=target.dialect,  # type: ignore[arg-type]  # of a checked target
-                dtype=target.dtype,  # type: ignore[arg-type]
-                separate_decode=target.decode_layout == "separate",
-            )
-            made = planned_graphs(self.config, self.schedule.points, options)
-            self._made[key] = {
-                stage: onnx.load_model_from_string(content) for stage, content in made.items()
-            }
-        return memory(self._made[key], self.config, self.schedule, target)
+        """What it takes of a target's memory."""
+        separate = target.decode_layout == "separate"
+        made = _graphs(self.config, self.schedule, target.dialect, separate, target.dtype)
+        return memory(made, self.config, self.schedule, target)
 
 
 def _other_layout(target: Target) -> Target:
@@ -68,7 +74,7 @@ def _other_layout(target: Target) -> Target:
     return replace(target, decode_layout="separate", dialect=dialect)
 
 
-def _advice(shapes: _Graphs, result: Fit) -> Iterator[str]:
+def _advice(model: _Model, result: Fit) -> Iterator[str]:
     """What would make it fit, the least change first."""
     target, usable = result.target, result.usable
     assert usable is not None
@@ -83,7 +89,7 @@ def _advice(shapes: _Graphs, result: Fit) -> Iterator[str]:
     if weights < usable:
         for changes in _smaller(target.limits):
             if (
-                shapes.memory(replace(best, limits=replace(target.limits, **changes))).total
+                model.memory(replace(best, limits=replace(target.limits, **changes))).total
                 <= usable
             ):
                 written = ", ".join(f"{key} {value}" for key, value in changes.items())
@@ -105,7 +111,7 @@ def _advice(shapes: _Graphs, result: Fit) -> Iterator[str]:
     room = usable - (min(each.total for each in result.layouts) - weights)
     if room > 0:
         yield f"beside what requests take here, {format_bytes(room)} are left for weights"
-    other = _smallest_target(shapes, target.dtype)
+    other = _smallest_target(model, target.dtype, weights)
     if other is not None:
         yield f"the smallest of the targets that it fits is {other}"
 
@@ -124,14 +130,17 @@ def _smaller(limits: Limits) -> Iterator[dict[str, int]]:
             yield dict(changes)
 
 
-def _smallest_target(shapes: _Graphs, dtype: str) -> str | None:
+def _smallest_target(model: _Model, dtype: str, weights: int) -> str | None:
+    """The shipped target with the least memory that the model fits, None where there is none."""
     known = [load_target(name) for name in list_targets()]
     sized = [
         (t.usable_gib, t) for t in known if t.tensorrt is not None and t.usable_gib is not None
     ]
     for usable, target in sorted(sized, key=lambda pair: pair[0]):
+        if usable * 2**30 < weights:
+            continue
         try:
-            needed = shapes.memory(replace(target, dtype=dtype)).total
+            needed = model.memory(replace(target, dtype=dtype)).total
         except TrioError:  # its limits do not suit the model
             continue
         if needed <= usable * 2**30:
