@@ -23,15 +23,6 @@ THRESHOLD = 0.8
 SIZE = 6
 FEATURES = ("random", "clusters", "identical", "duplicates", "zeros", "chain", "huge", "tiny")
 
-# What TensorRT 8.6's ONNX parser reads, as far as these graphs need it.
-TENSORRT_OPERATORS = set(
-    "Abs Add And Cast Concat ConstantOfShape Cos CumSum Div Equal Expand Floor Gather "
-    "GatherElements Greater GreaterOrEqual Identity Less LessOrEqual Log Loop MatMul Max Min Mul "
-    "Neg Not Or Pow Range ReduceMax ReduceMean ReduceMin ReduceSum ReduceSumSquare Reshape "
-    "ScatterElements Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub TopK Transpose "
-    "Unsqueeze Where".split()
-)
-
 
 @cache
 def suppressor(dialect: Any, runtime: str, block: int, threshold: float = THRESHOLD) -> Runner:
@@ -230,23 +221,3 @@ def test_graphs_pass_the_checker_with_shapes_inferred(dialect: Any, dtype: Any) 
         "saliency": ["B", "S"],
         "converged": ["B"],
     }
-
-
-def test_primitive_graphs_use_what_tensorrt_8_6_reads() -> None:
-    def operators(graph: onnx.GraphProto) -> set[str]:
-        found = {node.op_type for node in graph.node}
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.type == onnx.AttributeProto.GRAPH:
-                    found |= operators(attribute.g)
-        return found
-
-    proto = prepared(GraphOptions(dialect="primitive")).proto
-    assert [(o.domain, o.version) for o in proto.opset_import] == [("", 17)]
-    assert operators(proto.graph) <= TENSORRT_OPERATORS
-    blocks = [n for n in proto.graph.node if n.op_type == "Loop"]
-    constants = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
-    counts = [
-        constants[n.input[1]] for b in blocks for n in b.attribute[0].g.node if n.op_type == "TopK"
-    ]
-    assert counts and all(count <= 1024 for count in counts)
