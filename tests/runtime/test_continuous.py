@@ -365,17 +365,23 @@ def test_logits_that_are_not_numbers_end_their_row_alone(
         assert alike(handles[0].result(30), expected) and alike(handles[2].result(30), expected)
 
 
-def test_a_failing_step_ends_its_rows_and_not_the_service(
-    pipeline: TrioPipeline, batcher: ContinuousBatcher, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("prefillers", [0, 1])
+@pytest.mark.parametrize("name", ["step", "join", "release"])
+def test_a_failing_batch_ends_its_rows_and_not_the_service(
+    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch, name: str, prefillers: int
 ) -> None:
-    def broken() -> Any:
+    def broken(*given: Any) -> Any:
         raise TrioError("ONNX Runtime failed: out of memory")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(batcher._running, "step", broken)
-        with pytest.raises(Failed, match="out of memory"):
-            batcher.submit(SHORT).result(30)
-    assert alike(batcher.submit(SHORT).result(30), pipeline.generate_batch([SHORT])[0])
+    with ContinuousBatcher(pipeline, prefillers=prefillers) as batcher:
+        with monkeypatch.context() as patch:
+            patch.setattr(batcher._running, name, broken)
+            handles = [batcher.submit(SHORT) for _ in range(6)]
+            for handle in handles:
+                with pytest.raises(Failed, match="out of memory"):
+                    handle.result(30)
+        assert alike(batcher.submit(SHORT).result(30), pipeline.generate_batch([SHORT])[0])
+        assert batcher.metrics().outcomes == {"failed": 6, "length": 1}
 
 
 def test_a_listener_that_raises_loses_its_request_alone(

@@ -363,6 +363,7 @@ class ContinuousBatcher:
             except Exception as error:  # a fault of ours ends what runs, not the service
                 _LOG.exception("the batch failed")
                 self._fail_all(error)
+                self._wake()  # there may be more to do
             self._note()
 
     def _wait(self) -> bool:
@@ -387,6 +388,8 @@ class ContinuousBatcher:
             else:
                 self._fail(handle, DeadlinePassed("the deadline passed before the first token"))
         ended = [row for row, handle in self._active.items() if self._overdue(handle)]
+        if not ended:
+            return
         texts = [self._end(row) for row in ended]
         self._running.release()
         for row, text in zip(ended, texts, strict=True):
@@ -489,7 +492,12 @@ class ContinuousBatcher:
             handle._joined = joined
         pieces = [self._take(row, logits) for row, logits in zip(rows, outcome.logits, strict=True)]
         self._active |= zip(rows, handles, strict=True)
-        self._running.join(rows, outcome)
+        try:
+            self._running.join(rows, outcome)
+        except Exception as error:  # the caches may be half changed
+            _LOG.exception("joining the batch failed")
+            self._fail_all(error)
+            return
         with self._changed:
             metrics = self._metrics
             self._metrics = replace(
