@@ -38,6 +38,7 @@ from trio_deploy.recipe import RUNTIMES, Target, list_targets, load_target
 from trio_deploy.runtime.external import external_tensors
 from trio_deploy.triton.limits import check_settings
 from trio_deploy.triton.pbtxt import Enum, format_message
+from trio_deploy.triton.request import INPUTS, OUTPUTS
 from trio_deploy.weights import Progress, place_file
 
 DEVICES = ("cpu", "gpu")
@@ -55,26 +56,6 @@ _TYPES = {
     "bfloat16": "TYPE_BF16",
     "string": "TYPE_STRING",
 }
-# What a request may say: name, type, elements (-1 is any number).
-_INPUTS = (
-    ("prompt", "string", 1),
-    ("messages", "string", 1),
-    ("images", "string", -1),
-    ("images_base64", "string", -1),
-    ("max_tokens", "int32", 1),
-    ("temperature", "float64", 1),
-    ("top_p", "float64", 1),
-    ("seed", "int64", 1),
-    ("stop", "string", -1),
-    ("budget", "float64", 1),
-    ("timeout_s", "float64", 1),
-)
-_OUTPUTS = (
-    ("text", "string", 1),
-    ("token_ids", "int64", -1),
-    ("finish_reason", "string", 1),
-    ("timings", "string", 1),
-)
 _WARM_UP_PROMPT = b"What is this?"
 _WARM_UP_SIDE = 64
 _WARM_UP_TOKENS = 4
@@ -444,8 +425,13 @@ def _record(bundle: Bundle, names: Sequence[str]) -> bytes:
 
 def _vlm_interface() -> dict[str, Any]:
     return {
-        "input": [_tensor(TensorInfo(n, t, (size,)), optional=True) for n, t, size in _INPUTS],
-        "output": [_tensor(TensorInfo(n, t, (size,))) for n, t, size in _OUTPUTS],
+        "input": [
+            _tensor(TensorInfo(name, kind, (size,)), optional=True)
+            for name, (kind, size) in INPUTS.items()
+        ],
+        "output": [
+            _tensor(TensorInfo(name, kind, (size,))) for name, (kind, size) in OUTPUTS.items()
+        ],
     }
 
 
