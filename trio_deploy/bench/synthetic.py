@@ -23,6 +23,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.machine import machine
 from trio_deploy.models import canonical_tensors, parse_config
 from trio_deploy.models.config import ModelConfig
+from trio_deploy.models.family import CLIP_PREPROCESSING
 from trio_deploy.recipe import list_recipes
 from trio_deploy.source import resolve
 from trio_deploy.weights import plan_layout
@@ -313,17 +314,10 @@ def _small_files(
     side = parsed.vision.image_size
     tiled = bool(parsed.grid_pinpoints)
     images = preprocessing or {
+        **CLIP_PREPROCESSING,
         "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
         "size": {"shortest_edge": side},
-        "resample": 3,
-        "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
         "do_convert_rgb": True,
     }
     special = {
