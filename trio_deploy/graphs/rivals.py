@@ -194,7 +194,11 @@ def divprune(op: Any, site: Site) -> Choice:
     itself = op.Equal(op.Unsqueeze(tokens.index, [1]), op.Unsqueeze(tokens.index, [0]))  # [S,S]
     other = op.And(op.Unsqueeze(visual, [2]), op.Not(op.Unsqueeze(itself, [0])))
     nearest = reduce(op, "ReduceMin", op.Where(other, distances, FAR), [1], keepdims=False)
-    flat = op.Reshape(distances, op.Concat([-1], dim(op, tokens.x, 1), axis=0))  # [B*S,S]
+    # Distances from one token: a row of the above, or, since OpenVINO takes as long for that in a
+    # loop as for all of them, a product a pick.
+    product = site.d.name == "primitive"
+    table = unit if product else distances
+    rows = op.Reshape(table, op.Concat([-1], dim(op, table, 2), axis=0))
     nothing = op.Mul(nearest, 0.0)
 
     def take(op: Any, gap: ir.Value, chosen: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -213,9 +217,13 @@ def divprune(op: Any, site: Site) -> Choice:
 
     def nearer(op: Any, gap: ir.Value, token: ir.Value, picked: ir.Value) -> ir.Value:
         """Distances from what is kept, once `token` [B,1] is, where a row has `picked` one."""
-        row = op.Squeeze(op.Gather(flat, op.Add(token, tokens.offset), axis=0), [1])
+        row = op.Gather(rows, op.Add(token, tokens.offset), axis=0)  # [B,1,d] or [B,1,S]
+        if product:
+            away = op.Sub(1.0, op.Squeeze(op.MatMul(unit, op.Transpose(row, perm=[0, 2, 1])), [2]))
+        else:
+            away = op.Squeeze(row, [1])
         some = op.Greater(reduce(op, "ReduceSum", picked, [1]), 0.5)
-        return op.Where(some, op.Min(gap, op.Max(row, 0.0)), gap)
+        return op.Where(some, op.Min(gap, op.Max(away, 0.0)), gap)
 
     token, chosen = take(op, nearest, nothing)
     start = [nearer(op, op.Add(nothing, FAR), token, chosen), chosen, op.Mul(chosen, FAR)]
