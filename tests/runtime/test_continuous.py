@@ -516,3 +516,40 @@ def test_an_answered_request_leaves_nothing_behind(pipeline: TrioPipeline) -> No
             wait_for(lambda: gone() is None and rows[0]() is None)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("prefillers", [0, 2])
+def test_in_a_storm_everyone_gets_their_own_answer_or_what_they_wished(
+    pipeline: TrioPipeline, prefillers: int
+) -> None:
+    """Requests, hang-ups and deadlines in any order, in every state that a request can be in."""
+    random = np.random.default_rng(prefillers)
+    requests = mixed(6)
+    expected = [pipeline.generate_batch([request])[0] for request in requests]
+    with ContinuousBatcher(
+        pipeline, max_rows=3, prefill_rows=2, max_queue=200, prefillers=prefillers
+    ) as batcher:
+        sent: list[tuple[int, bool, Handle]] = []
+        for _ in range(60):
+            number, late = int(random.integers(len(requests))), bool(random.random() < 0.1)
+            timeout = float(random.random()) * 0.05 if late else 600.0
+            sent.append((number, late, batcher.submit(requests[number], timeout_s=timeout)))
+            if random.random() < 0.4:
+                sent[int(random.integers(len(sent)))][2].cancel()
+            time.sleep(float(random.random()) * 0.02)
+        outcomes: dict[str, int] = {}
+        for number, late, handle in sent:
+            try:
+                answer = handle.result(60)
+            except (Cancelled, DeadlinePassed) as error:
+                assert handle._cancelled or late
+                outcome = "cancelled" if isinstance(error, Cancelled) else "deadline"
+            else:
+                outcome = answer.finish_reason
+                known = len(answer.token_ids)
+                assert answer.token_ids == expected[number].token_ids[:known]
+                assert outcome == "deadline" or alike(answer, expected[number])
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        metrics = batcher.metrics()
+    assert metrics.outcomes == outcomes
+    assert not batcher._open and not batcher._running.rows
