@@ -163,6 +163,21 @@ def test_probing_and_low_memory_compute_the_same_on_mapped_weights(tmp_path: Pat
         assert np.allclose(engine.run({"x": x})["y"], x @ weight, atol=1e-5)
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_results_stay_when_the_engine_runs_again_and_when_it_is_gone(
+    tmp_path: Path, runtime: str
+) -> None:
+    path, weight = write_product(tmp_path)
+    x = np.random.default_rng(1).standard_normal((500, SIZE)).astype(np.float32)
+    engine = open_engine(path, runtime)
+    first = engine.run({"x": x})["y"]
+    later = [engine.run({"x": x * scale})["y"] for scale in range(2, 6)]
+    del engine
+    gc.collect()
+    for scale, y in enumerate([first, *later], start=1):
+        assert np.allclose(y, scale * x @ weight, atol=1e-4)
+
+
 MEMORY = """
 import re, sys
 import numpy as np, onnx

@@ -8,8 +8,7 @@ among them (M x M). It ends when every row has its budget or has no candidate le
 
 Formulated for runtimes with fragile loops: loop states never change their shape, nothing in a body
 has a data-dependent shape (but in the `ort` dialect, where a block is compared with no more than is
-kept by then), a block is a TopK of constant size M over the candidates not seen yet (no sort of all
-N: TensorRT 8.6 limits TopK to 1024), and no index is scattered to twice.
+kept by then), and no index is scattered to twice.
 
 B rows, S tokens, N of them visual, d hidden size, M block size, K capacity for kept tokens,
 R = M ceil(S / M) ranks, W width after pruning.
@@ -103,17 +102,16 @@ def select(
         shape = op.Concat(batch, columns, axis=0)
         return op.ConstantOfShape(shape, value=ir.tensor(np.array([value])))
 
-    one, padding = (
-        constant(op, np.array([1]), "one"),
-        constant(op, np.array([block]), f"block_{block}"),
-    )
+    one = constant(op, np.array([1]), "one")
     blocks = op.Div(op.Add(length, block - 1), block)  # int64 [1]
-    trash = op.Add(length, block)  # the column behind the S tokens and the padding
-    score = op.Where(tokens.visual, scores, NO_CANDIDATE)
+    places = op.Range(0, op.Squeeze(op.Mul(blocks, block), [0]), 1)  # all ranks
+    candidates = op.Less(op.Unsqueeze(op.Cast(places, to=FLOAT), [0]), available)  # [B,R]
+    # the token of each rank, and behind the S tokens places of their own [B,R]
+    order = _order(op, d, op.Where(tokens.visual, scores, NO_CANDIDATE), tokens.index)
+    rest = op.Slice(places, length, [_END], [0])
+    order = op.Concat(order, op.Expand(rest, op.Concat(batch, [1], axis=0)), axis=1)
     start = [
-        op.Concat(score, full(padding, np.float32(PADDING)), axis=1),  # what to take next [B,S+M]
-        op.Add(full(op.Mul(blocks, block), np.int64(0)), trash),  # the token of each rank [B,R]
-        full(op.Mul(blocks, block), np.float32(-1)),  # 1 kept, 0 not, -1 no candidate [B,R]
+        full(op.Mul(blocks, block), np.float32(0)),  # 1 where a rank is kept [B,R]
         full(op.Add(capacity, block), np.int64(0)),  # tokens kept so far, then scrap [B,K+M]
         full(one, np.float32(0)),  # how many they are [B,1]
         full(one, np.float32(1)),  # 1 while every fixed point was reached [B,1]
@@ -122,25 +120,23 @@ def select(
     def take_block(
         op: Any,
         iteration: ir.Value,
-        score: ir.Value,
-        order: ir.Value,
         status: ir.Value,
         buffer: ir.Value,
         count: ir.Value,
         converged: ir.Value,
     ) -> tuple[ir.Value, list[ir.Value]]:
-        best, index = next_best(op, score, block)
-        candidate = op.GreaterOrEqual(best, 0.0)  # [B,M]
-        token = op.Min(index, last)  # padding may point anywhere, it never counts
+        mine = op.Add(ranks, op.Mul(iteration, block))
+        candidate = op.Gather(candidates, mine, axis=1)  # [B,M]
+        token = op.Min(op.Gather(order, mine, axis=1), last)  # what is no candidate never counts
         # cosines with what is kept and with one another
         held = _most(op, count) if d.name == "ort" else capacity
         both = op.Concat(op.Slice(buffer, [0], held, [1]), token, axis=1)
         rows = cast(op, op.Gather(tokens.flat, op.Add(both, tokens.offset), axis=0), FLOAT)
-        mine = op.Slice(rows, held, [_END], [1])
+        own_rows = op.Slice(rows, held, [_END], [1])
         bound = op.GatherElements(norms, both, axis=1)  # [B,K+M]
         own = op.Mul(op.Slice(bound, held, [_END], [1]), threshold)
         bound = op.Mul(op.Unsqueeze(own, [2]), op.Unsqueeze(bound, [1]))
-        dots = op.MatMul(mine, op.Transpose(rows, perm=[0, 2, 1]))  # [B,M,K+M]
+        dots = op.MatMul(own_rows, op.Transpose(rows, perm=[0, 2, 1]))  # [B,M,K+M]
         similar = op.GreaterOrEqual(dots, bound)
         by_kept = op.Slice(similar, [0], held, [2])
         filled = op.Less(op.Slice(slots, [0], held, [1]), count)
@@ -162,27 +158,41 @@ def select(
         taken = op.Cast(taken, to=FLOAT)
         count = op.Add(count, reduce(op, "ReduceSum", taken, [1]))
         converged = op.Mul(converged, op.Cast(op.Less(changed, 0.5), to=FLOAT))
-        score = op.ScatterElements(score, index, op.Add(op.Mul(taken, 0.0), SEEN), axis=1)
-        # two shift registers, the newest block last
-        order = op.Concat(op.Slice(order, [block], [_END], [1]), index, axis=1)
-        newest = op.Where(candidate, taken, -1.0)
-        status = op.Concat(op.Slice(status, [block], [_END], [1]), newest, axis=1)
+        places_now = op.Add(op.Mul(token, 0), mine)  # [B,M]
+        status = op.ScatterElements(status, places_now, taken, axis=1)
         seen = op.Cast(op.Mul(op.Add(iteration, 1), block), to=FLOAT)
         more = op.And(op.Less(count, need), op.Less(seen, available))
-        return any_of(op, more), [score, order, status, buffer, count, converged]
+        return any_of(op, more), [status, buffer, count, converged]
 
-    _, order, status, _, count, converged = loop(
+    status, _, count, converged = loop(
         op, op.Squeeze(blocks, [0]), any_of(op, op.Greater(need, 0.0)), start, take_block, "blocks"
     )
     # fill up with the best of what was suppressed
-    suppressed = op.And(op.Greater(status, -0.5), op.Less(status, 0.5))
+    kept = op.Greater(status, 0.5)
+    suppressed = op.And(candidates, op.Not(kept))
     turn = running_sum(op, op.Cast(suppressed, to=FLOAT))
     filling = op.And(suppressed, op.LessOrEqual(turn, op.Sub(need, count)))
-    picked = op.Cast(op.Or(op.Greater(status, 0.5), filling), to=FLOAT)
-    chosen = op.ScatterElements(full(op.Add(trash, 1), np.float32(0)), order, picked, axis=1)
+    picked = op.Cast(op.Or(kept, filling), to=FLOAT)
+    chosen = op.ScatterElements(op.Mul(picked, 0.0), order, picked, axis=1)
     chosen = op.Greater(op.Slice(chosen, [0], length, [1]), 0.5)
     mask = op.And(tokens.visual, op.Or(chosen, op.Not(prunes)))
     return mask, op.Greater(op.Squeeze(converged, [1]), 0.5)
+
+
+def _order(op: Any, d: Dialect, score: ir.Value, index: ir.Value) -> ir.Value:
+    """The tokens of each row by falling score, int64 [B,S]; ties by index, int64 [S].
+
+    A sort where its ties are certain. Elsewhere a token's rank is how many are ahead of it: what
+    OpenVINO and TensorRT do with ties they do not say, and TensorRT sorts no more than 3840.
+    """
+    if d.name == "ort":
+        return op.TopK(score, op.Shape(index), axis=1, largest=1, sorted=1, _outputs=2)[1]
+    mine, other = op.Unsqueeze(score, [2]), op.Unsqueeze(score, [1])
+    earlier = op.Less(op.Unsqueeze(index, [0]), op.Unsqueeze(index, [1]))  # [S,S]
+    ahead = op.Or(op.Greater(other, mine), op.And(op.Equal(other, mine), earlier))
+    rank = reduce(op, "ReduceSum", op.Where(ahead, 1.0, 0.0), [2], keepdims=False)
+    rank = op.Cast(rank, to=INT64)
+    return op.ScatterElements(rank, rank, op.Expand(index, op.Shape(rank)), axis=1)
 
 
 def _fixed_point(
