@@ -1,0 +1,45 @@
+"""What the tests on a GPU need; where there is none they are skipped, and say why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trio_deploy.build.adapter import TensorRT, load
+from trio_deploy.build.record import Gpu
+from trio_deploy.errors import TrioError
+from trio_deploy.runtime.cuda import Device
+
+
+class Host:
+    """A GPU and the TensorRT for it."""
+
+    def __init__(self) -> None:
+        self.tensorrt: TensorRT = load()
+        self.device = Device()
+        self.gpu = Gpu(self.device.name, self.device.compute_capability, self.device.driver)
+        in_place = self.tensorrt.updates_in_place
+        self.dialect = "onnx" if in_place else "primitive"
+        self.layouts = ("separate",) if in_place else ("shared", "separate")
+
+    def kind(self, layout: str) -> tuple[str, str, str]:
+        return self.tensorrt.version, self.dialect, layout
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    try:
+        return Host()
+    except TrioError as error:
+        pytest.skip(f"needs a GPU with TensorRT: {error}")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA, small, of sizes that suit tensor cores; made without torch."""
+    from trio_deploy.bench.synthetic import Size, write_checkpoint
+
+    size = Size.parse("d=256,layers=6,heads=4,vocab=512,image=112,vision_d=64,vision_layers=3")
+    folder = tmp_path_factory.mktemp("gpu") / "checkpoint"
+    return write_checkpoint(folder, size.config(), progress=False)
