@@ -633,6 +633,10 @@ def test_a_snapshot_with_a_damaged_index_is_not_taken(index, cache, llava_checkp
             r"--target that can \(a100, cpu-openvino, ",
         ),
         ({"schedule": "1:0.5", "dtype": "bfloat16", "target": "cuda"}, "cannot run bfloat16"),
+        (
+            {"schedule": "1:0.5", "target": "jetson-orin-nano-8gb", "dialect": "onnx"},
+            "tensorrt 10.3, the runtime .* does not read .* the onnx dialect: choose primitive",
+        ),
         ({"schedule": "1:0.5", "target": "cpuu"}, "no target called 'cpuu'"),
         ({"schedule": "1:0.5", "positions": "random"}, "[Uu]nknown positions"),
         ({"schedule": "1:0.5", "threshold": 3.0}, "threshold is 3.0"),

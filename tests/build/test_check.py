@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -13,14 +15,17 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from tests.build.conftest import Export
-from trio_deploy.build.check import Finding, check_graph, dry_run
+from trio_deploy.build.check import Finding, check_graph, dry_run, read_graph
 from trio_deploy.build.operators import operator_table
-from trio_deploy.build.profiles import Bounds, Profile
+from trio_deploy.build.profiles import Bounds, Profile, profiles
 from trio_deploy.build.shapes import UnknownShape, resolve
+from trio_deploy.build.verify import example_feeds
 from trio_deploy.cli import main
 from trio_deploy.errors import TrioError
 from trio_deploy.methods import METHODS
 from trio_deploy.recipe import list_targets, load_target
+from trio_deploy.runtime.engine import TensorSpec
+from trio_deploy.runtime.pipeline import TrioPipeline
 
 JETSON, NANO, H200 = "jetson-agx-orin-64gb", "jetson-orin-nano-8gb", "h200"
 FLOAT, HALF, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
@@ -78,11 +83,6 @@ def test_every_method_passes(exported: Export, method: str) -> None:
 
 def test_sizes_are_those_that_onnx_runtime_makes(exported: Export) -> None:
     """The sizes of every output of every stage, against a run."""
-    from trio_deploy.build.check import read_graph
-    from trio_deploy.build.profiles import profiles
-    from trio_deploy.build.verify import example_feeds
-    from trio_deploy.runtime.engine import TensorSpec
-
     bundle = exported("tiny", NANO, dtype="float32")
     for stage, found in profiles(bundle, load_target(NANO)).items():
         session = onnxruntime.InferenceSession(str(bundle.graph(stage)))
@@ -135,6 +135,27 @@ def test_a_target_without_tensorrt_is_refused(exported: Export) -> None:
         dry_run(exported("tiny", NANO), load_target("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("version", "says"), [("8.5", "8.5 is too old: 8.6"), ("new", "'new' is no version")]
+)
+def test_a_version_that_will_not_do_is_named(exported: Export, version: str, says: str) -> None:
+    with pytest.raises(TrioError, match=says):
+        dry_run(exported("tiny", NANO), load_target(NANO), tensorrt=version)
+
+
+def test_openvino_reads_and_runs_what_tensorrt_is_given(exported: Export) -> None:
+    """An independent reader of the graphs for TensorRT before 10.15, where none of it can run."""
+    pytest.importorskip("openvino")
+    bundle = exported("tiny", NANO, dtype="float32")
+    picture = Path(__file__).parents[2] / "examples" / "scene.png"
+    answers = []
+    for runtime in ("openvino", "onnxruntime"):
+        pipeline = TrioPipeline.from_bundle(bundle, runtime=runtime, threads=2)
+        asked = pipeline.generate([picture], "what color is the circle?", max_new_tokens=4)
+        answers.append(asked.token_ids)
+    assert answers[0] == answers[1] and answers[0]
+
+
 def test_bfloat16_is_not_for_tensorrt_8(exported: Export) -> None:
     bundle = exported("tiny", NANO, dtype="bfloat16")
     assert dry_run(bundle, load_target(NANO), tensorrt="10.3").passed
@@ -143,8 +164,6 @@ def test_bfloat16_is_not_for_tensorrt_8(exported: Export) -> None:
 
 
 def test_too_large_tensors_are_found_at_the_corner_where_they_are(exported: Export) -> None:
-    from dataclasses import replace
-
     target = load_target(JETSON)
     target = replace(target, limits=replace(target.limits, max_batch=8))
     report = dry_run(exported("llava-next-7b", JETSON, graphs_only=True), target)
@@ -324,12 +343,8 @@ def test_constants_beyond_int32_are_found_where_int64_is_narrowed() -> None:
     assert found(model, "10.3") == []
 
 
-def test_a_damaged_graph_is_named(exported: Export, tmp_path: object) -> None:
-    from pathlib import Path
-
-    from trio_deploy.build.check import read_graph
-
-    file = Path(str(tmp_path)) / "prefill_0.onnx"
+def test_a_damaged_graph_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "prefill_0.onnx"
     file.write_bytes(b"not a graph")
     with pytest.raises(TrioError, match="prefill_0.onnx cannot be read as ONNX"):
         read_graph(file)

@@ -30,7 +30,7 @@ from trio_deploy.build.shapes import (
 )
 from trio_deploy.bundle import Bundle, format_bytes
 from trio_deploy.errors import TrioError
-from trio_deploy.recipe import Target, tensorrt_dialects
+from trio_deploy.recipe import OLDEST_TENSORRT, Target, parse_version, tensorrt_dialects
 
 _CORNERS = ("min", "opt", "max")
 
@@ -186,6 +186,8 @@ def dry_run(bundle: Bundle, target: Target, *, tensorrt: str | None = None) -> D
             f"the target {target.name} runs {target.runtime}: engines are for targets with "
             "`runtime: tensorrt`"
         )
+    if parse_version(version) < OLDEST_TENSORRT:
+        raise TrioError(f"TensorRT {version} is too old: 8.6 is the oldest that will do")
     require_dialect(bundle.manifest.dialect, version, str(bundle.path))
     table = operator_table(version)
     stages: list[StageCheck] = []
