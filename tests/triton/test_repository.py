@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from trio_deploy.build.profiles import Profile
+from trio_deploy.build.record import Gpu, Record, StageRecord
 from trio_deploy.bundle import Bundle
 from trio_deploy.cli import main
 from trio_deploy.errors import TrioError
 from trio_deploy.export import export
+from trio_deploy.recipe import Limits
 from trio_deploy.triton.pbtxt import Enum, format_message
 from trio_deploy.triton.repository import RECORD, Options, read_settings, write_repository
 
@@ -151,6 +154,38 @@ def test_a_target_of_the_users_own_travels_with_the_repository(bundle, tmp_path)
     assert '"1/box.yaml"' in (tmp_path / "own" / "trio_vlm" / "config.pbtxt").read_text()
     write_repository(bundle, tmp_path / "shipped", Options(target="cpu"))
     assert 'string_value: "cpu"' in (tmp_path / "shipped/trio_vlm/config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize(("tensorrt", "integers"), [("8.6.1", "INT32"), ("10.3.0", "INT64")])
+def test_engines_of_tensorrt_are_served_with_their_profiles_and_types(tmp_path, tensorrt, integers):
+    own = export("tiny", tmp_path / "bundle", budget=0.111)
+    folder = own.path / "engines" / "jetson-agx-orin-64gb"
+    folder.mkdir(parents=True)
+    record = Record(
+        "jetson-agx-orin-64gb",
+        tensorrt,
+        Gpu("Orin", "8.7", "540"),
+        "primitive",
+        "float16",
+        "shared",
+        Limits(),
+    )
+    for stage in own.stages:
+        (folder / f"{stage}.engine").write_bytes(stage.encode())
+        profiles = (Profile("prefill", {}), Profile("decode", {}))
+        entry = StageRecord(f"{stage}.engine", "", len(stage), "", "", profiles)
+        record = record.with_stage(stage, entry)
+    record.save(folder)
+    options = Options(target="jetson-agx-orin-64gb", device="gpu", stages=True)
+    write_repository(own, tmp_path / "out", options)
+    assert (tmp_path / "out/trio_prefill_0/1/model.plan").read_bytes() == b"prefill_0"
+    text = (tmp_path / "out/trio_prefill_0/config.pbtxt").read_text()
+    assert 'platform: "tensorrt_plan"' in text and 'profile: ["0", "1"]' in text
+    assert f'name: "lengths"\n  data_type: TYPE_{integers}' in text
+    served = tmp_path / "out/trio_vlm/1/bundle/engines/jetson-agx-orin-64gb"
+    assert Record.load(served).stages.keys() == set(own.stages)
+    config = (tmp_path / "out/trio_vlm/config.pbtxt").read_text()
+    assert '"tensorrt"' in config and '"jetson-agx-orin-64gb"' in config
 
 
 def test_the_warm_up_files_are_laid_out_as_triton_reads_strings(bundle, tmp_path):
