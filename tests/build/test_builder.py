@@ -211,6 +211,28 @@ def test_an_engine_that_does_not_run_is_thrown_away_and_named(
     assert "prefill_0.engine" not in files(folder)
 
 
+def test_an_engine_whose_first_run_was_interrupted_is_built_again(
+    bundle: Bundle, target: Target
+) -> None:
+    def interrupted(folder: Path, stage: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(bundle, target, Stub(), verify=interrupted)
+    again = Stub()
+    build(bundle, target, again)
+    assert again.built == STAGES
+
+
+def test_stale_engines_do_not_run_beside_new_ones(bundle: Bundle, target: Target) -> None:
+    build(bundle, target, Stub())
+    changed = replace(target, workspace_gib=0.5)
+    with pytest.raises(TrioError, match="no room"):
+        build(bundle, changed, Stub(stop_at="select_1", error=TrioError("no room")))
+    record = Record.load(bundle.path / "engines" / "test-gpu")
+    assert list(record.stages) == STAGES[:3]
+
+
 def test_another_gpu_than_the_targets_is_refused(bundle: Bundle, target: Target) -> None:
     orin = replace(target, name="jetson", compute_capability="8.7")
     with pytest.raises(TrioError, match=r"jetson has compute capability 8\.7.*H200, has 9\.0"):

@@ -131,6 +131,9 @@ def build_engines(
         stage for stage in wanted if force or not _is_built(folder, record, stage, prints[stage])
     ]
     _require_space(bundle, folder, missing)
+    # What is stale must not be run beside what is new, should this build be interrupted.
+    kept = {name: entry for name, entry in record.stages.items() if name not in missing}
+    record = replace(record, stages=kept)
     record.save(folder)
     for leftover in folder.glob(".*.engine.*"):
         leftover.unlink(missing_ok=True)
@@ -147,8 +150,10 @@ def build_engines(
                 bar.set_postfix_str(f"{stage}: first run")
                 try:
                     verify(folder, stage)
-                except TrioError as error:
+                except BaseException as error:
                     _drop(folder, record, stage)
+                    if not isinstance(error, TrioError):
+                        raise
                     raise TrioError(
                         f"the engine of {stage} was built, but does not run: {error}"
                     ) from error
@@ -156,8 +161,9 @@ def build_engines(
     order = {name: record.stages[name] for name in bundle.stages if name in record.stages}
     record = replace(record, stages=order)
     record.save(folder)
-    kept = tuple(stage for stage in wanted if stage not in missing)
-    return Outcome(folder, record, tuple(missing), kept)
+    return Outcome(
+        folder, record, tuple(missing), tuple(stage for stage in wanted if stage not in missing)
+    )
 
 
 def _build(
