@@ -230,7 +230,7 @@ def test_figures_of_another_model_are_refused(bundle, measured, evaluated, tmp_p
     raw = json.loads(evaluated.read_text()) | {"model": "another"}
     (tmp_path / "results.json").write_text(json.dumps(raw))
     with pytest.raises(TrioError, match="about another"):
-        gather.accuracy(bundle, tmp_path / "results.json", 0, progress=False)
+        gather.accuracy(bundle, tmp_path / "results.json", 0, {}, progress=False)
 
 
 def test_a_sweep_is_not_what_a_page_shows(bundle, measured, tmp_path):
@@ -249,6 +249,24 @@ def test_questions_and_pictures_go_together():
     for images, prompts in (([a], []), ([], ["x"]), ([a, b, a], ["x", "y"])):
         with pytest.raises(TrioError, match="do not go together"):
             asked_about(images, prompts)
+
+
+def test_a_quick_accuracy_is_that_of_the_bundles_own_schedule(bundle, monkeypatch):
+    asked = {}
+
+    def evaluate(source, questions, configurations, out, **options):
+        asked.update(configurations=configurations, questions=questions, **options)
+        raise TrioError("enough")
+
+    monkeypatch.setattr(gather, "evaluate", evaluate)
+    with pytest.raises(TrioError, match="enough"):
+        gather.accuracy(bundle, None, 2, {"threads": 1}, progress=False)
+    assert asked["options"].threads == 1
+    own, *more = asked["configurations"]
+    assert own.schedule == bundle.schedule and len(asked["questions"]) == 32
+    assert own.budget == pytest.approx((16 + 8 + 2 * 4) / 4 / 16)
+    assert all(other.budget > own.budget and other.schedule is None for other in more)
+    assert "skipped" in gather.accuracy(bundle, None, 0, {}, progress=False)
 
 
 def test_the_default_questions_are_about_the_test_split():

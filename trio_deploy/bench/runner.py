@@ -18,6 +18,7 @@ from trio_deploy.bench.workload import Workload, picture_size
 from trio_deploy.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.machine import load_average, machine
+from trio_deploy.recipe import load_target
 
 SCHEMA = 1
 UNPRUNED = "no pruning"
@@ -183,13 +184,13 @@ def sweep(
 def list_cases(bundle: Bundle, options: Options) -> tuple[list[Case], dict[str, str]]:
     """What will be measured, no pruning first; and baselines left out, with the reason."""
     manifest = bundle.manifest
-    runtime = options.runtime or (manifest.runtime if options.target is None else None)
+    targeted = load_target(options.target).runtime if options.target else manifest.runtime
     base = Case(
         UNPRUNED,
         "trio",
         str(bundle.path),
         1.0 if bundle.schedule.layers else None,
-        runtime=runtime,
+        runtime=options.runtime or targeted,
         target=options.target,
         provider=options.provider,
         precision=options.precision,

@@ -106,7 +106,7 @@ def _gather(bundle: Bundle, wanted: Wanted, progress: bool) -> dict[str, Any]:
         options = Options(new_tokens=8, runs=3, warm_up=1, baselines=(), **_runtime(wanted))
         parts["cost"] = gather.cost(bundle, wanted.bench, options, progress)
     if wanted.evaluation:
-        parts["accuracy"] = gather.accuracy(bundle, wanted.evaluation, 0, progress)
+        parts["accuracy"] = gather.accuracy(bundle, wanted.evaluation, 0, {}, progress)
     return parts
 
 
@@ -131,7 +131,7 @@ def _run(bundle: Bundle, wanted: Wanted, progress: bool) -> dict[str, Any]:
                 "as --eval."
             }
         else:
-            parts["accuracy"] = gather.accuracy(bundle, None, wanted.scenes, progress)
+            parts["accuracy"] = gather.accuracy(bundle, None, wanted.scenes, runtime, progress)
     return parts
 
 

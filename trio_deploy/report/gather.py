@@ -13,7 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from trio_deploy.build.record import RECORD, Record
 from trio_deploy.bundle import ENGINES, WEIGHTS, Bundle, format_bytes
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluate import evaluate, scenes
-from trio_deploy.evaluate.configurations import BLIND, Source, grid
+from trio_deploy.evaluate.configurations import BLIND, Configuration, RuntimeOptions, Source, grid
 from trio_deploy.evaluate.configurations import UNPRUNED as ALL_TOKENS
 from trio_deploy.evaluate.questions import scene_questions
 from trio_deploy.evaluate.results import Results
@@ -43,6 +43,7 @@ from trio_deploy.schedule import Schedule, account, max_tiles, max_visual_tokens
 _MIB = 2**20
 _TEXT_TOKENS = 60  # as `trio plan` and the paper count
 _BUDGETS = (0.111, 0.222, 0.333)
+_APART = 0.02  # budgets nearer to a bundle's own say nothing new
 
 #: Shown where no picture is given: scenes of the test split, (seed, family, questions asked).
 _SCENES = ((2_000_039, "busy", (1, 7)), (2_000_011, "busy", (4,)), (2_000_007, "smooth", (9,)))
@@ -330,7 +331,11 @@ def read_bench(file: Path, bundle: Bundle) -> dict[str, Any]:
 
 
 def accuracy(
-    bundle: Bundle, file: Path | None, scenes_asked: int, progress: bool
+    bundle: Bundle,
+    file: Path | None,
+    scenes_asked: int,
+    runtime: Mapping[str, Any],
+    progress: bool,
 ) -> dict[str, Any]:
     """Accuracy retained: from a file of `trio eval`, or of questions about generated scenes.
 
@@ -343,22 +348,26 @@ def accuracy(
     elif not scenes_asked:
         return {"skipped": "Not measured: run `trio eval` and pass its results as --eval."}
     else:
-        results = _ask_scenes(bundle, scenes_asked, progress)
+        results = _ask_scenes(bundle, scenes_asked, RuntimeOptions(**runtime), progress)
     return {**_accuracy(results), "quick": file is None}
 
 
-def _ask_scenes(bundle: Bundle, count: int, progress: bool) -> Results:
+def _ask_scenes(bundle: Bundle, count: int, options: RuntimeOptions, progress: bool) -> Results:
+    """The bundle's own schedule, and budgets above it, on scenes of the test split."""
     source = Source.open(bundle.path)
-    layers = bundle.schedule.layers
-    floor = layers[0] / source.layers if layers else 1.0
-    budgets = [budget for budget in _BUDGETS if budget > floor]
-    configurations, _ = grid(source, [], budgets)
+    configurations: list[Configuration] = []
+    if bundle.schedule.layers:
+        share = schedule(bundle)["share"]
+        more = [budget for budget in _BUDGETS if budget > share + _APART]
+        configurations, _ = grid(source, [], [share, *more])
+        configurations[0] = replace(configurations[0], schedule=bundle.schedule)
     with tempfile.TemporaryDirectory() as folder:
         return evaluate(
             source,
             scene_questions(count),
             configurations,
             Path(folder),
+            options=options,
             max_new_tokens=16,
             data="generated scenes of the test split",
             progress=progress,
