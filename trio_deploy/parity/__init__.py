@@ -102,18 +102,15 @@ def check(
         reference = _ask_oracle(loaded, pipeline, asked, checkpoint)
         rows = _compare_inputs(pipeline, reference, checkpoint)
     manifest = loaded.manifest
-    stages = TOLERANCES[pipeline.precision]
-    # Selections run in the bundle's own type whatever the runtime was told to compute in.
-    selections = TOLERANCES[manifest.dtype]
-    for part, tolerance in ((False, stages), (True, selections)):
-        rows += compare_stages(
-            {k: s for k, s in reference.stages.items() if k.startswith("select_") == part},
-            lambda stage, feeds: _run(pipeline, stage, feeds),
-            tolerance,
-            threshold=manifest.threshold,
-            separate_decode=manifest.decode == "separate",
-            methods=loaded.schedule.methods,
-        )
+    tolerance = TOLERANCES[pipeline.precision]
+    rows += compare_stages(
+        reference.stages,
+        lambda stage, feeds: _run(pipeline, stage, feeds),
+        tolerance,
+        threshold=manifest.threshold,
+        separate_decode=manifest.decode == "separate",
+        methods=loaded.schedule.methods,
+    )
     order = list(loaded.stages)
     rows.sort(key=lambda row: _place(row.stage, order))
     title = (
@@ -122,11 +119,11 @@ def check(
     )
     if isinstance(pipeline.engine("embed"), TrtEngine):
         if manifest.dtype in GRAPH_DTYPES["onnxruntime"]:
-            rows += _compare_engines(pipeline, selections)
+            rows += _compare_engines(pipeline, tolerance)
             title += "; each engine, at the shapes in brackets, against ONNX Runtime"
         else:
             title += f"; not against ONNX Runtime, which has no {manifest.dtype}"
-    rows += _compare_answers(pipeline, reference, stages)
+    rows += _compare_answers(pipeline, reference, tolerance)
     return Report(title, rows)
 
 

@@ -42,8 +42,8 @@ class TrioPipeline:
     A follow-up question is a new prefill: which tokens a picture keeps depends on the question.
 
     Attributes:
-        precision: the float type that segments' results are rounded to (selections keep the
-            bundle's).
+        precision: the float type that segments' results are rounded to, and what selections
+            multiply with weights; the rest of them keeps the bundle's.
     """
 
     def __init__(
