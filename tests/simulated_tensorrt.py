@@ -142,7 +142,9 @@ class Cuda(types.ModuleType):
         self, target: int, source: int, nbytes: int, kind: int, stream: int
     ) -> tuple[cudaError_t]:
         if kind == cudaMemcpyKind.cudaMemcpyDeviceToDevice:
-            raise AssertionError("device to device copies go by cudaMemcpy2DAsync")
+            to, come = self.device_bytes(target, nbytes), self.device_bytes(source, nbytes)
+            self.put(lambda: np.copyto(to, come))
+            return (cudaError_t.cudaSuccess,)
         to_device = kind == cudaMemcpyKind.cudaMemcpyHostToDevice
         host = source if to_device else target
         pinned = any(a <= host < a + array.nbytes for a, array in self.pinned.items())
@@ -183,6 +185,13 @@ class Cuda(types.ModuleType):
         to = self._lines(target, target_pitch, width, height)
         come = self._lines(source, source_pitch, width, height)
         self.put(lambda: np.copyto(to, come))
+        return (cudaError_t.cudaSuccess,)
+
+    def cudaMemsetAsync(
+        self, target: int, value: int, nbytes: int, stream: int
+    ) -> tuple[cudaError_t]:
+        whole = self.device_bytes(target, nbytes)
+        self.put(lambda: whole.fill(value))
         return (cudaError_t.cudaSuccess,)
 
     def cudaMemset2DAsync(

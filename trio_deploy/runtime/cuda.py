@@ -178,6 +178,7 @@ class Device:
         flag = int(self._cuda.cudaStreamNonBlocking)
         self.stream = self.call("cudaStreamCreateWithFlags", flag)
         self._spare: defaultdict[int, list[int]] = defaultdict(list)
+        self._spare_pinned: defaultdict[int, list[int]] = defaultdict(list)
         self.own(self, "cudaStreamDestroy", self.stream)
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -255,9 +256,11 @@ class Device:
         """An array of the host's whose memory a CUDA graph may copy from and to."""
         dtype = np.dtype(dtype)
         nbytes = max(1, math.prod(shape) * dtype.itemsize)
-        address = int(self.call("cudaMallocHost", nbytes))
+        size = -(-nbytes // _SMALL) * _SMALL
+        spare = self._spare_pinned[size]
+        address = spare.pop() if spare else int(self.call("cudaMallocHost", size))
         buffer = (ctypes.c_byte * nbytes).from_address(address)
-        self.own(buffer, "cudaFreeHost", address)
+        weakref.finalize(buffer, spare.append, address).atexit = False
         flat = np.frombuffer(buffer, np.uint8)[: math.prod(shape) * dtype.itemsize]
         return flat.view(dtype).reshape(shape)
 
@@ -267,8 +270,7 @@ class Device:
         """Copy to the device; the array may be changed afterwards."""
         array = np.ascontiguousarray(array)
         target = self.empty(array.shape, array.dtype) if into is None else into
-        if array.nbytes:
-            self._copy(target.address, array.ctypes.data, array.nbytes, "HostToDevice")
+        self._copy(target.address, array.ctypes.data, array.nbytes, "HostToDevice")
         return target
 
     def download(self, array: DeviceArray, into: np.ndarray | None = None) -> np.ndarray:
@@ -278,8 +280,7 @@ class Device:
             source = self.empty(array.shape, array.dtype)
             self.copy(source, array)
         target = np.empty(array.shape, array.dtype) if into is None else into
-        if array.nbytes:
-            self._copy(target.ctypes.data, source.address, array.nbytes, "DeviceToHost")
+        self._copy(target.ctypes.data, source.address, array.nbytes, "DeviceToHost")
         self.synchronize()
         return target
 
@@ -296,6 +297,9 @@ class Device:
         if target.shape != source.shape or target.dtype != source.dtype:
             raise ValueError(f"cannot copy {source.shape} to {target.shape}")
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        if target.contiguous and source.contiguous:  # CUDA's lines end at 2 GiB
+            self._copy(target.address, source.address, target.nbytes, "DeviceToDevice")
+            return
         plan = _planes(target.shape, target.dtype.itemsize, target.strides, source.strides)
         for (to, come), (to_pitch, from_pitch), width, height in plan:
             self.call(
@@ -312,15 +316,20 @@ class Device:
 
     def clear(self, array: DeviceArray) -> None:
         """Fill with zero bytes."""
+        if not array.nbytes:
+            return
+        if array.contiguous:
+            self.call("cudaMemsetAsync", array.address, 0, array.nbytes, self.stream)
+            return
         for (at,), (pitch,), width, height in _planes(
             array.shape, array.dtype.itemsize, array.strides
         ):
             self.call("cudaMemset2DAsync", array.address + at, pitch, 0, width, height, self.stream)
 
     def _copy(self, target: int, source: int, nbytes: int, kind: str) -> None:
-        kinds = self._cuda.cudaMemcpyKind
-        kind = getattr(kinds, f"cudaMemcpy{kind}")
-        self.call("cudaMemcpyAsync", target, source, nbytes, kind, self.stream)
+        if nbytes:
+            kind = getattr(self._cuda.cudaMemcpyKind, f"cudaMemcpy{kind}")
+            self.call("cudaMemcpyAsync", target, source, nbytes, kind, self.stream)
 
     # --------------------------------------------------------------------------------- stream
 
