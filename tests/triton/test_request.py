@@ -169,7 +169,11 @@ def test_what_is_wrong_is_named(tensors: dict[str, np.ndarray], message: str) ->
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
-    [('{"temprature": 1}', "unknown parameter 'temprature'"), ('{"stream": "no"}', "stream must")],
+    [
+        ('{"temprature": 1}', "unknown parameter 'temprature'"),
+        ('{"stream": "no"}', "stream must"),
+        ('{"stream": nan}', "not JSON"),
+    ],
 )
 def test_unknown_parameters_are_named(parameters: str, message: str) -> None:
     with pytest.raises(TrioError, match=message):

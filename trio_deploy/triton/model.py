@@ -28,7 +28,7 @@ from trio_deploy.runtime.continuous import (
     Handle,
     Refused,
 )
-from trio_deploy.runtime.pipeline import Generation, Request, TrioPipeline
+from trio_deploy.runtime.pipeline import Generation, TrioPipeline
 from trio_deploy.triton.limits import Settings
 from trio_deploy.triton.metrics import Exporter
 from trio_deploy.triton.request import INPUTS, REFUSAL, Question, forwarded, read
@@ -70,13 +70,13 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> None:
         """Take requests; their responses are sent as they come to be."""
         for request in requests:
-            key, cancelled = forwarded(request.parameters())
-            answer = _Answer(request.get_response_sender(), self._answers.discard, key)
-            if cancelled is not None:
-                self._cancel(cancelled)
-                answer.end()
-                continue
+            answer = _Answer(request.get_response_sender(), self._answers.discard)
             try:
+                answer.key, cancelled = forwarded(request.parameters())
+                if cancelled is not None:
+                    self._cancel(cancelled)
+                    answer.end()
+                    continue
                 question = self._read(request)
             except Exception as error:  # nothing that a client sends may end the instance
                 self._invalid += 1
@@ -132,13 +132,13 @@ class _Answer:
         key: of a request that `trio_vlm_complete` passed on.
     """
 
-    def __init__(self, sender: Any, done: Callable[[_Answer], None], key: str | None) -> None:
+    def __init__(self, sender: Any, done: Callable[[_Answer], None]) -> None:
         self._sender = sender
         self._done = done
         self._handle: Handle | None = None
         self._stream = True
         self.begun = False
-        self.key = key
+        self.key: str | None = None
 
     def ask(self, batcher: ContinuousBatcher, question: Question) -> None:
         """Submit the question; if it is refused, that is the answer."""
@@ -246,7 +246,8 @@ def _batcher(pipeline: TrioPipeline, settings: Settings) -> ContinuousBatcher:
 def _warm_up(pipeline: TrioPipeline) -> None:
     """Run every stage once, with a picture and without."""
     blank = Image.new("RGB", (64, 64), (127, 127, 127))
-    pipeline.generate_batch([Request("what is this?", images, 2) for images in ([blank], [])])
+    for images in ([blank], []):
+        pipeline.generate(images, "what is this?", max_new_tokens=2)
 
 
 def _exporter(args: Mapping[str, str]) -> Exporter | None:

@@ -252,7 +252,10 @@ def _streams(parameters: str) -> bool:
 
 
 def _json_object(parameters: str) -> dict[str, Any]:
-    return json.loads(parameters) if parameters else {}
+    try:
+        return json.loads(parameters) if parameters else {}
+    except ValueError as error:
+        raise TrioError(f"the request's parameters are not JSON: {error}") from None
 
 
 def _scalar(tensors: Mapping[str, np.ndarray], name: str, default: Any) -> Any:
