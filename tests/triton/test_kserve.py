@@ -90,5 +90,6 @@ def test_it_scales_on_a_metric_that_the_model_reports():
 
 def test_a_pod_may_take_longer_to_end_than_the_server_waits_for_its_requests():
     predictor = MANIFEST["spec"]["predictor"]
-    (exit_timeout,) = predictor["model"]["args"]
-    assert int(exit_timeout.partition("=")[2]) < predictor["terminationGracePeriodSeconds"]
+    arguments = dict(text.split("=", 1) for text in predictor["model"]["args"])
+    waits = int(arguments["--exit-timeout-secs"])
+    assert waits < predictor["terminationGracePeriodSeconds"]

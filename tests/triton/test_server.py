@@ -580,6 +580,22 @@ def test_sigterm_lets_running_answers_finish_and_leaves_no_shared_memory(running
     assert not any(region.exists() for region in shared)
 
 
+def test_a_locked_server_answers_questions_and_lets_nobody_at_its_memory(running, tmp_path):
+    apis = "shared-memory,model-repository,logging,trace:admin-key=secret"
+    locks = [f"--http-restricted-api={apis}", f"--grpc-restricted-protocol={apis}"]
+    with TritonServer(running.repositories[1], tmp_path / "log", locks) as server:
+        region = f"/{server.shared_memory()[0].name}"
+        body = {"key": region, "offset": 0, "byte_size": 1024}
+        assert post(server, "/v2/systemsharedmemory/region/mine/register", body)[0] == 403
+        assert post(server, "/v2/repository/index", {})[0] == 403
+        with (
+            grpc_client.InferenceServerClient(server.grpc) as client,
+            pytest.raises(grpc_client.InferenceServerException, match="restricted"),
+        ):
+            client.register_system_shared_memory("mine", region, 1024)
+        assert ask(server, "endless_vlm", prompt="hi", max_tokens=3).reasons == ["length"]
+
+
 def test_a_killed_instance_is_reported_and_ends_the_server(running, tmp_path):
     with TritonServer(
         running.repositories[0], tmp_path / "log", ["--exit-timeout-secs=2"]
