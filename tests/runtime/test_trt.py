@@ -6,6 +6,7 @@ these engines is for `tests/gpu` to show, on a GPU.
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -167,10 +168,24 @@ def test_a_second_request_needs_no_more_memory(shared: Machine) -> None:
 
 def test_contexts_take_turns_at_one_scratch_buffer(shared: Machine) -> None:
     runtime = shared.runtime()
-    first, size = runtime.scratch(4096)
-    assert runtime.scratch(1000) == (first, size)
-    larger, _ = runtime.scratch(1 << 20)
+    runtime.need_scratch(4096)
+    first, _ = runtime.scratch()
+    runtime.need_scratch(1000)
+    assert runtime.scratch() == (first, 4096)
+    runtime.need_scratch(1 << 20)
+    larger, size = runtime.scratch()
+    assert size == 1 << 20
     assert larger.address != first.address
+
+
+def test_a_pipeline_that_is_gone_leaves_no_memory(shared: Machine) -> None:
+    pipeline = shared.pipeline()
+    pipeline.generate_batch(requests())
+    assert shared.cuda.used()
+    del pipeline
+    gc.collect()
+    assert not shared.cuda.used()
+    assert not shared.cuda.pinned
 
 
 # ------------------------------------------------------------------------------------ CUDA graphs
@@ -349,7 +364,7 @@ def test_too_little_memory_for_an_engine_says_what_was_needed(
 ) -> None:
     Machine(install(monkeypatch, SHARED[0]), *bundles.get(SHARED))
     machine = Machine(install(monkeypatch, SHARED[0], memory=600), *bundles.get(SHARED))
-    with pytest.raises(TrioError, match="out of memory: the engine of vision needs at least"):
+    with pytest.raises(TrioError, match=r"out of memory: the engine of \w+ needs at least"):
         machine.pipeline()
 
 

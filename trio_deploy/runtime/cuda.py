@@ -180,6 +180,10 @@ class Device:
         self._spare: defaultdict[int, list[int]] = defaultdict(list)
         self._spare_pinned: defaultdict[int, list[int]] = defaultdict(list)
         self.own(self, "cudaStreamDestroy", self.stream)
+        # Whatever is in use keeps the device, so that by then all memory is spare.
+        for destroy, spare in (("cudaFree", self._spare), ("cudaFreeHost", self._spare_pinned)):
+            give = getattr(self._cuda, destroy)
+            weakref.finalize(self, _give_all_back, give, spare).atexit = False
 
     def call(self, name: str, *arguments: Any) -> Any:
         """A function of the CUDA runtime; returns what it gives beside its status.
@@ -228,9 +232,7 @@ class Device:
     def release(self) -> None:
         """Give what is kept for the next request back to the GPU."""
         self.synchronize()
-        for addresses in self._spare.values():
-            while addresses:
-                self.call("cudaFree", addresses.pop())
+        _give_all_back(self._cuda.cudaFree, self._spare)
 
     def _new(self, size: int, use: str) -> int:
         for attempt in range(2):
@@ -252,6 +254,9 @@ class Device:
     def _give_back(self, address: int, size: int) -> None:
         self._spare[size].append(address)
 
+    def _give_back_pinned(self, address: int, size: int) -> None:
+        self._spare_pinned[size].append(address)
+
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """An array of the host's whose memory a CUDA graph may copy from and to."""
         dtype = np.dtype(dtype)
@@ -260,7 +265,7 @@ class Device:
         spare = self._spare_pinned[size]
         address = spare.pop() if spare else int(self.call("cudaMallocHost", size))
         buffer = (ctypes.c_byte * nbytes).from_address(address)
-        weakref.finalize(buffer, spare.append, address).atexit = False
+        weakref.finalize(buffer, self._give_back_pinned, address, size).atexit = False
         flat = np.frombuffer(buffer, np.uint8)[: math.prod(shape) * dtype.itemsize]
         return flat.view(dtype).reshape(shape)
 
@@ -373,6 +378,12 @@ class Device:
         name = self._cuda.cudaGetErrorName(status)[1]
         text = self._cuda.cudaGetErrorString(status)[1]
         return f"{bytes(text).decode()} ({bytes(name).decode()})"
+
+
+def _give_all_back(give: Callable[[int], Any], spare: dict[int, list[int]]) -> None:
+    for addresses in spare.values():
+        while addresses:
+            give(addresses.pop())
 
 
 def _strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:

@@ -106,8 +106,8 @@ class TrtRuntime:
         self.cuda_graphs = cuda_graphs
         self.recordings = 0
         self._folder, self._bundle = folder, bundle
-        self._scratch = self.device.block(1, "scratch")
-        self._scratch_size = 1
+        self._scratch: Any = None
+        self._scratch_size, self._scratch_needed = 0, 1
 
     def shares_cache(self, dialect: str) -> bool:
         """See `Runtime.shares_cache`: KVCacheUpdate works in place, `primitive` graphs do not."""
@@ -162,11 +162,16 @@ class TrtRuntime:
         """See `Runtime.moment`."""
         return self.device.event()
 
-    def scratch(self, nbytes: int) -> tuple[Any, int]:
-        """Memory for execution contexts of at least this size, and its size; shared by all."""
-        if nbytes > self._scratch_size:
-            self._scratch = self.device.block(nbytes, "the engines' intermediate results")
-            self._scratch_size = nbytes
+    def need_scratch(self, nbytes: int) -> None:
+        """Have `scratch` be of at least this size."""
+        self._scratch_needed = max(self._scratch_needed, nbytes)
+
+    def scratch(self) -> tuple[Any, int]:
+        """Memory for execution contexts, and its size: enough for any engine, shared by all."""
+        if self._scratch_size < self._scratch_needed:
+            size = self._scratch_needed
+            self._scratch = self.device.block(size, "the engines' intermediate results")
+            self._scratch_size = size
         return self._scratch, self._scratch_size
 
 
@@ -177,7 +182,7 @@ class _Context:
         tensorrt, device = engine.runtime.tensorrt, engine.runtime.device
         self.trt = tensorrt.context(engine.trt)
         self.profile = profile
-        self._scratch, size = engine.runtime.scratch(tensorrt.scratch_bytes(engine.trt))
+        self._scratch, size = engine.runtime.scratch()
         tensorrt.lend(self.trt, self._scratch.address, size)
         if profile != self.trt.active_optimization_profile:
             if not self.trt.set_optimization_profile_async(profile, int(device.stream)):
@@ -209,6 +214,7 @@ class TrtEngine:
         self.inputs = {t.name: _spec(t) for t in self._tensors.values() if t.is_input}
         self.outputs = {t.name: _spec(t) for t in self._tensors.values() if not t.is_input}
         self._idle: dict[int, list[_Context]] = {}
+        runtime.need_scratch(runtime.tensorrt.scratch_bytes(engine))
 
     def run(
         self,
