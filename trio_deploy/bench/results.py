@@ -82,7 +82,7 @@ def cost_of(run: Run, bundle: Bundle) -> Cost:
         schedule,
         run.visual_tokens,
         run.prompt_tokens - run.visual_tokens,
-        item_bytes=_ITEM_BYTES[bundle.manifest.dtype],
+        item_bytes=_ITEM_BYTES[run.precision],  # keys and values are stored as computed
         probes=PROBES,
     )
 

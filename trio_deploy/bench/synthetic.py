@@ -165,13 +165,14 @@ class Size:
     def name(self) -> str:
         """For folders and titles."""
         full = self.filled()
-        default = Size(d=full.d, heads=self.heads).filled()
+        default = Size(d=full.d, heads=full.heads).filled()
         parts = [f"llava-d{full.d}-l{full.layers}-v{full.vocab}"]
         for item in fields(self):
             if item.name in ("d", "layers", "vocab"):
                 continue
             value = getattr(full, item.name)
-            if value != getattr(default, item.name) or (item.name == "heads" and self.heads):
+            usual = Size(d=full.d).filled().heads if item.name == "heads" else None
+            if value != (usual or getattr(default, item.name)):
                 parts.append(f"{item.name.replace('_', '')}{value}")
         return "-".join(parts)
 
