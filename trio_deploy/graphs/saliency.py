@@ -310,13 +310,15 @@ def _norm_of_norm_back(
     """The norm of what `_norm_back` gives, f32 [...,1], from x·x and y·g of each row alone.
 
     With y = r x ∘ w the normed row, y·g = r (h·x); so r² |h - x r² (h·x)/d|² is
-    r² (|h|² - (y·g)² (1 + ε r²)/d), for which neither x nor the difference is gone through.
+    r² (|h|² - (y·g)² (1 + ε r²)/d), for which neither x nor the difference is gone through; and
+    |h|² is a product of g ∘ g with w ∘ w.
     """
     size = int(_sizes(g)[-1])
     square = op.Div(1.0, op.Add(op.Mul(squares, 1.0 / size), module.eps))  # r²
-    h = op.Mul(g, cast(op, module.weight.into(op), FLOAT))
+    w = cast(op, module.weight.into(op), FLOAT)
+    h = op.MatMul(op.Mul(g, g), op.Unsqueeze(op.Mul(w, w), [1]))  # |h|²
     inside = op.Mul(op.Mul(along, along), op.Add(op.Mul(square, module.eps), 1.0))
-    outside = op.Sub(reduce(op, "ReduceSumSquare", h, [-1]), op.Mul(inside, 1.0 / size))
+    outside = op.Sub(h, op.Mul(inside, 1.0 / size))
     return op.Sqrt(op.Mul(op.Max(outside, 0.0), square))
 
 

@@ -80,12 +80,13 @@ def select(
         keep: int64 [B]; a row with keep >= N keeps all its visual tokens.
         capacity: K, int64 [1], at least every `keep` that is below its row's N.
         threshold: a kept token suppresses those with a cosine of at least this; positive.
-        block: M.
+        block: M; half of it in the `ort` dialect, where rounds are cheap and rows dear.
 
     Returns:
         The visual tokens that stay, bool [B,S], and whether the row's fixed points were reached,
         bool [B].
     """
+    block = max(block // 2, 1) if d.name == "ort" else block
     batch, length = dim(op, tokens.x, 0), dim(op, tokens.x, 1)
     available = reduce(op, "ReduceSum", op.Cast(tokens.visual, to=FLOAT), [1])  # [B,1]
     keep = op.Unsqueeze(keep, [1])
