@@ -50,6 +50,8 @@ ENGINES = {
     "onnxruntime": ("runtime/ort.py",),
     # The second is a program for an environment with OpenVINO GenAI, which has no trio_deploy.
     "openvino": ("runtime/ov.py", "runtime/ov_passes.py", "bench/genai_child.py"),
+    "tensorrt": ("build/adapter.py",),
+    "cuda": ("runtime/cuda.py",),
 }
 
 
