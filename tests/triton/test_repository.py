@@ -56,7 +56,7 @@ def test_stage_folders_hold_the_weights_their_graph_reads_without_copies(bundle,
     for stage in bundle.stages:
         folder = tmp_path / "out" / f"trio_{stage}" / "1" / "model.onnx"
         assert (folder / "model.onnx").read_bytes() == bundle.graph(stage).read_bytes()
-        for weights in (folder / "weights").iterdir():
+        for weights in (folder / "weights").glob("*"):  # a selection by diversity reads none
             assert weights.samefile(held / weights.name)
 
 
