@@ -123,6 +123,21 @@ def test_answers_are_those_of_onnx_runtime(
         assert mine.timings.keys() == theirs.timings.keys()
 
 
+def test_selections_with_inputs_of_their_own_get_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llava_next_checkpoint: Path
+) -> None:
+    """Seeds, and the encoder's scores, which follow the kept tokens from point to point."""
+    simulation = install(monkeypatch, SHARED[0])
+    target = make_target(tmp_path, *SHARED)
+    schedule = "0:0.6:vscan,1:0.4:cls-attention,2:0.2:random"
+    bundle = export_for(llava_next_checkpoint, tmp_path, target, schedule)
+    machine = Machine(simulation, bundle, target)
+    expected = TrioPipeline.from_bundle(bundle, "onnxruntime", threads=1).generate_batch(requests())
+    found = machine.pipeline().generate_batch(requests())
+    assert [a.token_ids for a in found] == [a.token_ids for a in expected]
+    assert [a.keep_counts for a in found] == [a.keep_counts for a in expected]
+
+
 def test_cuda_python_before_12_8_is_known_by_its_old_name(
     bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
