@@ -110,6 +110,19 @@ def test_in_bfloat16_the_cache_is_bfloat16_and_holds_what_float32_holds(tmp_path
 
 
 @needs_bfloat16
+def test_one_thread_computes_in_bfloat16(tmp_path: Path) -> None:
+    """Of sizes that OpenVINO fuses an MLP of, which would end this process."""
+    config = model_config(hidden_size=64, intermediate_size=128)
+    model = build_prefill(config, 0, 0, 2, PRIMITIVE)
+    weights = random_weights(model)
+    narrow = opened(tmp_path, model, weights, precision="bfloat16")
+    feeds = prompt(config, 2, 9)
+    expected = Runner(model, weights, "openvino")(feeds)["hidden_states"]
+    rounded = {name: array.astype(narrow.inputs[name].dtype) for name, array in feeds.items()}
+    assert relative(narrow.run(rounded)["hidden_states"], expected) < 0.03
+
+
+@needs_bfloat16
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_a_selection_with_narrowed_products_keeps_what_float32_keeps(
     tmp_path: Path, kv_heads: int

@@ -7,6 +7,7 @@ from the bundle's files.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ class OvRuntime(HostRuntime):
                 self._passes.narrow_products(model)
             elif self._precision == "bfloat16":
                 model = self._passes.narrow_caches(model)
+            if self._precision == "bfloat16" and 1 in (self._threads, os.cpu_count()):
+                self._passes.unfuse_mlps(model)
             compiled = self._core.compile_model(model, "CPU", options)
         except RuntimeError as error:
             raise TrioError(f"OpenVINO cannot load {path.name}: {error}") from error

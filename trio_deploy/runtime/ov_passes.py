@@ -15,6 +15,7 @@ import numpy as np
 
 _PARTS = 4  # of a prompt's queries: 5/8 of the scores are computed instead of all
 _END = np.iinfo(np.int64).max  # of a slice
+_HUGE = 3e38  # a bound that no finite bfloat16 number of a model meets
 
 _Cut = Callable[[Any, int], Any]
 """Cuts a range out of a value along an axis."""
@@ -57,6 +58,18 @@ class Passes:
                 if name.startswith(prefix):
                     of(name).tensor().set_element_type(self._type.bf16)
         return changed.build()
+
+    def unfuse_mlps(self, model: Any) -> None:
+        """A no-op behind each up_proj, so that its layer's MLP is not made one operator.
+
+        With one thread that operator ends the process (SIGFPE in OpenVINO 2026.4, bfloat16).
+        """
+        for product in _of_kind(model, "MatMul"):
+            if _constant(product.input_value(1)).get_friendly_name().endswith("up_proj.weight"):
+                users = list(product.output(0).get_target_inputs())
+                same = self._op.clamp(product.output(0), -_HUGE, _HUGE)
+                for user in users:
+                    user.replace_source_output(same.output(0))
 
     def split_queries(self, model: Any) -> None:
         """Causal attention a part of the queries at a time, each with the keys that it can see.
@@ -105,9 +118,7 @@ class Passes:
 
     def _is_weight(self, value: Any) -> bool:
         """Whether it is a float32 tensor of the checkpoint, or the transpose of one."""
-        node = value.get_node()
-        if node.get_type_name() == "Transpose":
-            node = node.input_value(0).get_node()
+        node = _constant(value)
         return (
             node.get_type_name() == "Constant"
             and node.get_element_type() == self._type.f32
@@ -124,6 +135,12 @@ class Passes:
 
 def _of_kind(model: Any, kind: str) -> list[Any]:
     return [node for node in model.get_ordered_ops() if node.get_type_name() == kind]
+
+
+def _constant(value: Any) -> Any:
+    """The node that makes a value, but for a Transpose: a Constant where it is a weight."""
+    node = value.get_node()
+    return node.input_value(0).get_node() if node.get_type_name() == "Transpose" else node
 
 
 def _behind_cast(value: Any) -> Any:
