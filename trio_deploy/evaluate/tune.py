@@ -7,10 +7,11 @@ first token nor one hopeless question decides; where the probabilities are extre
 of answers that change.
 
 Candidates begin coarse: one, two or three pruning points, at the start of the language model and
-across its depth, by each of the methods, keeps in a few proportions. All are asked a few questions;
-the better third is asked three times as many (successive halving, Jamieson and Talwalkar 2016),
-joined by neighbours of the best: a point moved, the proportions changed, a method, τ or the probe
-exchanged. The last third is asked everything.
+across its depth, by each of the methods, keeps in a few proportions. All are asked a few questions
+(64 or more: with fewer, one hard question decides). The better third, joined by neighbours of the
+best (a point moved, the proportions changed, a method, τ or the probe exchanged), is asked three
+times as many, and so on (successive halving, Jamieson and Talwalkar 2016); the last third is asked
+everything.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _RATIO_DIGITS = 6
 _SURVIVE = 3  # one in so many goes on, to be asked so many times as much
 _FEWEST = 4  # that go on, where there are as many
 _PARENTS = 3  # whose neighbours join
-_ROUNDS = 4  # how often questions grow
+_FIRST = 64  # questions of the first round, or up to three times as many: fewer are a lottery
 _DEPTHS = (0.2, 0.35, 0.5, 0.65)  # of a second point, as a share of the layers
 _FALLS = (0.65, 0.45, 0.3)  # what a later point keeps of the one before
 _STEP = 1.25  # by which a neighbour's keeps differ
@@ -433,13 +434,16 @@ def tune(
             "method that may prune before layer 0"
         )
     total = len(tuner.questions)
-    rungs = [max(1, math.ceil(total / _SURVIVE**power)) for power in range(_ROUNDS - 1, -1, -1)]
+    rungs = [total]
+    while rungs[0] > _SURVIVE * _FIRST:
+        rungs.insert(0, math.ceil(rungs[0] / _SURVIVE))
+    rungs.insert(0, rungs[0])  # the best of the first round get neighbours before more is asked
     ranked: list[Ranked] = []
-    for asked in dict.fromkeys(rungs):
+    for turn, asked in enumerate(rungs):
         if ranked:
             survivors = ranked[: max(_FEWEST, len(ranked) // _SURVIVE)]
             alive = [one.configuration.key for one in survivors]
-            if asked < total:  # the last round only decides
+            if asked < total or turn == 1:  # the last round only decides
                 parents = [one.candidate for one in survivors[:_PARENTS]]
                 alive += add([near for one in parents for near in neighbours(one, space, layers)])
             alive = list(dict.fromkeys(alive))
