@@ -36,8 +36,7 @@ class Passes:
 
         For select graphs. Products of two activations are left alone: the backward pass through
         attention subtracts what is nearly equal, and similarities are compared with a threshold.
-        So are the bodies of Loops. (Compiled in bfloat16 as a whole, such a graph ends the process
-        with SIGFPE in OpenVINO 2026.4.)
+        So are the bodies of Loops.
         """
         for product in _of_kind(model, "MatMul"):
             operands = [product.input_value(i) for i in range(2)]
