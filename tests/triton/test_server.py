@@ -619,6 +619,15 @@ def test_a_killed_instance_is_reported_and_ends_the_server(running, tmp_path):
     assert until(lambda: not any(region.exists() for region in shared))
 
 
+def test_a_killed_server_takes_its_models_along(running, tmp_path):
+    with TritonServer(running.repositories[0], tmp_path / "log") as server:
+        family, shared = server.descendants(), server.shared_memory()
+        server.process.kill()
+        server.process.wait()
+        assert until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family))
+        assert until(lambda: not any(region.exists() for region in shared))
+
+
 def test_a_broken_bundle_keeps_the_server_unready_and_is_named(running, tmp_path):
     write_repository(running.bundle, tmp_path / "models", Options())
     (weights,) = (tmp_path / "models/trio_vlm/1/bundle/weights").iterdir()

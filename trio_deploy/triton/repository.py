@@ -276,6 +276,9 @@ class _Models:
     def add_complete(self) -> None:
         """The model for plain requests, which forwards to the streaming one."""
         name = f"{self._options.name}_vlm_complete"
+        parameters = {"model": f"{self._options.name}_vlm"}
+        if "watch" in self._settings:
+            parameters["watch"] = self._settings["watch"]
         self._writer.write(f"{name}/1/model.py", _model_py("complete"))
         self._config(
             name,
@@ -285,7 +288,7 @@ class _Models:
                 **_vlm_interface(),
                 # One light process answers any number at once: it waits for the other model.
                 "instance_group": [{"count": 1, "kind": Enum("KIND_CPU")}],
-                "parameters": _string_parameters({"model": f"{self._options.name}_vlm"}),
+                "parameters": _string_parameters(parameters),
             },
         )
 

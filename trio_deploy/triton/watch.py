@@ -4,13 +4,15 @@ Triton (2.51) neither restarts a python model whose process was killed, by the k
 memory above all, nor counts it as not ready: requests that it was answering wait for ever, new ones
 fail one by one, and the server cannot shut down in order. So a second, tiny process watches the
 model's. When that ends without having said goodbye, it says so in the server's log and ends the
-server, which whatever runs the server (Kubernetes, systemd, docker --restart) starts again.
+server, which whatever runs the server (Kubernetes, systemd, docker --restart) starts again. And
+should the server itself be killed, it ends the model's process, which would live on otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 _GOODBYE = b"finalized"
 _REGION = "triton_python_backend_shm_region_"
 _SHARED_MEMORY = Path("/dev/shm")
+_LOOK_S = 2.0  # between looks at whether the server is there
 
 
 class Watch:
@@ -30,7 +33,10 @@ class Watch:
         """
         # The watcher reads until this process closes the pipe, which the kernel does for the dead.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, name, str(os.getppid()), *_regions()],
+            [
+                *(sys.executable, "-m", __name__),
+                *(name, str(os.getppid()), str(os.getpid()), *_regions()),
+            ],
             stdin=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C is for the server, which ends the model in order
         )
@@ -49,22 +55,34 @@ def _regions() -> list[str]:
     return []
 
 
-def _main(name: str, server: int, regions: list[str]) -> None:
-    if sys.stdin.buffer.read() == _GOODBYE:
-        return
-    # Where the server died first, the model followed, and there is nobody left to end.
-    with contextlib.suppress(OSError):
-        os.kill(server, 0)
-        print(
-            f"trio: the process of {name} was killed (if not by you, most likely by the kernel for "
-            "want of memory): ending the server, so that it can be started again",
-            file=sys.stderr,
-            flush=True,
-        )
-        os.kill(server, signal.SIGTERM)
+def _main(name: str, server: int, model: int, regions: list[str]) -> None:
+    while not select.select([sys.stdin], [], [], _LOOK_S)[0]:
+        if not _runs(server):
+            with contextlib.suppress(OSError):
+                os.kill(model, signal.SIGKILL)
+            break
+    else:
+        if sys.stdin.buffer.read() == _GOODBYE:
+            return
+        if _runs(server):
+            print(
+                f"trio: the process of {name} was killed (if not by you, most likely by the kernel "
+                "for want of memory): ending the server, so that it can be started again",
+                file=sys.stderr,
+                flush=True,
+            )
+            os.kill(server, signal.SIGTERM)
     for region in regions:  # the server will not come to removing it
         (_SHARED_MEMORY / Path(region).name).unlink(missing_ok=True)
 
 
+def _runs(process: int) -> bool:
+    """Whether a process is there, and more than a zombie that nobody has asked after."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 if __name__ == "__main__":
-    _main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    _main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
