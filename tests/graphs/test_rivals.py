@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -130,6 +131,37 @@ def test_a_rival_keeps_what_the_oracle_keeps(
 def test_blocks_of_ranks_change_nothing(method: str, block: int) -> None:
     feeds = batch([7, 6, 1, 3, 5], seed=7)
     assert_same(feeds, runner(method, "ort", "ort", 1, block)(feeds), method, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_round_number_of_shape_one_changes_nothing(method: str) -> None:
+    """TensorRT's older parsers give a Loop's body its number as [1], where ONNX has a scalar."""
+    run = runner(method, "primitive", "ort", 1)
+    feeds = batch([7, 6, 1, 3, 5], seed=7)
+    expected = run(feeds)
+    proto = onnx.ModelProto.FromString(run.proto.SerializeToString())
+    assert count_in_vectors(proto.graph)
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    outputs = session.run(run.outputs, {name: feeds[name] for name in run.inputs})
+    for name, array in zip(run.outputs, outputs, strict=True):
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def count_in_vectors(graph: onnx.GraphProto) -> int:
+    """Makes the round number of every Loop in a graph a vector; returns how many there are."""
+    loops = 0
+    for node in graph.node:
+        for body in [entry.g for entry in node.attribute if entry.name == "body"]:
+            scalar, vector = body.input[0].name, f"{body.input[0].name}.vector"
+            for inner in body.node:
+                inner.input[:] = [vector if name == scalar else name for name in inner.input]
+            axes = onnx.numpy_helper.from_array(np.array([0]), f"{vector}.axes")
+            body.initializer.append(axes)
+            widen = onnx.helper.make_node("Unsqueeze", [scalar, axes.name], [vector])
+            body.node.insert(0, widen)
+            del body.value_info[:]
+            loops += 1 + count_in_vectors(body)
+    return loops
 
 
 @methods

@@ -286,16 +286,18 @@ def dart(op: Any, site: Site) -> Choice:
     own = op.And(own, op.Unsqueeze(known, [2]))
     chosen = reduce(op, "ReduceMax", op.Cast(own, to=FLOAT), [1], keepdims=False)
     numbers = constant(op, _counting(2 * PIVOTS), "numbers")
+    shape = op.Shape(tokens.visual)
 
     def grow(
         op: Any, turn: ir.Value, chosen: ir.Value, score: ir.Value
     ) -> tuple[ir.Value, list[ir.Value]]:
         later = op.GreaterOrEqual(numbers, op.Cast(turn, to=FLOAT))
         left = reduce(op, "ReduceSum", op.Mul(valid, op.Cast(later, to=FLOAT)), [1])
-        now = op.Unsqueeze(op.Gather(valid, turn, axis=1), [1])  # [B,1]
+        # reshaped, since TensorRT's older parsers hand on the turn as [1], not as a scalar
+        now = op.Reshape(op.Gather(valid, turn, axis=1), [-1, 1])
         rest = op.Mul(op.Sub(need, reduce(op, "ReduceSum", chosen, [1])), now)
         share = op.Floor(op.Div(op.Add(rest, op.Sub(left, 1.0)), op.Max(left, 1.0)))
-        distance = op.Gather(distances, turn, axis=1)
+        distance = op.Reshape(op.Gather(distances, turn, axis=1), shape)  # [B,S]
         free = op.And(tokens.visual, op.Less(chosen, 0.5))
         compared = op.And(free, op.Greater(rest, 0.5))
         score = op.Where(compared, distance, score)
