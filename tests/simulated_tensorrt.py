@@ -461,7 +461,7 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
 
         def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
             if any(not a <= b <= c for a, b, c in zip(min, opt, max, strict=True)):
-                raise ValueError(f"bounds of {input} do not rise")
+                raise RuntimeError(f"bounds of {input} do not rise")
             self.shapes[input] = [list(min), list(opt), list(max)]
 
         def set_shape_input(self, input: str, min: Any, opt: Any, max: Any) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import gc
 import inspect
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -110,9 +114,12 @@ wrapped = TensorRT(trt)
 wrapped.logger.log(trt.ILogger.ERROR, "a message")
 assert "a message" in wrapped.last_errors()
 if hasattr(trt, "IProgressMonitor"):
-    monitor = _monitor(trt, lambda *told: heard.append(told))
+    monitor = _monitor(trt, lambda *told: heard.append(told), [])
     monitor.phase_start("building", None, 3)
     assert monitor.step_complete("building", 0) and heard[-1] == ("building", 1, 3)
+if hasattr(trt.LayerType, "ATTENTION_INPUT"):
+    assert hasattr(trt.IAttentionInputLayer, "attention")
+    assert hasattr(trt.IAttention, "decomposable")
 assert wrapped._network_flags() > 0
 api = json.loads(sys.argv[1])
 if trt.__version__ in api["versions"]:
@@ -270,6 +277,13 @@ def test_a_profile_must_bound_every_input(
         tensorrt.build(graph, [profile], workspace=1 << 20)
 
 
+def test_bounds_that_tensorrt_does_not_take_are_an_error(start: Start, graph: Path) -> None:
+    tensorrt, _ = start()
+    falling = Admits({"x": ((2, 4, 8), (1, 4, 8), (2, 4, 8))}, ADMITS.values)
+    with pytest.raises(TrioError, match=r"refuses x .* in profile default of squares\.onnx: bound"):
+        tensorrt.build(graph, [falling], workspace=1 << 20)
+
+
 def test_a_build_that_fails_says_what_tensorrt_said(start: Start, graph: Path) -> None:
     tensorrt, _ = start()
     with pytest.raises(TrioError, match=r"could not build squares\.onnx: .*needs a profile"):
@@ -301,6 +315,49 @@ def test_an_interrupt_ends_the_build(start: Start, graph: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         tensorrt.build(graph, [ADMITS], workspace=1 << 20, progress=interrupt)
+
+
+@pytest.mark.parametrize("version", [OLD, NEW])
+def test_an_interrupt_while_a_message_is_heard_is_not_lost(
+    start: Start, graph: Path, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bindings print what a logger raises, and go on."""
+    tensorrt, _ = start(version)
+    ours = tensorrt.logger.log
+
+    def swallowing(severity: int, message: str) -> None:
+        with contextlib.suppress(BaseException):
+            ours(severity, message)
+
+    def interrupt(severity: str, message: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tensorrt.logger, "log", swallowing)
+    with pytest.raises(KeyboardInterrupt):
+        tensorrt.build(graph, [ADMITS], workspace=1 << 20, log=interrupt)
+    tensorrt.build(graph, [ADMITS], workspace=1 << 20)
+
+
+def test_the_logger_outlives_who_made_it(start: Start) -> None:
+    """TensorRT writes to the first logger of a process, whoever still has it."""
+    _, simulation = start()
+    logger = weakref.ref(TensorRT(simulation.tensorrt).logger)
+    gc.collect()
+    assert logger() is not None
+
+
+def test_attention_may_be_split_where_no_fused_kernel_fits(start: Start) -> None:
+    tensorrt, _ = start("10.15.1")
+    tensorrt.module.LayerType = enum.IntEnum("LayerType", ["CONSTANT", "ATTENTION_INPUT"])
+    tensorrt.module.IAttentionInputLayer = type("IAttentionInputLayer", (), {})
+    plain, entry = (type("ILayer", (), {"type": kind})() for kind in tensorrt.module.LayerType)
+    entry.attention = SimpleNamespace(decomposable=False)
+    tensorrt._allow_decomposition(
+        SimpleNamespace(num_layers=2, get_layer=lambda number: (plain, entry)[number])
+    )
+    assert entry.attention.decomposable
+    assert isinstance(entry, tensorrt.module.IAttentionInputLayer)
+    assert not hasattr(plain, "attention")
 
 
 def test_a_timing_cache_is_handed_from_build_to_build(start: Start, graph: Path) -> None:

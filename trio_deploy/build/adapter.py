@@ -54,6 +54,8 @@ _LIBRARIES = ("CUBLAS", "CUBLAS_LT", "CUDNN")  # tactics that need libraries bes
 # Layers whose precision is not theirs to choose: they hold no arithmetic, or indices alone.
 _WITHOUT_PRECISION = ("CONSTANT", "SHAPE", "ASSERTION", "CONDITION", "RECURRENCE", "TRIP_LIMIT")
 _REMEMBERED = 20  # of the last messages, for an error
+# TensorRT keeps the first logger of a process and writes to it as long as the process lives.
+_LOGGERS: list[Any] = []
 
 
 class ProfileLike(Protocol):
@@ -156,7 +158,9 @@ class TensorRT:
         self.updates_in_place = self.release >= (10, 15)
         self._messages: deque[str] = deque(maxlen=_REMEMBERED)
         self._sinks: list[Log] = []
-        self.logger = _logger(module, self._say)
+        self._interrupts: list[BaseException] = []
+        self.logger = _logger(module, self._say, self._interrupts)
+        _LOGGERS.append(self.logger)
         self._runtime: Any = None
 
     # ------------------------------------------------------------------------------- building
@@ -189,10 +193,12 @@ class TensorRT:
         trt = self.module
         if dtype == "bfloat16" and not self.strongly_typed:
             raise TrioError(f"TensorRT {self.version} has no bfloat16: export with --dtype float16")
+        self._interrupts.clear()
         with _Listening(self, log):
             builder = self._made(trt.Builder, self.logger)
             network = builder.create_network(self._network_flags())
             self._parse(network, onnx)
+            self._allow_decomposition(network)
             config = builder.create_builder_config()
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
             # float32 means float32: selections compare cosines with a threshold.
@@ -210,11 +216,13 @@ class TensorRT:
             cache = self._timing_cache(config, timing_cache)
             monitor = None
             if progress is not None and hasattr(trt, "IProgressMonitor"):
-                monitor = _monitor(trt, progress)
+                monitor = _monitor(trt, progress, self._interrupts)
                 config.progress_monitor = monitor
             plan = builder.build_serialized_network(network, config)
             if monitor is not None and monitor.error is not None:
                 raise monitor.error
+            if self._interrupts:
+                raise self._interrupts[0]
             if plan is None:
                 raise TrioError(f"TensorRT could not build {onnx.name}: {self._last_errors()}")
             return Built(memoryview(plan), bytes(memoryview(cache.serialize())))
@@ -232,6 +240,15 @@ class TensorRT:
             f"TensorRT {self.version} cannot parse {onnx.name}: "
             + ("; ".join(errors) or self._last_errors())
         )
+
+    def _allow_decomposition(self, network: Any) -> None:
+        """Where no fused kernel takes an attention's type, head size or mask, several may do."""
+        kind = getattr(self.module.LayerType, "ATTENTION_INPUT", None)
+        for number in range(network.num_layers if kind is not None else 0):
+            layer = network.get_layer(number)
+            if layer.type == kind:
+                layer.__class__ = self.module.IAttentionInputLayer  # bindings call it an ILayer
+                layer.attention.decomposable = True
 
     def _without_libraries(self, config: Any) -> None:
         """Only TensorRT's own kernels: engines then need no cuBLAS or cuDNN beside it."""
@@ -267,13 +284,19 @@ class TensorRT:
             if any(size < 0 for size in tensor.shape):
                 if name not in profile.shapes:
                     raise TrioError(f"{where} does not say which shapes {name} may have")
-                made.set_shape(name, *profile.shapes[name])
+                self._bound(made.set_shape, name, profile.shapes[name], where)
             if tensor.is_shape_tensor:
                 if name not in profile.values:
                     raise TrioError(f"{where} does not say which values {name} may have")
-                made.set_shape_input(name, *profile.values[name])
+                self._bound(made.set_shape_input, name, profile.values[name], where)
         if config.add_optimization_profile(made) < 0:
             raise TrioError(f"TensorRT refuses {where}: {self._last_errors()}")
+
+    def _bound(self, setter: Callable[..., None], name: str, bounds: Bounds, where: str) -> None:
+        try:
+            setter(name, *bounds)
+        except RuntimeError as error:  # of the bindings
+            raise TrioError(f"TensorRT refuses {name} {bounds} in {where}: {error}") from error
 
     def _timing_cache(self, config: Any, content: bytes) -> Any:
         for start in (content, b""):
@@ -396,7 +419,7 @@ class _Listening:
             self._sinks.remove(self._log)
 
 
-def _logger(trt: Any, say: Log) -> Any:
+def _logger(trt: Any, say: Log, interrupts: list[BaseException]) -> Any:
     names = {getattr(trt.ILogger, name): name for name in _SEVERITIES}
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
@@ -406,13 +429,15 @@ def _logger(trt: Any, say: Log) -> Any:
         def log(self, severity: Any, message: str) -> None:
             try:
                 say(names.get(severity, "INFO"), message)
-            except Exception:  # an exception in here would end the process
+            except Exception:  # the bindings would print it and go on
                 return
+            except BaseException as error:  # Ctrl-C: raised again when the build is over
+                interrupts.append(error)
 
     return Logger()
 
 
-def _monitor(trt: Any, progress: Progress) -> Any:
+def _monitor(trt: Any, progress: Progress, interrupts: list[BaseException]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -428,7 +453,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             self._tell(phase_name, step + 1)
-            return self.error is None  # False ends the build
+            return self.error is None and not interrupts  # False ends the build
 
         def _tell(self, phase: str, done: int) -> None:
             try:
