@@ -247,7 +247,9 @@ def test_cancelling_is_heeded_within_a_token(pipeline: TrioPipeline, prefillers:
         assert len(events) <= 3 + 1 + 1, "one more token, and the end"
         assert alike(other.result(60), pipeline.generate_batch([long])[0])
         handle[0].cancel()  # again, and too late: nothing happens
-        assert batcher.metrics().outcomes == {"cancelled": 1, "length": 1}
+        metrics = batcher.metrics()
+        assert metrics.outcomes == {"cancelled": 1, "length": 1}
+        assert metrics.tokens - len(other.result(0).token_ids) in (3, 4)
 
 
 def test_a_waiting_request_can_be_cancelled_and_overdue(
@@ -267,6 +269,41 @@ def test_a_waiting_request_can_be_cancelled_and_overdue(
         with pytest.raises(DeadlinePassed):
             late.result(30)
         assert served.result(30).token_ids == running.result(30).token_ids
+
+
+def test_requests_that_no_thread_has_prepared_are_cancelled_and_overdue_too(
+    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, prepare = threading.Event(), pipeline.prepare
+    monkeypatch.setattr(pipeline, "prepare", lambda request: go.wait(60) and prepare(request))
+    with ContinuousBatcher(pipeline, preparers=1) as batcher:
+        stuck, late = batcher.submit(SHORT), batcher.submit(SHORT, timeout_s=0.01)
+        with pytest.raises(DeadlinePassed):
+            late.result(30)
+        stuck.cancel()
+        with pytest.raises(Cancelled):
+            stuck.result(30)
+        assert batcher.metrics().queued == 0
+        go.set()
+        assert len(batcher.submit(SHORT).result(30).token_ids) == 3
+        assert batcher.metrics().outcomes == {"deadline": 1, "cancelled": 1, "length": 1}
+
+
+def test_a_request_that_waits_holds_no_picture(
+    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoded ones are large: those of a full queue would fill the memory."""
+    gate = Gate(pipeline, monkeypatch)
+    with ContinuousBatcher(pipeline, max_rows=1) as batcher:
+        batcher.submit(SHORT)
+        gate.held()
+        handle = batcher.submit(Request(ask(COLOR), [make_picture()], max_new_tokens=1))
+        wait_for(lambda: len(batcher._ready) == 1)
+        row = batcher._ready[0]._row
+        assert row is not None and not row.images and not row.request.images
+        assert handle._request is None
+        gate.open.set()
+        assert handle.result(30).visual_tokens == 256
 
 
 def test_a_deadline_ends_an_answer_with_what_there_is(pipeline: TrioPipeline) -> None:

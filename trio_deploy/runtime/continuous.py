@@ -19,6 +19,7 @@ from trio_deploy.runtime.rows import Row
 from trio_deploy.runtime.stages import Clock, Prefilled
 
 _LOG = logging.getLogger(__name__)
+_LOOK_S = 0.05  # between looks at the deadlines of those that wait, while nothing else happens
 
 
 class Refused(TrioError):
@@ -46,7 +47,8 @@ class Event:
         text: the text that it completes.
         generation: the whole answer. Its `finish_reason` may also be `deadline`, its `timings`
             have `queue` (from `submit` to the prefill, preprocessing left out) and its own time in
-            `decode`; stages of the prefill are of all rows that were prefilled together.
+            `decode`; stages of the prefill are of all rows that were prefilled together. It has
+            no `images`.
         error: a `TrioError` where the request was at fault, else one of its kinds here.
     """
 
@@ -72,7 +74,7 @@ class Handle:
     ) -> None:
         """Use `ContinuousBatcher.submit`."""
         self._batcher = batcher
-        self._request = request
+        self._request: Request | None = request
         self._on_event = on_event
         self._until = until
         self._submitted = time.perf_counter()
@@ -119,7 +121,7 @@ class Metrics:
         kv_bytes, kv_bytes_allocated: keys and values of their tokens, and of all buffers.
         outcomes: requests by how they ended: stop, length, deadline, cancelled, refused, invalid
             or failed.
-        tokens: generated.
+        tokens: generated, of answers that ended in whatever way.
         first_tokens: requests that got one, and `first_token_s`, the sum of their times to it
             from `submit` on; `queue_s`: of their times in the queue.
         visual_tokens, kept_tokens: of prefilled prompts, before pruning and after the last point.
@@ -276,6 +278,7 @@ class ContinuousBatcher:
             self._open.add(handle)
             self._preparing.add(handle)
             self._pool.submit(self._prepare, handle)
+            self._changed.notify_all()  # of a deadline to look after
         return handle
 
     def metrics(self) -> Metrics:
@@ -317,9 +320,13 @@ class ContinuousBatcher:
     def _prepare(self, handle: Handle) -> None:
         error: TrioError | None = None
         row: Row | None = None
-        if not self._overdue(handle):
+        request = handle._request
+        if request is not None and not self._overdue(handle):
             try:
-                row = self._pipeline.prepare(handle._request)
+                row = self._pipeline.prepare(request)
+                # Only drawing needs pictures, and those of all that wait could fill the memory.
+                row.images, row.request = [], replace(request, images=())
+                request = handle._request = None
                 row.timings["preprocess"] = time.perf_counter() - row.start
                 row.start = handle._submitted
                 self._check(row)
@@ -329,7 +336,9 @@ class ContinuousBatcher:
                 _LOG.exception("preparing a request failed")
                 error = Failed(f"preparing the request failed: {caught!r:.200}")
         with self._changed:
-            self._preparing.discard(handle)
+            if handle not in self._preparing:
+                return  # it was let go of while it waited
+            self._preparing.remove(handle)
             if error is None:
                 handle._row = row
                 self._ready.append(handle)
@@ -372,16 +381,17 @@ class ContinuousBatcher:
             while not (self._news or self._active):
                 if self._closing and not (self._preparing or self._ready or self._away):
                     return False
-                self._changed.wait()
+                if not self._changed.wait(_LOOK_S if self._queued else None):
+                    break  # a deadline may have passed
             self._news = False
             return True
 
     def _sweep(self) -> None:
         """Let those go that were cancelled or whose time is up."""
         with self._changed:
-            gone = [handle for handle in self._ready if self._overdue(handle)]
-            for handle in gone:
-                self._ready.remove(handle)
+            gone = [h for h in (*self._ready, *self._preparing) if self._overdue(h)]
+            self._ready = deque(handle for handle in self._ready if handle not in gone)
+            self._preparing.difference_update(gone)
         for handle in gone:
             if handle._cancelled:
                 self._fail(handle, _cancelled())
@@ -551,20 +561,25 @@ class ContinuousBatcher:
                 self._send(handle, Event(row.ids[-1], piece))
 
     def _finish(self, row: Row, event: Event) -> None:
-        handle = self._active.pop(row)
+        handle = self._active[row]
         row.timings["decode"] = time.perf_counter() - handle._joined
+        event = replace(event, generation=row.report())
+        del self._active[row]
         with self._changed:
             self._news = True  # there is a place for another
             self._count(row.finish)
             self._metrics = replace(self._metrics, tokens=self._metrics.tokens + len(row.ids))
-        self._send(handle, replace(event, generation=row.report()))
+        self._send(handle, event)
 
     def _fail(self, handle: Handle, error: TrioError) -> None:
         """End a request with an error, wherever it is."""
+        made = 0
         if handle._row is not None:
             self._active.pop(handle._row, None)
+            made = len(handle._row.ids)
         with self._changed:
             self._count(_outcome(error))
+            self._metrics = replace(self._metrics, tokens=self._metrics.tokens + made)
             self._news = True
         self._send(handle, Event(error=error))
 
@@ -599,7 +614,7 @@ class ContinuousBatcher:
                 handle.cancel()
             if event.last:
                 # A listener often holds its handle: let go of it, and of the pictures, at once.
-                handle._on_event, handle._row = None, None
+                handle._on_event, handle._request, handle._row = None, None, None
                 with self._changed:
                     self._open.discard(handle)
                 handle._last = event
