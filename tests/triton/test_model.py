@@ -425,7 +425,8 @@ def test_whatever_is_sent_the_instance_serves_on(
     assert request.sender.ended.wait(30)
     last = request.sender.responses[-1:]
     if last and last[0].has_error():
-        assert last[0].error().code() is TritonError.INVALID_ARG, last[0].error().message()
+        error = last[0].error()
+        assert error.code() is TritonError.INVALID_ARG or "deadline" in error.message()
     assert ask(served, prompt=QUESTION, max_tokens=1).outputs()
 
 

@@ -188,10 +188,25 @@ def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
         read(ASKED | {"images": texts(out.getvalue())}, "", 0, bomb)
 
 
+def test_a_jpeg_that_goes_over_its_picture_without_end_is_refused() -> None:
+    out = io.BytesIO()
+    make_picture().save(out, "JPEG", progressive=True)
+    sound, end = out.getvalue()[:-2], b"\xff\xd9"
+    assert out.getvalue().endswith(end)
+    scan = sound[sound.rindex(b"\xff\xda") :]
+    bomb = texts(sound + scan * 200 + end)
+    with pytest.raises(TrioError, match="scans, but at most 100"):
+        read(ASKED | {"images": bomb}, "", 0, Settings("b"))
+    film = sound + end + scan * 200  # behind the picture's end nothing is decoded
+    for data in (sound + scan + end, film, file(form="JPEG")):
+        assert read(ASKED | {"images": texts(data)}, "", 0, Settings("b")).request.images == [data]
+
+
 def test_keys_of_passed_on_requests_are_told_apart() -> None:
     assert forwarded("") == (None, None)
     assert forwarded('{"stream": false, "key": "a"}') == ("a", None)
     assert forwarded('{"cancel": "a"}') == (None, "a")
+    assert forwarded('{"stream": false, "key": "a", "cancel": "b"}') == ("a", None)
     assert read(ASKED, '{"stream": false, "key": "a"}', 0, LIMITS).stream is False
 
 

@@ -115,14 +115,11 @@ class TritonPythonModel:
 
     def _keep(self) -> None:
         """Pass on that requests were cancelled, which a request of this kind does not do itself."""
-        told: set[str] = set()
         while not self._stop.wait(_LOOK_S):
-            under_way = dict(self._open)
-            told &= set(under_way)
-            for key, sender in under_way.items():
+            for key, sender in list(self._open.items()):
                 try:
-                    if key not in told and sender.is_cancelled():
-                        told.add(key)
+                    # Said until it is heard: with several instances it may reach another one.
+                    if sender.is_cancelled():
                         self._cancel(key)
                 except Exception:  # it was answered in this moment
                     _LOG.debug("looking after a request failed", exc_info=True)

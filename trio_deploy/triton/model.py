@@ -55,7 +55,7 @@ class TritonPythonModel:
             self._settings = Settings.parse(_parameters(args))
             pipeline = _open(self._settings, Path(args["model_repository"]))
             if self._settings.warm_up:
-                _warm_up(pipeline)
+                _warm_up(pipeline, self._settings.budget)
             self._batcher = _batcher(pipeline, self._settings)
         except (TrioError, OSError) as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from error
@@ -243,11 +243,11 @@ def _batcher(pipeline: TrioPipeline, settings: Settings) -> ContinuousBatcher:
     )
 
 
-def _warm_up(pipeline: TrioPipeline) -> None:
+def _warm_up(pipeline: TrioPipeline, budget: float | None) -> None:
     """Run every stage once, with a picture and without."""
     blank = Image.new("RGB", (64, 64), (127, 127, 127))
     for images in ([blank], []):
-        pipeline.generate(images, "what is this?", max_new_tokens=2)
+        pipeline.generate(images, "what is this?", max_new_tokens=2, budget=budget)
 
 
 def _exporter(args: Mapping[str, str]) -> Exporter | None:

@@ -9,6 +9,7 @@ import base64
 import binascii
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,13 @@ OUTPUTS: dict[str, tuple[str, int]] = {
 #: Begins the finish reason of a response to `trio_vlm_complete` that is an error; the name of
 #: Triton's code follows.
 REFUSAL = "error:"
+
+# A JPEG file may go over all of its picture again and again, with a few bytes a time: a hundred
+# kilobytes can keep a decoder busy for many seconds. Cameras and tools make about ten scans; a
+# hundred is what libtiff takes.
+_MOST_SCANS = 100
+_JPEG = b"\xff\xd8\xff"
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ def forwarded(parameters: str) -> tuple[str | None, str | None]:
         into INTERNAL on the way); and the key of the request that this one cancels.
     """
     given = _json_object(parameters)
-    return given.get("key"), given.get("cancel")
+    return given.get("key"), given["cancel"] if set(given) == {"cancel"} else None
 
 
 def _prompt(tensors: Mapping[str, np.ndarray], settings: Settings) -> str | list[Message]:
@@ -198,8 +206,25 @@ def _images(tensors: Mapping[str, np.ndarray], settings: Settings) -> list[bytes
                 f"image {number} has {width} x {height} pixels, but max_image_pixels is "
                 f"{settings.max_image_pixels}"
             )
+        if (scans := _jpeg_scans(data)) > _MOST_SCANS:
+            raise TrioError(
+                f"image {number} is a JPEG file of {scans} scans, but at most {_MOST_SCANS} are "
+                "decoded: save it as a baseline JPEG"
+            )
         images.append(data)
     return images
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """Scans of a JPEG file up to its end (phones put a film behind it); 0 for other files."""
+    if not data.startswith(_JPEG):
+        return 0
+    scans, at = 0, 2
+    while (marker := _JPEG_MARKER.search(data, at)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        # A segment says how long it is, two bytes for that included; a scan's data follows its own.
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
 
 
 def _max_tokens(tensors: Mapping[str, np.ndarray], settings: Settings) -> int:

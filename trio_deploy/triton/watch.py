@@ -43,7 +43,7 @@ class Watch:
 
     def close(self) -> None:
         """This process is about to end because it was asked to."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             self._process.communicate(_GOODBYE, timeout=5)
 
 
