@@ -12,7 +12,7 @@ from pathlib import Path
 
 from readme_figures import replace
 
-from trio_deploy.evaluate.results import Results, draw
+from trio_deploy.evaluate.results import PLOT, Results, draw
 from trio_deploy.machine import machine_text
 from trio_deploy.plan import make_plan
 
@@ -22,12 +22,14 @@ PLANS = ("llava-1.5-7b", "llava-next-7b")
 
 
 def measured(name: str) -> str:
-    """The tables of docs/measurements/eval-NAME.json, and its plot beside the page."""
+    """The tables of docs/measurements/eval-NAME.json; with several budgets a plot, too."""
     results = Results.load(ROOT / "docs" / "measurements" / f"eval-{name}.json")
-    picture = ROOT / "docs" / f"retention-{name}.png"
-    draw(results, picture)
     about = f"Machine: {machine_text(results.machine, None, None)}"
-    return f"![retention over budget]({picture.name})\n\n{results.to_text()}\n{about}\n"
+    text = f"{results.to_text()}\n{about}\n"
+    if len({result.budget for result in results.results}) > 2:
+        draw(results, ROOT / "docs" / PLOT)
+        text = f"![retention over budget]({PLOT})\n\n{text}"
+    return text
 
 
 def arithmetic() -> str:
@@ -54,7 +56,7 @@ def arithmetic() -> str:
 
 def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    for name in ("busy", "smooth", "close"):
+    for name in ("budgets", "busy", "close", "smooth"):
         text = replace(text, name, measured(name))
     PAGE.write_text(replace(text, "arithmetic", arithmetic()), encoding="utf-8")
 

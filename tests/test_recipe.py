@@ -91,7 +91,9 @@ def test_tiny_brings_its_checkpoint():
     assert recipe.checkpoint is not None
     assert (recipe.checkpoint / "model.safetensors").is_file()
     schedules = recipe.schedules.values()
-    assert {(s.layers, s.methods) for s in schedules} == {((0, 3, 8), ("divprune", "trio", "trio"))}
+    assert {(s.layers, s.methods) for s in schedules} == {
+        ((0, 3, 8), ("divprune", "divprune", "trio"))
+    }
 
 
 @pytest.mark.parametrize("name", HUB)
