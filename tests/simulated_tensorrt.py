@@ -49,6 +49,7 @@ class cudaError_t(enum.IntEnum):
     cudaErrorMemoryAllocation = 2
     cudaErrorStreamCaptureUnsupported = 900
     cudaErrorStreamCaptureInvalidated = 901
+    cudaErrorInsufficientDriver = 35
 
 
 class cudaMemcpyKind(enum.IntEnum):
@@ -541,14 +542,15 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
             self._network = network
             self._errors: list[ParserError] = []
 
-        def parse_from_file(self, model: str) -> bool:
+        def parse(self, model: bytes, path: str | None = None) -> bool:
             network = self._network
-            try:
-                proto = onnx.load(model, load_external_data=False)
-            except Exception as error:
-                self._errors.append(ParserError(f"Failed to parse ONNX model: {error}"))
+            proto = onnx.load_model_from_string(model)
+            plugins = [node.op_type for node in proto.graph.node if node.domain]
+            if plugins:
+                self._errors.append(ParserError(f"Plugin not found: {plugins[0]}"))
                 return False
-            network.path = Path(model).resolve()
+            assert path is not None, "weights are looked for where the path says"
+            network.path = Path(path).resolve()
             shapes = _shape_inputs(proto.graph)
             network.inputs = [ITensor(info, shapes) for info in proto.graph.input]
             inferred = onnx.shape_inference.infer_shapes(proto).graph
@@ -716,7 +718,7 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
 
         def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
             if profile_index >= self.engine.num_optimization_profiles:
-                return self._fail(f"there is no profile {profile_index}")
+                raise RuntimeError("Error in set optimization profile async.")
             self.active_optimization_profile = profile_index
             self._shapes.clear()
             return True

@@ -254,12 +254,22 @@ def test_bfloat16_needs_tensorrt_10(start: Start, graph: Path) -> None:
 
 @pytest.mark.parametrize(("version", "where"), [(OLD, "node 0"), (NEW, "node a_node, AnOperator")])
 def test_what_cannot_be_parsed_is_listed(
-    start: Start, tmp_path: Path, version: str, where: str
+    start: Start, graph: Path, version: str, where: str
 ) -> None:
-    (tmp_path / "bad.onnx").write_bytes(b"\xff\xff not a graph")
+    model = onnx.load(graph)
+    model.graph.node[1].domain = "com.microsoft"
+    onnx.save(model, graph)
     tensorrt, _ = start(version)
-    with pytest.raises(TrioError, match=rf"cannot parse bad\.onnx: Failed to parse.*\({where}\)"):
-        tensorrt.build(tmp_path / "bad.onnx", [ADMITS], workspace=1 << 20)
+    with pytest.raises(TrioError, match=rf"cannot parse squares\.onnx: Plugin not.*\({where}\)"):
+        tensorrt.build(graph, [ADMITS], workspace=1 << 20)
+
+
+def test_axes_of_one_size_are_fixed_before_a_graph_is_parsed(start: Start, graph: Path) -> None:
+    """KVCacheUpdate wants a fixed capacity when it is added to the network."""
+    tensorrt, simulation = start()
+    tensorrt.build(graph, [Admits({"x": rising((1, 4, 8), (2, 4, 8))}, ADMITS.values)], workspace=1)
+    network, _ = simulation.tensorrt.last
+    assert next(t.shape for t in network.inputs if t.name == "x") == (-1, 4, 8)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from trio_deploy.runtime import arrays
 from trio_deploy.runtime.cuda import Device, DeviceArray
 from trio_deploy.runtime.engine import open_runtime
 from trio_deploy.runtime.pipeline import Request, TrioPipeline
-from trio_deploy.runtime.trt import TrtRuntime, engine_folder
+from trio_deploy.runtime.trt import TrtRuntime, _Context, engine_folder
 
 SCHEDULE = "1:0.4,2:0.2"
 COLOR = "what color is the circle ?"
@@ -97,6 +97,46 @@ def copied(bundles: Bundles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     simulation = install(monkeypatch, SHARED[0])
     path = shutil.copytree(bundle.path, tmp_path / "bundle")
     yield Machine(simulation, Bundle.load(path), target)
+
+
+# ------------------------------------------------------------------------------- what bindings do
+
+
+def test_a_decode_step_takes_the_profile_that_was_tuned_for_it(shared: Machine) -> None:
+    """embed's prefill profile has room for one token without pictures, too."""
+    embed = shared.runtime().open(shared.bundle.graph("embed"))
+    names = [profile.name for profile in embed.profiles]
+    step = {"input_ids": np.zeros((1, 1), np.int64), "source_index": np.zeros((1, 1), np.int64)}
+    dtype = embed.inputs["image_features"].dtype
+    width = embed.inputs["image_features"].shape[1]
+    step["image_features"] = np.zeros((0, width), dtype)
+    assert names[embed._profile(step)] == "decode"
+    wide = {name: np.zeros((1, 5), np.int64) for name in ("input_ids", "source_index")}
+    assert names[embed._profile(step | wide)] == "prefill"
+
+
+def test_what_the_bindings_raise_is_an_error_of_ours(
+    shared: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = shared.pipeline()
+    embed = pipeline.engine("embed")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("infer_shapes error code: -1")
+
+    monkeypatch.setattr(type(embed._context(0).trt), "infer_shapes", fail)  # type: ignore[attr-defined]
+    with pytest.raises(TrioError, match="embed refuses these shapes"):
+        pipeline.generate([], "one two three", max_new_tokens=2)
+    with pytest.raises(TrioError, match="embed: "):
+        _Context(embed, 7)  # type: ignore[arg-type]
+
+
+def test_a_cuda_python_newer_than_the_driver_is_named(
+    shared: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared.cuda, "cudaSetDevice", lambda _: (35,))
+    with pytest.raises(TrioError, match="InsufficientDriver.*; cuda-python must not be .*<13"):
+        Device()
 
 
 # ------------------------------------------------------------------------------------ the answers

@@ -13,6 +13,8 @@ INT64, BF16                            from 10; 8.6 narrows INT64 to INT32
 `PROFILE_SHARING_0806`                 to be asked for in 8.6; several contexts then share a profile
 `IProgressMonitor`                     from 10
 `get_aliased_input_tensor`             from 10.15: a KV cache is updated in place
+`IAttention`                           from 10.15 in our graphs: one fused kernel or no engine, unless
+                                       it may be split up, which it is told
 `device_memory_size`, contexts         `…_v2` from 10.3 and alone in 11; contexts without memory
 without memory                         of their own by `ExecutionContextAllocationStrategy` from 10
 =====================================  ======================================================
@@ -197,7 +199,7 @@ class TensorRT:
         with _Listening(self, log):
             builder = self._made(trt.Builder, self.logger)
             network = builder.create_network(self._network_flags())
-            self._parse(network, onnx)
+            self._parse(network, onnx, profiles)
             self._allow_decomposition(network)
             config = builder.create_builder_config()
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
@@ -210,7 +212,6 @@ class TensorRT:
                 config.set_flag(trt.BuilderFlag.FP16)
                 config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
                 self._keep_float32(network)
-            _fix_axes(network, profiles)
             for profile in profiles:
                 self._add_profile(builder, network, config, profile, onnx.name)
             cache = self._timing_cache(config, timing_cache)
@@ -231,9 +232,9 @@ class TensorRT:
         flag = self.module.NetworkDefinitionCreationFlag
         return 1 << int(flag.STRONGLY_TYPED if self.strongly_typed else flag.EXPLICIT_BATCH)
 
-    def _parse(self, network: Any, onnx: Path) -> None:
+    def _parse(self, network: Any, onnx: Path, profiles: Sequence[ProfileLike]) -> None:
         parser = self._made(self.module.OnnxParser, network, self.logger)
-        if parser.parse_from_file(str(onnx)):
+        if parser.parse(_graph(onnx, profiles), str(onnx)):  # weights lie where the path says
             return
         errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
         raise TrioError(
@@ -464,21 +465,20 @@ def _monitor(trt: Any, progress: Progress, interrupts: list[BaseException]) -> A
     return Monitor()
 
 
-def _fix_axes(network: Any, profiles: Sequence[ProfileLike]) -> None:
-    """Axes that have one size in all profiles are fixed: KVCacheUpdate asks for it."""
-    for number in range(network.num_inputs):
-        tensor = network.get_input(number)
-        bounds = [p.shapes[tensor.name] for p in profiles if tensor.name in p.shapes]
+def _graph(file: Path, profiles: Sequence[ProfileLike]) -> bytes:
+    """A graph whose axes of one size in all profiles are fixed: KVCacheUpdate asks for it."""
+    from trio_deploy.build.check import read_graph
+
+    model = read_graph(file)
+    for entry in model.graph.input:
+        bounds = [p.shapes[entry.name] for p in profiles if entry.name in p.shapes]
         if len(bounds) < len(profiles) or not bounds:
             continue
-        old = tuple(tensor.shape)
-        axes = [{shape[axis] for each in bounds for shape in each} for axis in range(len(old))]
-        new = tuple(
-            next(iter(sizes)) if size < 0 and len(sizes) == 1 else size
-            for size, sizes in zip(old, axes, strict=True)
-        )
-        if new != old:
-            tensor.shape = new
+        for axis, dim in enumerate(entry.type.tensor_type.shape.dim):
+            sizes = {shape[axis] for each in bounds for shape in each}
+            if not dim.HasField("dim_value") and len(sizes) == 1:
+                dim.dim_value = sizes.pop()
+    return bytes(model.SerializeToString())
 
 
 def _parser_error(error: Any) -> str:

@@ -22,6 +22,7 @@ from trio_deploy.errors import TrioError
 _DRIVER = "libcuda.so.1"
 _SMALL, _LARGE = 512, 2 << 20  # bytes that requests are rounded up to, so that they fit again
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+_OLD_DRIVER = 35  # cudaErrorInsufficientDriver
 
 
 def load_driver() -> Any:
@@ -377,7 +378,11 @@ class Device:
     def _reason(self, status: Any) -> str:
         name = self._cuda.cudaGetErrorName(status)[1]
         text = self._cuda.cudaGetErrorString(status)[1]
-        return f"{bytes(text).decode()} ({bytes(name).decode()})"
+        reason = f"{bytes(text).decode()} ({bytes(name).decode()})"
+        if int(status) == _OLD_DRIVER:
+            reason += "; cuda-python must not be newer than the driver's CUDA: for CUDA 12 (JetPack"
+            reason += " 6) pip install 'cuda-python<13'"
+        return reason
 
 
 def _give_all_back(give: Callable[[int], Any], spare: dict[int, list[int]]) -> None:

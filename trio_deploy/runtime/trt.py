@@ -7,6 +7,7 @@ CUDA graph at its second run: the first one lets TensorRT do what it puts off af
 
 from __future__ import annotations
 
+import math
 import mmap
 import warnings
 import weakref
@@ -176,7 +177,11 @@ class TrtRuntime:
 
 
 class _Context:
-    """An execution context with a profile, and the scratch memory it was lent."""
+    """An execution context with a profile, and the scratch memory it was lent.
+
+    Attributes:
+        held: inputs that it reads from the host's memory, which must be there while it runs.
+    """
 
     def __init__(self, engine: TrtEngine, profile: int) -> None:
         tensorrt, device = engine.runtime.tensorrt, engine.runtime.device
@@ -184,9 +189,12 @@ class _Context:
         self.profile = profile
         self._scratch, size = engine.runtime.scratch()
         tensorrt.lend(self.trt, self._scratch.address, size)
+        self.held: list[np.ndarray] = []
         if profile != self.trt.active_optimization_profile:
-            if not self.trt.set_optimization_profile_async(profile, int(device.stream)):
-                raise TrioError(f"{engine.stage}: {tensorrt.last_errors()}")
+            try:
+                self.trt.set_optimization_profile_async(profile, int(device.stream))
+            except RuntimeError as error:  # of the bindings
+                raise TrioError(f"{engine.stage}: {tensorrt.last_errors()}") from error
             device.synchronize()
 
 
@@ -213,6 +221,11 @@ class TrtEngine:
         self._tensors = {tensor.name: tensor for tensor in runtime.tensorrt.tensors(engine)}
         self.inputs = {t.name: _spec(t) for t in self._tensors.values() if t.is_input}
         self.outputs = {t.name: _spec(t) for t in self._tensors.values() if not t.is_input}
+        # A decode step is within embed's `prefill` as well; what was tuned for less is better.
+        self._tightest_first = sorted(
+            range(len(self.profiles)),
+            key=lambda n: sum(math.prod(b.max) for b in self.profiles[n].shapes.values()),
+        )
         self._idle: dict[int, list[_Context]] = {}
         runtime.need_scratch(runtime.tensorrt.scratch_bytes(engine))
 
@@ -270,11 +283,11 @@ class TrtEngine:
             raise TrioError(f"{self.stage} failed: {self._errors()}")
 
     def _profile(self, feeds: Mapping[str, Array]) -> int:
-        """The first profile that admits what is fed."""
+        """The tightest profile that admits what is fed."""
         check_feeds(self, feeds)
         problems = []
-        for number, profile in enumerate(self.profiles):
-            problem = self._exceeds(profile, feeds)
+        for number in self._tightest_first:
+            problem = self._exceeds(self.profiles[number], feeds)
             if not problem:
                 return number
             problems.append(problem)
@@ -341,7 +354,11 @@ class TrtEngine:
             accepted = context.trt.set_input_shape(name, tuple(array.shape))
             if not accepted or not context.trt.set_tensor_address(name, _address(array)):
                 raise TrioError(f"{self.stage} refuses {name}: {self._errors()}")
-        missing = context.trt.infer_shapes()
+        context.held = [array for array in inputs.values() if isinstance(array, np.ndarray)]
+        try:
+            missing = context.trt.infer_shapes()
+        except RuntimeError as error:  # of the bindings
+            raise TrioError(f"{self.stage} refuses these shapes: {self._errors()}") from error
         if missing:
             raise TrioError(f"{self.stage}: TensorRT lacks the shapes of {', '.join(missing)}")
 
