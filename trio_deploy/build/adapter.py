@@ -13,8 +13,8 @@ INT64, BF16                            from 10; 8.6 narrows INT64 to INT32
 `PROFILE_SHARING_0806`                 to be asked for in 8.6; several contexts then share a profile
 `IProgressMonitor`                     from 10
 `get_aliased_input_tensor`             from 10.15: a KV cache is updated in place
-`IAttention`                           from 10.15 in our graphs: one fused kernel or no engine, unless
-                                       it may be split up, which it is told
+`IAttention`                           read from 10.15 on: one fused kernel or no engine, unless it
+                                       is told that it may be split up
 `device_memory_size`, contexts         `…_v2` from 10.3 and alone in 11; contexts without memory
 without memory                         of their own by `ExecutionContextAllocationStrategy` from 10
 =====================================  ======================================================
