@@ -236,11 +236,13 @@ def report(
             f"| {whole} | {answers.wrong} of {len(answers.latency)} | {len(answers.errors)} |"
         )
     names = list(results)
-    one, many = (results[name].to_json()["answers_per_s"] for name in names[-2:])
+    alone, one, many = (results[name].to_json()["answers_per_s"] for name in names)
     memory = [mib for _, mib in results[names[-1]].memory_mib]
     lines += [
         "",
-        f"{names[-1]} against {names[-2]}: {many / one:.2f}x the answers. Memory of the server "
+        f"{names[-1]} against {names[-2]}: {many / one:.2f}x the answers; against the pipeline "
+        f"alone: {many / alone:.2f}x. The pipeline alone has all cores for one operator, the "
+        "server with these settings one core for one prefill. Memory of the server "
         f"and its processes under {names[-1]}: {memory[0]:.0f} MiB at the start, "
         f"{max(memory):.0f} at most, {memory[-1]:.0f} at the end; the last third of the time "
         f"against the second: {flat:+.1%}.",

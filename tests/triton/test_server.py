@@ -468,7 +468,7 @@ def full(server: TritonServer) -> Iterator[list[Asking]]:
     try:
         for _ in range(4):
             held.append(
-                Asking(server, "endless_vlm", prompt="what color is the star?", max_tokens=600)
+                Asking(server, "endless_vlm", prompt="what color is the star?", max_tokens=1000)
             )
             if len(held) <= 2:
                 assert held[-1].next()
@@ -519,9 +519,9 @@ def test_a_cancelled_answer_stops_within_a_token_or_two(running):
         )
     )
     assert idle(server, "endless_vlm")
-    # What was on its way when the client let go is counted as well.
+    # The three that were read, and those on their way while the client let go.
     made = metric(server, "trio_tokens_total", model="endless_vlm") - tokens
-    assert made < 100
+    assert 3 <= made < 100
 
 
 def test_a_deadline_ends_the_answer_with_what_there_is(running):
