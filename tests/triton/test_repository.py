@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 
 import pytest
 
-from trio_deploy.build.profiles import Profile
+from trio_deploy.build.profiles import Bounds, Profile
 from trio_deploy.build.record import Gpu, Record, StageRecord
 from trio_deploy.bundle import Bundle
 from trio_deploy.cli import main
@@ -93,7 +92,7 @@ def test_nothing_is_left_behind_when_writing_fails(bundle, tmp_path, monkeypatch
     def fail(*arguments: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("trio_deploy.triton.repository._picture", fail)
+    monkeypatch.setattr("trio_deploy.triton.repository._model_py", fail)
     with pytest.raises(OSError):
         write_repository(bundle, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -172,27 +171,31 @@ def test_engines_of_tensorrt_are_served_with_their_profiles_and_types(tmp_path, 
     )
     for stage in own.stages:
         (folder / f"{stage}.engine").write_bytes(stage.encode())
-        profiles = (Profile("prefill", {}), Profile("decode", {}))
+        sizes = {"width": Bounds((1,), (2,), (3,))} if stage.startswith("select_") else {}
+        profiles = (Profile("prefill", {}, sizes), Profile("decode", {}, sizes))
         entry = StageRecord(f"{stage}.engine", "", len(stage), "", "", profiles)
         record = record.with_stage(stage, entry)
     record.save(folder)
     options = Options(target="jetson-agx-orin-64gb", device="gpu", stages=True)
     write_repository(own, tmp_path / "out", options)
-    assert (tmp_path / "out/trio_prefill_0/1/model.plan").read_bytes() == b"prefill_0"
-    text = (tmp_path / "out/trio_prefill_0/config.pbtxt").read_text()
+    assert (tmp_path / "out/trio_prefill_1/1/model.plan").read_bytes() == b"prefill_1"
+    text = (tmp_path / "out/trio_prefill_1/config.pbtxt").read_text()
     assert 'platform: "tensorrt_plan"' in text and 'profile: ["0", "1"]' in text
     assert f'name: "lengths"\n  data_type: TYPE_{integers}' in text
+    text = (tmp_path / "out/trio_select_1/config.pbtxt").read_text()
+    width = f'name: "width"\n  data_type: TYPE_{integers}\n  dims: [1]\n  is_shape_tensor: true'
+    assert width in text and text.count("is_shape_tensor") == 1
     served = tmp_path / "out/trio_vlm/1/bundle/engines/jetson-agx-orin-64gb"
     assert Record.load(served).stages.keys() == set(own.stages)
     config = (tmp_path / "out/trio_vlm/config.pbtxt").read_text()
     assert '"tensorrt"' in config and '"jetson-agx-orin-64gb"' in config
 
 
-def test_the_warm_up_files_are_laid_out_as_triton_reads_strings(bundle, tmp_path):
-    write_repository(bundle, tmp_path / "out")
-    content = (tmp_path / "out" / "trio_vlm" / "warmup" / "image").read_bytes()
-    (size,) = struct.unpack("<I", content[:4])
-    assert size == len(content) - 4 and content[4:8] == b"\x89PNG"
+def test_the_model_warms_itself_up_where_no_limit_can_refuse_the_question(bundle, tmp_path):
+    write_repository(bundle, tmp_path / "out", Options(settings={"max_tokens": "1"}))
+    config = (tmp_path / "out" / "trio_vlm" / "config.pbtxt").read_text()
+    assert 'key: "warm_up"\n  value {\n    string_value: "true"' in config
+    assert "model_warmup" not in config
 
 
 def test_the_record_names_the_models(bundle, tmp_path):

@@ -2,7 +2,7 @@
 
     repository/
       trio.json                                                            what it was made of
-      trio_vlm/            config.pbtxt, 1/model.py, 1/bundle/, warmup/     answers, streamed
+      trio_vlm/            config.pbtxt, 1/model.py, 1/bundle/             answers, streamed
       trio_vlm_complete/   config.pbtxt, 1/model.py                        answers, whole
     and with `stages` each graph as a model of its own, for those who compose:
       trio_vision/         config.pbtxt, 1/model.onnx/{model.onnx, weights/}  (or 1/model.plan)
@@ -17,16 +17,13 @@ that its graph reads.
 
 from __future__ import annotations
 
-import io
 import json
-import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 from tqdm import tqdm
 
 import trio_deploy
@@ -56,9 +53,6 @@ _TYPES = {
     "bfloat16": "TYPE_BF16",
     "string": "TYPE_STRING",
 }
-_WARM_UP_PROMPT = b"What is this?"
-_WARM_UP_SIDE = 64
-_WARM_UP_TOKENS = 4
 
 
 class RepositoryWriter(BundleWriter):
@@ -78,7 +72,7 @@ class Options:
         instances: of `NAME_vlm`; each is a process that loads the model.
         stages: write the stages and the ensemble as models too.
         name: prefix of all models' names.
-        settings: parameters of `NAME_vlm`, limits above all; see `triton/settings.py`.
+        settings: parameters of `NAME_vlm`, limits above all; see `triton/limits.py`.
         link: hard-link the bundle's files instead of copying them.
     """
 
@@ -174,7 +168,9 @@ def _parameters(
         parameters["target"] = _target_parameter(options)
     if runtime == "onnxruntime":
         parameters["provider"] = "cuda" if options.device == "gpu" else "cpu"
-    parameters["warm_up"] = "false"  # by model_warmup, which also proves that requests get through
+    # Not by model_warmup: Triton 2.51 dies where a decoupled model refuses that request, which a
+    # limit or a deadline may make it do.
+    parameters["warm_up"] = "true"
     clash = sorted(set(options.settings) & {"bundle", "runtime", "target"})
     if clash:
         raise TrioError(f"{clash[0]} is not a setting: it follows from the options of this command")
@@ -205,10 +201,17 @@ def _engines(bundle: Bundle, target: Target | None) -> tuple[Path, Record]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """An engine of TensorRT: its file, its optimisation profiles, and what int64 became in it."""
+    """An engine of TensorRT.
+
+    Attributes:
+        profiles: how many optimisation profiles it has.
+        sizes: inputs whose values are sizes of others, which Triton wants to be told.
+        narrow: whether int64 became int32 in it.
+    """
 
     file: Path
     profiles: int
+    sizes: frozenset[str]
     narrow: bool
 
 
@@ -217,7 +220,12 @@ def _plans(bundle: Bundle, target: Target | None) -> dict[str, _Plan]:
     folder, record = _engines(bundle, target)
     narrow = int(record.tensorrt.split(".")[0]) < 10
     return {
-        stage: _Plan(record.check_file(folder, stage), len(entry.profiles), narrow)
+        stage: _Plan(
+            record.check_file(folder, stage),
+            len(entry.profiles),
+            frozenset(name for profile in entry.profiles for name in profile.values),
+            narrow,
+        )
         for stage, entry in record.stages.items()
     }
 
@@ -257,9 +265,6 @@ class _Models:
             target = Path(str(self._options.target)).expanduser()
             self._writer.write(f"{name}/{self._settings['target']}", target.read_bytes())
         self._writer.write(f"{name}/1/model.py", _model_py("model"))
-        self._writer.write(f"{name}/warmup/prompt", _bytes_tensor(_WARM_UP_PROMPT))
-        self._writer.write(f"{name}/warmup/image", _bytes_tensor(_picture()))
-        self._writer.write(f"{name}/warmup/max_tokens", struct.pack("<i", _WARM_UP_TOKENS))
         self._config(
             name,
             {
@@ -269,7 +274,6 @@ class _Models:
                 "model_transaction_policy": {"decoupled": True},
                 "instance_group": self._instances(self._options.instances),
                 "parameters": _string_parameters(self._settings),
-                "model_warmup": _vlm_warm_up(),
             },
         )
 
@@ -332,7 +336,7 @@ class _Models:
             name,
             {
                 "platform": "tensorrt_plan",
-                **self._stage_interface(stage, plan.narrow),
+                **self._stage_interface(stage, plan.narrow, plan.sizes),
                 "instance_group": [group],
             },
         )
@@ -377,7 +381,9 @@ class _Models:
     def _stage_name(self, stage: str) -> str:
         return f"{self._options.name}_{stage}"
 
-    def _stage_interface(self, stage: str, narrow: bool = False) -> dict[str, Any]:
+    def _stage_interface(
+        self, stage: str, narrow: bool = False, sizes: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Tensors as in the stage contract.
 
         max_batch_size stays 0: a stage's rows are a batch already, and Triton's own batching would
@@ -386,7 +392,9 @@ class _Models:
         graph = self._bundle.manifest.graphs[stage]
         return {
             "max_batch_size": 0,
-            "input": [_tensor(tensor, narrow=narrow) for tensor in graph.inputs],
+            "input": [
+                _tensor(tensor, narrow=narrow, size=tensor.name in sizes) for tensor in graph.inputs
+            ],
             "output": [_tensor(tensor, narrow=narrow) for tensor in graph.outputs],
         }
 
@@ -439,33 +447,20 @@ def _vlm_interface() -> dict[str, Any]:
 
 
 def _tensor(
-    tensor: TensorInfo, optional: bool | None = None, narrow: bool = False
+    tensor: TensorInfo, optional: bool | None = None, narrow: bool = False, size: bool = False
 ) -> dict[str, Any]:
     kind = "int32" if narrow and tensor.dtype == "int64" else tensor.dtype
     return {
         "name": tensor.name,
         "data_type": Enum(_TYPES[kind]),
         "dims": [size if isinstance(size, int) else -1 for size in tensor.shape],
+        "is_shape_tensor": True if size else None,
         "optional": optional,
     }
 
 
 def _string_parameters(values: Mapping[str, str]) -> list[dict[str, Any]]:
     return [{"key": name, "value": {"string_value": value}} for name, value in values.items()]
-
-
-def _vlm_warm_up() -> list[dict[str, Any]]:
-    """A picture and a question: nothing that the first client would wait for is left to do."""
-    files = {
-        "prompt": ("TYPE_STRING", "prompt"),
-        "images": ("TYPE_STRING", "image"),
-        "max_tokens": ("TYPE_INT32", "max_tokens"),
-    }
-    inputs = {
-        name: {"data_type": Enum(kind), "dims": [1], "input_data_file": file}
-        for name, (kind, file) in files.items()
-    }
-    return [_warm_up("a picture and a question", inputs)]
 
 
 def _warm_up(name: str, inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -482,14 +477,3 @@ def _model_py(module: str) -> bytes:
         f"from trio_deploy.triton.{module} import TritonPythonModel\n\n"
         '__all__ = ["TritonPythonModel"]\n'
     ).encode()
-
-
-def _bytes_tensor(value: bytes) -> bytes:
-    """A TYPE_STRING tensor of one element as Triton lays it out: its length, then its bytes."""
-    return struct.pack("<I", len(value)) + value
-
-
-def _picture() -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (_WARM_UP_SIDE, _WARM_UP_SIDE), (127, 127, 127)).save(content, "PNG")
-    return content.getvalue()
