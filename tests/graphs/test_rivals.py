@@ -164,6 +164,31 @@ def count_in_vectors(graph: onnx.GraphProto) -> int:
     return loops
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_rounds_too_many_change_nothing(method: str) -> None:
+    """TensorRT's parser has run a Loop once more than it should (onnx-tensorrt's issue 891)."""
+    run = runner(method, "primitive", "ort", 1, 4)
+    feeds = batch([9, 99, 0, 3, 1], seed=7)
+    proto = onnx.ModelProto.FromString(run.proto.SerializeToString())
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "always"))
+    go_on_for_ever(proto.graph)
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    outputs = session.run(run.outputs, {name: feeds[name] for name in run.inputs})
+    for name, array in zip(run.outputs, outputs, strict=True):
+        np.testing.assert_array_equal(array, run(feeds)[name], err_msg=name)
+
+
+def go_on_for_ever(graph: onnx.GraphProto) -> None:
+    """Lets every Loop in a graph run to its last round."""
+    for node in graph.node:
+        for body in [entry.g for entry in node.attribute if entry.name == "body"]:
+            node.input[1], go_on = "always", body.output[0].name
+            go_on_for_ever(body)
+            for inner in body.node:
+                inner.output[:] = [f"{o}.unused" if o == go_on else o for o in inner.output]
+            body.node.append(onnx.helper.make_node("Identity", ["always"], [go_on]))
+
+
 @methods
 def test_copies_of_a_token_are_told_apart_by_their_place(method: str) -> None:
     """Newline rows are copies of each other: of equal ones the first is kept."""
