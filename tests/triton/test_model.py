@@ -213,7 +213,14 @@ def test_a_waiting_request_is_cancelled_too_and_what_is_too_much_is_refused(
 
 def test_deadlines_end_answers(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(max_tokens="2000", max_timeout_s="20")
-    long = ask(model, prompt=QUESTION, images=file(), max_tokens=2000, timeout_s=0.4)
+    long = Asked({"prompt": texts(QUESTION), "max_tokens": one(2000, "int32")})
+
+    def let_it_pass(sender: Sender) -> None:
+        for handle in list(model._batcher._open):
+            handle._until = 0.0
+
+    long.sender.on_send = let_it_pass
+    model.execute([long])
     assert long.outputs()[-1]["finish_reason"] == [b"deadline"]
     go = hold(model, monkeypatch)
     first = ask(model, prompt=QUESTION, max_tokens=1)
@@ -280,6 +287,7 @@ def test_a_client_that_is_gone_harms_nobody(load: Callable[..., Any]) -> None:
         ({"bundle": "missing"}, "missing"),
         ({"max_token": "5"}, "unknown parameter 'max_token'"),
         ({"runtime": "torch"}, "unknown runtime"),
+        ({"budget": "0.001", "warm_up": "true"}, "budget"),
     ],
 )
 def test_a_model_that_cannot_be_served_says_why_and_does_not_load(
