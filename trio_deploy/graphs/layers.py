@@ -352,27 +352,22 @@ def apply_rope(
 
     The angles must have the type of x.
     """
+    cos, sin = angles.cos, op.Neg(angles.sin) if inverse else angles.sin
     if d.name != "primitive":
-        sin = op.Neg(angles.sin) if inverse else angles.sin
         attributes = {} if heads is None else {"num_heads": heads}
-        return op.RotaryEmbedding(x, angles.cos, sin, **attributes)
+        return op.RotaryEmbedding(x, cos, sin, **attributes)
     if heads is not None:
         flat = shape_of(x)[-1]
         x = op.Transpose(op.Reshape(x, [0, 0, heads, flat // heads]), perm=[0, 2, 1, 3])
         return merge_heads(op, apply_rope(op, d, x, angles, inverse=inverse))
     half = int(shape_of(x)[-1]) // 2
-    cos, sin = op.Unsqueeze(angles.cos, [1]), op.Unsqueeze(angles.sin, [1])
+    cos, sin = op.Unsqueeze(cos, [1]), op.Unsqueeze(sin, [1])
+    # the order of operands in which OpenVINO knows a rotation
     first, second = op.Split(x, [half, half], axis=-1, _outputs=2)
-    if inverse:
-        first, second = (
-            op.Add(op.Mul(first, cos), op.Mul(second, sin)),
-            op.Sub(op.Mul(second, cos), op.Mul(first, sin)),
-        )
-    else:
-        first, second = (
-            op.Sub(op.Mul(first, cos), op.Mul(second, sin)),
-            op.Add(op.Mul(second, cos), op.Mul(first, sin)),
-        )
+    first, second = (
+        op.Sub(op.Mul(first, cos), op.Mul(second, sin)),
+        op.Add(op.Mul(second, cos), op.Mul(first, sin)),
+    )
     return op.Concat(first, second, axis=-1)
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 _PARTS = 4  # of a prompt's queries: 5/8 of the scores are computed instead of all
@@ -26,10 +27,11 @@ class Passes:
 
     def __init__(self) -> None:
         """Needs OpenVINO."""
-        from openvino import Type, opset13
+        from openvino import Shape, Tensor, Type, opset13
         from openvino.preprocess import PrePostProcessor
 
         self._op, self._type, self._ports = opset13, Type, PrePostProcessor
+        self._shape, self._tensor = Shape, Tensor
 
     def narrow_products(self, model: Any) -> None:
         """Products with a weight of the checkpoint in bfloat16; all else stays in float32.
@@ -39,11 +41,11 @@ class Passes:
         So are the bodies of Loops.
         """
         for product in _of_kind(model, "MatMul"):
-            operands = [product.input_value(i) for i in range(2)]
-            if any(map(self._is_weight, operands)):
-                attributes = product.get_attributes()
-                flips = attributes["transpose_a"], attributes["transpose_b"]
-                y = self._op.matmul(*map(self._narrow, operands), *flips)
+            left, right = (product.input_value(i) for i in range(2))
+            if self._is_weight(left):
+                self._from_the_right(product)
+            elif self._is_weight(right):
+                y = self._op.matmul(self._narrow(left), self._narrow(right), False, False)
                 _replace(product, self._op.convert(y, "f32"))
 
     def narrow_caches(self, model: Any) -> Any:
@@ -114,6 +116,20 @@ class Passes:
 
     def _cut(self, start: Any, stop: Any, value: Any, axis: int) -> Any:
         return self._op.slice(value, start, stop, _at(1), _at(axis))
+
+    def _from_the_right(self, product: Any) -> None:
+        """x W in bfloat16 for (Wᵀ xᵀ)ᵀ, as graphs write it for a square W.
+
+        They do because OpenVINO takes the packing of W for that of Wᵀ where both are one constant;
+        a copy of W with memory of its own is safe.
+        """
+        weight = _constant(product.input_value(0)).data.astype(ml_dtypes.bfloat16)
+        copy = self._tensor(weight.view(np.uint16), self._shape(weight.shape), self._type.bf16)
+        x = product.input_value(1).get_node().input_value(0)
+        y = self._op.matmul(self._narrow(x), self._op.constant(copy), False, False)
+        y = self._op.convert(y, "f32")
+        for target in product.output(0).get_target_inputs():
+            _replace(target.get_node(), y)
 
     def _is_weight(self, value: Any) -> bool:
         """Whether it is a float32 tensor of the checkpoint, or the transpose of one."""
