@@ -6,8 +6,8 @@
 #
 #     scripts/setup_triton.sh [FOLDER]        # default: .venv-triton; PYTHON=python3.11 chooses
 #
-# Running it again does nothing unless the requirements changed. Exit status 3: this platform cannot
-# have the wheel, with the reason in FOLDER/unavailable; 1: something failed and may be tried again.
+# Running it again does nothing unless the requirements changed. Exit status 3: the server's wheel
+# cannot be had or run here, with the reason in FOLDER/unavailable; 1: something else failed.
 set -eu
 
 python=${PYTHON:-python3}
@@ -58,25 +58,29 @@ shared=$library/libpython$version.so.1.0
     unavailable "$python has no shared library libpython$version.so.1.0: install it \
 (Debian: libpython$version), or build Python with --enable-shared"
 
+rm -f "$folder/unavailable"
 stamp=$folder/ready
 wanted=$(cat "$0" "$pins" "$root/pyproject.toml" | cksum)
 if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$wanted $version" ]; then
     echo "The Triton server is ready: $folder/bin/tritonserver"
     exit 0
 fi
-rm -f "$stamp" "$folder/unavailable"
+rm -f "$stamp"
 if [ -x "$folder/bin/python" ] &&
     [ "$("$folder/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" != "$version" ]; then
     rm -rf "$folder"
 fi
 [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
 
+install() {
+    "$folder/bin/python" -m pip --disable-pip-version-check install --quiet --constraint "$pins" "$@"
+}
 # The server itself needs none of nvidia-pytriton's own requirements, which are of its Python side.
-pip="$folder/bin/python -m pip --disable-pip-version-check install --quiet --constraint $pins"
-$pip --editable "$root[cpu]" 'numpy<2' 'tritonclient[grpc,http]' pytest ||
+install --editable "${root}[cpu]" 'numpy<2' 'tritonclient[grpc,http]' pytest ||
     fail "pip could not install trio-deploy for the server (above is why): try again"
-$pip --no-deps --only-binary :all: nvidia-pytriton ||
-    fail "pip could not fetch the Triton server (above is why): try again"
+install --no-deps --only-binary :all: nvidia-pytriton ||
+    unavailable "pip could not get the wheel of nvidia-pytriton, which holds the Triton server: run \
+scripts/setup_triton.sh to see why"
 
 # A backend folder of our own: the wheel's python backend and the program for this Python.
 package=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
