@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from trio_deploy.runtime.continuous import (
 from trio_deploy.runtime.kv import CacheShape, SegmentCache
 from trio_deploy.runtime.pipeline import Generation, Request, TrioPipeline
 from trio_deploy.runtime.rows import Row
+from trio_deploy.runtime.stages import Clock
 
 SHORT = Request("what color is the circle ?", max_new_tokens=3)
 
@@ -223,6 +225,28 @@ def test_requests_wait_until_their_keys_and_values_fit(pipeline: TrioPipeline) -
         pytest.raises(TrioError, match="max_kv_bytes"),
     ):
         batcher.submit(request).result(30)
+
+
+def test_engines_of_one_capacity_need_all_of_it(
+    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT's that update in place are made for one; a number in a signature stands for it."""
+    for segment in pipeline._stages.segments:
+        inputs: Any = pipeline._stages._holder(segment).inputs
+        for name, spec in list(inputs.items()):
+            if name.startswith("past."):
+                shape = (*spec.shape[:2], 900, *spec.shape[3:])
+                monkeypatch.setitem(inputs, name, replace(spec, shape=shape))
+    running = pipeline.running(2)
+    for images in ([], [make_picture()]):
+        prompt = ask(COLOR, len(images))
+        row = pipeline.prepare(Request(prompt, images, max_new_tokens=3))
+        needed = running.needed([row])
+        prefilled = pipeline.prefill([row], Clock())
+        row.take(prefilled.logits[0])
+        running.join([row], prefilled)
+        assert running.kv_bytes_allocated == needed
+    assert {cache.capacity for cache in running._caches.values()} == {900}
 
 
 @pytest.mark.parametrize("prefillers", [0, 2])
@@ -419,6 +443,88 @@ def test_a_failing_batch_ends_its_rows_and_not_the_service(
                     handle.result(30)
         assert alike(batcher.submit(SHORT).result(30), pipeline.generate_batch([SHORT])[0])
         assert batcher.metrics().outcomes == {"failed": 6, "length": 1}
+
+
+@pytest.mark.parametrize("prefillers", [0, 1])
+@pytest.mark.parametrize("fault", ["logits", "timings"])
+def test_a_prefill_that_gives_nonsense_ends_its_rows_and_not_the_service(
+    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch, fault: str, prefillers: int
+) -> None:
+    prefill = pipeline.prefill
+
+    def broken(rows: list[Row], clock: Any) -> Any:
+        prefilled = prefill(rows, clock)
+        if fault == "logits":
+            return replace(prefilled, logits=prefilled.logits[:0])
+        for row in rows:
+            row.timings.clear()
+        return prefilled
+
+    with ContinuousBatcher(pipeline, prefillers=prefillers) as batcher:
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "prefill", broken)
+            handles = [batcher.submit(SHORT) for _ in range(6)]
+            for handle in handles:
+                with pytest.raises(Failed):
+                    handle.result(30)
+        assert alike(batcher.submit(SHORT).result(30), pipeline.generate_batch([SHORT])[0])
+        assert batcher.metrics().outcomes == {"failed": 6, "length": 1}
+
+
+def test_a_request_that_cannot_be_chosen_ends_alone(
+    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(rows: list[Row]) -> int:
+        raise RuntimeError("no such segment")
+
+    gate = Gate(pipeline, monkeypatch)
+    with ContinuousBatcher(pipeline, max_kv_bytes=10**9) as batcher:
+        first = batcher.submit(SHORT)
+        gate.held()
+        others = [batcher.submit(SHORT) for _ in range(2)]
+        wait_for(lambda: len(batcher._ready) == 2)
+        monkeypatch.setattr(batcher._running, "needed", broken)
+        gate.open.set()
+        for handle in others:
+            with pytest.raises(Failed, match="no such segment"):
+                handle.result(30)
+        assert alike(first.result(30), pipeline.generate_batch([SHORT])[0])
+
+
+def test_a_request_that_no_thread_can_prepare_is_refused(
+    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*given: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with ContinuousBatcher(pipeline) as batcher:
+        with monkeypatch.context() as patch:
+            patch.setattr(batcher._pool, "submit", none)
+            with pytest.raises(Refused, match="new thread"):
+                batcher.submit(SHORT)
+        assert batcher.metrics().queued == 0 and not batcher._open
+        assert alike(batcher.submit(SHORT).result(30), pipeline.generate_batch([SHORT])[0])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_prefill_that_no_thread_is_started_for_is_done_once(
+    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """A pool that cannot start a thread keeps the work, which another of its threads may do."""
+    with ContinuousBatcher(pipeline, prefillers=1) as batcher:
+        submit = batcher._turns.submit
+
+        def none(*given: Any) -> None:
+            if late:
+                submit(*given)
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(batcher._turns, "submit", none)
+        expected = pipeline.generate_batch([SHORT])[0]
+        for handle in [batcher.submit(SHORT) for _ in range(5)]:
+            assert alike(handle.result(30), expected)
+        assert batcher.metrics().outcomes == {"length": 5}
+        assert batcher.metrics().first_tokens == 5 and batcher._busy == 0
 
 
 def test_a_listener_that_raises_loses_its_request_alone(

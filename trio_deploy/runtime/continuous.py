@@ -23,7 +23,7 @@ _LOOK_S = 0.05  # between looks at the deadlines of those that wait, while nothi
 
 
 class Refused(TrioError):
-    """The queue is full, or the batcher is shutting down."""
+    """The queue is full, the batcher is shutting down, or there is no thread to be had."""
 
 
 class Cancelled(TrioError):
@@ -262,7 +262,7 @@ class ContinuousBatcher:
                 `deadline`), or with `DeadlinePassed` if that is nothing.
 
         Raises:
-            Refused: the queue is full, or the batcher is closed.
+            Refused: the queue is full, the batcher is closed, or no thread can be started.
         """
         until = float("inf") if timeout_s is None else time.perf_counter() + timeout_s
         handle = Handle(self, request, on_event, until)
@@ -277,7 +277,14 @@ class ContinuousBatcher:
                 )
             self._open.add(handle)
             self._preparing.add(handle)
-            self._pool.submit(self._prepare, handle)
+            try:
+                self._pool.submit(self._prepare, handle)
+            except Exception as error:
+                handle._cancelled = True  # another thread may come to it yet
+                self._open.discard(handle)
+                self._preparing.discard(handle)
+                self._count("refused")
+                raise Refused(f"the request cannot be prepared: {error!r:.200}") from error
             self._changed.notify_all()  # of a deadline to look after
         return handle
 
@@ -369,11 +376,11 @@ class ContinuousBatcher:
                 self._admit()
                 if self._active:
                     self._step()
+                self._note()
             except Exception as error:  # a fault of ours ends what runs, not the service
                 _LOG.exception("the batch failed")
                 self._fail_all(error)
                 self._wake()  # there may be more to do
-            self._note()
 
     def _wait(self) -> bool:
         """Until there is something to do; False once there will not be."""
@@ -419,24 +426,38 @@ class ContinuousBatcher:
 
     def _admit(self) -> None:
         """Have waiting requests prefilled, and let those that were join the rows in decoding."""
-        if not self._prefillers:
-            if handles := self._choose():
-                for part in self._prefill(handles):
-                    self._join(*part)
-            return
-        while self._busy < self._prefillers and (handles := self._choose()):
+        while self._busy < max(1, self._prefillers) and (handles := self._choose()):
             with self._changed:
                 self._busy += 1
             self._away.update(handles)
-            self._turns.submit(self._prefill_away, handles)
-        with self._changed:
-            arrived = [self._arrived.popleft() for _ in range(len(self._arrived))]
-        for handles, outcome in arrived:
+            begun = threading.Lock()
+            if not self._prefillers:
+                self._prefill_away(handles, begun)
+                break
+            try:
+                self._turns.submit(self._prefill_away, handles, begun)
+            except Exception:
+                _LOG.exception("no thread for a prefill: the worker does it")
+                self._prefill_away(handles, begun)
+        while self._arrived:
+            with self._changed:
+                handles, outcome = self._arrived.popleft()
             self._away.difference_update(handles)
             self._join(handles, outcome)
 
-    def _prefill_away(self, handles: list[Handle]) -> None:
-        parts = self._prefill(handles)
+    def _prefill_away(self, handles: list[Handle], begun: threading.Lock) -> None:
+        """Prefill, and leave what that gave or raised for `_admit` to find.
+
+        Args:
+            begun: held from the beginning on, since a pool that had no thread may get to it later.
+        """
+        if not begun.acquire(blocking=False):
+            return
+        try:
+            parts = self._prefill(handles)
+        except Exception as error:
+            _LOG.exception("prefilling failed")
+            parts = [(handles, error)]
         with self._changed:
             self._busy -= 1
             self._arrived.extend(parts)
@@ -450,23 +471,30 @@ class ContinuousBatcher:
         longest = 0
         with self._changed:
             while self._ready and (row := self._ready[0]._row) is not None:
-                longest = max(longest, row.prompt.length)
-                padded = (len(rows) + 1) * longest
+                padded = (len(rows) + 1) * max(longest, row.prompt.length)
                 if len(self._active) + len(away) + len(rows) >= self._max_rows:
                     break
                 if rows and (len(rows) >= self._prefill_rows or padded > self._prefill_tokens):
                     break
-                if (
-                    self._max_kv_bytes is not None
-                    and (rows or away or self._active)
-                    and self._running.needed([*away, *rows, row]) > self._max_kv_bytes
-                ):
-                    break
+                try:
+                    if not self._fits([*away, *rows, row]):
+                        break
+                except Exception as error:  # those chosen before it must not be forgotten
+                    _LOG.exception("choosing a request failed")
+                    self._fail(self._ready.popleft(), _failed(error))
+                    continue
+                longest = max(longest, row.prompt.length)
                 rows.append(row)
                 chosen.append(self._ready.popleft())
             if chosen:
                 self._news = True  # there may be more for the next turn
         return chosen
+
+    def _fits(self, rows: list[Row]) -> bool:
+        """Whether keys and values of these rows may come to those of the active ones."""
+        if self._max_kv_bytes is None or not (self._active or len(rows) > 1):
+            return True
+        return self._running.needed(rows) <= self._max_kv_bytes
 
     def _prefill(self, handles: list[Handle]) -> list[tuple[list[Handle], Prefilled | Exception]]:
         """Prefill together, or, if that fails, each alone: no request shall feel another's fault.
@@ -500,8 +528,8 @@ class ContinuousBatcher:
         joined = time.perf_counter()
         for handle in handles:
             handle._joined = joined
+        self._active |= zip(rows, handles, strict=True)  # whatever happens now, they are known
         pieces = [self._take(row, logits) for row, logits in zip(rows, outcome.logits, strict=True)]
-        self._active |= zip(rows, handles, strict=True)
         try:
             self._running.join(rows, outcome)
         except Exception as error:  # the caches may be half changed

@@ -167,7 +167,9 @@ class Running:
         capacities = {}
         for column, name in enumerate(self._stages.segments):
             longest = max((lengths[column] + row.limit for row, lengths in new), default=0)
-            capacities[name] = max(longest, self._caches[name].capacity) if self._slots else longest
+            if self._slots:
+                longest = max(longest, self._caches[name].capacity)
+            capacities[name] = self._stages.capacity(name, longest)
         return max(count, len(self._places)), capacities
 
     def _lengths(self, row: Row) -> list[int]:

@@ -190,21 +190,34 @@ class Stages:
                 chosen.append(picked)
             elif name in self.segments:
                 with clock.stage(name, self._moment):
-                    capacity = int((tokens.lengths + new_tokens).max())
-                    caches[name] = self.cache(name, tokens.lengths, capacity)
+                    longest = int((tokens.lengths + new_tokens).max())
+                    caches[name] = self.cache(name, tokens.lengths, longest)
                     tokens.hidden = self._segment(name, caches[name], tokens)
         logits = to_host(tokens.hidden)  # here a device is waited for, and not before
         return Prefilled(logits, caches, _origins(chosen, batch.lengths))
 
-    def cache(self, name: str, lengths: np.ndarray, capacity: int) -> SegmentCache:
-        """A segment's cache for rows of int64 [B] `lengths`, with room for `capacity` tokens."""
-        holder = self.engines["decode"] if self.separate else self.engines[name]
-        fixed = holder.inputs[f"past.{self.layers[name][0]}.key"].shape[2]
-        if isinstance(fixed, int):  # an engine that updates in place may take one capacity only
-            capacity = max(capacity, fixed)
+    def capacity(self, name: str, tokens: int) -> int:
+        """Tokens a row that a segment's cache has room for when `tokens` are asked for.
+
+        An engine that updates in place may take one capacity only.
+        """
+        fixed = self._holder(name).inputs[f"past.{self.layers[name][0]}.key"].shape[2]
+        return max(tokens, fixed) if isinstance(fixed, int) else tokens
+
+    def cache(self, name: str, lengths: np.ndarray, tokens: int) -> SegmentCache:
+        """A segment's cache for rows of int64 [B] `lengths`, with room for `tokens` a row."""
         return SegmentCache.allocate(
-            self.layers[name], lengths, capacity, self.cache_shape, holder.empty, self.sides
+            self.layers[name],
+            lengths,
+            self.capacity(name, tokens),
+            self.cache_shape,
+            self._holder(name).empty,
+            self.sides,
         )
+
+    def _holder(self, name: str) -> Engine:
+        """The engine whose steps read a segment's cache."""
+        return self.engines["decode"] if self.separate else self.engines[name]
 
     def _segment(self, name: str, cache: SegmentCache, tokens: _Tokens) -> Array:
         """Run a segment and fill its cache; returns what comes next: hidden states or logits."""
