@@ -36,7 +36,7 @@ class TritonServer:
         log: Path,
         arguments: Sequence[str] = (),
         *,
-        wait_s: float | None = 60.0,
+        wait_s: float | None = 180.0,
         program: Path = PROGRAM,
     ) -> None:
         """Args:

@@ -369,7 +369,8 @@ def both(
     model = load(max_tokens="2000")
     monkeypatch.setitem(InferenceRequest.MODELS, "trio_vlm", model)
     complete = modules[1].TritonPythonModel()
-    complete.initialize(arguments(Path(), model="trio_vlm", max_requests="3", watch="false"))
+    limits = {"max_requests": "3", "max_bytes": "60000"}
+    complete.initialize(arguments(Path(), model="trio_vlm", watch="false", **limits))
     yield complete, model
     complete.finalize()
 
@@ -412,6 +413,38 @@ def test_plain_requests_beyond_the_limit_are_refused(
     assert code is TritonError.UNAVAILABLE and "max_requests = 3" in said
     go.set()
     assert all(request.outputs() for request in requests[:3])
+
+
+def test_plain_requests_hold_no_more_bytes_than_they_may(
+    both: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, model = both
+    go = hold(model, monkeypatch)
+    first = ask(complete, prompt=QUESTION, images=file() + bytes(50_000), max_tokens=1)
+    code, said = ask(complete, prompt=QUESTION, images=file() + bytes(10_000)).error()
+    assert code is TritonError.UNAVAILABLE and "max_bytes is 60000" in said
+    small = ask(complete, prompt=QUESTION, max_tokens=1)
+    go.set()
+    assert first.outputs() and small.outputs()
+    assert ask(complete, prompt=QUESTION, images=bytes(70_000)).error()[0] is (
+        TritonError.INVALID_ARG
+    ), "one that is too large by itself is judged by its limits"
+
+
+def test_a_plain_request_for_which_there_is_no_thread_is_answered(
+    both: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, _ = both
+
+    def none(*given: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(complete._pool, "submit", none)
+        code, said = ask(complete, prompt=QUESTION).error()
+        assert code is TritonError.INTERNAL and "new thread" in said
+    assert not complete._open
+    assert ask(complete, prompt=QUESTION, max_tokens=1).outputs()
 
 
 @given(

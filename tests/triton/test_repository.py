@@ -215,3 +215,10 @@ def test_text_format_quotes_strings_and_leaves_enumerations_bare():
     assert format_message({"m": [message, {}]}) == (
         'm {\n  name: "a\\"\\\\\\n"\n  kind: KIND_CPU\n  dims: [-1, 3]\n  on: true\n}\nm {\n}\n'
     )
+
+
+def test_plain_requests_may_be_as_many_as_the_model_takes(bundle, tmp_path):
+    options = Options(settings={"max_rows": "3", "max_queue": "4"}, instances=2)
+    write_repository(bundle, tmp_path / "out", options)
+    config = (tmp_path / "out" / "trio_vlm_complete" / "config.pbtxt").read_text()
+    assert 'key: "max_requests"\n  value {\n    string_value: "14"' in config

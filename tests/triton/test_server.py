@@ -51,7 +51,8 @@ if not PROGRAM.exists():
 grpc_client = pytest.importorskip("tritonclient.grpc")
 http_client = pytest.importorskip("tritonclient.http")
 
-WAIT_S = 20.0
+WAIT_S = 90.0  # generous: other work may have the machine
+START_S = 180.0
 TYPES = {
     "prompt": "BYTES",
     "messages": "BYTES",
@@ -284,6 +285,7 @@ def test_32_clients_at_once_get_each_their_own_answer(running):
         return ask(running.server, prompt=case.question, images=case.png)
 
     assert len(running.cases) == 32
+    assert len({tuple(case.token_ids) for case in running.cases}) >= 8, "mix-ups would not show"
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(one, running.cases))
     assert [a.error for a in answers] == [None] * 32
@@ -518,47 +520,55 @@ def test_a_cancelled_answer_stops_within_a_token_or_two(running):
             == cancelled + 1
         )
     )
-    assert idle(server, "endless_vlm")
+    assert until(lambda: idle(server, "endless_vlm"))
     # The three that were read, and those on their way while the client let go.
     made = metric(server, "trio_tokens_total", model="endless_vlm") - tokens
     assert 3 <= made < 100
 
 
 def test_a_deadline_ends_the_answer_with_what_there_is(running):
-    answer = ask(
-        running.server,
-        "endless_vlm",
-        prompt="what color is the star?",
-        max_tokens=1000,
-        timeout_s=0.3,
-    )
+    # Time for the first token, however busy the machine is, and not for a thousand.
+    for timeout_s in (0.3 * 2**i for i in range(9)):
+        answer = ask(
+            running.server,
+            "endless_vlm",
+            prompt="what color is the star?",
+            max_tokens=1000,
+            timeout_s=timeout_s,
+        )
+        if answer.error is None:
+            break
+        assert "before the first token" in answer.error.message()
     assert answer.error is None
     assert answer.reasons == ["deadline"]
     assert 0 < len(answer.token_ids) < 1000
 
 
-def test_metrics_tell_what_was_done(running):
-    server = running.server
+def test_metrics_tell_what_was_done(running, tmp_path):
+    """On a server of its own: there nothing that was asked before can be counted late."""
     case = running.cases[5]
+    with TritonServer(running.repositories[0], tmp_path / "log") as server:
+        answer = ask(server, prompt=case.question, images=case.png)
+        assert answer.reasons == ["stop"]
+        expected = {
+            "trio_tokens_total": len(answer.token_ids),
+            "trio_requests_total": 1,
+            "trio_first_token_seconds_count": 1,
+            "trio_queue_seconds_count": 1,
+            "trio_visual_tokens_total": 256,
+            "trio_queue_length": 0,
+            "trio_rows_active": 0,
+        }
+        found: dict[str, float] = {}
 
-    def read() -> dict[str, float]:
-        names = ("trio_tokens_total", "trio_first_token_seconds_count", "trio_queue_seconds_count")
-        names += ("trio_visual_tokens_total", "trio_kept_tokens_total")
-        values = {name: metric(server, name, model="trio_vlm") for name in names}
-        values["stop"] = metric(server, "trio_requests_total", model="trio_vlm", outcome="stop")
-        return values
+        def told() -> bool:
+            found.update({name: metric(server, name, model="trio_vlm") for name in expected})
+            return found == expected
 
-    before = read()
-    answer = ask(server, prompt=case.question, images=case.png)
-    assert until(lambda: read()["stop"] == before["stop"] + 1)
-    change = {name: value - before[name] for name, value in read().items()}
-    assert change["trio_tokens_total"] == len(answer.token_ids)
-    assert change["trio_first_token_seconds_count"] == 1
-    assert change["trio_queue_seconds_count"] == 1
-    assert change["trio_visual_tokens_total"] == 256
-    assert 0 < change["trio_kept_tokens_total"] < 256
-    assert metric(server, "trio_first_token_seconds_sum", model="trio_vlm") > 0
-    assert until(lambda: metric(server, "trio_queue_length", model="trio_vlm") == 0)
+        assert until(told), found
+        assert metric(server, "trio_requests_total", model="trio_vlm", outcome="stop") == 1
+        assert 0 < metric(server, "trio_kept_tokens_total", model="trio_vlm") < 256
+        assert metric(server, "trio_first_token_seconds_sum", model="trio_vlm") > 0
 
 
 # --------------------------------------------------------------------------- starting and ending
@@ -597,14 +607,17 @@ def test_a_locked_server_answers_questions_and_lets_nobody_at_its_memory(running
 
 
 def test_a_killed_instance_is_reported_and_ends_the_server(running, tmp_path):
+    """Though a request never ends, and the server would wait for it for long."""
     with TritonServer(
-        running.repositories[0], tmp_path / "log", ["--exit-timeout-secs=2"]
+        running.repositories[1], tmp_path / "log", ["--exit-timeout-secs=600"]
     ) as server:
         shared = server.shared_memory()
+        asking = Asking(server, "endless_vlm", prompt="what color is the star?", max_tokens=1000)
+        assert asking.next()
         (pid,) = [
             pid
             for pid in server.descendants()
-            if b"trio_vlm_0_0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"endless_vlm_0_0" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         os.kill(pid, signal.SIGKILL)
 
@@ -615,7 +628,8 @@ def test_a_killed_instance_is_reported_and_ends_the_server(running, tmp_path):
 
         assert until(lambda: not ready())
         assert until(lambda: server.process.poll() is not None)
-        assert "the process of trio_vlm was killed" in server.tail(200)
+        assert "the process of endless_vlm was killed" in server.tail(200)
+        asking.close(cancel=True)
     assert until(lambda: not any(region.exists() for region in shared))
 
 
@@ -643,7 +657,7 @@ def test_a_broken_bundle_keeps_the_server_unready_and_is_named(running, tmp_path
                 return states.get("trio_vlm") == "UNAVAILABLE"
             return False
 
-        assert until(failed)
+        assert until(failed, START_S)
         assert server.get("/v2/health/live")[0] == 200
         assert server.get("/v2/health/ready")[0] != 200
         assert server.get("/v2/models/trio_vlm/ready")[0] != 200

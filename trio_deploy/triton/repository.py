@@ -33,7 +33,7 @@ from trio_deploy.bundle import MANIFEST, Bundle, BundleWriter, TensorInfo, safe_
 from trio_deploy.errors import TrioError
 from trio_deploy.recipe import RUNTIMES, Target, list_targets, load_target
 from trio_deploy.runtime.external import external_tensors
-from trio_deploy.triton.limits import check_settings
+from trio_deploy.triton.limits import Settings, check_settings
 from trio_deploy.triton.pbtxt import Enum, format_message
 from trio_deploy.triton.request import INPUTS, OUTPUTS
 from trio_deploy.weights import Progress, place_file
@@ -280,7 +280,12 @@ class _Models:
     def add_complete(self) -> None:
         """The model for plain requests, which forwards to the streaming one."""
         name = f"{self._options.name}_vlm_complete"
-        parameters = {"model": f"{self._options.name}_vlm"}
+        served = Settings.parse(self._settings)
+        most = self._options.instances * (served.max_rows + served.max_queue)
+        parameters = {
+            "model": f"{self._options.name}_vlm",
+            "max_requests": str(most),
+        }
         if "watch" in self._settings:
             parameters["watch"] = self._settings["watch"]
         self._writer.write(f"{name}/1/model.py", _model_py("complete"))

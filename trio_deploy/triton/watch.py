@@ -4,8 +4,9 @@ Triton (2.51) neither restarts a python model whose process was killed, by the k
 memory above all, nor counts it as not ready: requests that it was answering wait for ever, new ones
 fail one by one, and the server cannot shut down in order. So a second, tiny process watches the
 model's. When that ends without having said goodbye, it says so in the server's log and ends the
-server, which whatever runs the server (Kubernetes, systemd, docker --restart) starts again. And
-should the server itself be killed, it ends the model's process, which would live on otherwise.
+server, which whatever runs the server (Kubernetes, systemd, docker --restart) starts again: by
+SIGTERM, so that answers of other models may end, and a little later by SIGKILL. And should the
+server itself be killed, it ends the model's process, which would live on otherwise.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 _GOODBYE = b"finalized"
 _REGION = "triton_python_backend_shm_region_"
 _SHARED_MEMORY = Path("/dev/shm")
 _LOOK_S = 2.0  # between looks at whether the server is there
+_GRACE_S = 5.0  # between asking the server to end and killing it
 
 
 class Watch:
@@ -71,9 +74,24 @@ def _main(name: str, server: int, model: int, regions: list[str]) -> None:
                 file=sys.stderr,
                 flush=True,
             )
-            os.kill(server, signal.SIGTERM)
+            _end(server)
     for region in regions:  # the server will not come to removing it
         (_SHARED_MEMORY / Path(region).name).unlink(missing_ok=True)
+
+
+def _end(server: int) -> None:
+    """With SIGTERM alone it would wait for the dead model's requests for all of its exit timeout.
+
+    A container's first process cannot be killed from within it, and does wait.
+    """
+    with contextlib.suppress(OSError):  # it ends by itself
+        os.kill(server, signal.SIGTERM)
+        until = time.monotonic() + _GRACE_S
+        while time.monotonic() < until:
+            if not _runs(server):
+                return
+            time.sleep(0.1)
+        os.kill(server, signal.SIGKILL)
 
 
 def _runs(process: int) -> bool:
