@@ -33,6 +33,7 @@ import tritonclient.grpc.aio as triton
 from tqdm import tqdm
 from triton_server import TritonServer
 
+from trio_deploy.bench.runner import budget_name
 from trio_deploy.bundle import Bundle
 from trio_deploy.evaluate import scenes
 from trio_deploy.export import export
@@ -155,6 +156,10 @@ async def _client(
                 result.errors.append(str(error))
                 await asyncio.sleep(0.1)  # so that a broken server is not hammered
                 continue
+            if not ids:
+                result.errors.append("an answer ended without a token")
+                await asyncio.sleep(0.1)
+                continue
             result.first_token.append(times[0])
             result.latency.append(times[-1])
             result.tokens += len(ids)
@@ -206,8 +211,22 @@ def growth(samples: Sequence[tuple[float, float]]) -> float:
     return last / middle - 1
 
 
+def describe(bundle: Bundle) -> str:
+    """What is served: model, budget, and what runs it."""
+    made = bundle.manifest
+    return (
+        f"Model {made.model.name}, budget {budget_name(None, bundle)}, {made.dtype}, run by "
+        f"{made.runtime} (target {made.target})"
+    )
+
+
 def report(
-    results: dict[str, Answers], settings: dict[str, str], on: str, command: str, flat: float
+    results: dict[str, Answers],
+    served: str,
+    settings: dict[str, str],
+    on: str,
+    command: str,
+    flat: float,
 ) -> str:
     """The page docs/measurements/triton.md."""
     lines = [
@@ -217,9 +236,9 @@ def report(
         "",
         f"Machine: {on} Clients and server share it.",
         "",
-        "Tiny VLM, budget 0.111, ONNX Runtime on the CPU, answers streamed over gRPC. Closed loop: "
-        "each client asks its next question when the answer to the last is complete. Settings of "
-        f"the model: {', '.join(f'{name} {value}' for name, value in settings.items())}.",
+        f"{served}; answers streamed over gRPC. Closed loop: each client asks its next question "
+        "when the answer to the last is complete. Settings of the model: "
+        f"{', '.join(f'{name} {value}' for name, value in settings.items())}.",
         "",
         "| | answers/s | tokens/s | first token, ms (p50, p90, p99) | latency, ms (p50, p90, p99) "
         "| wrong | errors |",
@@ -285,7 +304,8 @@ def main() -> int:
     on = machine(None)
     shown = [arg if not arg.startswith("/") else Path(arg).name for arg in sys.argv[1:]]
     command = " ".join(["python scripts/load_triton.py", *shown])
-    text = report(results, settings, machine_text(on, before, load_average()), command, flat)
+    loaded = machine_text(on, before, load_average())
+    text = report(results, describe(bundle), settings, loaded, command, flat)
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
