@@ -168,6 +168,9 @@ def test_what_an_engine_no_longer_matches_is_built_again(bundle: Bundle, target:
     assert rebuilt() == ["embed"]
     (folder / "vision.engine").unlink()
     assert rebuilt() == ["vision"]
+    damaged = folder / "prefill_0.engine"
+    damaged.write_bytes(b"?" * damaged.stat().st_size)
+    assert rebuilt() == ["prefill_0"]
     assert rebuilt(replace(target, workspace_gib=0.5)) == STAGES
     assert rebuilt(force=True, stages=["select_1"]) == ["select_1"]
     assert rebuilt(version="10.4.0") == STAGES
@@ -410,8 +413,8 @@ def test_an_engine_that_gives_no_numbers_fails_its_first_run(
     install(monkeypatch, "10.3.0")
     target, tensorrt = load_target(original / "test-gpu.yaml"), load()
 
-    def without_numbers(inputs: Any, profile: Profile) -> dict[str, np.ndarray]:
-        feeds = example_feeds(inputs, profile)
+    def without_numbers(inputs: Any, profile: Profile, corner: str) -> dict[str, np.ndarray]:
+        feeds = example_feeds(inputs, profile, corner)
         feeds["image_features"][:] = np.nan
         feeds["source_index"][:] = feeds["source_index"].shape[1]  # the first row of the image
         return feeds
@@ -420,6 +423,39 @@ def test_an_engine_that_gives_no_numbers_fails_its_first_run(
     build_engines(bundle, target, tensorrt, GPU, stages=["embed"], progress=False)
     with pytest.raises(TrioError, match="inputs_embeds is not finite"):
         run_once(bundle, tensorrt, bundle.path / "engines" / "test-gpu", "embed")
+
+
+def test_a_first_run_finds_that_the_largest_shapes_do_not_fit(
+    original: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = install(monkeypatch, "10.3.0").cuda
+    target, tensorrt = load_target(original / "test-gpu.yaml"), load()
+    build_engines(bundle, target, tensorrt, GPU, stages=["prefill_0"], progress=False)
+    folder = bundle.path / "engines" / "test-gpu"
+    peaks: dict[str, int] = {}
+    corner = ""
+    allocate = cuda.cudaMalloc
+
+    def noting(size: int) -> Any:
+        found = allocate(size)
+        peaks[corner] = max(peaks.get(corner, 0), cuda.used())
+        return found
+
+    def entering(inputs: Any, profile: Profile, which: str) -> dict[str, np.ndarray]:
+        nonlocal corner
+        corner = f"{profile.name} {which}"
+        return example_feeds(inputs, profile, which)
+
+    monkeypatch.setattr(verify, "example_feeds", entering)
+    monkeypatch.setattr(cuda, "cudaMalloc", noting)
+    run_once(bundle, tensorrt, folder, "prefill_0")
+    assert {"prefill opt", "prefill max"} <= peaks.keys() and corner == "decode max"
+    cuda.total = (peaks["prefill opt"] + peaks["prefill max"]) // 2
+    with pytest.raises(
+        TrioError,
+        match="largest shapes of the prefill profile, .* limits of test-gpu: .* out of memory",
+    ):
+        run_once(bundle, tensorrt, folder, "prefill_0")
 
 
 def test_what_is_for_the_dry_run_alone_is_said(

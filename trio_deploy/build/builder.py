@@ -332,7 +332,7 @@ def _is_built(folder: Path, record: Record, stage: str, fingerprint: str) -> boo
     if entry is None or entry.fingerprint != fingerprint:
         return False
     try:
-        record.check_file(folder, stage)
+        record.check_file(folder, stage, verify=True)
     except TrioError:
         return False
     return True

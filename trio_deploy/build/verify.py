@@ -1,4 +1,4 @@
-"""The first run of an engine: it loads, takes its typical shapes, and gives finite numbers."""
+"""The first run of an engine: it loads, has room for its largest shapes, gives finite numbers."""
 
 from __future__ import annotations
 
@@ -12,29 +12,36 @@ from trio_deploy.build.adapter import TensorRT
 from trio_deploy.build.profiles import Profile
 from trio_deploy.bundle import Bundle
 from trio_deploy.errors import TrioError
+from trio_deploy.runtime.arrays import to_host
 from trio_deploy.runtime.engine import TensorSpec
 from trio_deploy.runtime.trt import TrtRuntime
 
 CORNERS = ("min", "opt", "max")
 """The shapes that a profile names: least, typical and largest."""
+_FIRST_RUNS = {"opt": "typical", "max": "largest"}
 
 
 def run_once(bundle: Bundle, tensorrt: TensorRT, folder: Path, stage: str) -> None:
-    """Load the engine of a stage and run it at the typical shapes of each of its profiles.
+    """Load the engine of a stage and run it at the typical and largest shapes of its profiles.
 
     Raises:
-        TrioError: it does not load or run, or gives what is not finite.
+        TrioError: it does not load or run, lacks memory, or gives what is not finite.
     """
     runtime = TrtRuntime(folder, bundle, tensorrt=tensorrt)
     engine = runtime.open(bundle.graph(stage))
     for profile in runtime.record.stages[stage].profiles:
-        outputs = engine.run(example_feeds(engine.inputs, profile))
-        for name, array in outputs.items():
-            if array.dtype.kind == "f" and not np.isfinite(array.astype(np.float32)).all():
+        for corner, shapes in _FIRST_RUNS.items():
+            where = f"at the {shapes} shapes of the {profile.name} profile"
+            try:
+                outputs = engine.run(example_feeds(engine.inputs, profile, corner), host=())
+            except TrioError as error:
                 raise TrioError(
-                    f"{name} is not finite for small numbers at the {profile.name} profile's "
-                    "typical shapes"
-                )
+                    f"{where}, which follow from the limits of {runtime.record.target}: {error}"
+                ) from error
+            while outputs:  # one at a time in the host's memory
+                name, array = outputs.popitem()
+                if array.dtype.kind == "f" and not np.isfinite(to_host(array)).all():
+                    raise TrioError(f"{name} is not finite for small numbers {where}")
 
 
 def example_feeds(
