@@ -338,6 +338,12 @@ _KINDS = {
     TensorProto.INT32: ("INT32", np.int32),
     TensorProto.BOOL: ("BOOL", np.bool_),
 }
+_LAYERS = {
+    "Cast": "CAST",
+    "Constant": "CONSTANT",
+    "MatMul": "MATRIX_MULTIPLY",
+    "Shape": "SHAPE",
+}
 # What hands values on to a shape, and which inputs of which operators take a shape.
 _PASS_ON = set(
     "Add Sub Mul Div Cast Concat Gather Identity Max Min Reshape Squeeze Unsqueeze".split()
@@ -375,7 +381,9 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
         "TacticSource",
         ("" if new else "CUBLAS CUBLAS_LT CUDNN ") + "EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS",
     )
-    trt.LayerType = enumeration("LayerType", "CONSTANT SHAPE ELEMENTWISE RECURRENCE TRIP_LIMIT")
+    trt.LayerType = enumeration(
+        "LayerType", "CONSTANT SHAPE CAST MATRIX_MULTIPLY ELEMENTWISE RECURRENCE TRIP_LIMIT"
+    )
     trt.NetworkDefinitionCreationFlag = enumeration(
         "NetworkDefinitionCreationFlag",
         " ".join((["EXPLICIT_BATCH"] if not new else []) + ([] if old else ["STRONGLY_TYPED"])),
@@ -418,13 +426,15 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
             self.is_shape_tensor = info.name in shapes
 
     class ILayer:
-        type = trt.LayerType.ELEMENTWISE
-
-        def __init__(self, outputs: list[Any]) -> None:
-            self._outputs = outputs
-            self.num_outputs = len(outputs)
+        def __init__(self, operator: str, inputs: list[Any], outputs: list[Any]) -> None:
+            self.type = getattr(trt.LayerType, _LAYERS.get(operator, "ELEMENTWISE"))
+            self._inputs, self._outputs = inputs, outputs
+            self.num_inputs, self.num_outputs = len(inputs), len(outputs)
             self.precision: Any = None
             self.output_types: dict[int, Any] = {}
+
+        def get_input(self, number: int) -> Any:
+            return self._inputs[number]
 
         def get_output(self, number: int) -> Any:
             return self._outputs[number]
@@ -554,10 +564,21 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
             shapes = _shape_inputs(proto.graph)
             network.inputs = [ITensor(info, shapes) for info in proto.graph.input]
             inferred = onnx.shape_inference.infer_shapes(proto).graph
-            values = [*inferred.value_info, *inferred.output]
-            known = {v.name: v for v in values if v.type.tensor_type.elem_type in _KINDS}
+            weights = [
+                onnx.helper.make_tensor_value_info(w.name, w.data_type, w.dims)
+                for w in inferred.initializer
+            ]
+            values = [*inferred.value_info, *inferred.output, *weights]
+            known = {
+                v.name: ITensor(v, set()) for v in values if v.type.tensor_type.elem_type in _KINDS
+            }
+            known.update({tensor.name: tensor for tensor in network.inputs})
             network.layers = [
-                ILayer([ITensor(known[name], set()) for name in node.output])
+                ILayer(
+                    node.op_type,
+                    [known.get(name) for name in node.input],
+                    [known[name] for name in node.output],
+                )
                 for node in inferred.node
                 if all(name in known for name in node.output)
             ]

@@ -225,17 +225,121 @@ def test_before_strong_typing_float32_layers_are_told_to_stay(start: Start, grap
     network, config = simulation.tensorrt.last
     trt = simulation.tensorrt
     assert {trt.BuilderFlag.FP16, trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS} <= config.flags
-    told = {
-        layer.get_output(0).name: layer.precision
-        for layer in network.layers
-        if layer.precision is not None
-    }
-    assert told == {"wide": trt.DataType.FLOAT, "squares": trt.DataType.FLOAT}
-    assert all(
-        layer.output_types == {0: trt.DataType.FLOAT}
-        for layer in network.layers
-        if layer.get_output(0).name in told
+    layers = {layer.get_output(0).name: layer for layer in network.layers}
+    told = {name: layer.precision for name, layer in layers.items() if layer.precision is not None}
+    assert told == {"squares": trt.DataType.FLOAT}, "a cast has no precision"
+    stored = {name: layer.output_types for name, layer in layers.items() if layer.output_types}
+    assert stored == {name: {0: trt.DataType.FLOAT} for name in ("wide", "squares")}
+
+
+def test_how_many_layers_keep_float32_is_in_the_log(start: Start, graph: Path) -> None:
+    tensorrt, _ = start(OLD)
+    said: list[tuple[str, str]] = []
+    tensorrt.build(
+        graph, [ADMITS], workspace=1, dtype="float16", log=lambda *line: said.append(line)
     )
+    assert ("INFO", "2 of 6 layers of squares.onnx keep float32") in said
+
+
+@dataclass
+class Tensor:
+    """An ITensor."""
+
+    dtype: Any
+    is_shape_tensor: bool = False
+    name: str = "a tensor"
+
+
+class Layer:
+    """An ILayer that remembers what it is told."""
+
+    def __init__(self, kind: Any, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
+        self.type, self._inputs, self._outputs = kind, inputs, outputs
+        self.num_inputs, self.num_outputs = len(inputs), len(outputs)
+        self.precision: Any = None
+        self.stored: list[int] = []
+
+    def get_input(self, number: int) -> Tensor | None:
+        return self._inputs[number]
+
+    def get_output(self, number: int) -> Tensor:
+        return self._outputs[number]
+
+    def set_output_type(self, number: int, kind: Any) -> None:
+        self.stored.append(number)
+
+
+def test_only_layers_that_compute_in_float32_are_told_a_precision(
+    start: Start, graph: Path
+) -> None:
+    tensorrt, simulation = start(OLD)
+    types, layers = simulation.tensorrt.DataType, simulation.tensorrt.LayerType
+    wide, half = Tensor(types.FLOAT), Tensor(types.HALF)
+    index, mask = Tensor(types.INT32), Tensor(types.BOOL)
+    size, shape = Tensor(types.FLOAT, True), Tensor(types.INT32, True)
+    kind = layers.ELEMENTWISE
+    cases = {
+        "an addition": (Layer(kind, [wide, wide], [wide]), True, [0]),
+        "one with an input left out": (Layer(kind, [wide, None], [wide]), True, [0]),
+        "a comparison": (Layer(kind, [wide, wide], [mask]), True, []),
+        "the largest and where they are": (Layer(kind, [wide], [wide, index]), True, [0]),
+        "a choice between numbers": (Layer(kind, [mask, wide, wide], [wide]), True, [0]),
+        "a new shape": (Layer(kind, [wide, shape], [wide]), True, [0]),
+        "a cast to float32": (Layer(layers.CAST, [index], [wide]), False, [0]),
+        "a cast of float32": (Layer(layers.CAST, [wide], [half]), False, []),
+        "float16": (Layer(kind, [half, half], [half]), False, []),
+        "indices": (Layer(kind, [index, index], [index]), False, []),
+        "a size": (Layer(kind, [size], [size]), False, []),
+        "an entry of a shape": (Layer(kind, [shape, index], [wide]), False, []),
+        "a constant": (Layer(layers.CONSTANT, [], [wide]), False, []),
+        "a shape": (Layer(layers.SHAPE, [wide], [index]), False, []),
+        "a loop's state": (Layer(layers.RECURRENCE, [wide, wide], [wide]), False, []),
+    }
+    made = [layer for layer, _, _ in cases.values()]
+    tensorrt._keep_float32(
+        SimpleNamespace(num_layers=len(made), get_layer=lambda number: made[number]), graph
+    )
+    for what, (layer, precision, stored) in cases.items():
+        assert (layer.precision == types.FLOAT) == precision, what
+        assert layer.stored == stored, what
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_that_would_run_in_float32_unasked_are_refused(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turned: bool
+) -> None:
+    """Were all results between inputs and outputs called float32, all would be held to it."""
+    weight = onnx.numpy_helper.from_array(np.ones((8, 8), np.float16), "proj.weight")
+    nodes = [
+        helper.make_node("Transpose", ["proj.weight"], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "turned" if turned else "proj.weight"], ["product"]),
+        helper.make_node("Relu", ["product"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, T.FLOAT16, ["B", 8]) for name in "xy"]
+    made = helper.make_graph(nodes, "product", ends[:1], ends[1:], [weight])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "product.onnx")
+    admits = Admits({"x": rising((1, 8), (2, 8), (3, 8))})
+    tensorrt, simulation = start(OLD)
+
+    def build() -> None:
+        tensorrt.build(tmp_path / "product.onnx", [admits], workspace=1, dtype="float16")
+
+    build()
+    network, _ = simulation.tensorrt.last
+    assert all(layer.precision is None for layer in network.layers)
+    parser = simulation.tensorrt.OnnxParser
+    parse = parser.parse
+
+    def called_float32(self: Any, *arguments: Any) -> bool:
+        parsed: bool = parse(self, *arguments)
+        for layer in self._network.layers:
+            layer.get_output(0).dtype = simulation.tensorrt.DataType.FLOAT
+        return parsed
+
+    monkeypatch.setattr(parser, "parse", called_float32)
+    with pytest.raises(TrioError, match=r"product with proj\.weight in product\.onnx for float32"):
+        build()
 
 
 def test_strongly_typed_networks_are_told_nothing(start: Start, graph: Path) -> None:

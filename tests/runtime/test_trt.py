@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from tests.conftest import make_picture
 from tests.runtime.engines import KINDS, build, export_for, make_target
 from tests.simulated_tensorrt import Driver, Simulation, install
 from trio_deploy.build.adapter import load
-from trio_deploy.bundle import Bundle
+from trio_deploy.bundle import Bundle, sha256_of
 from trio_deploy.errors import TrioError
 from trio_deploy.runtime import arrays
 from trio_deploy.runtime.cuda import Device, DeviceArray
@@ -366,8 +368,40 @@ def test_a_damaged_engine_is_refused(copied: Machine) -> None:
     content = bytearray(file.read_bytes())
     content[100] ^= 1
     file.write_bytes(content)
+    with pytest.raises(TrioError, match="prefill_1.engine is damaged: run `trio build` again"):
+        copied.pipeline()
+
+
+def test_an_engine_that_tensorrt_does_not_take_is_an_error(copied: Machine) -> None:
+    file = copied.folder / "prefill_1.engine"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    record = json.loads((copied.folder / "record.json").read_text())
+    record["stages"]["prefill_1"]["sha256"] = sha256_of(file)
+    (copied.folder / "record.json").write_text(json.dumps(record))
     with pytest.raises(TrioError, match="prefill_1.engine does not load: Serialization.*--force"):
         copied.pipeline()
+
+
+def test_an_engine_is_compared_with_its_checksum_once_a_process(
+    copied: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+
+    def counted(file: Path) -> str:
+        compared.append(file.stem)
+        return sha256_of(file)
+
+    monkeypatch.setattr("trio_deploy.build.record.sha256_of", counted)
+    copied.pipeline()
+    assert sorted(compared) == sorted(copied.bundle.stages)
+    copied.pipeline()
+    assert len(compared) == len(copied.bundle.stages)
+    file = copied.folder / "embed.engine"
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    copied.pipeline()
+    assert compared[len(copied.bundle.stages) :] == ["embed"], "a file that was changed is another"
 
 
 def test_engines_of_another_export_are_refused(copied: Machine) -> None:
@@ -433,6 +467,71 @@ def test_too_little_memory_for_a_request_says_what_was_needed(
         pipeline.generate_batch(requests())
     simulation.cuda.total = 1 << 30
     assert pipeline.generate_batch(requests())[0].token_ids
+
+
+def test_an_engine_takes_the_memory_that_was_kept_for_requests(shared: Machine) -> None:
+    runtime = shared.runtime()
+    runtime.device.empty((1 << 20,), np.bool_)
+    shared.cuda.total = shared.cuda.used() + 100
+    runtime.open(shared.bundle.graph("embed"))
+    assert not shared.cuda.used()
+
+
+NO_ROOM = "Error Code 2: OutOfMemory (Requested size was 5000 bytes.)"
+
+
+def test_a_context_takes_the_memory_that_was_kept_for_requests(
+    shared: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = shared.runtime()
+    embed = runtime.open(shared.bundle.graph("embed"))
+    runtime.device.empty((1 << 20,), np.bool_)
+    made, lacking = embed.trt._context, True
+
+    def context() -> Any:
+        if lacking or shared.cuda.used() > 1 << 20:
+            embed.trt.logger.log(1, NO_ROOM)
+            return None
+        return made()
+
+    monkeypatch.setattr(embed.trt, "_context", context)
+    embed.trt.logger.log(1, "an older trouble")
+    with pytest.raises(TrioError) as caught:
+        _Context(embed, 0)
+    assert re.search(
+        r"out of memory: to run embed takes .* MiB of scratch memory.* MiB of its engine, and .* "
+        r"MiB are free; end other.* limits of test-gpu.*Requested size was 5000 bytes",
+        str(caught.value),
+    )
+    assert "older" not in str(caught.value)
+    runtime.device.empty((1 << 20,), np.bool_)
+    lacking = False
+    assert _Context(embed, 0).trt is not None
+
+
+def test_a_run_that_lacks_memory_says_what_was_needed(
+    shared: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = shared.pipeline()
+    embed: Any = pipeline.engine("embed")
+    kind = type(embed._context(0).trt)
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "execute_async_v3", lambda self, _: self._fail(NO_ROOM))
+        with pytest.raises(TrioError, match="out of memory: to run embed takes .* 5000 bytes"):
+            pipeline.generate([], "one two three", max_new_tokens=2)
+    assert pipeline.generate([], "one two three", max_new_tokens=2).token_ids
+
+
+def test_a_run_that_fails_quotes_no_older_errors(
+    shared: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = shared.pipeline()
+    embed: Any = pipeline.engine("embed")
+    kind = type(embed._context(0).trt)
+    embed.trt.logger.log(1, "CUDA error: out of memory")
+    monkeypatch.setattr(kind, "execute_async_v3", lambda *_: False)
+    with pytest.raises(TrioError, match="^embed failed: it gave no reason$"):
+        pipeline.generate([], "one two three", max_new_tokens=2)
 
 
 def test_options_of_other_runtimes_are_refused(shared: Machine) -> None:

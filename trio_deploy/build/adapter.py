@@ -53,11 +53,21 @@ _DTYPES = {
 }
 _SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
 _LIBRARIES = ("CUBLAS", "CUBLAS_LT", "CUDNN")  # tactics that need libraries beside TensorRT's own
-# Layers whose precision is not theirs to choose: they hold no arithmetic, or indices alone.
-_WITHOUT_PRECISION = ("CONSTANT", "SHAPE", "ASSERTION", "CONDITION", "RECURRENCE", "TRIP_LIMIT")
+# Layers whose precision is not theirs to choose: they hold no arithmetic.
+_WITHOUT_PRECISION = (
+    *("CONSTANT", "SHAPE", "ASSERTION", "RECURRENCE", "TRIP_LIMIT", "ITERATOR", "LOOP_OUTPUT"),
+    *("CONDITION", "CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT"),
+)
+_NO_ROOM = re.compile(
+    r"out ?of ?memory|memory ?allocation|could not be allocated|unable to allocate", re.IGNORECASE
+)
 _REMEMBERED = 20  # of the last messages, for an error
 # TensorRT keeps the first logger of a process and writes to it as long as the process lives.
 _LOGGERS: list[Any] = []
+
+
+class OutOfDeviceMemory(TrioError):
+    """TensorRT asked for memory of the GPU that there is not."""
 
 
 class ProfileLike(Protocol):
@@ -211,7 +221,7 @@ class TensorRT:
             if dtype == "float16" and not self.strongly_typed:
                 config.set_flag(trt.BuilderFlag.FP16)
                 config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-                self._keep_float32(network)
+                self._keep_float32(network, onnx)
             for profile in profiles:
                 self._add_profile(builder, network, config, profile, onnx.name)
             cache = self._timing_cache(config, timing_cache)
@@ -260,19 +270,46 @@ class TensorRT:
                 chosen &= ~(1 << int(getattr(sources, name)))
         config.set_tactic_sources(chosen)
 
-    def _keep_float32(self, network: Any) -> None:
-        """What the graph computes in float32 stays so (before strong typing)."""
+    def _keep_float32(self, network: Any, onnx: Path) -> None:
+        """What the graph computes in float32 stays so (before strong typing).
+
+        Layers that read float32 are told to compute in it, comparisons too; results in float32 to
+        be stored so. As in trtexec, what makes shapes is told nothing; casts, and layers of indices
+        alone, have no precision.
+
+        Raises:
+            TrioError: TensorRT takes products with float16 weights for float32, all would be slow.
+        """
         trt = self.module
+        wide = trt.DataType.FLOAT
         kinds = [getattr(trt.LayerType, name, None) for name in _WITHOUT_PRECISION]
+        products = _half_products(onnx)
+        kept = 0
         for number in range(network.num_layers):
             layer = network.get_layer(number)
+            inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
             outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-            if layer.type in kinds or not outputs:
+            shaping = [t for t in (*inputs[:1], *outputs) if t is not None and t.is_shape_tensor]
+            if layer.type in kinds or shaping:
                 continue
-            if all(t.dtype == trt.DataType.FLOAT and not t.is_shape_tensor for t in outputs):
-                layer.precision = trt.DataType.FLOAT
-                for i in range(len(outputs)):
-                    layer.set_output_type(i, trt.DataType.FLOAT)
+            computes = layer.type != trt.LayerType.CAST and any(
+                t is not None and t.dtype == wide for t in inputs
+            )
+            results = [i for i, t in enumerate(outputs) if t.dtype == wide]
+            for name in (outputs[i].name for i in results):
+                if name in products:
+                    raise TrioError(
+                        f"TensorRT {self.version} takes the product with {products[name]} in "
+                        f"{onnx.name} for float32, though it is float16 in the graph, and would "
+                        "run all of it in float32: use TensorRT 10 or later, or export with "
+                        "--dtype float32"
+                    )
+            if computes:
+                layer.precision = wide
+            for i in results:
+                layer.set_output_type(i, wide)
+            kept += computes or bool(results)
+        self._say("INFO", f"{kept} of {network.num_layers} layers of {onnx.name} keep float32")
 
     def _add_profile(
         self, builder: Any, network: Any, config: Any, profile: ProfileLike, graph: str
@@ -319,13 +356,13 @@ class TensorRT:
         """
         if self._runtime is None:
             self._runtime = self._made(self.module.Runtime, self.logger)
-        self._messages.clear()
+        self.forget_errors()
         try:
             engine = self._runtime.deserialize_cuda_engine(plan)
         except RuntimeError as error:
-            raise TrioError(f"{name} does not load: {error}") from error
+            raise self.failed(f"{name} does not load ({error})") from error
         if engine is None:
-            raise TrioError(f"{name} does not load: {self._last_errors()}")
+            raise self.failed(f"{name} does not load")
         return engine
 
     def tensors(self, engine: Any) -> Iterator[IoTensor]:
@@ -359,15 +396,17 @@ class TensorRT:
         """An execution context that must be given memory by `lend`.
 
         Raises:
-            TrioError: the device has no room for its state.
+            OutOfDeviceMemory: the device has no room for its state.
+            TrioError: there is none for another reason.
         """
+        self.forget_errors()
         strategies = getattr(self.module, "ExecutionContextAllocationStrategy", None)
         if strategies is not None:
             context = engine.create_execution_context(strategies.USER_MANAGED)
         else:
             context = engine.create_execution_context_without_device_memory()
         if context is None:
-            raise TrioError(f"TensorRT makes no execution context: {self._last_errors()}")
+            raise self.failed("TensorRT makes no execution context")
         return context
 
     def lend(self, context: Any, address: int, size: int) -> None:
@@ -381,7 +420,7 @@ class TensorRT:
 
     def _made(self, kind: Callable[..., Any], *arguments: Any) -> Any:
         """Construct, where the bindings raise TypeError for an object that could not be made."""
-        self._messages.clear()
+        self.forget_errors()
         try:
             return kind(*arguments)
         except TypeError as error:
@@ -394,6 +433,16 @@ class TensorRT:
             self._messages.append(message.strip())
         for sink in self._sinks:
             sink(severity, message)
+
+    def forget_errors(self) -> None:
+        """What TensorRT said until now is not the reason of what fails next."""
+        self._messages.clear()
+
+    def failed(self, what: str) -> TrioError:
+        """The error for what TensorRT did not do, with what it said last: `OutOfDeviceMemory`
+        where it says that it lacks memory."""
+        text = f"{what}: {self._last_errors()}"
+        return OutOfDeviceMemory(text) if _NO_ROOM.search(text) else TrioError(text)
 
     def last_errors(self) -> str:
         """What TensorRT said last, for a message."""
@@ -409,7 +458,7 @@ class _Listening:
     def __init__(self, tensorrt: TensorRT, log: Log | None) -> None:
         self._sinks = tensorrt._sinks
         self._log = log
-        tensorrt._messages.clear()
+        tensorrt.forget_errors()
 
     def __enter__(self) -> None:
         if self._log is not None:
@@ -479,6 +528,28 @@ def _graph(file: Path, profiles: Sequence[ProfileLike]) -> bytes:
             if not dim.HasField("dim_value") and len(sizes) == 1:
                 dim.dim_value = sizes.pop()
     return bytes(model.SerializeToString())
+
+
+def _half_products(file: Path) -> dict[str, str]:
+    """Results of products with float16 matrices, and the names of those."""
+    from onnx import TensorProto
+
+    from trio_deploy.build.check import read_graph
+
+    graph = read_graph(file).graph
+    weights = {
+        tensor.name: tensor.name
+        for tensor in graph.initializer
+        if tensor.data_type == TensorProto.FLOAT16 and len(tensor.dims) > 1
+    }
+    found: dict[str, str] = {}
+    for node in graph.node:
+        weight = next((weights[name] for name in node.input if name in weights), None)
+        if weight is not None and node.op_type == "Transpose":
+            weights[node.output[0]] = weight
+        elif weight is not None and node.op_type in ("MatMul", "Gemm", "Conv"):
+            found[node.output[0]] = weight
+    return found
 
 
 def _parser_error(error: Any) -> str:

@@ -11,13 +11,13 @@ import math
 import mmap
 import warnings
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from trio_deploy.build.adapter import IoTensor, TensorRT, load
+from trio_deploy.build.adapter import IoTensor, OutOfDeviceMemory, TensorRT, load
 from trio_deploy.build.profiles import Profile
 from trio_deploy.build.record import Gpu, Record
 from trio_deploy.bundle import ENGINES, Bundle
@@ -35,6 +35,10 @@ _LIMITS = {
     "W": ("tokens a row after pruning", "max_budget or max_text_tokens"),
 }
 _UNPRUNED = ("embed", "prefill_0", "select_1")  # stages that see the whole prompt
+# Engines that this process has compared with their checksums: file, time of change, checksum.
+_WHOLE: set[tuple[Path, int, str]] = set()
+
+T = TypeVar("T")
 
 
 def engine_folder(bundle: Bundle, target: str | None = None) -> Path:
@@ -138,22 +142,54 @@ class TrtRuntime:
                 )
             graph = self._bundle.manifest.graphs[stage]
             axes = {tensor.name: tensor.shape for tensor in graph.inputs}
+        self._require_whole(file, stage)
         with file.open("rb") as source:
             plan = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+        needs = f"the engine of {stage} needs at least {_mib(entry.bytes)}"
         try:
-            engine = self.tensorrt.deserialize(memoryview(plan), str(file))
+            engine = self.with_room(
+                lambda: self.tensorrt.deserialize(memoryview(plan), str(file)), needs
+            )
+        except OutOfDeviceMemory:
+            raise
         except TrioError as error:
-            free, total = self.device.memory()
-            if "memory" in str(error).lower():
-                raise TrioError(
-                    f"the GPU is out of memory: the engine of {stage} needs at least "
-                    f"{_mib(entry.bytes)}, and {_mib(free)} of {_mib(total)} are free; see `trio "
-                    f"plan --target {self.record.target}` for what fits ({error})"
-                ) from error
-            raise TrioError(
-                f"{error}; if the file is damaged, run `trio build --force` on this machine"
-            ) from error
+            raise TrioError(f"{error}; run `trio build --force` on this machine") from error
         return TrtEngine(self, stage, engine, entry.profiles, axes)
+
+    def _require_whole(self, file: Path, stage: str) -> None:
+        """TensorRT need not survive a damaged engine, so none comes that far."""
+        seen = (file.resolve(), file.stat().st_mtime_ns, self.record.stages[stage].sha256)
+        if seen not in _WHOLE:
+            self.record.check_file(self._folder, stage, verify=True)
+            _WHOLE.add(seen)
+
+    def with_room(self, action: Callable[[], T], needs: str) -> T:
+        """Do what takes the GPU's memory, if need be also what is kept for the next request.
+
+        Args:
+            needs: what is needed for what, for a message.
+
+        Raises:
+            OutOfDeviceMemory: there is no room; says how much there was.
+        """
+        try:
+            return action()
+        except OutOfDeviceMemory:
+            self.device.release()
+        try:
+            return action()
+        except OutOfDeviceMemory as error:
+            raise self.no_room(needs, error) from error
+
+    def no_room(self, needs: str, error: TrioError) -> OutOfDeviceMemory:
+        """The error to show where TensorRT ran out of memory; see `with_room`."""
+        free, total = self.device.memory()
+        target = self.record.target
+        return OutOfDeviceMemory(
+            f"the GPU is out of memory: {needs}, and {_mib(free)} of {_mib(total)} are free; end "
+            f"other programs on this GPU, or lower the limits of {target} and run `trio build` "
+            f"again (`trio plan --target {target}` says what fits): {error}"
+        )
 
     def sequence(self, steps: Sequence[Step]) -> Step:
         """See `Runtime.sequence`: recorded as one CUDA graph."""
@@ -185,12 +221,13 @@ class _Context:
 
     def __init__(self, engine: TrtEngine, profile: int) -> None:
         tensorrt, device = engine.runtime.tensorrt, engine.runtime.device
-        self.trt = tensorrt.context(engine.trt)
         self.profile = profile
         self._scratch, size = engine.runtime.scratch()
+        self.trt = engine.runtime.with_room(lambda: tensorrt.context(engine.trt), engine.needs)
         tensorrt.lend(self.trt, self._scratch.address, size)
         self.held: list[np.ndarray] = []
         if profile != self.trt.active_optimization_profile:
+            tensorrt.forget_errors()
             try:
                 self.trt.set_optimization_profile_async(profile, int(device.stream))
             except RuntimeError as error:  # of the bindings
@@ -227,7 +264,13 @@ class TrtEngine:
             key=lambda n: sum(math.prod(b.max) for b in self.profiles[n].shapes.values()),
         )
         self._idle: dict[int, list[_Context]] = {}
-        runtime.need_scratch(runtime.tensorrt.scratch_bytes(engine))
+        scratch = runtime.tensorrt.scratch_bytes(engine)
+        runtime.need_scratch(scratch)
+        weights = runtime.record.stages[stage].bytes
+        self.needs = (
+            f"to run {stage} takes {_mib(scratch)} of scratch memory, and some for its state, "
+            f"beside the {_mib(weights)} of its engine"
+        )
 
     def run(
         self,
@@ -279,8 +322,13 @@ class TrtEngine:
 
     def execute(self, context: _Context) -> None:
         """Put one run of a context, all set, on the stream."""
-        if not context.trt.execute_async_v3(int(self.runtime.device.stream)):
-            raise TrioError(f"{self.stage} failed: {self._errors()}")
+        self.runtime.tensorrt.forget_errors()
+        if context.trt.execute_async_v3(int(self.runtime.device.stream)):
+            return
+        error = self.runtime.tensorrt.failed(f"{self.stage} failed")
+        if isinstance(error, OutOfDeviceMemory):
+            raise self.runtime.no_room(self.needs, error)
+        raise error
 
     def _profile(self, feeds: Mapping[str, Array]) -> int:
         """The tightest profile that admits what is fed."""
@@ -350,6 +398,7 @@ class TrtEngine:
 
     def set_inputs(self, context: _Context, inputs: Mapping[str, Array]) -> None:
         """Tell a context where its inputs are and what shapes they have."""
+        self.runtime.tensorrt.forget_errors()
         for name, array in inputs.items():
             accepted = context.trt.set_input_shape(name, tuple(array.shape))
             if not accepted or not context.trt.set_tensor_address(name, _address(array)):
