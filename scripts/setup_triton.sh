@@ -51,6 +51,12 @@ try:
 except (ValueError, AttributeError):
     sys.exit(1)
 END
+case $folder in
+*[[:space:]]*)
+    unavailable "Triton starts models by a shell that takes $folder apart at its spaces: name a \
+folder without any, scripts/setup_triton.sh FOLDER"
+    ;;
+esac
 # The python backend runs models in a program of its own that loads libpython.
 library=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))')
 shared=$library/libpython$version.so.1.0

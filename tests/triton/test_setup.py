@@ -53,8 +53,9 @@ def checkout(tmp_path: Path) -> Path:
     return root
 
 
-def set_up(checkout: Path, lacks: str) -> tuple[int, str | None]:
-    """Exit status, and the reason why the server is unavailable."""
+def set_up(checkout: Path, lacks: str, folder: Path | None = None) -> tuple[int, str | None]:
+    """Exit status, and the reason why the server is unavailable; by default beside the checkout."""
+    folder = folder or checkout.parent / "server"
     environment = {
         **os.environ,
         "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}",
@@ -63,8 +64,8 @@ def set_up(checkout: Path, lacks: str) -> tuple[int, str | None]:
         "PIP_LACKS": lacks,
     }
     script = checkout / "scripts" / "setup_triton.sh"
-    status = subprocess.run([script], env=environment, capture_output=True).returncode
-    reason = checkout / ".venv-triton" / "unavailable"
+    status = subprocess.run([script, folder], env=environment, capture_output=True).returncode
+    reason = folder / "unavailable"
     return status, reason.read_text() if reason.exists() else None
 
 
@@ -88,6 +89,15 @@ def test_a_path_with_spaces_reaches_pip_whole(checkout: Path) -> None:
     given = (checkout / "pip").read_text().splitlines()
     assert given.count(str(checkout / "requirements" / "triton.txt")) == 2
     assert f"{checkout}[cpu]" in given
+
+
+def test_a_folder_with_spaces_is_refused_since_triton_cannot_start_models_there(
+    checkout: Path,
+) -> None:
+    add_libpython(checkout)
+    status, reason = set_up(checkout, "nvidia-pytriton", checkout / ".venv-triton")
+    assert status == 3 and reason is not None and "spaces" in reason
+    assert not (checkout / "pip").exists(), "before anything is fetched"
 
 
 @needs_make
