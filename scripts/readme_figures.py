@@ -26,9 +26,12 @@ COLUMNS = 4  # what, ours, against, figure; the targets stay in the full table
 
 
 def picture(pipeline: TrioPipeline, question: str, budget: float) -> str:
-    """Answer about the example scene, draw docs/kept.png; Markdown that shows both."""
+    """Answer about the example scene in the bundle's own schedule, draw docs/kept.png.
+
+    Returns Markdown that shows both.
+    """
     image = ROOT / "examples" / "scene.png"
-    answer = pipeline.generate([image], question, budget=budget)
+    answer = pipeline.generate([image], question)
     save_kept(answer, ROOT / "docs" / "kept.png")
     counts = ", ".join(str(count) for count in answer.keep_counts)
     return (
@@ -38,8 +41,11 @@ def picture(pipeline: TrioPipeline, question: str, budget: float) -> str:
     )
 
 
-def accuracy(pipeline: TrioPipeline, budgets: tuple[float, ...]) -> str:
-    """Right answers of the tiny model to the questions of examples/README.md, a budget a column."""
+def accuracy(folder: Path, budgets: tuple[float, ...]) -> str:
+    """Right answers of the tiny model to the questions of examples/README.md, a budget a column.
+
+    A bundle is exported for each budget, in `folder`.
+    """
     asked = [
         (question, scene.image)
         for scene in (scenes.generate(seed, family) for seed, family in EXAMPLES)
@@ -47,8 +53,9 @@ def accuracy(pipeline: TrioPipeline, budgets: tuple[float, ...]) -> str:
     ]
     cells = []
     for budget in budgets:
-        answers = pipeline.generate_batch(
-            [Request(question.text, [image], budget=budget) for question, image in asked]
+        bundle = export("tiny", folder / f"{budget:g}", budget=budget, progress=False)
+        answers = TrioPipeline.from_bundle(bundle).generate_batch(
+            [Request(question.text, [image]) for question, image in asked]
         )
         right = sum(a.text.strip() == q.answer for a, (q, _) in zip(answers, asked, strict=True))
         cells.append(f"{right} of {len(asked)}")
@@ -84,10 +91,10 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
-        bundle = export("tiny", Path(folder) / "bundle", progress=False)
+        bundle = export("tiny", Path(folder) / "bundle", budget=args.budget, progress=False)
         pipeline = TrioPipeline.from_bundle(bundle)
         text = replace(text, "picture", picture(pipeline, args.question, args.budget))
-        text = replace(text, "accuracy", accuracy(pipeline, BUDGETS))
+        text = replace(text, "accuracy", accuracy(Path(folder), BUDGETS))
     measured = ROOT / "docs" / "measurements" / "core.md"
     if measured.is_file():
         text = replace(text, "table", table(measured))

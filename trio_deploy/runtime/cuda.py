@@ -45,7 +45,8 @@ def require_driver() -> None:
     except OSError as error:
         raise TrioError(
             f"no NVIDIA driver was found ({error}): TensorRT needs an NVIDIA GPU and its driver; "
-            "in a container start it with --gpus all; without a GPU use --runtime onnxruntime"
+            "in a container start it with --gpus all; without a GPU `trio run --runtime onnxruntime` "
+            "runs a bundle's graphs and `trio build --dry-run` checks them"
         ) from error
     status = driver.cuInit(0)
     count = ctypes.c_int(0)
@@ -54,7 +55,7 @@ def require_driver() -> None:
     if status != 0 or count.value == 0:
         raise TrioError(
             f"the NVIDIA driver finds no GPU to use (CUDA error {status}): see nvidia-smi and "
-            "CUDA_VISIBLE_DEVICES, or use --runtime onnxruntime"
+            "CUDA_VISIBLE_DEVICES, or run with --runtime onnxruntime"
         )
 
 

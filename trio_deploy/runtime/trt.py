@@ -59,10 +59,10 @@ def engine_folder(bundle: Bundle, target: str | None = None) -> Path:
     if target in built:
         return folder / str(target)
     if not built:
-        wanted = target or "TARGET"
+        wanted = f" --target {target}" if target else ""
         raise TrioError(
             f"{bundle.path} has no TensorRT engines: make them on this machine with `trio build "
-            f"{bundle.path} --target {wanted}`"
+            f"{bundle.path}{wanted}`, or run its graphs with --runtime onnxruntime"
         )
     raise TrioError(
         f"{bundle.path} has engines for {', '.join(built)}"
