@@ -46,7 +46,8 @@ def require_driver() -> None:
         raise TrioError(
             f"no NVIDIA driver was found ({error}): TensorRT needs an NVIDIA GPU and its driver; "
             "in a container start it with --gpus all; without a GPU "
-            "`trio run --runtime onnxruntime` runs a bundle's graphs and `trio build --dry-run` checks them"
+            "`trio run --runtime onnxruntime` runs a bundle's graphs and `trio build --dry-run` "
+            "checks them"
         ) from error
     status = driver.cuInit(0)
     count = ctypes.c_int(0)
