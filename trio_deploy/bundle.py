@@ -466,7 +466,7 @@ def _is_weight(name: str) -> bool:
 # ---------------------------------------------------------------------------------------- writing
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replaces a file by one that is wholly written, or leaves the old one alone."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Sequence
@@ -279,7 +280,7 @@ def test_a_disk_that_fills_up_leaves_no_half_engine(
 
     folder = bundle.path / "engines" / "test-gpu"
     with monkeypatch.context() as patched:
-        patched.setattr(builder.os, "fsync", full)
+        patched.setattr(os, "fsync", full)
         with pytest.raises(TrioError, match="vision.engine of 8 B: No space left.*is kept"):
             builder.write_whole(bundle.path / "vision.engine", b"vision 1")
     assert not list(bundle.path.glob(".vision*")) and not folder.exists()

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -220,20 +218,13 @@ def write_whole(path: Path, content: memoryview | bytes) -> None:
     Raises:
         TrioError: the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, content)
     except OSError as error:
         raise TrioError(
             f"cannot write {path} of {format_bytes(len(content))}: {error.strerror}; what was "
             "built before it is kept"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _require_gpu(target: Target, gpu: Gpu) -> None:
