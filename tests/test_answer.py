@@ -12,6 +12,7 @@ from trio_deploy import answer as answers
 from trio_deploy.errors import TrioError
 from trio_deploy.runtime import picture
 from trio_deploy.runtime.pipeline import Generation
+from trio_deploy.schedule import Schedule
 
 
 def answer(**changes):
@@ -28,6 +29,7 @@ def answer(**changes):
         "visual": visual,
         "kept": [np.union1d(text, visual[:4]), np.union1d(text, visual[:1])],
         "layer_ranges": [(0, 1, 15), (1, 3, 9), (3, 4, 6)],
+        "schedule": Schedule.parse("1:0.4,3:0.1"),
         "kv_bytes": 3 * 2**20,
         "kv_bytes_allocated": 4 * 2**20,
     }
@@ -53,8 +55,17 @@ def test_a_text_only_answer_has_no_average():
     assert "tokens/s" not in text
 
 
+def test_a_remark_on_unknown_words_stays_one_line():
+    assert answers.unknown_remark(["gnu"], 61).startswith(
+        "the model's vocabulary of 61 tokens lacks 'gnu': "
+    )
+    many = answers.unknown_remark([f"word{n}\n" for n in range(20)], 61)
+    assert "'word7\\n' and 12 more: " in many and "\n" not in many
+
+
 def test_json_is_plain():
     raw = json.loads(json.dumps(answers.generation_json(answer(token_ids=[np.int64(5)]))))
+    assert raw["schedule"][1] == {"layer": 3, "keep": 0.1, "method": "trio"}
     assert raw["token_ids"] == [5]
     assert raw["keep_counts"] == [4, 1]
     assert raw["kept"][1] == [0, 1, 2, 12, 13, 14]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from trio_deploy import cli
 from trio_deploy.errors import TrioError
+from trio_deploy.export import export
 from trio_deploy.parity.compare import ParityRow
+from trio_deploy.runtime.pipeline import TrioPipeline
 
 
 @pytest.fixture
@@ -206,6 +209,30 @@ def test_show_that_cannot_be_written_fails_before_a_model_is_loaded(
     for good in ("kept.png", "kept.JPG"):
         with pytest.raises(AssertionError, match="was loaded"):
             cli.main([*command, str(tmp_path / good)])
+
+
+def test_run_names_words_that_the_vocabulary_lacks_and_shows_that_an_answer_is_empty(
+    tmp_path, capsys, monkeypatch
+):
+    bundle = export("tiny", tmp_path / "b", progress=False).path
+    picture = Path(__file__).parents[1] / "examples" / "scene.png"
+    command = ["run", str(bundle), "--image", str(picture), "--threads", "1", "--prompt"]
+    assert cli.main([*command, "what color is the circle?"]) == 0
+    known = capsys.readouterr()
+    assert known.err == "" and known.out.startswith("white\n\nlayers")
+    assert cli.main([*command, "what color is the Giraffe?", "--json"]) == 0
+    asked = capsys.readouterr()
+    assert asked.err.count("\n") == 1 and "lacks 'Giraffe':" in asked.err
+    assert json.loads(asked.out)["finish_reason"] == "stop"
+
+    generate = TrioPipeline.generate
+
+    def silent(self, *args, **kwargs):
+        return replace(generate(self, *args, **{**kwargs, "stream": None}), text="")
+
+    monkeypatch.setattr(TrioPipeline, "generate", silent)
+    assert cli.main([*command, "what color is the circle?"]) == 0
+    assert capsys.readouterr().out.startswith("(the model gave an empty answer)\n\nlayers")
 
 
 def test_inspect_of_a_missing_bundle_is_an_error(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,20 @@ from trio_deploy.errors import TrioError
 from trio_deploy.runtime.picture import draw_generation
 from trio_deploy.runtime.pipeline import Generation
 
+EMPTY = "(the model gave an empty answer)"
+
 _MIB = 2**20
+_WORDS = 8  # that a remark names, so that it stays one line
+
+
+def unknown_remark(words: Sequence[str], vocabulary: int) -> str:
+    """One line on the words of a question that a vocabulary of so many tokens lacks."""
+    named = ", ".join(map(repr, words[:_WORDS]))
+    more = f" and {len(words) - _WORDS} more" if len(words) > _WORDS else ""
+    return (
+        f"the model's vocabulary of {vocabulary} tokens lacks {named}{more}: the model cannot tell "
+        "unknown words apart; ask in other words"
+    )
 
 
 def generation_text(generation: Generation) -> str:
@@ -46,6 +60,7 @@ def generation_json(generation: Generation) -> dict[str, Any]:
         "finish_reason": generation.finish_reason,
         "prompt_tokens": generation.prompt_tokens,
         "visual_tokens": generation.visual_tokens,
+        "schedule": generation.schedule.to_json(),
         "layer_ranges": [
             {"start": start, "stop": stop, "tokens": tokens}
             for start, stop, tokens in generation.layer_ranges

@@ -129,10 +129,12 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from trio_deploy.answer import (
+        EMPTY,
         check_picture_path,
         generation_json,
         generation_text,
         save_kept,
+        unknown_remark,
     )
     from trio_deploy.runtime.pipeline import TrioPipeline
 
@@ -148,6 +150,8 @@ def _run(args: argparse.Namespace) -> None:
         provider=args.provider,
         target=args.target,
     )
+    if unknown := pipeline.unknown_words(args.prompt):
+        print(f"trio: {unknown_remark(unknown, pipeline.vocabulary)}", file=sys.stderr)
     generation = pipeline.generate(
         args.image,
         args.prompt,
@@ -162,7 +166,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(generation_json(generation), indent=2))
     else:
-        print("\n\n" + generation_text(generation))
+        said = "" if generation.text.strip() else EMPTY
+        print(f"{said}\n\n{generation_text(generation)}")
     if args.show is not None:
         save_kept(generation, args.show)
 

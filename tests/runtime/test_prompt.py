@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 from tests.checkpoints import BOS, CHAT_TEMPLATE, IMAGE
@@ -201,6 +204,24 @@ def test_a_template_never_sees_the_images_themselves() -> None:
     messages = [{"role": "user", "content": [{"type": "image", "image": picture}]}]
     text = ChatTemplate("{{ messages[0].content[0].image }}", TOKENS).render(messages)
     assert text == "<Image>"
+
+
+def test_words_that_the_tokenizer_does_not_know_are_named_as_they_were_written() -> None:
+    words = WordLevel({"<unk>": 0, "<image>": 1, "a": 2, "cat": 3, "?": 4}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = Whitespace()
+    known = PromptEncoder(tokenizer, 1, {"image_token": "<image>"})
+    assert known.unknown("A cat?") == []
+    assert known.unknown("a Gnu, a cat, a gnat and a Gnu?") == ["Gnu", ",", "gnat", "and"]
+    assert known.vocabulary == 5
+
+
+def test_a_tokenizer_without_an_unknown_token_knows_every_word() -> None:
+    characters = Tokenizer(BPE({"<image>": 0, "a": 1}, []))
+    assert PromptEncoder(characters, 0, {"image_token": "<image>"}).unknown("a b") == []
+    characters = Tokenizer(BPE({"<image>": 0, "a": 1, "<u>": 2}, [], unk_token="<u>"))
+    assert PromptEncoder(characters, 0, {"image_token": "<image>"}).unknown("abba") == ["bb"]
 
 
 def test_a_tokenizer_without_the_models_image_token_is_refused(llava_checkpoint: Path) -> None:

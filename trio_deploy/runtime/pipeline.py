@@ -139,6 +139,15 @@ class TrioPipeline:
         """Token ids of an answer's text, as `Request.forced` takes them."""
         return self._encoder.answer(text)
 
+    def unknown_words(self, text: str) -> list[str]:
+        """What of a text the model's vocabulary lacks: the model sees that something is there."""
+        return self._encoder.unknown(text)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of the tokenizer."""
+        return self._encoder.vocabulary
+
     def generate(
         self,
         images: ImageSource | Sequence[ImageSource] | None = None,

@@ -182,6 +182,8 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._image_token_id = image_token_id
         self._bos_token = tokens.get("bos_token")
+        unknown = getattr(tokenizer.model, "unk_token", None) or tokens.get("unk_token")
+        self._unknown_id = tokenizer.token_to_id(unknown) if unknown else None
         image_token = tokens.get("image_token") or tokenizer.id_to_token(image_token_id)
         if image_token is None or tokenizer.token_to_id(image_token) != image_token_id:
             raise TrioError(
@@ -258,6 +260,29 @@ class PromptEncoder:
     def answer(self, text: str) -> list[int]:
         """Token ids of an answer's text, without special tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def unknown(self, text: str) -> list[str]:
+        """What of a text the tokenizer maps to its unknown token, each once, in order.
+
+        Whole words of a word-level vocabulary; of one that falls back to bytes, nothing.
+        """
+        if self._unknown_id is None:
+            return []
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        spans: list[tuple[int, int]] = []
+        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token != self._unknown_id:
+                continue
+            within_word = text[start - 1 : start].isalnum() and text[start : start + 1].isalnum()
+            if spans and spans[-1][1] == start and within_word:
+                start = spans.pop()[0]
+            spans.append((start, stop))
+        return list(dict.fromkeys(text[start:stop].strip() for start, stop in spans))
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the tokenizer has."""
+        return self._tokenizer.get_vocab_size()
 
     @property
     def has_template(self) -> bool:
