@@ -269,11 +269,12 @@ def _build(args: argparse.Namespace) -> int:
     if args.tensorrt is not None:
         raise TrioError("--tensorrt is for --dry-run: engines are built by what is installed")
     from trio_deploy.build import adapter
-    from trio_deploy.build.builder import build_engines
+    from trio_deploy.build.builder import build_engines, require_buildable
     from trio_deploy.build.record import Gpu
     from trio_deploy.build.verify import run_once
     from trio_deploy.runtime.cuda import Device
 
+    require_buildable(bundle, target, args.stage or None)
     tensorrt, device = adapter.load(), Device()
     outcome = build_engines(
         bundle,

@@ -250,6 +250,34 @@ def test_a_target_without_tensorrt_is_refused(bundle: Bundle) -> None:
         build(bundle, load_target("cpu"), Stub())
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("", "target cpu runs onnxruntime"),
+        ("--target h200", "graphs in the ort dialect"),
+        ("--target h200 --graphs", "graphs but no weights"),
+        ("--target h200 --stage decoder", "no stage 'decoder'"),
+    ],
+)
+def test_what_needs_no_gpu_to_be_seen_is_said_before_the_driver_is_missed(
+    options: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def no_driver() -> None:
+        raise TrioError("no NVIDIA driver was found")
+
+    monkeypatch.setattr("trio_deploy.build.adapter.load", no_driver)
+    dialect = "ort" if words.endswith("dialect") or not options else "onnx"
+    planned = export("tiny", tmp_path / "b", graphs_only=True, dialect=dialect, progress=False)
+    command = ["build", str(planned.path), *options.replace("--graphs", "").split()]
+    assert main(command) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "b" / "engines").exists()
+
+
 def test_an_unknown_stage_is_named(bundle: Bundle, target: Target) -> None:
     with pytest.raises(TrioError, match="no stage 'decode'; it has vision"):
         build(bundle, target, Stub(), stages=["decode"])

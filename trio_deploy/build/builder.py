@@ -20,12 +20,12 @@ from typing import Any, Protocol, TextIO
 from tqdm import tqdm
 
 from trio_deploy.build.adapter import Built, Log, ProfileLike, Progress
-from trio_deploy.build.check import read_graph, require_dialect
+from trio_deploy.build.check import read_graph, require_dialect, require_tensorrt
 from trio_deploy.build.profiles import Profile, profiles
 from trio_deploy.build.record import Gpu, Record, StageRecord
 from trio_deploy.bundle import ENGINES, Bundle, format_bytes, sha256_of, write_atomically
 from trio_deploy.errors import TrioError
-from trio_deploy.recipe import Target
+from trio_deploy.recipe import DIALECTS, Target
 
 TIMING_CACHE = "timing.cache"
 LOG = "build.log"
@@ -88,6 +88,21 @@ class Outcome:
         return "\n".join(lines)
 
 
+def require_buildable(bundle: Bundle, target: Target, stages: Sequence[str] | None = None) -> None:
+    """What can be said without a GPU, a driver or TensorRT, which are asked for afterwards.
+
+    Raises:
+        TrioError: the target runs something else, no TensorRT reads the bundle's graphs, a stage
+            is unknown, or the weights are missing.
+    """
+    require_tensorrt(target)
+    if bundle.manifest.dialect not in DIALECTS["tensorrt"]:
+        assert target.tensorrt is not None
+        require_dialect(bundle.manifest.dialect, target.tensorrt, str(bundle.path))
+    _chosen(bundle, stages)
+    bundle.require_weights()
+
+
 def build_engines(
     bundle: Bundle,
     target: Target,
@@ -113,7 +128,7 @@ def build_engines(
         TrioError: the bundle has no weights or does not suit TensorRT, the GPU is not the target's,
             the disk is too full, or an engine cannot be built or run.
     """
-    bundle.require_weights()
+    require_buildable(bundle, target, stages)
     _require_gpu(target, gpu)
     require_dialect(bundle.manifest.dialect, tensorrt.version, str(bundle.path))
     wanted = _chosen(bundle, stages)
@@ -228,11 +243,6 @@ def write_whole(path: Path, content: memoryview | bytes) -> None:
 
 
 def _require_gpu(target: Target, gpu: Gpu) -> None:
-    if target.runtime != "tensorrt":
-        raise TrioError(
-            f"the target {target.name} runs {target.runtime}: engines are for targets with "
-            "`runtime: tensorrt`"
-        )
     if target.compute_capability not in (None, gpu.compute_capability):
         raise TrioError(
             f"the target {target.name} has compute capability {target.compute_capability}, but "

@@ -170,6 +170,19 @@ def require_dialect(dialect: str, version: str, bundle: str) -> None:
         )
 
 
+def require_tensorrt(target: Target) -> None:
+    """Refuse a target that runs something else.
+
+    Raises:
+        TrioError: says which to export for.
+    """
+    if target.runtime != "tensorrt":
+        raise TrioError(
+            f"the target {target.name} runs {target.runtime}: engines are for targets with "
+            "`runtime: tensorrt`; export the bundle for one, such as --target l4 (`ls engines`)"
+        )
+
+
 def dry_run(bundle: Bundle, target: Target, *, tensorrt: str | None = None) -> DryRun:
     """Check all graphs of a bundle, which need not have weights.
 
@@ -180,12 +193,9 @@ def dry_run(bundle: Bundle, target: Target, *, tensorrt: str | None = None) -> D
         TrioError: the target has no TensorRT or does not suit the bundle, or a graph cannot be
             read. What TensorRT cannot take is a finding.
     """
+    require_tensorrt(target)
     version = tensorrt or target.tensorrt
-    if version is None:
-        raise TrioError(
-            f"the target {target.name} runs {target.runtime}: engines are for targets with "
-            "`runtime: tensorrt`"
-        )
+    assert version is not None
     if parse_version(version) < OLDEST_TENSORRT:
         raise TrioError(f"TensorRT {version} is too old: 8.6 is the oldest that will do")
     require_dialect(bundle.manifest.dialect, version, str(bundle.path))
