@@ -16,6 +16,7 @@ from trio_deploy.bench.command import shown_command
 from trio_deploy.bench.runner import UNPRUNED, list_cases
 from trio_deploy.bench.table import NOTE, operations, times, to_markdown, to_text
 from trio_deploy.errors import TrioError
+from trio_deploy.schedule import Schedule
 
 QUICK = Options(text_tokens=30, new_tokens=3, runs=2, warm_up=0, baselines=(), memory=False,
                 threads=2)  # fmt: skip
@@ -150,6 +151,20 @@ def test_baselines_that_are_not_there_are_named(random_bundle, monkeypatch):
     cases, skipped = list_cases(random_bundle, replace(QUICK, baselines=None))
     assert [case.kind for case in cases] == ["trio", "trio"]
     assert "reference" in skipped["transformers"] and "reference" in skipped["oracle"]
+
+
+def test_a_baseline_that_the_methods_rule_out_is_no_matter_of_installing(
+    random_bundle, monkeypatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    points = [replace(point, method="divprune") for point in random_bundle.schedule.points]
+    manifest = replace(random_bundle.manifest, schedule=Schedule(tuple(points)).to_json())
+    other = replace(random_bundle, manifest=manifest)
+    _, skipped = list_cases(other, replace(QUICK, baselines=None))
+    assert "prunes by trio alone, and this bundle by divprune" in skipped["oracle"]
+    assert "install" not in skipped["oracle"]
+    with pytest.raises(TrioError, match="oracle cannot be measured: it prunes by trio alone"):
+        list_cases(other, replace(QUICK, baselines=("oracle",)))
 
 
 @pytest.mark.parametrize(

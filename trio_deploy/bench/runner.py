@@ -239,14 +239,17 @@ def _missing(kind: str, bundle: Bundle, options: Options) -> str | None:
         if options.genai_python is None and importlib.util.find_spec("openvino_genai") is None:
             return "not installed here: pass an interpreter that has it as --genai-python"
         return missing(options.genai_python or sys.executable)
+    if kind == "oracle":  # first what no installation changes
+        if not bundle.schedule.layers:
+            return "this bundle prunes nothing"
+        if others := sorted(set(bundle.schedule.methods) - {"trio"}):
+            return (
+                f"it prunes by trio alone, and this bundle by {' and '.join(others)}: a bundle "
+                "exported with trio at every pruning point can be compared with it"
+            )
     for name in ("torch", "transformers"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed: pip install 'trio-deploy[reference]'"
-    if kind == "oracle":
-        if not bundle.schedule.layers:
-            return "this bundle prunes nothing"
-        if others := set(bundle.schedule.methods) - {"trio"}:
-            return f"it prunes by trio alone, this bundle by {min(others)} as well"
     return None
 
 
