@@ -153,6 +153,18 @@ def test_a_bundle_is_measured_at_any_budget(tmp_path, questions):
     found = run(opened, questions, configurations, tmp_path / "out")
     assert [one.budget for one in found.results] == [1.0, 0.111, 0.5]
     assert not (tmp_path / "out" / "bundles").exists()
+    pipeline = TrioPipeline.from_bundle(bundle, threads=1)
+    for one in found.results:
+        assert one.schedule is not None
+        answer = pipeline.generate(list(questions[0].images), "?", budget=one.budget)
+        kept = one.schedule.resolve(answer.visual_tokens)
+        assert list(kept) == answer.keep_counts[: len(kept)]
+        assert one.share == one.schedule.average(256, 16) / 256
+        assert f"| {one.schedule} |" in found.to_text()
+    assert found.results[1].schedule.layers == (0, 6)
+    reached, refused = grid(opened, [], [0.5, 2.0])
+    assert [one.budget for one in reached] == [0.5]
+    assert [sentence.split(" is left out")[0] for sentence in refused] == ["200.0%"]
     with pytest.raises(TrioError, match="a bundle has its methods"):
         grid(opened, ["trio"], [0.111])
     with pytest.raises(TrioError, match="a bundle has its schedule"):

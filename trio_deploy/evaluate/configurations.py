@@ -135,6 +135,28 @@ def unpruned(source: Source) -> Configuration:
     return Configuration(UNPRUNED, None if source.bundle else Schedule(), 1.0)
 
 
+def used(source: Source, configuration: Configuration) -> Schedule:
+    """The schedule that answers: a bundle as it is gets the budget's at its own layers."""
+    if configuration.schedule is not None:
+        return configuration.schedule
+    if configuration.budget == 1 or source.bundle is None:
+        return Schedule()
+    theirs = source.bundle.schedule
+    return solve(configuration.budget, source.layers, layers=theirs.layers, methods=theirs.methods)
+
+
+def as_exported(source: Source) -> Configuration:
+    """A bundle in its own schedule."""
+    assert source.bundle is not None
+    schedule = source.bundle.schedule
+    share = schedule.average(source.visual, source.layers) / source.visual
+    return Configuration(_own_name(schedule), schedule, share)
+
+
+def _own_name(schedule: Schedule) -> str:
+    return "+".join(dict.fromkeys(schedule.methods)) or UNPRUNED
+
+
 def blind(source: Source) -> Configuration:
     """How far one gets without seeing the picture."""
     return Configuration(BLIND, None if source.bundle else Schedule(), 1.0, blind=True)
@@ -173,9 +195,7 @@ def grid(
                 "a bundle has its methods and options already: leave them out, or pass the model "
                 "that it was exported from"
             )
-        own = source.bundle.schedule
-        name = "+".join(dict.fromkeys(own.methods)) or UNPRUNED
-        return [Configuration(name, None, budget) for budget in budgets], []
+        return _at_budgets(source, _own_name(source.bundle.schedule), budgets)
     found: list[Configuration] = []
     refused: list[str] = []
     kinds = {method: _parse(method) for method in methods}
@@ -200,6 +220,23 @@ def grid(
                     tuple(seeds) if RANDOM in schedule.methods else (0,),
                 )
             )
+    return found, refused
+
+
+def _at_budgets(
+    source: Source, name: str, budgets: Sequence[float]
+) -> tuple[list[Configuration], list[str]]:
+    """A bundle at each budget, and a sentence for each that it cannot reach."""
+    found: list[Configuration] = []
+    refused: list[str] = []
+    for budget in budgets:
+        configuration = Configuration(name, None, budget)
+        try:
+            used(source, configuration)
+        except TrioError as error:
+            refused.append(f"{budget:.1%} is left out: {error}")
+            continue
+        found.append(configuration)
     return found, refused
 
 

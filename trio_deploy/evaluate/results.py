@@ -13,7 +13,13 @@ import numpy as np
 
 from trio_deploy.bundle import write_atomically
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate.configurations import BLIND, UNPRUNED, Configuration, Source
+from trio_deploy.evaluate.configurations import (
+    BLIND,
+    UNPRUNED,
+    Configuration,
+    Source,
+    used,
+)
 from trio_deploy.evaluate.questions import Question
 from trio_deploy.evaluate.run import Measured
 from trio_deploy.evaluate.scorers import pope_summary, yes_or_no
@@ -255,7 +261,7 @@ def collect(
                 configuration.name,
                 configuration.budget,
                 _share(source, configuration),
-                configuration.schedule,
+                used(source, configuration),
                 {
                     key: value
                     for key, value in configuration.to_json().items()
@@ -290,10 +296,8 @@ def _extra(scorer: str, questions: Sequence[Question], one: Measured) -> dict[st
 def _share(source: Source, configuration: Configuration) -> float:
     if configuration.blind:
         return 0.0
-    if configuration.schedule is None:
-        return configuration.budget
     visual = source.visual
-    return configuration.schedule.average(visual, source.layers) / visual
+    return used(source, configuration).average(visual, source.layers) / visual
 
 
 def _schedule_text(result: Result) -> str:

@@ -13,7 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,14 @@ from trio_deploy.build.record import RECORD, Record
 from trio_deploy.bundle import ENGINES, WEIGHTS, Bundle, format_bytes
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluate import evaluate, scenes
-from trio_deploy.evaluate.configurations import BLIND, Configuration, RuntimeOptions, Source, grid
+from trio_deploy.evaluate.configurations import (
+    BLIND,
+    Configuration,
+    RuntimeOptions,
+    Source,
+    as_exported,
+    grid,
+)
 from trio_deploy.evaluate.configurations import UNPRUNED as ALL_TOKENS
 from trio_deploy.evaluate.questions import scene_questions
 from trio_deploy.evaluate.results import Results
@@ -359,8 +366,7 @@ def _ask_scenes(bundle: Bundle, count: int, options: RuntimeOptions, progress: b
     if bundle.schedule.layers:
         share = schedule(bundle)["share"]
         more = [budget for budget in _BUDGETS if budget > share + _APART]
-        configurations, _ = grid(source, [], [share, *more])
-        configurations[0] = replace(configurations[0], schedule=bundle.schedule)
+        configurations = [as_exported(source), *grid(source, [], more)[0]]
     with tempfile.TemporaryDirectory() as folder:
         return evaluate(
             source,
