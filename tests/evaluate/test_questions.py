@@ -141,11 +141,16 @@ def test_vqav2_is_joined_by_question(tmp_path, pictures):
     ("content", "message"),
     [
         ("", "no questions"),
-        ("{", "neither JSON Lines"),
-        ("[1]", "must be an object"),
-        ('{"text": "?"}', "needs question_id"),
+        ("{", r"q\.jsonl, line 1: it is no JSON .*; write a question a line"),
+        ('{"question_id": 1, "text": "?"}\n\nWhat is this?\n', r"q\.jsonl, line 3: it is no JSON"),
+        ("[1]", r"q\.jsonl, question 1: it must be an object"),
+        ("[1,\n", r"q\.jsonl, line 2: the JSON list cannot be read"),
+        ('{"text": "?"}', r"q\.jsonl, line 1: it needs question_id"),
         ('{"question_id": 1}', "needs question_id and text"),
-        ('{"question_id": 1, "text": "?", "image": "gone.png"}', "no picture"),
+        (
+            '\n{"question_id": 1, "text": "?", "image": "gone.png"}',
+            r"q\.jsonl, line 2: there is no picture .*gone\.png; say .* --images",
+        ),
     ],
 )
 def test_a_question_file_that_is_wrong_is_one_clear_error(tmp_path, content, message):
@@ -153,8 +158,19 @@ def test_a_question_file_that_is_wrong_is_one_clear_error(tmp_path, content, mes
     file.write_text(content)
     with pytest.raises(TrioError, match=message):
         read_questions(file)
-    with pytest.raises(TrioError, match="cannot be read"):
+
+
+def test_a_question_file_that_is_none_is_named(tmp_path, pictures):
+    with pytest.raises(TrioError, match=r"none\.jsonl cannot be read \(No such file"):
         read_questions(tmp_path / "none.jsonl")
+    with pytest.raises(TrioError, match=r"cannot be read \(Is a directory\): pass a JSON Lines"):
+        read_questions(tmp_path)
+    with pytest.raises(TrioError, match="are no text: pass a JSON Lines file"):
+        read_questions(next(pictures.iterdir()))
+    with pytest.raises(TrioError, match="folder .*gone is not there"):
+        read_questions(tmp_path / "none.jsonl", tmp_path / "gone")
+    with pytest.raises(TrioError, match="a limit of 0 leaves no question"):
+        read_questions(tmp_path / "none.jsonl", limit=0)
 
 
 def test_exact_has_no_annotation_file(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ SPLITS = {"test": scenes.TEST_SEEDS, "tuning": scenes.TUNING_SEEDS}
 
 _LETTERS = "ABCDE"
 _PLACEHOLDER = "<image>"
+_EXAMPLE = '{"question_id": 7, "image": "cat.jpg", "text": "What is this?"}'
 _AGAIN = " #"  # before the number of a question whose id others had before
 
 
@@ -103,26 +104,27 @@ def read_questions(
         limit: take the first so many.
 
     Raises:
-        TrioError: the file cannot be read, lacks something, or names a picture that is not there.
+        TrioError: the file cannot be read, lacks something, or names a picture that is not there;
+            the error says where in the file.
     """
+    if limit is not None and limit < 1:
+        raise TrioError(f"a limit of {limit} leaves no question: it must be 1 or more")
+    if images is not None and not images.is_dir():
+        raise TrioError(f"the pictures' folder {images} is not there, or no folder")
     questions = []
-    for place, entry in enumerate(_entries(file)):
-        if limit is not None and place >= limit:
-            break
+    for where, entry in _entries(file)[:limit]:
         if not isinstance(entry, dict):
-            raise TrioError(
-                f"{file}, question {place + 1}: it must be an object, not {entry!r:.60}"
-            )
+            raise TrioError(f"{where}: it must be an object, not {entry!r:.60}; write {_EXAMPLE}")
         name = entry.get("question_id", entry.get("id"))
         text = _asked(entry)
         if name is None or text is None:
             raise TrioError(
-                f"{file}, question {place + 1}: it needs question_id and text (or id and "
-                "conversations)"
+                f"{where}: it needs question_id and text (or id and conversations), as in "
+                f"{_EXAMPLE}"
             )
         pictures = entry.get("image") or []
         pictures = pictures if isinstance(pictures, list) else [pictures]
-        paths = tuple(_picture(file, images, picture) for picture in pictures)
+        paths = tuple(_picture(where, images or file.parent, picture) for picture in pictures)
         reference = next((entry[k] for k in ("answers", "answer", "label") if k in entry), None)
         default = "image" if paths else "text"
         questions.append(
@@ -136,7 +138,7 @@ def read_questions(
             )
         )
     if not questions:
-        raise TrioError(f"{file} holds no questions")
+        raise TrioError(f"{file} holds no questions: write one a line, {_EXAMPLE}")
     # A batch prepares a picture once if its questions pass the same object.
     shared: dict[tuple[Image.Image | Path, ...], tuple[Image.Image | Path, ...]] = {}
     seen: Counter[str] = Counter()
@@ -149,16 +151,38 @@ def read_questions(
     return out
 
 
-def _entries(file: Path) -> Iterable[Any]:
+def _entries(file: Path) -> list[tuple[str, Any]]:
+    """What the file holds, each with the words for where it stands."""
     try:
         text = file.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            return list(json.loads(text))
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrioError(f"the questions {file} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise TrioError(f"{file} is neither JSON Lines nor a JSON list: {error}") from None
+    except OSError as error:
+        raise TrioError(
+            f"the questions {file} cannot be read ({error.strerror}): pass a JSON Lines file"
+        ) from None
+    except UnicodeDecodeError:
+        raise TrioError(
+            f"the questions {file} are no text: pass a JSON Lines file, {_EXAMPLE} a line"
+        ) from None
+    if text.lstrip().startswith("["):
+        try:
+            entries = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise TrioError(
+                f"{file}, line {error.lineno}: the JSON list cannot be read ({error.msg})"
+            ) from None
+        return [(f"{file}, question {number}", one) for number, one in enumerate(entries, 1)]
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        where = f"{file}, line {number}"
+        try:
+            if line.strip():
+                found.append((where, json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise TrioError(
+                f"{where}: it is no JSON ({error.msg} at column {error.colno}); write a question a "
+                f"line, {_EXAMPLE}"
+            ) from None
+    return found
 
 
 def _asked(entry: dict[str, Any]) -> str | None:
@@ -168,10 +192,13 @@ def _asked(entry: dict[str, Any]) -> str | None:
     return text.replace(_PLACEHOLDER, "").strip() if isinstance(text, str) else None
 
 
-def _picture(file: Path, folder: Path | None, name: Any) -> Path:
-    path = (folder or file.parent) / str(name)
+def _picture(where: str, folder: Path, name: Any) -> Path:
+    path = folder / str(name)
     if not path.is_file():
-        raise TrioError(f"{file}: there is no picture {path}; say where they are with --images")
+        raise TrioError(
+            f"{where}: there is no picture {path}; say in which folder the pictures are with "
+            "--images"
+        )
     return path
 
 
