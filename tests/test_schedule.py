@@ -8,14 +8,18 @@ import pytest
 
 from trio_deploy.errors import TrioError
 from trio_deploy.methods import METHODS
+from trio_deploy.models import parse_config
 from trio_deploy.models.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
+from trio_deploy.recipe import list_recipes, load_recipe
 from trio_deploy.schedule import (
     PruningPoint,
     Schedule,
     account,
+    at_points,
     choose,
     default_layers,
     for_budget,
+    for_points,
     kv_bytes,
     layer_flops,
     max_tiles,
@@ -286,6 +290,72 @@ def test_a_recipes_own_schedule_comes_before_the_solvers():
     recipe = {"0.111": Schedule.parse("2:0.1")}
     assert for_budget(0.111, 32, recipe) == recipe["0.111"]
     assert for_budget(0.222, 32, recipe) == solve(0.222, 32) == for_budget(0.222, 32)
+
+
+OWN = Schedule.parse("0:0.2:divprune,8:0.07")
+RECIPE = {
+    "0.111": OWN,
+    "0.222": Schedule.parse("0:0.3:divprune,8:0.144"),
+    "0.3": Schedule.parse("0:0.5,8:0.1"),  # by other methods
+    "0.4": Schedule.parse("0:0.5:divprune,4:0.3"),  # before other layers
+    "1.0": Schedule.parse("0:0.9:divprune,8:0.9"),
+    "divers": Schedule.parse("0:0.4:divprune,8:0.04"),
+}
+
+
+def test_of_a_recipes_schedules_those_for_budgets_fit_that_have_the_same_layers_and_methods():
+    assert at_points(RECIPE, OWN) == {0.111: OWN, 0.222: RECIPE["0.222"]}
+    assert list(at_points(RECIPE, OWN.with_method("dart"), "dart")) == [0.111, 0.222, 0.3]
+    assert at_points(RECIPE, OWN.with_method("dart")) == {}
+    assert at_points({"0.5": Schedule()}, Schedule()) == {}
+
+
+def test_a_budget_that_the_recipe_has_is_the_recipes_and_others_lie_between():
+    budgets = at_points(RECIPE, OWN)
+    assert for_points(0.111, 16, OWN, budgets) == OWN
+    assert for_points(0.222 + 9e-7, 16, OWN, budgets) == RECIPE["0.222"]
+    between = for_points(0.2, 16, OWN, budgets)
+    assert between != solve(0.2, 16, OWN.layers, OWN.methods)
+    assert (between.layers, between.methods) == (OWN.layers, OWN.methods)
+    for point, low, high in zip(between.points, OWN.points, RECIPE["0.222"].points, strict=True):
+        assert low.keep < point.keep < high.keep
+    less, more = for_points(0.05, 16, OWN, budgets), for_points(0.3, 16, OWN, budgets)
+    assert less.points[1].keep / less.points[0].keep == pytest.approx(0.07 / 0.2, rel=1e-4)
+    assert more.points[1].keep / more.points[0].keep == pytest.approx(0.144 / 0.3, rel=1e-4)
+    assert for_points(1.0, 16, OWN, budgets).resolve(9) == (9, 9)
+
+
+def test_a_budget_is_solved_in_the_published_proportions_where_the_recipe_has_none():
+    for budget in (0.111, 0.2, 0.7):
+        assert for_points(budget, 16, OWN, {}) == solve(budget, 16, OWN.layers, OWN.methods)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "budgets"),
+    [
+        (16, at_points(RECIPE, OWN)),
+        (16, {0.2: Schedule.parse("1:64,8:0")}),  # counts, none of them at last
+        (16, {0.2: Schedule.parse("1:0,8:0")}),
+        (16, {0.01: Schedule.parse("1:0.5,8:0.2"), 0.2: Schedule.parse("1:0.3,8:0.05")}),
+        *(
+            (
+                parse_config(load_recipe(name).architecture).text.num_layers,
+                at_points(load_recipe(name).schedules, load_recipe(name).schedules["0.111"]),
+            )
+            for name in list_recipes()
+        ),
+    ],
+)
+def test_budgets_beside_a_recipes_are_hit_and_more_budget_keeps_no_less(num_layers, budgets):
+    own = next(iter(budgets.values()))
+    floor = smallest_budget(num_layers, own.layers)
+    grid = [floor + (1 - floor) * i / 400 for i in range(1, 401)]
+    solved = [for_points(budget, num_layers, own, budgets) for budget in grid]
+    for budget, schedule in zip(grid, solved, strict=True):
+        schedule.validate(num_layers, 10**5)
+        assert abs(schedule.average(10**5, num_layers) - budget * 10**5) <= 1
+    for less, more in pairwise(solved):
+        assert all(a.keep <= b.keep for a, b in zip(less.points, more.points, strict=True))
 
 
 def test_a_default_budget_that_cannot_be_reached_is_called_the_default():

@@ -34,6 +34,8 @@ _PUBLISHED_LAYERS = (1, 10, 15)
 _PUBLISHED_VISUAL = 576
 _PUBLISHED_KEEPS = {64: (92, 54, 22), 128: (218, 128, 54)}
 
+_SAME_BUDGET = 1e-6  # budgets this near to each other are one
+
 _RATIO_DIGITS = 6  # a stored ratio is exact to one token in half a million
 _SMALLEST_RATIO = 10.0**-_RATIO_DIGITS
 
@@ -64,6 +66,11 @@ class Schedule:
     def with_method(self, method: str) -> Schedule:
         """The same layers and keeps, every point by `method`."""
         return Schedule(tuple(replace(point, method=method) for point in self.points))
+
+    def with_keeps(self, keeps: Sequence[float | int]) -> Schedule:
+        """The same layers and methods with other keeps, one a point."""
+        points = zip(self.points, keeps, strict=True)
+        return Schedule(tuple(replace(point, keep=keep) for point, keep in points))
 
     def segments(self, num_layers: int) -> list[tuple[int, int]]:
         """Layer ranges [start, stop) between pruning points; entry i is what `prefill_i` runs.
@@ -257,6 +264,7 @@ def solve(
     num_layers: int,
     layers: Sequence[int] | None = None,
     methods: Sequence[str] | None = None,
+    like: Mapping[float, Schedule] | None = None,
 ) -> Schedule:
     """A schedule of the published shape whose average is `budget` times the visual tokens.
 
@@ -269,6 +277,8 @@ def solve(
         num_layers: L.
         layers: pruning layers, where they are fixed (a bundle's); else the published ones, scaled.
         methods: of each of the pruning layers; default: `trio`.
+        like: budget → schedule of the same layers, whose proportions replace the published ones;
+            between two of them keeps change evenly.
 
     Raises:
         TrioError: the budget is not in (0, 1], or below what the first layers cost.
@@ -292,7 +302,13 @@ def solve(
             f"{floor:.4g}"
         )
     sizes = [stop - start for start, stop in pairwise((*layers, num_layers))]
-    keeps = _water_fill(_shares(budget, len(layers)), sizes, budget * num_layers - layers[0])
+    shapes = [
+        (known, _water_fill(_shape(schedule), sizes, known * num_layers - layers[0]))
+        for known, schedule in sorted((like or {}).items())
+        if known > floor
+    ]
+    shares = _shares(budget, shapes or _published_shapes(len(layers)))
+    keeps = _water_fill(shares, sizes, budget * num_layers - layers[0])
     ratios = [min(1.0, max(_SMALLEST_RATIO, round(keep, _RATIO_DIGITS))) for keep in keeps]
     return _schedule(layers, ratios, methods)
 
@@ -315,7 +331,7 @@ def for_budget(
     """
     wanted = DEFAULT_BUDGET if budget is None else budget
     for key, schedule in (published or {}).items():
-        if is_budget(key) and math.isclose(float(key), wanted):
+        if is_budget(key) and _same_budget(float(key), wanted):
             return schedule
     try:
         return solve(wanted, num_layers)
@@ -323,6 +339,48 @@ def for_budget(
         if budget is not None:
             raise
         raise TrioError(f"{error} ({wanted:g} is the default: pass another as --budget)") from None
+
+
+def for_points(
+    budget: float, num_layers: int, own: Schedule, budgets: Mapping[float, Schedule]
+) -> Schedule:
+    """What a bundle's pruning points keep at a budget.
+
+    The recipe's schedule where `budgets` has one, else the solver's in the proportions of those
+    that are nearest, or in the published ones where there are none.
+
+    Args:
+        budget: as `solve` takes it.
+        own: the pruning points, of which layers and methods count.
+        budgets: the recipe's schedules at the same points, as `at_points` finds them.
+
+    Raises:
+        TrioError: as `solve`.
+    """
+    for known, schedule in budgets.items():
+        if _same_budget(known, budget):
+            return schedule
+    return solve(budget, num_layers, own.layers, own.methods, budgets)
+
+
+def at_points(
+    published: Mapping[str, Schedule], own: Schedule, method: str | None = None
+) -> dict[float, Schedule]:
+    """A recipe's schedules for budgets that the graphs of `own` can run, smallest budget first.
+
+    Those are the ones with the same layers and the same methods in the same order.  A budget of 1
+    is none of them: it keeps all, whatever a recipe says.
+
+    Args:
+        method: of every pruning point, where the caller of `choose` gave one.
+    """
+    found = {}
+    for key, schedule in published.items():
+        same = schedule if method is None else schedule.with_method(method)
+        fits = (same.layers, same.methods) == (own.layers, own.methods)
+        if own.points and fits and is_budget(key) and float(key) < 1:
+            found[float(key)] = same
+    return dict(sorted(found.items()))
 
 
 def choose(
@@ -363,22 +421,40 @@ def is_budget(key: str) -> bool:
     return not key[:1].isalpha()
 
 
-def _shares(budget: float, count: int) -> list[float]:
-    """How the keeps of `count` points relate to the first one's, at this budget."""
-    (low, few), (high, many) = sorted(_PUBLISHED_KEEPS.items())
-    position = (budget * _PUBLISHED_VISUAL - low) / (high - low)
-    weight = min(1.0, max(0.0, position))
-    published = [
-        (1 - weight) * a / few[0] + weight * b / many[0] for a, b in zip(few, many, strict=True)
-    ]
-    if count == 1:
-        return [1.0]
-    shares = []
-    for index in range(count):
-        place = index * (len(published) - 1) / (count - 1)
-        left = min(int(place), len(published) - 2)
-        shares.append(published[left] + (place - left) * (published[left + 1] - published[left]))
-    return shares
+def _same_budget(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=0, abs_tol=_SAME_BUDGET)
+
+
+_Shapes = list[tuple[float, list[float]]]
+"""Budgets, rising, and what the points keep at each, in proportion to each other."""
+
+
+def _shape(schedule: Schedule) -> list[float]:
+    """How the keeps of a schedule relate to the first one, which may be a count of none."""
+    first = schedule.points[0].keep
+    return [max(_SMALLEST_RATIO, point.keep / (first or 1)) for point in schedule.points]
+
+
+def _published_shapes(count: int) -> _Shapes:
+    """Those of the published schedules, over `count` points."""
+    shapes = []
+    for kept, keeps in sorted(_PUBLISHED_KEEPS.items()):
+        places = [i * (len(keeps) - 1) / max(1, count - 1) for i in range(count)]
+        lefts = [min(int(place), len(keeps) - 2) for place in places]
+        stretched = [
+            keeps[left] + (place - left) * (keeps[left + 1] - keeps[left])
+            for place, left in zip(places, lefts, strict=True)
+        ]
+        shapes.append((kept / _PUBLISHED_VISUAL, [keep / keeps[0] for keep in stretched]))
+    return shapes
+
+
+def _shares(budget: float, shapes: _Shapes) -> list[float]:
+    """How keeps relate to each other at this budget: between the shapes of its neighbours."""
+    low, few = max((s for s in shapes if s[0] <= budget), default=shapes[0])
+    high, many = min((s for s in shapes if s[0] >= budget), default=shapes[-1])
+    weight = (budget - low) / (high - low) if high > low else 0.0
+    return [(1 - weight) * a + weight * b for a, b in zip(few, many, strict=True)]
 
 
 def _water_fill(shares: Sequence[float], sizes: Sequence[int], total: float) -> list[float]:
