@@ -26,6 +26,7 @@ from trio_deploy.bundle import (
     TensorInfo,
 )
 from trio_deploy.errors import TrioError
+from trio_deploy.schedule import Schedule
 
 
 def manifest(**changes) -> Manifest:
@@ -79,8 +80,36 @@ def edit_manifest(target: Path, edit) -> None:
 
 
 def test_the_manifest_survives_json():
-    it = manifest(files={"embed.onnx": FileInfo(5, None)})
+    it = manifest(files={"embed.onnx": FileInfo(5, None)}, budgets={"0.3": [0.25]})
     assert Manifest.from_json(json.loads(it.dump())) == it
+
+
+def test_a_bundle_written_before_budgets_were_has_none(target):
+    write_bundle(target, budgets={"0.3": [0.2]})
+    assert Bundle.load(target).budgets == {0.3: Schedule.parse("1:0.2")}
+    edit_manifest(target, lambda raw: raw.pop("budgets"))
+    assert Bundle.load(target).budgets == {}
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ([0.2], r"\"budgets\" map budgets to what points keep, but are \[0.2\]"),
+        ({"much": [0.2]}, "name 'much', which is no share between 0 and 1"),
+        ({"1.5": [0.2]}, "name '1.5'"),
+        ({"nan": [0.2]}, "name 'nan'"),
+        ({"0.3": 0.2}, r"budget 0.3 must say what each of the 1 pruning points keeps, not 0.2"),
+        ({"0.3": [0.2, 0.1]}, "budget 0.3 must say what each of the 1"),
+        ({"0.3": ["0.2"]}, "budget 0.3 must say"),
+        ({"0.3": [True]}, "budget 0.3 must say"),
+        ({"0.3": [1.2]}, "budget 0.3 is not possible: .* at most 1"),
+    ],
+)
+def test_a_budget_that_does_not_suit_the_schedule_is_named(target, budgets, message):
+    write_bundle(target)
+    edit_manifest(target, lambda raw: raw.update(budgets=budgets))
+    with pytest.raises(TrioError, match=rf"cannot use .*manifest\.json: its .*{message}"):
+        Bundle.load(target)
 
 
 def test_a_written_bundle_loads_and_answers(target):

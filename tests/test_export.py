@@ -35,6 +35,8 @@ from trio_deploy.checkpoint import Checkpoint
 from trio_deploy.errors import TrioError
 from trio_deploy.export import attach_weights, export, inspect
 from trio_deploy.models import map_checkpoint_names, parse_config
+from trio_deploy.recipe import load_recipe
+from trio_deploy.schedule import Schedule, solve
 
 SCHEDULE = "1:0.5,3:0.25"
 
@@ -654,6 +656,36 @@ def test_impossible_wishes_are_refused_before_anything_is_written(
 def test_a_budget_becomes_a_schedule_with_that_average(llava_checkpoint, tmp_path):
     it = export(llava_checkpoint, tmp_path / "b", budget=0.5, progress=False)
     assert it.schedule.average(10_000, 4) == pytest.approx(5000, rel=1e-3)
+
+
+def test_a_recipes_schedules_that_the_graphs_can_run_go_along(tmp_path):
+    schedules = load_recipe("tiny").schedules
+    it = export("tiny", tmp_path / "b", budget=0.111, graphs_only=True, progress=False)
+    assert it.schedule == schedules["0.111"]
+    assert it.budgets == {float(budget): schedule for budget, schedule in schedules.items()}
+    assert it.schedule_at(0.222) == schedules["0.222"]
+    for line in (f"  at 0.222 {schedules['0.222']}", f"  at 0.333 {schedules['0.333']}"):
+        assert line in inspect(it)
+    assert "at 0.111" not in inspect(it)
+    diverse = export(
+        "tiny", tmp_path / "d", budget=0.222, method="dart", graphs_only=True, progress=False
+    )
+    assert diverse.schedule_at(0.111) == schedules["0.111"].with_method("dart")
+
+
+def test_a_bundle_with_other_points_than_the_recipes_solves_its_budgets(llava_checkpoint, tmp_path):
+    for name, model, points in (
+        ("one-shot", "tiny", "0:0.1:divprune"),
+        ("methods", "tiny", "0:0.2,3:0.1,8:0.05"),
+        ("unpruned", "tiny", Schedule()),
+        ("no recipe", llava_checkpoint, SCHEDULE),
+    ):
+        it = export(model, tmp_path / name, schedule=points, graphs_only=True, progress=False)
+        assert it.manifest.budgets == {} and "  at " not in inspect(it, interface=False)
+        if it.schedule.points:
+            layers, methods = it.schedule.layers, it.schedule.methods
+            depth = it.config.text.num_layers
+            assert it.schedule_at(0.333) == solve(0.333, depth, layers, methods)
 
 
 @pytest.mark.parametrize("dialect", ["onnx", "primitive"])

@@ -3,11 +3,13 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from trio_deploy.evaluate import scenes
 from trio_deploy.export import export
-from trio_deploy.runtime.pipeline import Request, TrioPipeline
+from trio_deploy.recipe import load_recipe
+from trio_deploy.runtime.pipeline import Generation, Request, TrioPipeline
 
 FOLDER = Path(__file__).parents[1] / "trio_deploy" / "data" / "tiny"
 
@@ -66,6 +68,25 @@ def test_answers_held_out_scenes(parts: tuple) -> None:
         kinds |= {q.kind for q in scene.questions}
     assert kinds == set(scenes.KINDS)
     assert math.fsum(right) / len(right) >= 0.9
+
+
+def test_a_budget_of_the_recipe_is_the_same_exported_or_asked_for(tmp_path: Path) -> None:
+    scene = scenes.generate(scenes.TEST_SEEDS[6000])
+    questions = [question.text for question in scene.questions[:4]]
+
+    def answers(exported: float, asked: float | None) -> list[Generation]:
+        bundle = export("tiny", tmp_path / f"{exported}-{asked}", budget=exported, progress=False)
+        pipeline = TrioPipeline.from_bundle(bundle, threads=1)
+        return pipeline.generate_batch(
+            [Request(question, [scene.image], budget=asked) for question in questions]
+        )
+
+    for budget in (0.111, 0.222):
+        plain, asked = answers(budget, None), answers(0.111, budget)
+        for ours, theirs in zip(asked, plain, strict=True):
+            assert (ours.text, ours.keep_counts) == (theirs.text, theirs.keep_counts)
+            assert all(map(np.array_equal, ours.kept, theirs.kept))
+            assert ours.schedule == theirs.schedule == load_recipe("tiny").schedules[f"{budget}"]
 
 
 def test_every_kind_reaches_its_bound_unpruned_through_the_runtime(tmp_path: Path) -> None:

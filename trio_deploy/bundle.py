@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 from trio_deploy.errors import TrioError
 from trio_deploy.models import parse_config
 from trio_deploy.models.config import ModelConfig
-from trio_deploy.schedule import Schedule
+from trio_deploy.schedule import Schedule, for_points
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -105,6 +105,8 @@ class Manifest:
         dtype: float type of hidden states, KV cache and stored weights.
         dialect: `ort`, `onnx` or `primitive`.
         schedule: pruning points as plain JSON, `[{"layer", "keep", "method"}, ...]`.
+        budgets: what the same points keep at budgets that the recipe has schedules for, `{"0.222":
+            [keep, ...], ...}`; none in bundles that were made without a recipe or before these.
         decode: `shared` (prefill graphs decode too) or `separate` (decode.onnx).
         weights: `copied`, `linked` (hard links) or `planned` (`trio attach-weights` fills them in).
         target: name of the engines/ file it was exported for, which need not be where it runs;
@@ -129,6 +131,7 @@ class Manifest:
     runtime: str = "onnxruntime"
     provider: str | None = None
     precision: str | None = None
+    budgets: dict[str, list[float | int]] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
@@ -152,6 +155,7 @@ class Manifest:
             "dtype": self.dtype,
             "dialect": self.dialect,
             "schedule": self.schedule,
+            "budgets": self.budgets,
             "probe": self.probe,
             "positions": self.positions,
             "threshold": self.threshold,
@@ -237,6 +241,7 @@ class Manifest:
                 runtime=str(raw.get("runtime", "onnxruntime")),
                 provider=raw.get("provider"),
                 precision=raw.get("precision"),
+                budgets=_budgets(raw.get("budgets", {}), raw["schedule"]),
                 schema=schema,
             )
         except KeyError as error:
@@ -247,6 +252,37 @@ class Manifest:
     def dump(self) -> bytes:
         """The bytes of manifest.json: deterministic, no dates and no paths of this machine."""
         return (json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _budgets(raw: Any, points: Any) -> dict[str, list[float | int]]:
+    """The manifest's `budgets`, which have to suit its `schedule`.
+
+    Raises:
+        TrioError: which of them is wrong, and how.
+    """
+    if not isinstance(raw, dict):
+        raise TrioError(f'its "budgets" map budgets to what points keep, but are {raw!r}')
+    if not raw:
+        return {}
+    own = Schedule.from_json(points)
+    for budget, keeps in raw.items():
+        try:
+            known = 0 < float(budget) < 1
+        except ValueError:
+            known = False
+        if not known:
+            raise TrioError(f'its "budgets" name {budget!r}, which is no share between 0 and 1')
+        numbers = isinstance(keeps, list) and all(type(keep) in (int, float) for keep in keeps)
+        if not numbers or len(keeps) != len(own.points):
+            raise TrioError(
+                f"its budget {budget} must say what each of the {len(own.points)} pruning points "
+                f"keeps, not {keeps!r}"
+            )
+        try:
+            own.with_keeps(keeps).validate(num_layers=max(own.layers, default=0) + 1)
+        except TrioError as error:
+            raise TrioError(f"its budget {budget} is not possible: {error}") from None
+    return dict(raw)
 
 
 # ----------------------------------------------------------------------------------------- bundle
@@ -399,6 +435,22 @@ class Bundle:
     def schedule(self) -> Schedule:
         """The pruning points the graphs were cut at, with the budget they default to."""
         return Schedule.from_json(self.manifest.schedule)
+
+    @cached_property
+    def budgets(self) -> dict[float, Schedule]:
+        """The recipe's schedules that these graphs can run, by their budgets."""
+        return {
+            float(budget): self.schedule.with_keeps(keeps)
+            for budget, keeps in self.manifest.budgets.items()
+        }
+
+    def schedule_at(self, budget: float) -> Schedule:
+        """What a budget means for this bundle: the recipe's schedule, else a solved one.
+
+        Raises:
+            TrioError: the graphs cannot reach it.
+        """
+        return for_points(budget, self.config.text.num_layers, self.schedule, self.budgets)
 
     @property
     def stages(self) -> list[str]:

@@ -47,7 +47,7 @@ from trio_deploy.recipe import (
     load_target,
     tensorrt_dialects,
 )
-from trio_deploy.schedule import PruningPoint, Schedule, choose, max_visual_tokens
+from trio_deploy.schedule import PruningPoint, Schedule, at_points, choose, max_visual_tokens
 from trio_deploy.source import HUB_ID, from_folder, hub_folder, resolve
 from trio_deploy.weights import (
     DTYPES,
@@ -196,6 +196,10 @@ def export(
             runtime=device.runtime,
             provider=device.provider,
             precision=device.precision,
+            budgets={
+                str(known): [point.keep for point in other.points]
+                for known, other in at_points(published or {}, plan, method).items()
+            },
         )
         writer.write(MANIFEST, manifest.dump())
     return Bundle.load(out)
@@ -522,6 +526,7 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
         "linked": "hard links (onnx.load refuses them, ONNX Runtime takes them)",
         "planned": "missing: complete the bundle with `trio attach-weights`",
     }.get(manifest.weights, manifest.weights)
+    others = {f"{known:g}": of for known, of in it.budgets.items() if of != it.schedule}
     place = f"{manifest.runtime}, {manifest.provider}" if manifest.provider else manifest.runtime
     lines = [
         f"{it.path}",
@@ -532,6 +537,7 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
         f"target     {manifest.target} ({place}), dialect {manifest.dialect}, "
         f"dtype {manifest.dtype}, decode {manifest.decode}",
         f"pruning    {it.schedule}",
+        *(f"{'  at ' + known:<10} {other}" for known, other in others.items()),
         f"           probe {manifest.probe}, positions {manifest.positions}, "
         f"threshold {manifest.threshold:g}",
         f"weights    {format_bytes(sum(i.size for i in weights.values()))} in {len(weights)} "

@@ -18,7 +18,7 @@ from trio_deploy.bench.inputs import Inputs
 from trio_deploy.bench.workload import Workload
 from trio_deploy.bundle import Bundle
 from trio_deploy.errors import TrioError
-from trio_deploy.schedule import Schedule, kv_bytes, solve
+from trio_deploy.schedule import Schedule, kv_bytes
 
 PROBES = 4
 
@@ -73,10 +73,7 @@ def open_baseline(
 
 
 def _schedule(case: Case, bundle: Bundle) -> Schedule:
-    own = bundle.schedule
-    if case.budget is None:
-        return own
-    return solve(case.budget, bundle.config.text.num_layers, own.layers, own.methods)
+    return bundle.schedule if case.budget is None else bundle.schedule_at(case.budget)
 
 
 def _request(

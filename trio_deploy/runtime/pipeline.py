@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from trio_deploy.runtime.rows import Row
 from trio_deploy.runtime.running import Running
 from trio_deploy.runtime.sampling import Forced, Sampler, Sampling, StopScanner, TokenStream
 from trio_deploy.runtime.stages import Clock, Prefilled, Stages
-from trio_deploy.schedule import Schedule, solve
+from trio_deploy.schedule import Schedule
 
 __all__ = ["Generation", "ImageSource", "Request", "TrioPipeline"]
 
@@ -301,13 +300,15 @@ class TrioPipeline:
                 f"the prompt has {prompt.length} tokens ({prompt.visual_tokens} of them visual), "
                 f"but the model's context is {context}: shorten the text or pass fewer images"
             )
+        schedule = self._schedule(request)
         return Row(
             request=request,
             images=images,
             processed=processed,
             prompt=prompt,
             limit=len(request.forced) or min(request.max_new_tokens, context - prompt.length),
-            keeps=self._schedule(request).resolve(prompt.visual_tokens),
+            schedule=schedule,
+            keeps=schedule.resolve(prompt.visual_tokens),
             sampler=(
                 Forced(request.forced)
                 if request.forced
@@ -327,8 +328,7 @@ class TrioPipeline:
                     "a request may say what to keep at each of the "
                     f"{len(schedule.points)} pruning points of the bundle, or a budget"
                 )
-            points = zip(schedule.points, request.keep, strict=True)
-            schedule = Schedule(tuple(replace(point, keep=keep) for point, keep in points))
+            schedule = schedule.with_keeps(request.keep)
             schedule.validate(self._text.num_layers)
             return schedule
         if budget is None:
@@ -340,9 +340,7 @@ class TrioPipeline:
                 "this bundle was exported without pruning points, so it has no other budget than "
                 "1.0: export it with --budget"
             )
-        return solve(
-            budget, self._text.num_layers, layers=schedule.layers, methods=schedule.methods
-        )
+        return self.bundle.schedule_at(budget)
 
     def _features(self, image: ProcessedImage) -> int:
         return len(image.pixel_values) * self.bundle.config.vision.rows_per_tile

@@ -11,6 +11,7 @@ from PIL import Image
 
 from trio_deploy.models.preprocessing import ProcessedImage
 from trio_deploy.runtime.prompt import Message
+from trio_deploy.schedule import Schedule
 
 ImageSource = Image.Image | str | os.PathLike[str] | bytes
 
@@ -26,8 +27,8 @@ class Request:
         temperature, top_p, seed: see `Sampling`; temperature 0 is greedy. The seed is that of
             `random` pruning points too, 0 where there is none.
         stop: strings that end the answer, themselves left out.
-        budget: visual tokens a layer on average, as a share of all (1.0 prunes nothing); None
-            takes the bundle's own schedule.
+        budget: visual tokens a layer on average, as a share of all (1.0 prunes nothing), see
+            `Bundle.schedule_at`; None takes the bundle's own schedule.
         raw: take a prompt string as it is, without the chat template.
         stream: called with each piece of text as it is ready.
         keep: for each pruning point of the bundle what to keep, as a schedule says it (ratios or
@@ -66,6 +67,7 @@ class Generation:
         visual: int64, places of the visual tokens in the prompt.
         kept: for each pruning point, int64 places of the prompt (text and visual) that went on.
         layer_ranges: (first layer, stop layer, tokens of the prompt there) of each segment.
+        schedule: pruning points and what was to be kept at each, as the request's budget asked.
         kv_bytes: keys and values of this row's tokens at the end.
         kv_bytes_allocated: all buffers of the batch.
         images: the pictures, upright RGB, and `processed`: their tokens and where they lie.
@@ -86,6 +88,7 @@ class Generation:
     layer_ranges: list[tuple[int, int, int]]
     kv_bytes: int
     kv_bytes_allocated: int
+    schedule: Schedule = field(default_factory=Schedule)
     images: list[Image.Image] = field(default_factory=list, repr=False)
     processed: list[ProcessedImage] = field(default_factory=list, repr=False)
     first_logits: np.ndarray | None = field(default=None, repr=False)

@@ -12,6 +12,7 @@ from trio_deploy.models.preprocessing import ProcessedImage
 from trio_deploy.runtime.prompt import Prompt
 from trio_deploy.runtime.request import Generation, Request
 from trio_deploy.runtime.sampling import Forced, Sampler, StopScanner, TokenStream
+from trio_deploy.schedule import Schedule
 
 
 @dataclass(eq=False)
@@ -20,7 +21,8 @@ class Row:
 
     Attributes:
         limit: tokens that it may generate.
-        keeps: visual tokens to keep at each pruning point.
+        schedule: what was asked for, a budget or the bundle's own; `keeps`: how many visual tokens
+            it keeps at each pruning point.
         ends: tokens that end the answer.
         start: `time.perf_counter()` when it was asked.
         finish: why the answer ended; empty while it goes on.
@@ -34,6 +36,7 @@ class Row:
     processed: list[ProcessedImage]
     prompt: Prompt
     limit: int
+    schedule: Schedule
     keeps: tuple[int, ...]
     ends: frozenset[int]
     sampler: Sampler | Forced
@@ -97,6 +100,7 @@ class Row:
             visual=np.flatnonzero(self.prompt.visual),
             kept=self.kept,
             layer_ranges=self.layer_ranges,
+            schedule=self.schedule,
             kv_bytes=self.kv_bytes,
             kv_bytes_allocated=self.kv_bytes_allocated,
             images=self.images,
