@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -20,8 +20,16 @@ from trio_deploy.schedule import Schedule
 _SMALL_TEXT, _SMALL_ANSWER = 256, 128  # tokens that a question and a short answer need
 
 
-def fit(config: ModelConfig, schedule: Schedule, target: Target) -> Fit:
+def fit(
+    config: ModelConfig,
+    schedule: Schedule,
+    target: Target,
+    budgets: Mapping[float, Schedule] | None = None,
+) -> Fit:
     """Memory of both decode layouts on a target, and advice where its own does not fit.
+
+    Args:
+        budgets: the recipe's schedules at the same pruning points, which requests may ask for.
 
     Raises:
         TrioError: the target has no TensorRT, or its limits do not suit the model.
@@ -31,7 +39,7 @@ def fit(config: ModelConfig, schedule: Schedule, target: Target) -> Fit:
             f"the target {target.name} runs {target.runtime}: memory is planned for targets with "
             "`runtime: tensorrt`"
         )
-    model = _Model(config, schedule)
+    model = _Model(config, schedule, budgets)
     layouts = (model.memory(target), model.memory(_other_layout(target)))
     result = Fit(target, layouts)
     if result.fits is False:
@@ -59,12 +67,13 @@ class _Model:
 
     config: ModelConfig
     schedule: Schedule
+    budgets: Mapping[float, Schedule] | None
 
     def memory(self, target: Target) -> Memory:
         """What it takes of a target's memory."""
         separate = target.decode_layout == "separate"
         made = _graphs(self.config, self.schedule, target.dialect, separate, target.dtype)
-        return memory(made, self.config, self.schedule, target)
+        return memory(made, self.config, self.schedule, target, self.budgets)
 
 
 def _other_layout(target: Target) -> Target:

@@ -16,6 +16,7 @@ from trio_deploy.schedule import (
     Cost,
     Schedule,
     account,
+    at_points,
     choose,
     kv_bytes,
     max_tiles,
@@ -170,7 +171,7 @@ def make_plan(
     if device is not None:
         from trio_deploy.fit import fit  # builds graphs, which the arithmetic does not need
 
-        memory = fit(config, chosen, device)
+        memory = fit(config, chosen, device, at_points(published or {}, chosen, method))
     return Plan(
         model=name,
         config=config,

@@ -11,7 +11,7 @@ from trio_deploy.build.profiles import Profile, Sizes, profiles
 from trio_deploy.errors import TrioError
 from trio_deploy.models import parse_config
 from trio_deploy.recipe import Limits, Target, load_recipe, load_target
-from trio_deploy.schedule import Schedule, max_visual_tokens, solve
+from trio_deploy.schedule import Schedule, for_points, max_visual_tokens, solve
 
 RECIPE = load_recipe("llava-next-7b")
 CONFIG = parse_config(RECIPE.architecture)
@@ -42,6 +42,24 @@ def test_every_request_within_the_limits_fits_and_the_largest_one_fills_them(mos
                     capacity = text + kept + limits.max_new_tokens
                     assert sizes.capacity[point].min <= capacity <= sizes.capacity[point].max
     assert largest == [span.max for span in sizes.tokens]
+
+
+def test_what_a_recipe_keeps_at_a_budget_within_the_limits_fits() -> None:
+    """Its proportions may leave more behind the last point than the published ones would."""
+    budgets = {
+        0.111: SCHEDULE,
+        0.222: Schedule.parse("1:0.25,10:0.25,15:0.18"),
+        0.4: Schedule.parse("1:0.9,10:0.4,15:0.1"),
+    }
+    limits = replace(JETSON.limits, max_budget=0.3)
+    sizes = Sizes.of(CONFIG, SCHEDULE, limits, budgets)
+    visual, layers = limits.max_visual_tokens, CONFIG.text.num_layers
+    asked = [budget / 1000 for budget in range(32, 301)]
+    kept = [for_points(each, layers, SCHEDULE, budgets).resolve(visual) for each in asked]
+    most = [max(point) + limits.max_text_tokens for point in zip(*kept, strict=True)]
+    assert [span.max for span in sizes.tokens[1:]] == most
+    assert most[2] > limits.max_text_tokens + 0.17 * visual
+    assert Sizes.of(CONFIG, SCHEDULE, limits).tokens[3].max < most[2]
 
 
 def test_what_is_typical_follows_from_the_schedule() -> None:

@@ -71,13 +71,18 @@ class Memory:
 
 
 def memory(
-    graphs: Mapping[str, ModelProto], config: ModelConfig, schedule: Schedule, target: Target
+    graphs: Mapping[str, ModelProto],
+    config: ModelConfig,
+    schedule: Schedule,
+    target: Target,
+    budgets: Mapping[float, Schedule] | None = None,
 ) -> Memory:
     """Memory of a model's graphs on a target, at its limits and with `schedule`.
 
     Args:
         graphs: by stage, of the target's dialect, without the data of their weights.
         target: its limits bound the sizes; whether graphs share decoding is seen from them.
+        budgets: the recipe's schedules at the same pruning points.
 
     Raises:
         TrioError: the target's limits do not fit the model.
@@ -87,7 +92,7 @@ def memory(
         for stage, model in graphs.items()
     }
     activations = tensors = 0
-    for stage, found in stage_profiles(inputs, config, schedule, target).items():
+    for stage, found in stage_profiles(inputs, config, schedule, target, budgets).items():
         for profile in found:
             shapes = {name: bounds.max for name, bounds in profile.shapes.items()}
             values = {name: bounds.max for name, bounds in profile.values.items()}
@@ -99,17 +104,22 @@ def memory(
         layout="separate" if "decode" in graphs else "shared",
         dialect=target.dialect,
         weights={stage: _weights(model) for stage, model in graphs.items()},
-        cache=_cache(config, schedule, target),
+        cache=_cache(config, schedule, target, budgets),
         activations=activations,
         tensors=tensors,
     )
 
 
-def _cache(config: ModelConfig, schedule: Schedule, target: Target) -> int:
+def _cache(
+    config: ModelConfig,
+    schedule: Schedule,
+    target: Target,
+    budgets: Mapping[float, Schedule] | None,
+) -> int:
     limits, text = target.limits, config.text
     in_place = target.dialect == "onnx"  # one buffer of fixed capacity; else two in turn
     visual = min(limits.max_visual_tokens, limits.max_images * max_visual_tokens(config))
-    largest = Sizes.of(config, schedule, limits).capacity
+    largest = Sizes.of(config, schedule, limits, budgets).capacity
     others = limits.max_text_tokens + limits.max_new_tokens
     lengths: list[int] = []
     kept = (visual, *schedule.resolve(visual))

@@ -19,7 +19,13 @@ from trio_deploy.errors import TrioError
 from trio_deploy.models.config import ModelConfig
 from trio_deploy.recipe import Limits, Target
 from trio_deploy.runtime.stages import TILES_AT_ONCE
-from trio_deploy.schedule import Schedule, max_tiles, max_visual_tokens, solve
+from trio_deploy.schedule import (
+    Schedule,
+    max_tiles,
+    max_visual_tokens,
+    smallest_budget,
+    solve,
+)
 
 PREFILL, DECODE, DEFAULT = "prefill", "decode", "default"
 
@@ -103,8 +109,17 @@ class Sizes:
     capacity: tuple[Span, ...]
 
     @classmethod
-    def of(cls, config: ModelConfig, schedule: Schedule, limits: Limits) -> Sizes:
+    def of(
+        cls,
+        config: ModelConfig,
+        schedule: Schedule,
+        limits: Limits,
+        budgets: Mapping[float, Schedule] | None = None,
+    ) -> Sizes:
         """For a schedule's pruning points and the budgets that the limits allow.
+
+        Args:
+            budgets: the recipe's schedules at these points.
 
         Raises:
             TrioError: the largest budget cannot be reached at these pruning points.
@@ -119,7 +134,7 @@ class Sizes:
             )
         usual = min(limits.typical_visual_tokens, one_image)
         usual_kept = (usual, *schedule.resolve(usual))
-        most_kept = (visual, *_most_kept(config, schedule, limits.max_budget, visual))
+        most_kept = (visual, *_most_kept(config, schedule, limits.max_budget, budgets, visual))
         tokens, capacity = [], []
         for most, typical in zip(most_kept, usual_kept, strict=True):
             longest = min(limits.max_text_tokens + most, context)
@@ -150,17 +165,29 @@ class Sizes:
 
 
 def _most_kept(
-    config: ModelConfig, schedule: Schedule, budget: float, visual: int
+    config: ModelConfig,
+    schedule: Schedule,
+    budget: float,
+    budgets: Mapping[float, Schedule] | None,
+    visual: int,
 ) -> tuple[int, ...]:
-    """Visual tokens behind each point, at most: at `budget`, or as the schedule itself has it."""
-    own = schedule.resolve(visual)
+    """Visual tokens behind each point, at most: up to `budget`, or as the schedule itself has it.
+
+    Between the recipe's budgets keeps change evenly, so that none lies above its neighbours'.
+    """
     if not schedule.points:
         return ()
+    depth, budgets = config.text.num_layers, budgets or {}
+    floor = smallest_budget(depth, schedule.layers)
+    known = [at for at in budgets if floor < at <= budget]
     try:
-        largest = solve(budget, config.text.num_layers, layers=schedule.layers)
+        largest = [solve(at, depth, schedule.layers, like=budgets) for at in (*known, budget)]
     except TrioError as error:
         raise TrioError(f"the target's max_budget does not fit: {error}") from None
-    return tuple(max(pair) for pair in zip(own, largest.resolve(visual), strict=True))
+    # A recipe's own are rounded, and may lie above what is solved for their budgets.
+    largest += [schedule, *(budgets[at] for at in known)]
+    kept = [each.resolve(visual) for each in largest]
+    return tuple(max(point) for point in zip(*kept, strict=True))
 
 
 def profiles(bundle: Bundle, target: Target) -> dict[str, list[Profile]]:
@@ -173,7 +200,7 @@ def profiles(bundle: Bundle, target: Target) -> dict[str, list[Profile]]:
         stage: {tensor.name: tensor.shape for tensor in graph.inputs}
         for stage, graph in bundle.manifest.graphs.items()
     }
-    return stage_profiles(inputs, bundle.config, bundle.schedule, target)
+    return stage_profiles(inputs, bundle.config, bundle.schedule, target, bundle.budgets)
 
 
 def stage_profiles(
@@ -181,16 +208,18 @@ def stage_profiles(
     config: ModelConfig,
     schedule: Schedule,
     target: Target,
+    budgets: Mapping[float, Schedule] | None = None,
 ) -> dict[str, list[Profile]]:
     """The profiles of graphs.
 
     Args:
         inputs: stage → input → sizes and names of dynamic axes, as graphs declare them.
+        budgets: the recipe's schedules at the same pruning points.
 
     Raises:
         TrioError: the target's limits do not fit the model.
     """
-    sizes = Sizes.of(config, schedule, target.limits)
+    sizes = Sizes.of(config, schedule, target.limits, budgets)
     shared = "decode" not in inputs
     segments = [stage for stage in inputs if stage.startswith("prefill_")]
     found: dict[str, list[Profile]] = {}
