@@ -17,11 +17,13 @@ from trio_deploy.evaluate.configurations import (
     blind,
     grid,
     named,
+    used,
 )
 from trio_deploy.evaluate.questions import scene_questions
 from trio_deploy.evaluate.results import Results, draw
 from trio_deploy.evaluate.run import AnswerLog
 from trio_deploy.export import export
+from trio_deploy.recipe import load_recipe
 from trio_deploy.runtime.pipeline import Request, TrioPipeline
 from trio_deploy.schedule import Schedule
 
@@ -165,6 +167,9 @@ def test_a_bundle_is_measured_at_any_budget(tmp_path, questions):
     reached, refused = grid(opened, [], [0.5, 2.0])
     assert [one.budget for one in reached] == [0.5]
     assert [sentence.split(" is left out")[0] for sentence in refused] == ["200.0%"]
+    recipe = export("tiny", tmp_path / "r", graphs_only=True, progress=False)
+    (known,), _ = grid(Source.open(recipe.path), [], [0.222])
+    assert used(Source.open(recipe.path), known) == load_recipe("tiny").schedules["0.222"]
     with pytest.raises(TrioError, match="a bundle has its methods"):
         grid(opened, ["trio"], [0.111])
     with pytest.raises(TrioError, match="a bundle has its schedule"):

@@ -141,8 +141,7 @@ def used(source: Source, configuration: Configuration) -> Schedule:
         return configuration.schedule
     if configuration.budget == 1 or source.bundle is None:
         return Schedule()
-    theirs = source.bundle.schedule
-    return solve(configuration.budget, source.layers, layers=theirs.layers, methods=theirs.methods)
+    return source.bundle.schedule_at(configuration.budget)
 
 
 def as_exported(source: Source) -> Configuration:
