@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from trio_deploy.evaluate.statistics import Estimate
 from trio_deploy.export import export
 from trio_deploy.report import Asked, Wanted, asked_about, gather, write_report
 from trio_deploy.report.page import plot, render
+from trio_deploy.schedule import Schedule
 
 EVIL = '<script>alert(1)</script><img src="https://evil.example/x.png">&"\''
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -66,15 +68,15 @@ def measured(bundle, tmp_path_factory) -> Path:
 def evaluated(bundle, tmp_path_factory) -> Path:
     """What `trio eval` writes, of made-up figures."""
 
-    def result(name, share, retained):
+    def result(name, share, retained, schedule=None):
         estimate = Estimate(retained, retained - 0.02, retained + 0.01)
         kind = KindResult(20, retained, 0.1, estimate, estimate)
-        return Result(name, share, share, None, {}, kind, estimate, {"colour": kind}, None)
+        return Result(name, share, share, schedule, {}, kind, estimate, {"colour": kind}, None)
 
     results = Results(
         bundle.manifest.model.name, "made up", "exact", {"cpu": "x"}, 20, 5,
-        [result("unpruned", 1.0, 1.0), result("trio", 0.111, 0.92), result("trio", 0.333, 0.99),
-         result("random", 0.111, 0.4)],
+        [result("unpruned", 1.0, 1.0), result("trio", 0.111, 0.92),
+         result("trio", 0.333, 0.99, Schedule.parse("1:12,2:4")), result("random", 0.111, 0.4)],
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("eval")
     results.save(folder)
@@ -102,10 +104,17 @@ def test_it_says_what_was_exported_and_what_it_costs(page, bundle):
     assert "KV cache" in text and "no pruning" in text and "2 runs by turns" in text
 
 
+def test_it_says_what_other_budgets_keep_where_the_recipe_does(bundle):
+    manifest = replace(bundle.manifest, budgets={"0.5": [8, 4], "0.7": [12, 8]})
+    facts = dict(gather.exported(replace(bundle, manifest=manifest))["facts"])
+    assert facts["At a budget of 0.7"] == "1:12, 2:8" and "At a budget of 0.5" not in facts
+
+
 def test_accuracy_is_that_of_the_first_configuration(page):
     text = " ".join(Page(page.read_text()).text.split())
     assert "Right answers kept92 %" in text
     assert "90.0% – 93.0%" in text and "random" in text
+    assert "trio 1:12, 2:4" in text
 
 
 def test_pictures_are_inside_the_page_a_panel_a_pruning_point(page):

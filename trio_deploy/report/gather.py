@@ -112,6 +112,11 @@ def exported(bundle: Bundle) -> dict[str, Any]:
         ("Target", f"{manifest.target} ({runs_on})"),
         ("Graphs", f"{manifest.dialect} dialect, {manifest.dtype}, decode {manifest.decode}"),
         ("Pruning", str(bundle.schedule)),
+        *(
+            (f"At a budget of {budget:g}", str(other))
+            for budget, other in bundle.budgets.items()
+            if other != bundle.schedule
+        ),
         (
             "Selection",
             f"probe {manifest.probe}, positions {manifest.positions}, "
@@ -388,6 +393,9 @@ def _accuracy(results: Results) -> dict[str, Any]:
         rows.append(
             {
                 "name": result.name,
+                "schedule": str(result.schedule)
+                if result.schedule and result.schedule.points
+                else "",
                 "share": f"{result.share:.1%}",
                 "accuracy": f"{one.accuracy.value:.1%}" if one.accuracy else "",
                 "retention": f"{kept.value:.1%}" if kept else "",
