@@ -91,6 +91,34 @@ def test_budget_and_schedule_exclude_each_other(capsys):
     assert stop.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("run b", "trio run: the following arguments are required: --prompt (`trio run --help` "),
+        ("rnu b", "trio: argument COMMAND: invalid choice: 'rnu'"),
+        ("eval tiny --out b --seeds x", "trio eval: argument --seeds: invalid int value: 'x'"),
+    ],
+)
+def test_a_command_line_that_is_wrong_is_one_line(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments.split())
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(words) and said.count("\n") == 1
+
+
+def test_a_question_without_text_is_refused_before_the_bundle_is_opened(tmp_path, capsys):
+    assert cli.main(["run", str(tmp_path), "--prompt", " "]) == 1
+    assert capsys.readouterr().err == "trio: --prompt has no text: write something to ask\n"
+
+
+def test_a_bundle_where_a_checkpoint_belongs_is_said_to_be_one(tmp_path, capsys):
+    bundle = str(export("tiny", tmp_path / "b", graphs_only=True, progress=False).path)
+    for command in (f"export --model {bundle} --out x", f"plan --model {bundle}"):
+        assert cli.main(command.split()) == 1
+        assert f"{bundle} is a bundle, which has been exported" in capsys.readouterr().err
+
+
 def test_attach_weights_takes_a_bundle_and_a_checkpoint(calls):
     assert cli.main(["attach-weights", "b", "ckpt"]) == 0
     assert calls["attach_weights"][0] == (Path("b"), Path("ckpt"))

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import trio_deploy
 from trio_deploy.errors import TrioError
@@ -19,6 +19,7 @@ from trio_deploy.evaluate.options import add_eval, add_tune
 from trio_deploy.methods import METHODS
 
 _EXPORT_SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
+_USAGE = 2  # as argparse has it
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -52,9 +53,16 @@ def _execute(args: argparse.Namespace) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage of these commands would fill a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_USAGE, f"{self.prog}: {message} (`{self.prog} --help` has the options)\n")
+
+
 def export_main() -> int:
     """Entry point of `trio-export`, the same as `trio export`."""
-    parser = argparse.ArgumentParser(prog="trio-export", description=_EXPORT_SUMMARY)
+    parser = _Parser(prog="trio-export", description=_EXPORT_SUMMARY)
     parser.add_argument("--version", action="version", version=trio_deploy.__version__)
     _add_common(parser, _export)
     _add_export(parser)
@@ -138,6 +146,8 @@ def _run(args: argparse.Namespace) -> None:
     )
     from trio_deploy.runtime.pipeline import TrioPipeline
 
+    if not args.prompt.strip():
+        raise TrioError("--prompt has no text: write something to ask")
     if args.show is not None:
         if not args.image:
             raise TrioError("--show draws what was kept of an image: pass one with --image")
@@ -150,8 +160,6 @@ def _run(args: argparse.Namespace) -> None:
         provider=args.provider,
         target=args.target,
     )
-    if unknown := pipeline.unknown_words(args.prompt):
-        print(f"trio: {unknown_remark(unknown, pipeline.vocabulary)}", file=sys.stderr)
     generation = pipeline.generate(
         args.image,
         args.prompt,
@@ -168,6 +176,8 @@ def _run(args: argparse.Namespace) -> None:
     else:
         said = "" if generation.text.strip() else EMPTY
         print(f"{said}\n\n{generation_text(generation)}")
+    if unknown := pipeline.unknown_words(args.prompt):
+        print(f"trio: {unknown_remark(unknown, pipeline.vocabulary)}", file=sys.stderr)
     if args.show is not None:
         save_kept(generation, args.show)
 
@@ -325,9 +335,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trio", description="Token-pruned vision-language models as ONNX graphs."
-    )
+    parser = _Parser(prog="trio", description="Token-pruned vision-language models as ONNX graphs.")
     parser.add_argument("--version", action="version", version=trio_deploy.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -607,8 +615,10 @@ def _list_of(kind: Callable[[str], Any], none: str | None = None) -> Callable[[s
 
 def _pixels(text: str) -> tuple[int, int]:
     """Reads `640x480`."""
-    width, height = text.lower().split("x")
-    return int(width), int(height)
+    width, height = map(int, text.lower().split("x"))
+    if min(width, height) < 1:
+        raise ValueError
+    return width, height
 
 
 _pixels.__name__ = "WxH"
