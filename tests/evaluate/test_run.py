@@ -228,5 +228,33 @@ def test_the_command_evaluates_and_says_what_it_wrote(tmp_path, capsys):
     assert status == 0 and "| mixed |" in captured.out
     assert "fastv@2 at 11.1% is left out" in captured.err
     assert {"results.json", "results.md", "retention.png"} <= {p.name for p in tmp_path.iterdir()}
-    assert main(f"eval tiny --out {tmp_path} --images {tmp_path}".split()) == 1
-    assert "belong to --questions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--images .", "--images belongs to --questions"),
+        ("--append x --limit 3 --scorer pope", "--append and --limit and --scorer belong to --que"),
+        ("--scorer foo", "unknown scorer 'foo'"),
+        ("--max-new-tokens 0", "an answer has 1 token or more"),
+        ("--seeds 0", "run once or more"),
+        ("--scenes 0", "0 scenes hold no question"),
+        ("--first 99999", "no scenes 99999 to 100062 of the test split"),
+        ("--methods fastv@2 --budgets 0.111", "nothing is left to measure"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_before_anything_is_written(
+    options, words, tmp_path, capsys
+):
+    assert main(f"eval tiny --out {tmp_path / 'out'} {options}".split()) == 1
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_result_is_named_with_what_to_pass(tmp_path):
+    with pytest.raises(TrioError, match=r"gone\.json .*\(No such file.*\): pass the results\.json"):
+        Results.load(tmp_path / "gone.json")
+    (tmp_path / "manifest.json").write_text('{"schema": 1}')
+    with pytest.raises(TrioError, match=r"manifest\.json .*\(it is something else\)"):
+        Results.load(tmp_path / "manifest.json")

@@ -110,6 +110,13 @@ def test_the_loss_is_the_chance_of_another_answer(source, searched):
     assert losses.mean() == pytest.approx(tuned.ranking[0].loss)
 
 
+@pytest.mark.parametrize("options", ["--budget 0", "--budget 1.5", "--candidates 0", "--points 9"])
+def test_a_search_that_cannot_be_begun_writes_nothing(options, tmp_path, capsys):
+    assert main(f"tune tiny --out {tmp_path / 'out'} --scenes 1 {options}".split()) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_searches(tmp_path, capsys):
     arguments = f"tune tiny --out {tmp_path} --scenes 1 --candidates 2 --points 1 --threads 1"
     assert main(arguments.split()) == 0

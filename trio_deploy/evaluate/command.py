@@ -26,6 +26,7 @@ from trio_deploy.evaluate.questions import (
     scene_questions,
 )
 from trio_deploy.evaluate.results import PLOT, RESULTS, TABLE, Results, draw
+from trio_deploy.evaluate.scorers import get_scorer
 from trio_deploy.evaluate.tune import BEST, Space, Tuned, tune
 from trio_deploy.schedule import DEFAULT_BUDGET, Schedule
 
@@ -43,6 +44,8 @@ def run_eval(args: argparse.Namespace) -> Results:
     configurations = _configurations(args, source)
     if args.blind:
         configurations.append(blind(source))
+    if not configurations:
+        raise TrioError("nothing is left to measure: pass other --budgets, --methods or --schedule")
     results = evaluate(
         source,
         questions,
@@ -94,9 +97,21 @@ def run_tune(args: argparse.Namespace) -> Tuned:
 
 def _questions(args: argparse.Namespace) -> tuple[list[Question], str, str, int]:
     """Questions, the scorer's name, the data in words, tokens an answer may have."""
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise TrioError(f"an answer has 1 token or more, not {args.max_new_tokens}")
+    get_scorer(args.scorer)
     if args.questions is None:
-        if args.images or args.annotations:
-            raise TrioError("--images and --annotations belong to --questions FILE")
+        theirs = {
+            "--images": args.images,
+            "--annotations": args.annotations,
+            "--append": args.append,
+            "--limit": args.limit is not None,
+            "--scorer": args.scorer != "exact",
+        }
+        if given := [option for option, value in theirs.items() if value]:
+            raise TrioError(
+                f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to --questions FILE"
+            )
         found = scene_questions(args.scenes, family=args.family, split=args.split, first=args.first)
         data = f"{args.family} scenes {args.first} to {args.first + args.scenes - 1} of the "
         return found, "exact", f"{data}{args.split} seeds", args.max_new_tokens or SCENE_TOKENS
@@ -112,6 +127,8 @@ def _configurations(args: argparse.Namespace, source: Source) -> list[Configurat
     methods = _list(args.methods, str)
     if not methods and not args.schedule and source.bundle is None:
         methods = [RECIPE]
+    if args.seeds < 1:
+        raise TrioError(f"a random selection is run once or more, not {args.seeds} times")
     found: list[Configuration] = []
     if methods or source.bundle is not None:
         found, refused = grid(

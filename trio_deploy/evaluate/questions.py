@@ -70,9 +70,12 @@ def scene_questions(
     if split not in SPLITS:
         raise TrioError(f"unknown split {split!r}: choose {' or '.join(SPLITS)}")
     seeds = SPLITS[split]
-    if count < 1 or first < 0 or first + count > len(seeds):
+    if count < 1:
+        raise TrioError(f"{count} scenes hold no question: ask for 1 or more")
+    if first < 0 or first + count > len(seeds):
         raise TrioError(
-            f"scenes {first} to {first + count} of the {split} split: it has {len(seeds)}"
+            f"there are no scenes {first} to {first + count - 1} of the {split} split, whose "
+            f"{len(seeds)} are counted from 0"
         )
     return [
         Question(

@@ -156,7 +156,10 @@ class Results:
             raw["results"] = [Result.from_json(entry) for entry in raw["results"]]
             return cls(**raw)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TrioError(f"{file} holds no results of trio eval: {error!r}") from None
+            reason = error.strerror if isinstance(error, OSError) else "it is something else"
+            raise TrioError(
+                f"{file} holds no results of trio eval ({reason}): pass the {RESULTS} that it wrote"
+            ) from None
 
     def save(self, folder: Path) -> None:
         """Write results.json and results.md, and retention.png where matplotlib is installed."""

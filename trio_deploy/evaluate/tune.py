@@ -393,6 +393,10 @@ def tune(
         TrioError: the budget cannot be reached, or what exporting and running raises.
     """
     space = space or Space()
+    if not 0 < budget <= 1:
+        raise TrioError(f"a budget of {budget:g} is not possible: it is above 0 and at most 1")
+    if limit is not None and limit < 1:
+        raise TrioError(f"a search begins with 1 candidate or more, not {limit}")
     tuner = Tuner(
         source,
         questions,
