@@ -233,6 +233,17 @@ def test_a_bundle_or_a_size_not_both(tmp_path):
         bench(tmp_path, QUICK, out=tmp_path / "none" / "f")
 
 
+def test_what_belongs_to_random_weights_is_not_taken_for_a_bundle(random_bundle, capsys):
+    command = ["bench", str(random_bundle.path)]
+    assert cli.main([*command, "--dtype", "float16"]) == 1
+    assert "--dtype belongs to --size: a bundle has its own" in capsys.readouterr().err
+    assert cli.main([*command, "--schedule", "1:2", "--cache", "c"]) == 1
+    assert "--schedule and --cache belong to --size" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--picture", "0x10"])
+    assert "invalid WxH value: '0x10'" in capsys.readouterr().err
+
+
 def test_several_numbers_of_pictures_are_a_sweep(capsys):
     assert cli.main(["bench", "b", "--images", "1,2"]) == 1
     assert "--sweep" in capsys.readouterr().err

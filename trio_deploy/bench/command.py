@@ -62,6 +62,12 @@ def bench(
             options = replace(options, checkpoint=options.checkpoint or str(checkpoint))
         else:
             assert bundle is not None
+            made = {"schedule": schedule, "dtype": dtype, "dialect": dialect, "cache": cache}
+            if given := [f"--{name}" for name, value in made.items() if value]:
+                raise TrioError(
+                    f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to --size: a bundle "
+                    "has its own"
+                )
             loaded = Bundle.load(bundle)
         if images is None:
             result = measure(loaded, options, progress=progress)
