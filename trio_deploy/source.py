@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trio_deploy.bundle import MANIFEST
 from trio_deploy.checkpoint import INDEX, SINGLE, read_json
 from trio_deploy.errors import TrioError
 from trio_deploy.recipe import Recipe, list_recipes, load_recipe, recipe_for
@@ -90,6 +91,13 @@ def from_folder(folder: Path) -> Source:
     try:
         raw = json.loads(file.read_bytes())
     except FileNotFoundError:
+        if not folder.is_dir():
+            raise TrioError(f"there is no folder {folder}: pass a checkpoint's folder") from None
+        if (folder / MANIFEST).is_file():
+            raise TrioError(
+                f"{folder} is a bundle, which has been exported already: pass the checkpoint that "
+                "it was made from"
+            ) from None
         raise TrioError(
             f"{folder} has no config.json, so it is not a checkpoint: pass a folder that "
             "transformers' save_pretrained wrote"

@@ -170,6 +170,12 @@ def test_the_processor_is_compared_where_the_checkpoint_is_there(made):
     assert "processor" in [row.stage for row in report.rows]
 
 
+def test_a_checkpoint_that_is_not_there_is_not_looked_for_on_the_hub(made, tmp_path):
+    for command in (check, record):
+        with pytest.raises(TrioError, match="there is no folder .*gone"):
+            command(made[1], checkpoint=tmp_path / "gone")
+
+
 def test_another_checkpoint_is_beyond_tolerance(made, tmp_path, capsys):
     other = make_llava(tmp_path / "other", seed=1)
     _, bundle = made

@@ -91,6 +91,8 @@ def test_unknown_runtimes_and_options_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(TrioError):
             open_runtime(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(TrioError, match="unknown provider 'gpu': choose cpu or cuda"):
+        open_runtime(provider="gpu")
 
 
 def test_a_missing_runtime_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trio_deploy.errors import TrioError
 
@@ -236,6 +236,11 @@ def _opened(file: Any, name: str, formats: Sequence[str]) -> Iterator[Image.Imag
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, above ours, before there is a size
         raise _bomb(name, "it is far too large") from None
+    except UnidentifiedImageError:  # whose words name Python's file object
+        raise TrioError(
+            f"{name} cannot be read as a picture: it is broken, or of no format that is read "
+            f"({', '.join(known)})."
+        ) from None
     except Exception as error:  # a decoder may raise anything on a broken file
         raise TrioError(f"{name} cannot be read as a picture: {error}.") from error
 

@@ -33,6 +33,7 @@ from trio_deploy.runtime.pipeline import Request, TrioPipeline
 from trio_deploy.runtime.prompt import Prompt, collate
 from trio_deploy.runtime.stages import TILES_AT_ONCE
 from trio_deploy.runtime.trt import TrtEngine
+from trio_deploy.source import from_folder
 
 __all__ = ["Example", "ParityRow", "Report", "check", "format_report", "record"]
 
@@ -250,6 +251,8 @@ def _ask_oracle(
     checkpoint: str | Path | None,
 ) -> Reference:
     """Run the oracle on what the runtime makes of the examples."""
+    if checkpoint is not None:  # before transformers takes a wrong path for a name on the hub
+        from_folder(Path(checkpoint))
     try:
         import torch
 

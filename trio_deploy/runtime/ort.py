@@ -96,6 +96,8 @@ class OrtRuntime(HostRuntime):
         self._values: dict[tuple[Path, str, int], Any] = {}
 
     def _check_available(self) -> None:
+        if self.provider not in {*_PROVIDERS.values(), *self._ort.get_all_providers()}:
+            raise TrioError(f"unknown provider {self.provider!r}: choose {' or '.join(_PROVIDERS)}")
         available = self._ort.get_available_providers()
         if self.provider not in available:
             hint = (
