@@ -266,10 +266,16 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _build(args: argparse.Namespace) -> int:
     from trio_deploy.bundle import Bundle
-    from trio_deploy.recipe import load_target
+    from trio_deploy.recipe import list_targets, load_target
 
     bundle = Bundle.load(args.bundle)
-    target = load_target(args.target or bundle.manifest.target)
+    name = bundle.manifest.target
+    if not args.target and name not in list_targets():
+        raise TrioError(
+            f"{args.bundle} was exported for {name}, which is a target file of your own: pass it "
+            f"again, --target {name}.yaml"
+        )
+    target = load_target(args.target or name)
     if args.dry_run:
         from trio_deploy.build.check import dry_run
 

@@ -436,6 +436,15 @@ def test_trio_build_builds_runs_and_resumes(
     assert raw["record"]["tensorrt"] == version
 
 
+def test_a_target_file_of_ones_own_has_to_be_passed_again(
+    bundle: Bundle, original: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["build", str(bundle.path)], ["build", str(bundle.path), "--dry-run"]):
+        assert main(command) == 1
+        assert "exported for test-gpu, which is a target file of your" in capsys.readouterr().err
+    assert main([*command, "--target", str(original / "test-gpu.yaml")]) == 0
+
+
 def test_an_engine_that_gives_no_numbers_fails_its_first_run(
     original: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
