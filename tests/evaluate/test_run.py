@@ -148,6 +148,17 @@ def test_questions_without_answers_are_judged_by_agreement(source, questions, ou
     assert "Agreement a kind" in found.to_text()
 
 
+def test_a_model_that_is_never_right_is_judged_by_agreement(source, questions, out, tmp_path):
+    wrong = [type(q)(**{**q.__dict__, "reference": "a unicorn"}) for q in questions]
+    two = [named(source, "a=0:44:divprune,6:19"), named(source, "b=0:44:divprune,6:19")]
+    found = run(source, wrong, two, out)
+    for one in found.results:
+        assert one.overall.accuracy.value == 0
+        assert one.overall.retention is None and one.behind is None
+    draw(found, tmp_path / "plot.png")
+    assert "nan" not in found.to_text().lower()
+
+
 def test_a_bundle_is_measured_at_any_budget(tmp_path, questions):
     bundle = export("tiny", tmp_path / "b", schedule="0:0.2:divprune,6:0.1", progress=False)
     opened = Source.open(bundle.path)

@@ -296,6 +296,8 @@ def test_the_accuracy_chart_holds_every_point_inside_its_frame():
             for key in ("y", "low", "high"):
                 assert drawn["top"] <= point[key] <= drawn["bottom"]
     assert any(tick["whole"] for tick in drawn["y_ticks"])
+    whole = plot({"lines": {"trio": [(0.1, 1.0, 1.0, 1.0)]}, "scored": True})
+    assert whole and [tick["text"] for tick in whole["y_ticks"]] == ["99 %", "100 %"]
     assert plot({"lines": {}, "scored": True}) is None
     assert plot({"skipped": "no"}) is None
 

@@ -34,7 +34,11 @@ PLOT = "retention.png"
 
 @dataclass(frozen=True)
 class KindResult:
-    """Of the questions of one kind; accuracy and retention are None without references."""
+    """Of the questions of one kind.
+
+    Accuracy and retention are None without references, retention also where the unpruned model is
+    never right.
+    """
 
     questions: int
     agreement: float
@@ -256,7 +260,7 @@ def collect(
                 float(one.agreement()[chosen].mean()),
                 float(one.divergence()[chosen].mean()),
                 bootstrap.mean(scores, chosen) if scored else None,
-                bootstrap.retention(scores, reference, chosen) if scored else None,
+                _defined(bootstrap.retention(scores, reference, chosen)) if scored else None,
             )
 
         results.append(
@@ -273,7 +277,9 @@ def collect(
                 result(np.ones(len(questions), bool)),
                 bootstrap.mean(one.agreement()),
                 {kind: result(chosen) for kind, chosen in kinds.items()},
-                bootstrap.difference(ours.scores(), one.scores(), reference) if compared else None,
+                _defined(bootstrap.difference(ours.scores(), one.scores(), reference))
+                if compared
+                else None,
                 _extra(scorer, questions, one) if scored else {},
             )
         )
@@ -286,6 +292,10 @@ def collect(
         len({question.picture for question in questions}),
         results,
     )
+
+
+def _defined(estimate: Estimate) -> Estimate | None:
+    return None if math.isnan(estimate.value) else estimate
 
 
 def _extra(scorer: str, questions: Sequence[Question], one: Measured) -> dict[str, float]:

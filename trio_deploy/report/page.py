@@ -106,6 +106,7 @@ def plot(accuracy: Mapping[str, Any]) -> dict[str, Any] | None:
     high = max(1.0, *(point[3] for point in points))
     step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / s <= 6 or s == 0.5)
     floor, ceiling = math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
+    floor = min(floor, ceiling - step)  # where every answer is right
     right = max(point[0] for point in points) * 1.08
 
     def x(share: float) -> float:
