@@ -1,14 +1,15 @@
 """As much of `triton_python_backend_utils` as the models use; the real one is Triton's own.
 
 What the real one does beyond Python's rules is kept: tensors of the types that models send, error
-codes of a type of their own, a sender that refuses to send after the last response.
+codes of a type of their own, a sender of which nothing may be asked after the last response or
+while it is sent.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from types import ModuleType
 from typing import Any
@@ -82,9 +83,13 @@ class Sender:
         self.ended = threading.Event()
         self.cancelled = False
         self.on_send: Callable[[Sender], None] = lambda sender: None
+        self.on_look: Callable[[], object] = lambda: None
+        self.crashed = False
+        self._looking = False
 
     def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
         assert not self.ended.is_set(), "sent after the last response"
+        self.crashed |= flags == FINAL and self._looking  # the real server frees what is looked at
         if response is not None:
             self.responses.append(response)
         self.on_send(self)
@@ -92,6 +97,10 @@ class Sender:
             self.ended.set()
 
     def is_cancelled(self) -> bool:
+        self.crashed |= self.ended.is_set()
+        self._looking = True
+        self.on_look()
+        self._looking = False
         return self.cancelled
 
     def cancel(self) -> None:
@@ -141,30 +150,6 @@ class Asked:
         return error.code(), error.message()
 
 
-class InferenceRequest(Asked):
-    """A request of a model's to another, which `MODELS` has by name."""
-
-    MODELS: dict[str, Any] = {}  # noqa: RUF012 (one for all)
-
-    def __init__(
-        self,
-        model_name: str,
-        requested_output_names: Sequence[str],
-        inputs: Sequence[Tensor],
-        timeout: int = 0,
-        parameters: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__({t.name(): t.as_numpy() for t in inputs}, parameters, timeout)
-        self._model = model_name
-
-    def exec(self, decoupled: bool) -> Iterator[InferenceResponse]:
-        assert decoupled
-        self.MODELS[self._model].execute([self])
-        assert self.sender.ended.wait(30)
-        yield from self.sender.responses
-        yield InferenceResponse()  # the real one's last is empty, too
-
-
 class Metric:
     def __init__(self, labels: Mapping[str, str]) -> None:
         self.labels, self.value = dict(labels), 0.0
@@ -198,7 +183,6 @@ def module() -> ModuleType:
         TritonError,
         TritonModelException,
         InferenceResponse,
-        InferenceRequest,
         MetricFamily,
         get_input_tensor_by_name,
     ):

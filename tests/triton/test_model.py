@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.runtime.test_continuous import wait_for
 from tests.triton import fake_utils
-from tests.triton.fake_utils import Asked, InferenceRequest, MetricFamily, Sender, TritonError
+from tests.triton.fake_utils import Asked, MetricFamily, Sender, TritonError
 from tests.triton.test_request import arrays, file, one, text, texts
 from trio_deploy.export import export
 from trio_deploy.runtime.pipeline import TrioPipeline
@@ -48,20 +49,21 @@ def pipeline(bundle: Path) -> TrioPipeline:
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, ModuleType]]:
     """The modules of `trio_vlm` and `trio_vlm_complete`, imported with the stand-in."""
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake_utils.module())
-    names = ("trio_deploy.triton.model", "trio_deploy.triton.complete")
+    names = tuple(f"trio_deploy.triton.{name}" for name in ("model", "complete", "backend"))
     switch = sys.getswitchinterval()
-    yield tuple(importlib.import_module(name) for name in names)  # type: ignore[misc]
+    model, complete, _ = (importlib.import_module(name) for name in names)
+    yield model, complete
     sys.setswitchinterval(switch)
     for name in names:
         del sys.modules[name]
 
 
-def arguments(folder: Path, **parameters: str) -> dict[str, str]:
+def arguments(folder: Path, name: str = "trio_vlm", **parameters: str) -> dict[str, str]:
     config = {"parameters": {name: {"string_value": v} for name, v in parameters.items()}}
     return {
         "model_config": json.dumps(config),
         "model_repository": str(folder),
-        "model_name": "trio_vlm",
+        "model_name": name,
         "model_version": "1",
     }
 
@@ -361,16 +363,14 @@ def test_stopping_answers_what_was_asked(load: Callable[..., Any]) -> None:
 
 @pytest.fixture
 def both(
-    load: Callable[..., Any],
-    modules: tuple[ModuleType, ModuleType],
-    monkeypatch: pytest.MonkeyPatch,
+    load: Callable[..., Any], modules: tuple[ModuleType, ModuleType]
 ) -> Iterator[tuple[Any, Any]]:
     """`trio_vlm_complete`, and the `trio_vlm` that it asks."""
-    model = load(max_tokens="2000")
-    monkeypatch.setitem(InferenceRequest.MODELS, "trio_vlm", model)
+    name = f"trio_vlm_{uuid.uuid4().hex}"  # tests beside this one serve models, too
+    model = load(name=name, max_tokens="2000")
     complete = modules[1].TritonPythonModel()
     limits = {"max_requests": "3", "max_bytes": "60000"}
-    complete.initialize(arguments(Path(), model="trio_vlm", watch="false", **limits))
+    complete.initialize(arguments(Path(), model=name, watch="false", **limits))
     yield complete, model
     complete.finalize()
 
@@ -447,10 +447,53 @@ def test_a_plain_request_for_which_there_is_no_thread_is_answered(
     assert ask(complete, prompt=QUESTION, max_tokens=1).outputs()
 
 
+def test_a_plain_request_without_a_model_to_ask_is_refused(
+    both: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, model = both
+    go = hold(model, monkeypatch)
+    monkeypatch.setattr("trio_deploy.triton.model._DRAIN_S", 0.2)
+    waiting = ask(complete, prompt=QUESTION, max_tokens=1)
+    wait_for(lambda: model._answers)
+    model.finalize()
+    assert waiting.error()[0] in (TritonError.INTERNAL, TritonError.UNAVAILABLE)
+    code, said = ask(complete, prompt=QUESTION).error()
+    assert code is TritonError.UNAVAILABLE and "could not be asked" in said
+    go.set()
+
+
+def test_nothing_is_asked_of_triton_about_a_request_whose_last_response_is_sent(
+    modules: tuple[ModuleType, ModuleType],
+) -> None:
+    """Triton 2.51 dies of it (segmentation fault)."""
+    request = Asked()
+    sender = sys.modules["trio_deploy.triton.backend"].TritonSender(request)
+    assert not sender.is_cancelled()
+    request.sender.cancel()
+    assert sender.is_cancelled()
+    looks, go = threading.Event(), threading.Event()
+    request.sender.on_look = lambda: looks.set() or go.wait(30)
+    asking = threading.Thread(target=sender.is_cancelled)
+    asking.start()
+    assert looks.wait(30)
+    sending = threading.Thread(target=sender.send, args=({"text": texts("a")},), kwargs={"last": 1})
+    sending.start()
+    sending.join(0.1)
+    assert not request.sender.ended.is_set(), "the last response did not wait for the question"
+    go.set()
+    sending.join()
+    asking.join()
+    assert not sender.is_cancelled()
+    assert not request.sender.crashed
+    sender.send({"text": texts("b")}, last=True)
+    sender.fail("too late", "INTERNAL")
+    assert [response["text"] for response in request.outputs()] == [[b"a"]]
+
+
 @given(
     tensors=st.dictionaries(st.sampled_from(list(INPUTS)), arrays, max_size=5),
     parameters=st.dictionaries(
-        st.sampled_from(["stream", "key", "cancel", "x"]),
+        st.sampled_from(["stream", "x"]),
         st.booleans() | st.integers() | st.text(max_size=5),
         max_size=2,
     ),

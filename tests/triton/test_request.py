@@ -16,7 +16,7 @@ from PIL import Image
 from tests.conftest import make_picture
 from trio_deploy.errors import TrioError
 from trio_deploy.triton.limits import Settings, check_settings
-from trio_deploy.triton.request import INPUTS, forwarded, read
+from trio_deploy.triton.request import INPUTS, read
 
 LIMITS = Settings(
     "bundle",
@@ -200,14 +200,6 @@ def test_a_jpeg_that_goes_over_its_picture_without_end_is_refused() -> None:
     film = sound + end + scan * 200  # behind the picture's end nothing is decoded
     for data in (sound + scan + end, film, file(form="JPEG")):
         assert read(ASKED | {"images": texts(data)}, "", 0, Settings("b")).request.images == [data]
-
-
-def test_keys_of_passed_on_requests_are_told_apart() -> None:
-    assert forwarded("") == (None, None)
-    assert forwarded('{"stream": false, "key": "a"}') == ("a", None)
-    assert forwarded('{"cancel": "a"}') == (None, "a")
-    assert forwarded('{"stream": false, "key": "a", "cancel": "b"}') == ("a", None)
-    assert read(ASKED, '{"stream": false, "key": "a"}', 0, LIMITS).stream is False
 
 
 json_values = st.recursive(

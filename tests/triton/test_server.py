@@ -306,7 +306,7 @@ def test_a_plain_request_gets_the_whole_answer(running, client):
     assert result.as_numpy("finish_reason")[0] == b"stop"
 
 
-def test_eight_plain_requests_at_once_get_each_their_own_answer(running):
+def test_plain_requests_at_once_get_each_their_own_answer(running):
     def one(case: Case) -> list[int]:
         body = {
             "prompt": case.question,
@@ -317,8 +317,10 @@ def test_eight_plain_requests_at_once_get_each_their_own_answer(running):
         ids = json.loads(text)["token_ids"]
         return ids if isinstance(ids, list) else [ids]
 
+    expected = [case.token_ids for case in running.cases]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(one, running.cases[:8])) == [c.token_ids for c in running.cases[:8]]
+        for _ in range(8):  # what threads do to each other shows only now and then
+            assert list(pool.map(one, running.cases)) == expected
 
 
 def test_server_sent_events_stream_the_answer_as_curl_sees_it(running):

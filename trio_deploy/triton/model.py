@@ -29,9 +29,12 @@ from trio_deploy.runtime.continuous import (
     Refused,
 )
 from trio_deploy.runtime.pipeline import Generation, TrioPipeline
+from trio_deploy.triton.backend import TritonSender, input_arrays
 from trio_deploy.triton.limits import Settings
+from trio_deploy.triton.local import Ask, LocalServer
 from trio_deploy.triton.metrics import Exporter
-from trio_deploy.triton.request import INPUTS, REFUSAL, Question, forwarded, read
+from trio_deploy.triton.request import Question, read
+from trio_deploy.triton.sender import Sender
 from trio_deploy.triton.watch import Watch
 
 _LOG = logging.getLogger(__name__)
@@ -62,49 +65,44 @@ class TritonPythonModel:
         self._exporter = _exporter(args)
         self._answers: set[_Answer] = set()
         self._invalid = 0
+        self._counting = threading.Lock()
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="trio-keep", daemon=True)
         self._keeper.start()
+        self._local = LocalServer(args["model_name"], self._take)
         self._watch = Watch(args["model_name"]) if self._settings.watch else None
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Take requests; their responses are sent as they come to be."""
         for request in requests:
-            answer = _Answer(request.get_response_sender(), self._answers.discard)
+            sender = TritonSender(request)
             try:
-                answer.key, cancelled = forwarded(request.parameters())
-                if cancelled is not None:
-                    self._cancel(cancelled)
-                    answer.end()
-                    continue
-                question = self._read(request)
+                arrays = input_arrays(request)
+                self._take(sender, Ask(arrays, request.parameters(), request.timeout()))
             except Exception as error:  # nothing that a client sends may end the instance
-                self._invalid += 1
-                answer.fail(error)
-                continue
-            self._answers.add(answer)
-            answer.ask(self._batcher, question)
+                _LOG.exception("a request failed")
+                sender.fail(f"internal error: {error!r:.200}", "INTERNAL")
 
     def finalize(self) -> None:
         """Answer what was asked, then stop."""
         if self._watch is not None:
             self._watch.close()
+        self._local.close()
         self._batcher.close(timeout=_DRAIN_S)
         self._stop.set()
         self._keeper.join()
 
-    def _cancel(self, key: str) -> None:
-        for answer in list(self._answers):
-            if answer.key == key:
-                answer.cancel()
-
-    def _read(self, request: Any) -> Question:
-        tensors = {}
-        for name in INPUTS:
-            tensor = pb_utils.get_input_tensor_by_name(request, name)
-            if tensor is not None:
-                tensors[name] = tensor.as_numpy()
-        return read(tensors, request.parameters(), request.timeout(), self._settings)
+    def _take(self, sender: Sender, ask: Ask) -> None:
+        answer = _Answer(sender, self._answers.discard)
+        try:
+            question = read(ask.tensors, ask.parameters, ask.timeout_us, self._settings)
+        except Exception as error:
+            with self._counting:
+                self._invalid += 1
+            answer.fail(error)
+            return
+        self._answers.add(answer)
+        answer.ask(self._batcher, question)
 
     def _keep(self) -> None:
         """Heed the cancelling of requests that get no tokens yet, and keep the metrics."""
@@ -129,16 +127,14 @@ class _Answer:
 
     Attributes:
         begun: whether there was a token.
-        key: of a request that `trio_vlm_complete` passed on.
     """
 
-    def __init__(self, sender: Any, done: Callable[[_Answer], None]) -> None:
+    def __init__(self, sender: Sender, done: Callable[[_Answer], None]) -> None:
         self._sender = sender
         self._done = done
         self._handle: Handle | None = None
         self._stream = True
         self.begun = False
-        self.key: str | None = None
 
     def ask(self, batcher: ContinuousBatcher, question: Question) -> None:
         """Submit the question; if it is refused, that is the answer."""
@@ -155,10 +151,6 @@ class _Answer:
         if self._handle is not None:
             self._handle.cancel()
 
-    def end(self) -> None:
-        """Send nothing more than that nothing comes."""
-        self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
     def look(self) -> None:
         """End the answer if the client has cancelled it."""
         if self._handle is not None and not self._handle.done and self._sender.is_cancelled():
@@ -170,12 +162,8 @@ class _Answer:
         if code == "INTERNAL":
             _LOG.error("a request failed", exc_info=error)
         text = str(error) if isinstance(error, TrioError) else f"internal error: {error!r:.200}"
-        if self.key is None:
-            triton = pb_utils.TritonError(text, getattr(pb_utils.TritonError, code))
-            response = pb_utils.InferenceResponse(error=triton)
-        else:
-            response = pb_utils.InferenceResponse(_refusal(text, code))
-        self._send(response, last=True)
+        self._done(self)
+        self._sender.fail(text, code)
 
     def _on_event(self, event: Event) -> None:
         self.begun = True
@@ -190,18 +178,12 @@ class _Answer:
         text = event.text
         if event.generation is not None and not self._stream:
             ids, text = event.generation.token_ids, event.generation.text
-        tensors = [_string("text", text), pb_utils.Tensor("token_ids", np.array(ids, np.int64))]
+        outputs = {"text": _string(text), "token_ids": np.array(ids, np.int64)}
         if event.generation is not None:
-            tensors += _end(event.generation)
-        self._send(pb_utils.InferenceResponse(tensors), last=event.last)
-
-    def _send(self, response: Any, last: bool) -> None:
-        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
-        try:
-            self._sender.send(response, flags=flags)
-        finally:
-            if last:
-                self._done(self)
+            outputs |= _end(event.generation)
+        if event.last:
+            self._done(self)
+        self._sender.send(outputs, last=event.last)
 
 
 def _parameters(args: Mapping[str, str]) -> dict[str, str]:
@@ -268,16 +250,7 @@ _CODES: dict[type[Exception], str] = {
 }
 
 
-def _refusal(text: str, code: str) -> list[Any]:
-    """An error as outputs, for `trio_vlm_complete`."""
-    return [
-        _string("text", text),
-        pb_utils.Tensor("token_ids", np.zeros(0, np.int64)),
-        _string("finish_reason", REFUSAL + code),
-    ]
-
-
-def _end(generation: Generation) -> list[Any]:
+def _end(generation: Generation) -> dict[str, np.ndarray]:
     """Why the answer ended, and what it took: JSON with seconds, counts and bytes."""
     timings = {
         "first_token_s": generation.first_token_s,
@@ -288,12 +261,12 @@ def _end(generation: Generation) -> list[Any]:
         "kept_tokens": generation.keep_counts,
         "kv_bytes": generation.kv_bytes,
     }
-    return [
-        _string("finish_reason", generation.finish_reason),
-        _string("timings", json.dumps(timings)),
-    ]
+    return {
+        "finish_reason": _string(generation.finish_reason),
+        "timings": _string(json.dumps(timings)),
+    }
 
 
-def _string(name: str, text: str) -> Any:
+def _string(text: str) -> np.ndarray:
     # The whole of a character's bytes or its replacement: a tokenizer may produce half of one.
-    return pb_utils.Tensor(name, np.array([text.encode(errors="replace")], np.object_))
+    return np.array([text.encode(errors="replace")], np.object_)

@@ -45,9 +45,6 @@ OUTPUTS: dict[str, tuple[str, int]] = {
     "finish_reason": ("string", 1),
     "timings": ("string", 1),
 }
-#: Begins the finish reason of a response to `trio_vlm_complete` that is an error; the name of
-#: Triton's code follows.
-REFUSAL = "error:"
 
 # A JPEG file may go over all of its picture again and again, with a few bytes a time: a hundred
 # kilobytes can keep a decoder busy for many seconds. Cameras and tools make about ten scans; a
@@ -104,17 +101,6 @@ def read(
         budget=_budget(tensors, settings),
     )
     return Question(request, _timeout(tensors, timeout_us, settings), _streams(parameters))
-
-
-def forwarded(parameters: str) -> tuple[str | None, str | None]:
-    """What `trio_vlm_complete` adds to requests that it passes on, both random and secret.
-
-    Returns:
-        The key of this request, whose errors are to be responses (Triton would turn their codes
-        into INTERNAL on the way); and the key of the request that this one cancels.
-    """
-    given = _json_object(parameters)
-    return given.get("key"), given["cancel"] if set(given) == {"cancel"} else None
 
 
 def _prompt(tensors: Mapping[str, np.ndarray], settings: Settings) -> str | list[Message]:
@@ -263,9 +249,11 @@ def _timeout(tensors: Mapping[str, np.ndarray], timeout_us: int, settings: Setti
 
 
 def _streams(parameters: str) -> bool:
-    given = _json_object(parameters)
+    try:
+        given = json.loads(parameters) if parameters else {}
+    except ValueError as error:
+        raise TrioError(f"the request's parameters are not JSON: {error}") from None
     stream = given.pop("stream", True)
-    given.pop("key", None)
     if not isinstance(stream, bool):
         raise TrioError(f"the parameter stream must be true or false, got {stream!r:.40}")
     if given:
@@ -274,13 +262,6 @@ def _streams(parameters: str) -> bool:
             "only parameter is stream"
         )
     return stream
-
-
-def _json_object(parameters: str) -> dict[str, Any]:
-    try:
-        return json.loads(parameters) if parameters else {}
-    except ValueError as error:
-        raise TrioError(f"the request's parameters are not JSON: {error}") from None
 
 
 def _scalar(tensors: Mapping[str, np.ndarray], name: str, default: Any) -> Any:
