@@ -226,7 +226,11 @@ def annotate(questions: Sequence[Question], scorer: str, source: Path) -> list[Q
     assert set(readers) < set(SCORERS)
     try:
         found = readers[scorer](questions, source)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except OSError as error:
+        raise TrioError(
+            f"the annotations {error.filename or source} cannot be read ({error.strerror})"
+        ) from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise TrioError(
             f"{source} does not hold {scorer}'s annotations of these questions: "
             f"{type(error).__name__} {error}"
