@@ -702,3 +702,19 @@ def test_inspect_says_what_a_bundle_holds(exported):
     for piece in ("float32", "dialect ort", "1:0.5, 3:0.25", "select_1.onnx", "keep_index",
                   "present.1…2.key / .value", "weights"):  # fmt: skip
         assert piece in text, piece
+
+
+def test_what_a_recipe_rules_out_is_said_before_weights_are_downloaded(tmp_path, monkeypatch):
+    def download(*args):
+        raise AssertionError("14 GB")
+
+    monkeypatch.setattr("trio_deploy.source.hub_folder", download)
+    for model in ("llava-next-7b", "llava-hf/llava-v1.6-vicuna-7b-hf"):
+        for wrong, words in (
+            ({"schedule": "encoder"}, "no schedule called 'encoder'"),
+            ({"schedule": "40:0.1"}, "this model has layers 0 to 31"),
+            ({"budget": 0.01}, "cannot be reached"),
+            ({"dtype": "fp16"}, "unknown dtype"),
+        ):
+            with pytest.raises(TrioError, match=words):
+                export(model, tmp_path / "b", **wrong)

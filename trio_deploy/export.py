@@ -48,7 +48,7 @@ from trio_deploy.recipe import (
     tensorrt_dialects,
 )
 from trio_deploy.schedule import PruningPoint, Schedule, at_points, choose, max_visual_tokens
-from trio_deploy.source import HUB_ID, from_folder, hub_folder, resolve
+from trio_deploy.source import HUB_ID, Source, described, from_folder, hub_folder, resolve
 from trio_deploy.weights import (
     DTYPES,
     SAFETENSORS,
@@ -112,19 +112,27 @@ def export(
         raise TrioError("--graphs-only writes no weights, so leave out --link-weights")
     BundleWriter(Path(out), force).refuse_existing()  # before anything that takes time
     device = load_target(str(target) if target is not None else "cpu")
-    found = resolve(os.fspath(model), weights_needed=not graphs_only)
-    config = parse_config(found.raw_config)
-    depth, published = config.text.num_layers, found.recipe.schedules if found.recipe else None
-    plan = choose(depth, budget, schedule, method, published)
-    plan.validate(depth, max_visual_tokens(config))
-    sources: dict[str, TensorEntry] = {}
-    if not graphs_only:
-        assert found.folder is not None
-        sources = Checkpoint.from_path(found.folder).verify(config)
     dtype = dtype or device.dtype
     if dtype not in SAFETENSORS:
         raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(SAFETENSORS)}")
     _refuse_unless_it_runs(dtype, device)
+
+    def planned(found: Source, config: ModelConfig) -> Schedule:
+        depth, published = config.text.num_layers, found.recipe.schedules if found.recipe else None
+        plan = choose(depth, budget, schedule, method, published)
+        plan.validate(depth, max_visual_tokens(config))
+        return plan
+
+    if (ahead := described(os.fspath(model))) is not None:  # before weights are downloaded
+        planned(ahead, parse_config(ahead.raw_config))
+    found = resolve(os.fspath(model), weights_needed=not graphs_only)
+    config = parse_config(found.raw_config)
+    plan = planned(found, config)
+    published = found.recipe.schedules if found.recipe else {}
+    sources: dict[str, TensorEntry] = {}
+    if not graphs_only:
+        assert found.folder is not None
+        sources = Checkpoint.from_path(found.folder).verify(config)
     dialect = dialect or device.dialect
     options = _options(found.recipe, device, dialect, dtype, positions, probe, threshold)
     readable = DIALECTS[device.runtime]
@@ -198,7 +206,7 @@ def export(
             precision=device.precision,
             budgets={
                 str(known): [point.keep for point in other.points]
-                for known, other in at_points(published or {}, plan, method).items()
+                for known, other in at_points(published, plan, method).items()
             },
         )
         writer.write(MANIFEST, manifest.dump())

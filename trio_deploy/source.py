@@ -40,6 +40,23 @@ class Source:
     recipe: Recipe | None
 
 
+def described(model: str) -> Source | None:
+    """What a recipe says of a model without its checkpoint; None where only that knows.
+
+    Raises:
+        TrioError: the recipe cannot be read.
+    """
+    if model in list_recipes() or Path(model).suffix in (".yaml", ".yml"):
+        recipe = load_recipe(model)
+    elif HUB_ID.fullmatch(model) is None or Path(model).exists():
+        return None
+    elif (known := recipe_for(model)) is not None:
+        recipe = known
+    else:
+        return None
+    return None if recipe.checkpoint is not None else _from_recipe(recipe, weights_needed=False)
+
+
 def resolve(model: str, weights_needed: bool) -> Source:
     """Finds what --model means: a recipe's name or file, a checkpoint folder, a hub id."""
     text = str(model)
