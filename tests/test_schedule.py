@@ -287,9 +287,26 @@ def test_budgets_that_are_no_share_are_refused(budget):
 
 
 def test_a_recipes_own_schedule_comes_before_the_solvers():
-    recipe = {"0.111": Schedule.parse("2:0.1")}
+    recipe = {"0.111": Schedule.parse("2:0.1"), "encoder": Schedule.parse("0:9")}
     assert for_budget(0.111, 32, recipe) == recipe["0.111"]
-    assert for_budget(0.222, 32, recipe) == solve(0.222, 32) == for_budget(0.222, 32)
+    assert for_budget(0.222, 32, {"encoder": recipe["encoder"]}) == solve(0.222, 32)
+    with pytest.raises(TrioError, match="not possible"):
+        for_budget(0.0, 32, recipe)
+
+
+def test_budgets_that_a_recipe_does_not_list_have_the_layers_and_methods_of_the_nearest():
+    recipe = {
+        "0.1": Schedule.parse("0:0.2:divprune,8:0.0334"),
+        "0.2": Schedule.parse("0:0.4:divprune,8:0.0667"),
+        "0.5": Schedule.parse("1:0.6,4:0.4:dart"),
+    }
+    for budget, key in ((0.05, "0.1"), (0.15, "0.2"), (0.28, "0.2"), (0.4, "0.5"), (0.9, "0.5")):
+        found = for_budget(budget, 16, recipe)
+        assert (found.layers, found.methods) == (recipe[key].layers, recipe[key].methods)
+        assert found.average(10**5, 16) / 10**5 == pytest.approx(budget, abs=1e-4)
+    first, second = (point.keep for point in for_budget(0.15, 16, recipe).points)
+    assert first / second == pytest.approx(6, rel=0.01), "in the recipe's proportions"
+    assert for_budget(1.0, 16, recipe).resolve(100) == (100, 100)
 
 
 OWN = Schedule.parse("0:0.2:divprune,8:0.07")

@@ -323,6 +323,9 @@ def for_budget(
 ) -> Schedule:
     """The schedule that a recipe has for this budget ("0.111" → schedule), else the solver's.
 
+    For a budget that the recipe does not list, the one listed that is nearest gives layers and
+    methods, so that a model's own finding holds between its budgets as well.
+
     Args:
         budget: as `solve` takes it; None is `DEFAULT_BUDGET`.
 
@@ -330,11 +333,13 @@ def for_budget(
         TrioError: as `solve`; where it was the default, the message says so.
     """
     wanted = DEFAULT_BUDGET if budget is None else budget
-    for key, schedule in (published or {}).items():
-        if is_budget(key) and _same_budget(float(key), wanted):
-            return schedule
+    published = published or {}
+    listed = {float(key): published[key] for key in published if is_budget(key) and float(key) < 1}
     try:
-        return solve(wanted, num_layers)
+        if not listed or wanted <= 0:
+            return solve(wanted, num_layers)
+        nearest = listed[min(listed, key=lambda known: abs(math.log(known / wanted)))]
+        return for_points(wanted, num_layers, nearest, at_points(published, nearest))
     except TrioError as error:
         if budget is not None:
             raise
