@@ -124,9 +124,11 @@ def test_a_written_bundle_loads_and_answers(target):
         it.graph("select_9")
 
 
-def test_a_folder_without_manifest_is_no_bundle(tmp_path):
-    with pytest.raises(TrioError, match="is not a bundle"):
-        Bundle.load(tmp_path)
+def test_a_folder_without_manifest_is_no_bundle_nor_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file", tmp_path / "none"):
+        with pytest.raises(TrioError, match="is not a bundle"):
+            Bundle.load(path)
 
 
 def test_a_damaged_manifest_is_named(target):

@@ -115,3 +115,8 @@ def test_the_cost_counts_the_block_size_that_the_graphs_use():
     from trio_deploy.schedule import SUPPRESSION_BLOCK
 
     assert BLOCK == SUPPRESSION_BLOCK
+
+
+def test_a_prompt_beyond_the_context_is_remarked():
+    assert any("context of 4096" in n for n in make_plan("llava-1.5-7b", text_tokens=4000).notes)
+    assert not any("context" in note for note in make_plan("llava-1.5-7b").notes)

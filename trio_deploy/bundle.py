@@ -349,7 +349,7 @@ class Bundle:
         file = root / MANIFEST
         try:
             raw = json.loads(file.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise TrioError(
                 f"{root} is not a bundle, since it has no {MANIFEST}: make one with trio-export"
             ) from None

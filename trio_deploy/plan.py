@@ -183,7 +183,7 @@ def make_plan(
         unpruned=unpruned,
         vision=vision_flops(config, tiles),
         paper=paper,
-        notes=_notes(config, chosen, visual, pruned, unpruned, paper),
+        notes=_notes(config, chosen, visual, text_tokens, pruned, unpruned, paper),
         fit=memory,
     )
 
@@ -206,6 +206,7 @@ def _notes(
     config: ModelConfig,
     schedule: Schedule,
     visual: int,
+    text_tokens: int,
     pruned: Cost,
     unpruned: Cost,
     paper: tuple[PaperRow, ...],
@@ -220,6 +221,11 @@ def _notes(
         notes.append(
             "Visual tokens are those of the tiles, as the paper counts them; a prompt has one "
             "newline more a row of the tiled image: --visual-tokens takes the exact number."
+        )
+    if visual + text_tokens > text.max_positions:
+        notes.append(
+            f"A prompt of {visual} visual and {text_tokens} text tokens is longer than the model's "
+            f"context of {text.max_positions} tokens: the runtime refuses it."
         )
     if schedule.layers:
         notes.append(

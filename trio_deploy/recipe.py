@@ -417,7 +417,9 @@ def _nearest(text: str, known: Collection[str]) -> str:
 def _read(file: Path, keys: Collection[str]) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise TrioError(f"cannot read {file}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise TrioError(f"{file} cannot be read as YAML: {error}") from None
     if not isinstance(raw, dict):
         raise TrioError(f"{file} must hold keys and values.")

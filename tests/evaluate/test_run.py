@@ -246,6 +246,10 @@ def test_the_command_evaluates_and_says_what_it_wrote(tmp_path, capsys):
     [
         ("--images .", "--images belongs to --questions"),
         ("--append x --limit 3 --scorer pope", "--append and --limit and --scorer belong to --que"),
+        (
+            "--questions q --scenes 3 --split test",
+            "--scenes and --split belong to generated scenes",
+        ),
         ("--scorer foo", "unknown scorer 'foo'"),
         ("--max-new-tokens 0", "an answer has 1 token or more"),
         ("--seeds 0", "run once or more"),

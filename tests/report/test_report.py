@@ -311,6 +311,8 @@ def test_a_page_is_there_wholly_or_not_at_all(bundle, tmp_path, monkeypatch):
         write_report(bundle, tmp_path / "none" / "r.html", wanted, progress=False)
     with pytest.raises(TrioError, match="folder that is there"):
         write_report(bundle, tmp_path, wanted, progress=False)
+    with pytest.raises(TrioError, match="lies in the bundle"):
+        write_report(bundle, bundle.path / "manifest.json", wanted, progress=False)
 
 
 def test_the_command_hands_on_what_was_asked(monkeypatch, capsys):

@@ -112,9 +112,17 @@ def _questions(args: argparse.Namespace) -> tuple[list[Question], str, str, int]
             raise TrioError(
                 f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to --questions FILE"
             )
+        for name, value in args.scene_defaults.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
         found = scene_questions(args.scenes, family=args.family, split=args.split, first=args.first)
         data = f"{args.family} scenes {args.first} to {args.first + args.scenes - 1} of the "
         return found, "exact", f"{data}{args.split} seeds", args.max_new_tokens or SCENE_TOKENS
+    if given := [f"--{name}" for name in args.scene_defaults if getattr(args, name) is not None]:
+        raise TrioError(
+            f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to generated scenes, not to "
+            "--questions: leave one of them out"
+        )
     found = read_questions(args.questions, args.images, append=args.append, limit=args.limit)
     scorer = args.scorer
     if args.annotations is not None:

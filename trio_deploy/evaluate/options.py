@@ -79,17 +79,17 @@ def add_tune(command: argparse.ArgumentParser) -> None:
 
 
 def _add_questions(command: argparse.ArgumentParser, split: str, scenes: int) -> None:
+    # Not argparse's defaults, so that an option given beside a question file is noticed.
+    command.set_defaults(
+        scene_defaults={"scenes": scenes, "family": "busy", "split": split, "first": FIRST_SCENE}
+    )
     command.add_argument(
-        "--scenes", type=int, default=scenes,
-        help=f"generated pictures, 16 questions each (default: {scenes})",
-    )  # fmt: skip
-    command.add_argument("--family", default="busy", help="of scenes: busy (default) or smooth")
-    command.add_argument("--split", default=split, help=f"of scenes: test or tuning ({split})")
+        "--scenes", type=int, help=f"generated pictures, 16 questions each (default: {scenes})"
+    )
+    command.add_argument("--family", help="of scenes: busy (default) or smooth")
+    command.add_argument("--split", help=f"of scenes: test or tuning (default: {split})")
     command.add_argument(
-        "--first",
-        type=int,
-        default=FIRST_SCENE,
-        help=f"first scene of the split (default: {FIRST_SCENE})",
+        "--first", type=int, help=f"first scene of the split (default: {FIRST_SCENE})"
     )
     command.add_argument(
         "--questions", type=Path, metavar="JSONL", help="questions of your own instead of scenes"

@@ -81,6 +81,8 @@ def write_report(
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     if not out.absolute().parent.is_dir() or out.is_dir():
         raise TrioError(f"--out cannot write {out}: name a file in a folder that is there")
+    if out.resolve().is_relative_to(loaded.path.resolve()):
+        raise TrioError(f"--out {out} lies in the bundle, whose files it could replace")
     page = render(_gather(loaded, wanted or Wanted(), progress))
     try:
         write_atomically(out, page.encode())

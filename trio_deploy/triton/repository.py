@@ -128,7 +128,9 @@ def read_settings(file: Path | None, assignments: Sequence[str]) -> dict[str, st
     if file is not None:
         try:
             raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except OSError as error:
+            raise TrioError(f"cannot read {file}: {error.strerror}") from None
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise TrioError(f"{file} cannot be read as YAML: {error}") from None
         if not isinstance(raw, dict) or any(isinstance(v, dict | list) for v in raw.values()):
             raise TrioError(f"{file} must hold names and values, one a line: max_tokens: 512")
