@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.runtime.test_continuous import wait_for
+from tests.runtime.test_continuous import SCHEDULE, wait_for
 from tests.triton import fake_utils
 from tests.triton.fake_utils import Asked, MetricFamily, Sender, TritonError
 from tests.triton.test_request import arrays, file, one, text, texts
@@ -33,7 +33,7 @@ QUESTION = "what color is the circle ?"
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped model, told that a token ends answers which it does not give."""
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    export("tiny", folder, budget=0.2, progress=False)
+    export("tiny", folder, schedule=SCHEDULE, progress=False)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["generation"]["eos_token_ids"] = [60]
     (folder / "manifest.json").write_text(json.dumps(manifest))
