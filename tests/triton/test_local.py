@@ -102,8 +102,11 @@ def test_instances_take_turns_and_what_is_closed_is_not_asked(name, serve) -> No
     first, _ = serve(answers(0)), serve(answers(1))
     got = [asked(name, turn).outputs["n"].item() for turn in range(4)]
     assert got == [0, 1, 0, 1]
+    open_still = local.connect(name, 0)  # it has the name of what took it
+    asked(name, 0)  # so that the one before it has been accepted
     first.close()
     assert [asked(name, turn).outputs["n"].item() for turn in range(2)] == [1, 1]
+    open_still.close()
     with pytest.raises(ConnectionRefusedError, match="nobody is not there"):
         local.connect("nobody", 0)
 

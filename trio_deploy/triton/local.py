@@ -32,6 +32,7 @@ from trio_deploy.triton.sender import Sender
 _LOG = logging.getLogger(__name__)
 _CREDENTIALS = struct.Struct("3i")  # process, user, group: struct ucred of unix(7)
 _WAITING = 128  # connections that may wait to be accepted
+_LISTENS = f"{1 << 16:08X}"  # __SO_ACCEPTCON, as /proc/net/unix writes flags
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,10 @@ def _listen(model: str) -> tuple[Listener, str]:
 
 def _instances(model: str) -> list[str]:
     prefix = _prefix(model).replace("\0", "@")
-    table = Path("/proc/net/unix").read_text().split()
-    return sorted({name.replace("@", "\0") for name in table if name.startswith(prefix)})
+    table = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    # Connections have their listener's name, too, and may outlive it.
+    listening = {line[7] for line in table if line[7:] and line[3] == _LISTENS}
+    return sorted(name.replace("@", "\0") for name in listening if name.startswith(prefix))
 
 
 def _prefix(model: str) -> str:
