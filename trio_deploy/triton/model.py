@@ -133,6 +133,7 @@ class _Answer:
         self._sender = sender
         self._done = done
         self._handle: Handle | None = None
+        self._asking = threading.Lock()
         self._stream = True
         self.begun = False
 
@@ -140,21 +141,19 @@ class _Answer:
         """Submit the question; if it is refused, that is the answer."""
         self._stream = question.stream
         try:
-            self._handle = batcher.submit(
-                question.request, self._on_event, timeout_s=question.timeout_s
-            )
+            with self._asking:
+                self._handle = batcher.submit(
+                    question.request, self._on_event, timeout_s=question.timeout_s
+                )
         except Refused as error:
             self.fail(error)
 
-    def cancel(self) -> None:
-        """End the answer."""
-        if self._handle is not None:
-            self._handle.cancel()
-
     def look(self) -> None:
         """End the answer if the client has cancelled it."""
-        if self._handle is not None and not self._handle.done and self._sender.is_cancelled():
-            self.cancel()
+        with self._asking:  # the first tokens may be there before the handle is
+            handle = self._handle
+        if handle is not None and not handle.done and self._sender.is_cancelled():
+            handle.cancel()
 
     def fail(self, error: Exception) -> None:
         """Send an error, and that it is the last response."""
