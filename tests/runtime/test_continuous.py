@@ -130,7 +130,7 @@ def test_rows_that_join_at_any_time_give_what_they_give_alone(
             handles.append(batcher.submit(request))
             time.sleep(0.02 * (number % 3))
         answers = [handle.result(60) for handle in handles]
-        metrics = batcher.metrics()
+    metrics = batcher.metrics()  # now: the worker notes what it holds after the answers are out
     for request, answer in zip(requests, answers, strict=True):
         assert alike(pipeline.generate_batch([request])[0], answer)
     assert metrics.step_rows > metrics.steps, "nobody was decoded together"
