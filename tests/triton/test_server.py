@@ -1,14 +1,15 @@
 """The written repository on the real Triton server, over gRPC and HTTP, on loopback.
 
 Run by `make server-tests` with the Python of the server's environment. Two models are served:
-`trio` answers as it was trained to, `endless` is the same bundle without end tokens, so that its
-answers last as long as a test needs.
+`trio` answers as it was trained to, `endless` is the same bundle without end tokens and with a
+longer context, so that its answers last as long as a test needs.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import dataclasses
 import http.client
 import io
@@ -53,6 +54,7 @@ http_client = pytest.importorskip("tritonclient.http")
 
 WAIT_S = 90.0  # generous: other work may have the machine
 START_S = 180.0
+LONG = 4000  # tokens, which take longer than what a test does meanwhile
 TYPES = {
     "prompt": "BYTES",
     "messages": "BYTES",
@@ -100,8 +102,10 @@ def without_ends(bundle: Bundle, folder: Path) -> Bundle:
     for name in bundle.manifest.files:
         (copied / name).parent.mkdir(exist_ok=True)
         os.link(bundle.path / name, copied / name)
+    model = copy.deepcopy(bundle.manifest.model)
+    model.config["text_config"]["max_position_embeddings"] = 2 * LONG
     info = GenerationInfo((), bundle.manifest.generation.pad_token_id)
-    manifest = dataclasses.replace(bundle.manifest, generation=info)
+    manifest = dataclasses.replace(bundle.manifest, generation=info, model=model)
     (copied / "manifest.json").write_bytes(manifest.dump())
     return Bundle.load(copied)
 
@@ -118,7 +122,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     bundle = export("tiny", folder / "tiny", budget=0.111)
     endless = without_ends(bundle, folder)
     write_repository(bundle, folder / "models", Options(link=True))
-    few = {"max_rows": "2", "max_queue": "2"}
+    few = {"max_rows": "2", "max_queue": "2", "max_tokens": str(LONG)}
     write_repository(endless, folder / "more", Options(link=True, name="endless", settings=few))
     pipeline = TrioPipeline.from_bundle(bundle)
     cases = []
@@ -472,7 +476,7 @@ def full(server: TritonServer) -> Iterator[list[Asking]]:
     try:
         for _ in range(4):
             held.append(
-                Asking(server, "endless_vlm", prompt="what color is the star?", max_tokens=1000)
+                Asking(server, "endless_vlm", prompt="what color is the star?", max_tokens=LONG)
             )
             if len(held) <= 2:
                 assert held[-1].next()
@@ -512,7 +516,7 @@ def test_a_cancelled_answer_stops_within_a_token_or_two(running):
     assert until(lambda: idle(server, "endless_vlm"))
     cancelled = metric(server, "trio_requests_total", model="endless_vlm", outcome="cancelled")
     tokens = metric(server, "trio_tokens_total", model="endless_vlm")
-    asking = Asking(server, "endless_vlm", prompt="what color is the star?", max_tokens=1000)
+    asking = Asking(server, "endless_vlm", prompt="what color is the star?", max_tokens=LONG)
     for _ in range(3):
         assert asking.next()
     asking.close(cancel=True)
@@ -523,19 +527,20 @@ def test_a_cancelled_answer_stops_within_a_token_or_two(running):
         )
     )
     assert until(lambda: idle(server, "endless_vlm"))
-    # The three that were read, and those on their way while the client let go.
+    # The three that were read, and those on their way while the client let go: a busy machine may
+    # keep that from the server for a while. Once it knows, tests/triton/test_model.py counts.
     made = metric(server, "trio_tokens_total", model="endless_vlm") - tokens
-    assert 3 <= made < 100
+    assert 3 <= made < LONG / 4
 
 
 def test_a_deadline_ends_the_answer_with_what_there_is(running):
-    # Time for the first token, however busy the machine is, and not for a thousand.
+    # Time for the first token, however busy the machine is, and not for thousands.
     for timeout_s in (0.3 * 2**i for i in range(9)):
         answer = ask(
             running.server,
             "endless_vlm",
             prompt="what color is the star?",
-            max_tokens=1000,
+            max_tokens=LONG,
             timeout_s=timeout_s,
         )
         if answer.error is None:
@@ -543,7 +548,7 @@ def test_a_deadline_ends_the_answer_with_what_there_is(running):
         assert "before the first token" in answer.error.message()
     assert answer.error is None
     assert answer.reasons == ["deadline"]
-    assert 0 < len(answer.token_ids) < 1000
+    assert 0 < len(answer.token_ids) < LONG
 
 
 def test_metrics_tell_what_was_done(running, tmp_path):
@@ -569,7 +574,8 @@ def test_metrics_tell_what_was_done(running, tmp_path):
 
         assert until(told), found
         assert metric(server, "trio_requests_total", model="trio_vlm", outcome="stop") == 1
-        assert 0 < metric(server, "trio_kept_tokens_total", model="trio_vlm") < 256
+        # What is brought up to date after the last of those.
+        assert until(lambda: 0 < metric(server, "trio_kept_tokens_total", model="trio_vlm") < 256)
         assert metric(server, "trio_first_token_seconds_sum", model="trio_vlm") > 0
 
 
@@ -614,7 +620,7 @@ def test_a_killed_instance_is_reported_and_ends_the_server(running, tmp_path):
         running.repositories[1], tmp_path / "log", ["--exit-timeout-secs=600"]
     ) as server:
         shared = server.shared_memory()
-        asking = Asking(server, "endless_vlm", prompt="what color is the star?", max_tokens=1000)
+        asking = Asking(server, "endless_vlm", prompt="what color is the star?", max_tokens=LONG)
         assert asking.next()
         (pid,) = [
             pid
