@@ -118,9 +118,10 @@ def test_no_stage_has_one_name_twice_or_carries_big_constants(dialect: str) -> N
 
 @dialects
 def test_llava_next_7b_builds_in_seconds_and_without_weights(dialect: str) -> None:
-    start = time.process_time()
+    start, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     graphs = build_graphs(LLAVA_NEXT_7B, points(1, 10, 15), GraphOptions(dialect=dialect))
-    assert time.process_time() - start < 5
+    # A second or two of the processor's; more where other work has its caches.
+    assert time.process_time() - start < 15
     assert len(graphs) >= 9
-    # Peak of the whole test process, torch included: the graphs themselves take some 20 MiB.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 << 20
+    # What it adds to the peak of whatever this process has tested before: some 20 MiB, in KiB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 256 << 10
