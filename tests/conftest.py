@@ -13,6 +13,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
+try:
+    import hypothesis
+except ImportError:  # in the Triton server's environment, whose tests do without
+    pass
+else:
+    # The same examples in every run, and none is too slow: neither chance nor other work on the
+    # machine may turn a run red. `pytest --hypothesis-profile=default` searches at random.
+    hypothesis.settings.register_profile(
+        "trio",
+        derandomize=True,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("trio")
+
 
 @pytest.fixture(scope="session")
 def llava_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
