@@ -12,7 +12,8 @@ from pathlib import Path
 
 from readme_figures import replace
 
-from trio_deploy.evaluate.results import PLOT, Results, draw
+from trio_deploy.evaluate.plot import PLOT, draw
+from trio_deploy.evaluate.results import Results
 from trio_deploy.machine import machine_text
 from trio_deploy.plan import make_plan
 

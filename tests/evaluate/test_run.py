@@ -19,8 +19,9 @@ from trio_deploy.evaluate.configurations import (
     named,
     used,
 )
+from trio_deploy.evaluate.plot import draw
 from trio_deploy.evaluate.questions import scene_questions
-from trio_deploy.evaluate.results import Results, draw
+from trio_deploy.evaluate.results import Results
 from trio_deploy.evaluate.run import AnswerLog
 from trio_deploy.export import export
 from trio_deploy.recipe import load_recipe

@@ -19,13 +19,14 @@ from trio_deploy.evaluate.configurations import (
     named,
 )
 from trio_deploy.evaluate.options import BUDGETS, FILE_TOKENS, SCENE_TOKENS
+from trio_deploy.evaluate.plot import PLOT, draw
 from trio_deploy.evaluate.questions import (
     Question,
     annotate,
     read_questions,
     scene_questions,
 )
-from trio_deploy.evaluate.results import PLOT, RESULTS, TABLE, Results, draw
+from trio_deploy.evaluate.results import RESULTS, TABLE, Results
 from trio_deploy.evaluate.scorers import get_scorer
 from trio_deploy.evaluate.tune import BEST, Space, Tuned, tune
 from trio_deploy.schedule import DEFAULT_BUDGET, Schedule

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trio_deploy.bundle import write_atomically
+from trio_deploy.bundle import MANIFEST, sha256_of, write_atomically
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluate.configurations import (
     BLIND,
@@ -29,7 +29,6 @@ from trio_deploy.schedule import Schedule
 SCHEMA = 1
 RESULTS = "results.json"
 TABLE = "results.md"
-PLOT = "retention.png"
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,8 @@ class Results:
         model: its name; `data`: what was asked, in words; `machine`: where (JSON).
         questions, pictures: how many.
         results: the unpruned model first.
+        bundle: checksum of the measured bundle's manifest; empty where bundles were exported from a
+            model for this, and by earlier versions.
     """
 
     model: str
@@ -133,6 +134,7 @@ class Results:
     questions: int
     pictures: int
     results: list[Result]
+    bundle: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -143,6 +145,7 @@ class Results:
             "machine": self.machine,
             "questions": self.questions,
             "pictures": self.pictures,
+            "bundle": self.bundle,
             "results": [result.to_json() for result in self.results],
         }
 
@@ -166,7 +169,7 @@ class Results:
             ) from None
 
     def save(self, folder: Path) -> None:
-        """Write results.json and results.md, and retention.png where matplotlib is installed."""
+        """Write results.json and results.md."""
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(
             folder / RESULTS, (json.dumps(_plain(self.to_json()), indent=1) + "\n").encode()
@@ -291,6 +294,7 @@ def collect(
         len(questions),
         len({question.picture for question in questions}),
         results,
+        sha256_of(source.bundle.path / MANIFEST) if source.bundle else "",
     )
 
 
@@ -346,58 +350,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def draw(results: Results, file: Path) -> None:
-    """Retention (agreement without references) over the budget, a line a method, with intervals.
-
-    Raises:
-        TrioError: matplotlib is not installed, or the file cannot be written.
-    """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise TrioError(
-            "the plot needs matplotlib: pip install 'trio-deploy[plots]', or pass --no-plot"
-        ) from None
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
-    lines: dict[str, list[Result]] = {}
-    for result in results.results:
-        if result.name not in (UNPRUNED, BLIND):
-            lines.setdefault(result.name, []).append(result)
-    scored = bool(results.results[0].overall.retention)
-    for number, (name, points) in enumerate(lines.items()):
-        points.sort(key=lambda one: one.share)
-        estimates = [one.overall.retention if scored else one.agreement for one in points]
-        values = [100 * e.value for e in estimates if e]
-        spread = [
-            [100 * (e.value - e.low) for e in estimates if e],
-            [100 * (e.high - e.value) for e in estimates if e],
-        ]
-        axes.errorbar(
-            [100 * one.share for one in points],
-            values,
-            yerr=spread,
-            label=name,
-            marker="os^vDP*X"[number % 8],
-            capsize=2,
-            linewidth=2.2 if number == 0 else 1.2,
-            color=f"C{number}" if number < 10 else None,
-        )
-    axes.axhline(100, color="grey", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("visual tokens a layer sees, % of all")
-    axes.set_ylabel("retention, % of the unpruned model" if scored else "same answer, %")
-    axes.set_title(f"{results.model}: {results.questions} questions, {results.data}", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2)
-    try:
-        spare = file.with_name(f".{file.name}.part")
-        figure.savefig(spare, dpi=130, format="png")
-        spare.replace(file)
-    except OSError as error:
-        raise TrioError(f"cannot write the plot to {file}: {error}") from None
-    finally:
-        pyplot.close(figure)
