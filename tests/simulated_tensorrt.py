@@ -72,6 +72,7 @@ class Cuda(types.ModuleType):
 
     Attributes:
         total: bytes of the "device".
+        multiprocessors: how many it has switched on.
         launches: graphs started.
         fetched: sizes of what was copied to the host.
         allocations: device memory, address → array.
@@ -83,9 +84,12 @@ class Cuda(types.ModuleType):
     cudaStreamCaptureMode = cudaStreamCaptureMode
     cudaStreamNonBlocking = 1
 
-    def __init__(self, *, name: str, capability: tuple[int, int], total: int) -> None:
+    def __init__(
+        self, *, name: str, capability: tuple[int, int], total: int, multiprocessors: int
+    ) -> None:
         super().__init__("cuda.bindings.runtime")
         self.total, self._name, self._capability = total, name, capability
+        self.multiprocessors = multiprocessors
         self.allocations: dict[int, np.ndarray] = {}
         self.pinned: dict[int, np.ndarray] = {}
         self.queue: list[Work] = []
@@ -286,7 +290,13 @@ class Cuda(types.ModuleType):
 
     def cudaGetDeviceProperties(self, number: int) -> tuple[cudaError_t, Any]:
         major, minor = self._capability
-        properties = types.SimpleNamespace(name=self._name.encode(), major=major, minor=minor)
+        properties = types.SimpleNamespace(
+            name=self._name.encode(),
+            major=major,
+            minor=minor,
+            multiProcessorCount=self.multiprocessors,
+            totalGlobalMem=self.total,
+        )
         return cudaError_t.cudaSuccess, properties
 
     def cudaDriverGetVersion(self) -> tuple[cudaError_t, int]:
@@ -367,6 +377,10 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
     old, new = release < (10, 0), release >= (11, 0)
     trt.spoiled = {}
     """Graph name → output that its engine gets wrong."""
+    trt.needs = {}
+    """Graph name → bytes of scratch memory without which no tactic takes one of its nodes."""
+    trt.says = []
+    """(severity, message) that every build says before anything else."""
 
     def enumeration(name: str, members: str) -> Any:
         return enum.IntEnum(name, members.split(), start=0)
@@ -610,7 +624,8 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
             flags = trt.NetworkDefinitionCreationFlag
             wanted = flags.EXPLICIT_BATCH if old else flags.STRONGLY_TYPED
             assert network.flags == 1 << wanted, "the wrong kind of network"
-            assert config.pools[trt.MemoryPoolType.WORKSPACE] > 0
+            workspace = config.pools.get(trt.MemoryPoolType.WORKSPACE, cuda.total)
+            assert workspace > 0
             assert trt.BuilderFlag.TF32 not in config.flags
             monitor = None if old else config.progress_monitor
             if monitor is not None:
@@ -623,6 +638,16 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
             problem = _profile_problem(network, config.profiles)
             if problem:
                 self._logger.log(ILogger.ERROR, problem)
+                return None
+            for severity, message in trt.says:
+                self._logger.log(severity, message)
+            needs = trt.needs.get(network.path.stem, 0)
+            if needs > min(workspace, cuda.total):  # the words of TensorRT 10's log
+                text = "UNSUPPORTED_STATE: Skipping tactic 0 due to insufficient memory on "
+                text += f"requested size of {needs} detected for tactic 0x0000000000000000."
+                self._logger.log(ILogger.WARNING, text)
+                text = "Error Code 10: Internal Error (Could not find any implementation for node "
+                self._logger.log(ILogger.ERROR, text + "{ForeignNode[a...b]}.)")
                 return None
             self._logger.log(ILogger.INFO, f"built {network.path.name}")
             content = {
@@ -968,12 +993,13 @@ def install(
     gpu: str = "NVIDIA H200",
     capability: tuple[int, int] = (9, 0),
     memory: int = 2 << 30,
+    multiprocessors: int = 132,
     old_cuda_python: bool = False,
 ) -> Simulation:
     """Let `import tensorrt` and cuda-python find the simulated ones for the time of a test."""
     from trio_deploy.runtime import cuda as room
 
-    cuda = Cuda(name=gpu, capability=capability, total=memory)
+    cuda = Cuda(name=gpu, capability=capability, total=memory, multiprocessors=multiprocessors)
     tensorrt = make(version, cuda)
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
     package, bindings = types.ModuleType("cuda"), types.ModuleType("cuda.bindings")

@@ -279,14 +279,16 @@ def _build(args: argparse.Namespace) -> int:
     if args.dry_run:
         from trio_deploy.build.check import dry_run
 
-        report = dry_run(bundle, target, tensorrt=args.tensorrt)
+        if args.force:
+            raise TrioError("--force builds engines again, and --dry-run builds none: drop one")
+        report = dry_run(bundle, target, tensorrt=args.tensorrt, stages=args.stage or None)
         print(json.dumps(report.to_json(), indent=2) if args.json else report.to_text())
         return 0 if report.passed else 1
     if args.tensorrt is not None:
         raise TrioError("--tensorrt is for --dry-run: engines are built by what is installed")
     from trio_deploy.build import adapter
     from trio_deploy.build.builder import build_engines, require_buildable
-    from trio_deploy.build.record import Gpu
+    from trio_deploy.build.gpu import this_gpu
     from trio_deploy.build.verify import run_once
     from trio_deploy.runtime.cuda import Device
 
@@ -296,7 +298,7 @@ def _build(args: argparse.Namespace) -> int:
         bundle,
         target,
         tensorrt,
-        Gpu(device.name, device.compute_capability, device.driver),
+        this_gpu(device),
         verify=lambda folder, stage: run_once(bundle, tensorrt, folder, stage),
         stages=args.stage or None,
         force=args.force,
@@ -395,7 +397,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tensorrt", metavar="VERSION", help="of --dry-run, as 8.6 or 10.3 (default: the target's)"
     )
     build.add_argument(
-        "--stage", action="append", default=[], help="build this engine alone; may be repeated"
+        "--stage", action="append", default=[], help="this engine (or graph) alone; may be repeated"
     )
     build.add_argument("--force", action="store_true", help="build engines again that are there")
     build.add_argument("--json", action="store_true", help="print one JSON object instead")

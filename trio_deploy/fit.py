@@ -87,6 +87,11 @@ def _advice(model: _Model, result: Fit) -> Iterator[str]:
     """What would make it fit, the least change first."""
     target, usable = result.target, result.usable
     assert usable is not None
+    if result.fits_if_fused:
+        yield (
+            "it fits if TensorRT makes every Attention node one kernel, and not if it splits one "
+            "up, which it may where no such kernel takes a type, head size or mask"
+        )
     best, layout = target, ""
     if result.layouts[1].total < result.layouts[0].total:
         best = _other_layout(target)

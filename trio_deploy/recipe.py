@@ -147,7 +147,8 @@ class Target:
         compute_capability: of the GPU, `8.7`; None where any will do.
         memory_gib: of the device; None where it is not known.
         reserved_gib: of it, what the system and others need.
-        workspace_gib: what a layer may use as scratch memory while engines are built.
+        workspace_gib: what a layer may use as scratch memory, at most; None: as much as there is,
+            which is TensorRT's default.
         limits: of requests.
     """
 
@@ -163,7 +164,7 @@ class Target:
     compute_capability: str | None = None
     memory_gib: float | None = None
     reserved_gib: float = 0.0
-    workspace_gib: float = 1.0
+    workspace_gib: float | None = None
     limits: Limits = Limits()
 
     @property
@@ -332,8 +333,12 @@ def _tensorrt_target(file: Path, raw: Mapping[str, Any]) -> Target:
     assert reserved is not None
     if memory is not None and reserved >= memory:
         raise TrioError(f"{file}: reserved_gib {reserved:g} leaves nothing of {memory:g} GiB.")
-    workspace = _number(file, raw, "workspace_gib", 1.0)
-    assert workspace is not None
+    workspace = _number(file, raw, "workspace_gib", None)
+    if workspace == 0:
+        raise TrioError(
+            f"{file}: workspace_gib 0 leaves no scratch memory: leave it out for TensorRT's "
+            "default, all of the device's memory"
+        )
     return Target(
         name=file.stem,
         runtime="tensorrt",
@@ -410,8 +415,12 @@ def _find(name_or_path: str | Path, folder: Path, kind: str) -> Path:
 
 
 def _nearest(text: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(text, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """What may have been meant: names that have all of its words, else the one most like it."""
+    words = set(re.split(r"[-_. ]+", text.lower())) - {""}
+    near = [name for name in known if words and words <= set(re.split(r"[-_. ]+", name.lower()))]
+    if not 1 <= len(near) <= 3:
+        near = difflib.get_close_matches(text, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _read(file: Path, keys: Collection[str]) -> dict[str, Any]:

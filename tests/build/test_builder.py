@@ -10,6 +10,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.runtime.engines import export_for, make_target
+from tests.runtime.engines import export_for, make_target, unverified
 from tests.simulated_tensorrt import install
 from trio_deploy.build import builder, verify
 from trio_deploy.build.adapter import Built, load
@@ -35,6 +37,10 @@ from trio_deploy.recipe import Target, load_target
 from trio_deploy.runtime.engine import TensorSpec
 
 GPU = Gpu("NVIDIA H200", "9.0", "12.4")
+AGX_ORIN = Gpu("Orin", "8.7", "12.6", 16, 61.4, "NVIDIA Jetson AGX Orin Developer Kit")
+ORIN_NX = Gpu(
+    "Orin", "8.7", "12.6", 8, 15.3, "NVIDIA Jetson Orin NX Engineering Reference Developer Kit"
+)
 STAGES = ["vision", "embed", "prefill_0", "select_1", "prefill_1"]
 
 
@@ -46,19 +52,20 @@ class Stub:
         self.stop_at, self.error = stop_at, error
         self.built: list[str] = []
         self.caches: list[bytes] = []
+        self.workspaces: list[int | None] = []
 
     def build(
         self,
         onnx: Path,
         profiles: Sequence[Any],
         *,
-        workspace: int,
+        workspace: int | None = None,
         dtype: str = "float32",
         timing_cache: bytes = b"",
         log: Callable[[str, str], None] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Built:
-        assert workspace > 0 and profiles and dtype == "float32"
+        assert profiles and dtype == "float32"
         assert log is not None and progress is not None
         log("VERBOSE", "far too much")
         log("WARNING", f"about {onnx.stem}")
@@ -67,6 +74,7 @@ class Stub:
             raise self.error
         self.built.append(onnx.stem)
         self.caches.append(timing_cache)
+        self.workspaces.append(workspace)
         plan = f"{onnx.stem} {len(self.built)}".encode()
         return Built(memoryview(plan), timing_cache + b"+" + onnx.stem.encode())
 
@@ -89,12 +97,13 @@ def bundle(original: Path, tmp_path: Path) -> Bundle:
     return Bundle.load(shutil.copytree(original / "bundle", tmp_path / "bundle"))
 
 
-def build(bundle: Bundle, target: Target, tensorrt: Stub, **options: Any) -> builder.Outcome:
+def build(bundle: Bundle, target: Target, tensorrt: Any, **options: Any) -> builder.Outcome:
+    options = {"verify": unverified, **options}
     return build_engines(bundle, target, tensorrt, GPU, progress=False, **options)
 
 
 def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir()} - {".lock"}
 
 
 def test_a_build_leaves_an_engine_a_stage_a_cache_a_log_and_a_record(
@@ -215,17 +224,100 @@ def test_an_engine_that_does_not_run_is_thrown_away_and_named(
     assert "prefill_0.engine" not in files(folder)
 
 
-def test_an_engine_whose_first_run_was_interrupted_is_built_again(
+def test_an_engine_whose_first_run_was_interrupted_is_run_by_the_next_build(
     bundle: Bundle, target: Target
 ) -> None:
     def interrupted(folder: Path, stage: str) -> None:
-        raise KeyboardInterrupt
+        if stage == "embed":
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         build(bundle, target, Stub(), verify=interrupted)
-    again = Stub()
-    build(bundle, target, again)
-    assert again.built == STAGES
+    again, ran = Stub(), []
+    outcome = build(bundle, target, again, verify=lambda folder, stage: ran.append(stage))
+    assert again.built == STAGES[2:] and ran == STAGES[1:]
+    assert outcome.kept == ("vision", "embed")
+    assert all(entry.verified for entry in Record.load(outcome.folder).stages.values())
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tests.build.test_builder import Stub, build
+from trio_deploy.bundle import Bundle
+from trio_deploy.recipe import load_target
+
+def killed(folder, stage):
+    if stage == "embed":
+        os._exit(137)
+
+build(Bundle.load(Path(sys.argv[1])), load_target(sys.argv[2]), Stub(), verify=killed)
+"""
+
+
+@pytest.fixture
+def cut_short(bundle: Bundle, original: Path) -> Path:
+    """The folder of a build whose process was killed in the first run of `embed`."""
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", KILLED, str(bundle.path), str(original / "test-gpu.yaml")]
+    died = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True)
+    assert died.returncode == 137, died.stderr.decode()
+    return bundle.path / "engines" / "test-gpu"
+
+
+def test_an_engine_whose_first_run_killed_the_process_is_not_loaded(cut_short: Path) -> None:
+    record = Record.load(cut_short)
+    assert {name: entry.verified for name, entry in record.stages.items()} == {
+        "vision": True,
+        "embed": False,
+    }
+    record.check_file(cut_short, "vision")
+    with pytest.raises(TrioError, match="first run has not come to an end.*`trio build` again"):
+        record.check_file(cut_short, "embed")
+
+
+def test_an_engine_whose_first_run_killed_the_process_is_run_and_not_built_by_the_next_build(
+    cut_short: Path, bundle: Bundle, target: Target
+) -> None:
+    stub, ran = Stub(), []
+    outcome = build(bundle, target, stub, verify=lambda folder, stage: ran.append(stage))
+    assert stub.built == STAGES[2:] and ran == STAGES[1:]
+    outcome.record.check_file(cut_short, "embed")
+
+
+def test_an_engine_that_fails_its_second_first_run_is_built_again(
+    cut_short: Path, bundle: Bundle, target: Target
+) -> None:
+    ran: list[str] = []
+
+    def fails_once(folder: Path, stage: str) -> None:
+        ran.append(stage)
+        if ran == ["embed"]:
+            raise TrioError("hidden_states is not finite")
+
+    stub = Stub()
+    outcome = build(bundle, target, stub, verify=fails_once)
+    assert stub.built == STAGES[1:] and ran == ["embed", *STAGES[1:]]
+    assert outcome.built == tuple(STAGES[1:]) and outcome.record.stages["embed"].verified
+    assert "embed of an earlier build does not run" in (cut_short / "build.log").read_text()
+
+
+def test_engines_of_a_record_without_first_runs_are_run_before_they_are_used(
+    bundle: Bundle, target: Target
+) -> None:
+    """Records of schema 1 listed engines before their first run."""
+    folder = build(bundle, target, Stub()).folder
+    raw = json.loads((folder / "record.json").read_text())
+    raw["schema"] = 1
+    for entry in raw["stages"].values():
+        del entry["verified"]
+    (folder / "record.json").write_text(json.dumps(raw))
+    with pytest.raises(TrioError, match="first run"):
+        Record.load(folder).check_file(folder, "embed")
+    stub, ran = Stub(), []
+    build(bundle, target, stub, verify=lambda folder, stage: ran.append(stage))
+    assert stub.built == [] and ran == STAGES
+    Record.load(folder).check_file(folder, "embed")
 
 
 def test_stale_engines_do_not_run_beside_new_ones(bundle: Bundle, target: Target) -> None:
@@ -243,6 +335,60 @@ def test_another_gpu_than_the_targets_is_refused(bundle: Bundle, target: Target)
         build(bundle, orin, Stub())
     anywhere = replace(target, compute_capability=None)
     assert build(bundle, anywhere, Stub()).built
+
+
+def test_a_smaller_gpu_of_the_same_name_than_the_targets_is_refused(
+    bundle: Bundle, target: Target
+) -> None:
+    """CUDA calls every Jetson Orin "Orin" with compute capability 8.7."""
+    agx = replace(load_target("jetson-agx-orin-64gb"), dtype="float32")
+    with pytest.raises(TrioError, match=r"has 61 GiB of memory, but .*Orin NX.*, has 15\.3 GiB"):
+        build_engines(bundle, agx, Stub(), ORIN_NX, verify=unverified, progress=False)
+    for memory in (59.0, 61.4):  # firmware leaves more or less of it
+        gpu = replace(AGX_ORIN, memory_gib=memory)
+        built = build_engines(
+            bundle, agx, Stub(), gpu, verify=unverified, force=True, progress=False
+        )
+        assert built.built
+
+
+def test_engines_of_another_jetson_are_all_built_again_without_its_timing_cache(
+    bundle: Bundle, target: Target
+) -> None:
+    anywhere = replace(target, compute_capability=None)
+    stubs = {}
+    for gpu in (AGX_ORIN, ORIN_NX):
+        stubs[gpu] = Stub()
+        build_engines(bundle, anywhere, stubs[gpu], gpu, verify=unverified, progress=False)
+    assert stubs[ORIN_NX].built == STAGES and stubs[ORIN_NX].caches[0] == b""
+
+
+def test_a_ceiling_of_scratch_memory_is_given_only_where_the_target_has_one(
+    bundle: Bundle, target: Target
+) -> None:
+    stub = Stub()
+    build(bundle, replace(target, workspace_gib=None), stub)
+    assert set(stub.workspaces) == {None}
+    build(bundle, replace(target, workspace_gib=1.5), stub)
+    assert stub.workspaces[-1] == 3 * 2**29
+
+
+def test_a_second_build_into_a_folder_is_refused_while_the_first_is_at_work(
+    bundle: Bundle, target: Target
+) -> None:
+    seen: list[str] = []
+
+    def meanwhile(folder: Path, stage: str) -> None:
+        half = folder / ".prefill_0.engine.1-aa"  # of the first one
+        half.write_bytes(b"half")
+        with pytest.raises(TrioError, match="another `trio build` is at work in .*test-gpu: wait"):
+            build(bundle, target, Stub())
+        assert half.is_file()
+        seen.append(stage)
+
+    build(bundle, target, Stub(), verify=meanwhile, stages=["vision"])
+    assert seen == ["vision"]
+    build(bundle, target, Stub())
 
 
 def test_a_target_without_tensorrt_is_refused(bundle: Bundle) -> None:
@@ -314,6 +460,33 @@ def test_a_disk_that_fills_up_leaves_no_half_engine(
     assert not list(bundle.path.glob(".vision*")) and not folder.exists()
 
 
+def test_a_full_disk_that_loses_the_timing_cache_keeps_the_engine(
+    bundle: Bundle, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = builder.write_atomically
+
+    def full(path: Path, content: Any) -> None:
+        if path.name == "timing.cache":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(path, content)
+
+    monkeypatch.setattr(builder, "write_atomically", full)
+    outcome = build(bundle, target, Stub())
+    assert outcome.built == tuple(STAGES) and "timing.cache" not in files(outcome.folder)
+    assert "timing.cache is not kept: No space" in (outcome.folder / "build.log").read_text()
+
+
+def test_a_full_disk_that_loses_the_record_is_one_clear_error(
+    bundle: Bundle, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Record, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Record, "save", full)
+    with pytest.raises(TrioError, match=r"cannot write .*record\.json: No space left"):
+        build(bundle, target, Stub())
+
+
 # ------------------------------------------------------------------------------------- the record
 
 
@@ -330,6 +503,40 @@ def test_engines_of_another_gpu_or_tensorrt_are_refused(built: builder.Outcome) 
         record.require_same(Gpu("NVIDIA L4", "8.9", "12.4"), "10.3.0")
     with pytest.raises(TrioError, match=r"by TensorRT 10\.3\.0, but this is 10\.4\.0"):
         record.require_same(GPU, "10.4.0")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (
+            ORIN_NX,
+            r"16 multiprocessors, 61\.4 GiB, .*AGX.* this is Orin .*8 multi.*`trio build` here",
+        ),
+        (replace(AGX_ORIN, memory_gib=29.9), r"61\.4 GiB.*29\.9 GiB.*`trio build` here"),
+        (replace(AGX_ORIN, multiprocessors=8), "power mode switches multiprocessors off.*nvpmodel"),
+        (replace(AGX_ORIN, model="NVIDIA Jetson Orin Nano"), "`trio build` here"),
+    ],
+)
+def test_engines_of_another_jetson_are_refused_though_cuda_calls_both_orin(
+    built: builder.Outcome, other: Gpu, words: str
+) -> None:
+    record = replace(Record.load(built.folder), gpu=AGX_ORIN)
+    with pytest.raises(TrioError, match=f"built on Orin .*{words}"):
+        record.require_same(other, "10.3.0")
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        replace(AGX_ORIN, memory_gib=60.9),
+        replace(AGX_ORIN, driver="12.8", driver_version="540.5", l4t="36.5"),
+        replace(AGX_ORIN, model="NVIDIA Jetson AGX Orin"),  # the module on another board
+        Gpu("Orin", "8.7", "12.6"),  # a record of before they were noted
+    ],
+)
+def test_engines_move_between_gpus_of_one_kind(built: builder.Outcome, same: Gpu) -> None:
+    replace(Record.load(built.folder), gpu=AGX_ORIN).require_same(same, "10.3.0")
+    replace(Record.load(built.folder), gpu=same).require_same(AGX_ORIN, "10.3.0")
 
 
 def test_missing_short_and_damaged_engines_are_named(built: builder.Outcome) -> None:
@@ -352,7 +559,7 @@ def test_missing_short_and_damaged_engines_are_named(built: builder.Outcome) -> 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda raw: raw.update(schema=2), "newer trio-deploy"),
+        (lambda raw: raw.update(schema=3), "newer trio-deploy"),
         (lambda raw: raw.pop("gpu"), "is damaged"),
         (lambda raw: raw["limits"].update(colour=1), "is damaged"),
         (lambda raw: raw["stages"]["embed"].update(file="../x"), "is damaged.*name of a file"),
@@ -458,7 +665,7 @@ def test_an_engine_that_gives_no_numbers_fails_its_first_run(
         return feeds
 
     monkeypatch.setattr(verify, "example_feeds", without_numbers)
-    build_engines(bundle, target, tensorrt, GPU, stages=["embed"], progress=False)
+    build(bundle, target, tensorrt, stages=["embed"])
     with pytest.raises(TrioError, match="inputs_embeds is not finite"):
         run_once(bundle, tensorrt, bundle.path / "engines" / "test-gpu", "embed")
 
@@ -468,7 +675,7 @@ def test_a_first_run_finds_that_the_largest_shapes_do_not_fit(
 ) -> None:
     cuda = install(monkeypatch, "10.3.0").cuda
     target, tensorrt = load_target(original / "test-gpu.yaml"), load()
-    build_engines(bundle, target, tensorrt, GPU, stages=["prefill_0"], progress=False)
+    build(bundle, target, tensorrt, stages=["prefill_0"])
     folder = bundle.path / "engines" / "test-gpu"
     peaks: dict[str, int] = {}
     corner = ""
@@ -502,3 +709,11 @@ def test_what_is_for_the_dry_run_alone_is_said(
     command = ["build", str(bundle.path), "--target", str(original / "test-gpu.yaml")]
     assert main([*command, "--tensorrt", "8.6"]) == 1
     assert "--tensorrt is for --dry-run" in capsys.readouterr().err
+
+
+def test_what_is_for_building_alone_is_said(
+    bundle: Bundle, original: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["build", str(bundle.path), "--target", str(original / "test-gpu.yaml"), "--dry-run"]
+    assert main([*command, "--force"]) == 1
+    assert "--force builds engines again" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trio_deploy.build.adapter import TensorRT, load
-from trio_deploy.build.record import Gpu
+from trio_deploy.build.gpu import this_gpu
 from trio_deploy.errors import TrioError
 from trio_deploy.runtime.cuda import Device
 
@@ -18,7 +18,7 @@ class Host:
     def __init__(self) -> None:
         self.tensorrt: TensorRT = load()
         self.device = Device()
-        self.gpu = Gpu(self.device.name, self.device.compute_capability, self.device.driver)
+        self.gpu = this_gpu(self.device)
         in_place = self.tensorrt.updates_in_place
         self.dialect = "onnx" if in_place else "primitive"
         self.layouts = ("separate",) if in_place else ("shared", "separate")

@@ -63,9 +63,15 @@ def export_for(checkpoint: Path, folder: Path, target: Path, schedule: str) -> B
     )
 
 
+def unverified(folder: Path, stage: str) -> None:
+    """Takes an engine as it is, which saves its first run."""
+
+
 def build(bundle: Bundle, target: Path, simulation: Simulation) -> Path:
     """Engines by the simulated TensorRT; returns their folder."""
     gpu = Gpu("NVIDIA H200", "9.0", "12.4")
-    outcome = build_engines(bundle, load_target(target), load(), gpu, progress=False)
+    outcome = build_engines(
+        bundle, load_target(target), load(), gpu, verify=unverified, progress=False
+    )
     assert simulation.tensorrt.__version__ == outcome.record.tensorrt
     return outcome.folder

@@ -33,6 +33,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from trio_deploy.bundle import format_bytes
 from trio_deploy.errors import TrioError
 
 OLDEST = (8, 6)
@@ -62,6 +63,10 @@ _NO_ROOM = re.compile(
     r"out ?of ?memory|memory ?allocation|could not be allocated|unable to allocate", re.IGNORECASE
 )
 _REMEMBERED = 20  # of the last messages, for an error
+# What a tactic that was left out asked for: "on requested size of N", which is in bytes for some
+# kinds of layers and in MiB for others, and "Tactic Device request: N MB".
+_ASKED = re.compile(r"requested size of (\d+)|device request: (\d+) ?MB", re.IGNORECASE)
+_NO_TACTIC = "could not find any implementation"
 # TensorRT keeps the first logger of a process and writes to it as long as the process lives.
 _LOGGERS: list[Any] = []
 
@@ -169,6 +174,7 @@ class TensorRT:
         self.narrows_int64 = self.release < (10, 0)
         self.updates_in_place = self.release >= (10, 15)
         self._messages: deque[str] = deque(maxlen=_REMEMBERED)
+        self._asked: deque[str] = deque(maxlen=_REMEMBERED)  # warnings of tactics without memory
         self._sinks: list[Log] = []
         self._interrupts: list[BaseException] = []
         self.logger = _logger(module, self._say, self._interrupts)
@@ -182,7 +188,7 @@ class TensorRT:
         onnx: Path,
         profiles: Sequence[ProfileLike],
         *,
-        workspace: int,
+        workspace: int | None = None,
         dtype: str = "float32",
         timing_cache: bytes = b"",
         log: Log | None = None,
@@ -192,7 +198,9 @@ class TensorRT:
 
         Args:
             profiles: in the order in which the engine numbers them.
-            workspace: bytes that a layer's tactic may use.
+            workspace: bytes that a layer's tactic may use; None: as much as the GPU has. A ceiling
+                and no allocation, it leaves tactics out; fused nodes hold their intermediate
+                results there.
             dtype: the graph's float type; before TensorRT 10 it must be told.
             timing_cache: what an earlier build on this GPU left; one of another GPU is ignored.
             log: takes all that the builder says.
@@ -212,7 +220,8 @@ class TensorRT:
             self._parse(network, onnx, profiles)
             self._allow_decomposition(network)
             config = builder.create_builder_config()
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+            if workspace is not None:
+                config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
             # float32 means float32: selections compare cosines with a threshold.
             config.clear_flag(trt.BuilderFlag.TF32)
             self._without_libraries(config)
@@ -235,7 +244,10 @@ class TensorRT:
             if self._interrupts:
                 raise self._interrupts[0]
             if plan is None:
-                raise TrioError(f"TensorRT could not build {onnx.name}: {self._last_errors()}")
+                advice = self._memory_advice(workspace)
+                raise TrioError(
+                    f"TensorRT could not build {onnx.name}: {self._last_errors()}{advice}"
+                )
             return Built(memoryview(plan), bytes(memoryview(cache.serialize())))
 
     def _network_flags(self) -> int:
@@ -431,12 +443,15 @@ class TensorRT:
     def _say(self, severity: str, message: str) -> None:
         if severity in ("INTERNAL_ERROR", "ERROR"):
             self._messages.append(message.strip())
+        if severity != "VERBOSE" and _ASKED.search(message):
+            self._asked.append(message.strip())
         for sink in self._sinks:
             sink(severity, message)
 
     def forget_errors(self) -> None:
         """What TensorRT said until now is not the reason of what fails next."""
         self._messages.clear()
+        self._asked.clear()
 
     def failed(self, what: str) -> TrioError:
         """The error for what TensorRT did not do, with what it said last: `OutOfDeviceMemory`
@@ -448,8 +463,46 @@ class TensorRT:
         """What TensorRT said last, for a message."""
         return self._last_errors()
 
+    def _memory_advice(self, workspace: int | None) -> str:
+        """What to do about a node that no tactic takes, "" where memory was not the reason.
+
+        What was said last is of the node at which the build ended.
+        """
+        if _NO_TACTIC not in " ".join(self._messages).lower():
+            return ""
+        allowed = "" if workspace is None else f"workspace_gib {workspace / 2**30:g} of the target"
+        if self._asked:
+            asked, said = _asked_bytes(self._asked[-1]), self._asked[-1].splitlines()[0]
+            asks = f"; a tactic asked for {format_bytes(asked)} of scratch memory"
+            if workspace is None or asked <= workspace:
+                return (
+                    f"{asks}, more than the GPU had free: end other programs on it, or lower the "
+                    f"limits of the target (TensorRT: {said})"
+                )
+            return (
+                f"{asks}, beyond {allowed}: raise workspace_gib to at least {_whole_gib(asked)}, "
+                f"or leave it out for as much as the GPU has (TensorRT: {said})"
+            )
+        if allowed:
+            return f"; {allowed} may be too little for it: raise it, or leave it out"
+        return ""
+
     def _last_errors(self) -> str:
         return "; ".join(list(self._messages)[-3:]) or "it gave no reason"
+
+
+def _asked_bytes(message: str) -> int:
+    """What a tactic asked for, by what TensorRT says of leaving it out."""
+    found = _ASKED.search(message)
+    assert found is not None
+    if found[2] is not None:
+        return int(found[2]) * 2**20
+    size = int(found[1])
+    return size * 2**20 if size < 2**20 else size  # nothing smaller than a MiB is left out
+
+
+def _whole_gib(size: int) -> int:
+    return -(-size // 2**30)
 
 
 class _Listening:

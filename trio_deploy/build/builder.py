@@ -2,17 +2,20 @@
 
 An engine appears under its name when it is whole, and the record with it; a build that was
 interrupted goes on at the next engine. An engine whose graph, weights, profiles, TensorRT or GPU
-are no longer what it was made of is made again.
+are no longer what it was made of is made again. An engine counts when its first run has come to an
+end: one whose first run ended the process is on record as not verified, and is tried once more.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -22,15 +25,18 @@ from tqdm import tqdm
 from trio_deploy.build.adapter import Built, Log, ProfileLike, Progress
 from trio_deploy.build.check import read_graph, require_dialect, require_tensorrt
 from trio_deploy.build.profiles import Profile, profiles
-from trio_deploy.build.record import Gpu, Record, StageRecord
+from trio_deploy.build.record import RECORD, Gpu, Record, StageRecord
 from trio_deploy.bundle import ENGINES, Bundle, format_bytes, sha256_of, write_atomically
 from trio_deploy.errors import TrioError
 from trio_deploy.recipe import DIALECTS, Target
 
 TIMING_CACHE = "timing.cache"
 LOG = "build.log"
+LOCK = ".lock"
 
 _GIB = 2**30
+#: How much of a target's memory a GPU may lack: what firmware and error correction take.
+_MEMORY_SHARE = 0.85
 _LOGGED = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")  # VERBOSE takes hundreds of megabytes
 
 
@@ -44,7 +50,7 @@ class Builder(Protocol):
         onnx: Path,
         profiles: Sequence[ProfileLike],
         *,
-        workspace: int,
+        workspace: int | None = None,
         dtype: str = "float32",
         timing_cache: bytes = b"",
         log: Log | None = None,
@@ -109,7 +115,7 @@ def build_engines(
     tensorrt: Builder,
     gpu: Gpu,
     *,
-    verify: Verify | None = None,
+    verify: Verify,
     stages: Sequence[str] | None = None,
     force: bool = False,
     progress: bool = True,
@@ -119,14 +125,17 @@ def build_engines(
     Args:
         tensorrt: of `build.adapter.load`.
         gpu: the one to build on, which TensorRT takes too.
-        verify: called for every engine as soon as it is built; one that fails is thrown away.
+        verify: called for every engine as soon as it is built; one that fails is thrown away. One
+            that an earlier build did not get to verify is verified now, and built again where that
+            fails.
         stages: only these.
         force: also those that are there.
         progress: show a bar on stderr.
 
     Raises:
         TrioError: the bundle has no weights or does not suit TensorRT, the GPU is not the target's,
-            the disk is too full, or an engine cannot be built or run.
+            another build is at work in the folder, the disk is too full, or an engine cannot be
+            built or run.
     """
     require_buildable(bundle, target, stages)
     _require_gpu(target, gpu)
@@ -138,6 +147,26 @@ def build_engines(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrioError(f"cannot write to {folder}: {error.strerror}") from error
+    with _locked(folder):
+        return _make(
+            bundle, target, tensorrt, gpu, folder, wanted, found, verify, force=force, bar=progress
+        )
+
+
+def _make(
+    bundle: Bundle,
+    target: Target,
+    tensorrt: Builder,
+    gpu: Gpu,
+    folder: Path,
+    wanted: Sequence[str],
+    found: Mapping[str, Sequence[Profile]],
+    verify: Verify,
+    *,
+    force: bool,
+    bar: bool,
+) -> Outcome:
+    """`build_engines` in a folder that is locked."""
     record = _record(folder, bundle, target, tensorrt.version, gpu)
     prints = {stage: _fingerprint(bundle, stage, found[stage], target, record) for stage in wanted}
     missing = [
@@ -147,36 +176,63 @@ def build_engines(
     # What is stale must not be run beside what is new, should this build be interrupted.
     kept = {name: entry for name, entry in record.stages.items() if name not in missing}
     record = replace(record, stages=kept)
-    record.save(folder)
+    _save(record, folder)
     for leftover in folder.glob(".*.engine.*"):
         leftover.unlink(missing_ok=True)
-    bar = tqdm(total=len(wanted), unit="engine", desc="engines", disable=None if progress else True)
-    with bar, _log(folder / LOG) as log:
-        bar.update(len(wanted) - len(missing))
-        for stage in missing:
-            entry = _build(
-                bundle, stage, found[stage], target, tensorrt, folder, prints[stage], log, bar
-            )
-            record = record.with_stage(stage, entry)
-            record.save(folder)
-            if verify is not None:
-                bar.set_postfix_str(f"{stage}: first run")
+    made: list[str] = []
+    shown = tqdm(total=len(wanted), unit="engine", desc="engines", disable=None if bar else True)
+    with shown, _log(folder / LOG) as log:
+        for stage in wanted:
+            if stage not in missing and record.stages[stage].verified:
+                shown.update()
+                continue
+            if stage not in missing:
                 try:
-                    verify(folder, stage)
-                except BaseException as error:
-                    _drop(folder, record, stage)
-                    if not isinstance(error, TrioError):
-                        raise
-                    raise TrioError(
-                        f"the engine of {stage} was built, but does not run: {error}"
-                    ) from error
-            bar.update()
+                    record = _verified(record, folder, stage, verify, log, shown)
+                    shown.update()
+                    continue
+                except TrioError as error:
+                    log("WARNING", f"{stage} of an earlier build does not run: {error}")
+                    record = record.without_stage(stage)
+            entry = _build(
+                bundle, stage, found[stage], target, tensorrt, folder, prints[stage], log, shown
+            )
+            made.append(stage)
+            record = record.with_stage(stage, entry)
+            _save(record, folder)
+            try:
+                record = _verified(record, folder, stage, verify, log, shown)
+            except TrioError as error:
+                raise TrioError(
+                    f"the engine of {stage} was built, but does not run: {error}"
+                ) from error
+            shown.update()
     order = {name: record.stages[name] for name in bundle.stages if name in record.stages}
     record = replace(record, stages=order)
-    record.save(folder)
+    _save(record, folder)
     return Outcome(
-        folder, record, tuple(missing), tuple(stage for stage in wanted if stage not in missing)
+        folder, record, tuple(made), tuple(stage for stage in wanted if stage not in made)
     )
+
+
+def _verified(
+    record: Record, folder: Path, stage: str, verify: Verify, log: Log, bar: Any
+) -> Record:
+    """The record after an engine's first run. What fails it is thrown away.
+
+    A run may be interrupted or end the process (out of memory, a crash): the record on disk then
+    says that it has not been.
+    """
+    bar.set_postfix_str(f"{stage}: first run")
+    log("INFO", f"==== {stage}: first run")
+    try:
+        verify(folder, stage)
+    except Exception:
+        _drop(folder, record, stage)
+        raise
+    record = record.with_verified(stage)
+    _save(record, folder)
+    return record
 
 
 def _build(
@@ -200,11 +256,12 @@ def _build(
     for profile in found:
         log("INFO", f"profile {json.dumps(profile.to_json())}")
     cache = folder / TIMING_CACHE
+    workspace = None if target.workspace_gib is None else int(target.workspace_gib * _GIB)
     start = time.monotonic()
     built = tensorrt.build(
         bundle.graph(stage),
         found,
-        workspace=int(target.workspace_gib * _GIB),
+        workspace=workspace,
         dtype=bundle.manifest.dtype,
         timing_cache=cache.read_bytes() if cache.is_file() else b"",
         log=log,
@@ -213,7 +270,10 @@ def _build(
     seconds = time.monotonic() - start
     file = f"{stage}.engine"
     write_whole(folder / file, built.plan)
-    write_atomically(cache, built.timing_cache)
+    try:
+        write_atomically(cache, built.timing_cache)
+    except OSError as error:  # it saves the next build time; the engine needs it no more
+        log("WARNING", f"{TIMING_CACHE} is not kept: {error.strerror}")
     digest = hashlib.sha256(built.plan).hexdigest()
     log("INFO", f"==== {stage}: {len(built.plan)} bytes in {seconds:.1f} s")
     return StageRecord(
@@ -243,12 +303,55 @@ def write_whole(path: Path, content: memoryview | bytes) -> None:
 
 
 def _require_gpu(target: Target, gpu: Gpu) -> None:
+    choose = (
+        "engines are built on the device where they run; choose another --target, or copy the "
+        "target's file and change it"
+    )
     if target.compute_capability not in (None, gpu.compute_capability):
         raise TrioError(
             f"the target {target.name} has compute capability {target.compute_capability}, but "
-            f"this GPU, {gpu.name}, has {gpu.compute_capability}: engines are built on the device "
-            "where they run; choose another --target, or copy the target's file and change it"
+            f"this GPU, {gpu.name}, has {gpu.compute_capability}: {choose}"
         )
+    if target.memory_gib is None or gpu.memory_gib is None:
+        return
+    if gpu.memory_gib < _MEMORY_SHARE * target.memory_gib:
+        raise TrioError(
+            f"the target {target.name} has {target.memory_gib:g} GiB of memory, but this GPU, "
+            f"{gpu.model or gpu.name}, has {gpu.memory_gib:g} GiB: {choose}"
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other builds out of a folder; the lock goes with the process that holds it.
+
+    Raises:
+        TrioError: another build is at work there, or the folder cannot be written to.
+    """
+    try:
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise TrioError(f"cannot write to {folder}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise TrioError(
+                    f"another `trio build` is at work in {folder}: wait until it is done, and run "
+                    "this one again for what it leaves out"
+                ) from None
+            # A file system without locks: all is as it was without them.
+        yield
+
+
+def _save(record: Record, folder: Path) -> None:
+    try:
+        record.save(folder)
+    except OSError as error:
+        raise TrioError(
+            f"cannot write {folder / RECORD}: {error.strerror}; what it listed before is kept"
+        ) from error
 
 
 def _chosen(bundle: Bundle, stages: Sequence[str] | None) -> list[str]:
@@ -273,7 +376,11 @@ def _record(folder: Path, bundle: Bundle, target: Target, version: str, gpu: Gpu
         known = Record.load(folder)
     except TrioError:  # none yet, or damaged: all engines are made
         return fresh
-    same = replace(known, limits=fresh.limits, gpu=replace(known.gpu, driver=gpu.driver), stages={})
+    if not known.gpu.same_kind(gpu):
+        # TensorRT may not tell these GPUs apart, and would take times of one for the other's.
+        (folder / TIMING_CACHE).unlink(missing_ok=True)
+        return fresh
+    same = replace(known, limits=fresh.limits, gpu=gpu, stages={})
     return replace(fresh, stages=known.stages) if same == fresh else fresh
 
 
@@ -333,7 +440,7 @@ def _is_built(folder: Path, record: Record, stage: str, fingerprint: str) -> boo
     if entry is None or entry.fingerprint != fingerprint:
         return False
     try:
-        record.check_file(folder, stage, verify=True)
+        record.check_file(folder, stage, verify=True, first_run=True)
     except TrioError:
         return False
     return True
@@ -350,9 +457,8 @@ def _require_space(bundle: Bundle, folder: Path, missing: Sequence[str]) -> None
 
 
 def _drop(folder: Path, record: Record, stage: str) -> None:
-    stages = {name: entry for name, entry in record.stages.items() if name != stage}
-    replace(record, stages=stages).save(folder)
     (folder / record.stages[stage].file).unlink(missing_ok=True)
+    _save(record.without_stage(stage), folder)
 
 
 @contextmanager
@@ -370,5 +476,6 @@ class _Lines:
     def __call__(self, severity: str, message: str) -> None:
         if severity in _LOGGED:
             seconds = time.monotonic() - self._start
-            self._out.write(f"[{seconds:9.2f}] {severity:<7} {message.rstrip()}\n")
-            self._out.flush()
+            with suppress(OSError):  # a full disk, which what needs room on it will say
+                self._out.write(f"[{seconds:9.2f}] {severity:<7} {message.rstrip()}\n")
+                self._out.flush()

@@ -25,6 +25,7 @@ from trio_deploy.build.shapes import (
     Step,
     UnknownShape,
     activation_bytes,
+    reads,
     resolve,
     shape_path,
 )
@@ -68,7 +69,8 @@ class StageCheck:
         types: element types that occur.
         shape_operators: those that sizes are computed with.
         corners: profile and corner → what each output is there.
-        activations: bytes alive at once at most at the largest sizes, without fusion.
+        activations: bytes alive at once at most at the largest sizes, without fusion and with
+            Attention split up.
     """
 
     stage: str
@@ -183,15 +185,22 @@ def require_tensorrt(target: Target) -> None:
         )
 
 
-def dry_run(bundle: Bundle, target: Target, *, tensorrt: str | None = None) -> DryRun:
-    """Check all graphs of a bundle, which need not have weights.
+def dry_run(
+    bundle: Bundle,
+    target: Target,
+    *,
+    tensorrt: str | None = None,
+    stages: Sequence[str] | None = None,
+) -> DryRun:
+    """Check the graphs of a bundle, which need not have weights.
 
     Args:
         tensorrt: the version that will build; default: the target's.
+        stages: only these; default: all.
 
     Raises:
-        TrioError: the target has no TensorRT or does not suit the bundle, or a graph cannot be
-            read. What TensorRT cannot take is a finding.
+        TrioError: the target has no TensorRT or does not suit the bundle, a stage is unknown, or a
+            graph cannot be read. What TensorRT cannot take is a finding.
     """
     require_tensorrt(target)
     version = tensorrt or target.tensorrt
@@ -200,21 +209,41 @@ def dry_run(bundle: Bundle, target: Target, *, tensorrt: str | None = None) -> D
         raise TrioError(f"TensorRT {version} is too old: 8.6 is the oldest that will do")
     require_dialect(bundle.manifest.dialect, version, str(bundle.path))
     table = operator_table(version)
-    stages: list[StageCheck] = []
+    for stage in stages or ():
+        bundle.graph(stage)  # names the stages there are
+    checks: list[StageCheck] = []
     findings: list[Finding] = []
     for stage, found in profiles(bundle, target).items():
+        if stages is not None and stage not in stages:
+            continue
         model = read_graph(bundle.graph(stage))
         check, remarks = check_graph(stage, model, found, table)
-        stages.append(check)
-        findings += remarks
+        checks.append(check)
+        findings += [*remarks, *_workspace(check, target)]
     return DryRun(
         bundle=bundle.manifest.model.name,
         target=target.name,
         tensorrt=version,
         table=table,
-        stages=tuple(stages),
+        stages=tuple(checks),
         findings=tuple(findings),
     )
+
+
+def _workspace(check: StageCheck, target: Target) -> Iterator[Finding]:
+    """A fused node keeps its intermediate results in the workspace, a decoder's layers at a time.
+
+    No error: fused, they may need less than they do one by one.
+    """
+    limit = target.workspace_gib
+    if limit is not None and check.activations > limit * 2**30:
+        needs = format_bytes(check.activations)
+        message = (
+            f"has activations of up to {needs}, beyond workspace_gib {limit:g} of {target.name}: "
+            f"TensorRT may find no implementation; raise it to {-(-check.activations // 2**30)} or "
+            "leave it out"
+        )
+        yield Finding(check.stage, message, False)
 
 
 def read_graph(file: Path) -> ModelProto:
@@ -273,6 +302,8 @@ def check_graph(
         messages += _aliases(model, largest, found)
     for name in sorted(on_sizes - set(table.shape_operators)):
         messages.append((f"computes sizes with {name}, which TensorRT does not", True))
+    for name in _unused(model):
+        messages.append((f"no node uses the input {name}", False))
     for name in sorted(set(table.serial) & set(operators)):
         messages.append((f"{name} becomes a loop over its axis, one step an element", False))
     findings = [Finding(stage, text, error) for text, error in dict.fromkeys(messages)]
@@ -286,6 +317,12 @@ def check_graph(
         activations=activations,
     )
     return check, findings
+
+
+def _unused(model: ModelProto) -> list[str]:
+    """Inputs that neither a node nor an output of the graph has."""
+    used = {entry.name for entry in model.graph.output} | set(reads(model.graph))
+    return [entry.name for entry in model.graph.input if entry.name not in used]
 
 
 def dtype_name(dtype: int) -> str:
@@ -378,6 +415,13 @@ def _attention(step: Step, _: OperatorTable) -> Iterator[str]:
 
 
 def _tensor_scatter(step: Step, _: OperatorTable) -> Iterator[str]:
+    """KVCacheUpdate in TensorRT's operator reference; its caches' types are the table's."""
+    if len(step.inputs) > 2 and step.inputs[2] is not None:
+        places = dtype_name(step.inputs[2].dtype)
+        if places not in ("int32", "int64"):
+            yield f"does not take places to write to in {places}"
+    if len({tensor.dtype for tensor in step.inputs[:2] if tensor is not None}) > 1:
+        yield "has a cache and new entries of two types"
     if any(tensor is None or len(tensor.shape) != 4 for tensor in step.inputs[:2]):
         yield "has an input that is not of four dimensions"
     if _attributes(step.node).get("axis", -2) not in (-2, 2):

@@ -1,7 +1,10 @@
 """What a model takes of a device's memory as TensorRT engines, for each decode layout.
 
-Weights and the KV cache are exact. Activations are an upper bound: every node's result, as long as
+Weights are those that the graphs refer to; an engine may hold one of them twice, such as where a
+selection uses it and its transpose. Activations are an upper bound: every node's result, as long as
 it is needed, at the largest sizes of the profiles; TensorRT fuses nodes and needs less as a rule.
+Whether it fuses the Attention nodes of the `onnx` dialect, which it may split up, makes so much of
+a difference that both are shown; the verdict rests on the larger one.
 All engines work in one scratch buffer, so the largest counts.
 """
 
@@ -36,7 +39,8 @@ class Memory:
         dialect: of the graphs.
         weights: of each engine.
         cache: keys and values of a full batch, at the schedule's budget where capacity may vary.
-        activations: of the engine that needs most.
+        activations: of the engine that needs most, at most.
+        fused: the same if every Attention node is one kernel.
         tensors: inputs and outputs of the stage that has most, its new keys and values included.
     """
 
@@ -45,6 +49,7 @@ class Memory:
     weights: dict[str, int]
     cache: int
     activations: int
+    fused: int
     tensors: int
 
     @property
@@ -56,6 +61,11 @@ class Memory:
         parts = (self.all_weights, self.cache, self.activations, self.tensors, CONTEXT_BYTES)
         return sum(parts)
 
+    @property
+    def total_fused(self) -> int:
+        """The total if every Attention node is one kernel."""
+        return self.total - self.activations + self.fused
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, in bytes."""
         return {
@@ -64,9 +74,11 @@ class Memory:
             "weights": self.weights,
             "kv_cache": self.cache,
             "activations_at_most": self.activations,
+            "activations_if_attention_is_fused": self.fused,
             "inputs_and_outputs": self.tensors,
             "cuda_and_tensorrt": CONTEXT_BYTES,
             "total": self.total,
+            "total_if_attention_is_fused": self.total_fused,
         }
 
 
@@ -91,13 +103,15 @@ def memory(
         stage: {entry.name: _dims(entry) for entry in model.graph.input}
         for stage, model in graphs.items()
     }
-    activations = tensors = 0
+    activations = fused = tensors = 0
     for stage, found in stage_profiles(inputs, config, schedule, target, budgets).items():
         for profile in found:
             shapes = {name: bounds.max for name, bounds in profile.shapes.items()}
             values = {name: bounds.max for name, bounds in profile.values.items()}
             resolved = resolve(graphs[stage], shapes, values)
             activations = max(activations, activation_bytes(graphs[stage], resolved))
+            whole = activation_bytes(graphs[stage], resolved, split_attention=False)
+            fused = max(fused, whole)
             decodes = stage == "decode" or profile.name == DECODE
             tensors = max(tensors, _outside(graphs[stage], resolved, decodes))
     return Memory(
@@ -106,6 +120,7 @@ def memory(
         weights={stage: _weights(model) for stage, model in graphs.items()},
         cache=_cache(config, schedule, target, budgets),
         activations=activations,
+        fused=fused,
         tensors=tensors,
     )
 
@@ -177,8 +192,14 @@ class Fit:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the target's own layout fits; None where the target has no memory size."""
+        """Whether the target's own layout fits, also if TensorRT splits attention up; None where
+        the target has no memory size."""
         return None if self.usable is None else self.layouts[0].total <= self.usable
+
+    @property
+    def fits_if_fused(self) -> bool | None:
+        """Whether it fits as long as TensorRT makes every Attention node one kernel."""
+        return None if self.usable is None else self.layouts[0].total_fused <= self.usable
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, in bytes."""
@@ -187,6 +208,7 @@ class Fit:
             "dtype": self.target.dtype,
             "usable": self.usable,
             "fits": self.fits,
+            "fits_if_attention_is_fused": self.fits_if_fused,
             "layouts": [each.to_json() for each in self.layouts],
             "advice": list(self.advice),
         }
@@ -211,18 +233,32 @@ class Fit:
             ("  decode", [_part(m, "decode") for m in self.layouts]),
             ("KV cache", [each.cache for each in self.layouts]),
             ("activations, at most", [each.activations for each in self.layouts]),
+            *self._fused("  if attention is fused", "activations", "fused"),
             ("inputs and outputs", [each.tensors for each in self.layouts]),
             ("CUDA and TensorRT, about", [CONTEXT_BYTES for _ in self.layouts]),
             ("total", [each.total for each in self.layouts]),
+            *self._fused("  if attention is fused", "total", "total_fused"),
         ]
         for label, sizes in rows:
             lines.append(f"{label:<34}" + "".join(f"{format_bytes(n):>12}" for n in sizes))
         if self.usable is not None:
-            verdicts = ["yes" if each.total <= self.usable else "no" for each in self.layouts]
+            verdicts = [_verdict(each, self.usable) for each in self.layouts]
             lines.append(f"{'fits':<34}" + "".join(f"{verdict:>12}" for verdict in verdicts))
         if self.advice:
             lines += ["", *(f"- {each}" for each in self.advice)]
         return "\n".join(lines)
+
+    def _fused(self, label: str, split: str, whole: str) -> list[tuple[str, list[int]]]:
+        """A row of what the layouts take if attention is fused, where that makes a difference."""
+        if all(getattr(each, split) == getattr(each, whole) for each in self.layouts):
+            return []
+        return [(label, [getattr(each, whole) for each in self.layouts])]
+
+
+def _verdict(memory: Memory, usable: int) -> str:
+    if memory.total <= usable:
+        return "yes"
+    return "if fused" if memory.total_fused <= usable else "no"
 
 
 def _part(memory: Memory, *prefixes: str) -> int:

@@ -138,11 +138,15 @@ def resolve(
     return found
 
 
-def activation_bytes(model: ModelProto, resolved: Resolved) -> int:
+def activation_bytes(model: ModelProto, resolved: Resolved, *, split_attention: bool = True) -> int:
     """What is alive at once at most between inputs and outputs, if every node wrote its result.
 
     TensorRT fuses nodes and needs less as a rule; weights, inputs and outputs are not counted, and
     views take nothing. A loop's body counts all that it writes.
+
+    Args:
+        split_attention: count what an Attention node writes in between where it becomes several
+            kernels, which it may; without, as if one kernel did all of it.
     """
     outside = {entry.name for entry in (*model.graph.input, *model.graph.output)}
     nodes = list(model.graph.node)
@@ -158,6 +162,8 @@ def activation_bytes(model: ModelProto, resolved: Resolved) -> int:
     for step in resolved.steps:
         if step.inside == 0:
             outer = step.node.output[0]
+            if split_attention and step.node.op_type == "Attention":
+                inner[outer] = _attention_bytes(step)
         elif step.node.op_type not in _VIEWS:
             inner[outer] = inner.get(outer, 0) + sum(t.nbytes for t in step.outputs)
     alive: dict[str, int] = {}
@@ -172,6 +178,19 @@ def activation_bytes(model: ModelProto, resolved: Resolved) -> int:
         for name in [name for name in alive if last.get(name, place) <= place]:
             del alive[name]
     return most
+
+
+def _attention_bytes(step: Step) -> int:
+    """Scores before and after the softmax, in float32 as the `primitive` graphs have them, and keys
+    and values repeated for every head where several share them."""
+    query, key, value = step.inputs[:3]
+    assert query is not None and key is not None and value is not None
+    if len(query.shape) != 4 or len(key.shape) != 4:  # which is a finding of its own
+        return 0
+    batch, heads, queries, _ = query.shape
+    scores = batch * heads * queries * key.shape[2] * 4
+    repeats = heads // key.shape[1]
+    return 2 * scores + (repeats * (key.nbytes + value.nbytes) if repeats > 1 else 0)
 
 
 def shape_path(graph: GraphProto, resolved: Resolved) -> dict[str, NodeProto]:
@@ -200,13 +219,19 @@ def shape_path(graph: GraphProto, resolved: Resolved) -> dict[str, NodeProto]:
     return path
 
 
+def reads(graph: GraphProto) -> Iterator[str]:
+    """Names that the nodes of a graph read, their bodies included."""
+    for node in graph.node:
+        yield from _reads(node)
+
+
 def _reads(node: NodeProto) -> Iterator[str]:
     """Names that a node reads, its bodies included."""
     yield from node.input
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
-            for inner in attribute.g.node:
-                yield from _reads(inner)
+            yield from reads(attribute.g)
+            yield from (entry.name for entry in attribute.g.output)  # of the outer graph, it may be
 
 
 def _initializer(tensor: TensorProto) -> Known:

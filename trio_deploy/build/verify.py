@@ -28,6 +28,7 @@ def run_once(bundle: Bundle, tensorrt: TensorRT, folder: Path, stage: str) -> No
         TrioError: it does not load or run, lacks memory, or gives what is not finite.
     """
     runtime = TrtRuntime(folder, bundle, tensorrt=tensorrt)
+    runtime.record = runtime.record.with_verified(stage)  # for this once, in memory alone
     engine = runtime.open(bundle.graph(stage))
     for profile in runtime.record.stages[stage].profiles:
         for corner, shapes in _FIRST_RUNS.items():

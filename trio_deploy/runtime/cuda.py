@@ -160,6 +160,7 @@ class Device:
     Attributes:
         name: "NVIDIA H200".
         compute_capability: "9.0".
+        multiprocessors: how many are switched on.
         driver: the newest CUDA version that the driver knows, "12.4".
         stream: where all work goes.
     """
@@ -176,6 +177,7 @@ class Device:
         properties = self.call("cudaGetDeviceProperties", 0)
         self.name = properties.name.decode().rstrip("\0")
         self.compute_capability = f"{properties.major}.{properties.minor}"
+        self.multiprocessors = int(properties.multiProcessorCount)
         version = int(self.call("cudaDriverGetVersion"))
         self.driver = f"{version // 1000}.{version % 1000 // 10}"
         flag = int(self._cuda.cudaStreamNonBlocking)
