@@ -6,6 +6,7 @@ import pytest
 
 from trio_deploy.bench.cases import Case, Run
 from trio_deploy.bench.results import case_figures, compare, cost_of
+from trio_deploy.bench.table import split
 from trio_deploy.schedule import Schedule, account
 
 
@@ -87,3 +88,19 @@ def test_a_baseline_that_does_not_tell_stages_apart_has_none(random_bundle):
     figures = case_figures(CASE, [bare], random_bundle, tiles=1)
     assert figures["groups_s"] is figures["prefill_s"] is figures["flops"] is None
     assert figures["first_token_s"]["median"] == 1.1
+
+
+@pytest.mark.parametrize("whole", [1.0, 0.9, 0.5])
+def test_a_bar_is_as_long_as_its_label_says(whole):
+    """Stage medians come to 0.9 here, whatever the median of the whole is."""
+    medians = {"preprocess": 0.1, "vision": 0.2, "embed": 0.1, "layers": 0.4, "selection": 0.1,
+               "other": 0.3}  # fmt: skip
+    case = {
+        "first_token_s": {"median": whole},
+        "groups_s": {group: {"median": seconds} for group, seconds in medians.items()},
+    }
+    parts = split(case)
+    assert sum(parts.values()) == pytest.approx(whole)
+    assert parts["other"] == pytest.approx(max(0.0, whole - 0.9), abs=1e-12)
+    assert parts["layers"] / parts["vision"] == pytest.approx(2)
+    assert split({"first_token_s": {"median": whole}, "groups_s": None}) == {"other": whole}

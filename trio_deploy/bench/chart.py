@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trio_deploy.bench.cases import GROUPS, OTHER
-from trio_deploy.bench.table import times, where
+from trio_deploy.bench.table import split, times, where
 from trio_deploy.errors import TrioError
 
 _MIB = 2**20
@@ -56,14 +56,9 @@ def _bars(pyplot: Any, result: Mapping[str, Any]) -> Any:
     longest = max(case["first_token_s"]["q3"] for case in cases)
     for row, case in enumerate(cases):
         left, first = 0.0, case["first_token_s"]
-        groups = case["groups_s"]
-        if groups is None:
-            axes.barh(row, first["median"], color=COLOURS[OTHER], height=0.62)
-        else:
-            for group in (*GROUPS, OTHER):
-                seconds = groups[group]["median"]
-                axes.barh(row, seconds, left=left, color=COLOURS[group], height=0.62)
-                left += seconds
+        for group, seconds in split(case).items():
+            axes.barh(row, seconds, left=left, color=COLOURS[group], height=0.62)
+            left += seconds
         error = [[first["median"] - first["q1"]], [first["q3"] - first["median"]]]
         axes.errorbar(first["median"], row, xerr=error, color="#333333", capsize=3, lw=1)
         ratio = case["against_unpruned"]["first_token"]
@@ -80,10 +75,7 @@ def _bars(pyplot: Any, result: Mapping[str, Any]) -> Any:
         loc="left",
     )
     shown = [
-        group
-        for group in (*GROUPS, OTHER)
-        if any(case["groups_s"] is None and group == OTHER for case in cases)
-        or any(case["groups_s"] and case["groups_s"][group]["median"] > 0 for case in cases)
+        group for group in (*GROUPS, OTHER) if any(split(case).get(group, 0) > 0 for case in cases)
     ]
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[group]) for group in shown]
     labels = ["other, or not told apart" if group == OTHER else group for group in shown]

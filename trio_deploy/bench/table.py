@@ -144,6 +144,23 @@ def where(case: Mapping[str, Any]) -> str:
     return f"{engine} {case['precision']}".strip()
 
 
+def split(case: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds a group to the first token that add up to its median, for a stacked bar.
+
+    Medians of stages need not add up to the median of the whole: `OTHER` takes the difference, and
+    where they come to more than the whole they are shrunk to it. A case that does not tell its
+    stages apart is all `OTHER`.
+    """
+    whole, groups = case["first_token_s"]["median"], case["groups_s"]
+    if groups is None:
+        return {OTHER: whole}
+    medians = {group: groups[group]["median"] for group in GROUPS}
+    total = sum(medians.values())
+    shrink = min(1.0, whole / total) if total else 1.0
+    parts = {group: seconds * shrink for group, seconds in medians.items()}
+    return {**parts, OTHER: max(0.0, whole - sum(parts.values()))}
+
+
 def times(ratio: float | None) -> str:
     """`7.39x`; empty where it is not known."""
     return "" if ratio is None else f"{ratio:.2f}x"
