@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from trio_deploy.triton.request import INPUTS
+
+_LOG = logging.getLogger(__name__)
 
 
 class TritonSender:
@@ -48,7 +51,10 @@ class TritonSender:
                 return
             self._ended = last
             flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
-            self._sender.send(response, flags=flags)
+            try:
+                self._sender.send(response, flags=flags)
+            except Exception:  # nothing else can be sent either: the backend has closed it
+                _LOG.exception("a response could not be sent")
 
 
 def input_arrays(request: Any) -> dict[str, np.ndarray]:

@@ -6,9 +6,9 @@ its own, so that one instance serves many at once.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,12 +17,12 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from trio_deploy.triton.backend import TritonSender, input_arrays
-from trio_deploy.triton.local import Ask, Reply, connect
+from trio_deploy.triton.local import Ask, LocalClient, Reply
 from trio_deploy.triton.sender import Sender
 from trio_deploy.triton.watch import Watch
 
 _LOG = logging.getLogger(__name__)
-_LOOK_S = 0.05  # between looks at whether a request was cancelled
+_GRACE_S = 10.0  # after a request's deadline, for the model to say that it is over
 _MAX_REQUESTS = 80  # as many as `trio_vlm` takes by default: 16 rows and a queue of 64
 _MAX_BYTES = 512 * 2**20  # two of the largest requests by default: 8 pictures of 20 MiB in base64
 
@@ -46,7 +46,7 @@ class TritonPythonModel:
         self._most_bytes = _limit(values, "max_bytes", _MAX_BYTES)
         self._pool = ThreadPoolExecutor(self._most, thread_name_prefix="trio-forward")
         self._open: dict[Sender, int] = {}  # bytes of the requests under way
-        self._turns = itertools.count()
+        self._client = LocalClient(self._model)
         watched = values.get("watch", "true").lower() != "false"
         self._watch = Watch(args["model_name"]) if watched else None
 
@@ -91,7 +91,7 @@ class TritonPythonModel:
 
     def _forward(self, sender: Sender, ask: Ask) -> None:
         try:
-            reply = self._answer(sender, ask)
+            reply = self._client.ask(ask, sender.is_cancelled, _deadline_s(ask) + _GRACE_S)
         except (EOFError, OSError) as error:
             text = f"{self._model} could not be asked: {error or 'it has ended'}"
             reply = Reply({}, text, "UNAVAILABLE")
@@ -103,14 +103,6 @@ class TritonPythonModel:
             sender.fail(reply.error, reply.code)
         else:
             sender.send(reply.outputs, last=True)
-
-    def _answer(self, sender: Sender, ask: Ask) -> Reply:
-        with connect(self._model, next(self._turns)) as connection:  # hanging up cancels
-            connection.send(ask)
-            while not connection.poll(_LOOK_S):
-                if sender.is_cancelled():
-                    return Reply({}, "the request was cancelled", "CANCELLED")
-            return connection.recv()
 
 
 def _limit(values: Mapping[str, str], name: str, default: int) -> int:
@@ -125,3 +117,11 @@ def _limit(values: Mapping[str, str], name: str, default: int) -> int:
 
 def _bytes(array: np.ndarray) -> int:
     return sum(map(len, array.ravel())) if array.dtype == np.object_ else array.nbytes
+
+
+def _deadline_s(ask: Ask) -> float:
+    """What the request itself names; the model has a limit of its own."""
+    given = [ask.timeout_us / 1e6] if ask.timeout_us else []
+    if "timeout_s" in ask.tensors and ask.tensors["timeout_s"].size == 1:
+        given.append(float(ask.tensors["timeout_s"].item()))
+    return min((seconds for seconds in given if seconds > 0), default=math.inf)

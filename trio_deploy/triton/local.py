@@ -3,11 +3,13 @@
 Triton has a way for this, a model that asks another one ("business logic scripting"), but in 2.51
 it is not fit for requests from several threads: a thread of its own drops Python objects without
 the interpreter's lock, which ends the process with a corrupted heap after some thousand requests.
-So the two speak over a Unix socket. Its name is an abstract one, which no file is left of, and each
-side makes sure that the other runs as the same user.
+So the two speak over a Unix socket. Its name is an abstract one, which no file is left of; other
+users and other containers of a network namespace can see such a name, so each side makes sure that
+the other one is a process of the same user and of the same server.
 
-A connection is one request. The caller sends it and gets one reply; if it hangs up before that, the
-request is cancelled. What is sent is pickled: only the two models, in the same hands, take part.
+A connection is one request: the caller sends it, hears that it was taken, and gets one reply. If it
+hangs up before that, the request is cancelled. A message is a JSON object and the bytes of its
+arrays: nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -15,15 +17,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import logging
+import math
 import os
+import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,8 +38,13 @@ from trio_deploy.triton.sender import Sender
 
 _LOG = logging.getLogger(__name__)
 _CREDENTIALS = struct.Struct("3i")  # process, user, group: struct ucred of unix(7)
+_TIMEVAL = struct.Struct("ll")
+_LISTENS = b"%08X" % (1 << 16)  # __SO_ACCEPTCON, as /proc/net/unix writes flags
 _WAITING = 128  # connections that may wait to be accepted
-_LISTENS = f"{1 << 16:08X}"  # __SO_ACCEPTCON, as /proc/net/unix writes flags
+_RECEIVERS = 4  # threads that take requests
+_PATIENCE_S = 10.0  # for the other side's next step
+_LOOK_S = 0.05  # between looks at whether a request was cancelled
+_KNOWN_S = 1.0  # for which the instances of a model are not looked up again
 
 
 @dataclass(frozen=True)
@@ -59,61 +71,101 @@ class LocalServer:
     def __init__(self, model: str, take: Callable[[Sender, Ask], None]) -> None:
         """Args:
         model: its name; instances of the same name share the work.
-        take: called for each request on a thread of its own.
+        take: called for each request, on one of a few threads: it must not wait for the answer.
+
+        Raises:
+            OSError: there is no socket or no thread to be had.
         """
         self._take = take
-        self._listener, self._address = _listen(model)
-        self._closing = False
-        self._thread = threading.Thread(target=self._accept, name="trio-accept", daemon=True)
-        self._thread.start()
+        self._closing = threading.Event()
+        self._socket = _listen(model)
+        self._threads = [
+            threading.Thread(target=self._serve, name="trio-local", daemon=True)
+            for _ in range(_RECEIVERS)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """Take no more requests; those that were taken still get their replies."""
-        self._closing = True
-        with contextlib.suppress(OSError):
-            Client(self._address).close()  # wakes the thread that accepts
-        self._thread.join()
-        self._listener.close()
+        self._closing.set()
+        with contextlib.suppress(OSError):  # it was closed before
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the threads
+        for thread in self._threads:
+            thread.join(_PATIENCE_S)
+        self._socket.close()
 
-    def _accept(self) -> None:
-        while True:
+    def _serve(self) -> None:
+        while not self._closing.is_set():
             try:
-                connection = self._listener.accept()
-            except OSError:  # no more files may be opened, say: those that are open will close
-                _LOG.exception("a request could not be taken")
-                continue
-            if self._closing:
-                return
-            threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
+                self._receive(Connection(self._socket.accept()[0].detach()))
+            except Exception as error:  # no more files may be opened, say: this must go on
+                if not self._closing.wait(1.0):
+                    _LOG.error("a request could not be taken: %r", error)
 
     def _receive(self, connection: Connection) -> None:
         sender = _LocalSender(connection)
         try:
-            _check_peer(connection)
-            self._take(sender, connection.recv())
-        except (EOFError, OSError):  # it was given up, or is none of ours
+            _prepare(connection)
+            if not connection.poll(_PATIENCE_S):
+                raise EOFError
+            given, tensors = _read(connection)
+            _write(connection, {"taken": True})
+        except (EOFError, OSError, ValueError, KeyError):  # given up, or none of ours
             connection.close()
+            return
+        try:
+            self._take(sender, Ask(tensors, given["parameters"], given["timeout_us"]))
         except Exception as error:
             _LOG.exception("a request failed")
             sender.fail(f"internal error: {error!r:.200}", "INTERNAL")
 
 
-def connect(model: str, turn: int) -> Connection:
-    """A connection to an instance of a model: the next one each turn.
+class LocalClient:
+    """Asks the instances of a model in turn, from any thread."""
 
-    Raises:
-        OSError: there is none.
-    """
-    names = _instances(model)
-    if not names:
-        raise ConnectionRefusedError(f"{model} is not there")
-    connection = Client(names[turn % len(names)])
-    try:
-        _check_peer(connection)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._turns = itertools.count()
+        self._known: list[bytes] = []
+        self._known_until = -math.inf
+
+    def ask(self, ask: Ask, is_cancelled: Callable[[], bool], timeout_s: float = math.inf) -> Reply:
+        """The reply to a request, or that it was cancelled.
+
+        Args:
+            is_cancelled: asked again and again until there is a reply.
+            timeout_s: wait so long at most.
+
+        Raises:
+            OSError, EOFError: there is no instance that takes it, it ended, or the time is over.
+        """
+        until = time.monotonic() + timeout_s
+        with self._connect() as connection:  # hanging up cancels
+            given = {"parameters": ask.parameters, "timeout_us": ask.timeout_us}
+            _write(connection, given, ask.tensors)
+            if not connection.poll(_PATIENCE_S):
+                raise TimeoutError(f"it took no request in {_PATIENCE_S:g} s")
+            _read(connection)
+            while not connection.poll(_LOOK_S):
+                if is_cancelled():
+                    return Reply({}, "the request was cancelled", "CANCELLED")
+                if time.monotonic() > until:
+                    raise TimeoutError("it gave no answer in time")
+            said, outputs = _read(connection)
+            return Reply(outputs, said["error"], said["code"])
+
+    def _connect(self) -> Connection:
+        turn = next(self._turns)
+        for look_again in (False, True):
+            if look_again or time.monotonic() > self._known_until:
+                self._known = _instances(self._model)
+                self._known_until = time.monotonic() + _KNOWN_S
+            known = self._known
+            for number in range(len(known)):
+                with contextlib.suppress(OSError):  # it has ended, or is somebody else
+                    return _connect(known[(turn + number) % len(known)])
+        raise ConnectionRefusedError(f"no instance of {self._model} is there")
 
 
 class _LocalSender:
@@ -139,36 +191,112 @@ class _LocalSender:
         with self._lock:
             if not self._connection.closed:
                 with contextlib.suppress(OSError), self._connection:  # it was given up
-                    self._connection.send(reply)
+                    said = {"error": reply.error, "code": reply.code}
+                    _write(self._connection, said, reply.outputs)
 
 
-def _listen(model: str) -> tuple[Listener, str]:
-    for number in itertools.count():
-        address = f"{_prefix(model)}{number}"
-        with contextlib.suppress(OSError):  # another instance has it
-            return Listener(address, "AF_UNIX", backlog=_WAITING), address
-    raise AssertionError
+def _listen(model: str) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX)
+    try:
+        listening.bind(_prefix(model) + secrets.token_hex(8).encode())
+        listening.listen(_WAITING)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
 
 
-def _instances(model: str) -> list[str]:
-    prefix = _prefix(model).replace("\0", "@")
-    table = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
-    # Connections have their listener's name, too, and may outlive it.
-    listening = {line[7] for line in table if line[7:] and line[3] == _LISTENS}
-    return sorted(name.replace("@", "\0") for name in listening if name.startswith(prefix))
+def _connect(name: bytes) -> Connection:
+    connecting = socket.socket(socket.AF_UNIX)
+    try:
+        connecting.connect(name)
+    except BaseException:
+        connecting.close()
+        raise
+    connection = Connection(connecting.detach())
+    try:
+        _prepare(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
-def _prefix(model: str) -> str:
+def _instances(model: str) -> list[bytes]:
+    """Names of the sockets at which a model's instances listen."""
+    prefix = b"@" + _prefix(model)[1:]
+    found = []
+    for line in Path("/proc/net/unix").read_bytes().splitlines():
+        words = line.split(None, 7)  # a name may be any bytes
+        # Connections have their listener's name, too, and may outlive it.
+        if len(words) == 8 and words[3] == _LISTENS and words[7].startswith(prefix):
+            found.append(b"\0" + words[7][1:])
+    return sorted(found)
+
+
+def _prefix(model: str) -> bytes:
     """Of the names of a model's sockets: other servers on the machine have others."""
     server = os.getppid()
-    started = Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[19]
-    digest = hashlib.sha256(f"{server} {started} {model}".encode()).hexdigest()
-    return f"\0trio-{digest[:32]}-"
+    digest = hashlib.sha256(f"{server} {_stat(server)[19]} {model}".encode()).hexdigest()
+    return f"\0trio-{digest[:32]}-".encode()
 
 
-def _check_peer(connection: Connection) -> None:
-    """Raises PermissionError unless the other side runs as the same user."""
+def _prepare(connection: Connection) -> None:
+    """Make sure of the other side, and that nothing waits for it for ever.
+
+    Raises:
+        PermissionError: it is none of this server's processes.
+    """
     with socket.socket(fileno=os.dup(connection.fileno())) as peer:
         data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    if _CREDENTIALS.unpack(data)[1] != os.geteuid():
-        raise PermissionError("the other side of a local connection runs as another user")
+        process, user, _ = _CREDENTIALS.unpack(data)
+        # A process of another container has no number here: 0.
+        if user != os.geteuid() or not process or int(_stat(process)[1]) != os.getppid():
+            raise PermissionError("the other side of a local connection is none of this server's")
+        patience = _TIMEVAL.pack(int(_PATIENCE_S), 0)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+
+
+def _stat(process: int) -> list[str]:
+    """Of proc(5), from the state on: parent at 1, start time at 19."""
+    text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    return text.rpartition(")")[2].split()
+
+
+def _write(
+    connection: Connection,
+    fields: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    described, contents = [], []
+    for name, array in (arrays or {}).items():
+        sizes = None
+        if array.dtype == np.object_:  # strings, as Triton gives them
+            sizes = [len(item) for item in array.ravel()]
+            contents.append(b"".join(array.ravel()))
+        else:
+            contents.append(array.tobytes())
+        kind = None if sizes is not None else array.dtype.str
+        described.append({"name": name, "shape": array.shape, "kind": kind, "sizes": sizes})
+    connection.send_bytes(json.dumps({"fields": fields, "arrays": described}).encode())
+    for content in contents:
+        connection.send_bytes(content)
+
+
+def _read(connection: Connection) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Raises ValueError or KeyError where it is no message."""
+    message = json.loads(connection.recv_bytes())
+    arrays = {}
+    for entry in message["arrays"]:
+        content = connection.recv_bytes()
+        if entry["sizes"] is None:
+            kind = np.dtype(entry["kind"])
+            if kind.hasobject:
+                raise ValueError("an array of objects")
+            array = np.frombuffer(content, kind)
+        else:
+            ends = [0, *itertools.accumulate(entry["sizes"])]
+            array = np.empty(len(entry["sizes"]), np.object_)
+            array[:] = [content[start:end] for start, end in itertools.pairwise(ends)]
+        arrays[entry["name"]] = array.reshape(entry["shape"])
+    return message["fields"], arrays
