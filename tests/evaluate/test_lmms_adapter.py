@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluate import scenes
 from trio_deploy.export import export
+from trio_deploy.runtime.pipeline import Request
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -115,13 +117,32 @@ def test_until_ends_an_answer(model, scene):
     assert cut.split() == plate.answer.split()[: plate.answer.split().index(second)]
 
 
-def test_the_likelier_continuation_is_the_right_one(model, scene):
-    asked = next(q for q in scene.questions if q.answer in ("yes", "no"))
-    (yes, no) = model.loglikelihood([question(asked.text, word) for word in (" yes", " no")])
-    assert (yes[0] > no[0]) == (asked.answer == "yes") and yes[1] != no[1]
-    assert yes[0] <= 0 and no[0] <= 0
-    (same,) = model.loglikelihood([question(asked.text, lambda document: " yes")])
-    assert same[0] == pytest.approx(yes[0], rel=1e-3)
+def choices(asked: scenes.Question) -> list[str]:
+    return list(scenes.COLOURS) if asked.kind == "color" else ["yes", "no"]
+
+
+def test_the_right_choice_has_the_smallest_loss_which_lmms_eval_picks(model, scene):
+    asked = [q for q in scene.questions if q.kind == "color" or q.answer in ("yes", "no")]
+    assert len(asked) >= 5
+    for one in asked:
+        found = model.loglikelihood([question(one.text, choice) for choice in choices(one)])
+        losses = [loss for loss, _ in found]
+        # lmms_eval/api/task.py, process_results: pred = np.argmin(lls)
+        assert choices(one)[int(np.argmin(losses))] == one.answer
+        assert min(losses) >= 0 and [greedy for _, greedy in found].count(True) == 1
+
+
+def test_a_loss_is_the_mean_over_the_tokens_of_the_continuation(model, scene):
+    plate = next(q for q in scene.questions if q.kind == "plate")
+    tokens = model.pipeline.tokens(plate.answer)
+    assert len(tokens) > 1
+    ((loss, greedy),) = model.loglikelihood([question(plate.text, plate.answer)])
+    (given,) = model.pipeline.generate_batch(
+        [Request(plate.text, [scene.image], budget=1.0, forced=tokens)]
+    )
+    assert loss == pytest.approx(-np.mean(given.logprobs), rel=1e-3, abs=1e-6) and greedy
+    ((same, _),) = model.loglikelihood([question(plate.text, lambda document: plate.answer)])
+    assert same == pytest.approx(loss, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize(

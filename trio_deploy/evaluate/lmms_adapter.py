@@ -83,7 +83,11 @@ class Trio(Lmms):
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding would give it) each.
+        """(mean negative log-likelihood a token, whether greedy decoding would give all) each.
+
+        A loss, of which the smallest is the best: lmms-eval takes the argmin over a question's
+        choices (lmms_eval/api/task.py, `process_results`), since its own models return the mean
+        cross-entropy loss of the continuation's tokens.
 
         An instance's arguments are (context, continuation, doc_to_visual, id, task, split); the
         continuation may be a function of the document.
@@ -110,7 +114,7 @@ class Trio(Lmms):
                     )
                 )
             found += [
-                (sum(given.logprobs), all(given.greedy))
+                (-sum(given.logprobs) / len(given.logprobs), all(given.greedy))
                 for given in self.pipeline.generate_batch(forced)
             ]
         return found
