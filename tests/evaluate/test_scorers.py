@@ -3,7 +3,15 @@
 import pytest
 
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate.scorers import SCORERS, get_scorer, option, pope_summary, yes_or_no
+from trio_deploy.evaluate.questions import Question
+from trio_deploy.evaluate.scorers import (
+    SCORERS,
+    get_scorer,
+    option,
+    pope_summary,
+    require_references,
+    yes_or_no,
+)
 
 TEN = ["blue"] * 2 + ["navy"] * 1 + ["black"] * 7
 
@@ -61,19 +69,34 @@ def test_textvqa_splits_possessives_and_wants_ten_annotators():
     ("text", "letter"),
     [
         ("B", "B"),
-        (" B\n", ""),  # the line break becomes a full stop before anything is read
+        (" B\n", "B"),  # LLaVA strips answers before it writes them down
         ("B. because", "B"),
-        ("B\nbecause", "B"),
         ("The answer is C.", "C"),
-        ("I think The answer is D", "D"),
+        ("I think The answer is D, since", "D"),
+        ("The answer is B. Lunch is at noon.", "B"),
         ("B) because", ""),
+        ("B.", ""),
         ("Because", ""),
         ("F", ""),
+        ("", ""),
     ],
 )
 def test_scienceqa_reads_the_option_as_llava_does(text, letter):
     assert option(text) == letter
     assert SCORERS["scienceqa"](text, "B") == float(letter == "B")
+
+
+def test_scienceqa_fails_an_answer_named_without_a_sign_after_it():
+    assert option("The answer is B") == "" and SCORERS["scienceqa"]("The answer is B", "B") == 0
+
+
+def test_scienceqa_fails_a_letter_with_a_line_break_behind():
+    assert option("B\nbecause") == "" and SCORERS["scienceqa"]("B\nbecause", "B") == 0
+
+
+def test_scienceqa_fails_two_answers():
+    assert option("The answer is B. The answer is C.") == ""
+    assert option("The answer is B. The answer is B.") == ""
 
 
 @pytest.mark.parametrize(
@@ -85,6 +108,9 @@ def test_scienceqa_reads_the_option_as_llava_does(text, letter):
         ("Yes. No.", "yes"),  # the first sentence alone
         ("nobody", "yes"),
         ("NO", "yes"),
+        ("no\n", "no"),  # LLaVA strips answers before it writes them down
+        (" No", "no"),
+        ("no\nmore", "yes"),  # words are parted by blanks alone
     ],
 )
 def test_pope_hears_no_as_llava_does(text, said):
@@ -110,3 +136,22 @@ def test_exact_allows_blanks_at_the_ends_and_several_references():
 def test_an_unknown_scorer_is_one_clear_error():
     with pytest.raises(TrioError, match="choose one of exact"):
         get_scorer("bleu")
+
+
+@pytest.mark.parametrize(
+    ("scorer", "reference", "words"),
+    [
+        ("pope", "maybe", "question 7: pope needs yes or no"),
+        ("scienceqa", "red", "question 7: scienceqa needs the right option's letter"),
+        ("scienceqa", "", "question 7: scienceqa needs the right option's letter"),
+        ("textvqa", ["a"], "question 7: textvqa takes 10 annotators"),
+        ("vqav2", "a", "question 7: vqav2 needs the list"),
+        ("exact", {"a": 1}, "question 7: exact needs an answer"),
+        ("exact", [], "question 7: exact needs an answer"),
+    ],
+)
+def test_a_reference_that_does_not_fit_the_scorer_is_named(scorer, reference, words):
+    asked = [Question("6", "?", (), "a", "x"), Question("7", "?", (), "a", "x", reference)]
+    with pytest.raises(TrioError, match=words):
+        require_references(asked, get_scorer(scorer))
+    require_references(asked[:1], get_scorer(scorer))

@@ -8,19 +8,25 @@
 - `textvqa`: Singh et al. 2019 as M4C scores it (facebookresearch/mmf, EvalAIAnswerProcessor and
   TextVQAAccuracyEvaluator, which LLaVA's eval_textvqa.py calls): ten annotators, both sides
   normalised in full, commas and question marks gone first and possessives split.
-- `scienceqa`: Lu et al. 2022 as in LLaVA's eval_science_qa.py: the option's letter, which the
-  answer is, or begins with ("B. "), or names ("The answer is B"). Anything else is wrong.
-- `pope`: Li et al. 2023 as in LLaVA's eval_pope.py: of the first sentence, `no` if a word is No,
-  no or not, else `yes`.
+- `scienceqa`: Lu et al. 2022 as in LLaVA's llava/eval/eval_science_qa.py (the copy in
+  Beckschen/LLaVolta, commit c092f0a; NVlabs/VILA's differs in "B." alone): the answer is a letter,
+  or begins with one ("B. "), or says "The answer is B." once and no more. Anything else is wrong.
+- `pope`: Li et al. 2023 as in LLaVA's llava/eval/eval_pope.py (haotian-liu/LLaVA, commit 4241f08):
+  of the first sentence, `no` if a word is No, no or not, else `yes`.
+
+LLaVA writes answers down without blanks at the ends, and so they are judged here.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trio_deploy.errors import TrioError
+
+if TYPE_CHECKING:
+    from trio_deploy.evaluate.questions import Question
 
 _ANNOTATORS = 10
 _ENOUGH = 3  # annotators who agree make an answer fully right
@@ -115,35 +121,43 @@ def _annotators(scorer: str, reference: Any) -> list[str]:
 
 def scienceqa(text: str, reference: Any) -> float:
     """Whether the option's letter is the reference's ("A" to "E")."""
-    return float(option(text) == str(reference).strip().upper())
+    letter = str(reference).strip().upper()
+    if len(letter) != 1 or letter not in _LETTERS:
+        raise TrioError(f"scienceqa needs the right option's letter, A to E, not {reference!r:.60}")
+    return float(option(text) == letter)
 
 
 def option(text: str) -> str:
     """The letter that an answer chooses, "" where it chooses none."""
-    text = text.replace("\n", ". ")
-    if text.strip() in tuple(_LETTERS):
-        return text.strip()
-    found = re.match(rf"([{_LETTERS}])\. ", text) or re.search(
-        rf"The answer is ([{_LETTERS}])\.", text
-    )
-    found = found or re.search(rf"The answer is ([{_LETTERS}])", text)
-    return found.group(1) if found else ""
+    text = text.strip()
+    if len(text) == 1 and text in _LETTERS:
+        return text
+    if text[1:3] == ". " and text[0] in _LETTERS:
+        return text[0]
+    # As the protocol has it: any sign may follow the letter, but one must; and any letter counts.
+    named = re.findall(r"The answer is ([A-Z]).", text)
+    return named[0] if len(named) == 1 else ""
 
 
 def pope(text: str, reference: Any) -> float:
     """Whether yes or no is said rightly."""
-    return float(yes_or_no(text) == str(reference).strip().lower())
+    label = str(reference).strip().lower()
+    if label not in ("yes", "no"):
+        raise TrioError(f"pope needs yes or no as each question's label, not {reference!r:.60}")
+    return float(yes_or_no(text) == label)
 
 
 def yes_or_no(text: str) -> str:
     """What an answer of any length comes down to."""
-    words = text.split(".")[0].replace(",", "").split(" ")
+    words = text.strip().split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
 def exact(text: str, reference: Any) -> float:
     """Whether the answer is the reference (or one of them)."""
     known = reference if isinstance(reference, list) else [reference]
+    if not known or any(isinstance(one, (dict, list)) or one is None for one in known):
+        raise TrioError(f"exact needs an answer, or a list of them, not {reference!r:.60}")
     return float(text.strip() in {str(answer).strip() for answer in known})
 
 
@@ -167,8 +181,25 @@ def get_scorer(name: str) -> Callable[[str, Any], float]:
     return SCORERS[name]
 
 
+def require_references(questions: Sequence[Question], score: Callable[[str, Any], float]) -> None:
+    """Look at every reference before anything is asked.
+
+    Raises:
+        TrioError: one does not fit the scorer; the error names the question.
+    """
+    for question in questions:
+        if question.reference is not None:
+            try:
+                score("", question.reference)
+            except TrioError as error:
+                raise TrioError(f"question {question.id}: {error}") from None
+
+
 def pope_summary(said: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Precision, recall and F1 of `yes`, and how often it is said, as POPE reports them."""
+    """Precision, recall and F1 of `yes`, and how often it is said, as POPE reports them.
+
+    LLaVA's eval_pope.py gives them a category; papers quote the mean F1 of the three.
+    """
     both = sum(s == "yes" == label for s, label in zip(said, labels, strict=True))
     yes, true = said.count("yes"), labels.count("yes")
     precision, recall = both / yes if yes else 0.0, both / true if true else 0.0
