@@ -207,7 +207,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def _triton(args: argparse.Namespace) -> None:
     from trio_deploy.bundle import Bundle
-    from trio_deploy.triton.repository import Options, read_settings, write_repository
+    from trio_deploy.triton.repository import Options, read_settings, remark, write_repository
 
     options = Options(
         runtime=args.runtime,
@@ -221,6 +221,8 @@ def _triton(args: argparse.Namespace) -> None:
     )
     models = write_repository(Bundle.load(args.bundle), args.out, options, force=args.force)
     print(f"{args.out}: {', '.join(models)}")
+    if said := remark(args.out):
+        print(f"trio: {said}", file=sys.stderr)
     print(f"serve it: tritonserver --model-repository {args.out}")
 
 

@@ -325,6 +325,41 @@ def test_a_model_warms_up_and_takes_tritons_own_parameters(load: Callable[..., A
     assert ask(model, prompt=QUESTION, max_tokens=1).outputs()
 
 
+def metric_values(name: str) -> dict[str, float]:
+    """Of the model loaded last, by outcome."""
+    metrics = MetricFamily.FAMILIES[name].metrics
+    assert all(m.labels["model"] == "trio_vlm" and m.labels["version"] == "1" for m in metrics)
+    return {m.labels.get("outcome", ""): m.value for m in metrics}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"max_kv_bytes": "1"}, "max_kv_bytes is 1"),
+        ({"max_prompt_tokens": "1"}, "max_prompt_tokens is 1"),
+        ({"max_prompt_bytes": "1"}, "max_prompt_bytes is 1"),
+        ({"max_image_pixels": "1"}, "max_image_pixels is 1"),
+        ({"max_queue_bytes": "1"}, "max_queue_bytes is 1"),
+        ({"budget": "0.0001"}, "budget"),
+    ],
+    ids=str,
+)
+def test_a_model_whose_limits_no_request_can_keep_does_not_load(
+    load: Callable[..., Any], parameters: dict[str, str], message: str
+) -> None:
+    with pytest.raises(Exception, match=f"warm-up question .* failed: .*{message}") as caught:
+        load(warm_up="true", **parameters)
+    assert type(caught.value) is fake_utils.TritonModelException
+
+
+def test_a_model_may_take_no_longer_than_a_deadline_for_its_warm_up(
+    load: Callable[..., Any],
+) -> None:
+    """The first run takes longer than those after it."""
+    model = load(warm_up="true", max_timeout_s="1e-9")
+    assert "deadline" in ask(model, prompt=QUESTION).error()[1]
+
+
 def test_metrics_count_what_happened(load: Callable[..., Any]) -> None:
     model = load()
     ask(model, prompt=QUESTION, images=file(), max_tokens=4).outputs()
@@ -332,11 +367,7 @@ def test_metrics_count_what_happened(load: Callable[..., Any]) -> None:
     ask(model, prompt=QUESTION, top_p=7.0).error()
     ask(model, prompt=QUESTION, images=b"nothing").error()
 
-    def values(name: str) -> dict[str, float]:
-        metrics = MetricFamily.FAMILIES[name].metrics
-        assert all(m.labels["model"] == "trio_vlm" and m.labels["version"] == "1" for m in metrics)
-        return {m.labels.get("outcome", ""): m.value for m in metrics}
-
+    values = metric_values
     # All at once, since they are brought up to date one after the other, and again and again.
     expected = {
         "trio_tokens_total": 7,
@@ -351,6 +382,43 @@ def test_metrics_count_what_happened(load: Callable[..., Any]) -> None:
     wait_for(lambda: 256 > values("trio_kept_tokens_total")[""] > 0)
     wait_for(lambda: values("trio_first_token_seconds_sum")[""] > 0)
     assert MetricFamily.FAMILIES["trio_kv_bytes"].kind == "gauge"
+
+
+def test_metrics_of_a_model_that_was_unloaded_say_that_nothing_runs(
+    load: Callable[..., Any],
+) -> None:
+    model = load()
+    before = MetricFamily.FAMILIES["trio_tokens_total"].metrics[-1]
+    model._stop.set()
+    model._keeper.join()  # as if it were over just before the last answers
+    requests = [ask(model, prompt=QUESTION, max_tokens=3) for _ in range(2)]
+    wait_for(lambda: model._batcher.metrics().active > 0 or requests[0].sender.ended.is_set())
+    model._export()
+    model.finalize()
+    last = {name: family.metrics[-1].value for name, family in MetricFamily.FAMILIES.items()}
+    assert before.value == last["trio_tokens_total"] == 6
+    gauges = ("queue_length", "rows_active", "kv_bytes", "kv_bytes_allocated")
+    assert [last[f"trio_{name}"] for name in gauges] == [0, 0, 0, 0]
+
+
+def test_what_is_held_has_a_bound_in_bytes(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = file()
+    model = load(max_queue_bytes=str(2 * (len(picture) + len(QUESTION)) + 10))
+    go = hold(model, monkeypatch)
+    held = [ask(model, prompt=QUESTION, images=picture, max_tokens=2) for _ in range(2)]
+    code, said = ask(model, prompt=QUESTION, images=picture).error()
+    assert code is TritonError.UNAVAILABLE and "max_queue_bytes" in said
+    code, said = ask(model, prompt=QUESTION, images=texts(*[picture] * 3)).error()
+    assert code is TritonError.INVALID_ARG and "max_queue_bytes" in said
+    go.set()
+    assert all(request.outputs() for request in held)
+    assert ask(model, prompt=QUESTION, images=picture, max_tokens=2).outputs()
+    ask(model, prompt=QUESTION, images=picture, top_p=7.0).error()
+    ask(model, prompt=QUESTION, images=picture, budget=0.0001).error()
+    wait_for(lambda: model._held.held == 0)
+    wait_for(lambda: metric_values("trio_requests_total")["refused"] == 1)
 
 
 def test_a_server_without_metrics_serves_without(

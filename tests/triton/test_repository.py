@@ -103,7 +103,7 @@ def test_nothing_is_left_behind_when_writing_fails(bundle, tmp_path, monkeypatch
     [
         (Options(device="tpu"), "cpu or gpu"),
         (Options(instances=0), "1 instance or more"),
-        (Options(name="../x"), "letters, digits"),
+        (Options(name="../x"), "letters of ASCII, digits"),
         (Options(runtime="tensorflow"), "unknown runtime"),
         (Options(runtime="tensorrt"), "needs a GPU"),
         (Options(runtime="tensorrt", device="gpu"), "trio build"),
@@ -111,6 +111,12 @@ def test_nothing_is_left_behind_when_writing_fails(bundle, tmp_path, monkeypatch
         (Options(settings={"bundle": "/etc"}), "not a setting"),
         (Options(settings={"max_tokenz": "5"}), "max_tokenz"),
         (Options(settings={"max_tokens": "many"}), "max_tokens"),
+        (Options(settings={"provider": "tpu"}), "unknown provider 'tpu'"),
+        (Options(settings={"precision": "int3"}), "unknown precision 'int3'"),
+        (Options(runtime="openvino", settings={"provider": "cpu"}), "no option of openvino"),
+        (Options(settings={"precision": "bfloat16"}), "the bundle's own dtype"),
+        (Options(name="é"), "letters of ASCII"),
+        (Options(name="-_"), "letters of ASCII"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_anything_is_written(
@@ -155,6 +161,13 @@ def test_a_target_of_the_users_own_travels_with_the_repository(bundle, tmp_path)
     assert 'string_value: "cpu"' in (tmp_path / "shipped/trio_vlm/config.pbtxt").read_text()
 
 
+def test_a_target_that_triton_cannot_open_by_its_name_is_refused(bundle, tmp_path):
+    file = tmp_path / "é.yaml"
+    file.write_text("runtime: onnxruntime\ndialect: ort\ndtype: float32\n")
+    with pytest.raises(TrioError, match="rename it"):
+        write_repository(bundle, tmp_path / "own", Options(target=str(file)))
+
+
 @pytest.mark.parametrize(("tensorrt", "integers"), [("8.6.1", "INT32"), ("10.3.0", "INT64")])
 def test_engines_of_tensorrt_are_served_with_their_profiles_and_types(tmp_path, tensorrt, integers):
     own = export("tiny", tmp_path / "bundle", budget=0.111)
@@ -173,7 +186,7 @@ def test_engines_of_tensorrt_are_served_with_their_profiles_and_types(tmp_path, 
         (folder / f"{stage}.engine").write_bytes(stage.encode())
         sizes = {"width": Bounds((1,), (2,), (3,))} if stage.startswith("select_") else {}
         profiles = (Profile("prefill", {}, sizes), Profile("decode", {}, sizes))
-        entry = StageRecord(f"{stage}.engine", "", len(stage), "", "", profiles)
+        entry = StageRecord(f"{stage}.engine", "", len(stage), "", "", profiles, verified=True)
         record = record.with_stage(stage, entry)
     record.save(folder)
     options = Options(target="jetson-agx-orin-64gb", device="gpu", stages=True)
@@ -215,6 +228,14 @@ def test_text_format_quotes_strings_and_leaves_enumerations_bare():
     assert format_message({"m": [message, {}]}) == (
         'm {\n  name: "a\\"\\\\\\n"\n  kind: KIND_CPU\n  dims: [-1, 3]\n  on: true\n}\nm {\n}\n'
     )
+
+
+def test_a_place_that_the_server_cannot_load_from_is_warned_of(bundle, tmp_path, capsys):
+    """It may be served elsewhere, so that it is no error."""
+    for name, warned in (("répertoire", True), ("models", False)):
+        command = ["triton", str(bundle.path), "--out", str(tmp_path / name)]
+        assert main(command) == 0
+        assert ("characters beyond ASCII" in capsys.readouterr().err) == warned
 
 
 def test_plain_requests_may_be_as_many_as_the_model_takes(bundle, tmp_path):

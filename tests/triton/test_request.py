@@ -25,6 +25,7 @@ LIMITS = Settings(
     max_images=2,
     max_image_bytes=20_000,
     max_image_pixels=10_000,
+    max_request_pixels=12_000,
     max_prompt_bytes=200,
     max_stop=2,
     max_stop_bytes=5,
@@ -131,6 +132,10 @@ BAD: list[tuple[dict[str, np.ndarray], str]] = [
     (
         {**ASKED, "images": texts(file(200, 60, "JPEG"))},
         "200 x 60 pixels, but max_image_pixels is 10000",
+    ),
+    (
+        {**ASKED, "images": texts(*[file(100, 70)] * 2)},
+        "images 0 to 1 have 14000 pixels, but max_request_pixels is 12000",
     ),
     ({**ASKED, "images": texts("/etc/passwd")}, "image 0: .* cannot be read as a picture"),
     ({**ASKED, "images": texts(b"")}, "cannot be read as a picture"),
@@ -260,6 +265,12 @@ def test_settings_are_read_from_strings() -> None:
     assert check_settings(given) == given
 
 
+@pytest.mark.parametrize("provider", ["cpu", "CUDA", "CUDAExecutionProvider"])
+def test_providers_are_called_as_trio_run_calls_them(provider: str) -> None:
+    given = {"bundle": "b", "runtime": "onnxruntime", "provider": provider}
+    assert Settings.parse(given).provider == provider
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
@@ -273,6 +284,18 @@ def test_settings_are_read_from_strings() -> None:
         ({"bundle": "b", "warm_up": "yes"}, "warm_up must be true or false"),
         ({"bundle": "b", "max_image_pixels": "999999999"}, "max_image_pixels must be at most"),
         ({"bundle": "b", "default_max_tokens": "2000"}, "default_max_tokens must be at most"),
+        ({"bundle": "b", "max_queue_bytes": "0"}, "max_queue_bytes must be 1 or more"),
+        ({"bundle": "b", "max_rows": "5000"}, "max_rows must be at most 4096, got 5000"),
+        ({"bundle": "b", "max_queue": "1000000"}, "max_queue must be at most 65536"),
+        ({"bundle": "b", "threads": "9999"}, "threads must be at most 1024"),
+        ({"bundle": "b", "max_timeout_s": "1e9"}, "max_timeout_s must be at most 86400"),
+        ({"bundle": "b", "provider": "gpu"}, "unknown provider 'gpu': choose cpu or cuda"),
+        ({"bundle": "b", "precision": "fp8"}, "unknown precision 'fp8'"),
+        ({"bundle": "b", "runtime": "tensorflow"}, "unknown runtime 'tensorflow'"),
+        (
+            {"bundle": "b", "runtime": "tensorrt", "threads": "2"},
+            "threads is no option of tensorrt",
+        ),
     ],
 )
 def test_wrong_settings_are_named(parameters: dict[str, str], message: str) -> None:

@@ -6,10 +6,14 @@ the model; `triton_python_backend_utils` exists there alone.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
+import queue
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from trio_deploy.runtime.continuous import (
 )
 from trio_deploy.runtime.pipeline import Generation, TrioPipeline
 from trio_deploy.triton.backend import TritonSender, input_arrays
+from trio_deploy.triton.held import HeldBytes
 from trio_deploy.triton.limits import Settings
 from trio_deploy.triton.local import Ask, LocalServer
 from trio_deploy.triton.metrics import Exporter
@@ -58,18 +63,23 @@ class TritonPythonModel:
             self._settings = Settings.parse(_parameters(args))
             pipeline = _open(self._settings, Path(args["model_repository"]))
             if self._settings.warm_up:
-                _warm_up(pipeline, self._settings.budget)
+                _warm_up(pipeline, self._settings)
             self._batcher = _batcher(pipeline, self._settings)
         except (TrioError, OSError) as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from error
         self._exporter = _exporter(args)
         self._answers: set[_Answer] = set()
-        self._invalid = 0
+        self._held = HeldBytes(self._settings.max_queue_bytes)
+        self._unasked: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="trio-keep", daemon=True)
         self._keeper.start()
-        self._local = LocalServer(args["model_name"], self._take)
+        try:
+            self._local = LocalServer(args["model_name"], self._take)
+        except (OSError, RuntimeError) as error:
+            text = f"{args['model_name']} cannot listen for plain requests: {error}"
+            raise pb_utils.TritonModelException(text) from error
         self._watch = Watch(args["model_name"]) if self._settings.watch else None
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -91,18 +101,32 @@ class TritonPythonModel:
         self._batcher.close(timeout=_DRAIN_S)
         self._stop.set()
         self._keeper.join()
+        try:
+            self._export()  # the server keeps the metrics of models that it has unloaded
+        except Exception:
+            _LOG.exception("the last metrics were lost")
 
     def _take(self, sender: Sender, ask: Ask) -> None:
-        answer = _Answer(sender, self._answers.discard)
+        answer = _Answer(sender, self._forget)
         try:
+            answer.held = self._held.take(ask.tensors)
             question = read(ask.tensors, ask.parameters, ask.timeout_us, self._settings)
         except Exception as error:
             with self._counting:
-                self._invalid += 1
+                self._unasked["refused" if isinstance(error, Refused) else "invalid"] += 1
             answer.fail(error)
             return
         self._answers.add(answer)
-        answer.ask(self._batcher, question)
+        try:
+            answer.ask(self._batcher, question)
+        except BaseException:
+            self._forget(answer)
+            raise
+
+    def _forget(self, answer: _Answer) -> None:
+        self._answers.discard(answer)
+        size, answer.held = answer.held, 0
+        self._held.give_back(size)
 
     def _keep(self) -> None:
         """Heed the cancelling of requests that get no tokens yet, and keep the metrics."""
@@ -118,7 +142,8 @@ class TritonPythonModel:
     def _export(self) -> None:
         if self._exporter is not None:
             metrics = self._batcher.metrics()
-            metrics.outcomes["invalid"] = metrics.outcomes.get("invalid", 0) + self._invalid
+            for outcome, count in self._unasked.items():
+                metrics.outcomes[outcome] = metrics.outcomes.get(outcome, 0) + count
             self._exporter.update(metrics)
 
 
@@ -127,6 +152,7 @@ class _Answer:
 
     Attributes:
         begun: whether there was a token.
+        held: bytes that count as long as it is not done.
     """
 
     def __init__(self, sender: Sender, done: Callable[[_Answer], None]) -> None:
@@ -136,6 +162,7 @@ class _Answer:
         self._asking = threading.Lock()
         self._stream = True
         self.begun = False
+        self.held = 0
 
     def ask(self, batcher: ContinuousBatcher, question: Question) -> None:
         """Submit the question; if it is refused, that is the answer."""
@@ -166,6 +193,8 @@ class _Answer:
 
     def _on_event(self, event: Event) -> None:
         self.begun = True
+        if event.last:
+            self._done(self)
         if event.error is not None:
             self.fail(event.error)
             return
@@ -180,8 +209,6 @@ class _Answer:
         outputs = {"text": _string(text), "token_ids": np.array(ids, np.int64)}
         if event.generation is not None:
             outputs |= _end(event.generation)
-        if event.last:
-            self._done(self)
         self._sender.send(outputs, last=event.last)
 
 
@@ -224,11 +251,38 @@ def _batcher(pipeline: TrioPipeline, settings: Settings) -> ContinuousBatcher:
     )
 
 
-def _warm_up(pipeline: TrioPipeline, budget: float | None) -> None:
-    """Run every stage once, with a picture and without."""
-    blank = Image.new("RGB", (64, 64), (127, 127, 127))
-    for images in ([blank], []):
-        pipeline.generate(images, "what is this?", max_new_tokens=2, budget=budget)
+def _warm_up(pipeline: TrioPipeline, settings: Settings) -> None:
+    """Begin two answers, as long as those that ask for no length, with a picture and without.
+
+    Every stage runs then, and limits that no request can keep show. The batcher is one of its own,
+    so that this is not counted; there is no deadline, since the first run takes longer than others.
+
+    Raises:
+        TrioError: there was no answer.
+    """
+    blank = io.BytesIO()
+    Image.new("RGB", (64, 64), (127, 127, 127)).save(blank, "PNG")
+    prompt = {"prompt": _string("what is this?")}
+    picture = {"images": np.array([blank.getvalue()], np.object_)}
+    with _batcher(pipeline, settings) as batcher:
+        for tensors, what in ((prompt | picture, "about a picture"), (prompt, "without a picture")):
+            try:
+                HeldBytes(settings.max_queue_bytes).take(tensors)
+                _begin(batcher, read(tensors, "", 0, settings))
+            except TrioError as error:
+                raise TrioError(f"the warm-up question {what} failed: {error}") from error
+
+
+def _begin(batcher: ContinuousBatcher, question: Question) -> None:
+    """Get two tokens of an answer, which takes a step of decoding."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    handle = batcher.submit(question.request, events.put)
+    if events.get().last or events.get().last:
+        handle.result()
+        return
+    handle.cancel()
+    with contextlib.suppress(Cancelled):
+        handle.result()
 
 
 def _exporter(args: Mapping[str, str]) -> Exporter | None:

@@ -18,6 +18,7 @@ that its graph reads.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,8 @@ DEVICES = ("cpu", "gpu")
 RECORD = "trio.json"
 
 _BUNDLE = "1/bundle"
+# Models' processes take their names and paths as ASCII.
+_NAME = re.compile(r"(?=.*[A-Za-z0-9])[A-Za-z0-9_-]+")
 _TYPES = {
     "bool": "TYPE_BOOL",
     "int32": "TYPE_INT32",
@@ -116,6 +119,17 @@ def write_repository(
     return models.names
 
 
+def remark(out: Path) -> str | None:
+    """What a repository's user should know of its place: it may be served from another one."""
+    place = str(out.expanduser().absolute())
+    if place.isascii():
+        return None
+    return (
+        f"Triton's python backend does not load models from {place}, since the path has characters "
+        "beyond ASCII: copy the repository elsewhere before serving it"
+    )
+
+
 def read_settings(file: Path | None, assignments: Sequence[str]) -> dict[str, str]:
     """Parameters of the model from a YAML file of names and values, and from `NAME=VALUE` texts.
 
@@ -151,9 +165,9 @@ def _check_options(options: Options, runtime: str) -> None:
         raise TrioError(f"unknown device {options.device!r}: choose cpu or gpu")
     if options.instances < 1:
         raise TrioError(f"there must be 1 instance or more, got {options.instances}")
-    if not options.name.replace("_", "").replace("-", "").isalnum():
+    if not _NAME.fullmatch(options.name):
         raise TrioError(
-            f"models cannot be called {options.name!r}_vlm: use letters, digits, - and _"
+            f"models cannot be called {options.name!r}_vlm: use letters of ASCII, digits, - and _"
         )
     if runtime == "tensorrt" and options.device == "cpu":
         raise TrioError("TensorRT needs a GPU: pass --device gpu, or --runtime onnxruntime")
@@ -180,8 +194,17 @@ def _parameters(
 
 
 def _target_parameter(options: Options) -> str:
-    """A shipped target's name, or where in the model's folder the user's own file is put."""
+    """A shipped target's name, or where in the model's folder the user's own file is put.
+
+    Raises:
+        TrioError: Triton could not open the file by its name.
+    """
     target = str(options.target)
+    if not Path(target).name.isascii():
+        raise TrioError(
+            f"the target's file is called {Path(target).name!r}, but Triton's python backend opens "
+            "only names of ASCII characters: rename it"
+        )
     return target if target in list_targets() else f"1/{Path(target).name}"
 
 

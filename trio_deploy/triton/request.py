@@ -168,7 +168,7 @@ def _images(tensors: Mapping[str, np.ndarray], settings: Settings) -> list[bytes
     files = _strings(tensors, name) if name in tensors else []
     if len(files) > settings.max_images:
         raise TrioError(f"{len(files)} images, but max_images is {settings.max_images}")
-    images = []
+    images, pixels = [], 0
     for number, data in enumerate(files):
         size = len(data) if name == "images" else len(data) // 4 * 3 - data[-2:].count(b"=")
         if size > settings.max_image_bytes:
@@ -191,6 +191,12 @@ def _images(tensors: Mapping[str, np.ndarray], settings: Settings) -> list[bytes
             raise TrioError(
                 f"image {number} has {width} x {height} pixels, but max_image_pixels is "
                 f"{settings.max_image_pixels}"
+            )
+        pixels += width * height
+        if pixels > settings.max_request_pixels:
+            raise TrioError(
+                f"images 0 to {number} have {pixels} pixels, but max_request_pixels is "
+                f"{settings.max_request_pixels} of all images together"
             )
         if (scans := _jpeg_scans(data)) > _MOST_SCANS:
             raise TrioError(

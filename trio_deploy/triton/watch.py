@@ -97,7 +97,8 @@ def _end(server: int) -> None:
 def _runs(process: int) -> bool:
     """Whether a process is there, and more than a zombie that nobody has asked after."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        status = Path(f"/proc/{process}/stat").read_bytes()  # the program's name may be any bytes
+        return status.rpartition(b")")[2].split()[0] != b"Z"
     except OSError:
         return False
 
