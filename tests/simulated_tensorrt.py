@@ -10,6 +10,7 @@ What is true of the real ones and enforced here:
 * Shapes must lie within the profile; every tensor needs an address, empty ones too; outputs that
   are inputs in place must have their address, all others must not overlap an input; inputs whose
   values make shapes are read from the host when shapes are inferred.
+* An input that no node reads is none of the engine's.
 * Each version has the names that its bindings have (`tests/build/tensorrt_api.json`) and the types:
   before TensorRT 10 int64 is int32.
 
@@ -650,10 +651,11 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
                 self._logger.log(ILogger.ERROR, text + "{ForeignNode[a...b]}.)")
                 return None
             self._logger.log(ILogger.INFO, f"built {network.path.name}")
+            read = _read_names(onnx.load(network.path, load_external_data=False).graph)
             content = {
                 "graph": str(network.path),
                 "version": version,
-                "inputs": {t.name: list(t.shape) for t in network.inputs},
+                "inputs": {t.name: list(t.shape) for t in network.inputs if t.name in read},
                 "values": [t.name for t in network.inputs if t.is_shape_tensor],
                 "shared_profiles": not old or bool(config.preview),
                 "profiles": [{"shapes": p.shapes, "values": p.values} for p in config.profiles],
@@ -669,7 +671,11 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
             self.session: Any = None
             self.values, self.profiles = content["values"], content["profiles"]
             self.shared_profiles, self.contexts = content["shared_profiles"], 0
-            self.inputs = {info.name: ITensor(info, set()) for info in graph.input}
+            self.inputs = {
+                info.name: ITensor(info, set())
+                for info in graph.input
+                if info.name in content["inputs"]
+            }
             for name, shape in content["inputs"].items():
                 self.inputs[name].shape = tuple(shape)
             self.outputs = {info.name: ITensor(info, set()) for info in graph.output}
@@ -923,6 +929,17 @@ def _read(memory: np.ndarray, tensor: Any, shape: tuple[int, ...]) -> np.ndarray
 
 def _narrow(value: np.ndarray, tensor: Any, old: bool) -> np.ndarray:
     return value.astype(np.int32) if old and value.dtype == np.int64 else value
+
+
+def _read_names(graph: onnx.GraphProto) -> set[str]:
+    """What nodes read, those of loops included."""
+    names: set[str] = set()
+    for node in graph.node:
+        names.update(node.input)
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                names |= _read_names(attribute.g)
+    return names | {output.name for output in graph.output}
 
 
 def _shape_inputs(graph: onnx.GraphProto) -> set[str]:

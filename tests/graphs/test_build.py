@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import resource
 import time
+from dataclasses import replace
 
 import pytest
 
 from tests.graphs.reference import model_config
 from trio_deploy.errors import TrioError
 from trio_deploy.graphs import GraphOptions, build_graphs
+from trio_deploy.methods import METHODS
 from trio_deploy.models import canonical_tensors
 from trio_deploy.models.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from trio_deploy.schedule import PruningPoint
@@ -68,6 +70,20 @@ def test_pruning_before_the_first_layer_leaves_no_empty_segment() -> None:
 def test_layers_out_of_order_or_range_are_an_error(layers: tuple[int, ...]) -> None:
     with pytest.raises(TrioError, match="must increase"):
         build_graphs(model_config(), points(*layers), GraphOptions())
+
+
+@dialects
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_graph_declares_an_input_that_nothing_reads(
+    dialect: str, separate: bool, method: str
+) -> None:
+    """TensorRT and OpenVINO may drop such an input, and what feeds it then fails."""
+    places = tuple(replace(point, method=method) for point in points(1, 2))
+    options = GraphOptions(dialect=dialect, separate_decode=separate)
+    for stage, model in build_graphs(model_config(), places, options).items():
+        unread = [value.name for value in model.graph.inputs if not value.uses()]
+        assert not unread, stage
 
 
 @dialects

@@ -139,7 +139,7 @@ def test_openvino_is_compared_in_the_same_way(tmp_path: Path, llava_next_checkpo
         threshold=bundle.manifest.threshold,
         methods=bundle.schedule.methods,
     )
-    assert len(rows) == 3 * sum(map(len, found.values()))
+    assert len(rows) >= 3 * sum(map(len, found.values()))
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]
 
 

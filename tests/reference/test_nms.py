@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trio_deploy.reference.nms import greedy_select
+from trio_deploy.reference.nms import cosines_of, greedy_by_cosines, greedy_select
 
 
 def unit(*degrees: float) -> np.ndarray:
@@ -38,3 +38,14 @@ def test_keeps_all_or_none_at_the_ends():
 def test_similarity_equal_to_the_threshold_suppresses():
     features = np.array([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]])
     assert greedy_select(np.array([3.0, 2.0, 1.0]), features, 2).tolist() == [0, 2]
+
+
+def test_known_cosines_give_the_same_tokens():
+    random = np.random.default_rng(0)
+    for keep in (0, 1, 5, 20, 40, 50):
+        features = np.repeat(random.standard_normal((10, 3)), 4, axis=0)
+        features += 0.3 * random.standard_normal(features.shape)
+        scores = random.integers(0, 9, 40).astype(float)  # with ties
+        expected = greedy_select(scores, features, keep)
+        found = greedy_by_cosines(scores, cosines_of(features), keep, 0.8)
+        assert found.tolist() == expected.tolist()

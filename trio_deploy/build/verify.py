@@ -50,10 +50,11 @@ def example_feeds(
 ) -> dict[str, np.ndarray]:
     """Inputs of a profile's shapes whose values a stage can make sense of.
 
-    Floats are small random numbers; a row of a selection starts and ends with text and keeps what
-    its width has room for; a row of a segment is full.
+    Floats are small random numbers; a row of a selection starts and ends with text, drops one token
+    at least and keeps what its width has room for; a row of a segment is full.
 
     Args:
+        inputs: of the graph or its engine, which may lack what the graph does not read.
         corner: which of the profile's shapes, one of `CORNERS`.
     """
     random = np.random.default_rng(0)
@@ -73,12 +74,13 @@ def example_feeds(
         "visual_mask": visual,
         "lengths": np.int64(capacity - 1 if "input_ids" in shapes else tokens),
         "past_lengths": np.int64(max(capacity - 1, 0)),
-        "keep": np.int64(width - text),
+        # If it kept all, its loops would have nothing to do.
+        "keep": np.int64(min(width - text, max(int(visual.sum()) - 1, 0))),
         "width": np.int64(width),
     }
     feeds: dict[str, np.ndarray] = {}
-    for name, shape in shapes.items():
-        dtype = inputs[name].dtype
+    for name, spec in inputs.items():
+        shape, dtype = shapes[name], spec.dtype
         if rows.get(name) is not None:
             feeds[name] = np.ascontiguousarray(np.broadcast_to(rows[name], shape).astype(dtype))
         elif dtype.kind in "iub" or name.startswith("past."):

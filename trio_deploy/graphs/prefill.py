@@ -24,9 +24,9 @@ def build_prefill(
     """Layers start…stop-1 as prefill_{index}.onnx.
 
     Inputs: inputs_embeds (index 0) or hidden_states [B, S, d], position_ids int64 [B, S], lengths
-    int64 [B] (valid new tokens), and, unless there is a decode.onnx (whatever there is, in `ort`),
-    past_lengths int64 [B] (valid tokens in the past) and past.{i}.key / .value [B, G, C, D], i
-    counted over the whole model.
+    int64 [B] (valid new tokens; not where nothing reads them, see below), and, unless there is a
+    decode.onnx (whatever there is, in `ort`), past_lengths int64 [B] (valid tokens in the past) and
+    past.{i}.key / .value [B, G, C, D], i counted over the whole model.
     Outputs: hidden_states [B, S, d] (hidden_states_out where hidden_states is an input), or from
     the last segment logits float32 [B, V] at each row's last valid new token; present.{i}.key /
     .value [B, G, max(C, S), D].
@@ -41,7 +41,9 @@ def build_prefill(
     source = "inputs_embeds" if index == 0 else "hidden_states"
     x = stage.input(source, d.dtype, ["B", "S", text.hidden_size])
     positions = stage.input("position_ids", INT64, ["B", "S"])
-    lengths = stage.input("lengths", INT64, ["B"])
+    ends = stop == text.num_layers
+    # The `onnx` dialect masks by order alone, and an engine may lack an input that nothing reads.
+    lengths = stage.input("lengths", INT64, ["B"]) if ends or d.name != "onnx" else None
     pasts: dict[int, KV] = {}
     past_lengths = None
     if d.name == "ort" or not options.separate_decode:
@@ -55,7 +57,8 @@ def build_prefill(
     for i in range(start, stop):
         x, presents[i] = DecoderLayer(d, text, i)(op, x, window, pasts.get(i))
 
-    if stop == text.num_layers:
+    if ends:
+        assert lengths is not None
         last = op.GatherND(x, op.Unsqueeze(op.Sub(lengths, 1), [1]), batch_dims=1)
         stage.output("logits", Head(d, text)(op, last), FLOAT, ["B", text.vocab_size])
     else:

@@ -1,20 +1,21 @@
 """Engines against ONNX Runtime on the same inputs, run and compared by NVIDIA's Polygraphy.
 
 The oracle's inputs are a few prompts; here every engine is run at the least, the typical and the
-largest shapes of each of its profiles, which it was tuned for one by one.
+largest shapes of each of its profiles, which it was tuned for one by one, and a selection with
+tokens that suppress each other there.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from trio_deploy.build.profiles import Profile
-from trio_deploy.build.verify import CORNERS, example_feeds
+from trio_deploy.build.verify import CORNERS
 from trio_deploy.errors import TrioError
 from trio_deploy.parity.compare import (
     ParityRow,
@@ -22,6 +23,7 @@ from trio_deploy.parity.compare import (
     compare_outputs,
     compare_selection,
 )
+from trio_deploy.parity.feeds import cases
 from trio_deploy.reference.trace import Stage, Tensors
 from trio_deploy.runtime.engine import Engine
 
@@ -38,7 +40,7 @@ def compare_engines(
     threshold: float,
     methods: Sequence[str],
 ) -> list[ParityRow]:
-    """Compare stage by stage, at three shapes a profile.
+    """Compare stage by stage, at three shapes a profile, on the inputs of `feeds.cases`.
 
     Args:
         profiles: what the engines were built for, by stage.
@@ -57,10 +59,14 @@ def compare_engines(
     rows = []
     for stage, found in profiles.items():
         reference, engine = open_reference(stage), open_engine(stage)
-        for label, feeds in _cases(engine, found):
-            judge = _Judge(f"{stage} [{label}]", feeds, tolerance, threshold, selections.get(stage))
-            polygraphy.compare(reference, engine, feeds, judge)
-            rows.append(judge.row)
+        for profile in found:
+            which = f"{profile.name} " if len(found) > 1 else ""
+            for corner in CORNERS:
+                for remark, feeds in cases(reference.inputs, profile, corner, threshold):
+                    label = f"{stage} [{which}{corner}{remark and ': '}{remark}]"
+                    judge = _Judge(label, feeds, tolerance, threshold, selections.get(stage))
+                    polygraphy.compare(reference, engine, feeds, judge)
+                    rows.append(judge.row)
     return rows
 
 
@@ -94,26 +100,11 @@ class _Judge:
         return OrderedDict({self.row.worst or self._name: self.row.passed})
 
 
-def _cases(
-    engine: Engine, profiles: Sequence[Profile]
-) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    random = np.random.default_rng(1)
-    for profile in profiles:
-        which = f"{profile.name} " if len(profiles) > 1 else ""
-        for corner in CORNERS:
-            feeds = example_feeds(engine.inputs, profile, corner)
-            for name, array in feeds.items():
-                if name.startswith("past."):  # zeros would hide a wrong attention over them
-                    feeds[name] = random.standard_normal(array.shape).astype(array.dtype)
-                elif name == "source_index" and len(feeds["image_features"]):
-                    rows = len(feeds["image_features"]) + 1  # the last is the newline
-                    array[:, 1::2] = array.shape[1] + np.arange(array.shape[1] // 2) % rows
-            yield which + corner, feeds
-
-
 def _context(feeds: Tensors) -> dict[str, Any]:
     """A stage's inputs, with what the comparison goes by."""
     inputs = dict(feeds)
+    if "position_ids" in inputs and "lengths" not in inputs:  # a graph that does not read them
+        inputs["lengths"] = np.full(len(inputs["position_ids"]), inputs["position_ids"].shape[1])
     if "input_ids" in inputs and "lengths" in inputs:  # decode.onnx: one column a segment
         for name in feeds:
             if name.startswith("past."):
@@ -148,7 +139,9 @@ class _Polygraphy:
 
             def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> Any:
                 start = time.perf_counter()
-                outputs = OrderedDict(self._engine.run(feed_dict))
+                # An engine may lack an input that its graph does not read.
+                taken = {name: feed_dict[name] for name in self._engine.inputs}
+                outputs = OrderedDict(self._engine.run(taken))
                 self.inference_time = time.perf_counter() - start
                 return outputs
 

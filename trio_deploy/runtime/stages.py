@@ -225,8 +225,9 @@ class Stages:
         feeds: dict[str, Array] = {
             self.source(name): tokens.hidden,
             "position_ids": tokens.positions,
-            "lengths": tokens.lengths,
         }
+        if "lengths" in engine.inputs:  # not where nothing reads them
+            feeds["lengths"] = tokens.lengths
         into: Mapping[str, Array] = {}
         if "past_lengths" in engine.inputs:
             feeds["past_lengths"] = np.zeros_like(tokens.lengths)
