@@ -5,6 +5,7 @@ What is true of the real ones and enforced here:
 * Work is put on a stream and done when it is waited for: what is read too early is not there yet.
 * Fresh memory holds garbage (NaN), scratch memory is overwritten by every run, and nothing may
   reach outside of its allocation.
+* What is copied to the device is read when the stream comes to it, from pinned memory.
 * While a stream is recorded nothing runs, and memory that is not pinned, allocation, waiting and a
   context's first run with a new shape are errors.
 * Shapes must lie within the profile; every tensor needs an address, empty ones too; outputs that
@@ -154,6 +155,7 @@ class Cuda(types.ModuleType):
         to_device = kind == cudaMemcpyKind.cudaMemcpyHostToDevice
         host = source if to_device else target
         pinned = any(a <= host < a + array.nbytes for a, array in self.pinned.items())
+        assert pinned or not to_device, "pageable memory may be read when it has changed"
         if self.recording is not None and not pinned:
             return (cudaError_t.cudaErrorStreamCaptureUnsupported,)
         device = self.device_bytes(target if to_device else source, nbytes)
@@ -161,8 +163,7 @@ class Cuda(types.ModuleType):
             _inside(self.pinned, host, nbytes, "pinned memory") if pinned else _view(host, nbytes)
         )
         if to_device:
-            taken = there if pinned else there.copy()
-            self.put(lambda: np.copyto(device, taken))
+            self.put(lambda: np.copyto(device, there))
         else:
 
             def fetch() -> None:

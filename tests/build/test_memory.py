@@ -81,11 +81,31 @@ def test_the_cache_is_the_schedules_twice_where_it_is_not_updated_in_place() -> 
     text, new = target.limits.max_text_tokens, target.limits.max_new_tokens
     tokens = 576 + 9 * 92 + 5 * 54 + 17 * 22 + 32 * (text + new)
     assert fit(config, schedule, target).layouts[0].cache == 2 * 2 * 4096 * 2 * tokens
-    # in place, each segment has the one capacity that the largest budget asks for
-    in_place = fit(config, schedule, load_target("h200")).layouts[0]
-    limits = load_target("h200").limits
-    most = min(1024 + 2 * 576, 4096) + limits.max_new_tokens
-    assert in_place.cache == 2 * 4096 * 2 * 32 * most * limits.max_batch
+
+
+def test_a_cache_updated_in_place_is_what_the_largest_budget_asks_for_in_each_segment() -> None:
+    config, schedule = model("llava-1.5-7b")
+    h200 = load_target("h200")
+    limits = replace(h200.limits, max_budget=0.111)
+    visual, others = 2 * 576, limits.max_text_tokens + limits.max_new_tokens
+    one, two, three = schedule.resolve(visual)
+    tokens = visual + 9 * one + 5 * two + 17 * three + 32 * others
+    pruned = fit(config, schedule, replace(h200, limits=limits)).layouts[0]
+    assert pruned.cache == 2 * 4096 * 2 * tokens * limits.max_batch
+    whole = replace(h200, limits=replace(limits, max_budget=1.0))
+    assert (
+        fit(config, schedule, whole).layouts[0].cache
+        == 2 * 4096 * 2 * 32 * (visual + others) * limits.max_batch
+    )
+
+
+def test_what_is_kept_for_the_next_request_counts(seven_billion: dict[str, Fit]) -> None:
+    for each in seven_billion.values():
+        for found in each.layouts:
+            buffers = found.cache + found.tensors
+            assert buffers < buffers + found.kept < 1.3 * buffers
+            assert found.total > found.all_weights + found.activations + buffers + found.kept
+            assert found.to_json()["kept_for_the_next_request"] == found.kept
 
 
 def test_a_layout_or_limit_that_would_fit_is_named() -> None:

@@ -84,6 +84,32 @@ def test_a_model_of_one_tile_an_image_never_brings_more_than_its_images() -> Non
 def test_nothing_is_longer_than_the_models_context() -> None:
     sizes = Sizes.of(CONFIG, SCHEDULE, H200.limits)
     assert sizes.tokens[0].max == sizes.capacity[0].max == CONFIG.text.max_positions
+    talk = replace(H200.limits, max_text_tokens=4000, max_new_tokens=1000)
+    sizes = Sizes.of(CONFIG, SCHEDULE, talk)
+    assert {span.max for span in sizes.capacity} == {CONFIG.text.max_positions}
+
+
+@pytest.mark.parametrize("most", [0.111, 0.34, 1.0])
+def test_capacities_are_what_the_context_lets_a_row_hold_behind_each_point(most: float) -> None:
+    """Text, visual and new tokens share the context: no more of them come together."""
+    limits = replace(H200.limits, max_budget=most)
+    budgets = {float(name): RECIPE.schedules[name] for name in ("0.111", "0.222", "0.333")}
+    sizes = Sizes.of(CONFIG, SCHEDULE, limits, budgets)
+    layers, context = CONFIG.text.num_layers, CONFIG.text.max_positions
+    allowed = [for_points(budget, layers, SCHEDULE, budgets) for budget in (0.05, 0.111, most)]
+    largest, longest = [0] * 4, [0] * 4
+    for text in (1, 100, limits.max_text_tokens):
+        for visual in range(0, limits.max_visual_tokens, 64):
+            room = context - text - visual
+            if room < 1:
+                continue
+            new = min(limits.max_new_tokens, room)
+            for schedule in allowed:
+                for point, kept in enumerate((visual, *schedule.resolve(visual))):
+                    longest[point] = max(longest[point], text + kept)
+                    largest[point] = max(largest[point], text + kept + new)
+    assert largest == [span.max for span in sizes.capacity]
+    assert all(0 <= s.max - most < 64 for s, most in zip(sizes.tokens, longest, strict=True))
 
 
 def test_a_segment_that_decodes_too_has_two_profiles(exported: Export) -> None:
@@ -123,6 +149,27 @@ def test_a_cache_that_is_updated_in_place_has_one_capacity(exported: Export) -> 
     least, typical, most = decode.shapes["past.31.value"]
     assert least[2] == typical[2] == most[2]
     assert (least[0], most[0]) == (1, H200.limits.max_batch)
+
+
+def test_a_cache_that_is_updated_in_place_is_as_long_as_the_schedule_asks_for(
+    exported: Export,
+) -> None:
+    bundle = exported("llava-next-7b", "h200", graphs_only=True)
+
+    def capacities(target: Target) -> list[int]:
+        (decode,) = profiles(bundle, target)["decode"]
+        assert [decode.shapes[f"past.{i}.key"].max[2] for i in (1, 9)] == [
+            decode.shapes[f"past.{i}.value"].max[2] for i in (9, 1)
+        ]
+        return [decode.shapes[f"past.{i}.key"].max[2] for i in (0, 1, 10, 15)]
+
+    others = H200.limits.max_text_tokens + H200.limits.max_new_tokens
+    visual = CONFIG.text.max_positions - others
+    own = [others + kept for kept in (visual, *SCHEDULE.resolve(visual))]
+    assert capacities(limited(H200, max_budget=0.111)) == own == [4096, 1515, 1312, 1141]
+    shipped = capacities(H200)
+    assert shipped == [4096, 2904, 2128, 1490], "budgets up to 0.34"
+    assert capacities(limited(H200, max_budget=1.0)) == [4096] * 4
 
 
 def test_a_pruning_point_before_the_first_layer_has_its_own_sizes() -> None:

@@ -610,7 +610,12 @@ def test_a_row_copied_between_caches_brings_its_tokens_and_no_other(pipeline: Tr
 
     def cache(rows: int, lengths: list[int], capacity: int) -> SegmentCache:
         made = SegmentCache.allocate(
-            [0], np.array(lengths), capacity, shape, lambda s, d: np.full(s, np.nan, d), 2
+            [0],
+            np.array(lengths),
+            capacity,
+            shape,
+            lambda shapes, dtype: [np.full(each, np.nan, dtype) for each in shapes],
+            2,
         )
         assert made.rows == rows
         return made

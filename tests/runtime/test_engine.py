@@ -3,7 +3,9 @@
 import gc
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -184,7 +186,9 @@ MEMORY = """
 import re, sys
 import numpy as np, onnx
 from onnx import helper, TensorProto as T
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from tests.runtime.graphs import external
 from trio_deploy.runtime.engine import open_runtime
 
@@ -246,8 +250,14 @@ def test_weights_that_several_graphs_use_are_held_once(
 SHAPE = CacheShape(heads=2, head_dim=8, dtype=np.dtype(np.float32))
 
 
+def each(empty: Callable[..., Any]) -> Callable[..., list[Any]]:
+    return lambda shapes, dtype: [empty(shape, dtype) for shape in shapes]
+
+
 def allocate(lengths: list[int], capacity: int, sides: int) -> SegmentCache:
-    return SegmentCache.allocate(range(1), np.array(lengths), capacity, SHAPE, np.empty, sides)
+    return SegmentCache.allocate(
+        range(1), np.array(lengths), capacity, SHAPE, each(np.empty), sides
+    )
 
 
 def test_a_cache_that_is_too_small_is_refused() -> None:
@@ -286,7 +296,7 @@ def test_fill_writes_memory_that_cannot_be_sliced() -> None:
     def empty(shape: tuple[int, ...], dtype: np.dtype) -> object:
         return make(shape, dtype.type, "cpu", 0)
 
-    cache = SegmentCache.allocate(range(1), np.array([2]), 5, SHAPE, empty, 2)
+    cache = SegmentCache.allocate(range(1), np.array([2]), 5, SHAPE, each(empty), 2)
     new = np.arange(32, dtype=np.float32).reshape(1, 2, 2, 8)
     cache.fill({"present.0.key": new, "present.0.value": -new})
     for name, sign in (("key", 1), ("value", -1)):

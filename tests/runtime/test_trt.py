@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -446,6 +447,39 @@ def test_what_exceeds_a_profile_names_the_limit(
         pipeline.generate_batch([Request(**request_)] * rows)
     # and the next request is answered
     assert pipeline.generate_batch(requests())[0].token_ids
+
+
+def test_a_budget_beyond_the_caches_of_an_engine_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llava_next_checkpoint: Path
+) -> None:
+    """Updated in place, a cache has one capacity, which the largest allowed budget settles."""
+    simulation = install(monkeypatch, ONNX[0])
+    target = make_target(tmp_path, *ONNX)
+    target.write_text(target.read_text().replace("limits:", "limits:\n  max_budget: 0.5"))
+    bundle = export_for(llava_next_checkpoint, tmp_path, target, SCHEDULE)
+    pipeline = Machine(simulation, bundle, target).pipeline()
+    stages = pipeline._stages
+    capacities = [stages.capacity(name, 1) for name in stages.segments]
+    assert capacities == sorted(capacities, reverse=True) and len(set(capacities)) == 3
+    pictures = [make_picture(96, 96)] * 2
+    asked = Request(ask(COLOR, 2), pictures, max_new_tokens=20)
+    assert pipeline.generate_batch([asked])[0].token_ids
+    monkeypatch.setattr(stages, "see", None)
+    with pytest.raises(TrioError, match=r"KV cache of layers 1 to \d.*raise max_budget.*--target"):
+        pipeline.generate_batch([replace(asked, budget=1.0)])
+
+
+def test_requests_of_all_lengths_keep_no_more_memory_than_the_plan_counts(shared: Machine) -> None:
+    pipeline = shared.pipeline()
+    device = pipeline.engine("embed").runtime.device  # type: ignore[attr-defined]
+    for number in range(30):
+        text = "one " * (1 + 7 * number % 40)
+        image = [make_picture(30 + 5 * number % 70, 40 + 3 * number % 60)]
+        pipeline.generate(image, ask(text), max_new_tokens=1 + number % 9)
+        assert shared.cuda.used() <= device.most
+    before = set(shared.cuda.allocations)
+    pipeline.generate(image, ask(text), max_new_tokens=1 + number % 9)
+    assert set(shared.cuda.allocations) == before
 
 
 def test_too_little_memory_for_an_engine_says_what_was_needed(

@@ -16,12 +16,12 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto
 
-from trio_deploy.build.profiles import DECODE, Sizes, stage_profiles
+from trio_deploy.build.profiles import DECODE, buffer_bytes, cache_bytes, stage_profiles
 from trio_deploy.build.shapes import Resolved, activation_bytes, resolve
 from trio_deploy.bundle import format_bytes
 from trio_deploy.models.config import ModelConfig
 from trio_deploy.recipe import Target
-from trio_deploy.schedule import Schedule, kv_bytes, max_visual_tokens
+from trio_deploy.schedule import Schedule
 
 #: Bytes that CUDA and TensorRT take before the first engine: our allowance.
 CONTEXT_BYTES = 2**29
@@ -42,6 +42,7 @@ class Memory:
         activations: of the engine that needs most, at most.
         fused: the same if every Attention node is one kernel.
         tensors: inputs and outputs of the stage that has most, its new keys and values included.
+        kept: what the runtime may hold beside these two, for the next request.
     """
 
     layout: str
@@ -51,6 +52,7 @@ class Memory:
     activations: int
     fused: int
     tensors: int
+    kept: int
 
     @property
     def all_weights(self) -> int:
@@ -58,8 +60,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        parts = (self.all_weights, self.cache, self.activations, self.tensors, CONTEXT_BYTES)
-        return sum(parts)
+        buffers = self.cache + self.tensors + self.kept
+        return self.all_weights + self.activations + buffers + CONTEXT_BYTES
 
     @property
     def total_fused(self) -> int:
@@ -76,6 +78,7 @@ class Memory:
             "activations_at_most": self.activations,
             "activations_if_attention_is_fused": self.fused,
             "inputs_and_outputs": self.tensors,
+            "kept_for_the_next_request": self.kept,
             "cuda_and_tensorrt": CONTEXT_BYTES,
             "total": self.total,
             "total_if_attention_is_fused": self.total_fused,
@@ -114,36 +117,22 @@ def memory(
             fused = max(fused, whole)
             decodes = stage == "decode" or profile.name == DECODE
             tensors = max(tensors, _outside(graphs[stage], resolved, decodes))
+    sizes = {
+        "sides": 1 if target.dialect == "onnx" else 2,  # steps write in place, or by turns
+        "item": 4 if target.dtype == "float32" else 2,
+    }
+    cache = cache_bytes(config, schedule, target.limits, budgets, **sizes)
+    buffers = buffer_bytes(config, schedule, target.limits, budgets, **sizes)
     return Memory(
         layout="separate" if "decode" in graphs else "shared",
         dialect=target.dialect,
         weights={stage: _weights(model) for stage, model in graphs.items()},
-        cache=_cache(config, schedule, target, budgets),
+        cache=cache,
         activations=activations,
         fused=fused,
         tensors=tensors,
+        kept=max(0, buffers - cache - tensors),
     )
-
-
-def _cache(
-    config: ModelConfig,
-    schedule: Schedule,
-    target: Target,
-    budgets: Mapping[float, Schedule] | None,
-) -> int:
-    limits, text = target.limits, config.text
-    in_place = target.dialect == "onnx"  # one buffer of fixed capacity; else two in turn
-    visual = min(limits.max_visual_tokens, limits.max_images * max_visual_tokens(config))
-    largest = Sizes.of(config, schedule, limits, budgets).capacity
-    others = limits.max_text_tokens + limits.max_new_tokens
-    lengths: list[int] = []
-    kept = (visual, *schedule.resolve(visual))
-    for index, (start, stop) in enumerate(schedule.segments(text.num_layers)):
-        most = largest[index].max
-        capacity = most if in_place else min(kept[index] + others, most)
-        lengths += [capacity] * (stop - start)
-    item = {"float32": 4}.get(target.dtype, 2)
-    return kv_bytes(lengths, text, item) * limits.max_batch * (1 if in_place else 2)
 
 
 def _outside(model: ModelProto, resolved: Resolved, decodes: bool) -> int:
@@ -235,6 +224,7 @@ class Fit:
             ("activations, at most", [each.activations for each in self.layouts]),
             *self._fused("  if attention is fused", "activations", "fused"),
             ("inputs and outputs", [each.tensors for each in self.layouts]),
+            ("kept for the next request", [each.kept for each in self.layouts]),
             ("CUDA and TensorRT, about", [CONTEXT_BYTES for _ in self.layouts]),
             ("total", [each.total for each in self.layouts]),
             *self._fused("  if attention is fused", "total", "total_fused"),

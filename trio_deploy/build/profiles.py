@@ -12,15 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from trio_deploy.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.models.config import ModelConfig
 from trio_deploy.recipe import Limits, Target
+from trio_deploy.runtime.pool import SLACK
 from trio_deploy.runtime.stages import TILES_AT_ONCE
 from trio_deploy.schedule import (
     Schedule,
+    kv_bytes,
     max_tiles,
     max_visual_tokens,
     smallest_budget,
@@ -125,7 +128,7 @@ class Sizes:
             TrioError: the largest budget cannot be reached at these pruning points.
         """
         one_image = max_visual_tokens(config)
-        visual = min(limits.max_visual_tokens, limits.max_images * one_image)
+        visual = _visual(config, limits)
         context = config.text.max_positions
         if limits.max_text_tokens > context:
             raise TrioError(
@@ -134,19 +137,17 @@ class Sizes:
             )
         usual = min(limits.typical_visual_tokens, one_image)
         usual_kept = (usual, *schedule.resolve(usual))
-        most_kept = (visual, *_most_kept(config, schedule, limits.max_budget, budgets, visual))
+        kept = partial(_most_kept, config, schedule, limits.max_budget, budgets)
+        # Text is never dropped: as much of it as there may be, then visual tokens, is the most.
+        prompt = limits.max_text_tokens
+        longest = [prompt + most for most in kept(min(visual, context - prompt))]
+        others, seen = _answered(config, limits)
+        largest = [others + most for most in kept(seen)]
         tokens, capacity = [], []
-        for most, typical in zip(most_kept, usual_kept, strict=True):
-            longest = min(limits.max_text_tokens + most, context)
+        for most, room, typical in zip(longest, largest, usual_kept, strict=True):
             typical += limits.typical_text_tokens
-            tokens.append(Span.of(1, typical, longest))
-            capacity.append(
-                Span.of(
-                    2,
-                    typical + limits.typical_new_tokens,
-                    min(longest + limits.max_new_tokens, context),
-                )
-            )
+            tokens.append(Span.of(1, typical, most))
+            capacity.append(Span.of(2, typical + limits.typical_new_tokens, room))
         tiles = max_tiles(config)
         images = limits.max_batch * limits.max_images
         usual_tiles = min(tiles, math.ceil(usual / config.vision.rows_per_tile))
@@ -164,6 +165,22 @@ class Sizes:
         )
 
 
+def _visual(config: ModelConfig, limits: Limits) -> int:
+    """Visual tokens of a row, at most."""
+    return min(limits.max_visual_tokens, limits.max_images * max_visual_tokens(config))
+
+
+def _answered(config: ModelConfig, limits: Limits) -> tuple[int, int]:
+    """Text and new tokens, and visual ones before any pruning, of the row that holds most.
+
+    All of them fit into the model's context. The first two are never dropped, so there are as many
+    of them as there may be, and visual ones in what is left.
+    """
+    context = config.text.max_positions
+    others = min(limits.max_text_tokens + limits.max_new_tokens, context)
+    return others, min(_visual(config, limits), context - others)
+
+
 def _most_kept(
     config: ModelConfig,
     schedule: Schedule,
@@ -171,12 +188,14 @@ def _most_kept(
     budgets: Mapping[float, Schedule] | None,
     visual: int,
 ) -> tuple[int, ...]:
-    """Visual tokens behind each point, at most: up to `budget`, or as the schedule itself has it.
+    """Visual tokens before the first point and behind each, at most, of `visual`.
+
+    Up to `budget`, or as the schedule itself has it.
 
     Between the recipe's budgets keeps change evenly, so that none lies above its neighbours'.
     """
     if not schedule.points:
-        return ()
+        return (visual,)
     depth, budgets = config.text.num_layers, budgets or {}
     floor = smallest_budget(depth, schedule.layers)
     known = [at for at in budgets if floor < at <= budget]
@@ -187,7 +206,70 @@ def _most_kept(
     # A recipe's own are rounded, and may lie above what is solved for their budgets.
     largest += [schedule, *(budgets[at] for at in known)]
     kept = [each.resolve(visual) for each in largest]
-    return tuple(max(point) for point in zip(*kept, strict=True))
+    return (visual, *(max(point) for point in zip(*kept, strict=True)))
+
+
+def cache_bytes(
+    config: ModelConfig,
+    schedule: Schedule,
+    limits: Limits,
+    budgets: Mapping[float, Schedule] | None,
+    *,
+    sides: int,
+    item: int,
+) -> int:
+    """Bytes of the KV caches of a full batch at the limits.
+
+    Args:
+        budgets: the recipe's schedules at the same pruning points.
+        sides: 1 where a cache is updated in place, with the one capacity that the largest budget
+            asks for; 2 where steps go from one to another, as large as `schedule` asks for.
+        item: bytes of an entry.
+
+    Raises:
+        TrioError: the limits do not fit the model.
+    """
+    text = config.text
+    capacities = [span.max for span in Sizes.of(config, schedule, limits, budgets).capacity]
+    if sides > 1:
+        others, visual = _answered(config, limits)
+        capacities = [others + kept for kept in (visual, *schedule.resolve(visual))]
+    lengths = [
+        capacity
+        for capacity, (start, stop) in zip(
+            capacities, schedule.segments(text.num_layers), strict=True
+        )
+        for _ in range(start, stop)
+    ]
+    return kv_bytes(lengths, text, item) * limits.max_batch * sides
+
+
+def buffer_bytes(
+    config: ModelConfig,
+    schedule: Schedule,
+    limits: Limits,
+    budgets: Mapping[float, Schedule] | None,
+    *,
+    sides: int,
+    item: int,
+) -> int:
+    """Bytes that the runtime keeps for buffers at most, unless a request took more.
+
+    KV caches, and inputs and outputs of the stage that has most, in blocks that may be larger than
+    what they are used for (`SLACK`). Arguments as of `cache_bytes`.
+    """
+    text, vision, sizes = config.text, config.vision, Sizes.of(config, schedule, limits, budgets)
+    hidden, rows = text.hidden_size * item, limits.max_batch
+    cache = cache_bytes(config, schedule, limits, budgets, sides=sides, item=item)
+    pixels = 3 * vision.image_size**2 * item
+    stages = [
+        sizes.tiles.max * (pixels + vision.rows_per_tile * hidden),
+        sizes.rows.max * hidden + rows * sizes.tokens[0].max * hidden,
+    ]
+    for span, (start, stop) in zip(sizes.tokens, schedule.segments(text.num_layers), strict=True):
+        new = kv_bytes([span.max] * (stop - start), text, item)
+        stages.append(rows * (new + 2 * span.max * hidden))
+    return int(SLACK * (cache + max(stages)))
 
 
 def profiles(bundle: Bundle, target: Target) -> dict[str, list[Profile]]:

@@ -1,7 +1,8 @@
 """A GPU's memory, its one stream and CUDA graphs, over cuda-python.
 
 All work of a pipeline is put on one stream, so what runs later sees what ran earlier, and memory
-that is given back may be given out again at once. Memory given back is kept for the next request.
+that is given back may be given out again at once. Memory given back is kept for the next request,
+up to a bound (`runtime/pool.py`).
 """
 
 from __future__ import annotations
@@ -10,17 +11,23 @@ import ctypes
 import importlib
 import math
 import weakref
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trio_deploy.errors import TrioError
+from trio_deploy.runtime.pool import Pool
 
 _DRIVER = "libcuda.so.1"
-_SMALL, _LARGE = 512, 2 << 20  # bytes that requests are rounded up to, so that they fit again
+_ALIGNED = 256  # bytes, as cudaMalloc aligns
+_PINNED = 64 << 20  # bytes of the host's memory that are kept for copies
+_STAGED, _PIECE = 8 << 20, 2 << 20  # bytes on their way to the device, at once and in one copy
+_SPARED = 256 << 20  # bytes that are left to the system where the GPU shares its memory
+_MEMINFO = Path("/proc/meminfo")
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 _OLD_DRIVER = 35  # cudaErrorInsufficientDriver
 
@@ -182,13 +189,15 @@ class Device:
         self.driver = f"{version // 1000}.{version % 1000 // 10}"
         flag = int(self._cuda.cudaStreamNonBlocking)
         self.stream = self.call("cudaStreamCreateWithFlags", flag)
-        self._spare: defaultdict[int, list[int]] = defaultdict(list)
-        self._spare_pinned: defaultdict[int, list[int]] = defaultdict(list)
+        # A GPU of a Jetson takes the system's memory, which must not run out.
+        self._integrated = bool(getattr(properties, "integrated", 0))
         self.own(self, "cudaStreamDestroy", self.stream)
+        self._blocks = Pool(self.freeing("cudaFree"), self.memory()[1] // 4)
+        self._pinned = Pool(self.freeing("cudaFreeHost"), _PINNED)
+        self._staging: _Staging | None = None
         # Whatever is in use keeps the device, so that by then all memory is spare.
-        for destroy, spare in (("cudaFree", self._spare), ("cudaFreeHost", self._spare_pinned)):
-            give = getattr(self._cuda, destroy)
-            weakref.finalize(self, _give_all_back, give, spare).atexit = False
+        for pool in (self._blocks, self._pinned):
+            weakref.finalize(self, pool.release).atexit = False
 
     def call(self, name: str, *arguments: Any) -> Any:
         """A function of the CUDA runtime; returns what it gives beside its status.
@@ -204,6 +213,31 @@ class Device:
     def own(self, holder: object, destroy: str, handle: Any) -> None:
         """Call `destroy` on `handle` when `holder` is gone."""
         weakref.finalize(holder, getattr(self._cuda, destroy), handle).atexit = False
+
+    def freeing(self, free: str) -> Callable[[Sequence[int]], None]:
+        """What frees memory that the stream may still work on; does not keep this device."""
+        cuda, stream = self._cuda, self.stream
+
+        def action(addresses: Sequence[int]) -> None:
+            cuda.cudaStreamSynchronize(stream)
+            for address in addresses:
+                getattr(cuda, free)(address)
+
+        return action
+
+    @property
+    def most(self) -> int:
+        """Bytes up to which memory is kept for the next request, beside what is in use."""
+        return self._blocks.most
+
+    @most.setter
+    def most(self, nbytes: int) -> None:
+        self._blocks.most = nbytes
+
+    @property
+    def kept(self) -> int:
+        """Bytes that are kept for the next request."""
+        return self._blocks.kept
 
     def memory(self) -> tuple[int, int]:
         """Free and all bytes; what is kept for the next request counts as taken."""
@@ -227,26 +261,41 @@ class Device:
         block = self.block(math.prod(shape) * dtype.itemsize, use)
         return DeviceArray(self, tuple(shape), dtype, block, block.address)
 
+    def empties(
+        self, shapes: Sequence[tuple[int, ...]], dtype: Any, use: str = "tensors"
+    ) -> list[DeviceArray]:
+        """Several arrays of one type that come and go together, in one block; see `empty`."""
+        dtype = np.dtype(dtype)
+        sizes = [-(-math.prod(shape) * dtype.itemsize // _ALIGNED) * _ALIGNED for shape in shapes]
+        block, places = self.block(sum(sizes), use), np.cumsum([0, *sizes]).tolist()
+        return [
+            DeviceArray(self, tuple(shape), dtype, block, block.address + place)
+            for shape, place in zip(shapes, places[:-1], strict=True)
+        ]
+
     def block(self, nbytes: int, use: str) -> _Block:
         """`nbytes` bytes, at least one; see `empty`."""
-        unit = _LARGE if nbytes >= _LARGE else _SMALL
-        size = max(1, -(-nbytes // unit)) * unit
-        spare = self._spare[size]
-        return _Block(self._give_back, spare.pop() if spare else self._new(size, use), size)
+        size = self._blocks.rounded(nbytes)
+        found = self._blocks.reuse(size)
+        if found is None:
+            found = self._new(size, use), size
+            self._blocks.add(size)
+        return _Block(self._give_back, *found)
 
     def release(self) -> None:
         """Give what is kept for the next request back to the GPU."""
         self.synchronize()
-        _give_all_back(self._cuda.cudaFree, self._spare)
+        self._blocks.release()
 
     def _new(self, size: int, use: str) -> int:
         for attempt in range(2):
-            status, address = self._cuda.cudaMalloc(size)
-            if int(status) == 0:
-                return int(address)
-            self._cuda.cudaGetLastError()  # it would come up again at the next call
-            if int(status) != _OUT_OF_MEMORY:
-                raise TrioError(f"cudaMalloc failed: {self._reason(status)}")
+            if self._leaves_room(size):
+                status, address = self._cuda.cudaMalloc(size)
+                if int(status) == 0:
+                    return int(address)
+                self._cuda.cudaGetLastError()  # it would come up again at the next call
+                if int(status) != _OUT_OF_MEMORY:
+                    raise TrioError(f"cudaMalloc failed: {self._reason(status)}")
             if attempt == 0:
                 self.release()
         free, total = self.memory()
@@ -256,31 +305,46 @@ class Device:
             "programs on this GPU"
         )
 
+    def _leaves_room(self, size: int) -> bool:
+        """Whether the system keeps some memory, where the GPU takes the system's.
+
+        There cudaMalloc fails when the system is out of memory, and before that the kernel ends
+        processes. CUDA does not count what the page cache would give up; the kernel does.
+        """
+        if not self._integrated:
+            return True
+        free = max(self.memory()[0], _available())
+        return size <= free - _SPARED
+
     def _give_back(self, address: int, size: int) -> None:
-        self._spare[size].append(address)
+        self._blocks.give_back(address, size)
 
     def _give_back_pinned(self, address: int, size: int) -> None:
-        self._spare_pinned[size].append(address)
+        self._pinned.give_back(address, size)
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """An array of the host's whose memory a CUDA graph may copy from and to."""
         dtype = np.dtype(dtype)
-        nbytes = max(1, math.prod(shape) * dtype.itemsize)
-        size = -(-nbytes // _SMALL) * _SMALL
-        spare = self._spare_pinned[size]
-        address = spare.pop() if spare else int(self.call("cudaMallocHost", size))
-        buffer = (ctypes.c_byte * nbytes).from_address(address)
-        weakref.finalize(buffer, self._give_back_pinned, address, size).atexit = False
-        flat = np.frombuffer(buffer, np.uint8)[: math.prod(shape) * dtype.itemsize]
-        return flat.view(dtype).reshape(shape)
+        nbytes = math.prod(shape) * dtype.itemsize
+        size = self._pinned.rounded(nbytes)
+        found = self._pinned.reuse(size)
+        if found is None:
+            found = int(self.call("cudaMallocHost", size)), size
+            self._pinned.add(size)
+        buffer = (ctypes.c_byte * max(1, nbytes)).from_address(found[0])
+        weakref.finalize(buffer, self._give_back_pinned, *found).atexit = False
+        return np.frombuffer(buffer, np.uint8)[:nbytes].view(dtype).reshape(shape)
 
     # --------------------------------------------------------------------------------- copies
 
     def upload(self, array: np.ndarray, into: DeviceArray | None = None) -> DeviceArray:
-        """Copy to the device; the array may be changed afterwards."""
+        """Copy to the device, contiguous; the array may be changed or freed afterwards."""
         array = np.ascontiguousarray(array)
         target = self.empty(array.shape, array.dtype) if into is None else into
-        self._copy(target.address, array.ctypes.data, array.nbytes, "HostToDevice")
+        if array.nbytes:
+            # CUDA may read pageable memory later: what it reads is a copy of ours.
+            self._staging = self._staging or _Staging(self)
+            self._staging.send(self, array.reshape(-1).view(np.uint8), target.address)
         return target
 
     def download(self, array: DeviceArray, into: np.ndarray | None = None) -> np.ndarray:
@@ -298,9 +362,9 @@ class Device:
         """Copy to `pinned` memory of the host without waiting."""
         self._copy(into.ctypes.data, array.address, array.nbytes, "DeviceToHost")
 
-    def send(self, array: np.ndarray, into: DeviceArray) -> None:
+    def send(self, array: np.ndarray, address: int) -> None:
         """Copy from `pinned` memory of the host without waiting."""
-        self._copy(into.address, array.ctypes.data, array.nbytes, "HostToDevice")
+        self._copy(address, array.ctypes.data, array.nbytes, "HostToDevice")
 
     def copy(self, target: DeviceArray, source: DeviceArray) -> None:
         """Copy between arrays, or parts of arrays, of one shape and type on the device."""
@@ -366,14 +430,21 @@ class Device:
             TrioError: some of it cannot be recorded.
         """
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self.call("cudaStreamBeginCapture", self.stream, mode)
+        pools = (self._blocks, self._pinned)
+        for pool in pools:  # a finalizer may run any time, and freeing would spoil what is recorded
+            pool.held = True
         try:
-            work()
-        except BaseException:
-            self._cuda.cudaStreamEndCapture(self.stream)
-            self._cuda.cudaGetLastError()
-            raise
-        graph = self.call("cudaStreamEndCapture", self.stream)
+            self.call("cudaStreamBeginCapture", self.stream, mode)
+            try:
+                work()
+            except BaseException:
+                self._cuda.cudaStreamEndCapture(self.stream)
+                self._cuda.cudaGetLastError()
+                raise
+            graph = self.call("cudaStreamEndCapture", self.stream)
+        finally:
+            for pool in pools:
+                pool.held = False
         try:
             return Graph(self, self.call("cudaGraphInstantiate", graph, 0))
         finally:
@@ -389,10 +460,55 @@ class Device:
         return reason
 
 
-def _give_all_back(give: Callable[[int], Any], spare: dict[int, list[int]]) -> None:
-    for addresses in spare.values():
-        while addresses:
-            give(addresses.pop())
+class _Staging:
+    """A ring of pinned memory that what the host uploads goes through, in pieces.
+
+    A piece stays where it is until the stream has passed the event behind its copy.
+    """
+
+    def __init__(self, device: Device) -> None:
+        """Pinned memory that goes with the device."""
+        self._address = int(device.call("cudaMallocHost", _STAGED))
+        weakref.finalize(device, device.freeing("cudaFreeHost"), [self._address]).atexit = False
+        self._memory = np.ctypeslib.as_array((ctypes.c_uint8 * _STAGED).from_address(self._address))
+        self._next = 0
+        self._under_way: deque[tuple[int, int, Any]] = deque()  # from, to, event
+        self._events: list[Any] = []
+
+    def send(self, device: Device, source: np.ndarray, target: int) -> None:
+        """Copy bytes to an address of the device's."""
+        for start in range(0, len(source), _PIECE):
+            piece = source[start : start + _PIECE]
+            place = self._room(device, len(piece))
+            self._memory[place : place + len(piece)] = piece
+            device.send(self._memory[place : place + len(piece)], target + start)
+            if not self._events:
+                self._events.append(device.call("cudaEventCreate"))
+                device.own(device, "cudaEventDestroy", self._events[-1])
+            event = self._events.pop()
+            device.call("cudaEventRecord", event, device.stream)
+            self._under_way.append((place, place + len(piece), event))
+
+    def _room(self, device: Device, size: int) -> int:
+        """Where `size` bytes may be written; waits until what was there has been copied."""
+        start = self._next if self._next + size <= _STAGED else 0
+        end = start + size
+        while self._under_way and any(a < end and start < b for a, b, _ in self._under_way):
+            *_, event = self._under_way.popleft()
+            device.call("cudaEventSynchronize", event)
+            self._events.append(event)
+        self._next = -(-end // _ALIGNED) * _ALIGNED
+        return start
+
+
+def _available() -> int:
+    """Bytes that the kernel could give to a process; 0 where it does not say."""
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+    except OSError:
+        return 0
+    fields = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
+    return int(fields["MemAvailable"][0]) << 10 if "MemAvailable" in fields else 0
 
 
 def _strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:

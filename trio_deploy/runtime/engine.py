@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -83,6 +83,15 @@ class Engine(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """Uninitialised memory that `run` and `bind` take, near the device."""
+        ...
+
+
+@runtime_checkable
+class Blocks(Protocol):
+    """An engine whose memory can be cut into arrays."""
+
+    def empties(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> Sequence[Array]:
+        """As `Engine.empty`, several arrays that come and go together, in one piece of memory."""
         ...
 
 

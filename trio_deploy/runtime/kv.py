@@ -11,7 +11,8 @@ from trio_deploy.errors import TrioError
 from trio_deploy.runtime.arrays import clear, copy
 from trio_deploy.runtime.engine import Array
 
-Empty = Callable[[tuple[int, ...], np.dtype], Array]
+Empties = Callable[[Sequence[tuple[int, ...]], np.dtype], Sequence[Array]]
+"""Uninitialised arrays of shapes and one type, which come and go together."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class SegmentCache:
         lengths: np.ndarray,
         capacity: int,
         shape: CacheShape,
-        empty: Empty,
+        empties: Empties,
         sides: int,
     ) -> SegmentCache:
         """Buffers for rows that hold `lengths` tokens after the prefill.
@@ -64,12 +65,9 @@ class SegmentCache:
         """
         cache = cls(layers, capacity, lengths.copy(), shape)
         cache.check()
+        names = [f"{i}.{part}" for i in layers for part in ("key", "value")]
         cache.sides = [
-            {
-                f"{i}.{part}": empty(cache._full, shape.dtype)
-                for i in layers
-                for part in ("key", "value")
-            }
+            dict(zip(names, empties([cache._full] * len(names), shape.dtype), strict=True))
             for _ in range(sides)
         ]
         return cache

@@ -174,12 +174,9 @@ class Running:
 
     def _lengths(self, row: Row) -> list[int]:
         """Tokens of the prompt that each segment will hold."""
-        visual = [row.prompt.visual_tokens]
-        for keep in row.keeps:
-            visual.append(min(keep, visual[-1]))
-        text = row.prompt.length - row.prompt.visual_tokens
-        # prefill_i comes after i selections.
-        return [text + visual[int(name.split("_")[1])] for name in self._stages.segments]
+        one = np.array([row.prompt.length]), np.array([row.prompt.visual_tokens])
+        held = self._stages.lengths(*one, [np.array([keep]) for keep in row.keeps])
+        return [int(lengths[0]) for lengths in held.values()]
 
     def _make_room(self, new: Sequence[tuple[Row, Sequence[int]]]) -> None:
         """Replace the caches by larger ones if rows with these lengths do not fit."""

@@ -11,8 +11,8 @@ import numpy as np
 from trio_deploy.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.runtime.arrays import concatenate, on_host, to_host
-from trio_deploy.runtime.engine import Array, Engine, HostMoment, Moment, Runtime
-from trio_deploy.runtime.kv import CacheShape, SegmentCache
+from trio_deploy.runtime.engine import Array, Blocks, Engine, HostMoment, Moment, Runtime
+from trio_deploy.runtime.kv import CacheShape, Empties, SegmentCache
 from trio_deploy.runtime.prompt import Batch
 
 _FEATURES = "image_features"
@@ -157,8 +157,11 @@ class Stages:
             seeds: int64 [B], of `random` selections; None is 0 for all.
 
         Raises:
-            TrioError: a selection did not converge.
+            TrioError: a selection did not converge, or an engine takes less.
         """
+        visual = batch.visual_mask.sum(axis=1)
+        for name, held in self.lengths(batch.lengths, visual, keeps).items():
+            self.capacity(name, int((held + new_tokens).max()))  # before anything is computed
         with clock.stage("vision", self._moment):
             features, scores = self.see(images)
         with clock.stage("embed", self._moment):
@@ -174,7 +177,7 @@ class Stages:
             batch.position_ids,
             batch.visual_mask,
             batch.lengths,
-            batch.visual_mask.sum(axis=1),
+            visual,
             np.zeros(len(batch.lengths), np.int64) if seeds is None else seeds,
             {name: _per_token(batch, rows) for name, rows in scores.items()},
         )
@@ -199,10 +202,41 @@ class Stages:
     def capacity(self, name: str, tokens: int) -> int:
         """Tokens a row that a segment's cache has room for when `tokens` are asked for.
 
-        An engine that updates in place may take one capacity only.
+        An engine that updates in place takes one capacity only.
+
+        Raises:
+            TrioError: it is too small.
         """
-        fixed = self._holder(name).inputs[f"past.{self.layers[name][0]}.key"].shape[2]
-        return max(tokens, fixed) if isinstance(fixed, int) else tokens
+        layers = self.layers[name]
+        fixed = self._holder(name).inputs[f"past.{layers[0]}.key"].shape[2]
+        if not isinstance(fixed, int):
+            return tokens
+        if tokens > fixed:
+            raise TrioError(
+                f"the request needs {tokens} tokens a row in the KV cache of layers {layers[0]} to "
+                f"{layers[-1]}, and decode was built for {fixed}: ask for a lower budget, less "
+                "text or fewer new tokens, or raise max_budget, max_text_tokens or max_new_tokens "
+                "in a copy of the target's file (with max_budget 1.0 nothing need be pruned) and "
+                "run `trio build` again with it as --target"
+            )
+        return fixed
+
+    def lengths(
+        self, length: np.ndarray, visual: np.ndarray, keeps: Sequence[np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Tokens of prompts that each segment holds, int64 [B].
+
+        Args:
+            length, visual: tokens of each prompt, and visual ones among them, [B] each.
+            keeps: for each pruning point, visual tokens to keep, [B] each.
+        """
+        seen, remaining, found = visual, iter(keeps), {}
+        for name in self.engines:
+            if name.startswith("select_"):
+                seen = np.minimum(next(remaining), seen)
+            elif name in self.segments:
+                found[name] = length - visual + seen
+        return found
 
     def cache(self, name: str, lengths: np.ndarray, tokens: int) -> SegmentCache:
         """A segment's cache for rows of int64 [B] `lengths`, with room for `tokens` a row."""
@@ -211,9 +245,16 @@ class Stages:
             lengths,
             self.capacity(name, tokens),
             self.cache_shape,
-            self._holder(name).empty,
+            self._empties(self._holder(name)),
             self.sides,
         )
+
+    @staticmethod
+    def _empties(engine: Engine) -> Empties:
+        """In one block where the engine's memory can be cut."""
+        if isinstance(engine, Blocks):
+            return engine.empties
+        return lambda shapes, dtype: [engine.empty(shape, dtype) for shape in shapes]
 
     def _holder(self, name: str) -> Engine:
         """The engine whose steps read a segment's cache."""

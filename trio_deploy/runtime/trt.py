@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from trio_deploy.build.adapter import IoTensor, OutOfDeviceMemory, TensorRT, load
-from trio_deploy.build.profiles import Profile
-from trio_deploy.build.record import Gpu, Record
+from trio_deploy.build.gpu import this_gpu
+from trio_deploy.build.profiles import Profile, buffer_bytes
+from trio_deploy.build.record import Record
 from trio_deploy.bundle import ENGINES, Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.runtime.cuda import Device, DeviceArray, Event, Graph
@@ -31,7 +32,10 @@ _LIMITS = {
     "T": ("image tiles", "max_images"),
     "R": ("rows of image features", "max_images or max_batch"),
     "S": ("tokens a row", "max_text_tokens or max_visual_tokens"),
-    "C": ("tokens a row in the KV cache", "max_new_tokens, max_text_tokens or max_visual_tokens"),
+    "C": (
+        "tokens a row in the KV cache",
+        "max_new_tokens, max_text_tokens, max_budget or max_visual_tokens",
+    ),
     "W": ("tokens a row after pruning", "max_budget or max_text_tokens"),
 }
 _UNPRUNED = ("embed", "prefill_0", "select_1")  # stages that see the whole prompt
@@ -105,14 +109,23 @@ class TrtRuntime:
         self.tensorrt = tensorrt or load()
         self.device = Device()
         self.record = Record.load(folder)
-        here = Gpu(self.device.name, self.device.compute_capability, self.device.driver)
-        self.record.require_same(here, self.tensorrt.version)
+        self.record.require_same(this_gpu(self.device), self.tensorrt.version)
         self.max_rows: int | None = self.record.limits.max_batch
         self.cuda_graphs = cuda_graphs
         self.recordings = 0
         self._folder, self._bundle = folder, bundle
         self._scratch: Any = None
         self._scratch_size, self._scratch_needed = 0, 1
+        self._most = self.device.most
+        if bundle is not None:
+            self._most = self.device.most = buffer_bytes(
+                bundle.config,
+                bundle.schedule,
+                self.record.limits,
+                bundle.budgets,
+                sides=1 if self.record.dialect == "onnx" else 2,
+                item=4 if self.record.dtype == "float32" else 2,
+            )
 
     def shares_cache(self, dialect: str) -> bool:
         """See `Runtime.shares_cache`: KVCacheUpdate works in place, `primitive` graphs do not."""
@@ -209,6 +222,7 @@ class TrtRuntime:
             size = self._scratch_needed
             self._scratch = self.device.block(size, "the engines' intermediate results")
             self._scratch_size = size
+            self.device.most = self._most + size  # it is never spare
         return self._scratch, self._scratch_size
 
 
@@ -312,6 +326,10 @@ class TrtEngine:
         """See `Engine.empty`."""
         return self.runtime.device.empty(shape, dtype, f"buffers of {self.stage} (KV cache)")
 
+    def empties(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[DeviceArray]:
+        """See `Engine.empties`."""
+        return self.runtime.device.empties(shapes, dtype, f"buffers of {self.stage} (KV cache)")
+
     def stored(self, name: str) -> np.dtype:
         """The type of a tensor as it lies in memory."""
         return self._tensors[name].dtype
@@ -372,8 +390,8 @@ class TrtEngine:
             f"{least} to {most}: "
         )
         if size > most:
-            text += f"raise {limits} in the target's file and run `trio build` again, or ask for"
-            text += " less"
+            text += f"raise {limits} in a copy of the target's file and run `trio build` again with"
+            text += " it as --target, or ask for less"
         else:
             text += "the engine is not made for so few"
         return (abs(size - (most if size > most else least)), text)
@@ -415,16 +433,20 @@ class TrtEngine:
         self, context: _Context, inputs: Mapping[str, Array], given: Mapping[str, DeviceArray]
     ) -> dict[str, DeviceArray]:
         """Tell a context, its inputs set, where to write; what is not given is made."""
-        outputs = {}
-        for name in self.outputs:
-            tensor = self._tensors[name]
-            shape = tuple(context.trt.get_tensor_shape(name))
+        shapes = {name: tuple(context.trt.get_tensor_shape(name)) for name in self.outputs}
+        for name, shape in shapes.items():
             if any(size < 0 for size in shape):
                 raise TrioError(f"the shape of {name} of {self.stage} depends on data: {shape}")
+        outputs: dict[str, DeviceArray] = {}
+        made = self._presents({n: s for n, s in shapes.items() if n not in given})
+        for name, shape in shapes.items():
+            tensor = self._tensors[name]
             if name in given:
                 array = given[name]
             elif tensor.alias:
                 array = inputs[tensor.alias]
+            elif name in made:
+                array = made[name]
             else:
                 use = f"{name} of {self.stage}"
                 array = self.runtime.device.empty(shape, tensor.dtype, use)
@@ -439,6 +461,16 @@ class TrtEngine:
                 raise TrioError(f"{self.stage} refuses memory for {name}: {self._errors()}")
             outputs[name] = array
         return outputs
+
+    def _presents(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, DeviceArray]:
+        """Memory for a segment's new keys and values, which come and go together."""
+        names = [n for n in shapes if n.startswith("present.") and not self._tensors[n].alias]
+        if not names:
+            return {}
+        use = f"keys and values of {self.stage}"
+        dtype = self._tensors[names[0]].dtype
+        made = self.runtime.device.empties([shapes[name] for name in names], dtype, use)
+        return dict(zip(names, made, strict=True))
 
     def _errors(self) -> str:
         return self.runtime.tensorrt.last_errors()
@@ -499,7 +531,7 @@ class _Step:
         """Put the run on the stream."""
         for _, pinned, there in self._sent:
             if there is not None:
-                self._device.send(pinned, there)
+                self._device.send(pinned, there.address)
         self._engine.execute(self._context)
         for there, pinned, _ in self._fetched:
             self._device.fetch(there, pinned)
