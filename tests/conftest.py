@@ -31,6 +31,9 @@ else:
     hypothesis.settings.load_profile("trio")
 
 
+WAIT_S = 120.0  # until what must come is given up; generous, other work may have the machine
+
+
 @pytest.fixture(scope="session")
 def llava_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LLaVA-1.5 with grouped queries (4 heads, 2 key/value heads), 16 visual tokens, fp32."""

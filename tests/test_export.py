@@ -11,7 +11,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from tests.checkpoints import (
     make_llava_next,
     read_tensor,
 )
+from tests.conftest import WAIT_S
 from trio_deploy import export as export_module
 from trio_deploy import source as source_module
 from trio_deploy import weights as weights_module
@@ -424,7 +424,7 @@ def test_a_real_interrupt_in_the_middle_leaves_no_half_bundle(checkpoint, tmp_pa
         "def slow(*a):\n"
         "    result = copy(*a)\n"
         "    print('copying', flush=True)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(600)\n"
         "    return result\n"
         "weights._copy = slow\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
@@ -440,9 +440,7 @@ def test_a_real_interrupt_in_the_middle_leaves_no_half_bundle(checkpoint, tmp_pa
     assert process.stdout.readline() == "copying\n", process.communicate()[1]
     assert len(names(tmp_path)) == 2
     process.send_signal(signal.SIGINT)
-    started = time.monotonic()
-    _, error = process.communicate(timeout=30)
-    assert time.monotonic() - started < 30
+    _, error = process.communicate(timeout=WAIT_S)
     assert process.returncode == 130
     assert "interrupted" in error
     assert "Traceback" not in error

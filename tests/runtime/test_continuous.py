@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import make_picture
+from tests.conftest import WAIT_S, make_picture
 from tests.runtime.test_pipeline import COLOR, alike, ask
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluate import scenes
@@ -91,7 +91,7 @@ class Gate:
 
         def gated(rows: list[Row], clock: Any) -> Any:
             self.turns.append(len(rows))
-            assert self.open.wait(30)
+            assert self.open.wait(WAIT_S)
             return prefill(rows, clock)
 
         monkeypatch.setattr(pipeline, "prefill", gated)
@@ -102,7 +102,7 @@ class Gate:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
+    until = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.001)
@@ -129,7 +129,7 @@ def test_rows_that_join_at_any_time_give_what_they_give_alone(
         for number, request in enumerate(requests):
             handles.append(batcher.submit(request))
             time.sleep(0.02 * (number % 3))
-        answers = [handle.result(60) for handle in handles]
+        answers = [handle.result(WAIT_S) for handle in handles]
     metrics = batcher.metrics()  # now: the worker notes what it holds after the answers are out
     for request, answer in zip(requests, answers, strict=True):
         assert alike(pipeline.generate_batch([request])[0], answer)
@@ -146,20 +146,20 @@ def test_a_long_answer_meets_many_short_ones(pipeline: TrioPipeline) -> None:
     with ContinuousBatcher(pipeline, max_rows=8) as batcher:
         started = threading.Event()
         first = batcher.submit(long, lambda event: started.set())
-        assert started.wait(30)
+        assert started.wait(WAIT_S)
         handles = []
         for request in others:
             handles.append(batcher.submit(request))
             time.sleep(0.003)
-        assert alike(first.result(60), pipeline.generate_batch([long])[0])
+        assert alike(first.result(WAIT_S), pipeline.generate_batch([long])[0])
         for request, handle in zip(others, handles, strict=True):
-            assert alike(handle.result(60), pipeline.generate_batch([request])[0])
+            assert alike(handle.result(WAIT_S), pipeline.generate_batch([request])[0])
 
 
 def test_events_are_the_answer_in_pieces(batcher: ContinuousBatcher) -> None:
     events: list[Event] = []
     request = Request(ask(COLOR), [scenes.generate(3).image], max_new_tokens=9)
-    answer = batcher.submit(request, events.append).result(30)
+    answer = batcher.submit(request, events.append).result(WAIT_S)
     assert [event.token_id for event in events] == answer.token_ids
     assert "".join(event.text for event in events) == answer.text
     assert [event.last for event in events] == [False] * 8 + [True]
@@ -180,7 +180,7 @@ def test_what_waits_beyond_the_queue_is_refused_and_the_others_are_answered(
             batcher.submit(SHORT)
         assert batcher.metrics().queued == 2
         gate.open.set()
-        assert len({handle.result(30).text for handle in [running, *waiting]}) == 1
+        assert len({handle.result(WAIT_S).text for handle in [running, *waiting]}) == 1
         assert batcher.metrics().outcomes == {"refused": 1, "length": 3}
     with pytest.raises(Refused, match="shutting down"):
         batcher.submit(SHORT)
@@ -203,7 +203,7 @@ def test_a_turn_prefills_no_more_rows_and_tokens_than_it_may(
         wait_for(lambda: len(batcher._ready) == 7)
         gate.open.set()
         for handle in [first, *handles]:
-            handle.result(30)
+            handle.result(WAIT_S)
     # Three short ones; the fourth with one picture, for it is padded to that; the other two.
     assert gate.turns == [1, 3, 2, 2]
 
@@ -220,13 +220,13 @@ def test_requests_wait_until_their_keys_and_values_fit(pipeline: TrioPipeline) -
 
         handles = [batcher.submit(request, look) for _ in range(9)]
         expected = pipeline.generate_batch([request])[0]
-        assert all(alike(handle.result(60), expected) for handle in handles)
+        assert all(alike(handle.result(WAIT_S), expected) for handle in handles)
         assert alone <= most <= 2.9 * alone
     with (
         ContinuousBatcher(pipeline, max_kv_bytes=alone - 1) as batcher,
         pytest.raises(TrioError, match="max_kv_bytes"),
     ):
-        batcher.submit(request).result(30)
+        batcher.submit(request).result(WAIT_S)
 
 
 def test_engines_of_one_capacity_need_all_of_it(
@@ -260,7 +260,7 @@ def test_cancelling_is_heeded_within_a_token(pipeline: TrioPipeline, prefillers:
 
         def listen(event: Event) -> None:
             events.append(event)
-            known.wait(30)
+            known.wait(WAIT_S)
             if len(events) == 3:
                 handle[0].cancel()
 
@@ -269,9 +269,9 @@ def test_cancelling_is_heeded_within_a_token(pipeline: TrioPipeline, prefillers:
         handle.append(batcher.submit(long, listen))
         known.set()
         with pytest.raises(Cancelled):
-            handle[0].result(30)
+            handle[0].result(WAIT_S)
         assert len(events) <= 3 + 1 + 1, "one more token, and the end"
-        assert alike(other.result(60), pipeline.generate_batch([long])[0])
+        assert alike(other.result(WAIT_S), pipeline.generate_batch([long])[0])
         handle[0].cancel()  # again, and too late: nothing happens
         metrics = batcher.metrics()
         assert metrics.outcomes == {"cancelled": 1, "length": 1}
@@ -286,15 +286,15 @@ def test_a_waiting_request_can_be_cancelled_and_overdue(
         running = batcher.submit(SHORT)
         gate.held()
         cancelled, late = batcher.submit(SHORT), batcher.submit(SHORT, timeout_s=0.01)
-        served = batcher.submit(SHORT, timeout_s=60)
+        served = batcher.submit(SHORT, timeout_s=600)
         cancelled.cancel()
         time.sleep(0.02)
         gate.open.set()
         with pytest.raises(Cancelled):
-            cancelled.result(30)
+            cancelled.result(WAIT_S)
         with pytest.raises(DeadlinePassed):
-            late.result(30)
-        assert served.result(30).token_ids == running.result(30).token_ids
+            late.result(WAIT_S)
+        assert served.result(WAIT_S).token_ids == running.result(WAIT_S).token_ids
 
 
 def test_requests_that_no_thread_has_prepared_are_cancelled_and_overdue_too(
@@ -305,13 +305,13 @@ def test_requests_that_no_thread_has_prepared_are_cancelled_and_overdue_too(
     with ContinuousBatcher(pipeline, preparers=1) as batcher:
         stuck, late = batcher.submit(SHORT), batcher.submit(SHORT, timeout_s=0.01)
         with pytest.raises(DeadlinePassed):
-            late.result(30)
+            late.result(WAIT_S)
         stuck.cancel()
         with pytest.raises(Cancelled):
-            stuck.result(30)
+            stuck.result(WAIT_S)
         assert batcher.metrics().queued == 0
         go.set()
-        assert len(batcher.submit(SHORT).result(30).token_ids) == 3
+        assert len(batcher.submit(SHORT).result(WAIT_S).token_ids) == 3
         assert batcher.metrics().outcomes == {"deadline": 1, "cancelled": 1, "length": 1}
 
 
@@ -329,7 +329,7 @@ def test_a_request_that_waits_holds_no_picture(
         assert row is not None and not row.images and not row.request.images
         assert handle._request is None
         gate.open.set()
-        assert handle.result(30).visual_tokens == 256
+        assert handle.result(WAIT_S).visual_tokens == 256
 
 
 def test_a_deadline_ends_an_answer_with_what_there_is(pipeline: TrioPipeline) -> None:
@@ -338,9 +338,9 @@ def test_a_deadline_ends_an_answer_with_what_there_is(pipeline: TrioPipeline) ->
     with ContinuousBatcher(pipeline) as batcher:
         started = threading.Event()
         handle = batcher.submit(request, lambda event: started.set(), timeout_s=600)
-        assert started.wait(30)
+        assert started.wait(WAIT_S)
         handle._until = 0.0
-        answer = handle.result(30)
+        answer = handle.result(WAIT_S)
     assert answer.finish_reason == "deadline" and answer.kv_bytes > 0
     known = min(len(answer.token_ids), len(whole.token_ids))
     assert known > 0 and answer.token_ids[:known] == whole.token_ids[:known]
@@ -362,10 +362,10 @@ def test_a_bad_request_is_told_why_and_no_other_feels_it(
     bad = [(batcher.submit(request), message) for request, message in BAD]
     for handle, message in bad:
         with pytest.raises(TrioError, match=message) as caught:
-            handle.result(30)
+            handle.result(WAIT_S)
         assert type(caught.value) is TrioError
     for request, handle in zip(mixed(4), good, strict=True):
-        assert alike(handle.result(30), pipeline.generate_batch([request])[0])
+        assert alike(handle.result(WAIT_S), pipeline.generate_batch([request])[0])
     assert batcher.metrics().outcomes["invalid"] == len(BAD)
 
 
@@ -374,7 +374,7 @@ def test_a_prompt_above_the_limit_is_refused_by_its_name(pipeline: TrioPipeline)
         ContinuousBatcher(pipeline, max_prompt_tokens=30) as batcher,
         pytest.raises(TrioError, match=r"256 of them visual.*max_prompt_tokens is 30"),
     ):
-        batcher.submit(Request(ask(COLOR), [make_picture()])).result(30)
+        batcher.submit(Request(ask(COLOR), [make_picture()])).result(WAIT_S)
 
 
 def test_a_row_whose_prefill_fails_leaves_the_others_their_answers(
@@ -397,12 +397,12 @@ def test_a_row_whose_prefill_fails_leaves_the_others_their_answers(
         handles = [batcher.submit(request) for request in requests]
         wait_for(lambda: len(batcher._ready) == 3)
         gate.open.set()
-        first.result(30)
+        first.result(WAIT_S)
         with pytest.raises(Failed, match="select_2"):
-            handles[1].result(30)
+            handles[1].result(WAIT_S)
         for number in (0, 2):
             alone = pipeline.generate_batch([requests[number]])[0]
-            assert alike(handles[number].result(30), alone)
+            assert alike(handles[number].result(WAIT_S), alone)
 
 
 def test_logits_that_are_not_numbers_end_their_row_alone(
@@ -423,9 +423,10 @@ def test_logits_that_are_not_numbers_end_their_row_alone(
             for request in (sound, Request("what is red ?", max_new_tokens=9, seed=5), sound)
         ]
         with pytest.raises(Failed, match="not finite"):
-            handles[1].result(30)
+            handles[1].result(WAIT_S)
         expected = pipeline.generate_batch([sound])[0]
-        assert alike(handles[0].result(30), expected) and alike(handles[2].result(30), expected)
+        for handle in (handles[0], handles[2]):
+            assert alike(handle.result(WAIT_S), expected)
 
 
 @pytest.mark.parametrize("prefillers", [0, 1])
@@ -442,8 +443,8 @@ def test_a_failing_batch_ends_its_rows_and_not_the_service(
             handles = [batcher.submit(SHORT) for _ in range(6)]
             for handle in handles:
                 with pytest.raises(Failed, match="out of memory"):
-                    handle.result(30)
-        assert alike(batcher.submit(SHORT).result(30), pipeline.generate_batch([SHORT])[0])
+                    handle.result(WAIT_S)
+        assert alike(batcher.submit(SHORT).result(WAIT_S), pipeline.generate_batch([SHORT])[0])
         assert batcher.metrics().outcomes == {"failed": 6, "length": 1}
 
 
@@ -468,8 +469,8 @@ def test_a_prefill_that_gives_nonsense_ends_its_rows_and_not_the_service(
             handles = [batcher.submit(SHORT) for _ in range(6)]
             for handle in handles:
                 with pytest.raises(Failed):
-                    handle.result(30)
-        assert alike(batcher.submit(SHORT).result(30), pipeline.generate_batch([SHORT])[0])
+                    handle.result(WAIT_S)
+        assert alike(batcher.submit(SHORT).result(WAIT_S), pipeline.generate_batch([SHORT])[0])
         assert batcher.metrics().outcomes == {"failed": 6, "length": 1}
 
 
@@ -489,8 +490,8 @@ def test_a_request_that_cannot_be_chosen_ends_alone(
         gate.open.set()
         for handle in others:
             with pytest.raises(Failed, match="no such segment"):
-                handle.result(30)
-        assert alike(first.result(30), pipeline.generate_batch([SHORT])[0])
+                handle.result(WAIT_S)
+        assert alike(first.result(WAIT_S), pipeline.generate_batch([SHORT])[0])
 
 
 def test_a_request_that_no_thread_can_prepare_is_refused(
@@ -505,7 +506,7 @@ def test_a_request_that_no_thread_can_prepare_is_refused(
             with pytest.raises(Refused, match="new thread"):
                 batcher.submit(SHORT)
         assert batcher.metrics().queued == 0 and not batcher._open
-        assert alike(batcher.submit(SHORT).result(30), pipeline.generate_batch([SHORT])[0])
+        assert alike(batcher.submit(SHORT).result(WAIT_S), pipeline.generate_batch([SHORT])[0])
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -524,7 +525,7 @@ def test_a_prefill_that_no_thread_is_started_for_is_done_once(
         monkeypatch.setattr(batcher._turns, "submit", none)
         expected = pipeline.generate_batch([SHORT])[0]
         for handle in [batcher.submit(SHORT) for _ in range(5)]:
-            assert alike(handle.result(30), expected)
+            assert alike(handle.result(WAIT_S), expected)
         assert batcher.metrics().outcomes == {"length": 5}
         assert batcher.metrics().first_tokens == 5 and batcher._busy == 0
 
@@ -541,9 +542,9 @@ def test_a_listener_that_raises_loses_its_request_alone(
     one = batcher.submit(Request(SHORT.prompt, max_new_tokens=200), broken)
     two = batcher.submit(SHORT)
     with pytest.raises(Cancelled):
-        one.result(30)
+        one.result(WAIT_S)
     assert [event.last for event in heard] == [False, True], "it may have things to put away"
-    assert alike(two.result(30), pipeline.generate_batch([SHORT])[0])
+    assert alike(two.result(WAIT_S), pipeline.generate_batch([SHORT])[0])
 
 
 def test_draining_answers_what_was_asked(pipeline: TrioPipeline) -> None:
@@ -601,7 +602,7 @@ def test_caches_that_cannot_be_sliced_are_filled_by_row_too(
     monkeypatch.setattr(OrtEngine, "empty", empty)
     with ContinuousBatcher(pipeline, max_rows=3, prefill_rows=2) as batcher:
         handles = [batcher.submit(request) for request in mixed(8)]
-        answers: list[Generation] = [handle.result(60) for handle in handles]
+        answers: list[Generation] = [handle.result(WAIT_S) for handle in handles]
     assert all(alike(*pair) for pair in zip(answers, expected, strict=True))
 
 
@@ -659,7 +660,7 @@ def test_an_answered_request_leaves_nothing_behind(pipeline: TrioPipeline) -> No
                 listener.handle = batcher.submit(
                     Request(ask(COLOR), [make_picture()], 3), listener.hear
                 )
-                listener.handle.result(30)
+                listener.handle.result(WAIT_S)
             gone = weakref.ref(listener)
             del listener
             # The worker and the deliverer may not have left their functions yet.
@@ -690,7 +691,7 @@ def test_in_a_storm_everyone_gets_their_own_answer_or_what_they_wished(
         outcomes: dict[str, int] = {}
         for number, late, handle in sent:
             try:
-                answer = handle.result(60)
+                answer = handle.result(WAIT_S)
             except (Cancelled, DeadlinePassed) as error:
                 assert handle._cancelled or late
                 outcome = "cancelled" if isinstance(error, Cancelled) else "deadline"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import make_llava_next
+from tests.conftest import WAIT_S
 from trio_deploy.export import export
 from trio_deploy.parity.examples import default_examples, picture
 from trio_deploy.runtime.continuous import ContinuousBatcher
@@ -52,7 +53,7 @@ def test_rows_of_a_continuous_batch_give_what_they_give_alone(
     together = pipeline.generate_batch(asked)
     with ContinuousBatcher(pipeline, max_rows=3, prefill_rows=2) as batcher:
         handles = [batcher.submit(request) for request in asked]
-        joined = [handle.result(60) for handle in handles]
+        joined = [handle.result(WAIT_S) for handle in handles]
     for one, other, third in zip(alone, together, joined, strict=True):
         assert one.token_ids == other.token_ids == third.token_ids
         assert [k.tolist() for k in one.kept] == [k.tolist() for k in third.kept]

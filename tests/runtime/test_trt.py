@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import make_picture
+from tests.conftest import WAIT_S, make_picture
 from tests.runtime.engines import KINDS, build, export_for, make_target
 from tests.simulated_tensorrt import Driver, Simulation, install
 from trio_deploy.build.adapter import load
@@ -196,7 +196,7 @@ def test_rows_join_and_leave_on_the_device(shared: Machine) -> None:
     alone = [shared.pipeline().generate_batch([request])[0] for request in requests()]
     with ContinuousBatcher(shared.pipeline(), max_rows=2) as batcher:
         handles = [batcher.submit(request) for request in requests()]
-        together = [handle.result(60) for handle in handles]
+        together = [handle.result(WAIT_S) for handle in handles]
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.conftest import WAIT_S
+
 FINAL = 1
 
 
@@ -129,7 +131,7 @@ class Asked:
     def timeout(self) -> int:
         return self._timeout
 
-    def outputs(self, wait_s: float = 30.0) -> list[dict[str, Any]]:
+    def outputs(self, wait_s: float = WAIT_S) -> list[dict[str, Any]]:
         """Every response's tensors as Python values, once the last has come."""
         assert self.sender.ended.wait(wait_s), "no last response"
         found = []
@@ -142,7 +144,7 @@ class Asked:
         """Of all responses."""
         return [token for response in self.outputs() for token in response["token_ids"]]
 
-    def error(self, wait_s: float = 30.0) -> tuple[TritonError.Code, str]:
+    def error(self, wait_s: float = WAIT_S) -> tuple[TritonError.Code, str]:
         """Code and message of the error that ended it."""
         assert self.sender.ended.wait(wait_s), "no last response"
         error = self.sender.responses[-1].error()

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import WAIT_S
 from tests.runtime.test_continuous import SCHEDULE, wait_for
 from tests.triton import fake_utils
 from tests.triton.fake_utils import Asked, MetricFamily, Sender, TritonError
@@ -190,7 +191,7 @@ def hold(model: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     go = threading.Event()
     prefill = model._batcher._pipeline.prefill
     monkeypatch.setattr(
-        model._batcher._pipeline, "prefill", lambda *given: go.wait(30) and prefill(*given)
+        model._batcher._pipeline, "prefill", lambda *given: go.wait(WAIT_S) and prefill(*given)
     )
     return go
 
@@ -219,7 +220,7 @@ def test_a_waiting_request_is_cancelled_too_and_what_is_too_much_is_refused(
 
 
 def test_deadlines_end_answers(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(max_tokens="2000", max_timeout_s="20")
+    model = load(max_tokens="2000", max_timeout_s="600")
     long = Asked({"prompt": texts(QUESTION), "max_tokens": one(2000, "int32")})
 
     def let_it_pass(sender: Sender) -> None:
@@ -557,10 +558,10 @@ def test_nothing_is_asked_of_triton_about_a_request_whose_last_response_is_sent(
     request.sender.cancel()
     assert sender.is_cancelled()
     looks, go = threading.Event(), threading.Event()
-    request.sender.on_look = lambda: looks.set() or go.wait(30)
+    request.sender.on_look = lambda: looks.set() or go.wait(WAIT_S)
     asking = threading.Thread(target=sender.is_cancelled)
     asking.start()
-    assert looks.wait(30)
+    assert looks.wait(WAIT_S)
     sending = threading.Thread(target=sender.send, args=({"text": texts("a")},), kwargs={"last": 1})
     sending.start()
     sending.join(0.1)
@@ -593,7 +594,7 @@ def test_whatever_is_sent_the_instance_serves_on(
 ) -> None:
     request = Asked({"max_tokens": one(2, "int32"), **tensors}, parameters)
     served.execute([request])
-    assert request.sender.ended.wait(30)
+    assert request.sender.ended.wait(WAIT_S)
     last = request.sender.responses[-1:]
     if last and last[0].has_error():
         error = last[0].error()

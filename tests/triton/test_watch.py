@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import WAIT_S
 from trio_deploy.triton import watch
 
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
@@ -63,7 +64,7 @@ def test_a_server_that_waits_for_a_dead_models_requests_is_killed(
     server = start(DEAF)
     monkeypatch.setattr(watch, "_GRACE_S", 0.2)
     watching(monkeypatch, server.pid, 0, b"")
-    assert server.wait(30) == -signal.SIGKILL
+    assert server.wait(WAIT_S) == -signal.SIGKILL
     assert "the process of trio_vlm was killed" in capsys.readouterr().err
     assert not region.exists()
 
@@ -74,7 +75,7 @@ def test_a_server_that_ends_when_asked_is_not_killed(
     server = start()
     monkeypatch.setattr(watch, "_GRACE_S", 600.0)
     watching(monkeypatch, server.pid, 0, b"")
-    assert server.wait(30) == -signal.SIGTERM
+    assert server.wait(WAIT_S) == -signal.SIGTERM
     assert not region.exists()
 
 
@@ -94,5 +95,5 @@ def test_a_dead_server_takes_the_model_along(
     server.kill()
     monkeypatch.setattr(watch, "_LOOK_S", 0.01)
     watching(monkeypatch, server.pid, model.pid, None)
-    assert model.wait(30) == -signal.SIGKILL
+    assert model.wait(WAIT_S) == -signal.SIGKILL
     assert not region.exists()
