@@ -301,7 +301,7 @@ def test_requests_that_no_thread_has_prepared_are_cancelled_and_overdue_too(
     pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go, prepare = threading.Event(), pipeline.prepare
-    monkeypatch.setattr(pipeline, "prepare", lambda request: go.wait(60) and prepare(request))
+    monkeypatch.setattr(pipeline, "prepare", lambda *given: go.wait(60) and prepare(*given))
     with ContinuousBatcher(pipeline, preparers=1) as batcher:
         stuck, late = batcher.submit(SHORT), batcher.submit(SHORT, timeout_s=0.01)
         with pytest.raises(DeadlinePassed):
@@ -313,6 +313,66 @@ def test_requests_that_no_thread_has_prepared_are_cancelled_and_overdue_too(
         go.set()
         assert len(batcher.submit(SHORT).result(WAIT_S).token_ids) == 3
         assert batcher.metrics().outcomes == {"deadline": 1, "cancelled": 1, "length": 1}
+
+
+@pytest.mark.parametrize("ended", ["cancelled", "deadline"])
+def test_pictures_of_a_request_that_nobody_waits_for_are_not_all_decoded(
+    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch, ended: str
+) -> None:
+    go, opened = threading.Event(), []
+    open_image = pipeline._preprocessor.open_image
+
+    def slow(source: Any) -> Any:
+        opened.append(source)
+        assert go.wait(30)
+        return open_image(source)
+
+    monkeypatch.setattr(pipeline._preprocessor, "open_image", slow, raising=False)
+    with ContinuousBatcher(pipeline) as batcher:
+        images = [make_picture(seed=seed) for seed in range(4)]
+        handle = batcher.submit(Request(ask(COLOR, len(images)), images))
+        wait_for(lambda: bool(opened))
+        if ended == "cancelled":
+            handle.cancel()
+        else:
+            handle._until = 0.0
+        with pytest.raises(Cancelled if ended == "cancelled" else DeadlinePassed):
+            handle.result(30)
+        go.set()
+    assert len(opened) == 1
+    assert batcher.metrics().outcomes == {ended: 1}
+
+
+def test_waiting_in_vain_counts_as_waiting(
+    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the average would fall as more give up; what is refused at once has not waited."""
+    gate = Gate(pipeline, monkeypatch)
+    with ContinuousBatcher(pipeline, max_rows=1, max_queue=3) as batcher:
+        running = batcher.submit(SHORT)
+        gate.held()
+        cancelled, late = batcher.submit(SHORT), batcher.submit(SHORT, timeout_s=0.3)
+        bad = batcher.submit(Request("?", [b"no picture"]))
+        wait_for(lambda: bad.done)
+        served = batcher.submit(SHORT)
+        with pytest.raises(Refused):
+            batcher.submit(SHORT)
+        time.sleep(0.3)
+        cancelled.cancel()
+        assert batcher.metrics().waits == 0
+        gate.open.set()
+        for handle in (running, served):
+            handle.result(30)
+        for handle in (cancelled, late):
+            with pytest.raises((Cancelled, DeadlinePassed)):
+                handle.result(30)
+    metrics = batcher.metrics()
+    assert metrics.outcomes == {"length": 2, "cancelled": 1, "deadline": 1} | {
+        "invalid": 1,
+        "refused": 1,
+    }
+    assert metrics.waits == 4
+    assert metrics.queue_s > 3 * 0.25  # all but the first; preparing is left out
 
 
 def test_a_request_that_waits_holds_no_picture(
@@ -655,7 +715,7 @@ def test_an_answered_request_leaves_nothing_behind(pipeline: TrioPipeline) -> No
             take = pipeline.prepare
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    pipeline, "prepare", lambda r: rows.append(weakref.ref(row := take(r))) or row
+                    pipeline, "prepare", lambda *r: rows.append(weakref.ref(row := take(*r))) or row
                 )
                 listener.handle = batcher.submit(
                     Request(ask(COLOR), [make_picture()], 3), listener.hear

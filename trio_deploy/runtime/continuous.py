@@ -38,6 +38,10 @@ class Failed(TrioError):
     """Answering failed for no fault of the request."""
 
 
+class _GivenUp(Exception):
+    """Nobody waits for a request that is being prepared."""
+
+
 @dataclass(frozen=True)
 class Event:
     """A step of an answer; exactly one event has `generation` or `error`, and it is the last.
@@ -123,7 +127,9 @@ class Metrics:
             or failed.
         tokens: generated, of answers that ended in whatever way.
         first_tokens: requests that got one, and `first_token_s`, the sum of their times to it
-            from `submit` on; `queue_s`: of their times in the queue.
+            from `submit` on.
+        waits: requests whose time in the queue has come to its end, by their prefill, a deadline
+            or being cancelled; `queue_s`, the sum of those times. What is refused does not wait.
         visual_tokens, kept_tokens: of prefilled prompts, before pruning and after the last point.
         steps: of decoding; the rows they had sum up to `step_rows`.
         prefills: turns, which took in `first_tokens` rows altogether.
@@ -137,6 +143,7 @@ class Metrics:
     tokens: int = 0
     first_tokens: int = 0
     first_token_s: float = 0.0
+    waits: int = 0
     queue_s: float = 0.0
     visual_tokens: int = 0
     kept_tokens: int = 0
@@ -330,13 +337,15 @@ class ContinuousBatcher:
         request = handle._request
         if request is not None and not self._overdue(handle):
             try:
-                row = self._pipeline.prepare(request)
+                row = self._pipeline.prepare(request, lambda: self._go_on(handle))
                 # Only drawing needs pictures, and those of all that wait could fill the memory.
                 row.images, row.request = [], replace(request, images=())
                 request = handle._request = None
                 row.timings["preprocess"] = time.perf_counter() - row.start
                 row.start = handle._submitted
                 self._check(row)
+            except _GivenUp:
+                request = handle._request = None  # the worker finds it among those that wait
             except TrioError as caught:
                 error = caught
             except Exception as caught:
@@ -352,6 +361,11 @@ class ContinuousBatcher:
             self._tell_worker()
         if error is not None:
             self._fail(handle, error)
+
+    def _go_on(self, handle: Handle) -> None:
+        """Pictures of one request may take many seconds to decode."""
+        if self._overdue(handle):
+            raise _GivenUp
 
     def _check(self, row: Row) -> None:
         length = row.prompt.length
@@ -399,6 +413,7 @@ class ContinuousBatcher:
             gone = [h for h in (*self._ready, *self._preparing) if self._overdue(h)]
             self._ready = deque(handle for handle in self._ready if handle not in gone)
             self._preparing.difference_update(gone)
+            self._count_waits([self._waited(handle) for handle in gone])
         for handle in gone:
             if handle._cancelled:
                 self._fail(handle, _cancelled())
@@ -543,10 +558,10 @@ class ContinuousBatcher:
                 prefills=metrics.prefills + 1,
                 first_tokens=metrics.first_tokens + len(rows),
                 first_token_s=metrics.first_token_s + sum(row.first_s for row in rows),
-                queue_s=metrics.queue_s + sum(row.timings["queue"] for row in rows),
                 visual_tokens=metrics.visual_tokens + sum(r.prompt.visual_tokens for r in rows),
                 kept_tokens=metrics.kept_tokens + sum(_kept(row) for row in rows),
             )
+            self._count_waits([row.timings["queue"] for row in rows])
         self._tell(rows, pieces)
 
     def _step(self) -> None:
@@ -670,6 +685,17 @@ class ContinuousBatcher:
     @property
     def _queued(self) -> int:
         return len(self._preparing) + len(self._ready)
+
+    @staticmethod
+    def _waited(handle: Handle) -> float:
+        """Seconds that a request waited which gets no prefill."""
+        prepared = 0.0 if handle._row is None else handle._row.timings["preprocess"]
+        return time.perf_counter() - handle._submitted - prepared
+
+    def _count_waits(self, seconds: list[float]) -> None:
+        metrics = self._metrics
+        waits, queue_s = metrics.waits + len(seconds), metrics.queue_s + sum(seconds)
+        self._metrics = replace(metrics, waits=waits, queue_s=queue_s)
 
     def _count(self, outcome: str) -> None:
         outcomes = self._metrics.outcomes

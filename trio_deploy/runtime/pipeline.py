@@ -219,13 +219,16 @@ class TrioPipeline:
             row.timings = clock.seconds
         return [row.report() for row in rows]
 
-    def prepare(self, request: Request) -> Row:
+    def prepare(self, request: Request, before_image: Callable[[], object] | None = None) -> Row:
         """Open a request's pictures and tokenise its prompt; may be called from any thread.
+
+        Args:
+            before_image: called before each picture; what it raises ends the preparing.
 
         Raises:
             TrioError: as `generate`.
         """
-        return self._row(request, {}, time.perf_counter())
+        return self._row(request, {}, time.perf_counter(), before_image)
 
     def prefill(self, rows: Sequence[Row], clock: Clock) -> Prefilled:
         """Run prepared rows up to their first logits, filling in what they kept.
@@ -275,11 +278,19 @@ class TrioPipeline:
         except TrioError as error:
             raise TrioError(f"{number}{error}") from error
 
-    def _row(self, request: Request, opened: _Opened, start: float) -> Row:
+    def _row(
+        self,
+        request: Request,
+        opened: _Opened,
+        start: float,
+        before_image: Callable[[], object] | None = None,
+    ) -> Row:
         if request.max_new_tokens < 1:
             raise TrioError(f"max_new_tokens must be 1 or more, got {request.max_new_tokens}")
         text = self._encoder.text(request.prompt, len(request.images), raw=request.raw)
         for source in request.images:
+            if before_image is not None:
+                before_image()
             if id(source) not in opened:
                 image = self._preprocessor.open_image(source)
                 opened[id(source)] = image, self._preprocessor(image)
