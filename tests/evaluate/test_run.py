@@ -1,28 +1,34 @@
 """An evaluation: every configuration asked once, resumed, compared, written down."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from trio_deploy.cli import main
+from trio_deploy.checkpoint import Checkpoint
+from trio_deploy.cli import _parser, main
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate import evaluate
+from trio_deploy.evaluate import command, configurations, evaluate
 from trio_deploy.evaluate.configurations import (
     Bundles,
     Configuration,
     RuntimeOptions,
     Source,
+    as_exported,
     blind,
     grid,
     named,
+    unpruned,
     used,
 )
 from trio_deploy.evaluate.plot import draw
-from trio_deploy.evaluate.questions import scene_questions
-from trio_deploy.evaluate.results import Results
-from trio_deploy.evaluate.run import AnswerLog
+from trio_deploy.evaluate.questions import Question, scene_questions
+from trio_deploy.evaluate.results import Results, collect
+from trio_deploy.evaluate.run import Answer, AnswerLog, Measured
+from trio_deploy.evaluate.scorers import pope
 from trio_deploy.export import export
 from trio_deploy.recipe import load_recipe
 from trio_deploy.runtime.pipeline import Request, TrioPipeline
@@ -88,6 +94,7 @@ def test_the_unpruned_model_is_what_everything_is_compared_with(results):
     assert whole.overall.kl == pytest.approx(0, abs=1e-4)
     assert whole.overall.retention.value == 1.0
     assert mixed.behind is None and rival.behind is not None  # the first of its budget
+    assert (mixed.against, rival.against, without.against) == (None, "mixed", None)
     assert rival.behind.value == pytest.approx(
         mixed.overall.retention.value - rival.overall.retention.value
     )
@@ -115,6 +122,100 @@ def test_an_answer_to_another_question_is_not_taken(results, source, questions, 
     changed[0] = type(changed[0])(**{**changed[0].__dict__, "prompt": "how many stars are there?"})
     run(source, changed, [], out)
     assert [request.prompt for request in seen] == ["how many stars are there?"]
+
+
+def test_an_answer_to_another_picture_is_not_taken(tmp_path, source, monkeypatch):
+    seen = asked(monkeypatch)
+    picture = tmp_path / "x.png"
+    scenes = [scene_questions(1, split="tuning", each=4, first=n) for n in (10_003, 10_004)]
+    found = [Question("1", "how many stars are there?", (picture,), "x.png", "image")]
+
+    def ask(number: int) -> int:
+        scenes[number][0].images[0].save(picture)
+        before = len(seen)
+        run(source, found, [named(source, "0:44:divprune,6:19")], tmp_path / "out")
+        return len(seen) - before
+
+    assert [ask(0), ask(0), ask(1), ask(1)] == [2, 0, 2, 0]
+
+
+def test_an_answer_of_other_weights_is_not_taken_nor_a_bundle_of_them(tmp_path, monkeypatch):
+    folder = shutil.copytree(load_recipe("tiny").checkpoint, tmp_path / "model")
+    questions = scene_questions(1, split="tuning", each=4)
+    seen = asked(monkeypatch)
+
+    def ask() -> list[str]:
+        del seen[:]
+        opened = Source.open(folder)
+        run(opened, questions, [named(opened, "0:44:divprune,6:19")], tmp_path / "out")
+        return [request.prompt for request in seen]
+
+    assert len(ask()) == 8 and ask() == []
+    weights = folder / "model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()  # bundles may be linked to it
+    weights.write_bytes(before[: len(before) // 2] + bytes(len(before) - len(before) // 2))
+    assert len(ask()) == 8
+    assert len(list((tmp_path / "out" / "bundles").iterdir())) == 4
+    weights.unlink()
+    weights.write_bytes(before)
+    assert ask() == []
+
+
+def test_a_model_is_known_by_its_content_wherever_it_lies(tmp_path, monkeypatch):
+    folder = shutil.copytree(load_recipe("tiny").checkpoint, tmp_path / "a")
+    moved = shutil.copytree(folder, tmp_path / "b")
+    weights = folder / "model.safetensors"
+    by_size = sorted(
+        Checkpoint.from_path(folder).tensors.values(), key=lambda tensor: tensor.nbytes
+    )
+    for limit in (configurations._READ_WHOLE, 0):  # read as a whole, and by samples
+        monkeypatch.setattr(configurations, "_READ_WHOLE", limit)
+        known = Source.open(folder).fingerprint
+        assert Source.open(moved).fingerprint == known
+        for tensor in (by_size[0], by_size[-1]):
+            with weights.open("r+b") as stream:
+                stream.seek(tensor.offset)
+                first = stream.read(1)
+                stream.seek(tensor.offset)
+                stream.write(bytes([first[0] ^ 1]))
+            assert Source.open(folder).fingerprint != known
+            with weights.open("r+b") as stream:
+                stream.seek(tensor.offset)
+                stream.write(first)
+        assert Source.open(folder).fingerprint == known
+    (folder / "tokenizer.json").write_text("{}")
+    assert configurations.fingerprint(folder.iterdir()) != configurations.fingerprint(
+        moved.iterdir()
+    )
+    bundle = export("tiny", tmp_path / "bundle", schedule="0:0.2", progress=False)
+    shutil.copytree(bundle.path, tmp_path / "copy")
+    assert (
+        Source.open(bundle.path).fingerprint == Source.open(tmp_path / "copy").fingerprint != known
+    )
+
+
+def test_what_answers_is_named_by_model_target_runtime_and_schedule(source, tmp_path):
+    one = named(source, "0:44:divprune,6:19")
+
+    def identity(model: Source = source, what: Configuration = one, **options: str) -> str:
+        return Bundles(model, tmp_path, RuntimeOptions(**options)).identity(what)
+
+    target = tmp_path / "mine.yaml"
+    text = (Path(__file__).parents[2] / "engines" / "cpu.yaml").read_text(encoding="utf-8")
+    target.write_text(text, encoding="utf-8")
+    mine = identity(target=str(target))
+    target.write_text(text.replace("float32", "float16"), encoding="utf-8")
+    others = [
+        identity(replace(source, fingerprint="another")),
+        identity(what=named(source, "0:44:divprune,6:20")),
+        identity(dtype="float16"),
+        identity(runtime="openvino"),
+        identity(target="cpu-openvino"),
+        mine,
+        identity(target=str(target)),
+    ]
+    assert len({identity(), *others}) == 1 + len(others)
 
 
 def test_a_line_that_was_cut_short_is_asked_again(tmp_path):
@@ -147,6 +248,99 @@ def test_questions_without_answers_are_judged_by_agreement(source, questions, ou
     assert 0.5 < found.results[1].agreement.value <= 1
     draw(found, tmp_path / "plot.png")
     assert "Agreement a kind" in found.to_text()
+
+
+def test_questions_that_have_an_answer_are_scored_and_counted(source, questions, out):
+    some = [
+        type(q)(**{**q.__dict__, "reference": None}) if n % 3 == 0 else q
+        for n, q in enumerate(questions)
+    ]
+    rivals = [named(source, "mixed=0:44:divprune,6:19"), named(source, "b=0:40:divprune,6:20")]
+    found = run(source, some, rivals, out)
+    known = [q for q in some if q.reference is not None]
+    whole = run(source, known, rivals, out)
+    assert found.scored == len(known) < found.questions
+    for one, other in zip(found.results, whole.results, strict=True):
+        assert one.overall.accuracy == other.overall.accuracy
+        assert one.overall.retention == other.overall.retention
+        assert (one.behind is None) == (other.behind is None)
+        if one.behind is not None:
+            assert one.behind.value == other.behind.value
+    assert f"{len(known)} of them with an answer and scored by `exact`" in found.to_text()
+
+
+def test_a_reference_that_does_not_fit_is_refused_before_anything_is_asked(
+    source, questions, tmp_path, monkeypatch
+):
+    seen = asked(monkeypatch)
+    wrong = [*questions[:-1], replace(questions[-1], reference=["yes"] * 9)]
+    unlabelled = [replace(q, reference=None) for q in wrong[:-1]]
+    with pytest.raises(TrioError, match=f"question {wrong[-1].id}: textvqa takes 10"):
+        run(source, [*unlabelled, wrong[-1]], [], tmp_path / "out", scorer="textvqa")
+    assert seen == [] and not (tmp_path / "out").exists()
+
+
+def test_schedules_are_compared_with_the_first_within_half_a_point_of_budget(
+    source, questions, out
+):
+    texts = ["a=0:44:divprune,6:19", "b=0:0.111:divprune", "c=0:0.222:divprune"]
+    found = run(source, questions, [named(source, text) for text in texts], out)
+    budgets = [one.budget for one in found.results[1:]]
+    assert budgets[0] != budgets[1] and budgets == pytest.approx([0.111, 0.111, 0.222], abs=0.004)
+    assert [one.against for one in found.results] == [None, None, "a", None]
+    assert found.results[2].behind.value == pytest.approx(
+        found.results[1].overall.retention.value - found.results[2].overall.retention.value
+    )
+
+
+def test_results_of_the_first_schema_lose_their_intervals(results, tmp_path):
+    raw = {**results.to_json(), "schema": 1}
+    del raw["scored"], raw["bundle"]
+    for one in raw["results"]:
+        del one["against"]
+        one["extra"] = {"f1": 0.5}
+        one["agreement"].update(low=1.0, high=1.0)
+    (tmp_path / "old.json").write_text(json.dumps(raw))
+    old = Results.load(tmp_path / "old.json")
+    assert old.scored == old.questions and old.results[0].extra == {"all": {"f1": 0.5}}
+    assert not any(one.agreement.known for one in old.results)
+    assert [one.agreement.value for one in old.results] == [
+        one.agreement.value for one in results.results
+    ]
+
+
+def test_pope_is_reported_by_category_and_over_all_seeds(source, tmp_path):
+    asked_of = [("random", "yes"), ("random", "no"), ("popular", "yes"), ("popular", "no")]
+    questions = [
+        Question(str(n), "?", (), f"p{n}", kind, label) for n, (kind, label) in enumerate(asked_of)
+    ]
+
+    def measured(configuration: Configuration, *runs: str) -> Measured:
+        return Measured(
+            configuration,
+            [[Answer(text, pope(text, q.reference), 0.0, True)
+              for text, q in zip(run.split(), questions, strict=True)] for run in runs],
+            0.0,
+        )  # fmt: skip
+
+    found = collect(
+        source,
+        questions,
+        [
+            measured(unpruned(source), "yes no yes no"),
+            measured(named(source, "0:0.2:random"), "yes yes no no", "yes no no no"),
+        ],
+        data="",
+        scorer="pope",
+        machine={},
+    )
+    perfect, random = (one.extra for one in found.results)
+    assert list(perfect) == ["popular", "random", "mean"] and perfect["mean"]["f1"] == 1
+    assert random["random"]["f1"] == pytest.approx((2 / 3 + 1) / 2)
+    assert random["random"]["yes_ratio"] == pytest.approx((1 + 0.5) / 2)
+    assert random["popular"]["f1"] == 0
+    assert random["mean"]["f1"] == pytest.approx((2 / 3 + 1) / 4)
+    assert "| 0:0.2:random | 20.0% | mean |" in found.to_text().replace("19.9%", "20.0%")
 
 
 def test_a_model_that_is_never_right_is_judged_by_agreement(source, questions, out, tmp_path):
@@ -186,6 +380,95 @@ def test_a_bundle_is_measured_at_any_budget(tmp_path, questions):
         grid(opened, ["trio"], [0.111])
     with pytest.raises(TrioError, match="a bundle has its schedule"):
         named(opened, "0:0.1")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "b"
+    export("tiny", folder, schedule="0:0.2:divprune,8:0.1", graphs_only=True, progress=False)
+    return folder
+
+
+def chosen(model: Path | str, options: str) -> list[Configuration]:
+    arguments = f"eval {model} --out out {options}".split()
+    return command._configurations(_parser().parse_args(arguments), Source.open(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "budgets"),
+    [
+        ("", ["own", 0.111, 0.222, 0.333]),
+        ("--budgets own", ["own"]),
+        ("--budgets 0.3,own", ["own", 0.3]),
+        ("--budgets 0.3", [0.3]),
+    ],
+)
+def test_a_bundle_is_measured_in_its_own_schedule_first(options, budgets, bundle):
+    source = Source.open(bundle)
+    found = chosen(bundle, options)
+    assert source.bundle is not None
+    own = [one for one in found if used(source, one) == source.bundle.schedule]
+    assert [one.budget for one in found if one not in own] == [b for b in budgets if b != "own"]
+    assert own == found[: len(own)] and len(own) == budgets.count("own")
+
+
+def test_a_bundles_own_schedule_is_asked_as_it_was_exported(tmp_path, questions):
+    bundle = export("tiny", tmp_path / "b", schedule="0:0.2:divprune,8:0.1", progress=False)
+    opened = Source.open(bundle.path)
+    found = run(opened, questions, [as_exported(opened)], tmp_path / "out").results[1]
+    answers = TrioPipeline.from_bundle(bundle, threads=1).generate_batch(
+        [Request(q.prompt, list(q.images), max_new_tokens=8) for q in questions]
+    )
+    right = [a.text.strip() == q.reference for a, q in zip(answers, questions, strict=True)]
+    assert found.schedule == bundle.schedule
+    assert found.overall.accuracy.value == pytest.approx(np.mean(right))
+
+
+def test_own_is_no_budget_of_a_model():
+    with pytest.raises(TrioError, match="--budgets own is a bundle's own schedule: pass a bundle"):
+        chosen("tiny", "--budgets own")
+
+
+def test_a_bundle_in_a_recipes_schedule_is_asked_once_at_that_budget(tmp_path):
+    bundle = export("tiny", tmp_path / "b", graphs_only=True, progress=False)
+    found = chosen(bundle.path, "")
+    assert found[0].schedule == bundle.schedule
+    assert [one.budget for one in found[1:]] == [0.222, 0.333]
+
+
+def stored(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`trio eval` finds these results, whatever it is asked."""
+
+    def evaluate(source, questions, configurations, out, **_):
+        results.save(out)
+        return results
+
+    monkeypatch.setattr(command, "evaluate", evaluate)
+
+
+def test_without_matplotlib_everything_but_the_plot_is_written(
+    results, tmp_path, capsys, monkeypatch
+):
+    stored(results, monkeypatch)
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert main(f"eval tiny --out {tmp_path} --scenes 1 --json".split()) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["questions"] == results.questions
+    assert "no retention.png, for want of matplotlib: pip install" in captured.err
+    assert {p.name for p in tmp_path.iterdir()} == {"results.json", "results.md"}
+
+
+def test_a_plot_that_cannot_be_drawn_loses_no_results(results, tmp_path, capsys, monkeypatch):
+    def failing(*_):
+        raise TrioError("cannot write the plot")
+
+    stored(results, monkeypatch)
+    monkeypatch.setattr(command, "draw", failing)
+    assert main(f"eval tiny --out {tmp_path} --scenes 1 --json".split()) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["scored"] == results.scored
+    assert "cannot write the plot" in captured.err
+    assert "wrote results.json, results.md to" in captured.err
 
 
 def test_methods_go_into_schedules(source):

@@ -1,5 +1,6 @@
 """The search for a schedule: inside the budget, resumable, no worse than where it began."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,9 +9,21 @@ import yaml
 
 from trio_deploy.cli import main
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate.configurations import RuntimeOptions, Source
+from trio_deploy.evaluate.command import tuned_text
+from trio_deploy.evaluate.configurations import Bundles, RuntimeOptions, Source
 from trio_deploy.evaluate.questions import scene_questions
-from trio_deploy.evaluate.tune import Candidate, Space, Tuner, coarse, neighbours, realise, tune
+from trio_deploy.evaluate.statistics import Estimate
+from trio_deploy.evaluate.tune import (
+    Candidate,
+    Space,
+    Tuner,
+    coarse,
+    level,
+    neighbours,
+    realise,
+    recipe_text,
+    tune,
+)
 from trio_deploy.export import export
 from trio_deploy.runtime.pipeline import TrioPipeline
 from trio_deploy.schedule import Schedule
@@ -58,6 +71,26 @@ def test_neighbours_differ_in_one_thing_and_stay_inside_the_space():
         Space(methods=("best",))
 
 
+def test_what_no_point_heeds_makes_no_second_candidate():
+    points = ((0, 1.0, "divprune"), (6, 0.5, "divprune"))
+    found = [
+        realise(Candidate(points, tau, probe, None), 0.111, 16, 256)
+        for tau in (0.7, 0.8)
+        for probe in (None, "shifted")
+    ]
+    assert len({one.key for one in found if one}) == 1
+    assert found[0] is not None and found[0].threshold is None and found[0].probe is None
+    ranked = realise(Candidate(((0, 1.0, "topk-gradient"),), 0.7, "shifted", None), 0.111, 16, 256)
+    assert ranked is not None and (ranked.threshold, ranked.probe) == (None, "shifted")
+    heeding = realise(Candidate(((0, 1.0, "trio"),), 0.7, "shifted", None), 0.111, 16, 256)
+    assert heeding is not None and (heeding.threshold, heeding.probe) == (0.7, "shifted")
+
+
+def test_level_with_the_best_is_what_the_interval_cannot_tell_apart():
+    assert level(Estimate(0.01, -0.001, 0.02)) and level(Estimate(0.01))
+    assert not level(Estimate(0.01, 0.001, 0.02))
+
+
 @pytest.fixture(scope="module")
 def searched(source, tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("tuning")
@@ -86,9 +119,66 @@ def test_the_best_schedule_is_in_recipe_form_and_can_be_exported(searched, sourc
     assert all(one.asked == 10 for one in tuned.ranking) and tuned.tried > 3
     written = yaml.safe_load((out / "schedule.yaml").read_text(encoding="utf-8"))
     schedule = Schedule.from_json(written["schedules"]["0.111"])
-    assert schedule == tuned.best.schedule and written["threshold"] == tuned.best.threshold
+    assert schedule == tuned.best.schedule
+    assert written.get("threshold") == tuned.best.threshold
     assert schedule.average(source.visual, source.layers) <= 0.111 * source.visual
     export("tiny", tmp_path / "b", schedule=schedule, progress=False)
+
+
+def test_the_result_says_what_was_asked_of_how_many_and_of_which_questions(searched):
+    _, tuned = searched
+    assert tuned.rounds == [(tuned.tried, 10)]
+    assert f"{tuned.tried} schedules were asked all 10 questions" in tuned.text
+    assert "on the questions that it was chosen by" in " ".join(tuned.text.split("\n# "))
+    assert "too few pictures to tell the finalists apart" in tuned.text
+    assert not tuned.loss.known and tuned.behind[0].value == 0
+
+
+def test_finalists_that_are_level_with_the_best_are_named(searched, source):
+    _, tuned = searched
+    losses = tuned.ranking[1:]
+    behind = [Estimate(0.0, 0.0, 0.0), Estimate(0.0, -0.1, 0.1)]
+    behind += [Estimate(0.2, 0.1, 0.3)] * (len(tuned.ranking) - 2)
+    said = replace(tuned, behind=behind, loss=Estimate(0.1, 0.05, 0.2), rounds=[(9, 5), (4, 10)])
+    assert said.level == losses[:1]
+    text = recipe_text(said)
+    assert f"1 of the {len(losses)} other finalists.\n#   {losses[0].configuration.name}\n" in text
+    assert "# trio tune: 9 schedules were asked 5 questions or more, 4 of them all 10." in text
+    assert yaml.safe_load(text)["schedules"]
+    table = tuned_text(said)
+    assert table.count("+0.0000 (level)") == 1
+    assert " +0.2000 (+0.1000 to +0.3000) " in table.splitlines()[-1]
+
+
+def test_losses_of_another_model_target_prompt_or_picture_are_not_taken(
+    searched, source, monkeypatch
+):
+    out, tuned = searched
+    questions = scene_questions(2, split="tuning", each=5)
+
+    class Asked(Exception):
+        pass
+
+    def asking(*_):
+        raise Asked
+
+    monkeypatch.setattr(Bundles, "pipeline", asking)
+
+    def taken(source=source, options=ONE_THREAD, questions=questions) -> bool:
+        try:
+            tuner = Tuner(source, questions, out, options, max_new_tokens=8, progress=False)
+            tuner.losses(tuned.best)
+        except (Asked, KeyError):
+            return False
+        return True
+
+    assert taken()
+    assert not taken(replace(source, fingerprint="another"))
+    assert not taken(options=replace(ONE_THREAD, dtype="float16"))
+    assert not taken(options=replace(ONE_THREAD, runtime="openvino"))
+    assert not taken(questions=[replace(questions[0], prompt="?"), *questions[1:]])
+    other = (scene_questions(1, split="tuning", first=10_005)[0].images[0],)
+    assert not taken(questions=[replace(questions[0], images=other), *questions[1:]])
 
 
 def test_a_search_goes_on_where_it_stopped(searched, source, monkeypatch):

@@ -31,24 +31,26 @@ def evaluate(
     stopped, and one with more questions or configurations asks those alone.
 
     Args:
-        configurations: the first one of each budget is what the others are compared with.
-        scorer: see `scorers`; questions without a reference are compared with the unpruned
-            model's answers alone.
+        configurations: the first one of each budget (within half a percentage point) is what the
+            others are compared with.
+        scorer: see `scorers`; questions without a reference count for agreement and KL alone.
         batch: requests at a time.
         max_new_tokens: an answer's length at most.
         data: says in the report what was asked.
 
     Raises:
-        TrioError: what exporting or running raises; a reference that does not fit the scorer.
+        TrioError: what exporting or running raises; before anything is asked, a reference that
+            does not fit the scorer.
     """
     from trio_deploy.evaluate.configurations import BUNDLES, Bundles, RuntimeOptions, unpruned
     from trio_deploy.evaluate.results import collect
     from trio_deploy.evaluate.run import Examiner
-    from trio_deploy.evaluate.scorers import get_scorer
+    from trio_deploy.evaluate.scorers import get_scorer, require_references
     from trio_deploy.machine import machine
 
     options = options or RuntimeOptions()
     score = get_scorer(scorer)
+    require_references(questions, score)
     bundles = Bundles(source, out / BUNDLES, options)
     examiner = Examiner(
         questions, score, out, batch=batch, max_new_tokens=max_new_tokens, progress=progress

@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import TypeVar
 
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluate import evaluate
 from trio_deploy.evaluate.configurations import (
+    OWN,
     RECIPE,
     Configuration,
     RuntimeOptions,
     Source,
+    as_exported,
     blind,
     grid,
     named,
+    used,
 )
 from trio_deploy.evaluate.options import BUDGETS, FILE_TOKENS, SCENE_TOKENS
 from trio_deploy.evaluate.plot import PLOT, draw
@@ -28,7 +32,8 @@ from trio_deploy.evaluate.questions import (
 )
 from trio_deploy.evaluate.results import RESULTS, TABLE, Results
 from trio_deploy.evaluate.scorers import get_scorer
-from trio_deploy.evaluate.tune import BEST, Space, Tuned, tune
+from trio_deploy.evaluate.statistics import Estimate
+from trio_deploy.evaluate.tune import BEST, Space, Tuned, level, tune
 from trio_deploy.schedule import DEFAULT_BUDGET, Schedule
 
 T = TypeVar("T")
@@ -47,6 +52,14 @@ def run_eval(args: argparse.Namespace) -> Results:
         configurations.append(blind(source))
     if not configurations:
         raise TrioError("nothing is left to measure: pass other --budgets, --methods or --schedule")
+    plotted = not args.no_plot
+    if plotted and find_spec("matplotlib") is None:
+        plotted = False
+        print(
+            f"trio: there will be no {PLOT}, for want of matplotlib: pip install "
+            "'trio-deploy[plots]', or pass --no-plot",
+            file=sys.stderr,
+        )
     results = evaluate(
         source,
         questions,
@@ -59,9 +72,12 @@ def run_eval(args: argparse.Namespace) -> Results:
         data=data,
     )
     written = [RESULTS, TABLE]
-    if not args.no_plot and configurations:
-        draw(results, args.out / PLOT)
-        written.append(PLOT)
+    if plotted:
+        try:
+            draw(results, args.out / PLOT)
+            written.append(PLOT)
+        except TrioError as error:  # what was measured is there nevertheless
+            print(f"trio: {error}", file=sys.stderr)
     print(f"trio: wrote {', '.join(written)} to {args.out}", file=sys.stderr)
     return results
 
@@ -132,7 +148,12 @@ def _questions(args: argparse.Namespace) -> tuple[list[Question], str, str, int]
 
 
 def _configurations(args: argparse.Namespace, source: Source) -> list[Configuration]:
-    budgets = _list(args.budgets, float) or list(BUDGETS)
+    asked = _list(args.budgets, str)
+    if not asked:
+        pruned = source.bundle is not None and source.bundle.schedule.layers
+        asked = [OWN] * bool(pruned) + [f"{budget:g}" for budget in BUDGETS]
+    own = [as_exported(source)] if OWN in asked else []
+    budgets = _list(",".join(budget for budget in asked if budget != OWN), float)
     methods = _list(args.methods, str)
     if not methods and not args.schedule and source.bundle is None:
         methods = [RECIPE]
@@ -151,6 +172,9 @@ def _configurations(args: argparse.Namespace, source: Source) -> list[Configurat
         )
         for sentence in refused:
             print(f"trio: {sentence}", file=sys.stderr)
+        # A budget at which a bundle has its own schedule would be asked twice.
+        same = [used(source, one) for one in own]
+        found = own + [one for one in found if used(source, one) not in same]
     return [named(source, text) for text in args.schedule] + found
 
 
@@ -172,12 +196,20 @@ def _list(text: str | None, kind: Callable[[str], T]) -> list[T]:
 
 def tuned_text(tuned: Tuned, others: Sequence[int] = range(5)) -> str:
     """The result in recipe form, and the schedules that came next."""
-    lines = [tuned.text, "loss     same answer  schedule"]
+    lines = [tuned.text, "loss     more than the best            same answer  schedule"]
     for place in others:
         if place < len(tuned.ranking):
-            one = tuned.ranking[place]
+            one, more = tuned.ranking[place], tuned.behind[place]
+            apart = "" if place == 0 else f"{more.value:+.4f} ({_apart(more)})"
+            tau = one.configuration.threshold
             lines.append(
-                f"{one.loss:<8.4f} {one.agreement:<12.1%} {one.configuration.name}"
-                f"  τ={one.configuration.threshold:g}"
+                f"{one.loss:<8.4f} {apart:<29} {one.agreement:<12.1%} {one.configuration.name}"
+                + ("" if tau is None else f"  τ={tau:g}")
             )
     return "\n".join(lines)
+
+
+def _apart(more: Estimate) -> str:
+    if not more.known:
+        return "–"
+    return "level" if level(more) else f"{more.low:+.4f} to {more.high:+.4f}"

@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from trio_deploy import __version__
 from trio_deploy.bundle import MANIFEST, WEIGHTS, Bundle, sha256_of
-from trio_deploy.checkpoint import Checkpoint
+from trio_deploy.checkpoint import Checkpoint, read_header
 from trio_deploy.errors import TrioError
 from trio_deploy.export import export
 from trio_deploy.methods import METHODS
 from trio_deploy.models import parse_config
 from trio_deploy.models.config import ModelConfig
-from trio_deploy.recipe import load_target
+from trio_deploy.recipe import Recipe, load_target
 from trio_deploy.runtime.pipeline import TrioPipeline
 from trio_deploy.schedule import Schedule, for_budget, max_visual_tokens, solve
 from trio_deploy.source import resolve
@@ -30,6 +31,11 @@ UNPRUNED = "unpruned"
 BLIND = "no picture"
 RECIPE = "recipe"
 RANDOM = "random"
+OWN = "own"  # among budgets
+
+_EXPORTED = (".safetensors", ".json", ".jinja", ".model", ".txt")  # what an export may read
+_READ_WHOLE = 2**28  # bytes of a weight file, a second or less
+_READ = 4096
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ class Source:
         config: of the model.
         bundle: the bundle, where there is one already.
         dtypes: the float types of the checkpoint's weights.
+        fingerprint: of the content, wherever it lies: answers are kept by it.
     """
 
     name: str
@@ -96,6 +103,7 @@ class Source:
     bundle: Bundle | None = None
     dtypes: frozenset[str] = frozenset()
     recipe_schedules: dict[str, Schedule] = field(default_factory=dict)
+    fingerprint: str = ""
 
     @classmethod
     def open(cls, model: str | os.PathLike[str]) -> Source:
@@ -107,7 +115,13 @@ class Source:
         path = Path(model)
         if (path / MANIFEST).is_file():
             bundle = Bundle.load(path)
-            return cls(bundle.manifest.model.name, bundle.config, bundle=bundle)
+            files = [MANIFEST, *bundle.manifest.files]
+            return cls(
+                bundle.manifest.model.name,
+                bundle.config,
+                bundle=bundle,
+                fingerprint=fingerprint(f for name in files if (f := path / name).is_file()),
+            )
         found = resolve(os.fspath(model), weights_needed=True)
         assert found.folder is not None
         config = parse_config(found.raw_config)
@@ -118,6 +132,7 @@ class Source:
             os.fspath(model),
             dtypes=frozenset(DTYPES[entry.dtype] for entry in entries),
             recipe_schedules=dict(found.recipe.schedules) if found.recipe else {},
+            fingerprint=_of_checkpoint(found.folder, found.recipe),
         )
 
     @property
@@ -128,6 +143,37 @@ class Source:
     def visual(self) -> int:
         """The most visual tokens that one picture takes."""
         return max_visual_tokens(self.config)
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Of the content of files, told apart by their names: the folder they lie in does not matter.
+
+    Large weight files would take minutes: of those, the header, and of every tensor the first, the
+    middle and the last bytes are read.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        size = file.stat().st_size
+        digest.update(json.dumps([file.name, size]).encode())
+        if size <= _READ_WHOLE or file.suffix != ".safetensors":
+            digest.update(sha256_of(file).encode())
+            continue
+        tensors = sorted(read_header(file).values(), key=lambda tensor: tensor.offset)
+        with file.open("rb") as stream:
+            digest.update(stream.read(tensors[0].offset if tensors else _READ))
+            for tensor in tensors:
+                last = max(0, tensor.nbytes - _READ)
+                for place in (0, last // 2, last):
+                    stream.seek(tensor.offset + place)
+                    digest.update(stream.read(min(_READ, tensor.nbytes)))
+    return digest.hexdigest()[:16]
+
+
+def _of_checkpoint(folder: Path, recipe: Recipe | None) -> str:
+    """Of what a bundle is exported from: weights, configuration, tokenizer, a recipe's settings."""
+    files = [f for f in folder.iterdir() if f.suffix in _EXPORTED and f.is_file()]
+    settings = {} if recipe is None else {**asdict(recipe), "checkpoint": None, "description": ""}
+    return _digest([fingerprint(files), json.dumps(settings, sort_keys=True, default=str)])
 
 
 def unpruned(source: Source) -> Configuration:
@@ -145,8 +191,15 @@ def used(source: Source, configuration: Configuration) -> Schedule:
 
 
 def as_exported(source: Source) -> Configuration:
-    """A bundle in its own schedule."""
-    assert source.bundle is not None
+    """A bundle in its own schedule.
+
+    Raises:
+        TrioError: the source is no bundle.
+    """
+    if source.bundle is None:
+        raise TrioError(
+            "--budgets own is a bundle's own schedule: pass a bundle, or leave `own` out"
+        )
     schedule = source.bundle.schedule
     share = schedule.average(source.visual, source.layers) / source.visual
     return Configuration(_own_name(schedule), schedule, share)
@@ -303,6 +356,8 @@ class Bundles:
         self._source = source
         self._folder = folder
         self._options = options
+        # What a target's file says, not where it lies.
+        self._target = [json.dumps(asdict(load_target(options.target)), default=str), options.dtype]
         self._open: tuple[str, TrioPipeline] | None = None
         self._shapes: dict[str, Configuration] = {}
 
@@ -328,11 +383,9 @@ class Bundles:
         return self._open[1]
 
     def identity(self, configuration: Configuration) -> str:
-        """Short name of what answers: model, options and configuration."""
-        bundle, options = self._source.bundle, self._options
-        manifest = sha256_of(bundle.path / MANIFEST) if bundle else ""
-        run = [options.target, options.dtype, options.runtime, options.provider]
-        return _digest([self._source.model, manifest, *run, configuration.key])
+        """Short name of what answers: the model's content, options, configuration, this version."""
+        run = [self._target, self._options.runtime, self._options.provider]
+        return _digest([self._source.fingerprint, *run, configuration.key, __version__])
 
     def shape(self, configuration: Configuration) -> str:
         """Short name of what the bundle's graphs depend on: all but how many tokens are kept."""
@@ -351,8 +404,7 @@ class Bundles:
         what = configuration.to_json()
         for incidental in ("name", "seeds", "budget", "blind"):
             del what[incidental]
-        options = self._options
-        return _digest([self._source.model, options.target, options.dtype, what])
+        return _digest([self._source.fingerprint, self._target, what, __version__])
 
     def bundle(self, configuration: Configuration) -> Bundle:
         """The configuration's bundle, exported if it is not there yet."""

@@ -17,7 +17,9 @@ def add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="folder of a bundle, or what `trio export --model` takes")
     command.add_argument("--out", type=Path, required=True, help="folder for answers and results")
     command.add_argument(
-        "--budgets", help="shares of visual tokens, comma-separated (default: 0.111,0.222,0.333)"
+        "--budgets",
+        help="shares of visual tokens, comma-separated, and `own` for a bundle's own schedule "
+        "(default: 0.111,0.222,0.333, of a bundle own,0.111,0.222,0.333)",
     )
     command.add_argument(
         "--methods",

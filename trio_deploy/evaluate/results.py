@@ -26,17 +26,18 @@ from trio_deploy.evaluate.scorers import pope_summary, yes_or_no
 from trio_deploy.evaluate.statistics import Bootstrap, Estimate
 from trio_deploy.schedule import Schedule
 
-SCHEMA = 1
+SCHEMA = 2
 RESULTS = "results.json"
 TABLE = "results.md"
+SAME_BUDGET = 0.005  # configurations nearer than this are compared with one another
 
 
 @dataclass(frozen=True)
 class KindResult:
     """Of the questions of one kind.
 
-    Accuracy and retention are None without references, retention also where the unpruned model is
-    never right.
+    Accuracy and retention are of the questions that have a reference, None where none has,
+    retention also where the unpruned model is never right.
     """
 
     questions: int
@@ -70,7 +71,9 @@ class Result:
         budget: what was asked for; `share`: visual tokens a layer really sees, of all.
         agreement: share of answers that are the unpruned model's, with its interval.
         kl: mean divergence of the first token's distribution, in nats.
-        behind: retention of the run's first configuration of this budget minus this one's.
+        behind: retention of the run's first configuration of about this budget minus this one's;
+            `against`: the name of that configuration.
+        extra: what a benchmark reports beside accuracy, by category.
     """
 
     name: str
@@ -82,7 +85,8 @@ class Result:
     agreement: Estimate
     kinds: dict[str, KindResult]
     behind: Estimate | None
-    extra: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, dict[str, float]] = field(default_factory=dict)
+    against: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -95,6 +99,7 @@ class Result:
             "agreement": self.agreement.to_json(),
             "kinds": {kind: result.to_json() for kind, result in self.kinds.items()},
             "behind": self.behind.to_json() if self.behind else None,
+            "against": self.against,
             "extra": self.extra,
         }
 
@@ -112,6 +117,7 @@ class Result:
             {kind: KindResult.from_json(one) for kind, one in raw["kinds"].items()},
             Estimate.from_json(raw["behind"]) if raw["behind"] else None,
             raw["extra"],
+            raw["against"],
         )
 
 
@@ -121,7 +127,7 @@ class Results:
 
     Attributes:
         model: its name; `data`: what was asked, in words; `machine`: where (JSON).
-        questions, pictures: how many.
+        questions, pictures: how many; `scored`: questions that have a reference.
         results: the unpruned model first.
         bundle: checksum of the measured bundle's manifest; empty where bundles were exported from a
             model for this, and by earlier versions.
@@ -134,6 +140,7 @@ class Results:
     questions: int
     pictures: int
     results: list[Result]
+    scored: int
     bundle: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -145,6 +152,7 @@ class Results:
             "machine": self.machine,
             "questions": self.questions,
             "pictures": self.pictures,
+            "scored": self.scored,
             "bundle": self.bundle,
             "results": [result.to_json() for result in self.results],
         }
@@ -158,6 +166,8 @@ class Results:
         """
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
+            if raw["schema"] == 1:
+                raw = _from_first(raw)
             if raw.pop("schema") != SCHEMA:
                 raise TrioError(f"{file} is of another version of trio eval: measure again")
             raw["results"] = [Result.from_json(entry) for entry in raw["results"]]
@@ -171,16 +181,14 @@ class Results:
     def save(self, folder: Path) -> None:
         """Write results.json and results.md."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            folder / RESULTS, (json.dumps(_plain(self.to_json()), indent=1) + "\n").encode()
-        )
+        write_atomically(folder / RESULTS, (json.dumps(self.to_json(), indent=1) + "\n").encode())
         write_atomically(folder / TABLE, self.to_text().encode())
 
     def to_text(self) -> str:
         """Tables in Markdown."""
         lines = [
             f"{self.model}: {self.questions} questions about {self.pictures} pictures "
-            f"({self.data}), scored by `{self.scorer}`.",
+            f"({self.data}), {self._scored_text()}.",
             "",
             "| configuration | schedule (layer:keep:method) | tokens | accuracy | retention | "
             "first − this | agreement | KL |",
@@ -190,7 +198,8 @@ class Results:
             one = result.overall
             lines.append(
                 f"| {result.name} | {_schedule_text(result)} | {result.share:.1%} | "
-                f"{_percent(one.accuracy)} | {_range(one.retention)} | {_points(result.behind)} | "
+                f"{_percent(one.accuracy)} | {range_text(one.retention)} | "
+                f"{points_text(result.behind)} | "
                 f"{result.agreement.value:.1%} | {one.kl:.4f} |"
             )
         kinds = list(self.results[0].kinds) if self.results else []
@@ -207,29 +216,60 @@ class Results:
                 + " | ".join(str(self.results[0].kinds[kind].questions) for kind in kinds)
                 + " |",
             ]
+            scored = self.results[0].overall.accuracy is not None
             for result in self.results:
                 cells = [
-                    f"{(r.accuracy.value if r.accuracy else r.agreement):.1%}"
+                    _percent(r.accuracy) or "–" if scored else f"{r.agreement:.1%}"
                     for r in (result.kinds[kind] for kind in kinds)
                 ]
                 lines.append(f"| {result.name} | {result.share:.1%} | " + " | ".join(cells) + " |")
         extras = [result for result in self.results if result.extra]
         if extras:
-            names = list(extras[0].extra)
-            lines += ["", "| configuration | tokens | " + " | ".join(names) + " |",
-                      "|---|---|" + "---|" * len(names)]  # fmt: skip
+            names = list(next(iter(extras[0].extra.values())))
+            lines += ["", "| configuration | tokens | category | " + " | ".join(names) + " |",
+                      "|---|---|---|" + "---|" * len(names)]  # fmt: skip
             for result in extras:
-                cells = [f"{result.extra[name]:.1%}" for name in names]
-                lines.append(f"| {result.name} | {result.share:.1%} | " + " | ".join(cells) + " |")
+                for category, figures in result.extra.items():
+                    cells = [category, *(f"{figures[name]:.1%}" for name in names)]
+                    lines.append(
+                        f"| {result.name} | {result.share:.1%} | " + " | ".join(cells) + " |"
+                    )
         lines += [
             "",
             "Tokens: visual tokens that a layer sees on average, of all. In brackets 95 %",
-            "intervals by bootstrap over pictures. First − this: retention of the first",
-            "configuration of the same budget minus this one's, in points. KL: of the first",
-            "token's distribution from the unpruned model's, in nats.",
+            "intervals over pictures (docs/evaluation.md), none (–) with fewer than 10. First −",
+            "this: retention of the first configuration whose budget lies within half a point of",
+            "this one's, minus this one's, in points. KL: of the first token's distribution from",
+            "the unpruned model's, in nats.",
             "",
         ]
         return "\n".join(lines)
+
+    def _scored_text(self) -> str:
+        if not self.scored:
+            return "none of which has a known answer"
+        few = "" if self.scored == self.questions else f"{self.scored} of them with an answer and "
+        return f"{few}scored by `{self.scorer}`"
+
+
+def _from_first(raw: dict[str, Any]) -> dict[str, Any]:
+    """Results of schema 1 in today's form, without their intervals: near 100 % they were wrong."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(entry) for entry in value]
+        if not isinstance(value, dict):
+            return value
+        if set(value) == {"value", "low", "high"}:
+            return {"value": value["value"], "low": None, "high": None}
+        return {key: plain(entry) for key, entry in value.items()}
+
+    results = [
+        {**plain(one), "against": None, "extra": {"all": one["extra"]} if one["extra"] else {}}
+        for one in raw["results"]
+    ]
+    scored = raw["questions"] if results[0]["accuracy"] else 0
+    return {**raw, "schema": SCHEMA, "scored": scored, "results": results}
 
 
 def collect(
@@ -243,27 +283,32 @@ def collect(
 ) -> Results:
     """Statistics of what was answered; the unpruned model comes first in `measured`."""
     bootstrap = Bootstrap([question.picture for question in questions])
-    scored = all(question.reference is not None for question in questions)
+    known = np.array([question.reference is not None for question in questions])
     kinds = {
         kind: np.array([question.kind == kind for question in questions])
         for kind in sorted({question.kind for question in questions})
     }
     reference = measured[0].scores()
-    first: dict[float, Measured] = {}
     results = []
+    firsts: list[Measured] = []
     for one in measured:
-        configuration = one.configuration
-        ours = first.setdefault(configuration.budget, one)
-        compared = scored and ours is not one and configuration.name not in (UNPRUNED, BLIND)
+        configuration, scores, agreement = one.configuration, one.scores(), one.agreement()
+        itself = one is measured[0]
+        ours = None
+        if configuration.name not in (UNPRUNED, BLIND):
+            ours = next((first for first in firsts if _same_budget(first, one)), None)
+            if ours is None:
+                firsts.append(one)
 
-        def result(chosen: np.ndarray, one: Measured = one) -> KindResult:
-            scores = one.scores()
+        def result(chosen: np.ndarray, one: Measured = one, itself: bool = itself) -> KindResult:
+            scores, marked = one.scores(), chosen & known
+            kept = bootstrap.retention(scores, reference, marked)
             return KindResult(
                 int(chosen.sum()),
                 float(one.agreement()[chosen].mean()),
                 float(one.divergence()[chosen].mean()),
-                bootstrap.mean(scores, chosen) if scored else None,
-                _defined(bootstrap.retention(scores, reference, chosen)) if scored else None,
+                _defined(bootstrap.mean(scores, marked)),
+                _defined(_by_definition(kept) if itself else kept),
             )
 
         results.append(
@@ -278,12 +323,13 @@ def collect(
                     if key in ("threshold", "probe", "positions") and value is not None
                 },
                 result(np.ones(len(questions), bool)),
-                bootstrap.mean(one.agreement()),
+                _by_definition(bootstrap.mean(agreement)) if itself else bootstrap.mean(agreement),
                 {kind: result(chosen) for kind, chosen in kinds.items()},
-                _defined(bootstrap.difference(ours.scores(), one.scores(), reference))
-                if compared
+                _defined(bootstrap.difference(ours.scores(), scores, reference, known))
+                if ours
                 else None,
-                _extra(scorer, questions, one) if scored else {},
+                _extra(scorer, questions, one),
+                ours.configuration.name if ours else None,
             )
         )
     return Results(
@@ -294,6 +340,7 @@ def collect(
         len(questions),
         len({question.picture for question in questions}),
         results,
+        int(known.sum()),
         sha256_of(source.bundle.path / MANIFEST) if source.bundle else "",
     )
 
@@ -302,12 +349,41 @@ def _defined(estimate: Estimate) -> Estimate | None:
     return None if math.isnan(estimate.value) else estimate
 
 
-def _extra(scorer: str, questions: Sequence[Question], one: Measured) -> dict[str, float]:
-    """What a benchmark reports beside accuracy."""
-    if scorer != "pope":
+def _by_definition(estimate: Estimate) -> Estimate:
+    """What the unpruned model keeps of itself needs no interval."""
+    return Estimate(estimate.value, estimate.value, estimate.value)
+
+
+def _same_budget(one: Measured, other: Measured) -> bool:
+    apart = abs(one.configuration.budget - other.configuration.budget)
+    return apart <= SAME_BUDGET + 1e-9
+
+
+def _extra(
+    scorer: str, questions: Sequence[Question], one: Measured
+) -> dict[str, dict[str, float]]:
+    """What a benchmark reports beside accuracy, by category, and the mean over these."""
+    categories = sorted({q.kind for q in questions if q.reference is not None})
+    if scorer != "pope" or not categories:
         return {}
-    said = [yes_or_no(answer.text) for answer in one.answers[0]]
-    return pope_summary(said, [str(question.reference).strip().lower() for question in questions])
+
+    def summary(category: str) -> dict[str, float]:
+        places = [
+            place
+            for place, question in enumerate(questions)
+            if question.kind == category and question.reference is not None
+        ]
+        labels = [str(questions[place].reference).strip().lower() for place in places]
+        return _mean(
+            [pope_summary([yes_or_no(run[n].text) for n in places], labels) for run in one.answers]
+        )
+
+    found = {category: summary(category) for category in categories}
+    return found | ({"mean": _mean(list(found.values()))} if len(found) > 1 else {})
+
+
+def _mean(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([one[name] for one in figures])) for name in figures[0]}
 
 
 def _share(source: Source, configuration: Configuration) -> float:
@@ -329,24 +405,21 @@ def _percent(estimate: Estimate | None) -> str:
     return f"{estimate.value:.1%}"
 
 
-def _range(estimate: Estimate | None) -> str:
+def range_text(estimate: Estimate | None) -> str:
+    """A share and its interval, a dash where that cannot be given; nothing where there is none."""
     if estimate is None or math.isnan(estimate.value):
         return ""
+    if not estimate.known:
+        return f"{estimate.value:.1%} (–)"
+    if estimate.low == estimate.high:
+        return f"{estimate.value:.1%}"
     return f"{estimate.value:.1%} ({estimate.low:.1%} to {estimate.high:.1%})"
 
 
-def _points(estimate: Estimate | None) -> str:
+def points_text(estimate: Estimate | None) -> str:
+    """A difference of shares and its interval, in points."""
     if estimate is None:
         return ""
+    if not estimate.known:
+        return f"{100 * estimate.value:+.1f} (–)"
     return f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: a ratio that is not defined becomes null."""
-    if isinstance(value, dict):
-        if set(value) == {"value", "low", "high"} and math.isnan(value["value"]):
-            return None
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,22 +1,27 @@
 """Ask every configuration every question, and keep what was answered, so that a run can go on.
 
 Under the output folder: answers/*.jsonl, one file a configuration, a line an answer as it comes,
-and bundles/, what was exported.
+and bundles/, what was exported. The file's name is a checksum of what answers (the model's content,
+the options it runs with, the schedule), and a line has one of what was asked (prompt and pictures):
+whatever of these changes is asked again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
+from trio_deploy.bundle import sha256_of
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluate.configurations import Bundles, Configuration
 from trio_deploy.evaluate.questions import Question
@@ -61,7 +66,7 @@ class Measured:
     seconds: float
 
     def scores(self) -> np.ndarray:
-        """float64 [n], averaged over the seeds."""
+        """float64 [n], averaged over the seeds; 0 where a question has no reference."""
         return np.mean([[a.score or 0.0 for a in run] for run in self.answers], axis=0)
 
     def agreement(self) -> np.ndarray:
@@ -95,6 +100,7 @@ class Examiner:
         if batch < 1:
             raise TrioError(f"a batch has 1 request or more, not {batch}")
         self.questions = list(questions)
+        self._asked = checksums(self.questions)
         self._scorer = scorer
         self._out = out / ANSWERS
         self._batch = batch
@@ -153,7 +159,7 @@ class Examiner:
         """A line a question, in order, and the seconds that those asked now took."""
         log = AnswerLog(self._out / f"{bundles.identity(configuration)}-{seed}.jsonl")
         asked = {q.id: q for q in self.questions}
-        known = {e["id"]: e for e in log.entries if _same(e, asked.get(e["id"]), self._limit)}
+        known = {e["id"]: e for e in log.entries if same(e, self._asked, self._limit)}
         missing = [q for q in self.questions if q.id not in known]
         seconds = 0.0
         if missing:
@@ -174,7 +180,7 @@ class Examiner:
                     for question, generation in zip(group, generations, strict=True):
                         entry = {
                             "id": question.id,
-                            "prompt": checksum(question.prompt),
+                            "asked": self._asked[question.id],
                             "limit": self._limit,
                             "text": generation.text,
                             **more(question, generation),
@@ -252,18 +258,33 @@ def _logprobs(generation: Generation) -> np.ndarray:
     return log_softmax(generation.first_logits)
 
 
-def _same(entry: dict[str, Any], question: Question | None, limit: int) -> bool:
-    """Whether a stored answer is one to this question, asked in this way."""
+def same(entry: dict[str, Any], asked: Mapping[str, str], limit: int) -> bool:
+    """Whether a stored line is about a question as it is asked now; `asked`: see `checksums`."""
     return (
-        question is not None
-        and entry.get("prompt") == checksum(question.prompt)
+        entry["id"] in asked
+        and entry.get("asked") == asked[entry["id"]]
         and entry.get("limit") == limit
     )
 
 
-def checksum(text: str) -> int:
-    """Of a prompt, to notice that it changed."""
-    return zlib.crc32(text.encode())
+def checksums(questions: Sequence[Question]) -> dict[str, str]:
+    """By the question's id: of its prompt and of its pictures' content, wherever they lie."""
+    known: dict[int, str] = {}
+
+    def of(picture: Image.Image | Path) -> str:
+        if id(picture) not in known:
+            if isinstance(picture, Path):
+                known[id(picture)] = sha256_of(picture)
+            else:
+                digest = hashlib.sha256(f"{picture.mode} {picture.size}".encode())
+                digest.update(picture.tobytes())
+                known[id(picture)] = digest.hexdigest()
+        return known[id(picture)]
+
+    return {
+        q.id: hashlib.sha256(json.dumps([q.prompt, *map(of, q.images)]).encode()).hexdigest()[:16]
+        for q in questions
+    }
 
 
 def batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:

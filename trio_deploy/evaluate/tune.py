@@ -38,7 +38,7 @@ from trio_deploy.evaluate.configurations import (
     unpruned,
 )
 from trio_deploy.evaluate.questions import Question
-from trio_deploy.evaluate.run import AnswerLog, batches, checksum
+from trio_deploy.evaluate.run import AnswerLog, batches, checksums, same
 from trio_deploy.evaluate.statistics import Bootstrap, Estimate
 from trio_deploy.methods import METHODS
 from trio_deploy.runtime.pipeline import Request, TrioPipeline
@@ -57,6 +57,8 @@ _DEPTHS = (0.2, 0.35, 0.5, 0.65)  # of a second point, as a share of the layers
 _FALLS = (0.65, 0.45, 0.3)  # what a later point keeps of the one before
 _STEP = 1.25  # by which a neighbour's keeps differ
 _TAU_STEP = 0.1
+_SUPPRESSING = "trio"  # heeds τ
+_GRADIENT = ("trio", "topk-gradient")  # heed the probe
 
 
 @dataclass(frozen=True)
@@ -111,18 +113,42 @@ class Ranked:
 
 @dataclass
 class Tuned:
-    """The result of a search: `ranking` best first, all of them asked every question."""
+    """The result of a search.
+
+    Attributes:
+        ranking: best first, all of them asked every question.
+        loss: of the best, on the questions that it was chosen by.
+        rounds: (schedules, questions that each of them was asked or more), fewest questions first.
+        behind: how much more each of the ranking loses than the best, paired.
+        text: the best in the form of a recipe.
+    """
 
     budget: float
     ranking: list[Ranked]
     loss: Estimate
-    questions: int
-    tried: int
+    rounds: list[tuple[int, int]]
+    behind: list[Estimate]
     text: str = field(repr=False, default="")
+
+    @property
+    def tried(self) -> int:
+        """Schedules that were asked anything."""
+        return self.rounds[0][0]
 
     @property
     def best(self) -> Configuration:
         return self.ranking[0].configuration
+
+    @property
+    def level(self) -> list[Ranked]:
+        """Others of the ranking that cannot be told apart from the best."""
+        pairs = zip(self.ranking[1:], self.behind[1:], strict=True)
+        return [one for one, more in pairs if level(more)]
+
+
+def level(more: Estimate) -> bool:
+    """Whether a difference from the best may be none: its interval includes 0, or there is none."""
+    return not more.known or more.low <= 0 <= more.high
 
 
 def realise(candidate: Candidate, budget: float, layers: int, visual: int) -> Configuration | None:
@@ -159,8 +185,14 @@ def realise(candidate: Candidate, budget: float, layers: int, visual: int) -> Co
     if any(after >= before for before, after in pairwise((visual, *keeps))):
         return None  # a point that prunes nothing
     schedule = Schedule(points)
+    # What no point heeds is left out: schedules that differ in it alone are one.
     return Configuration(
-        str(schedule), schedule, budget, candidate.threshold, candidate.probe, candidate.positions
+        str(schedule),
+        schedule,
+        budget,
+        candidate.threshold if _SUPPRESSING in schedule.methods else None,
+        candidate.probe if any(method in _GRADIENT for method in schedule.methods) else None,
+        candidate.positions,
     )
 
 
@@ -219,10 +251,12 @@ def neighbours(candidate: Candidate, space: Space, layers: int) -> Iterator[Cand
         if len(points) < space.points and after - layer > 1:
             middle = (layer + after) // 2
             yield with_point((layer, weight, method), (middle, weight * _FALLS[0], method))
-    if "trio" in (method for _, _, method in points):
+    methods = [method for _, _, method in points]
+    if _SUPPRESSING in methods:
         for tau in (candidate.threshold - _TAU_STEP, candidate.threshold + _TAU_STEP):
             if 0 < tau < 1:
                 yield replace(candidate, threshold=round(tau, 3))
+    if any(method in _GRADIENT for method in methods):
         for probe in space.probes:
             yield replace(candidate, probe=probe)
     for positions in space.positions:
@@ -252,29 +286,29 @@ class Tuner:
         # Spread over the pictures, so that the first few questions are about many of them.
         order = np.random.default_rng(0).permutation(len(questions))
         self.questions = [questions[place] for place in order]
+        self._asked = checksums(self.questions)
         self._bundles = Bundles(source, out / BUNDLES, options)
         self._batch = batch
         self._limit = max_new_tokens
         self._progress = progress
         self._log = AnswerLog(out / _LOG)
+        # By what answers (model, target, schedule …) and what is asked (prompt, pictures).
         self._losses: dict[tuple[str, str], tuple[float, bool]] = {
             (entry["candidate"], entry["id"]): (entry["loss"], entry["agrees"])
             for entry in self._log.entries
-            if entry.get("limit") == max_new_tokens
+            if same(entry, self._asked, max_new_tokens)
         }
         self._answers = self._reference(AnswerLog(out / _REFERENCE))
 
     def _reference(self, log: AnswerLog) -> dict[str, list[int]]:
         """Tokens of the unpruned model's answers, by question."""
+        whole = self._bundles.identity(unpruned(self._source))
         known = {
             entry["id"]: entry["tokens"]
             for entry in log.entries
-            if entry.get("limit") == self._limit
+            if entry.get("candidate") == whole and same(entry, self._asked, self._limit)
         }
-        prompts = {entry["id"]: entry["prompt"] for entry in log.entries}
-        missing = [
-            q for q in self.questions if q.id not in known or prompts[q.id] != checksum(q.prompt)
-        ]
+        missing = [q for q in self.questions if q.id not in known]
         if missing:
             pipeline = self._bundles.pipeline(unpruned(self._source))
             with log, self._bar("unpruned", len(missing)) as bar:
@@ -288,8 +322,9 @@ class Tuner:
                         known[question.id] = given.token_ids
                         log.add(
                             {
+                                "candidate": whole,
                                 "id": question.id,
-                                "prompt": checksum(question.prompt),
+                                "asked": self._asked[question.id],
                                 "limit": self._limit,
                                 "tokens": given.token_ids,
                             }
@@ -305,7 +340,11 @@ class Tuner:
         ranked = []
         # Those that differ in keeps alone share a bundle: one after the other.
         order = sorted(candidates.values(), key=lambda one: self._bundles.shape(one[0]))
-        missing = sum((key, q.id) not in self._losses for key in candidates for q in questions)
+        missing = sum(
+            (self._bundles.identity(configuration), q.id) not in self._losses
+            for configuration, _ in candidates.values()
+            for q in questions
+        )
         with self._log, self._bar(f"{len(candidates)} schedules", missing) as bar:
             for configuration, candidate in order:
                 losses = self._ask(configuration, questions, bar)
@@ -322,12 +361,13 @@ class Tuner:
 
     def losses(self, configuration: Configuration) -> np.ndarray:
         """Of all questions, float64 [n]; they must have been asked."""
-        return np.array([self._losses[(configuration.key, q.id)][0] for q in self.questions])
+        key = self._bundles.identity(configuration)
+        return np.array([self._losses[(key, q.id)][0] for q in self.questions])
 
     def _ask(
         self, configuration: Configuration, questions: Sequence[Question], bar: Any
     ) -> list[tuple[float, bool]]:
-        key = configuration.key
+        key = self._bundles.identity(configuration)
         missing = [q for q in questions if (key, q.id) not in self._losses]
         if missing:
             assert configuration.schedule is not None
@@ -342,6 +382,7 @@ class Tuner:
                         {
                             "candidate": key,
                             "id": question.id,
+                            "asked": self._asked[question.id],
                             "limit": self._limit,
                             "loss": loss,
                             "agrees": agrees,
@@ -418,20 +459,22 @@ def tune(
                 keys.append(configuration.key)
         return keys
 
-    begin = coarse(space, budget, layers)
+    begin = list(dict.fromkeys(add(coarse(space, budget, layers))))
     if limit is not None and limit < len(begin):
         places = np.linspace(0, len(begin) - 1, limit).round().astype(int)
         begin = [begin[place] for place in places]
-    begin += [
-        Candidate(
-            tuple((p.layer, float(p.keep), p.method) for p in schedule.points),
-            space.thresholds[0],
-            space.probes[0],
-            space.positions[0],
-        )
-        for schedule in start
-    ]
-    alive = list(dict.fromkeys(add(begin)))
+    begin += add(
+        [
+            Candidate(
+                tuple((p.layer, float(p.keep), p.method) for p in schedule.points),
+                space.thresholds[0],
+                space.probes[0],
+                space.positions[0],
+            )
+            for schedule in start
+        ]
+    )
+    alive = list(dict.fromkeys(begin))
     if not alive:
         raise TrioError(
             f"no schedule of this model reaches a budget of {budget:g}: pass a larger one, or a "
@@ -443,6 +486,7 @@ def tune(
         rungs.insert(0, math.ceil(rungs[0] / _SURVIVE))
     rungs.insert(0, rungs[0])  # the best of the first round get neighbours before more is asked
     ranked: list[Ranked] = []
+    rounds: dict[int, set[str]] = {}
     for turn, asked in enumerate(rungs):
         if ranked:
             survivors = ranked[: max(_FEWEST, len(ranked) // _SURVIVE)]
@@ -452,9 +496,18 @@ def tune(
                 alive += add([near for one in parents for near in neighbours(one, space, layers)])
             alive = list(dict.fromkeys(alive))
         ranked = tuner.rank({key: known[key] for key in alive}, asked)
-    losses = tuner.losses(ranked[0].configuration)
-    interval = Bootstrap([q.picture for q in tuner.questions]).mean(losses)
-    tuned = Tuned(budget, ranked, interval, total, len(known))
+        rounds.setdefault(asked, set()).update(alive)
+    for fewer, more in reversed(list(pairwise(rounds))):
+        rounds[fewer] |= rounds[more]
+    losses = [tuner.losses(one.configuration) for one in ranked]
+    bootstrap = Bootstrap([q.picture for q in tuner.questions])
+    tuned = Tuned(
+        budget,
+        ranked,
+        bootstrap.mean(losses[0]),
+        [(len(keys), asked) for asked, keys in rounds.items()],
+        [bootstrap.difference(one, losses[0], np.ones(total)) for one in losses],
+    )
     tuned.text = recipe_text(tuned)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / BEST, tuned.text.encode())
@@ -465,11 +518,25 @@ def recipe_text(tuned: Tuned) -> str:
     """The best schedule in the form of a recipe, to be put into one."""
     best = tuned.best
     assert best.schedule is not None
+    loss = tuned.loss
     lines = [
-        f"# trio tune: {tuned.tried} schedules, {tuned.questions} questions; the chance of another "
-        "answer than",
-        f"# unpruned is {tuned.loss.value:.4f} ({tuned.loss.low:.4f} to {tuned.loss.high:.4f}), "
-        f"the same answer came {tuned.ranking[0].agreement:.1%} of the time.",
+        f"# trio tune: {_rounds_text(tuned.rounds)}.",
+        "# The chance of another answer than unpruned is",
+        f"# {loss.value:.4f}"
+        + (f" ({loss.low:.4f} to {loss.high:.4f})" if loss.known else "")
+        + f", and the same answer came {tuned.ranking[0].agreement:.1%} of the time:",
+        "# on the questions that it was chosen by. On others it will be worse; trio eval tells.",
+    ]
+    others = len(tuned.ranking) - 1
+    if others and not loss.known:
+        lines.append("# The questions are about too few pictures to tell the finalists apart.")
+    elif others:
+        lines.append(
+            f"# Level with it (the paired 95 % interval of the difference includes 0): "
+            f"{len(tuned.level)} of the {others} other finalists."
+        )
+        lines += [f"#   {one.configuration.name}" for one in tuned.level]
+    lines += [
         "schedules:",
         f'  "{tuned.budget:g}":',
     ]
@@ -477,7 +544,16 @@ def recipe_text(tuned: Tuned) -> str:
         f"    - {yaml.safe_dump(point, default_flow_style=True, sort_keys=False).strip()}"
         for point in best.schedule.to_json()
     ]
-    lines.append(f"threshold: {best.threshold:g}")
+    lines += [] if best.threshold is None else [f"threshold: {best.threshold:g}"]
     lines += [f"probe: {best.probe}"] if best.probe else []
     lines += [f"positions: {best.positions}"] if best.positions else []
     return "\n".join(lines) + "\n"
+
+
+def _rounds_text(rounds: Sequence[tuple[int, int]]) -> str:
+    (schedules, questions), *later = rounds
+    if not later:
+        return f"{schedules} schedules were asked all {questions} questions"
+    texts = [f"{schedules} schedules were asked {questions} questions or more"]
+    texts += [f"{some} of them {asked} or more" for some, asked in later[:-1]]
+    return ", ".join([*texts, f"{later[-1][0]} of them all {later[-1][1]}"])
