@@ -89,6 +89,18 @@ def test_one_request_beyond_the_bound_is_kept_for_its_like(device: Device) -> No
         assert largest / 2 < cuda.used() <= SLACK * largest
 
 
+def test_a_device_that_was_full_is_not_filled_again_by_spare_blocks(device: Device) -> None:
+    device.most = MIB
+    request(device, 500, 2928, 256)
+    device.release()
+    request(device, 10, 576, 16)
+    small = cuda_of(device).used()
+    for _ in range(5):
+        request(device, 10, 576, 16)
+        assert cuda_of(device).used() <= SLACK * small
+    assert small < 16 * MIB
+
+
 def test_a_spare_block_that_is_much_too_large_is_left_alone(device: Device) -> None:
     large = device.empty((20 * MIB,), np.uint8).address
     assert device.empty((17 * MIB,), np.uint8).address == large

@@ -16,9 +16,10 @@ _ALWAYS = 8 * _SMALL  # that a block may be too large by, however little is aske
 class Pool:
     """Blocks that are in use, and spare ones for what comes next.
 
-    Both together never take more than `most` or than what was in use at once at some time: spare
-    blocks that were not asked for the longest are freed. A block comes back by a finalizer, which
-    may run at any time and in any thread, so it only waits in a queue where the pool is busy.
+    Both together never take more than `most` or than what was in use at once since the last
+    `release`: spare blocks that were not asked for the longest are freed. A block comes back by a
+    finalizer, which may run at any time and in any thread, so it only waits in a queue where the
+    pool is busy.
 
     Attributes:
         most: bytes, see above.
@@ -90,9 +91,10 @@ class Pool:
                 self._lock.release()
 
     def release(self) -> None:
-        """Free all spare blocks."""
+        """Free all spare blocks, and forget what was in use at once before."""
         with self._lock:
             self._settle()
+            self._peak = self._in_use
             addresses = [address for _, _, address in self._spare]
             self._spare, self._kept = [], 0
             if addresses:
