@@ -512,7 +512,7 @@ def _parser() -> argparse.ArgumentParser:
         "several about one --image",
     )
     report.add_argument(
-        "--scenes", type=int, default=8, help="asked for a quick accuracy (default: 8; 0: none)"
+        "--scenes", type=int, default=10, help="asked for a quick accuracy (default: 10; 0: none)"
     )
     report.add_argument("--no-check", action="store_true", help="leave the reference out")
     report.add_argument("--no-bench", action="store_true", help="measure no time now")

@@ -27,7 +27,7 @@ def made_up(values: dict[str, list[float]], spread: float = 0.01) -> Results:
     found = [result("unpruned", 1.0, 1.0)]
     for name, line in values.items():
         found += [result(name, 0.1 * (i + 1), value) for i, value in enumerate(line)]
-    return Results("tiny", "made up", "exact", {}, 20, 5, found, 20)
+    return Results("tiny", "made up", "exact", {}, 20, 5, found, scored=20)
 
 
 def drawn(results: Results):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import html.parser
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,13 +19,14 @@ import pytest
 from tests.conftest import make_picture
 from trio_deploy import cli
 from trio_deploy.bench import Options, bench
-from trio_deploy.bundle import Bundle
+from trio_deploy.bundle import MANIFEST, Bundle, sha256_of
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluate.results import KindResult, Result, Results
 from trio_deploy.evaluate.statistics import Estimate
 from trio_deploy.export import export
 from trio_deploy.report import Asked, Wanted, asked_about, gather, write_report
-from trio_deploy.report.page import plot, render
+from trio_deploy.report.chart import COLOURS, plot, style
+from trio_deploy.report.page import dropped, render
 from trio_deploy.schedule import Schedule
 
 EVIL = '<script>alert(1)</script><img src="https://evil.example/x.png">&"\''
@@ -64,20 +68,30 @@ def measured(bundle, tmp_path_factory) -> Path:
     return out.with_suffix(".json")
 
 
-@pytest.fixture(scope="module")
-def evaluated(bundle, tmp_path_factory) -> Path:
-    """What `trio eval` writes, of made-up figures."""
+def made_up(bundle, *results, **more) -> Results:
+    """Results of (name, share of tokens, retained, schedule, options)."""
 
-    def result(name, share, retained, schedule=None):
+    def result(name, share, retained, schedule=None, options=None):
         estimate = Estimate(retained, retained - 0.02, retained + 0.01)
         kind = KindResult(20, retained, 0.1, estimate, estimate)
-        return Result(name, share, share, schedule, {}, kind, estimate, {"colour": kind}, None)
+        return Result(
+            name, share, share, schedule, options or {}, kind, estimate, {"colour": kind}, None
+        )
 
-    results = Results(
-        bundle.manifest.model.name, "made up", "exact", {"cpu": "x"}, 20, 5,
-        [result("unpruned", 1.0, 1.0), result("trio", 0.111, 0.92),
-         result("trio", 0.333, 0.99, Schedule.parse("1:12,2:4")), result("random", 0.111, 0.4)],
-    )  # fmt: skip
+    found = [result("unpruned", 1.0, 1.0), *(result(*one) for one in results)]
+    return Results(bundle.manifest.model.name, "made up", "exact", {"cpu": "x"}, 20, 5, found,
+                   scored=20, **more)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(bundle, tmp_path_factory) -> Path:
+    """What `trio eval` writes, of made-up figures; the bundle's own configuration is the second."""
+    results = made_up(
+        bundle,
+        ("random", 0.4, 0.4, bundle.schedule.with_method("random")),
+        ("trio", 0.4, 0.92, bundle.schedule),
+        ("trio", 0.6, 0.99, Schedule.parse("1:12,2:4")),
+    )
     folder = tmp_path_factory.mktemp("eval")
     results.save(folder)
     return folder / "results.json"
@@ -110,11 +124,71 @@ def test_it_says_what_other_budgets_keep_where_the_recipe_does(bundle):
     assert facts["At a budget of 0.7"] == "1:12, 2:8" and "At a budget of 0.5" not in facts
 
 
-def test_accuracy_is_that_of_the_first_configuration(page):
+def test_the_headline_is_the_figure_of_the_bundles_own_configuration(page):
     text = " ".join(Page(page.read_text()).text.split())
-    assert "Right answers kept92 %" in text
-    assert "90.0% – 93.0%" in text and "random" in text
-    assert "trio 1:12, 2:4" in text
+    assert "Right answers kept92 %" in text and "at 40.0 % of the tokens" in text
+    assert "90.0% – 93.0%" in text and "trio, this bundle 1:8, 2:4" in text
+    assert "trio 1:12, 2:4" in text and "None of these" not in text
+
+
+def test_no_headline_where_the_bundles_own_configuration_was_not_measured(bundle):
+    """The first configuration of an evaluation may be any rival's."""
+    rival = made_up(bundle, ("fastv@1", 0.11, 0.71, Schedule.parse("1:1:fastv")))
+    found = gather._accuracy(rival, bundle)
+    assert found["headline"] is None and not any(row["own"] for row in found["rows"])
+    assert "None of these is this bundle as it is (1:8, 2:4;" in found["without"]
+    parts = {
+        "bundle": gather.exported(bundle),
+        "schedule": gather.schedule(bundle),
+        "arithmetic": gather.arithmetic(bundle),
+        "accuracy": {**found, "quick": False},
+        **{part: {"skipped": "no"} for part in ("cost", "parity", "answers")},
+    }
+    text = Page(render(parts)).text
+    assert "Right answers kept" not in text and "None of these is this bundle" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "own"),
+    [
+        ({}, True),
+        ({"threshold": 0.8}, True),
+        ({"threshold": 0.7}, False),
+        ({"probe": "shifted"}, False),
+        ({"positions": "original"}, False),
+    ],
+)
+def test_another_option_is_another_configuration(bundle, options, own):
+    found = gather._accuracy(made_up(bundle, ("x", 0.4, 0.9, bundle.schedule, options)), bundle)
+    assert (found["headline"] == (0.9, 0.4)) is own
+
+
+def test_options_that_an_evaluation_does_not_name_are_the_measured_bundles_or_the_models(bundle):
+    ours = replace(bundle, manifest=replace(bundle.manifest, threshold=0.6))
+    exported_anew = made_up(ours, ("x", 0.4, 0.9, bundle.schedule))
+    assert gather._accuracy(exported_anew, ours)["headline"] is None
+    itself = replace(exported_anew, bundle=sha256_of(bundle.path / MANIFEST))
+    assert gather._accuracy(itself, ours)["headline"] == (0.9, 0.4)
+
+
+def test_what_a_picture_loses_is_said_by_method():
+    def said(text):
+        return dropped(
+            [{"layer": p.layer, "method": p.method} for p in Schedule.parse(text).points]
+        )
+
+    assert (
+        said("1:8,2:4") == "What is dropped before layers 1 and 2 (trio) depends on the question."
+    )
+    blind, reads = said("0:8:divprune,3:6:divprune,8:4").split(" What")
+    assert blind == (
+        "What is dropped before layers 0 and 3 (divprune) does not depend on the question, which "
+        "comes after the picture."
+    )
+    assert "before layer 8 (trio) depends" in reads
+    assert "depends on" not in said("0:8:vscan").replace("not depend on", "")
+    assert "layers 1 and 2 (fastv, random) depends" in said("1:8:fastv,2:4:random")
+    assert dropped([]) == ""
 
 
 def test_pictures_are_inside_the_page_a_panel_a_pruning_point(page):
@@ -287,19 +361,85 @@ def test_the_default_questions_are_about_the_test_split():
     assert all(seed in TEST_SEEDS for seed, _, _ in gather._SCENES)
 
 
-def test_the_accuracy_chart_holds_every_point_inside_its_frame():
-    lines = {"trio": [(0.1, 0.9, 0.85, 0.94), (0.3, 1.01, 0.97, 1.04)], "x": [(0.1, 0.2, 0.1, 0.3)]}
-    drawn = plot({"lines": lines, "scored": True})
+def lines_of(count, shares=(0.109, 0.11, 0.111, 0.222, 0.333)):
+    """Lines between 50 and 100 %, some of them crowded at the top."""
+    return {
+        f"method {i}": [
+            (share + 0.0004 * i, value, value - 0.01, min(1.0, value + 0.01))
+            for share in shares
+            for value in [0.995 - 0.001 * share - (0.45 * i / count if i > 3 else 0.001 * i)]
+        ]
+        for i in range(count)
+    }
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 11, 20])
+def test_the_accuracy_chart_holds_every_point_inside_its_frame(count, narrow):
+    drawn = plot({"lines": lines_of(count), "scored": True}, narrow=narrow)
+    assert len(drawn["lines"]) == count and drawn["lines"][-1]["first"]
     for line in drawn["lines"]:
         for point in line["points"]:
             assert drawn["left"] <= point["x"] <= drawn["right"]
             for key in ("y", "low", "high"):
                 assert drawn["top"] <= point[key] <= drawn["bottom"]
     assert any(tick["whole"] for tick in drawn["y_ticks"])
+
+
+def test_a_chart_of_one_point_has_a_height():
     whole = plot({"lines": {"trio": [(0.1, 1.0, 1.0, 1.0)]}, "scored": True})
     assert whole and [tick["text"] for tick in whole["y_ticks"]] == ["99 %", "100 %"]
+    bare = plot({"lines": {"trio": [(0.1, 1.0, math.nan, math.nan)]}, "scored": True})
+    assert bare["lines"][0]["points"][0]["low"] is None
+    assert "nan" not in json.dumps(bare).lower()
     assert plot({"lines": {}, "scored": True}) is None
     assert plot({"skipped": "no"}) is None
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(
+    "shares",
+    [
+        (0.109, 0.11, 0.111, 0.222, 0.333),
+        tuple(0.05 + 0.01 * i for i in range(60)),
+        (0.1, 0.13, 0.16, 0.9),
+        (0.02, 0.98),
+    ],
+)
+def test_labels_of_the_chart_do_not_touch(shares, narrow):
+    drawn = plot({"lines": lines_of(6, shares), "scored": True}, narrow=narrow)
+    ticks = drawn["x_ticks"]
+    for one, other in pairwise(ticks):
+        assert other["at"] - one["at"] >= 40
+        assert other["at"] - other["half"] > one["at"] + one["half"]
+    assert all(t["at"] - t["half"] >= 0 and t["at"] + t["half"] <= drawn["width"] for t in ticks)
+    heights = sorted(tick["at"] for tick in drawn["y_ticks"])
+    assert all(lower - upper >= 14 for upper, lower in pairwise(heights))
+
+
+def test_budgets_that_are_nearly_equal_share_a_label():
+    drawn = plot({"lines": lines_of(1), "scored": True})
+    assert [tick["text"] for tick in drawn["x_ticks"]] == ["10.9–11.1 %", "22.2 %", "33.3 %"]
+
+
+def test_every_line_of_the_chart_has_a_style_of_its_own():
+    styles = [style(number) for number in range(70)]
+    assert len({tuple(one.values()) for one in styles}) == 70
+    assert len({one["colour"] for one in styles[:COLOURS]}) == COLOURS >= 12
+    assert len({one["mark"] for one in styles[:12]}) == 12 and len({s["dash"] for s in styles}) > 3
+    css = Path(gather.__file__).with_name("page.css").read_text()
+    for theme in css.split("@media (prefers-color-scheme: dark)")[:2]:
+        colours = re.findall(r"--line-\d+: (#\w{6});", theme)[:COLOURS]
+        assert len(set(colours)) == COLOURS
+    assert all(f".c{number} {{ --c: var(--line-{number}); }}" in css for number in range(COLOURS))
+
+
+def test_lines_that_crowd_at_the_top_are_spread_out():
+    drawn = plot({"lines": lines_of(11), "scored": True})
+    assert drawn["stretched"] is not None
+    assert drawn["stretched"] > (drawn["top"] + drawn["bottom"]) / 2
+    alone = plot({"lines": {"a": [(0.1, 0.6, 0.5, 0.7), (0.3, 0.99, 0.9, 1)]}, "scored": True})
+    assert alone["stretched"] is None
 
 
 def test_a_page_is_there_wholly_or_not_at_all(bundle, tmp_path, monkeypatch):
@@ -334,6 +474,43 @@ def test_the_command_hands_on_what_was_asked(monkeypatch, capsys):
         "openvino", None, 2,
     )  # fmt: skip
     assert capsys.readouterr().out == "p.html\n"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+@pytest.mark.parametrize("width", [390, 1000])
+def test_a_browser_cuts_nothing_off(bundle, page, tmp_path, width):
+    """In a frame of that width, since a browser's window cannot be as narrow as a telephone."""
+    measure = """<script>onload = () => {
+      const all = (s) => [...document.querySelectorAll(s)], seen = (e) => e.getClientRects().length;
+      const wide = (e) => e.scrollWidth > e.clientWidth + 1;
+      const labels = all("svg.plot text.x").filter(seen).map((e) => e.getBoundingClientRect());
+      parent.document.title = JSON.stringify({
+        page: document.documentElement.scrollWidth,
+        plots: all("svg.plot").filter(seen).map((e) => e.getBoundingClientRect().width),
+        text: labels.map((r) => r.height),
+        touching: labels.some((r, i) => i && r.left < labels[i - 1].right),
+        arithmetic: wide(document.querySelector("table.fits").parentNode),
+        hints: all(".scroll").filter(wide).every(
+          (e) => getComputedStyle(e).backgroundImage.split("linear-gradient").length === 5),
+      });
+    };</script>"""
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text()).replace("</body>", measure)
+    frame = tmp_path / "frame.html"
+    source = html.escape(text, quote=True)
+    frame.write_text(f'<title>x</title><iframe width={width} height=900 srcdoc="{source}" '
+                     'style="border:0"></iframe>')  # fmt: skip
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+               "--virtual-time-budget=5000", f"--user-data-dir={tmp_path / 'profile'}",
+               "--window-size=1200,900", frame.as_uri()]  # fmt: skip
+    out = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "LANG": "C"}
+    )
+    title = re.search(r"<title>(.*?)</title>", out.stdout, re.DOTALL)
+    seen = json.loads(html.unescape(title[1]))
+    assert seen["page"] <= width  # nothing but tables scrolls sideways
+    assert len(seen["plots"]) == 1 and seen["plots"][0] <= width
+    assert seen["text"] and min(seen["text"]) >= 11  # and yet can be read
+    assert not seen["touching"] and not seen["arithmetic"] and seen["hints"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")

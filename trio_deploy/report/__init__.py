@@ -38,7 +38,7 @@ class Wanted:
     asked: Sequence[Asked] = ()
     check: bool = True
     measure: bool = True
-    scenes: int = 8
+    scenes: int = 10  # fewer give no intervals
     runtime: str | None = None
     provider: str | None = None
     threads: int | None = None

@@ -10,6 +10,7 @@ import base64
 import importlib.util
 import io
 import json
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -25,9 +26,9 @@ from trio_deploy.bench.cases import GROUPS, OTHER
 from trio_deploy.bench.results import PROBES
 from trio_deploy.bench.runner import SCHEMA as BENCH_SCHEMA
 from trio_deploy.bench.runner import UNPRUNED
-from trio_deploy.bench.table import operations, times, where
+from trio_deploy.bench.table import operations, split, times, where
 from trio_deploy.build.record import RECORD, Record
-from trio_deploy.bundle import ENGINES, WEIGHTS, Bundle, format_bytes
+from trio_deploy.bundle import ENGINES, MANIFEST, WEIGHTS, Bundle, format_bytes, sha256_of
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluate import evaluate, scenes
 from trio_deploy.evaluate.configurations import (
@@ -40,9 +41,10 @@ from trio_deploy.evaluate.configurations import (
 )
 from trio_deploy.evaluate.configurations import UNPRUNED as ALL_TOKENS
 from trio_deploy.evaluate.questions import scene_questions
-from trio_deploy.evaluate.results import Results
+from trio_deploy.evaluate.results import Result, Results
 from trio_deploy.machine import machine_text
 from trio_deploy.parity.golden import GOLDEN
+from trio_deploy.recipe import Recipe, list_recipes, load_recipe
 from trio_deploy.runtime.picture import kept_panels, pruned_before
 from trio_deploy.runtime.pipeline import Generation, Request, TrioPipeline
 from trio_deploy.schedule import Schedule, account, max_tiles, max_visual_tokens, vision_flops
@@ -279,9 +281,6 @@ def cost(bundle: Bundle, file: Path | None, options: Options, progress: bool) ->
     bars = []
     for case in cases:
         first = case["first_token_s"]["median"]
-        groups = case["groups_s"]
-        split = {group: groups[group]["median"] for group in groups} if groups else {OTHER: first}
-        total = sum(split.values()) or 1.0
         bars.append(
             {
                 "name": case["name"],
@@ -289,9 +288,8 @@ def cost(bundle: Bundle, file: Path | None, options: Options, progress: bool) ->
                 "seconds": f"{first:.3g} s",
                 "ratio": times(case["against_unpruned"]["first_token"]),
                 "parts": [
-                    # Medians of the parts need not add up to the median of the whole.
-                    (group, seconds / total * first / longest, f"{seconds * 1000:.3g} ms")
-                    for group, seconds in split.items()
+                    (group, seconds / longest, f"{seconds * 1000:.3g} ms")
+                    for group, seconds in split(case).items()
                     if seconds > 0
                 ],
             }
@@ -361,7 +359,7 @@ def accuracy(
         return {"skipped": "Not measured: run `trio eval` and pass its results as --eval."}
     else:
         results = _ask_scenes(bundle, scenes_asked, RuntimeOptions(**runtime), progress)
-    return {**_accuracy(results), "quick": file is None}
+    return {**_accuracy(results, bundle), "quick": file is None}
 
 
 def _ask_scenes(bundle: Bundle, count: int, options: RuntimeOptions, progress: bool) -> Results:
@@ -385,34 +383,35 @@ def _ask_scenes(bundle: Bundle, count: int, options: RuntimeOptions, progress: b
         )
 
 
-def _accuracy(results: Results) -> dict[str, Any]:
-    rows: list[dict[str, str]] = []
+def _accuracy(results: Results, bundle: Bundle) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
     lines: dict[str, list[tuple[float, float, float, float]]] = {}
+    pruned = [result for result in results.results if result.name not in (ALL_TOKENS, BLIND)]
+    own = next((result for result in pruned if _is_bundles(result, results, bundle)), None)
     for result in results.results:
         one, kept = result.overall, result.overall.retention
+        said = [str(result.schedule)] if result.schedule and result.schedule.points else []
+        said += [f"{key} {value}" for key, value in result.options.items()]
         rows.append(
             {
                 "name": result.name,
-                "schedule": str(result.schedule)
-                if result.schedule and result.schedule.points
-                else "",
+                "own": result is own,
+                "schedule": ", ".join(said),
                 "share": f"{result.share:.1%}",
                 "accuracy": f"{one.accuracy.value:.1%}" if one.accuracy else "",
                 "retention": f"{kept.value:.1%}" if kept else "",
-                "interval": f"{kept.low:.1%} – {kept.high:.1%}" if kept else "",
+                "interval": ""
+                if kept is None or math.isnan(kept.low)
+                else f"{kept.low:.1%} – {kept.high:.1%}",
                 "agreement": f"{result.agreement.value:.1%}",
                 "kl": f"{one.kl:.3f}",
             }
         )
-        if result.name not in (ALL_TOKENS, BLIND):
-            estimate = kept or result.agreement
-            lines.setdefault(result.name, []).append(
-                (result.share, estimate.value, estimate.low, estimate.high)
-            )
-    pruned = [r for r in results.results if r.name not in (ALL_TOKENS, BLIND)]
-    # The first configuration is what an evaluation is about, others are there to compare with.
-    own = [result for result in pruned if result.name == pruned[0].name]
-    least = min(own, key=lambda r: r.share, default=None)
+    for result in sorted(pruned, key=lambda one: own is None or one.name != own.name):
+        estimate = result.overall.retention or result.agreement
+        lines.setdefault(result.name, []).append(
+            (result.share, estimate.value, estimate.low, estimate.high)
+        )
     return {
         "model": results.model,
         "data": results.data,
@@ -421,10 +420,44 @@ def _accuracy(results: Results) -> dict[str, Any]:
         "rows": rows,
         "lines": {name: sorted(points) for name, points in lines.items()},
         "scored": bool(results.results and results.results[0].overall.retention),
-        "least": None
-        if least is None or least.overall.retention is None
-        else (least.overall.retention.value, least.share),
+        "headline": (own.overall.retention.value, own.share)
+        if own and own.overall.retention
+        else None,
+        "without": _without(bundle) if own is None and bundle.schedule.points else "",
     }
+
+
+def _is_bundles(result: Result, results: Results, bundle: Bundle) -> bool:
+    """Whether a result is that of the bundle as it is: its schedule and its options.
+
+    A result names the options that were asked for. Any other is the measured bundle's own, or where
+    bundles were exported for the evaluation what the model has by default.
+    """
+    if result.schedule != bundle.schedule:
+        return False
+    manifest = bundle.manifest
+    ours = {
+        "threshold": manifest.threshold,
+        "probe": manifest.probe,
+        "positions": manifest.positions,
+    }
+    if results.bundle != sha256_of(bundle.path / MANIFEST):
+        known = manifest.model.name in list_recipes()
+        defaults = load_recipe(manifest.model.name) if known else Recipe
+        unnamed = {key: getattr(defaults, key) for key in ours}
+    else:
+        unnamed = ours
+    return {**unnamed, **result.options} == ours
+
+
+def _without(bundle: Bundle) -> str:
+    """What to say where an evaluation lacks the bundle's own configuration."""
+    manifest = bundle.manifest
+    return (
+        f"None of these is this bundle as it is ({bundle.schedule}; probe {manifest.probe}, "
+        f"positions {manifest.positions}, threshold {manifest.threshold:g}), so nothing here says "
+        "how many right answers it keeps: `trio eval` of the bundle's folder does."
+    )
 
 
 def _same_model(file: Path, name: str, bundle: Bundle) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib import resources
 from itertools import pairwise
@@ -13,10 +13,10 @@ import jinja2
 from markupsafe import Markup
 
 import trio_deploy
+from trio_deploy.report.chart import plot
 
-_WIDTH, _HEIGHT = 720, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 704, 34, 246
-_COLOURS = 8
+# What these choose by does not know the question, as long as that comes after the picture.
+_BLIND = {"divprune", "random", "cls-attention", "vscan"}
 _LABELS = 12  # of layers under a chart, at most
 
 
@@ -35,7 +35,8 @@ def render(parts: Mapping[str, Any]) -> str:
         tiles=_tiles(parts),
         ranges=_ranges(parts["schedule"]),
         label_every=max(1, math.ceil(len(layers) / _LABELS)),
-        plot=plot(parts["accuracy"]),
+        plots=list(filter(None, (plot(parts["accuracy"], narrow=n) for n in (False, True)))),
+        dropped=dropped(parts["schedule"]["points"]),
         version=trio_deploy.__version__,
         date=date.today().isoformat(),
     )
@@ -64,8 +65,8 @@ def _tiles(parts: Mapping[str, Any]) -> list[dict[str, str]]:
     if ratio := parts["cost"].get("prefill_ratio"):
         faster = f"{ratio:.1f}× faster" if ratio >= 1 else f"{1 / ratio:.1f}× slower"
         tiles.append(_tile("Prefill", faster, "measured against no pruning"))
-    if least := parts["accuracy"].get("least"):
-        retained, share = least
+    if headline := parts["accuracy"].get("headline"):
+        retained, share = headline
         note = f"at {100 * share:.1f} % of the tokens, {parts['accuracy']['questions']} questions"
         tiles.append(_tile("Right answers kept", f"{100 * retained:.0f} %", note))
     if rows := parts["parity"].get("rows"):
@@ -81,6 +82,31 @@ def _tile(label: str, value: str, note: str, tone: str = "") -> dict[str, str]:
     return {"label": label, "value": value, "note": note, "tone": tone}
 
 
+def dropped(points: Sequence[Mapping[str, Any]]) -> str:
+    """Whether what a picture loses depends on the question: by method, and on what came before."""
+    reads = [point["method"] not in _BLIND for point in points]
+    first = reads.index(True) if True in reads else len(points)
+    blind, reading = points[:first], points[first:]
+    sentences = []
+    if blind:
+        sentences.append(
+            f"What is dropped before {_layers(blind)} does not depend on the question, which "
+            "comes after the picture."
+        )
+    if reading:
+        sentences.append(f"What is dropped before {_layers(reading)} depends on the question.")
+    return " ".join(sentences)
+
+
+def _layers(points: Sequence[Mapping[str, Any]]) -> str:
+    """`layers 0 and 3 (divprune)`."""
+    numbers = [str(point["layer"]) for point in points]
+    *most, last = numbers
+    text = f"{', '.join(most)} and {last}" if most else last
+    methods = ", ".join(dict.fromkeys(point["method"] for point in points))
+    return f"layer{'s' * (len(numbers) > 1)} {text} ({methods})"
+
+
 def _ranges(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Runs of layers that see as many tokens, with what pruned before them."""
     layers = schedule["layers"]
@@ -94,61 +120,3 @@ def _ranges(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for start, stop in pairwise((*starts, len(layers)))
     ]
-
-
-def plot(accuracy: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Where the lines, intervals and ticks of the accuracy's chart lie; None without points."""
-    lines = accuracy.get("lines")
-    if not lines:
-        return None
-    points = [point for line in lines.values() for point in line]
-    low = min(point[2] for point in points)
-    high = max(1.0, *(point[3] for point in points))
-    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / s <= 6 or s == 0.5)
-    floor, ceiling = math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
-    floor = min(floor, ceiling - step)  # where every answer is right
-    right = max(point[0] for point in points) * 1.08
-
-    def x(share: float) -> float:
-        return round(_LEFT + (_RIGHT - _LEFT) * share / right, 1)
-
-    def y(value: float) -> float:
-        return round(_BOTTOM - (_BOTTOM - _TOP) * (value - floor) / (ceiling - floor), 1)
-
-    ticks = [floor + step * i for i in range(round((ceiling - floor) / step) + 1)]
-    what = "right answers retained" if accuracy["scored"] else "same answer as without pruning"
-    return {
-        "width": _WIDTH,
-        "height": _HEIGHT,
-        "left": _LEFT,
-        "right": _RIGHT,
-        "top": _TOP,
-        "bottom": _BOTTOM,
-        "title": what,
-        "y_ticks": [
-            {"at": y(tick), "text": f"{100 * tick:.0f} %", "whole": math.isclose(tick, 1)}
-            for tick in ticks
-        ],
-        "x_ticks": [
-            {"at": x(share), "text": f"{100 * share:.1f} %"}
-            for share in sorted({round(point[0], 3) for point in points})
-        ],
-        "lines": [
-            {
-                "name": name,
-                "colour": number % _COLOURS,
-                "path": "M" + "L".join(f"{x(p[0])},{y(p[1])}" for p in line),
-                "points": [
-                    {
-                        "x": x(share),
-                        "y": y(value),
-                        "low": y(below),
-                        "high": y(above),
-                        "text": f"{name}, {share:.1%}: {value:.1%} ({below:.1%} to {above:.1%})",
-                    }
-                    for share, value, below, above in line
-                ],
-            }
-            for number, (name, line) in enumerate(lines.items())
-        ],
-    }
