@@ -61,6 +61,22 @@ def _graphs(
     return {stage: onnx.load_model_from_string(content) for stage, content in made.items()}
 
 
+def planned(
+    config: ModelConfig,
+    schedule: Schedule,
+    target: Target,
+    budgets: Mapping[float, Schedule] | None,
+) -> Memory:
+    """What a model takes of a target's memory with the target's decode layout.
+
+    Raises:
+        TrioError: the target's limits do not suit the model.
+    """
+    separate = target.decode_layout == "separate"
+    graphs = _graphs(config, schedule, target.dialect, separate, target.dtype)
+    return memory(graphs, config, schedule, target, budgets)
+
+
 @dataclass(frozen=True)
 class _Model:
     """A model pruned by a schedule."""
@@ -71,9 +87,7 @@ class _Model:
 
     def memory(self, target: Target) -> Memory:
         """What it takes of a target's memory."""
-        separate = target.decode_layout == "separate"
-        made = _graphs(self.config, self.schedule, target.dialect, separate, target.dtype)
-        return memory(made, self.config, self.schedule, target, self.budgets)
+        return planned(self.config, self.schedule, target, self.budgets)
 
 
 def _other_layout(target: Target) -> Target:

@@ -404,6 +404,67 @@ def test_a_build_that_fails_says_what_tensorrt_said(start: Start, graph: Path) -
         tensorrt.build(graph, [], workspace=1 << 20)
 
 
+def test_scratch_memory_has_a_ceiling_only_where_one_is_given(start: Start, graph: Path) -> None:
+    tensorrt, simulation = start()
+    tensorrt.build(graph, [ADMITS])
+    assert simulation.tensorrt.last[1].pools == {}
+    tensorrt.build(graph, [ADMITS], workspace=1 << 20)
+    pool = simulation.tensorrt.MemoryPoolType.WORKSPACE
+    assert simulation.tensorrt.last[1].pools == {pool: 1 << 20}
+
+
+@pytest.mark.parametrize("version", SIMULATED)
+def test_a_build_that_lacks_scratch_memory_says_how_much_to_allow(
+    start: Start, graph: Path, version: str
+) -> None:
+    tensorrt, simulation = start(version)
+    simulation.tensorrt.needs["squares"] = (3 << 29) + 1
+    tensorrt.build(graph, [ADMITS])
+    with pytest.raises(
+        TrioError,
+        match=r"Could not find any implementation.*asked for 1\.5 GiB of scratch memory, beyond "
+        r"workspace_gib 1 of the target: raise workspace_gib to at least 2, or leave it out",
+    ):
+        tensorrt.build(graph, [ADMITS], workspace=1 << 30)
+    simulation.tensorrt.needs["squares"] = 3 << 30  # beyond the GPU's 2 GiB
+    with pytest.raises(TrioError, match="3 GiB of scratch memory, more than the GPU had free: end"):
+        tensorrt.build(graph, [ADMITS])
+
+
+@pytest.mark.parametrize(
+    ("says", "asked"),
+    [
+        # of TensorRT 8.2 about a fused node, 8.4 and 10.3; "insuficient" is theirs
+        ("Skipping tactic 0 due to insuficient memory on requested size of 1170309120 det", "1.09"),
+        ("Skipping tactic 8 due to insufficient memory on requested size of 3273 detected", "3.2"),
+        ("Tactic Device request: 2600MB Available: 302MB. Device memory is insufficient", "2.54"),
+    ],
+)
+def test_what_a_tactic_asked_for_is_read_in_bytes_or_mebibytes(
+    start: Start, graph: Path, says: str, asked: str
+) -> None:
+    tensorrt, simulation = start()
+    trt = simulation.tensorrt
+    ends = "Could not find any implementation for node {ForeignNode[a...b]}."
+    trt.says += [(trt.ILogger.WARNING, says), (trt.ILogger.ERROR, ends)]
+    narrowing = Admits({"x": rising((1, 4, 8), (2, 4, 8))}, ADMITS.values)
+    trt.Builder.build_serialized_network = failing(trt.Builder.build_serialized_network)
+    with pytest.raises(TrioError, match=rf"a tactic asked for {asked} GiB of scratch memory, beyo"):
+        tensorrt.build(graph, [narrowing], workspace=1 << 30)
+    trt.says.pop(0)
+    with pytest.raises(TrioError, match="workspace_gib 1 of the target may be too little for it"):
+        tensorrt.build(graph, [narrowing], workspace=1 << 30)
+
+
+def failing(build: Callable[..., Any]) -> Callable[..., None]:
+    """A build that says what it says and makes nothing."""
+
+    def fail(*arguments: Any) -> None:
+        build(*arguments)
+
+    return fail
+
+
 def test_progress_and_messages_are_handed_on(start: Start, graph: Path) -> None:
     tensorrt, _ = start()
     told: list[tuple[str, int, int]] = []

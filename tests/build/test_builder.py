@@ -35,6 +35,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.export import export
 from trio_deploy.recipe import Target, load_target
 from trio_deploy.runtime.engine import TensorSpec
+from trio_deploy.runtime.trt import TrtRuntime
 
 GPU = Gpu("NVIDIA H200", "9.0", "12.4")
 AGX_ORIN = Gpu("Orin", "8.7", "12.6", 16, 61.4, "NVIDIA Jetson AGX Orin Developer Kit")
@@ -641,6 +642,30 @@ def test_trio_build_builds_runs_and_resumes(
     assert raw["kept"] == STAGES[:4]
     assert raw["built"] == ["prefill_1"] + (["decode"] if layout == "separate" else [])
     assert raw["record"]["tensorrt"] == version
+
+
+def test_an_engine_that_never_ran_to_the_end_is_not_opened(
+    original: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, "10.3.0")
+    target, tensorrt = load_target(original / "test-gpu.yaml"), load()
+
+    def interrupted(folder: Path, stage: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(bundle, target, tensorrt, stages=["embed"], verify=interrupted)
+    folder = bundle.path / "engines" / "test-gpu"
+    with pytest.raises(TrioError, match="first run has not come to an end"):
+        TrtRuntime(folder, bundle).open(bundle.graph("embed"))
+    build(
+        bundle,
+        target,
+        tensorrt,
+        stages=["embed"],
+        verify=lambda place, stage: run_once(bundle, tensorrt, place, stage),
+    )
+    TrtRuntime(folder, bundle).open(bundle.graph("embed"))
 
 
 def test_a_target_file_of_ones_own_has_to_be_passed_again(

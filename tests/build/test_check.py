@@ -121,6 +121,30 @@ def test_the_dry_run_needs_neither_weights_nor_tensorrt_nor_a_gpu(
     assert corner["logits"] == [1, 32064] and corner["present.31.key"] == [1, 32, 3440, 128]
 
 
+def test_the_dry_run_of_one_stage_leaves_the_others_alone(
+    exported: Export, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = exported("tiny", NANO)
+    command = ["build", str(bundle.path), "--dry-run", "--stage", "embed", "--json"]
+    assert main([*command, "--stage", "vision"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["stages"]) == ["vision", "embed"]
+    assert main([*command, "--stage", "decoder"]) == 1
+    assert "no stage 'decoder'; it has vision" in capsys.readouterr().err
+
+
+def test_activations_beyond_the_workspace_are_remarked_upon(exported: Export) -> None:
+    bundle = exported("llava-next-7b", JETSON, graphs_only=True)
+    target = load_target(JETSON)
+    assert not dry_run(bundle, target).findings
+    report = dry_run(bundle, replace(target, workspace_gib=1))
+    remarks = {finding.stage: finding.message for finding in report.findings}
+    assert "prefill_0" in remarks and "embed" not in remarks and report.passed
+    assert re.search(
+        r"up to 2\.\d+ GiB, beyond workspace_gib 1 .*raise it to 3", remarks["prefill_0"]
+    )
+    assert not dry_run(bundle, replace(target, workspace_gib=None)).findings
+
+
 def test_a_bundle_in_the_other_dialect_says_how_to_export(
     exported: Export, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,15 +252,16 @@ def attention(*more: str, opset: int = 24) -> ModelProto:
     return graph([node], inputs, {"y": HALF}, opset=opset)
 
 
-def scatter(out: str = "y") -> ModelProto:
+def scatter(out: str = "y", dtype: int = HALF, at: int = INT64) -> ModelProto:
     nodes = [
         helper.make_node("TensorScatter", ["past", "new", "at"], ["made"], axis=-2),
         helper.make_node("Identity", ["made"], ["y"]),
     ]
     if out == "y":
         nodes = [helper.make_node("TensorScatter", ["past", "new", "at"], ["y"], axis=-2)]
-    inputs = {"past": CACHE, "new": (HALF, (1, 2, 1, 4)), "at": (INT64, (1,))}
-    return graph(nodes, inputs, {"y": HALF}, opset=24)
+    cache = (dtype, CACHE[1])
+    inputs = {"past": cache, "new": (dtype, (1, 2, 1, 4)), "at": (at, (1,))}
+    return graph(nodes, inputs, {"y": dtype}, opset=24)
 
 
 def loop(grows: bool = False, collects: bool = False) -> ModelProto:
@@ -285,6 +310,8 @@ def unary(operator: str, dtype: int, out: int, **attributes: int) -> ModelProto:
         (attention(opset=24), "10.3", "opset 24; opsets 9 to 20 are read"),
         (attention("", "", "", "n"), "10.15", "nonpad_kv_seqlen"),
         (scatter("elsewhere"), "10.15", "not an input and an output"),
+        (scatter(dtype=INT64), "10.15", "TensorScatter does not take int64"),
+        (scatter(at=FLOAT), "10.15", "places to write to in float32|TensorScatter .*at"),
         (loop(grows=True), "8.6", r"carries a value of sizes \(4,\) that become \(8,\)"),
         (loop(collects=True), "8.6", "collects outputs over its rounds"),
     ],
@@ -301,6 +328,8 @@ def test_what_a_version_cannot_take_is_named(model: ModelProto, version: str, sa
         (topk(3840), "10.3"),
         (attention(), "10.15"),
         (scatter(), "10.15"),
+        (scatter(dtype=FLOAT), "10.15"),
+        (scatter(dtype=TensorProto.BFLOAT16), "11.4"),
         (loop(), "8.6"),
         (unary("ReduceSum", INT64, INT64), "10.3"),
     ],
@@ -312,6 +341,21 @@ def test_what_a_version_takes_passes(model: ModelProto, version: str) -> None:
 def test_a_cache_updated_in_place_must_have_one_capacity() -> None:
     shapes = {"past": [(1, 2, 4, 4), (1, 2, 8, 4), (1, 2, 8, 4)]}
     assert any("one fixed capacity" in message for message in found(scatter(), "10.15", shapes))
+
+
+def test_inputs_that_no_node_uses_are_remarked_upon() -> None:
+    """Whether TensorRT keeps them as inputs of the engine is not documented."""
+    node = helper.make_node("Abs", ["x"], ["y"])
+    model = graph([node], {"x": (FLOAT, [2]), "spare": (INT64, [2])}, {"y": FLOAT})
+    bounds = {name: Bounds((2,), (2,), (2,)) for name in ("x", "spare")}
+    _, findings = check_graph("s", model, [Profile("p", bounds)], operator_table("10.3"))
+    assert findings == [Finding("s", "no node uses the input spare", False)]
+
+
+def test_no_stage_has_an_input_that_no_node_uses(exported: Export) -> None:
+    for target in (NANO, H200):
+        report = dry_run(exported("tiny", target), load_target(target))
+        assert not [f for f in report.findings if "no node uses" in f.message], report.to_text()
 
 
 def test_a_plugins_domain_is_refused() -> None:

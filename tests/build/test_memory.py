@@ -14,10 +14,10 @@ from trio_deploy.build.builder import weight_bytes
 from trio_deploy.build.memory import Fit
 from trio_deploy.cli import main
 from trio_deploy.errors import TrioError
-from trio_deploy.fit import fit
+from trio_deploy.fit import fit, planned
 from trio_deploy.models import parse_config
 from trio_deploy.models.config import ModelConfig
-from trio_deploy.recipe import list_targets, load_recipe, load_target, target_folder
+from trio_deploy.recipe import list_recipes, list_targets, load_recipe, load_target, target_folder
 from trio_deploy.schedule import Schedule
 
 _GIB = 2**30
@@ -106,6 +106,54 @@ def test_what_is_kept_for_the_next_request_counts(seven_billion: dict[str, Fit])
             assert buffers < buffers + found.kept < 1.3 * buffers
             assert found.total > found.all_weights + found.activations + buffers + found.kept
             assert found.to_json()["kept_for_the_next_request"] == found.kept
+
+
+LARGE = [name for name in list_recipes() if name != "tiny"]
+TENSORRT = [load_target(name) for name in list_targets() if load_target(name).tensorrt]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_workspace_of_every_target_has_room_for_the_models_that_fit_it(name: str) -> None:
+    """A fused node keeps the intermediate results of a decoder's layers in the workspace."""
+    config, schedule = model(name)
+    for target in TENSORRT:
+        if target.workspace_gib is None:
+            continue
+        own = planned(config, schedule, target, None)
+        if Fit(target, (own,)).fits or "7b" in name:  # quantised, a 7B model may come to fit later
+            needed = 1.5 * own.activations / _GIB
+            assert target.workspace_gib >= needed, target.name
+
+
+def test_scratch_memory_has_a_ceiling_only_where_the_gpu_shares_the_systems() -> None:
+    capped = [target.name for target in TENSORRT if target.workspace_gib is not None]
+    assert capped == [target.name for target in TENSORRT if target.name.startswith("jetson-")]
+
+
+def test_attention_counts_as_split_up_and_is_shown_fused_too() -> None:
+    config, schedule = model("llava-next-7b")
+    a100 = load_target("a100")
+    found = fit(config, schedule, a100)
+    own, other = found.layouts
+    # split up, it takes about what the graphs without Attention nodes do
+    assert own.activations == pytest.approx(other.activations, rel=0.1)
+    assert own.fused < 0.2 * own.activations and other.fused == other.activations
+    assert own.total - own.total_fused == own.activations - own.fused
+    between = (own.total + own.total_fused) / 2 / _GIB
+    unsure = fit(config, schedule, replace(a100, memory_gib=between + a100.reserved_gib))
+    assert unsure.fits is False and unsure.fits_if_fused is True
+    assert "fits if TensorRT makes every Attention node one kernel" in unsure.advice[0]
+    text = unsure.to_text()
+    assert text.count("  if attention is fused") == 2
+    assert re.search(r"^fits +if fused", text, re.MULTILINE)
+    raw = unsure.to_json()
+    assert raw["fits"] is False and raw["fits_if_attention_is_fused"] is True
+    assert raw["layouts"][0]["total_if_attention_is_fused"] == own.total_fused
+
+
+def test_without_attention_nodes_there_is_one_figure() -> None:
+    config, schedule = model("llava-1.5-7b")
+    assert "if attention is fused" not in fit(config, schedule, load_target("l4")).to_text()
 
 
 def test_a_layout_or_limit_that_would_fit_is_named() -> None:

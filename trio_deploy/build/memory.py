@@ -215,7 +215,7 @@ class Fit:
             f"{'decode layout':<34}" + "".join(f"{each.layout:>12}" for each in self.layouts),
         ]
         rows: list[tuple[str, list[int]]] = [
-            ("weights", [each.all_weights for each in self.layouts]),
+            ("weights, about", [each.all_weights for each in self.layouts]),
             ("  vision and embed", [_part(m, "vision", "embed") for m in self.layouts]),
             ("  segments of layers", [_part(m, "prefill_") for m in self.layouts]),
             ("  selections", [_part(m, "select_") for m in self.layouts]),
