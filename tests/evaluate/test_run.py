@@ -27,7 +27,7 @@ from trio_deploy.evaluate.configurations import (
 from trio_deploy.evaluate.plot import draw
 from trio_deploy.evaluate.questions import Question, scene_questions
 from trio_deploy.evaluate.results import Results, collect
-from trio_deploy.evaluate.run import Answer, AnswerLog, Measured
+from trio_deploy.evaluate.run import Answer, AnswerLog, Measured, checksums
 from trio_deploy.evaluate.scorers import pope
 from trio_deploy.export import export
 from trio_deploy.recipe import load_recipe
@@ -137,6 +137,12 @@ def test_an_answer_to_another_picture_is_not_taken(tmp_path, source, monkeypatch
         return len(seen) - before
 
     assert [ask(0), ask(0), ask(1), ask(1)] == [2, 0, 2, 0]
+
+
+def test_a_picture_that_is_gone_is_named(tmp_path):
+    asked_of = Question("1", "?", (tmp_path / "gone.png",), "gone.png", "image")
+    with pytest.raises(TrioError, match=r"the picture .*gone\.png cannot be read \(No such file"):
+        checksums([asked_of])
 
 
 def test_an_answer_of_other_weights_is_not_taken_nor_a_bundle_of_them(tmp_path, monkeypatch):

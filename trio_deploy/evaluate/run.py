@@ -268,13 +268,22 @@ def same(entry: dict[str, Any], asked: Mapping[str, str], limit: int) -> bool:
 
 
 def checksums(questions: Sequence[Question]) -> dict[str, str]:
-    """By the question's id: of its prompt and of its pictures' content, wherever they lie."""
+    """By the question's id: of its prompt and of its pictures' content, wherever they lie.
+
+    Raises:
+        TrioError: a picture cannot be read.
+    """
     known: dict[int, str] = {}
 
     def of(picture: Image.Image | Path) -> str:
         if id(picture) not in known:
             if isinstance(picture, Path):
-                known[id(picture)] = sha256_of(picture)
+                try:
+                    known[id(picture)] = sha256_of(picture)
+                except OSError as error:
+                    raise TrioError(
+                        f"the picture {picture} cannot be read ({error.strerror})"
+                    ) from None
             else:
                 digest = hashlib.sha256(f"{picture.mode} {picture.size}".encode())
                 digest.update(picture.tobytes())
