@@ -84,10 +84,21 @@ def test_a_missing_metric_is_found():
     assert any("metric is missing" in error for error in check(manifest, SCHEMA["start"]))
 
 
-def test_it_scales_on_a_metric_that_the_model_reports():
-    (metric,) = MANIFEST["spec"]["predictor"]["autoScaling"]["metrics"]
-    names = set(re.findall(r"trio_\w+(?=\{)", metric["external"]["metric"]["query"]))
-    assert len(names) == 2 and names <= set(metrics._COUNTERS)
+def queries() -> list[str]:
+    metrics = MANIFEST["spec"]["predictor"]["autoScaling"]["metrics"]
+    return [metric["external"]["metric"]["query"] for metric in metrics]
+
+
+def test_it_scales_on_metrics_that_the_model_reports():
+    for query in queries():
+        names = set(re.findall(r"trio_\w+(?=\{)", query))
+        assert len(names) >= 2 and names <= {*metrics._COUNTERS, *metrics._GAUGES}
+    outcomes = set(re.findall(r'outcome=~"([\w|]+)"', queries()[1])[0].split("|"))
+    assert outcomes == {"refused", "deadline"} and outcomes <= set(metrics.OUTCOMES)
+
+
+def test_values_are_of_all_pods_since_keda_divides_them_by_their_number():
+    assert all(query.startswith("count(trio_rows_active{") for query in queries())
 
 
 def test_a_pod_may_take_longer_to_end_than_the_server_waits_for_its_requests():
@@ -95,3 +106,13 @@ def test_a_pod_may_take_longer_to_end_than_the_server_waits_for_its_requests():
     arguments = dict(text.split("=", 1) for text in predictor["model"]["args"])
     waits = int(arguments["--exit-timeout-secs"])
     assert waits < predictor["terminationGracePeriodSeconds"]
+
+
+def test_the_server_ends_in_time_in_spite_of_streams_that_stay_open_and_no_answer_is_cut():
+    text = (ROOT / "deploy" / "kserve" / "inferenceservice.yaml").read_text()
+    longest = int(re.findall(r"--set max_timeout_s=(\d+)", text)[0])
+    arguments = dict(text.split("=", 1) for text in MANIFEST["spec"]["predictor"]["model"]["args"])
+    age = int(arguments["--grpc-max-connection-age"]) / 1000 * 1.1  # gRPC adds up to a tenth
+    grace = int(arguments["--grpc-max-connection-age-grace"]) / 1000
+    assert grace > longest
+    assert age + grace < int(arguments["--exit-timeout-secs"])

@@ -598,6 +598,54 @@ def test_sigterm_lets_running_answers_finish_and_leaves_no_shared_memory(running
     assert not any(region.exists() for region in shared)
 
 
+def test_sigterm_is_heeded_in_spite_of_a_stream_that_stays_open(running, tmp_path):
+    """Triton waits for such a stream's client without end, unless connections have an age."""
+    ages = ["--grpc-max-connection-age=2000", "--grpc-max-connection-age-grace=2000"]
+    with TritonServer(running.repositories[0], tmp_path / "log", ages) as server:
+        case = running.cases[6]
+        asking = Asking(server, prompt=case.question, images=case.png)
+        while asking.next():
+            pass
+        assert asking.answer.token_ids == case.token_ids
+        assert server.stop() == 0  # which kills it, were it to wait
+        asking.close(cancel=True)
+
+
+def test_an_unloaded_models_metrics_say_that_nothing_runs(running, tmp_path):
+    """The server keeps them, and a model that is loaded again goes on from there."""
+    arguments = ["--model-control-mode=explicit", "--load-model=endless_vlm"]
+    with TritonServer(running.repositories[1], tmp_path / "log", arguments) as server:
+
+        def tokens(loads: int) -> None:
+            told = {"trio_tokens_total": 40.0 * loads, "trio_requests_total": 2.0 * loads}
+            told |= dict.fromkeys(("trio_rows_active", "trio_queue_length", "trio_kv_bytes"), 0.0)
+            assert until(lambda: {name: metric(server, name) for name in told} == told)
+
+        for loads in (1, 2):
+            asked = [Asking(server, "endless_vlm", prompt="hi", max_tokens=20) for _ in range(2)]
+            assert all(asking.next() for asking in asked)
+            assert post(server, "/v2/repository/models/endless_vlm/unload", {})[0] == 200
+            for asking in asked:
+                assert asking.all().reasons == ["length"]
+            index = "/v2/repository/index"
+            assert until(lambda: "UNAVAILABLE" in post(server, index, {})[1])
+            tokens(loads)
+            if loads == 1:
+                assert post(server, "/v2/repository/models/endless_vlm/load", {})[0] == 200
+
+
+def test_a_server_of_this_version_dies_of_classes_of_strings(running, tmp_path):
+    """docs/triton.md warns of it; once a server answers instead, that can go."""
+    body = {
+        "inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["hi"]}],
+        "outputs": [{"name": "text", "parameters": {"classification": 1}}],
+    }
+    with TritonServer(running.repositories[0], tmp_path / "log") as server:
+        with pytest.raises((http.client.HTTPException, ConnectionError)):
+            post(server, "/v2/models/trio_vlm_complete/infer", body)
+        assert server.process.wait(WAIT_S) == -signal.SIGFPE
+
+
 def test_a_locked_server_answers_questions_and_lets_nobody_at_its_memory(running, tmp_path):
     apis = "shared-memory,model-repository,logging,trace:admin-key=secret"
     locks = [f"--http-restricted-api={apis}", f"--grpc-restricted-protocol={apis}"]
