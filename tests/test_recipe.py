@@ -321,6 +321,10 @@ class TestTargets:
             (_TENSORRT + "compute_capability: 8.7\n", "compute_capability must be in quotes"),
             (_TENSORRT + "memory_gib: lots\n", "memory_gib must be a number"),
             (_TENSORRT + "memory_gib: 4\nreserved_gib: 4\n", "leaves nothing of 4 GiB"),
+            (
+                _TENSORRT + "workspace_gib: 0\n",
+                "workspace_gib 0 leaves no scratch memory: leave it",
+            ),
             (_TENSORRT + "limits: 4\n", "`limits` must be a mapping"),
             (_TENSORRT + "limits: {max_bach: 4}\n", "'max_bach'.*Did you mean 'max_batch'"),
             (_TENSORRT + "limits: {max_batch: 0}\n", "max_batch must be a positive"),
@@ -340,3 +344,24 @@ class TestTargets:
     def test_unknown_target(self):
         with pytest.raises(TrioError, match="target called 'gpu'.*cpu"):
             load_target("gpu")
+
+    @pytest.mark.parametrize(
+        ("name", "meant"),
+        [
+            ("jetson-agx-orin", "'jetson-agx-orin-64gb'"),
+            ("agx_orin", "'jetson-agx-orin-64gb'"),
+            ("Orin", "'jetson-agx-orin-64gb' or 'jetson-orin-nano-8gb' or 'jetson-orin-nx-16gb'"),
+            ("4090", "'rtx-4090'"),
+            ("jetson-thro", "'jetson-thor'"),
+        ],
+    )
+    def test_a_part_of_a_targets_name_finds_it(self, name: str, meant: str):
+        with pytest.raises(TrioError, match=rf"Did you mean {meant}\?"):
+            load_target(name)
+
+    def test_scratch_memory_has_no_ceiling_unless_a_target_says_so(self, tmp_path: Path):
+        file = tmp_path / "board.yaml"
+        file.write_text(_TENSORRT)
+        assert load_target(file).workspace_gib is None
+        file.write_text(_TENSORRT + "workspace_gib: 1.5\n")
+        assert load_target(file).workspace_gib == 1.5
