@@ -627,8 +627,7 @@ def test_an_unloaded_models_metrics_say_that_nothing_runs(running, tmp_path):
             assert post(server, "/v2/repository/models/endless_vlm/unload", {})[0] == 200
             for asking in asked:
                 assert asking.all().reasons == ["length"]
-            index = "/v2/repository/index"
-            assert until(lambda: "UNAVAILABLE" in post(server, index, {})[1])
+            assert until(lambda: "UNAVAILABLE" in post(server, "/v2/repository/index", {})[1])
             tokens(loads)
             if loads == 1:
                 assert post(server, "/v2/repository/models/endless_vlm/load", {})[0] == 200
