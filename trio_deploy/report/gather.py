@@ -401,7 +401,7 @@ def _accuracy(results: Results, bundle: Bundle) -> dict[str, Any]:
                 "accuracy": f"{one.accuracy.value:.1%}" if one.accuracy else "",
                 "retention": f"{kept.value:.1%}" if kept else "",
                 "interval": ""
-                if kept is None or math.isnan(kept.low)
+                if kept is None or math.isnan(kept.low) or kept.low == kept.high
                 else f"{kept.low:.1%} – {kept.high:.1%}",
                 "agreement": f"{result.agreement.value:.1%}",
                 "kl": f"{one.kl:.3f}",
