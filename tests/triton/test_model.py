@@ -24,7 +24,7 @@ from tests.triton import fake_utils
 from tests.triton.fake_utils import Asked, MetricFamily, Sender, TritonError
 from tests.triton.test_request import arrays, file, one, text, texts
 from trio_deploy.export import export
-from trio_deploy.runtime.pipeline import TrioPipeline
+from trio_deploy.runtime.pipeline import Request, TrioPipeline
 from trio_deploy.triton.request import INPUTS
 
 QUESTION = "what color is the circle ?"
@@ -403,10 +403,13 @@ def test_metrics_of_a_model_that_was_unloaded_say_that_nothing_runs(
 
 
 def test_what_is_held_has_a_bound_in_bytes(
-    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., Any], pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Tiles of pictures that wait included: those of a small file are large."""
     picture = file()
-    model = load(max_queue_bytes=str(2 * (len(picture) + len(QUESTION)) + 10))
+    tiles = pipeline.prepare(Request(QUESTION, [picture])).processed[0].pixel_values.nbytes
+    assert tiles > 10 * len(picture)
+    model = load(max_queue_bytes=str(2 * (tiles + len(picture) + len(QUESTION)) + 10))
     go = hold(model, monkeypatch)
     held = [ask(model, prompt=QUESTION, images=picture, max_tokens=2) for _ in range(2)]
     code, said = ask(model, prompt=QUESTION, images=picture).error()

@@ -8,21 +8,29 @@ from collections.abc import Mapping
 import numpy as np
 
 from trio_deploy.errors import TrioError
+from trio_deploy.models.config import ModelConfig
 from trio_deploy.runtime.continuous import Refused
+from trio_deploy.schedule import max_tiles
+
+_PICTURES = ("images", "images_base64")
 
 
 class HeldBytes:
     """Counts the bytes of requests from their arrival to the end of their answers.
 
-    Pictures are let go of before that, when they have been prepared; but then what was made of
-    them waits in their place.
+    A picture's file is let go of before that, when it has been prepared; but then its tiles wait in
+    its place, which of a small file can be a thousand times as much. So both count.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, config: ModelConfig, max_images: int) -> None:
         """Args:
         most: bytes, `max_queue_bytes`.
+        config: of the model, which says how large the tiles of a picture are.
+        max_images: more are refused by the checks that follow.
         """
         self._most = most
+        self._tiles = 4 * 3 * config.vision.image_size**2 * max_tiles(config)
+        self._max_images = max_images
         self._held = 0
         self._lock = threading.Lock()
 
@@ -32,7 +40,7 @@ class HeldBytes:
         return self._held
 
     def take(self, tensors: Mapping[str, np.ndarray]) -> int:
-        """Count a request's texts and pictures, base64 as the text that it is.
+        """Count a request's texts and pictures, base64 as the text that it is, and their tiles.
 
         Returns:
             Their bytes, to be given back once.
@@ -41,14 +49,20 @@ class HeldBytes:
             Refused: too much is held for these to come to it.
             TrioError: the request alone is above the limit.
         """
+        pictures = sum(tensors[name].size for name in _PICTURES if name in tensors)
         size = sum(_size(array) for array in tensors.values())
+        size += min(pictures, self._max_images) * self._tiles
         if size > self._most:
-            raise TrioError(f"the request has {size} bytes, but max_queue_bytes is {self._most}")
+            raise TrioError(
+                f"the request needs {size} bytes with its pictures' tiles, but max_queue_bytes is "
+                f"{self._most}"
+            )
         with self._lock:
             if self._held + size > self._most:
                 raise Refused(
-                    f"the request has {size} bytes and those that wait or run have {self._held}, "
-                    f"but max_queue_bytes is {self._most}; try again later"
+                    f"the request needs {size} bytes with its pictures' tiles, and those that wait "
+                    f"or run hold {self._held}, but max_queue_bytes is {self._most}: try again "
+                    "later"
                 )
             self._held += size
         return size

@@ -51,7 +51,7 @@ class Settings:
         max_images, max_image_bytes, max_image_pixels: pictures of a request, the bytes of each
             file, and its pixels once decoded.
         max_request_pixels: of all pictures of a request.
-        max_queue_bytes: of texts and pictures of all requests that wait or run.
+        max_queue_bytes: of texts, pictures and their tiles of all requests that wait or run.
         max_prompt_bytes: of the prompt, or of the messages' JSON.
         max_prompt_tokens: visual ones included; None is the model's context.
         max_stop, max_stop_bytes: stop strings of a request, and the length of each.

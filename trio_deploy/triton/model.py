@@ -69,7 +69,7 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from error
         self._exporter = _exporter(args)
         self._answers: set[_Answer] = set()
-        self._held = HeldBytes(self._settings.max_queue_bytes)
+        self._held = _held(pipeline, self._settings)
         self._unasked: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._stop = threading.Event()
@@ -251,6 +251,10 @@ def _batcher(pipeline: TrioPipeline, settings: Settings) -> ContinuousBatcher:
     )
 
 
+def _held(pipeline: TrioPipeline, settings: Settings) -> HeldBytes:
+    return HeldBytes(settings.max_queue_bytes, pipeline.bundle.config, settings.max_images)
+
+
 def _warm_up(pipeline: TrioPipeline, settings: Settings) -> None:
     """Begin two answers, as long as those that ask for no length, with a picture and without.
 
@@ -267,7 +271,7 @@ def _warm_up(pipeline: TrioPipeline, settings: Settings) -> None:
     with _batcher(pipeline, settings) as batcher:
         for tensors, what in ((prompt | picture, "about a picture"), (prompt, "without a picture")):
             try:
-                HeldBytes(settings.max_queue_bytes).take(tensors)
+                _held(pipeline, settings).take(tensors)
                 _begin(batcher, read(tensors, "", 0, settings))
             except TrioError as error:
                 raise TrioError(f"the warm-up question {what} failed: {error}") from error
