@@ -5,10 +5,11 @@
 #
 #   scripts/gpu_check.sh [--parts DIR] [--python PYTHON] [options of scripts/gpu_check.py]
 #
-#   --parts DIR      what scripts/gpu/pack.sh has packed, for a host without a network
+#   --parts DIR      what scripts/gpu/pack.sh has packed, for a host without a network; torch stays
+#                    the host's own (python3 there)
 #   --python PYTHON  with TensorRT and this package's dependencies (default: .venv's, else python3)
 #
-# scripts/gpu_check.py --help tells the rest.
+# scripts/gpu_check.py --help tells the rest. Run again, it goes on where it ended.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -21,7 +22,7 @@ while [ $# -gt 0 ]; do
         shift 2
         ;;
     -h | --help)
-        sed -n '2,11s/^# \{0,1\}//p' "$0"
+        sed -n '2,13s/^# \{0,1\}//p' "$0"
         exit 0
         ;;
     *)
@@ -30,8 +31,9 @@ while [ $# -gt 0 ]; do
         ;;
     esac
 done
-# torch is the host's own: looked for before another Python takes its place
-torch=$(command -v python3 || true)
+# torch is the host's own: what it runs with is kept before another Python takes its place
+export TRIO_HOST_PYTHON TRIO_HOST_PYTHONPATH=${PYTHONPATH-} TRIO_HOST_LD_LIBRARY_PATH=${LD_LIBRARY_PATH-}
+TRIO_HOST_PYTHON=$(command -v python3 || true)
 if [ -n "$parts" ]; then
     place=${TMPDIR:-/tmp}/trio-gpu-$(id -u)
     [ -f "$place/trio-gpu/env.sh" ] || "$root/scripts/gpu/unpack.sh" "$parts" "$place"
@@ -44,4 +46,4 @@ elif [ -z "$python" ]; then
 fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 cd "$root"
-exec "$python" scripts/gpu_check.py --torch-python "$torch" "${rest[@]}"
+exec "$python" scripts/gpu_check.py ${rest[@]+"${rest[@]}"}

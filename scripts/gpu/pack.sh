@@ -3,11 +3,13 @@
 # checkout: TensorRT 8.6 (the newest whose builder PyPI has), Python 3.11 and this package's
 # dependencies. Run it with Python 3.11 where there is a network; it needs 3 GB of disk, gcc and xz.
 #
-#   scripts/gpu/pack.sh OUT      writes OUT/trio-gpu.00, .01, … of 60 MiB at most
+# A part and this checkout together stay below 64 MiB, what a call may carry to such a host.
+#
+#   scripts/gpu/pack.sh OUT      writes OUT/trio-gpu.00, .01, … of 48 MiB at most
 set -euo pipefail
 
 if [ $# -ne 1 ] || [ "${1#-}" != "$1" ]; then
-    sed -n '2,6s/^# \{0,1\}//p' "$0"
+    sed -n '2,8s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 here=$(cd "$(dirname "$0")" && pwd)
@@ -55,9 +57,7 @@ echo "dependencies"
 "$python" -m pip install -q --no-compile --target "$root/site" -r "$here/requirements.txt"
 
 echo "Python"
-prefix=$("$python" -c 'import sys; print(sys.base_prefix)')
-tar -C "$prefix" --exclude=site-packages --exclude=test --exclude=__pycache__ --exclude='*.a' \
-    -cf - bin lib | tar -C "$root/python" -xf -
+"$here/pack_python.sh" "$python" "$root/python"
 cat >"$root/env.sh" <<'ENV'
 trio_gpu=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONHOME=$trio_gpu/python PYTHONPATH=$trio_gpu/site${PYTHONPATH:+:$PYTHONPATH}
@@ -65,5 +65,5 @@ export PATH=$trio_gpu/python/bin:$PATH
 export LD_LIBRARY_PATH=$trio_gpu/lib:$trio_gpu/python/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 ENV
 
-tar -C "$tmp" -cf - trio-gpu | xz -T0 -2 | split -b 60M -d - "$out/trio-gpu."
+tar -C "$tmp" -cf - trio-gpu | xz -T0 -2 | split -b 48M -d - "$out/trio-gpu."
 ls -l "$out"

@@ -10,7 +10,18 @@ if [ $# -ne 2 ] || [ "${1#-}" != "$1" ]; then
 fi
 ls "$1"/trio-gpu.00 >/dev/null 2>&1 || { echo "unpack.sh: $1 holds no trio-gpu.00" >&2; exit 1; }
 mkdir -p "$2"
+whole=$(cd "$2" && pwd)/trio-gpu
+rm -rf "$whole.unpacking"
+mkdir "$whole.unpacking"
 cat "$1"/trio-gpu.[0-9]* | python3 -c '
 import sys, tarfile
 with tarfile.open(fileobj=sys.stdin.buffer, mode="r|xz") as packed:
-    packed.extractall(sys.argv[1])' "$2"
+    if hasattr(tarfile, "fully_trusted_filter"):
+        packed.extraction_filter = tarfile.fully_trusted_filter
+    packed.extractall(sys.argv[1])' "$whole.unpacking" || {
+    echo "unpack.sh: $1 is not whole: $(ls "$1" | wc -l) parts are there" >&2
+    exit 1
+}
+rm -rf "$whole"
+mv "$whole.unpacking/trio-gpu" "$whole"
+rmdir "$whole.unpacking"

@@ -1,0 +1,533 @@
+"""The parts of the GPU check, each in a process of its own: what one does cannot take others along.
+
+    python -m scripts.gpu.parts PART --settings FILE --result FILE
+
+Run by scripts/gpu_check.py. What was found is in the result file as soon as it is known, and with
+it what is being done, so that a process that dies leaves both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.gpu.report import NEW_TOKENS, judge, slug
+
+ROOT = Path(__file__).parent.parent.parent
+#: What the oracle, transformers and the export are made of, by the names they are imported under.
+TORCH_NEEDS = (
+    *("torch", "transformers", "safetensors", "numpy", "onnx", "onnx_ir", "onnxscript"),
+    *("onnxruntime", "ml_dtypes", "PIL", "tokenizers", "jinja2", "yaml", "tqdm"),
+)
+_COPIED = 1 << 30  # bytes, to measure the bandwidth of memory
+#: What the exported graphs depend on: where it is the same, so are they.
+_SOURCES = ("graphs/*.py", "models/*.py", "export.py", "schedule.py", "weights.py", "recipe.py")
+_TARGET = """
+description: the GPU of this check
+runtime: tensorrt
+tensorrt: "{tensorrt}"
+dialect: {dialect}
+decode_layout: {layout}
+dtype: {dtype}
+{device}limits:
+  max_batch: {batch}
+  max_images: {images}
+  max_text_tokens: {text}
+  max_visual_tokens: {visual}
+  max_new_tokens: {new}
+  max_budget: 1
+  typical_text_tokens: {text}
+  typical_visual_tokens: {usual}
+  typical_new_tokens: {new}
+"""
+
+
+class Result:
+    """What a part has found, on disk at every step.
+
+    Attributes:
+        checks: name → passed, text and figures.
+        figures: for the report's JSON.
+        now: what is being done.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        self.checks: dict[str, Any] = known.get("checks", {})
+        self.figures: dict[str, Any] = known.get("figures", {})
+        self.crashed: list[str] = known.get("crashed", [])
+        self.now = ""
+
+    def note(self, name: str, passed: bool, text: str, **figures: Any) -> None:
+        """One line of the report."""
+        self.checks[name] = {"passed": bool(passed), "text": text, **figures}
+        print(f"{'ok  ' if passed else 'FAIL'} {name}: {text}", flush=True)
+        self.save()
+
+    def failed(self, name: str, error: Exception) -> None:
+        """An exception, with its traceback where it is none of ours."""
+        from trio_deploy.errors import TrioError
+
+        if isinstance(error, TrioError):
+            self.note(name, False, str(error))
+            return
+        trace = traceback.format_exc()
+        print(trace, file=sys.stderr, flush=True)
+        text = f"{type(error).__name__}: {error}"
+        self.note(name, False, text[:1000], traceback=trace[-4000:])
+
+    def doing(self, what: str) -> None:
+        """Names what would be to blame if the process ended now."""
+        self.now = what
+        print(f"     {what} …", flush=True)
+        self.save()
+
+    def has(self, name: str) -> bool:
+        """Whether an earlier process of this part found `name` to hold."""
+        return bool(self.checks.get(name, {}).get("passed"))
+
+    def save(self, done: bool = False) -> None:
+        """Write what there is; `done`: nothing is to come."""
+        content = {
+            "checks": self.checks,
+            "figures": self.figures,
+            "crashed": self.crashed,
+            "now": "" if done else self.now,
+            "done": done,
+        }
+        beside = self._path.with_suffix(".part")
+        beside.write_text(json.dumps(content, indent=1))
+        beside.replace(self._path)
+
+
+class Part:
+    """What the parts share.
+
+    Args:
+        settings: of `gpu_check.Settings`, as plain JSON.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], result: Result) -> None:
+        self.work, self.result = Path(settings["work"]), result
+        self.size, self.tiny = settings["size"], settings["tiny"]
+        self.budget, self.runs = float(settings["budget"]), int(settings["runs"])
+        self.host: Mapping[str, Any] = settings["host"]
+        self.torch_python = settings["torch_python"]
+        self.dialect = self.host.get("dialect", "primitive")
+
+    # ------------------------------------------------------------------------------- the hosts
+
+    def run_host(self) -> None:
+        """The GPU, TensorRT and what else its Python needs; the bandwidth of the GPU's memory."""
+        from trio_deploy.build import adapter
+        from trio_deploy.build.gpu import this_gpu
+        from trio_deploy.machine import machine
+        from trio_deploy.runtime.cuda import Device
+
+        figures = self.result.figures
+        figures["machine"] = machine(None)
+        tensorrt = adapter.load()
+        figures["tensorrt"] = tensorrt.version
+        figures["release"] = ".".join(map(str, tensorrt.release))
+        figures["dialect"] = "onnx" if tensorrt.updates_in_place else "primitive"
+        device = Device()
+        gpu = this_gpu(device)
+        free, total = device.memory()
+        figures |= {
+            "gpu": gpu.name,
+            "compute_capability": gpu.compute_capability,
+            "driver": gpu.driver,
+            "memory_gib": round(total / 2**30, 1),
+            "free_gib": round(free / 2**30, 1),
+        }
+        for name in ("onnxruntime", "polygraphy"):
+            importlib.import_module(name)
+        figures["copy_gb_per_s"] = bandwidth(device) / 1e9
+        self.result.note("host", True, f"{gpu.name}, TensorRT {tensorrt.version}")
+
+    def run_torch_host(self) -> None:
+        """What the Python with torch has, and whether torch sees the GPU."""
+        missing = [name for name in TORCH_NEEDS if importlib.util.find_spec(name) is None]
+        self.result.figures["missing"] = missing
+        if missing:
+            text = (
+                f"{sys.executable} lacks {', '.join(missing)}: install them there, or carry them "
+                "as wheels (pip install --no-index --target DIR *.whl) and set PYTHONPATH=DIR; "
+                "--torch-python names another Python"
+            )
+            self.result.note("torch's Python", False, text)
+            return
+        import torch
+        import transformers
+
+        self.result.figures["versions"] = f"{torch.__version__}, {transformers.__version__}"
+        if not torch.cuda.is_available():
+            self.result.note("torch's Python", False, f"torch {torch.__version__} finds no GPU")
+            return
+        self.result.figures["gpu"] = torch.cuda.get_device_name()
+        text = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        self.result.note("torch's Python", True, text)
+
+    # ------------------------------------------------------------------------------- the parts
+
+    def run_tests(self) -> None:
+        """pytest -m gpu."""
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests/gpu"]
+        out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        print(out.stdout, out.stderr, flush=True)
+        last = (out.stdout.strip().splitlines() or [out.stderr.strip()[-300:]])[-1]
+        # pytest's status is 0 where all are skipped.
+        self.result.note("pytest -m gpu", out.returncode == 0 and "passed" in last, last)
+
+    def run_tiny(self, dtype: str, layout: str) -> None:
+        """The trained tiny model's engines, against the oracle and ONNX Runtime."""
+        from trio_deploy import parity
+        from trio_deploy.bench import baselines
+
+        name = f"tiny {dtype} {layout}"
+        limits = {"batch": 4, "images": 2, "text": 64, "new": 32}
+        bundle, target = self.bundle(self.tiny, dtype, layout, link=False, **limits)
+        golden, missing = False, ""
+        if not baselines.available():
+            self.result.doing("the oracle, in torch's Python")
+            missing = self._record(bundle.path)
+            golden = not missing
+        self.build(bundle, target)
+        self.result.doing("parity")
+        if missing:
+            rows, against = self.engines(bundle, bundle.stages), "ONNX Runtime"
+        else:
+            rows = parity.check(bundle.path, runtime="tensorrt", golden=golden).rows
+            against = "the oracle and ONNX Runtime"
+        self.note_rows(name, rows, against)
+        if missing and self.torch_python:
+            self.result.note(f"{name}, oracle", False, f"the oracle was not asked: {missing}")
+
+    def _record(self, path: Path) -> str:
+        """Have torch's Python write the oracle's tensors into a bundle; else why not."""
+        if not self.torch_python:
+            return "torch is left out"
+        command = [self.torch_python, "-m", "scripts.gpu.parts", "golden", "--bundle", str(path)]
+        out = subprocess.run(command, cwd=ROOT, env=host_env(), capture_output=True, text=True)
+        print(out.stdout, out.stderr, flush=True)
+        return "" if out.returncode == 0 else _last_line(out.stderr)
+
+    def run_export(self) -> None:
+        """The 7B model with random weights, as graphs and a target for this GPU."""
+        from trio_deploy.bench.synthetic import model_of, write_checkpoint
+
+        name, config, preprocessing = model_of(self.size)
+        self.result.doing("random weights")
+        checkpoint = write_checkpoint(
+            self.work / f"{name}-float16", config, preprocessing, dtype="float16"
+        )
+        weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+        # Weights twice on the device where there is room: a decode engine of its own is faster.
+        roomy = self.host.get("free_gib", 0) * 2**30 > 3 * weights
+        layout = "separate" if roomy or self.dialect == "onnx" else "shared"
+        self.result.doing("graphs")
+        limits = {"batch": 1, "images": 1, "text": 128, "new": 2 * NEW_TOKENS}
+        bundle, target = self.bundle(checkpoint, "float16", layout, link=True, **limits)
+        self.result.figures["large"] = {"name": name, "decode_layout": layout}
+        self.result.figures["paths"] = {"bundle": str(bundle.path), "target": str(target)}
+        self.result.note("export", True, f"{name}, {', '.join(bundle.stages)}")
+
+    def run_build(self) -> None:
+        """The 7B model's engines, one after another: one that fails keeps none from being built."""
+        bundle, target = self.large()
+        for stage in bundle.stages:
+            name = f"build {stage}"
+            if name in self.result.crashed:
+                continue
+            self.result.doing(name)
+            try:
+                self.build(bundle, target, [stage])
+                entry = self.result.figures["built"][target.parent.name][stage]
+                text = f"{entry['seconds']:.0f} s, {entry['bytes'] / 2**20:,.0f} MiB"
+                self.result.note(name, True, text)
+            except Exception as error:
+                self.result.failed(name, error)
+
+    def run_parity(self) -> None:
+        """The 7B model's engines against ONNX Runtime, which takes minutes on a CPU."""
+        bundle, _ = self.large()
+        for stage in bundle.stages:
+            name = f"{self.host['large']['name']} {stage} parity"
+            if name in self.result.crashed or self.result.has(name):
+                continue
+            self.result.doing(name)
+            try:
+                self.note_rows(name, self.engines(bundle, [stage]), "ONNX Runtime")
+            except Exception as error:
+                self.result.failed(name, error)
+
+    def run_times(self) -> None:
+        """Times of the 7B model, and the bounds on them."""
+        from trio_deploy.bench.runner import UNPRUNED, Options, measure
+
+        bundle, _ = self.large()
+        options = Options(
+            new_tokens=NEW_TOKENS, runs=self.runs, baselines=(), memory=False, runtime="tensorrt"
+        )
+        self.result.doing("times")
+        result = measure(bundle, options)
+        self.result.figures["large"] = {"bench": result}
+        cases = {case["name"]: case for case in result["cases"]}
+        pruned = next(case for name, case in cases.items() if name != UNPRUNED)
+        bounds = self.size == "llava-next-7b"
+        bandwidth = 1e9 * self.host["copy_gb_per_s"]
+        for name, passed, text, value in judge(
+            cases[UNPRUNED], pruned, _decode_bytes(bundle), bandwidth
+        ):
+            self.result.note(name, passed or not bounds, text, value=value)
+
+    def run_torch(self) -> None:
+        """torch on the same GPU: transformers unpruned, and the oracle's autograd pruning."""
+        import torch
+
+        from trio_deploy.bench.baselines import open_baseline
+        from trio_deploy.bench.cases import Case, fitted
+        from trio_deploy.bench.runner import Options
+        from trio_deploy.bench.timing import Spread, interleave
+        from trio_deploy.bench.workload import Workload, picture_size
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        bundle, _ = self.large()
+        width, height = picture_size(bundle.config)
+        work, _ = fitted(Workload(1, width, height, "?", NEW_TOKENS), bundle, Options().text_tokens)
+        found: dict[str, Any] = {"device": device, "torch": torch.__version__}
+        self.result.figures["large"] = {"torch": found}
+        dtype = bundle.manifest.dtype if device == "cuda" else "float32"
+        for kind in ("transformers", "oracle"):
+            self.result.doing(f"torch, {kind}")
+            answer: Any = None
+            try:
+                case = Case(kind, kind, str(bundle.path))
+                answer = open_baseline(case, bundle, work, device=device, dtype=dtype)
+                runs = interleave(self.runs, {kind: answer})[kind]
+                found[kind] = {
+                    "dtype": dtype,
+                    "prefill_s": Spread.of([run.prefill_s for run in runs]).to_json(),
+                    "first_token_s": Spread.of([run.first_token_s for run in runs]).to_json(),
+                    "tokens_per_s": Spread.of([run.tokens_per_s for run in runs]).to_json(),
+                }
+                text = f"prefill {1e3 * found[kind]['prefill_s']['median']:.1f} ms on {device}"
+                self.result.note(f"torch, {kind}", device == "cuda", text)
+            except Exception as error:
+                self.result.failed(f"torch, {kind}", error)
+            answer = None  # its weights, before the next one's
+
+    # --------------------------------------------------------------------------------- helpers
+
+    def bundle(
+        self, model: Any, dtype: str, layout: str, *, link: bool, **limits: int
+    ) -> tuple[Any, Path]:
+        """A bundle for this GPU, exported where it is not there yet; its target's file.
+
+        Args:
+            link: its weights are the checkpoint's files.
+        """
+        from trio_deploy.bundle import Bundle
+        from trio_deploy.export import export
+        from trio_deploy.schedule import max_visual_tokens
+
+        folder = self.work / f"{Path(str(model)).name}-{dtype}-{layout}"
+        folder.mkdir(parents=True, exist_ok=True)
+        target, place, mark = folder / "this-gpu.yaml", folder / "bundle", folder / "exported.json"
+        capability, memory = self.host.get("compute_capability"), self.host.get("memory_gib")
+        device = f'compute_capability: "{capability}"\n' if capability else ""
+        if memory:
+            device += f"memory_gib: {max(1, round(memory))}\n"
+
+        def write_target(usual: int) -> None:
+            target.write_text(
+                _TARGET.format(
+                    tensorrt=self.host.get("release", "10.3"),
+                    dialect=self.dialect,
+                    layout=layout,
+                    dtype=dtype,
+                    device=device,
+                    visual=limits["images"] * usual,
+                    usual=usual,
+                    **limits,
+                )
+            )
+
+        write_target(usual=1)
+        made_of = {"target": target.read_text(), "budget": self.budget, "sources": _sources()}
+        known = json.loads(mark.read_text()) if mark.is_file() else None
+        if known != made_of or not place.is_dir():
+            mark.unlink(missing_ok=True)
+            engines, aside = place / "engines", folder / "engines"
+            if engines.is_dir() and not aside.is_dir():  # those that still fit are not built again
+                engines.rename(aside)
+            export(
+                model,
+                place,
+                budget=self.budget,
+                target=target,
+                dtype=dtype,
+                link_weights=link,
+                force=True,
+                progress=False,
+            )
+            if aside.is_dir():
+                aside.rename(engines)
+            mark.write_text(json.dumps(made_of))
+        bundle = Bundle.load(place)
+        write_target(usual=max_visual_tokens(bundle.config))
+        return bundle, target
+
+    def large(self) -> tuple[Any, Path]:
+        """The bundle that `run_export` made, and its target's file."""
+        from trio_deploy.bundle import Bundle
+
+        paths = self.host["paths"]
+        return Bundle.load(Path(paths["bundle"])), Path(paths["target"])
+
+    def build(self, bundle: Any, target: Path, stages: Sequence[str] | None = None) -> None:
+        """Engines of a bundle that are not there yet, each with its first run."""
+        from trio_deploy.build import adapter
+        from trio_deploy.build.builder import build_engines
+        from trio_deploy.build.gpu import this_gpu
+        from trio_deploy.build.verify import run_once
+        from trio_deploy.recipe import load_target
+        from trio_deploy.runtime.cuda import Device
+
+        if not hasattr(self, "_tensorrt"):
+            self._tensorrt, self._gpu = adapter.load(), this_gpu(Device())
+        outcome = build_engines(
+            bundle,
+            load_target(target),
+            self._tensorrt,
+            self._gpu,
+            verify=lambda place, stage: run_once(bundle, self._tensorrt, place, stage),
+            stages=stages,
+        )
+        built = self.result.figures.setdefault("built", {}).setdefault(target.parent.name, {})
+        for stage, entry in outcome.record.stages.items():
+            built[stage] = {"seconds": entry.seconds, "bytes": entry.bytes}
+
+    def engines(self, bundle: Any, stages: Sequence[str]) -> list[Any]:
+        """Engines of a bundle against ONNX Runtime, at three shapes a profile."""
+        from trio_deploy.parity.compare import TOLERANCES
+        from trio_deploy.parity.engines import compare_engines
+        from trio_deploy.runtime.ort import OrtRuntime
+        from trio_deploy.runtime.trt import TrtRuntime, engine_folder
+
+        runtime, reference = TrtRuntime(engine_folder(bundle), bundle), OrtRuntime()
+        return compare_engines(
+            {stage: runtime.record.stages[stage].profiles for stage in stages},
+            lambda stage: reference.open(bundle.graph(stage)),
+            lambda stage: runtime.open(bundle.graph(stage)),
+            TOLERANCES[bundle.manifest.dtype],
+            threshold=bundle.manifest.threshold,
+            methods=bundle.schedule.methods,
+        )
+
+    def note_rows(self, name: str, rows: Sequence[Any], against: str) -> None:
+        """A comparison's result in one line."""
+        failed = [row for row in rows if not row.passed]
+        worst = max((row.max_rel for row in rows), default=0.0)
+        text = f"{len(rows)} comparisons with {against}, largest relative difference {worst:.1e}"
+        if failed:
+            text += f"; {len(failed)} failed, first {failed[0].stage}: {failed[0].problem}"
+        problems = {row.stage: row.problem for row in failed}
+        worst = worst if worst < float("inf") else None
+        self.result.note(name, bool(rows) and not failed, text, worst=worst, problems=problems)
+
+
+def bandwidth(device: Any) -> float:
+    """Bytes a second that a copy within the GPU's memory reads and writes; none of it is kept."""
+    size = min(_COPIED, device.memory()[0] // 4)
+    source, target = (device.empty((size,), "bool", "a copy") for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        start = device.event()
+        device.copy(target, source)
+        best = min(best, device.event().since(start))
+    del source, target
+    device.release()
+    return 2 * size / best
+
+
+def _decode_bytes(bundle: Any) -> int:
+    """Bytes of weights that a decode step reads: all layers and the head, one embedding row."""
+    from trio_deploy.build.builder import weight_bytes
+
+    text = bundle.config.text
+    if bundle.manifest.decode == "separate":
+        table = 2 * text.vocab_size * text.hidden_size  # of float16
+        table *= not text.tie_word_embeddings  # the head's own weights, then
+        return int(weight_bytes(bundle, "decode") - table)
+    segments = [stage for stage in bundle.stages if stage.startswith("prefill_")]
+    return sum(weight_bytes(bundle, stage) for stage in segments)
+
+
+def _sources() -> str:
+    digest = hashlib.sha256()
+    for pattern in _SOURCES:
+        for file in sorted((ROOT / "trio_deploy").glob(pattern)):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def host_env() -> dict[str, str]:
+    """The environment before scripts/gpu_check.sh put another Python into it: torch's."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONHOME"}
+    for name in ("LD_LIBRARY_PATH", "PYTHONPATH"):
+        before = env.pop(f"TRIO_HOST_{name}", None)
+        if before is not None:
+            env[name] = before
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
+    return env
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it said nothing"])[-1]
+
+
+def steps(part: Part, name: str) -> Callable[[], None]:
+    """What a part's name means."""
+    if name.startswith("tiny "):
+        _, dtype, layout = name.split()
+        return lambda: part.run_tiny(dtype, layout)
+    found: Callable[[], None] = getattr(part, f"run_{slug(name).replace('-', '_')}")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """One part; what fails in it is in its result, and the status is 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part")
+    parser.add_argument("--settings", type=Path)
+    parser.add_argument("--result", type=Path)
+    parser.add_argument("--bundle", type=Path)
+    args = parser.parse_args(arguments)
+    if args.part == "golden":
+        from trio_deploy import parity
+
+        parity.record(args.bundle, runtime="onnxruntime")
+        return 0
+    result = Result(args.result)
+    try:
+        steps(Part(json.loads(args.settings.read_text()), result), args.part)()
+    except Exception as error:
+        result.failed(args.part, error)
+    result.save(done=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
