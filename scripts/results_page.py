@@ -143,7 +143,7 @@ def cost(name: str) -> str:
     if (result["load_before"] or 0) > IDLE:
         text = (
             f"**Other work ran on the machine** (load average {result['load_before']:.1f} before): "
-            f"the seconds are too many, and ratios may be off.\n\n{text}"
+            f"seconds may be too many, and ratios off.\n\n{text}"
         )
     return text
 
