@@ -22,6 +22,8 @@ _EXPORT_SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
 _USAGE = 2  # as argparse has it
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
+_RUNTIME_HELP = "onnxruntime, openvino or tensorrt (default: by the bundle)"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `trio`: runs a command and returns its exit status."""
@@ -368,7 +370,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--prompt", required=True, help="what to ask about the pictures")
     run.add_argument("--budget", type=float, help="share of visual tokens (default: the bundle's)")
     run.add_argument("--show", type=Path, metavar="PNG", help="draw which visual tokens were kept")
-    run.add_argument("--runtime", help="onnxruntime, openvino or tensorrt (default: by the bundle)")
+    run.add_argument("--runtime", help=_RUNTIME_HELP)
     run.add_argument("--target", help="of which engines to take, where several were built")
     run.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: by the bundle)")
     run.add_argument("--threads", type=int, help="CPU threads (default: the runtime's choice)")
@@ -420,9 +422,7 @@ def _parser() -> argparse.ArgumentParser:
 
     check = add("check", _check, "Compare a bundle with the reference, stage by stage.")
     check.add_argument("bundle", type=Path, help="folder of the bundle")
-    check.add_argument(
-        "--runtime", help="onnxruntime, openvino or tensorrt (default: by the bundle)"
-    )
+    check.add_argument("--runtime", help=_RUNTIME_HELP)
     check.add_argument("--target", help="of which engines to take, where several were built")
     check.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: by the bundle)")
     source = check.add_mutually_exclusive_group()
@@ -444,9 +444,7 @@ def _parser() -> argparse.ArgumentParser:
     triton = add("triton", _triton, "Write a model repository for the Triton Inference Server.")
     triton.add_argument("bundle", type=Path, help="folder of the bundle")
     triton.add_argument("--out", type=Path, required=True, help="folder to write the repository to")
-    triton.add_argument(
-        "--runtime", help="onnxruntime, openvino or tensorrt (default: by the bundle)"
-    )
+    triton.add_argument("--runtime", help=_RUNTIME_HELP)
     triton.add_argument("--target", help="target name or file (default: the bundle's)")
     triton.add_argument("--device", default="cpu", help="cpu or gpu (default: cpu)")
     triton.add_argument(
@@ -516,7 +514,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--no-check", action="store_true", help="leave the reference out")
     report.add_argument("--no-bench", action="store_true", help="measure no time now")
-    report.add_argument("--runtime", help="onnxruntime or openvino (default: by the bundle)")
+    report.add_argument("--runtime", help=_RUNTIME_HELP)
     report.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: by the bundle)")
     report.add_argument("--threads", type=int, help="CPU threads (default: the runtime's choice)")
 
@@ -599,7 +597,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--genai-python", metavar="PATH", help="interpreter with openvino-genai")
     bench.add_argument("--checkpoint", metavar="DIR", help="a bundle's checkpoint, for genai")
     bench.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    bench.add_argument("--runtime", help="onnxruntime or openvino (default: by the bundle)")
+    bench.add_argument("--runtime", help=_RUNTIME_HELP)
     bench.add_argument("--target", help="target name or file (default: by the bundle)")
     bench.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: by the bundle)")
     bench.add_argument("--precision", help="of OpenVINO: float32 or bfloat16")

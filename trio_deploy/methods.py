@@ -20,6 +20,9 @@ METHODS = (
 ENCODER_SCORES = {"cls-attention": ("prior",), "vscan": ("prior", "prior_local")}
 """What a method goes by that the vision graph puts out and the select graph takes."""
 
+QUESTION_BLIND = ("divprune", "random", "cls-attention", "vscan")
+"""Methods that choose without the question, as long as it comes after the picture."""
+
 MERGING = ("vscan",)
 """Methods that average what they drop into what they keep."""
 

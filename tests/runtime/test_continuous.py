@@ -357,6 +357,7 @@ def test_waiting_in_vain_counts_as_waiting(
         served = batcher.submit(SHORT)
         with pytest.raises(Refused):
             batcher.submit(SHORT)
+        wait_for(lambda: len(batcher._ready) == 3)
         time.sleep(0.3)
         cancelled.cancel()
         assert batcher.metrics().waits == 0

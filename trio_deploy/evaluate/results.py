@@ -172,7 +172,7 @@ class Results:
                 raise TrioError(f"{file} is of another version of trio eval: measure again")
             raw["results"] = [Result.from_json(entry) for entry in raw["results"]]
             return cls(**raw)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is something else"
             raise TrioError(
                 f"{file} holds no results of trio eval ({reason}): pass the {RESULTS} that it wrote"

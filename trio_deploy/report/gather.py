@@ -441,7 +441,9 @@ def _is_bundles(result: Result, results: Results, bundle: Bundle) -> bool:
         "probe": manifest.probe,
         "positions": manifest.positions,
     }
-    if results.bundle != sha256_of(bundle.path / MANIFEST):
+    if results.bundle not in ("", sha256_of(bundle.path / MANIFEST)):
+        return False
+    if not results.bundle:
         known = manifest.model.name in list_recipes()
         defaults = load_recipe(manifest.model.name) if known else Recipe
         unnamed = {key: getattr(defaults, key) for key in ours}

@@ -13,10 +13,9 @@ import jinja2
 from markupsafe import Markup
 
 import trio_deploy
+from trio_deploy.methods import QUESTION_BLIND
 from trio_deploy.report.chart import plot
 
-# What these choose by does not know the question, as long as that comes after the picture.
-_BLIND = {"divprune", "random", "cls-attention", "vscan"}
 _LABELS = 12  # of layers under a chart, at most
 
 
@@ -84,7 +83,7 @@ def _tile(label: str, value: str, note: str, tone: str = "") -> dict[str, str]:
 
 def dropped(points: Sequence[Mapping[str, Any]]) -> str:
     """Whether what a picture loses depends on the question: by method, and on what came before."""
-    reads = [point["method"] not in _BLIND for point in points]
+    reads = [point["method"] not in QUESTION_BLIND for point in points]
     first = reads.index(True) if True in reads else len(points)
     blind, reading = points[:first], points[first:]
     sentences = []

@@ -47,13 +47,6 @@ class Pool:
             self._settle()
         return self._kept
 
-    @property
-    def in_use(self) -> int:
-        """Bytes of blocks that are not spare."""
-        with self._lock:
-            self._settle()
-        return self._in_use
-
     @staticmethod
     def rounded(nbytes: int) -> int:
         """The size of a new block for `nbytes` bytes."""

@@ -17,7 +17,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from trio_deploy.triton.backend import TritonSender, input_arrays
-from trio_deploy.triton.local import Ask, LocalClient, Reply
+from trio_deploy.triton.local_socket import Ask, LocalClient, Reply
+from trio_deploy.triton.request import nbytes
 from trio_deploy.triton.sender import Sender
 from trio_deploy.triton.watch import Watch
 
@@ -61,7 +62,7 @@ class TritonPythonModel:
                     continue
                 # Arrays of our own, since the request's go when `execute` ends.
                 arrays = {name: np.array(array) for name, array in input_arrays(request).items()}
-                size = sum(map(_bytes, arrays.values()))
+                size = sum(map(nbytes, arrays.values()))
                 held = sum(list(self._open.values()))
                 # A single one that is larger is for the other model to judge.
                 if self._open and held + size > self._most_bytes:
@@ -113,10 +114,6 @@ def _limit(values: Mapping[str, str], name: str, default: int) -> int:
     if number < 1:
         raise pb_utils.TritonModelException(f"{name} must be a whole number above 0")
     return number
-
-
-def _bytes(array: np.ndarray) -> int:
-    return sum(map(len, array.ravel())) if array.dtype == np.object_ else array.nbytes
 
 
 def _deadline_s(ask: Ask) -> float:

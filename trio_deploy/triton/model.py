@@ -34,9 +34,9 @@ from trio_deploy.runtime.continuous import (
 )
 from trio_deploy.runtime.pipeline import Generation, TrioPipeline
 from trio_deploy.triton.backend import TritonSender, input_arrays
-from trio_deploy.triton.held import HeldBytes
+from trio_deploy.triton.held_bytes import HeldBytes
 from trio_deploy.triton.limits import Settings
-from trio_deploy.triton.local import Ask, LocalServer
+from trio_deploy.triton.local_socket import Ask, LocalServer
 from trio_deploy.triton.metrics import Exporter
 from trio_deploy.triton.request import Question, read
 from trio_deploy.triton.sender import Sender
@@ -142,7 +142,9 @@ class TritonPythonModel:
     def _export(self) -> None:
         if self._exporter is not None:
             metrics = self._batcher.metrics()
-            for outcome, count in self._unasked.items():
+            with self._counting:
+                unasked = dict(self._unasked)
+            for outcome, count in unasked.items():
                 metrics.outcomes[outcome] = metrics.outcomes.get(outcome, 0) + count
             self._exporter.update(metrics)
 

@@ -310,6 +310,7 @@ class _Models:
         parameters = {
             "model": f"{self._options.name}_vlm",
             "max_requests": str(most),
+            "max_bytes": str(self._options.instances * served.max_queue_bytes),
         }
         if "watch" in self._settings:
             parameters["watch"] = self._settings["watch"]

@@ -68,6 +68,11 @@ class Question:
     stream: bool
 
 
+def nbytes(array: np.ndarray) -> int:
+    """Bytes of an input; strings are bytes in an object array."""
+    return sum(map(len, array.ravel())) if array.dtype == np.object_ else array.nbytes
+
+
 def read(
     tensors: Mapping[str, np.ndarray], parameters: str, timeout_us: int, settings: Settings
 ) -> Question:

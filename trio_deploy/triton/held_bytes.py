@@ -11,6 +11,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.models.config import ModelConfig
 from trio_deploy.runtime.continuous import Refused
 from trio_deploy.schedule import max_tiles
+from trio_deploy.triton.request import nbytes
 
 _PICTURES = ("images", "images_base64")
 
@@ -50,7 +51,7 @@ class HeldBytes:
             TrioError: the request alone is above the limit.
         """
         pictures = sum(tensors[name].size for name in _PICTURES if name in tensors)
-        size = sum(_size(array) for array in tensors.values())
+        size = sum(nbytes(array) for array in tensors.values())
         size += min(pictures, self._max_images) * self._tiles
         if size > self._most:
             raise TrioError(
@@ -71,7 +72,3 @@ class HeldBytes:
         """What `take` counted is gone."""
         with self._lock:
             self._held -= size
-
-
-def _size(array: np.ndarray) -> int:
-    return sum(map(len, array.ravel())) if array.dtype == np.object_ else array.nbytes

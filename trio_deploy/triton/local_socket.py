@@ -209,6 +209,7 @@ def _listen(model: str) -> socket.socket:
 def _connect(name: bytes) -> Connection:
     connecting = socket.socket(socket.AF_UNIX)
     try:
+        _be_patient(connecting)  # also with one whose queue is full
         connecting.connect(name)
     except BaseException:
         connecting.close()
@@ -253,8 +254,14 @@ def _prepare(connection: Connection) -> None:
         # A process of another container has no number here: 0.
         if user != os.geteuid() or not process or int(_stat(process)[1]) != os.getppid():
             raise PermissionError("the other side of a local connection is none of this server's")
-        patience = _TIMEVAL.pack(int(_PATIENCE_S), 0)
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        _be_patient(peer)
+
+
+def _be_patient(connection: socket.socket) -> None:
+    """Let a message or a connection that gets stuck on its way fail, with BlockingIOError."""
+    patience = _TIMEVAL.pack(int(_PATIENCE_S), int(_PATIENCE_S % 1 * 1e6))
+    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        connection.setsockopt(socket.SOL_SOCKET, option, patience)
 
 
 def _stat(process: int) -> list[str]:

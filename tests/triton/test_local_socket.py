@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from tests.runtime.test_continuous import wait_for
-from trio_deploy.triton import local
-from trio_deploy.triton.local import Ask, LocalClient, LocalServer
+from trio_deploy.triton import local_socket
+from trio_deploy.triton.local_socket import Ask, LocalClient, LocalServer
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def serve(name: str) -> Iterator[Callable[..., LocalServer]]:
         server.close()
 
 
-def asked(client: LocalClient, **tensors: np.ndarray) -> local.Reply:
+def asked(client: LocalClient, **tensors: np.ndarray) -> local_socket.Reply:
     return client.ask(Ask(tensors, "{}", 0), lambda: False)
 
 
@@ -180,7 +180,7 @@ def squat(address: bytes, kind: str = "SOCK_STREAM") -> subprocess.Popen:
 
 def test_sockets_of_others_are_passed_over(name, serve) -> None:
     """Whoever sees the names can make more of them; a child of ours is not one of the server's."""
-    prefix = local._prefix(name)
+    prefix = local_socket._prefix(name)
     others = [
         squat(prefix + b"0"),
         squat(prefix + b"1", "SOCK_DGRAM"),
@@ -199,7 +199,7 @@ def test_sockets_of_others_are_passed_over(name, serve) -> None:
 def test_a_process_that_is_none_of_the_servers_is_not_served(name, serve) -> None:
     taken: list[Ask] = []
     serve(lambda sender, ask: taken.append(ask))
-    (address,) = local._instances(name)
+    (address,) = local_socket._instances(name)
     script = (
         "import socket, sys\ns = socket.socket(socket.AF_UNIX)\n"
         "s.connect(bytes.fromhex(sys.argv[1]))\n"
@@ -218,14 +218,14 @@ def test_whoever_is_not_of_this_user_and_machine_is_not_asked(
     serve(answers())
 
     class Credentials:
-        size = local._CREDENTIALS.size
+        size = local_socket._CREDENTIALS.size
 
         @staticmethod
         def unpack(data: bytes) -> tuple[int, int, int]:
             process, user, group = struct.unpack("3i", data)
             return process * peer[0], peer[1] or user, group
 
-    monkeypatch.setattr(local, "_CREDENTIALS", Credentials)
+    monkeypatch.setattr(local_socket, "_CREDENTIALS", Credentials)
     with pytest.raises(ConnectionRefusedError, match="no instance"):
         asked(LocalClient(name))
 
@@ -236,11 +236,11 @@ def test_whoever_is_not_of_this_user_and_machine_is_not_asked(
 )
 def test_a_caller_that_says_nothing_or_nonsense_disturbs_nobody(name, serve, message) -> None:
     serve(answers(x=np.ones(1)))
-    (address,) = local._instances(name)
-    silent = local._connect(address)
-    with local._connect(address):
+    (address,) = local_socket._instances(name)
+    silent = local_socket._connect(address)
+    with local_socket._connect(address):
         pass
-    with local._connect(address) as connection:
+    with local_socket._connect(address) as connection:
         connection.send_bytes(message)
         connection.send_bytes(b"12345678")
         with pytest.raises((EOFError, OSError)):
@@ -250,8 +250,8 @@ def test_a_caller_that_says_nothing_or_nonsense_disturbs_nobody(name, serve, mes
 
 
 def test_an_instance_that_hangs_is_not_waited_for(name, serve, monkeypatch) -> None:
-    monkeypatch.setattr(local, "_PATIENCE_S", 0.2)
-    listening = local._listen(name)
+    monkeypatch.setattr(local_socket, "_PATIENCE_S", 0.2)
+    listening = local_socket._listen(name)
     with listening, pytest.raises(TimeoutError, match=r"took no request in 0\.2 s"):
         asked(LocalClient(name))
     senders: list[Any] = []  # kept, so that nothing hangs up
@@ -261,7 +261,10 @@ def test_an_instance_that_hangs_is_not_waited_for(name, serve, monkeypatch) -> N
 
 
 def test_it_goes_on_after_a_request_that_could_not_be_taken(name, serve, monkeypatch) -> None:
-    read, failures = local._read, [OSError(24, "Too many open files"), RuntimeError("no memory")]
+    read, failures = (
+        local_socket._read,
+        [OSError(24, "Too many open files"), RuntimeError("no memory")],
+    )
 
     def fail(connection: Any) -> Any:
         if failures:
@@ -271,7 +274,7 @@ def test_it_goes_on_after_a_request_that_could_not_be_taken(name, serve, monkeyp
     serve(answers(x=np.ones(1)))
     client = LocalClient(name)
     asked(client)
-    monkeypatch.setattr(local, "_read", fail)
+    monkeypatch.setattr(local_socket, "_read", fail)
     for _ in range(4):
         try:
             reply = asked(client)
