@@ -8,8 +8,9 @@ which prunes by autograd), and its engines against ONNX Runtime.
 Every part runs in a process of its own (scripts/gpu/parts.py), so that one that fails or dies keeps
 no other from running, and after every part what was found is written to gpu-<name>.json and .md. A
 second run goes on where the first one ended: parts that passed are not repeated, nor are engines
-that are there. The exit status is 0 where all holds, 1 where something does not, 3 where --minutes
-was over before all was done.
+that are there; what was found of another export or of other engines is forgotten. Report and exit
+status are of all that is known of this machine, by earlier runs too: 0 where all holds, 1 where
+something does not, 3 where --minutes was over before all was done.
 
 The bounds on speed hold for 7B in float16, batch 1, 2880 visual tokens, 11.1 % of them on average.
 """
@@ -30,14 +31,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.gpu.parts import host_env  # noqa: E402
+from scripts.gpu.parts import host_env, made  # noqa: E402
 from scripts.gpu.report import slug, to_markdown  # noqa: E402
 
 PARTS = ("tests", "tiny", "build", "times", "torch", "parity")
+_TINY = [
+    f"tiny {dtype} {way}" for dtype in ("float32", "float16") for way in ("shared", "separate")
+]
+#: All that is run, in the order of the report.
+_ORDER = ("host", "torch host", "tests", *_TINY, "export", "build", "times", "torch", "parity")
 CHILD = ["-X", "faulthandler", "-m", "scripts.gpu.parts"]
 #: Parts that go on behind a step that ended their process.
 _STEPWISE = ("build", "parity")
 _NEED_TENSORRT = ("tests", "tiny", "build", "times", "parity")
+#: Parts whose findings are of the large model's engines.
+_OF_ENGINES = ("build", "times", "parity")
 _UNFINISHED = 3
 
 
@@ -60,7 +68,6 @@ class Check:
         known = json.loads(source.read_text()) if source.is_file() else {}
         self.state: dict[str, Any] = known.get("parts", {})
         self.about: dict[str, Any] = known.get("about", {})
-        self.order: list[str] = []
         self.skipped: dict[str, str] = {}
         self.unfinished: list[str] = []
         self.torch_python = _torch_python(args.torch_python)
@@ -71,9 +78,13 @@ class Check:
         """Look at the two Pythons, and say which parts run here and why others do not."""
         wanted = set(self.args.only or PARTS) - set(self.args.skip)
         self.run("host", again=True)
+        looked = ["host"]
         if "torch" in wanted or ("tiny" in wanted and "torch" not in self.args.skip):
             self.run("torch host", again=True, python=self.torch_python)
-        self._forget_another_machine()
+            looked.append("torch host")
+        elif self._problem("host") or not self.passed("torch host"):
+            self.state.pop("torch host", None)  # of a Python that is not asked now
+        self._forget_another_machine(looked)
         missing = self._problem("host")
         torch = self._problem("torch host")
         layouts = ("separate",) if self.found().get("dialect") == "onnx" else ("shared", "separate")
@@ -89,15 +100,14 @@ class Check:
             if reason:
                 self.skipped[part] = reason
             elif part == "tiny":
-                for dtype in ("float32", "float16"):
-                    parts += [f"tiny {dtype} {layout}" for layout in layouts]
+                parts += [name for name in _TINY if name.split()[-1] in layouts]
             else:
                 parts.append(part)
         if {"build", "times", "torch", "parity"} & set(parts):
             first = next(n for n, p in enumerate(parts) if p not in ("tests",) and p[:4] != "tiny")
             parts.insert(first, "export")
         for part in parts:
-            print(f"will run {part}" + (" (passed before)" if self.passed(part) else ""))
+            print(f"will run {part}" + (" (passed before)" if self._keeps(part) else ""))
         for part, reason in self.skipped.items():
             print(f"SKIPPED {part}: {reason}")
         print(
@@ -109,8 +119,8 @@ class Check:
         checks = self.state.get(part, {}).get("checks", {})
         return next((check["text"] for check in checks.values() if not check["passed"]), "")
 
-    def _forget_another_machine(self) -> None:
-        """Drop what was found on another GPU, or with other options."""
+    def _forget_another_machine(self, looked: list[str]) -> None:
+        """Drop what was found on another GPU or with other options; not what was just looked at."""
         host = self.found()
         about = {key: host.get(key) for key in ("gpu", "tensorrt", "memory_gib")}
         about |= {key: getattr(self.args, key) for key in ("size", "tiny", "budget", "runs")}
@@ -119,8 +129,21 @@ class Check:
         about = {**known, **{key: value for key, value in about.items() if value is not None}}
         if any(about[key] != value for key, value in known.items()):
             print(f"earlier results are of {self.about}: they are not used", flush=True)
-            self.state = {n: p for n, p in self.state.items() if n in ("host", "torch host")}
+            self.state = {n: p for n, p in self.state.items() if n in looked}
         self.about = about
+
+    def _made(self) -> str:
+        """The large model's export and engines as they are now."""
+        paths = self.state.get("export", {}).get("figures", {}).get("paths")
+        return made(Path(paths["bundle"])) if paths else ""
+
+    def _forget_other_engines(self, parts: tuple[str, ...]) -> None:
+        """Drop what was found of an earlier export, or of engines that were built anew."""
+        now = self._made()
+        for part in parts:
+            if part in self.state and not (now and self.state[part].get("of") == now):
+                print(f"earlier {part}: of other engines, not used", flush=True)
+                del self.state[part]
 
     def passed(self, part: str) -> bool:
         """Whether a part came to its end and all of it holds."""
@@ -131,17 +154,27 @@ class Check:
 
     # ------------------------------------------------------------------------------ running it
 
+    def _keeps(self, part: str) -> bool:
+        """Whether a part need not run. Export, build and tiny see by themselves what is there."""
+        looks = part in ("export", "build", *_TINY)
+        return self.passed(part) and not looks and not self.args.again
+
     def run(self, part: str, *, again: bool = False, python: str = sys.executable) -> None:
         """Run a part in its process, unless it passed before; keep what it found."""
-        if part not in self.order:
-            self.order.append(part)
-        if self.passed(part) and not (again or self.args.again):
+        if self._keeps(part) and not again:
             print(f"kept {part}: passed before", flush=True)
             return
+        if self._over() and part not in ("host", "torch host"):
+            self.unfinished.append(part)  # what was known of it stays
+            return
+        before = self.state.get(part, {})
         result = self.work / f"{slug(part)}.json"
         settings = self.work / "settings.json"
-        kept = self.state.get(part, {}) if part == "parity" and not self.args.again else {}
-        result.write_text(json.dumps({**kept, "crashed": []}))
+        kept: dict[str, Any] = {}
+        if not self.args.again and (part == "parity" or (part in _TINY and self.passed(part))):
+            good = {n: c for n, c in before.get("checks", {}).items() if c["passed"]}
+            kept = {**before, "checks": good}
+        result.write_text(json.dumps({**kept, "crashed": [], "done": False, "now": ""}))
         facts = {**self.found(), **self.state.get("export", {}).get("figures", {})}
         asked = "torch" not in self.args.skip and not self._problem("torch host")
         settings.write_text(
@@ -175,11 +208,25 @@ class Check:
                 found["done"] = True
                 break
             found["crashed"].append(blamed)
+            found["now"] = ""
             result.write_text(json.dumps(found))
         found["seconds"] = round(time.monotonic() - start, 1)
         found["at"] = time.strftime("%Y-%m-%d %H:%M:%S")
+        if part == "export" and ended is None:
+            return  # whether there is another one now is seen by the next run
+        if kept and part in _TINY and found["done"] and _same(found, kept):
+            print(f"kept {part}: passed before, with the same engines", flush=True)
+            return
         self.state[part] = found
+        if part == "export":
+            self._forget_other_engines(_OF_ENGINES)
+        elif part in _OF_ENGINES:
+            found["of"] = self._made()
+            self._forget_other_engines(_OF_ENGINES)
         print(f"     {part}: {found['seconds']:.0f} s", flush=True)
+
+    def _over(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
     def _child(self, part: str, python: str, settings: Path, result: Path) -> str | None:
         """Run a process; how it ended, or None where the time was over before it did."""
@@ -235,15 +282,18 @@ class Check:
         found["checks"] = {}
         large: dict[str, Any] = {}
         built: dict[str, Any] = {}
-        for part in ("host", *[p for p in self.order if p != "host"]):
+        unfinished = set(self.unfinished)
+        for part in _ORDER:
             known = self.state.get(part, {})
+            if known and not known.get("done"):
+                unfinished.add(part)
             found["checks"] |= known.get("checks", {})
             large |= known.get("figures", {}).get("large", {})
             built |= known.get("figures", {}).get("built", {})
         for part, reason in self.skipped.items():
             if reason != "not asked for":
                 found["checks"][part] = {"passed": False, "text": f"not run: {reason}"}
-        for part in self.unfinished:
+        for part in sorted(unfinished, key=_ORDER.index):
             text = "not finished in the time given; run it again to go on"
             found["checks"][f"{part}, all of it"] = {"passed": False, "text": text}
         return {**found, "large": large, "built": built}
@@ -263,6 +313,11 @@ class Check:
             beside.write_text(content)
             beside.replace(file)
         return path
+
+
+def _same(found: dict[str, Any], kept: dict[str, Any]) -> bool:
+    """Whether a part left what it was given as it was."""
+    return all(found.get(key) == kept.get(key) for key in ("of", "checks"))
 
 
 def _torch_python(named: str | None) -> str:
@@ -309,10 +364,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     check.write()
     for part in parts:
-        if part not in ("tests", "export") and part[:4] != "tiny" and not check.passed("export"):
+        measures = part in ("build", "times", "torch", "parity")
+        if measures and "export" in check.unfinished:
+            check.unfinished.append(part)
+            continue
+        if measures and not check.passed("export"):
             text = "not run: there is no bundle to measure"
-            check.state[part] = {"checks": {part: {"passed": False, "text": text}}}
-            check.order.append(part)
+            check.state[part] = {"checks": {part: {"passed": False, "text": text}}, "done": True}
             continue
         # The export sees by itself what is there, and whether it is for this TensorRT.
         python = check.torch_python if part == "torch" else sys.executable

@@ -1,14 +1,16 @@
 """A part of the GPU check on a simulated TensorRT, in a process of its own.
 
 What goes wrong there is said by the environment: SIMULATED is JSON with the TensorRT `version`,
-`spoiled` (graph → output that its engine gets wrong) and `dies` / `raises` (stages in whose build
-the process is killed, or the bindings raise).
+`spoiled` (graph → output that its engine gets wrong), `dies` / `raises` (stages in whose build
+the process is killed, or the bindings raise), and `dies_at_once` / `hangs` (parts whose process is
+killed before it has done anything, or does nothing until it is killed).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -23,6 +25,10 @@ from scripts.gpu import parts  # noqa: E402
 from tests.simulated_tensorrt import install  # noqa: E402
 
 wanted = json.loads(os.environ["SIMULATED"])
+if sys.argv[1] in wanted.get("dies_at_once", []):
+    os.kill(os.getpid(), signal.SIGSEGV)
+while sys.argv[1] in wanted.get("hangs", []):
+    signal.pause()
 if wanted.get("version"):
     simulation = install(pytest.MonkeyPatch(), wanted["version"], gpu="Simulated GPU")
     simulation.tensorrt.__spec__ = ModuleSpec("tensorrt", None)  # torch looks for it

@@ -66,11 +66,61 @@ def test_all_parts_write_a_report_and_are_not_repeated(
 
     assert run(script, tmp_path, *options) == 0
     said = capsys.readouterr().out
-    for part in ("tiny float32 separate", "build", "times", "parity"):
+    for part in ("tiny float32 separate", "times", "parity"):
         assert f"kept {part}: passed before" in said
     again = report(tmp_path)
-    assert again["parts"]["times"] == found["parts"]["times"]
+    for part in ("tiny float32 separate", "times", "parity"):
+        assert again["parts"][part] == found["parts"][part]
+    figures = [page["parts"]["build"]["figures"] for page in (found, again)]
+    assert figures[0] == figures[1], "no engine is built again"
     assert set(again["checks"]) == names
+
+
+def test_the_report_is_of_earlier_calls_too_but_not_of_other_engines(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "out" / "gpu-simulated-gpu.md"
+    assert run(script, tmp_path, "--only", "build", "--only", "times") == 0
+    assert run(script, tmp_path, "--only", "parity") == 0
+    assert "| no pruning | TensorRT |" in page.read_text()
+    checks = list(report(tmp_path)["checks"])
+    assert checks.index("host") < checks.index("build decode") < checks.index("end to end")
+    assert checks[-1].endswith("parity")
+
+    next((tmp_path / "work").rglob("decode.engine")).unlink()
+    assert run(script, tmp_path, "--only", "build", "--only", "parity") == 0
+    said = capsys.readouterr().out
+    assert "earlier times: of other engines" in said
+    assert "kept parity" not in said
+    assert "times" not in report(tmp_path)["parts"]
+    assert "| no pruning | TensorRT |" not in page.read_text()
+
+    (mark,) = (tmp_path / "work").rglob("exported.json")
+    before = json.loads(mark.read_text())
+    mark.write_text(json.dumps({**before, "sources": "others"}))
+    check = script.Check(script.parse(["--work", f"{tmp_path}/work", "--size", SIZE]))
+    check.args.budget = 0.4
+    check.run("export")
+    assert {**json.loads(mark.read_text()), "export": before["export"]} == before
+    assert set(check.state) == {"host", "export"}
+
+
+def test_what_a_bundle_is_made_of_is_told_by_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [
+        tmp_path / name
+        for name in ("trio_deploy/methods.py", "trio_deploy/bench/synthetic.py", "export/a.yaml")
+    ]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
+    seen = {parts._sources()}
+    for file in files:
+        file.write_text("changed")
+        seen.add(parts._sources())
+    assert len(seen) == 1 + len(files)
 
 
 def test_what_raises_or_dies_keeps_no_other_part_from_running(
@@ -90,9 +140,17 @@ def test_what_raises_or_dies_keeps_no_other_part_from_running(
     assert not checks[f"{name} vision parity"]["passed"]
     assert not checks["times"]["passed"]
 
+    simulate(monkeypatch, dies_at_once=["parity"])
+    assert run(script, tmp_path, "--only", "parity") == 1
+    checks = report(tmp_path)["checks"]
+    assert "SIGSEGV" in checks["parity"]["text"]
+    assert checks[f"{name} decode parity"]["passed"], "kept"
+
     simulate(monkeypatch)  # the next run builds what is missing
     assert run(script, tmp_path, *options) == 0
-    assert {"prefill", "build select_1"} <= set(report(tmp_path)["checks"])
+    checks = report(tmp_path)["checks"]
+    assert {"prefill", "build select_1"} <= set(checks)
+    assert "parity" not in checks
 
 
 def test_a_wrong_engine_fails_the_check(
@@ -106,20 +164,27 @@ def test_a_wrong_engine_fails_the_check(
 
 
 def test_a_part_that_the_time_does_not_suffice_for_is_gone_on_with(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(script, tmp_path, "--only", "build") == 0
-    ahead = report(tmp_path)["parts"]["build"]
+    ahead = report(tmp_path)["built"]
     options = ["--only", "build", "--again", "--minutes", "0.00001"]
     assert run(script, tmp_path, *options) == 1, "not even the GPU could be looked at"
     assert "gpu_check" in capsys.readouterr().err
     check = script.Check(script.parse(["--work", f"{tmp_path}/work", "--again"]))
+    simulate(monkeypatch, hangs=["build"])
     check.deadline = time.monotonic() + 0.3
     check.run("build")
-    assert check.unfinished == ["build"]
+    check.run("times")
+    assert check.unfinished == ["build", "times"]
     assert "run it again" in check.found()["checks"]["build, all of it"]["text"]
+    assert "run it again" in check.found()["checks"]["times, all of it"]["text"]
+    simulate(monkeypatch)
     assert run(script, tmp_path, "--only", "build") == 0
-    assert report(tmp_path)["parts"]["build"] == ahead, "kept from the first run"
+    assert report(tmp_path)["built"] == ahead, "kept from the first run"
 
 
 def test_the_oracle_is_asked_in_torchs_python_where_this_one_has_none(

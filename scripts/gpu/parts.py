@@ -14,9 +14,11 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import traceback
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,10 @@ TORCH_NEEDS = (
     *("onnxruntime", "ml_dtypes", "PIL", "tokenizers", "jinja2", "yaml", "tqdm"),
 )
 _COPIED = 1 << 30  # bytes, to measure the bandwidth of memory
-#: What the exported graphs depend on: where it is the same, so are they.
-_SOURCES = ("graphs/*.py", "models/*.py", "export.py", "schedule.py", "weights.py", "recipe.py")
+#: What a bundle and what is found of it depend on, beside the model's own content.
+_SOURCES = ("trio_deploy/**/*.py", "export/*.yaml")
+#: Beside a bundle: what it was made of, and a name for this one export.
+_MARK = "exported.json"
 _TARGET = """
 description: the GPU of this check
 runtime: tensorrt
@@ -58,6 +62,7 @@ class Result:
     Attributes:
         checks: name → passed, text and figures.
         figures: for the report's JSON.
+        of: the bundle and engines that all this is of, as `made` has it.
         now: what is being done.
     """
 
@@ -67,6 +72,7 @@ class Result:
         self.checks: dict[str, Any] = known.get("checks", {})
         self.figures: dict[str, Any] = known.get("figures", {})
         self.crashed: list[str] = known.get("crashed", [])
+        self.of: str = known.get("of", "")
         self.now = ""
 
     def note(self, name: str, passed: bool, text: str, **figures: Any) -> None:
@@ -103,6 +109,7 @@ class Result:
             "checks": self.checks,
             "figures": self.figures,
             "crashed": self.crashed,
+            "of": self.of,
             "now": "" if done else self.now,
             "done": done,
         }
@@ -115,7 +122,8 @@ class Part:
     """What the parts share.
 
     Args:
-        settings: of `gpu_check.Settings`, as plain JSON.
+        settings: what `gpu_check.Check.run` writes to settings.json: folders, the command line's
+            options, and as `host` the figures found so far (of the host, and of the export).
     """
 
     def __init__(self, settings: Mapping[str, Any], result: Result) -> None:
@@ -198,12 +206,17 @@ class Part:
         name = f"tiny {dtype} {layout}"
         limits = {"batch": 4, "images": 2, "text": 64, "new": 32}
         bundle, target = self.bundle(self.tiny, dtype, layout, link=False, **limits)
+        self.build(bundle, target)
+        of, known = made(bundle.path), self.result.checks
+        if self.result.of == of and known and all(check["passed"] for check in known.values()):
+            return  # an earlier run compared these very engines
+        self.result.of = of
+        self.result.checks.clear()
         golden, missing = False, ""
         if not baselines.available():
             self.result.doing("the oracle, in torch's Python")
             missing = self._record(bundle.path)
             golden = not missing
-        self.build(bundle, target)
         self.result.doing("parity")
         if missing:
             rows, against = self.engines(bundle, bundle.stages), "ONNX Runtime"
@@ -225,13 +238,18 @@ class Part:
 
     def run_export(self) -> None:
         """The 7B model with random weights, as graphs and a target for this GPU."""
-        from trio_deploy.bench.synthetic import model_of, write_checkpoint
+        from trio_deploy.bench import synthetic
 
-        name, config, preprocessing = model_of(self.size)
+        name, config, preprocessing = synthetic.model_of(self.size)
         self.result.doing("random weights")
-        checkpoint = write_checkpoint(
-            self.work / f"{name}-float16", config, preprocessing, dtype="float16"
-        )
+        checkpoint = self.work / f"{name}-float16"
+        written = checkpoint.with_name(f"{checkpoint.name}.of.json")
+        writer = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()
+        made_of = {"config": config, "preprocessing": preprocessing, "writer": writer}
+        if not written.is_file() or json.loads(written.read_text()) != made_of:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        synthetic.write_checkpoint(checkpoint, config, preprocessing, dtype="float16")
+        written.write_text(json.dumps(made_of))
         weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
         # Weights twice on the device where there is room: a decode engine of its own is faster.
         roomy = self.host.get("free_gib", 0) * 2**30 > 3 * weights
@@ -339,12 +357,13 @@ class Part:
             link: its weights are the checkpoint's files.
         """
         from trio_deploy.bundle import Bundle
+        from trio_deploy.evaluate.configurations import Source
         from trio_deploy.export import export
         from trio_deploy.schedule import max_visual_tokens
 
         folder = self.work / f"{Path(str(model)).name}-{dtype}-{layout}"
         folder.mkdir(parents=True, exist_ok=True)
-        target, place, mark = folder / "this-gpu.yaml", folder / "bundle", folder / "exported.json"
+        target, place, mark = folder / "this-gpu.yaml", folder / "bundle", folder / _MARK
         capability, memory = self.host.get("compute_capability"), self.host.get("memory_gib")
         device = f'compute_capability: "{capability}"\n' if capability else ""
         if memory:
@@ -365,9 +384,14 @@ class Part:
             )
 
         write_target(usual=1)
-        made_of = {"target": target.read_text(), "budget": self.budget, "sources": _sources()}
-        known = json.loads(mark.read_text()) if mark.is_file() else None
-        if known != made_of or not place.is_dir():
+        made_of = {
+            "target": target.read_text(),
+            "budget": self.budget,
+            "sources": _sources(),
+            "model": Source.open(model).fingerprint,
+        }
+        known = json.loads(mark.read_text()) if mark.is_file() else {}
+        if known != {**made_of, "export": known.get("export")} or not place.is_dir():
             mark.unlink(missing_ok=True)
             engines, aside = place / "engines", folder / "engines"
             if engines.is_dir() and not aside.is_dir():  # those that still fit are not built again
@@ -384,7 +408,7 @@ class Part:
             )
             if aside.is_dir():
                 aside.rename(engines)
-            mark.write_text(json.dumps(made_of))
+            mark.write_text(json.dumps({**made_of, "export": uuid.uuid4().hex}))
         bundle = Bundle.load(place)
         write_target(usual=max_visual_tokens(bundle.config))
         return bundle, target
@@ -478,9 +502,23 @@ def _decode_bytes(bundle: Any) -> int:
 def _sources() -> str:
     digest = hashlib.sha256()
     for pattern in _SOURCES:
-        for file in sorted((ROOT / "trio_deploy").glob(pattern)):
+        for file in sorted(ROOT.glob(pattern)):
+            digest.update(f"{file.relative_to(ROOT)} {file.stat().st_size}\n".encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def made(bundle: Path) -> str:
+    """Tells this export of a bundle, with the engines it has now, from all others."""
+    digest = hashlib.sha256()
+    mark = bundle.parent / _MARK
+    digest.update(mark.read_bytes() if mark.is_file() else b"")
+    for record in sorted(bundle.glob("engines/*/record.json")):
+        stages = json.loads(record.read_text())["stages"]
+        engines = sorted(record.parent.glob("*.engine"))
+        written = {engine.name: engine.stat().st_mtime_ns for engine in engines}
+        digest.update(json.dumps([record.parent.name, stages, written], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def host_env() -> dict[str, str]:
