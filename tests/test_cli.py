@@ -286,12 +286,18 @@ def test_verify_of_graphs_alone_says_that_there_are_no_weights(tmp_path, capsys)
 def test_verify_says_what_it_could_not_compare_and_compares_it_from_then_on(
     tmp_path, llava_checkpoint, capsys
 ):
+    from trio_deploy.bundle import Bundle
     from trio_deploy.export import export
 
     export(llava_checkpoint, tmp_path / "b", budget=0.5, link_weights=True, progress=False)
     command = ["inspect", str(tmp_path / "b"), "--verify"]
     assert cli.main(command) == 0
-    assert "nothing to compare weights/model.safetensors with" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "nothing to compare weights/model.safetensors with" in captured.err
+    count = len(Bundle.load(tmp_path / "b").manifest.files)
+    assert f"{count - 1} of {count} files have their checksum" in captured.out
+    assert cli.main(command) == 0
+    assert f"{count} of {count} files have their checksum" in capsys.readouterr().out
     weights = tmp_path / "b" / "weights" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1

@@ -104,6 +104,7 @@ def _inspect(args: argparse.Namespace) -> None:
     from trio_deploy.export import inspect
 
     bundle = Bundle.load(args.bundle, verify=args.verify)
+    compared = sum(info.sha256 is not None for info in bundle.manifest.files.values())
     if args.verify and bundle.unsealed and bundle.manifest.weights != "planned":
         print(
             f"trio: nothing to compare {', '.join(bundle.unsealed)} with: no checksum of linked "
@@ -118,6 +119,8 @@ def _inspect(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     print(inspect(bundle))
+    if args.verify:
+        print(f"verified   {compared} of {len(bundle.manifest.files)} files have their checksum")
 
 
 def _plan(args: argparse.Namespace) -> None:
