@@ -364,20 +364,21 @@ def test_a_truncated_engine_is_refused(copied: Machine) -> None:
         copied.pipeline()
 
 
-def test_a_damaged_engine_is_refused(copied: Machine) -> None:
-    file = copied.folder / "prefill_1.engine"
+def damage(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[100] ^= 1
     file.write_bytes(content)
+
+
+def test_a_damaged_engine_is_refused(copied: Machine) -> None:
+    damage(copied.folder / "prefill_1.engine")
     with pytest.raises(TrioError, match="prefill_1.engine is damaged: run `trio build` again"):
         copied.pipeline()
 
 
 def test_an_engine_that_tensorrt_does_not_take_is_an_error(copied: Machine) -> None:
     file = copied.folder / "prefill_1.engine"
-    content = bytearray(file.read_bytes())
-    content[100] ^= 1
-    file.write_bytes(content)
+    damage(file)
     record = json.loads((copied.folder / "record.json").read_text())
     record["stages"]["prefill_1"]["sha256"] = sha256_of(file)
     (copied.folder / "record.json").write_text(json.dumps(record))

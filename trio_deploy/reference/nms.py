@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,17 +23,10 @@ def greedy_select(
     Returns:
         The kept indices in ascending order, [min(keep, N)].
     """
-    rows = features.astype(np.float64)
-    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    kept: list[int] = []
-    suppressed: list[int] = []
-    for token in np.argsort(-scores, kind="stable").tolist():
-        if len(kept) >= keep:
-            break
-        alike = kept and bool((rows[kept] @ rows[token] >= threshold).any())
-        (suppressed if alike else kept).append(token)
-    kept += suppressed[: max(0, keep - len(kept))]
-    return np.sort(np.asarray(kept, dtype=np.int64))
+    rows = _unit(features)
+    return _greedy(
+        scores, keep, lambda kept, token: bool((rows[kept] @ rows[token] >= threshold).any())
+    )
 
 
 def greedy_by_cosines(
@@ -43,23 +38,29 @@ def greedy_by_cosines(
         The kept indices in ascending order, [min(keep, N)].
     """
     alike = cosines >= threshold
-    free = np.ones(len(scores), bool)
+    return _greedy(scores, keep, lambda kept, token: bool(alike[token][kept].any()))
+
+
+def cosines_of(features: NDArray[np.floating]) -> NDArray[np.float64]:
+    """[N, N] of rows [N, d]; a zero row has cosine 0."""
+    rows = _unit(features)
+    return rows @ rows.T
+
+
+def _greedy(
+    scores: NDArray[np.floating], keep: int, is_alike: Callable[[list[int], int], bool]
+) -> NDArray[np.int64]:
     kept: list[int] = []
     suppressed: list[int] = []
     for token in np.argsort(-scores, kind="stable").tolist():
         if len(kept) >= keep:
             break
-        if free[token]:
-            kept.append(token)
-            free &= ~alike[token]
-        else:
-            suppressed.append(token)
+        (suppressed if kept and is_alike(kept, token) else kept).append(token)
     kept += suppressed[: max(0, keep - len(kept))]
     return np.sort(np.asarray(kept, dtype=np.int64))
 
 
-def cosines_of(features: NDArray[np.floating]) -> NDArray[np.float64]:
-    """[N, N] of rows [N, d]; a zero row has cosine 0."""
+def _unit(features: NDArray[np.floating]) -> NDArray[np.float64]:
     rows = features.astype(np.float64)
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return rows @ rows.T
+    return rows

@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 
 from trio_deploy.triton.sender import Sender
+from trio_deploy.triton.watch import process_stat
 
 _LOG = logging.getLogger(__name__)
 _CREDENTIALS = struct.Struct("3i")  # process, user, group: struct ucred of unix(7)
@@ -238,7 +239,9 @@ def _instances(model: str) -> list[bytes]:
 def _prefix(model: str) -> bytes:
     """Of the names of a model's sockets: other servers on the machine have others."""
     server = os.getppid()
-    digest = hashlib.sha256(f"{server} {_stat(server)[19]} {model}".encode()).hexdigest()
+    digest = hashlib.sha256(
+        f"{server} {int(process_stat(server)[19])} {model}".encode()
+    ).hexdigest()
     return f"\0trio-{digest[:32]}-".encode()
 
 
@@ -252,7 +255,7 @@ def _prepare(connection: Connection) -> None:
         data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         process, user, _ = _CREDENTIALS.unpack(data)
         # A process of another container has no number here: 0.
-        if user != os.geteuid() or not process or int(_stat(process)[1]) != os.getppid():
+        if user != os.geteuid() or not process or int(process_stat(process)[1]) != os.getppid():
             raise PermissionError("the other side of a local connection is none of this server's")
         _be_patient(peer)
 
@@ -262,12 +265,6 @@ def _be_patient(connection: socket.socket) -> None:
     patience = _TIMEVAL.pack(int(_PATIENCE_S), int(_PATIENCE_S % 1 * 1e6))
     for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
         connection.setsockopt(socket.SOL_SOCKET, option, patience)
-
-
-def _stat(process: int) -> list[str]:
-    """Of proc(5), from the state on: parent at 1, start time at 19."""
-    text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-    return text.rpartition(")")[2].split()
 
 
 def _write(

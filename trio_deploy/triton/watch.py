@@ -97,10 +97,19 @@ def _end(server: int) -> None:
 def _runs(process: int) -> bool:
     """Whether a process is there, and more than a zombie that nobody has asked after."""
     try:
-        status = Path(f"/proc/{process}/stat").read_bytes()  # the program's name may be any bytes
-        return status.rpartition(b")")[2].split()[0] != b"Z"
+        return process_stat(process)[0] != b"Z"
     except OSError:
         return False
+
+
+def process_stat(process: int) -> list[bytes]:
+    """A process in proc(5), from its state on: parent at 1, start time at 19.
+
+    Raises:
+        OSError: there is none.
+    """
+    status = Path(f"/proc/{process}/stat").read_bytes()  # the program's name may be any bytes
+    return status.rpartition(b")")[2].split()
 
 
 if __name__ == "__main__":
