@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +147,40 @@ def test_a_selection_with_narrowed_products_keeps_what_float32_keeps(
     found = [{*row[row >= 0]} for row in got["keep_index"]]
     common = sum(len(a & b) for a, b in zip(kept, found, strict=True))
     assert common >= 0.9 * sum(map(len, kept))
+
+
+_NARROWED = """
+import sys
+import numpy as np, openvino
+from trio_deploy.runtime.ov_passes import Passes
+
+model = openvino.Core().read_model(sys.argv[1])
+Passes().narrow_products(model)
+other = [np.full((64, 64), 7, np.uint16) for _ in range(500)]  # takes what memory was freed
+held = [
+    node.data.view(np.uint16).astype(np.uint32) << 16
+    for node in model.get_ordered_ops()
+    if node.get_type_name() == "Constant" and node.get_element_type() == openvino.Type.bf16
+]
+np.savez(sys.argv[2], *[bits.view(np.float32) for bits in held])
+"""
+
+
+def test_narrowed_square_weights_own_their_memory(tmp_path: Path) -> None:
+    """In a process of its own, whose memory nothing before has filled with the same values."""
+    config = model_config(hidden_size=64, num_kv_heads=4)
+    model = build_select(config, 1, PRIMITIVE)
+    weights = weights_of(config)
+    onnx.save(filled(model, weights), tmp_path / "graph.onnx")
+    subprocess.run(
+        [sys.executable, "-c", _NARROWED, tmp_path / "graph.onnx", tmp_path / "held.npz"],
+        check=True,
+    )
+    with np.load(tmp_path / "held.npz") as held:
+        found = list(held.values())
+    # The two square matrices that the backward pass multiplies from the other side.
+    for part in ("k_proj", "o_proj"):
+        weight = weights[f"language_model.layers.1.self_attn.{part}.weight"].astype(np.float32)
+        rounded = weight.astype(ml_dtypes.bfloat16).astype(np.float32)
+        assert any(np.array_equal(rounded, array) for array in found), part
+    assert len(found) == 2

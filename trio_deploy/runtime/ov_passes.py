@@ -27,11 +27,10 @@ class Passes:
 
     def __init__(self) -> None:
         """Needs OpenVINO."""
-        from openvino import Shape, Tensor, Type, opset13
+        from openvino import Type, opset13
         from openvino.preprocess import PrePostProcessor
 
         self._op, self._type, self._ports = opset13, Type, PrePostProcessor
-        self._shape, self._tensor = Shape, Tensor
 
     def narrow_products(self, model: Any) -> None:
         """Products with a weight of the checkpoint in bfloat16; all else stays in float32.
@@ -123,10 +122,12 @@ class Passes:
         They do because OpenVINO takes the packing of W for that of Wᵀ where both are one constant;
         a copy of W with memory of its own is safe.
         """
+        # Rounded here, since OpenVINO truncates; then handed over as float32, which it copies. A
+        # Tensor of bfloat16 would share memory that is freed when this function returns.
         weight = _constant(product.input_value(0)).data.astype(ml_dtypes.bfloat16)
-        copy = self._tensor(weight.view(np.uint16), self._shape(weight.shape), self._type.bf16)
+        copy = self._op.constant(weight.astype(np.float32), dtype=self._type.bf16)
         x = product.input_value(1).get_node().input_value(0)
-        y = self._op.matmul(self._narrow(x), self._op.constant(copy), False, False)
+        y = self._op.matmul(self._narrow(x), copy, False, False)
         y = self._op.convert(y, "f32")
         for target in product.output(0).get_target_inputs():
             _replace(target.get_node(), y)
