@@ -59,7 +59,7 @@ server-tests: $(TRITON)/.triton-ready
 	@if [ -e $(TRITON)/unavailable ]; then \
 		echo "server tests skipped: $$(cat $(TRITON)/unavailable)"; \
 	else \
-		$(TRITON)/bin/python -m pytest -q tests/triton/test_server*.py $(PYTEST_ARGS) || [ $$? -eq 5 ]; \
+		$(TRITON)/bin/python -m pytest -q tests/serve/triton_server/test_server*.py $(PYTEST_ARGS) || [ $$? -eq 5 ]; \
 	fi
 
 clean:

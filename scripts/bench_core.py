@@ -37,16 +37,16 @@ import numpy as np
 from trio_deploy.bench.baselines import autograd_probe
 from trio_deploy.bench.cases import Case, Opened, Run, fitted
 from trio_deploy.bench.child import peak_memory
+from trio_deploy.bench.environment import machine, machine_text
 from trio_deploy.bench.genai import missing
 from trio_deploy.bench.synthetic import Size, write_checkpoint
 from trio_deploy.bench.timing import interleave, peak_mib
 from trio_deploy.bench.workload import Workload
-from trio_deploy.bundle import Bundle
+from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
-from trio_deploy.export import export
-from trio_deploy.machine import machine, machine_text
-from trio_deploy.runtime.engine import open_engine
-from trio_deploy.schedule import Schedule
+from trio_deploy.export.job import export
+from trio_deploy.runtimes.registry import open_engine
+from trio_deploy.schedule.schedule import Schedule
 
 IMAGES = 5
 TEXT_TOKENS = 64
@@ -357,7 +357,7 @@ def bench_export(cache: Path, at: Setting) -> tuple[dict[str, Any], list[Row]]:
 
 def child_export(out: str) -> int:
     """What `bench_export` starts: `trio export --graphs-only`, and the memory it took."""
-    from trio_deploy import cli
+    from trio_deploy.cli import main as cli
 
     arguments = ["--model", "llava-next-7b", "--graphs-only", "--out", out]
     with contextlib.redirect_stdout(sys.stderr):

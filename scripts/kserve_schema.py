@@ -1,4 +1,4 @@
-"""Writes tests/triton/kserve_schema.json: the part of KServe's schema that our manifest touches.
+"""Write tests/serve/triton_server/kserve_schema.json: KServe's schema as far as we use it.
 
     python scripts/kserve_schema.py
 

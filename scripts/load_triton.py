@@ -33,13 +33,13 @@ import tritonclient.grpc.aio as triton
 from tqdm import tqdm
 from triton_server import TritonServer
 
+from trio_deploy.bench.environment import load_average, machine, machine_text
 from trio_deploy.bench.runner import budget_name
-from trio_deploy.bundle import Bundle
+from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.evaluate import scenes
-from trio_deploy.export import export
-from trio_deploy.machine import load_average, machine, machine_text
-from trio_deploy.runtime.pipeline import TrioPipeline
-from trio_deploy.triton.repository import Options, read_settings, write_repository
+from trio_deploy.export.job import export
+from trio_deploy.pipeline.pipeline import TrioPipeline
+from trio_deploy.serve.triton_server.repository import Options, read_settings, write_repository
 
 MODEL = "trio_vlm"
 #: For short answers of a small model on CPUs: a prefill for each core, in large batches.

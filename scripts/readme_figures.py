@@ -14,10 +14,10 @@ import re
 import tempfile
 from pathlib import Path
 
-from trio_deploy.answer import save_kept
+from trio_deploy.cli.run import save_kept
 from trio_deploy.evaluate import scenes
-from trio_deploy.export import export
-from trio_deploy.runtime.pipeline import Request, TrioPipeline
+from trio_deploy.export.job import export
+from trio_deploy.pipeline.pipeline import Request, TrioPipeline
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ((2000039, "busy"), (2000011, "busy"), (2000007, "smooth"))  # as examples/README.md

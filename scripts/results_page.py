@@ -17,14 +17,14 @@ from pathlib import Path
 
 from readme_figures import replace
 
-from trio_deploy import cli
+from trio_deploy.bench.environment import machine_text
 from trio_deploy.bench.table import to_markdown
+from trio_deploy.cli import main as cli
+from trio_deploy.cost.plan import make_plan
 from trio_deploy.evaluate.plot import PLOT, draw
 from trio_deploy.evaluate.results import Result, Results
 from trio_deploy.evaluate.statistics import Estimate
-from trio_deploy.export import export
-from trio_deploy.machine import machine_text
-from trio_deploy.plan import make_plan
+from trio_deploy.export.job import export
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"

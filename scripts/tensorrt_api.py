@@ -7,9 +7,9 @@ TensorRT runs here, and no GPU is needed.
 
     python scripts/tensorrt_api.py --bindings /tmp/bindings      # download and read again
 
-writes tests/build/tensorrt_api.json, with which the tests compare the adapter and the simulated
-TensorRT. `TRIO_TENSORRT_BINDINGS=/tmp/bindings pytest tests/build/test_adapter.py` then also loads
-the adapter's own classes into each of the bindings.
+writes tests/runtimes/tensorrt/tensorrt_api.json, with which the tests compare the adapter and the
+simulated TensorRT. `TRIO_TENSORRT_BINDINGS=/tmp/bindings pytest
+tests/runtimes/tensorrt/test_bindings.py` then also loads the adapter's own classes into each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-OUT = Path(__file__).parent.parent / "tests" / "build" / "tensorrt_api.json"
+OUT = Path(__file__).parent.parent / "tests" / "runtimes" / "tensorrt" / "tensorrt_api.json"
 
 #: The first and last of each kind that the adapter tells apart, and JetPack 6's two.
 WHEELS = (

@@ -37,7 +37,7 @@ WAIT_S = 120.0  # until what must come is given up; generous, other work may hav
 @pytest.fixture(scope="session")
 def llava_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LLaVA-1.5 with grouped queries (4 heads, 2 key/value heads), 16 visual tokens, fp32."""
-    from tests.checkpoints import make_llava
+    from tests.support.checkpoints import make_llava
 
     return make_llava(tmp_path_factory.mktemp("checkpoints") / "llava")
 
@@ -45,7 +45,7 @@ def llava_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def llava_next_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LLaVA-NeXT, tiles of 32 pixels, up to 88 visual tokens with newlines, fp32."""
-    from tests.checkpoints import make_llava_next
+    from tests.support.checkpoints import make_llava_next
 
     return make_llava_next(tmp_path_factory.mktemp("checkpoints") / "llava_next")
 
@@ -53,7 +53,7 @@ def llava_next_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def llava_mistral_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LLaVA-NeXT on Mistral, hub layout and old configuration style, three shards, fp32."""
-    from tests.checkpoints import make_llava_next
+    from tests.support.checkpoints import make_llava_next
 
     return make_llava_next(
         tmp_path_factory.mktemp("checkpoints") / "mistral", mistral=True, layout="hub", shards=3

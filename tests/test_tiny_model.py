@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trio_deploy.config.recipe import load_recipe
 from trio_deploy.evaluate import scenes
-from trio_deploy.export import export
-from trio_deploy.recipe import load_recipe
-from trio_deploy.runtime.pipeline import Generation, Request, TrioPipeline
+from trio_deploy.export.job import export
+from trio_deploy.pipeline.pipeline import Generation, Request, TrioPipeline
 
 FOLDER = Path(__file__).parents[1] / "trio_deploy" / "data" / "tiny"
 

@@ -65,7 +65,7 @@ def test_a_bundle_exported_and_run_there_gives_the_same_tokens(venv, tmp_path):
     there = json.loads(out)
     assert (tmp_path / "kept.png").stat().st_size > 0
 
-    from trio_deploy.runtime.pipeline import TrioPipeline
+    from trio_deploy.pipeline.pipeline import TrioPipeline
 
     here = TrioPipeline.from_bundle(tmp_path / "bundle").generate([SCENE], PROMPT)
     assert there["token_ids"] == list(here.token_ids)

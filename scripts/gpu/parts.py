@@ -138,10 +138,10 @@ class Part:
 
     def run_host(self) -> None:
         """The GPU, TensorRT and what else its Python needs; the bandwidth of the GPU's memory."""
-        from trio_deploy.build import adapter
-        from trio_deploy.build.gpu import this_gpu
-        from trio_deploy.machine import machine
-        from trio_deploy.runtime.cuda import Device
+        from trio_deploy.bench.environment import machine
+        from trio_deploy.runtimes.tensorrt import bindings as adapter
+        from trio_deploy.runtimes.tensorrt.device import Device
+        from trio_deploy.runtimes.tensorrt.gpu import this_gpu
 
         figures = self.result.figures
         figures["machine"] = machine(None)
@@ -200,8 +200,8 @@ class Part:
 
     def run_tiny(self, dtype: str, layout: str) -> None:
         """The trained tiny model's engines, against the oracle and ONNX Runtime."""
-        from trio_deploy import parity
         from trio_deploy.bench import baselines
+        from trio_deploy.verify import check as parity
 
         name = f"tiny {dtype} {layout}"
         limits = {"batch": 4, "images": 2, "text": 64, "new": 32}
@@ -356,10 +356,10 @@ class Part:
         Args:
             link: its weights are the checkpoint's files.
         """
-        from trio_deploy.bundle import Bundle
+        from trio_deploy.bundle.bundle import Bundle
+        from trio_deploy.cost.flops import max_visual_tokens
         from trio_deploy.evaluate.configurations import Source
-        from trio_deploy.export import export
-        from trio_deploy.schedule import max_visual_tokens
+        from trio_deploy.export.job import export
 
         folder = self.work / f"{Path(str(model)).name}-{dtype}-{layout}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -415,19 +415,19 @@ class Part:
 
     def large(self) -> tuple[Any, Path]:
         """The bundle that `run_export` made, and its target's file."""
-        from trio_deploy.bundle import Bundle
+        from trio_deploy.bundle.bundle import Bundle
 
         paths = self.host["paths"]
         return Bundle.load(Path(paths["bundle"])), Path(paths["target"])
 
     def build(self, bundle: Any, target: Path, stages: Sequence[str] | None = None) -> None:
         """Engines of a bundle that are not there yet, each with its first run."""
-        from trio_deploy.build import adapter
-        from trio_deploy.build.builder import build_engines
-        from trio_deploy.build.gpu import this_gpu
-        from trio_deploy.build.verify import run_once
-        from trio_deploy.recipe import load_target
-        from trio_deploy.runtime.cuda import Device
+        from trio_deploy.config.target import load_target
+        from trio_deploy.runtimes.tensorrt import bindings as adapter
+        from trio_deploy.runtimes.tensorrt.build import build_engines
+        from trio_deploy.runtimes.tensorrt.device import Device
+        from trio_deploy.runtimes.tensorrt.first_run import run_once
+        from trio_deploy.runtimes.tensorrt.gpu import this_gpu
 
         if not hasattr(self, "_tensorrt"):
             self._tensorrt, self._gpu = adapter.load(), this_gpu(Device())
@@ -445,10 +445,10 @@ class Part:
 
     def engines(self, bundle: Any, stages: Sequence[str]) -> list[Any]:
         """Engines of a bundle against ONNX Runtime, at three shapes a profile."""
-        from trio_deploy.parity.compare import TOLERANCES
-        from trio_deploy.parity.engines import compare_engines
-        from trio_deploy.runtime.ort import OrtRuntime
-        from trio_deploy.runtime.trt import TrtRuntime, engine_folder
+        from trio_deploy.runtimes.onnxruntime import OrtRuntime
+        from trio_deploy.runtimes.tensorrt.runtime import TrtRuntime, engine_folder
+        from trio_deploy.verify.compare import TOLERANCES
+        from trio_deploy.verify.engines import compare_engines
 
         runtime, reference = TrtRuntime(engine_folder(bundle), bundle), OrtRuntime()
         return compare_engines(
@@ -488,7 +488,7 @@ def bandwidth(device: Any) -> float:
 
 def _decode_bytes(bundle: Any) -> int:
     """Bytes of weights that a decode step reads: all layers and the head, one embedding row."""
-    from trio_deploy.build.builder import weight_bytes
+    from trio_deploy.runtimes.tensorrt.build import weight_bytes
 
     text = bundle.config.text
     if bundle.manifest.decode == "separate":
@@ -554,7 +554,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bundle", type=Path)
     args = parser.parse_args(arguments)
     if args.part == "golden":
-        from trio_deploy import parity
+        from trio_deploy.verify import check as parity
 
         parity.record(args.bundle, runtime="onnxruntime")
         return 0

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from trio_deploy.bench.workload import Workload, picture_size, prompt_of_length
-from trio_deploy.models import parse_config
-from trio_deploy.recipe import load_recipe
+from trio_deploy.config.recipe import load_recipe
+from trio_deploy.families.registry import parse_config
 
 
 def test_pictures_follow_from_the_seed_alone():

@@ -3,14 +3,8 @@
 import numpy as np
 import pytest
 
-from trio_deploy.evaluate.statistics import (
-    Bootstrap,
-    Estimate,
-    divergence,
-    student,
-    top_tokens,
-)
-from trio_deploy.runtime.sampling import log_softmax
+from trio_deploy.evaluate.statistics import Bootstrap, Estimate, divergence, student, top_tokens
+from trio_deploy.pipeline.sampling import log_softmax
 
 
 def test_the_interval_of_a_mean_is_as_wide_as_theory_says():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trio_deploy.cli import main
+from trio_deploy.cli.main import main
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluate.command import tuned_text
 from trio_deploy.evaluate.configurations import Bundles, RuntimeOptions, Source
@@ -24,9 +24,9 @@ from trio_deploy.evaluate.tune import (
     recipe_text,
     tune,
 )
-from trio_deploy.export import export
-from trio_deploy.runtime.pipeline import TrioPipeline
-from trio_deploy.schedule import Schedule
+from trio_deploy.export.job import export
+from trio_deploy.pipeline.pipeline import TrioPipeline
+from trio_deploy.schedule.schedule import Schedule
 
 ONE_THREAD = RuntimeOptions(threads=1)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from trio_deploy.build.adapter import TensorRT, load
-from trio_deploy.build.gpu import this_gpu
 from trio_deploy.errors import TrioError
-from trio_deploy.runtime.cuda import Device
+from trio_deploy.runtimes.tensorrt.bindings import TensorRT, load
+from trio_deploy.runtimes.tensorrt.device import Device
+from trio_deploy.runtimes.tensorrt.gpu import this_gpu
 
 
 class Host:

@@ -13,20 +13,20 @@ import pytest
 
 from tests.conftest import make_picture
 from tests.gpu.conftest import Host
-from tests.runtime.engines import TARGET
-from trio_deploy.build.builder import build_engines
-from trio_deploy.build.record import RECORD, Record
-from trio_deploy.build.verify import run_once
-from trio_deploy.bundle import Bundle
+from tests.support.engines import TARGET
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.config.target import load_target
 from trio_deploy.errors import TrioError
-from trio_deploy.export import export
-from trio_deploy.parity.compare import TOLERANCES
-from trio_deploy.parity.engines import compare_engines
-from trio_deploy.recipe import load_target
-from trio_deploy.runtime import arrays
-from trio_deploy.runtime.ort import OrtRuntime
-from trio_deploy.runtime.pipeline import Request, TrioPipeline
-from trio_deploy.runtime.trt import TrtRuntime, engine_folder
+from trio_deploy.export.job import export
+from trio_deploy.pipeline.pipeline import Request, TrioPipeline
+from trio_deploy.runtimes import arrays
+from trio_deploy.runtimes.onnxruntime import OrtRuntime
+from trio_deploy.runtimes.tensorrt.build import build_engines
+from trio_deploy.runtimes.tensorrt.first_run import run_once
+from trio_deploy.runtimes.tensorrt.record import RECORD, Record
+from trio_deploy.runtimes.tensorrt.runtime import TrtRuntime, engine_folder
+from trio_deploy.verify.compare import TOLERANCES
+from trio_deploy.verify.engines import compare_engines
 
 pytestmark = pytest.mark.gpu
 
@@ -148,7 +148,7 @@ def test_a_damaged_engine_is_refused_and_the_process_lives(built: Built, tmp_pat
     file.write_bytes(content)
     program = f"""
 from trio_deploy.errors import TrioError
-from trio_deploy.runtime.pipeline import TrioPipeline
+from trio_deploy.pipeline.pipeline import TrioPipeline
 try:
     TrioPipeline.from_bundle({str(bundle.path)!r}, "tensorrt")
 except TrioError as error:

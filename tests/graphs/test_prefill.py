@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.graphs.reference import language_model, model_config, relative, text_weights
-from tests.graphs.run import Runner, filled
+from tests.support.run_graph import Runner, filled
+from tests.support.transformers_models import language_model, model_config, relative, text_weights
+from trio_deploy.families.model_config import ModelConfig, RopeConfig
 from trio_deploy.graphs.decode import build_decode
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.prefill import build_prefill
-from trio_deploy.models.config import ModelConfig, RopeConfig
 
 SEGMENTS = ((0, 1), (1, 2), (2, 3))
 LENGTHS = (9, 5)

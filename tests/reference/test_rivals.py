@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from trio_deploy.methods import PIVOTS, RANDOM_PRIME
 from trio_deploy.reference import rivals
 from trio_deploy.reference.oracle import Oracle
+from trio_deploy.schedule.methods import PIVOTS, RANDOM_PRIME
 
 
 @pytest.fixture(scope="module")

@@ -17,17 +17,21 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_picture
-from trio_deploy import cli
-from trio_deploy.bench import Options, bench
-from trio_deploy.bundle import MANIFEST, Bundle, sha256_of
+from trio_deploy.bench.command import bench
+from trio_deploy.bench.runner import Options
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import MANIFEST
+from trio_deploy.cli import main as cli
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluate.results import KindResult, Result, Results
 from trio_deploy.evaluate.statistics import Estimate
-from trio_deploy.export import export
-from trio_deploy.report import Asked, Wanted, asked_about, gather, write_report
-from trio_deploy.report.chart import COLOURS, plot, style
+from trio_deploy.export.job import export
+from trio_deploy.files import sha256_of
+from trio_deploy.report import gather
+from trio_deploy.report.charts import COLOURS, plot, style
 from trio_deploy.report.page import dropped, render
-from trio_deploy.schedule import Schedule
+from trio_deploy.report.report import Asked, Wanted, asked_about, write_report
+from trio_deploy.schedule.schedule import Schedule
 
 EVIL = '<script>alert(1)</script><img src="https://evil.example/x.png">&"\''
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -239,7 +243,7 @@ def test_graphs_alone_make_a_page_that_says_what_is_missing(tmp_path, llava_chec
 
 
 def test_a_bundle_that_prunes_nothing_has_a_page(tmp_path, llava_checkpoint):
-    from trio_deploy.schedule import Schedule
+    from trio_deploy.schedule.schedule import Schedule
 
     whole = export(llava_checkpoint, tmp_path / "b", schedule=Schedule(), progress=False)
     wanted = Wanted(check=False, measure=False, scenes=0, asked=[Asked("hi", (make_picture(),))])
@@ -248,8 +252,8 @@ def test_a_bundle_that_prunes_nothing_has_a_page(tmp_path, llava_checkpoint):
 
 
 def test_engines_are_those_that_the_build_recorded(bundle, tmp_path):
-    from trio_deploy.build.record import Gpu, Record, StageRecord
-    from trio_deploy.recipe import Limits
+    from trio_deploy.config.target import Limits
+    from trio_deploy.runtimes.tensorrt.record import Gpu, Record, StageRecord
 
     copy = shutil.copytree(bundle.path, tmp_path / "b")
     folder = copy / "engines" / "orin"
@@ -270,8 +274,8 @@ def test_engines_are_those_that_the_build_recorded(bundle, tmp_path):
 
 
 def test_parity_comes_from_the_reference_or_the_recorded_one(bundle, monkeypatch):
-    from trio_deploy import parity
-    from trio_deploy.parity.compare import ParityRow
+    from trio_deploy.verify import check as parity
+    from trio_deploy.verify.compare import ParityRow
 
     seen = {}
     rows = [ParityRow("embed"), ParityRow("select_1", overlap=1.0, problem="too far")]
@@ -456,7 +460,7 @@ def test_a_page_is_there_wholly_or_not_at_all(bundle, tmp_path, monkeypatch):
 
 
 def test_the_command_hands_on_what_was_asked(monkeypatch, capsys):
-    from trio_deploy import report
+    from trio_deploy.report import report
 
     seen = {}
     monkeypatch.setattr(

@@ -16,9 +16,10 @@ import numpy as np
 from trio_deploy.bench.cases import Case, Run, timed
 from trio_deploy.bench.inputs import Inputs
 from trio_deploy.bench.workload import Workload
-from trio_deploy.bundle import Bundle
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.cost.flops import kv_bytes
 from trio_deploy.errors import TrioError
-from trio_deploy.schedule import Schedule, kv_bytes
+from trio_deploy.schedule.schedule import Schedule
 
 PROBES = 4
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from trio_deploy.bench.inputs import Inputs
 from trio_deploy.bench.workload import Workload, prompt_of_length
-from trio_deploy.bundle import Bundle
+from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
-from trio_deploy.runtime.pipeline import Generation, TrioPipeline
+from trio_deploy.pipeline.pipeline import Generation, TrioPipeline
 
 BASELINES = ("transformers", "oracle", "genai")
 

@@ -15,9 +15,10 @@ from trio_deploy.bench import chart
 from trio_deploy.bench.runner import Options, measure, sweep
 from trio_deploy.bench.synthetic import model_of, write_checkpoint
 from trio_deploy.bench.table import to_markdown
-from trio_deploy.bundle import Bundle, write_atomically
+from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
-from trio_deploy.export import export
+from trio_deploy.export.job import export
+from trio_deploy.files import write_atomically
 
 
 def bench(

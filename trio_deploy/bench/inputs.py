@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from PIL import Image
 from tokenizers import Tokenizer
 
-from trio_deploy.bundle import Bundle
-from trio_deploy.models.preprocessing import Preprocessor, ProcessedImage
-from trio_deploy.runtime.prompt import Message, Prompt, PromptEncoder
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.families.preprocessing import Preprocessor, ProcessedImage
+from trio_deploy.pipeline.chat import Message
+from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
 
 
 class Inputs:

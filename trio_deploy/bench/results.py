@@ -7,14 +7,9 @@ from typing import Any
 
 from trio_deploy.bench.cases import GROUPS, OTHER, Case, Run
 from trio_deploy.bench.timing import Spread
-from trio_deploy.bundle import Bundle
-from trio_deploy.schedule import (
-    Cost,
-    PruningPoint,
-    Schedule,
-    account,
-    vision_flops,
-)
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.cost.flops import Cost, account, vision_flops
+from trio_deploy.schedule.schedule import PruningPoint, Schedule
 
 PROBES = 4
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from trio_deploy.bench.cases import BASELINES, Case, Opened, Run, fitted
 from trio_deploy.bench.child import peak_memory
+from trio_deploy.bench.environment import load_average, machine
 from trio_deploy.bench.results import case_figures, compare
 from trio_deploy.bench.timing import interleave
 from trio_deploy.bench.workload import Workload, picture_size
-from trio_deploy.bundle import Bundle
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.config.target import load_target
 from trio_deploy.errors import TrioError
-from trio_deploy.machine import load_average, machine
-from trio_deploy.recipe import load_target
 
 SCHEMA = 1
 UNPRUNED = "no pruning"

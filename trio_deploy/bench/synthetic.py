@@ -18,15 +18,16 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from trio_deploy.checkpoint import INDEX, SINGLE
+from trio_deploy.bench.environment import machine
+from trio_deploy.bundle.weights import plan_layout
+from trio_deploy.checkpoint.resolve import resolve
+from trio_deploy.checkpoint.safetensors import INDEX, SINGLE
+from trio_deploy.config.recipe import list_recipes
 from trio_deploy.errors import TrioError
-from trio_deploy.machine import machine
-from trio_deploy.models import canonical_tensors, parse_config
-from trio_deploy.models.config import ModelConfig
-from trio_deploy.models.family import CLIP_PREPROCESSING
-from trio_deploy.recipe import list_recipes
-from trio_deploy.source import resolve
-from trio_deploy.weights import plan_layout
+from trio_deploy.families.base import CLIP_PREPROCESSING
+from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.names import canonical_tensors
+from trio_deploy.families.registry import parse_config
 
 _DTYPES = {
     "float32": np.dtype(np.float32),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trio_deploy.bench.cases import GROUPS, OTHER
-from trio_deploy.machine import machine_text
+from trio_deploy.bench.environment import machine_text
 
 _MIB = 2**20
 NOTE = (

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trio_deploy.models.config import ModelConfig
+from trio_deploy.families.model_config import ModelConfig
 
 _WORDS = "what is in the picture , and which of the things in it are most alike ? "
 

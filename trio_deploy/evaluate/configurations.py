@@ -13,18 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from trio_deploy import __version__
-from trio_deploy.bundle import MANIFEST, WEIGHTS, Bundle, sha256_of
-from trio_deploy.checkpoint import Checkpoint, read_header
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import MANIFEST, WEIGHTS
+from trio_deploy.bundle.weights import DTYPES
+from trio_deploy.checkpoint.resolve import resolve
+from trio_deploy.checkpoint.safetensors import Checkpoint, read_header
+from trio_deploy.config.recipe import Recipe
+from trio_deploy.config.target import load_target
+from trio_deploy.cost.flops import max_visual_tokens
 from trio_deploy.errors import TrioError
-from trio_deploy.export import export
-from trio_deploy.methods import METHODS
-from trio_deploy.models import parse_config
-from trio_deploy.models.config import ModelConfig
-from trio_deploy.recipe import Recipe, load_target
-from trio_deploy.runtime.pipeline import TrioPipeline
-from trio_deploy.schedule import Schedule, for_budget, max_visual_tokens, solve
-from trio_deploy.source import resolve
-from trio_deploy.weights import DTYPES
+from trio_deploy.export.job import export
+from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.registry import parse_config
+from trio_deploy.files import sha256_of
+from trio_deploy.pipeline.pipeline import TrioPipeline
+from trio_deploy.schedule.budget import for_budget, solve
+from trio_deploy.schedule.methods import METHODS
+from trio_deploy.schedule.schedule import Schedule
 
 BUNDLES = "bundles"
 UNPRUNED = "unpruned"

@@ -11,20 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from trio_deploy.bundle import MANIFEST, sha256_of, write_atomically
+from trio_deploy.bundle.manifest import MANIFEST
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate.configurations import (
-    BLIND,
-    UNPRUNED,
-    Configuration,
-    Source,
-    used,
-)
+from trio_deploy.evaluate.ask import Measured
+from trio_deploy.evaluate.configurations import BLIND, UNPRUNED, Configuration, Source, used
 from trio_deploy.evaluate.questions import Question
-from trio_deploy.evaluate.run import Measured
 from trio_deploy.evaluate.scorers import pope_summary, yes_or_no
 from trio_deploy.evaluate.statistics import Bootstrap, Estimate
-from trio_deploy.schedule import Schedule
+from trio_deploy.files import sha256_of, write_atomically
+from trio_deploy.schedule.schedule import Schedule
 
 SCHEMA = 2
 RESULTS = "results.json"

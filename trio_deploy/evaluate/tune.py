@@ -27,8 +27,8 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from trio_deploy.bundle import write_atomically
 from trio_deploy.errors import TrioError
+from trio_deploy.evaluate.ask import AnswerLog, batches, checksums, same
 from trio_deploy.evaluate.configurations import (
     BUNDLES,
     Bundles,
@@ -38,11 +38,12 @@ from trio_deploy.evaluate.configurations import (
     unpruned,
 )
 from trio_deploy.evaluate.questions import Question
-from trio_deploy.evaluate.run import AnswerLog, batches, checksums, same
 from trio_deploy.evaluate.statistics import Bootstrap, Estimate
-from trio_deploy.methods import METHODS
-from trio_deploy.runtime.pipeline import Request, TrioPipeline
-from trio_deploy.schedule import PruningPoint, Schedule, default_layers, solve
+from trio_deploy.files import write_atomically
+from trio_deploy.pipeline.pipeline import Request, TrioPipeline
+from trio_deploy.schedule.budget import default_layers, solve
+from trio_deploy.schedule.methods import METHODS
+from trio_deploy.schedule.schedule import PruningPoint, Schedule
 
 BEST = "schedule.yaml"
 _LOG = "tuning.jsonl"

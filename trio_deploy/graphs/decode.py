@@ -6,20 +6,12 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from trio_deploy.graphs.layers import (
-    FLOAT,
-    INT64,
-    DecoderLayer,
-    Dialect,
-    Embedding,
-    Head,
-    Stage,
-    Window,
-    cache_window,
-)
+from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.graphs.dialects.base import FLOAT, INT64, Dialect
+from trio_deploy.graphs.graph import Stage
+from trio_deploy.graphs.modules import DecoderLayer, Embedding, Head, Window, cache_window
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.prefill import past_inputs, present_outputs
-from trio_deploy.models.config import ModelConfig
 
 
 def build_decode(

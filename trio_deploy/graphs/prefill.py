@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from trio_deploy.graphs.layers import (
-    FLOAT,
-    INT64,
-    KV,
-    DecoderLayer,
-    Dialect,
-    Head,
-    Stage,
-    cache_window,
-)
+from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.graphs.dialects.base import FLOAT, INT64, Dialect
+from trio_deploy.graphs.graph import Stage
+from trio_deploy.graphs.modules import KV, DecoderLayer, Head, cache_window
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.models.config import ModelConfig
 
 
 def build_prefill(

@@ -1,1 +1,1 @@
-"""The oracle: TRIO on transformers' own model, with autograd. Needs the `reference` extra."""
+"""The oracle: TRIO on transformers' own model, with autograd."""

@@ -27,11 +27,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from trio_deploy.errors import TrioError
-from trio_deploy.methods import ENCODER_SCORES, MERGING, SEEDS
 from trio_deploy.reference import rivals
 from trio_deploy.reference.nms import greedy_select
 from trio_deploy.reference.trace import Stage, Tensors, stack_rows
-from trio_deploy.schedule import Schedule
+from trio_deploy.schedule.methods import ENCODER_SCORES, MERGING, SEEDS
+from trio_deploy.schedule.schedule import Schedule
 
 MODEL_CLASSES = {
     "llava": "LlavaForConditionalGeneration",

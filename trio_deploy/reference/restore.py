@@ -15,10 +15,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from trio_deploy.bundle import WEIGHTS, Bundle
-from trio_deploy.checkpoint import DTYPES, TensorEntry, read_header
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import WEIGHTS
+from trio_deploy.checkpoint.safetensors import DTYPES, TensorEntry, read_header
 from trio_deploy.errors import TrioError
-from trio_deploy.models import map_checkpoint_names
+from trio_deploy.families.names import map_checkpoint_names
 from trio_deploy.reference.oracle import model_class
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from trio_deploy.methods import (
+from trio_deploy.schedule.methods import (
     FAR,
     PIVOTS,
     RANDOM_PRIME,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from trio_deploy.methods import ENCODER_SCORES
+from trio_deploy.schedule.methods import ENCODER_SCORES
 
 Tensors = dict[str, NDArray]
 

@@ -20,17 +20,18 @@ from typing import Any
 
 from PIL import Image
 
-from trio_deploy import parity
-from trio_deploy.bench import Options, measure
 from trio_deploy.bench.cases import GROUPS, OTHER
+from trio_deploy.bench.environment import machine_text
 from trio_deploy.bench.results import PROBES
 from trio_deploy.bench.runner import SCHEMA as BENCH_SCHEMA
-from trio_deploy.bench.runner import UNPRUNED
+from trio_deploy.bench.runner import UNPRUNED, Options, measure
 from trio_deploy.bench.table import operations, split, times, where
-from trio_deploy.build.record import RECORD, Record
-from trio_deploy.bundle import ENGINES, MANIFEST, WEIGHTS, Bundle, format_bytes, sha256_of
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import ENGINES, MANIFEST, WEIGHTS
+from trio_deploy.config.recipe import Recipe, list_recipes, load_recipe
+from trio_deploy.cost.flops import account, max_tiles, max_visual_tokens, vision_flops
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate import evaluate, scenes
+from trio_deploy.evaluate import scenes
 from trio_deploy.evaluate.configurations import (
     BLIND,
     Configuration,
@@ -40,14 +41,16 @@ from trio_deploy.evaluate.configurations import (
     grid,
 )
 from trio_deploy.evaluate.configurations import UNPRUNED as ALL_TOKENS
+from trio_deploy.evaluate.evaluation import evaluate
 from trio_deploy.evaluate.questions import scene_questions
 from trio_deploy.evaluate.results import Result, Results
-from trio_deploy.machine import machine_text
-from trio_deploy.parity.golden import GOLDEN
-from trio_deploy.recipe import Recipe, list_recipes, load_recipe
-from trio_deploy.runtime.picture import kept_panels, pruned_before
-from trio_deploy.runtime.pipeline import Generation, Request, TrioPipeline
-from trio_deploy.schedule import Schedule, account, max_tiles, max_visual_tokens, vision_flops
+from trio_deploy.files import format_bytes, sha256_of
+from trio_deploy.pipeline.draw import kept_panels, pruned_before
+from trio_deploy.pipeline.pipeline import Generation, Request, TrioPipeline
+from trio_deploy.runtimes.tensorrt.record import RECORD, Record
+from trio_deploy.schedule.schedule import Schedule
+from trio_deploy.verify import check as parity
+from trio_deploy.verify.golden import GOLDEN
 
 _MIB = 2**20
 _TEXT_TOKENS = 60  # as `trio plan` and the paper count

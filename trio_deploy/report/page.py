@@ -13,8 +13,8 @@ import jinja2
 from markupsafe import Markup
 
 import trio_deploy
-from trio_deploy.methods import QUESTION_BLIND
-from trio_deploy.report.chart import plot
+from trio_deploy.report.charts import plot
+from trio_deploy.schedule.methods import QUESTION_BLIND
 
 _LABELS = 12  # of layers under a chart, at most
 

@@ -1,1 +1,1 @@
-"""Serving a bundle with the Triton Inference Server: the repository and the models in it."""
+"""Import paths of Triton repositories written before 0.2."""

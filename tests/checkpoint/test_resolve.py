@@ -1,0 +1,59 @@
+"""A --model that cannot be found: the error says what to do, as fits the command."""
+
+from __future__ import annotations
+
+import pytest
+
+from trio_deploy.checkpoint.resolve import resolve
+from trio_deploy.cost.plan import make_plan
+from trio_deploy.errors import TrioError
+from trio_deploy.export.attach import attach_weights
+from trio_deploy.export.job import export
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    """An empty Hugging Face cache, and no way to the hub."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_graphs_only_is_not_advised_where_it_does_not_help(tmp_path):
+    for call in (
+        lambda: make_plan("nobody/none"),
+        lambda: export("nobody/none", tmp_path / "b", graphs_only=True, progress=False),
+    ):
+        with pytest.raises(TrioError, match=r"hf download nobody/none .*--model FOLDER") as caught:
+            call()
+        assert "--graphs-only" not in str(caught.value)
+
+
+def test_attach_weights_names_its_own_argument(tmp_path):
+    export("tiny", tmp_path / "b", budget=0.5, graphs_only=True, progress=False)
+    with pytest.raises(TrioError, match="pass the folder as the checkpoint") as caught:
+        attach_weights(tmp_path / "b", "nobody/none", progress=False)
+    assert "--" not in str(caught.value).replace("--local-dir", "")
+
+
+@pytest.mark.parametrize("model", ["a/b/c", "./none", "none/"])
+def test_a_path_that_is_not_there_is_called_a_folder(model):
+    with pytest.raises(TrioError, match=f"the folder {model} does not exist"):
+        resolve(model, weights_needed=True)
+
+
+def test_what_may_be_a_folder_or_a_hub_id_is_said_to_be_neither(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(TrioError, match=r"the folder out/none does not exist; cannot get out/none"):
+        resolve("out/none", weights_needed=True)
+
+
+def test_a_file_is_not_a_checkpoint(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(TrioError, match=r"model\.safetensors is a file"):
+        resolve("model.safetensors", weights_needed=True)
+
+
+def test_an_unknown_name_is_two_sentences():
+    with pytest.raises(TrioError, match=r"nor a recipe\. The recipes are .*tiny"):
+        resolve("zzz", weights_needed=True)

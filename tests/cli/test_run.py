@@ -1,0 +1,104 @@
+"""`trio run` reports tokens a layer range, speed and memory, and draws what was kept."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trio_deploy.cli import run as answers
+from trio_deploy.errors import TrioError
+from trio_deploy.pipeline import draw as picture
+from trio_deploy.pipeline.pipeline import Generation
+from trio_deploy.schedule.schedule import Schedule
+
+
+def answer(**changes):
+    visual = np.arange(2, 12)
+    text = np.array([0, 1, 12, 13, 14])
+    values = {
+        "text": "a cat",
+        "token_ids": [5, 6, 2],
+        "finish_reason": "stop",
+        "timings": {"vision": 0.1},
+        "first_token_s": 0.25,
+        "tokens_per_s": 40.0,
+        "prompt_tokens": 15,
+        "visual": visual,
+        "kept": [np.union1d(text, visual[:4]), np.union1d(text, visual[:1])],
+        "layer_ranges": [(0, 1, 15), (1, 3, 9), (3, 4, 6)],
+        "schedule": Schedule.parse("1:0.4,3:0.1"),
+        "kv_bytes": 3 * 2**20,
+        "kv_bytes_allocated": 4 * 2**20,
+    }
+    return Generation(**{**values, **changes})
+
+
+def test_text_has_a_line_a_layer_range_and_the_average():
+    lines = answers.generation_text(answer()).splitlines()
+    assert lines[1].split() == ["0", "10", "15"]
+    assert lines[2].split() == ["1-2", "4", "9"]
+    assert lines[3].split() == ["3", "1", "6"]
+    assert lines[4].split()[:3] == ["average", "4.8", "47.5%"]
+    assert "0.250 s" in lines[6] and "40.0 tokens/s" in lines[6] and "stop" in lines[6]
+    assert lines[7] == "KV cache 3.00 MiB"
+
+
+def test_a_text_only_answer_has_no_average():
+    nothing = np.array([], np.int64)
+    text = answers.generation_text(
+        answer(visual=nothing, kept=[], prompt_tokens=5, layer_ranges=[(0, 4, 5)], tokens_per_s=0.0)
+    )
+    assert "average" not in text
+    assert "tokens/s" not in text
+
+
+def test_a_remark_on_unknown_words_stays_one_line():
+    assert answers.unknown_remark(["gnu"], 61).startswith(
+        "the model's vocabulary of 61 tokens lacks 'gnu': "
+    )
+    many = answers.unknown_remark([f"word{n}\n" for n in range(20)], 61)
+    assert "'word7\\n' and 12 more: " in many and "\n" not in many
+
+
+def test_json_is_plain():
+    raw = json.loads(json.dumps(answers.generation_json(answer(token_ids=[np.int64(5)]))))
+    assert raw["schedule"][1] == {"layer": 3, "keep": 0.1, "method": "trio"}
+    assert raw["token_ids"] == [5]
+    assert raw["keep_counts"] == [4, 1]
+    assert raw["kept"][1] == [0, 1, 2, 12, 13, 14]
+
+
+def test_several_images_are_drawn_below_one_another(tmp_path, monkeypatch):
+    seen = []
+
+    def draw(image, processed, kept, layers):
+        seen.append((len(kept), layers))
+        return Image.new("RGB", image.size, "red")
+
+    monkeypatch.setattr(picture, "draw_kept", draw)
+
+    class Tokens:
+        rows = np.arange(5)
+
+    images = [Image.new("RGB", (30, 20)), Image.new("RGB", (50, 10))]
+    generation = answer(images=images, processed=[Tokens, Tokens])
+    answers.save_kept(generation, tmp_path / "kept.png")
+    with Image.open(tmp_path / "kept.png") as sheet:
+        assert sheet.width == 50 and sheet.height >= 30
+    assert seen == [(2, [1, 3])] * 2
+
+
+def test_nothing_to_draw_or_nowhere_to_write_is_an_error(tmp_path, monkeypatch):
+    with pytest.raises(TrioError, match="--image"):
+        answers.save_kept(answer(), tmp_path / "kept.png")
+    monkeypatch.setattr(picture, "draw_kept", lambda *_: Image.new("RGB", (3, 3)))
+
+    class Tokens:
+        rows = np.arange(10)
+
+    generation = answer(images=[Image.new("RGB", (3, 3))], processed=[Tokens])
+    with pytest.raises(TrioError, match="cannot write"):
+        answers.save_kept(generation, tmp_path / "no" / "kept.png")

@@ -1,0 +1,122 @@
+"""`trio plan` shows a schedule's cost, and the paper's figures as the paper's."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from trio_deploy.cli.main import main
+from trio_deploy.config.recipe import load_recipe
+from trio_deploy.cost.plan import make_plan
+from trio_deploy.errors import TrioError
+
+
+def test_the_papers_rows_stand_beside_ours_and_differences_are_explained():
+    plan = make_plan("llava-next-7b", budget=0.111, visual_tokens=2880)
+    text = plan.to_text()
+    ours, papers = text.split("the paper's own figures")
+    assert "16.670 T" in ours
+    assert "1.699 T" in ours and "2.68" not in ours
+    for figure in ("2.68 T", "16.67 T", "191.0 MiB", "1156.0 MiB"):
+        assert figure in papers
+    # its KV row belongs to 2312 tokens; a whole layer a probe explains part of its FLOPs
+    assert "2312 tokens" in papers and "2940 here" in papers
+    assert "2.34 T" in papers
+
+
+def test_rows_that_agree_with_the_paper_are_not_remarked_upon():
+    plan = make_plan("llava-1.5-7b", schedule="1:92,10:54,15:22")
+    assert plan.cost.kv_bytes == 62 * 2**20
+    assert plan.unpruned.kv_bytes == 318 * 2**20
+    assert not any("MiB pruned" in note for note in plan.notes)
+
+
+def test_at_another_budget_the_papers_pruned_figures_are_not_compared():
+    plan = make_plan("llava-next-7b", budget=0.222)
+    assert any("11.1 %, not to this 22.2%" in note for note in plan.notes)
+    assert not any("whole layer's forward" in note for note in plan.notes)
+
+
+def test_published_schedules_are_the_recipes():
+    plan = make_plan("llava-1.5-7b", budget=0.222)
+    assert plan.schedule.resolve(576) == (218, 128, 54)
+    assert plan.cost.average == 128
+
+
+def test_visual_tokens_default_to_the_largest_image():
+    assert make_plan("llava-1.5-7b").visual == 576
+    plan = make_plan("llava-next-7b")
+    assert (plan.visual, plan.tiles) == (2880, 5)
+    assert make_plan("llava-next-7b", visual_tokens=1176).tiles == 3
+
+
+@pytest.mark.parametrize(
+    "model", ["tiny", "llava-1.5-13b", "llava-next-mistral-7b", "llama3-llava-next-8b"]
+)
+@pytest.mark.parametrize("budget", [0.333, 0.222, 0.111])
+def test_every_recipe_has_a_plan_within_half_a_token_a_layer(model, budget):
+    plan = make_plan(model, budget=budget)
+    share = plan.cost.average / plan.visual
+    assert share == pytest.approx(budget, abs=max(0.01, 0.6 / plan.visual))
+    assert plan.cost.honest < plan.unpruned.honest
+    assert plan.to_text()
+
+
+def test_text_only_prompts_have_nothing_to_prune():
+    plan = make_plan("llava-1.5-7b", visual_tokens=0, text_tokens=10)
+    assert plan.cost.honest == plan.unpruned.honest
+    assert plan.cost.selection == 0
+    assert plan.to_text()
+
+
+def test_json_says_what_the_text_says(capsys):
+    assert main(["plan", "--model", "llava-1.5-7b", "--budget", "0.111", "--json"]) == 0
+    raw = json.loads(capsys.readouterr().out)
+    assert raw["keep"] == [92, 54, 22]
+    assert raw["pruned"]["average"] == 64
+    assert math.isclose(raw["unpruned"]["flops"]["paper_formula"], 2.986e12, rel_tol=1e-3)
+    assert [row["unpruned"] for row in raw["paper"]] == [2.98, 318]
+    assert [r["tokens"] for r in raw["pruned"]["ranges"]] == [636, 152, 114, 82]
+
+
+def test_a_checkpoint_folder_needs_its_configuration_alone(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(load_recipe("llava-1.5-7b").architecture))
+    plan = make_plan(str(tmp_path), budget=1.0)
+    assert plan.model == tmp_path.name
+    assert plan.cost.layers == plan.unpruned.layers
+
+
+def test_an_unreadable_configuration_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(TrioError, match=r"config\.json"):
+        make_plan(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model": "llava-9"}, "llava-9"),
+        ({"model": "llava-1.5-7b", "budget": 0.01}, "0.03"),
+        ({"model": "llava-1.5-7b", "budget": 1.5}, "not possible"),
+        ({"model": "llava-1.5-7b", "schedule": "1:900"}, "only 576"),
+        ({"model": "llava-1.5-7b", "schedule": "40:9"}, "layers 0 to 31"),
+        ({"model": "llava-1.5-7b", "visual_tokens": -1}, "negative"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments, words):
+    with pytest.raises(TrioError, match=words):
+        make_plan(**arguments)
+
+
+def test_the_cost_counts_the_block_size_that_the_graphs_use():
+    from trio_deploy.cost.flops import SUPPRESSION_BLOCK
+    from trio_deploy.selection.suppression import BLOCK
+
+    assert BLOCK == SUPPRESSION_BLOCK
+
+
+def test_a_prompt_beyond_the_context_is_remarked():
+    assert any("context of 4096" in n for n in make_plan("llava-1.5-7b", text_tokens=4000).notes)
+    assert not any("context" in note for note in make_plan("llava-1.5-7b").notes)

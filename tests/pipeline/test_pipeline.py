@@ -1,0 +1,468 @@
+"""The whole way, picture to text, against transformers and the oracle."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import make_picture
+from tests.support.checkpoints import EOS
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.errors import TrioError
+from trio_deploy.export.job import export
+from trio_deploy.pipeline.draw import draw_generation
+from trio_deploy.pipeline.pipeline import Generation, Request, TrioPipeline, _target_options
+
+SCHEDULE = "1:0.4,2:0.2"
+COLOR = "what color is the circle ?"
+IMAGE_ITEM = {"type": "image"}
+
+
+def ask(text: str, images: int = 1) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*[IMAGE_ITEM] * images, {"type": "text", "text": text}]}]
+
+
+class Setup:
+    """Bundles of the two fixture checkpoints, exported and opened once."""
+
+    def __init__(self, folder: Path, checkpoints: dict[str, Path]) -> None:
+        self.checkpoints = checkpoints
+        self._folder = folder
+        self._bundles: dict[tuple, Path] = {}
+        self._pipelines: dict[tuple, TrioPipeline] = {}
+        self._oracles: dict[tuple, Any] = {}
+
+    def bundle(self, family: str, dialect: str = "ort", positions: str = "renumber") -> Path:
+        key = (family, dialect, positions)
+        if key not in self._bundles:
+            out = self._folder / "-".join(key)
+            export(
+                self.checkpoints[family],
+                out,
+                schedule=SCHEDULE,
+                dialect=dialect,
+                positions=positions,
+                progress=False,
+            )
+            self._bundles[key] = out
+        return self._bundles[key]
+
+    def pipeline(
+        self,
+        family: str = "llava_next",
+        dialect: str = "ort",
+        positions: str = "renumber",
+        runtime: str = "onnxruntime",
+    ) -> TrioPipeline:
+        key = (family, dialect, positions, runtime)
+        if key not in self._pipelines:
+            bundle = self.bundle(family, dialect, positions)
+            self._pipelines[key] = TrioPipeline.from_bundle(bundle, runtime, threads=1)
+        return self._pipelines[key]
+
+    def oracle(self, family: str, positions: str = "renumber") -> Any:
+        from trio_deploy.reference.oracle import Oracle
+
+        key = (family, positions)
+        if key not in self._oracles:
+            path = self.checkpoints[family]
+            self._oracles[key] = Oracle.from_checkpoint(path, positions=positions)
+        return self._oracles[key]
+
+
+@pytest.fixture(scope="session")
+def setup(
+    tmp_path_factory: pytest.TempPathFactory, llava_checkpoint: Path, llava_next_checkpoint: Path
+) -> Setup:
+    folder = tmp_path_factory.mktemp("bundles")
+    return Setup(folder, {"llava": llava_checkpoint, "llava_next": llava_next_checkpoint})
+
+
+def inputs_of(checkpoint: Path, messages: list[dict], images: list[Image.Image]) -> Any:
+    """What transformers' processor makes of a conversation."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint, backend="pil")
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    return processor(text=text, images=images or None, return_tensors="pt")
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_unpruned_answers_are_those_of_transformers(setup: Setup, family: str, count: int) -> None:
+    images = [make_picture(100, 60), make_picture(40, 90, seed=1)][:count]
+    inputs = inputs_of(setup.checkpoints[family], ask(COLOR, count), images)
+    model = setup.oracle(family).model
+    prompt = inputs["input_ids"].shape[1]
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=12)[0, prompt:].tolist()
+    answer = setup.pipeline(family).generate(
+        images, ask(COLOR, count), max_new_tokens=12, budget=1.0
+    )
+    assert answer.token_ids == expected
+    assert answer.prompt_tokens == prompt
+    assert "select_1" not in answer.timings, "nothing to prune, yet a selection ran"
+
+
+ENGINES = [("ort", "onnxruntime"), ("onnx", "onnxruntime"), ("primitive", "openvino")]
+
+
+@pytest.mark.parametrize(("dialect", "runtime"), ENGINES)
+@pytest.mark.parametrize("positions", ["renumber", "original"])
+def test_pruned_answers_and_kept_tokens_are_those_of_the_oracle(
+    setup: Setup, dialect: str, runtime: str, positions: str
+) -> None:
+    from trio_deploy.reference.oracle import Row
+
+    if positions == "original" and dialect == "onnx":
+        pytest.skip("covered by the other dialects")
+    family = "llava_next"
+    pipeline = setup.pipeline(family, dialect, positions, runtime)
+    for seed, size in ((0, (100, 60)), (1, (40, 90))):
+        image = make_picture(*size, seed=seed)
+        inputs = inputs_of(setup.checkpoints[family], ask(COLOR), [image])
+        row = Row(
+            inputs["input_ids"][0].numpy(),
+            inputs["pixel_values"][0].numpy(),
+            [(image.height, image.width)],
+        )
+        oracle = setup.oracle(family, positions)
+        expected = oracle.generate([row], pipeline.bundle.schedule, max_new_tokens=10).rows[0]
+        answer = pipeline.generate([image], ask(COLOR), max_new_tokens=10)
+        assert answer.token_ids == list(expected.token_ids)
+        for ours, theirs in zip(answer.kept, expected.kept, strict=True):
+            assert np.array_equal(ours, theirs)
+        assert answer.keep_counts == list(pipeline.bundle.schedule.resolve(answer.visual_tokens))
+
+
+def mixed(**common: Any) -> list[Request]:
+    """Rows that differ in everything a row may differ in."""
+    return [
+        Request(ask(COLOR), [make_picture(60, 100, 3)], max_new_tokens=5, **common),
+        Request("what is this ?", max_new_tokens=9, **common),
+        Request(ask("count", 2), [make_picture(), make_picture(32, 32)], 7, budget=1.0, **common),
+        Request(ask("see ."), [make_picture(90, 30, 5)], max_new_tokens=1, budget=0.5, **common),
+    ]
+
+
+def alike(one: Generation, other: Generation) -> bool:
+    return (
+        one.token_ids == other.token_ids
+        and one.text == other.text
+        and one.finish_reason == other.finish_reason
+        and one.kv_bytes == other.kv_bytes
+        and one.layer_ranges == other.layer_ranges
+        and all(np.array_equal(a, b) for a, b in zip(one.kept, other.kept, strict=True))
+    )
+
+
+@pytest.mark.parametrize(("dialect", "runtime"), ENGINES)
+def test_a_row_of_a_batch_gives_what_it_gives_alone(
+    setup: Setup, dialect: str, runtime: str
+) -> None:
+    pipeline = setup.pipeline(dialect=dialect, runtime=runtime)
+    requests = mixed()
+    for request, together in zip(requests, pipeline.generate_batch(requests), strict=True):
+        assert alike(pipeline.generate_batch([request])[0], together)
+
+
+def test_sampling_in_a_batch_repeats_single_runs_by_their_seeds(setup: Setup) -> None:
+    pipeline = setup.pipeline()
+    requests = mixed(temperature=1.0, top_p=0.9, seed=7)
+    answers = pipeline.generate_batch(requests)
+    for request, together in zip(requests, answers, strict=True):
+        assert alike(pipeline.generate_batch([request])[0], together)
+    other = pipeline.generate_batch(mixed(temperature=1.0, top_p=0.9, seed=8))
+    assert [a.token_ids for a in answers] != [a.token_ids for a in other]
+
+
+def test_a_budget_of_a_request_changes_what_is_kept_and_nothing_else(setup: Setup) -> None:
+    pipeline, image = setup.pipeline(), make_picture()
+    answers = [
+        pipeline.generate([image], ask(COLOR), max_new_tokens=4, budget=budget)
+        for budget in (0.35, 0.6, 1.0)
+    ]
+    counts = [answer.keep_counts for answer in answers]
+    assert counts[0] < counts[1] < counts[2] == [answers[0].visual_tokens] * 2
+    for answer in answers:
+        text = answer.prompt_tokens - answer.visual_tokens
+        assert [tokens for *_, tokens in answer.layer_ranges] == [
+            text + visual for visual in (answer.visual_tokens, *answer.keep_counts)
+        ]
+    assert answers[0].kv_bytes < answers[1].kv_bytes < answers[2].kv_bytes
+    with pytest.raises(TrioError, match="budget"):
+        pipeline.generate([image], ask(COLOR), budget=0.01)
+
+
+def test_the_cache_is_as_large_as_prompt_and_answer_in_each_segment(setup: Setup) -> None:
+    answer = setup.pipeline().generate([make_picture()], ask(COLOR), max_new_tokens=6, stop=["~"])
+    text = setup.pipeline().bundle.config.text
+    token = 2 * text.num_kv_heads * text.head_dim * 4
+    capacity = sum((stop - start) * (tokens + 6) for start, stop, tokens in answer.layer_ranges)
+    assert answer.kv_bytes_allocated == token * capacity
+    # The last token is never fed back, so it takes no place.
+    fed = len(answer.token_ids) - 1
+    used = sum((stop - start) * (tokens + fed) for start, stop, tokens in answer.layer_ranges)
+    assert answer.kv_bytes == token * used
+
+
+def test_text_streams_in_pieces_that_join_to_the_answer(setup: Setup) -> None:
+    pieces: list[str] = []
+    answer = setup.pipeline().generate(
+        [make_picture()], ask(COLOR), max_new_tokens=12, stream=pieces.append
+    )
+    assert "".join(pieces) == answer.text and len(pieces) > 1
+    assert answer.first_token_s > 0 and answer.tokens_per_s > 0
+    stages = ["preprocess", "vision", "embed", "prefill_0", "select_1", "prefill_1", "select_2"]
+    assert list(answer.timings) == [*stages, "prefill_2", "decode"]
+
+
+def test_a_stop_string_ends_the_answer_and_is_left_out(setup: Setup) -> None:
+    pipeline, image = setup.pipeline(), make_picture()
+    whole = pipeline.generate([image], ask(COLOR), max_new_tokens=12)
+    assert whole.finish_reason == "length" and len(whole.token_ids) == 12
+    words = whole.text.split(" ")
+    stop, pieces = " ".join(words[3:5]), list[str]()
+    answer = pipeline.generate(
+        [image], ask(COLOR), max_new_tokens=12, stop=[stop], stream=pieces.append
+    )
+    assert answer.finish_reason == "stop"
+    assert answer.text == "".join(pieces) == whole.text[: whole.text.index(stop)]
+    assert len(answer.token_ids) < len(whole.token_ids)
+
+
+def test_end_tokens_stop_the_answer_and_are_not_shown(setup: Setup) -> None:
+    pipeline, image = setup.pipeline(), make_picture()
+    whole = pipeline.generate([image], ask(COLOR), max_new_tokens=12).token_ids
+    end = whole[4]
+    ending = copy.copy(pipeline)
+    ending._ends = frozenset({EOS, end})
+    answer = ending.generate([image], ask(COLOR), max_new_tokens=12)
+    assert answer.token_ids == whole[: whole.index(end) + 1]
+    assert answer.finish_reason == "stop"
+    assert answer.text == pipeline._encoder.decode(answer.token_ids[:-1])
+
+
+def test_prompts_and_answers_stay_inside_the_models_context(setup: Setup) -> None:
+    pipeline = setup.pipeline("llava")
+    context = pipeline.bundle.config.text.max_positions
+    words = context - 16 - 10
+    answer = pipeline.generate([make_picture()], ask("a " * words), max_new_tokens=100)
+    assert answer.finish_reason == "length"
+    assert answer.prompt_tokens + len(answer.token_ids) == context
+    with pytest.raises(TrioError, match=rf"{context + 90} tokens \(16 of them visual.*{context}"):
+        missing = context + 90 - answer.prompt_tokens
+        pipeline.generate([make_picture()], ask("a " * (words + missing)))
+
+
+BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
+    ({"images": [], "prompt": ask("what ?")}, "1 image placeholder.*0 image"),
+    ({"images": [make_picture()] * 2, "prompt": ask("what ?")}, "1 image placeholder.*2 image"),
+    ({"images": [make_picture()], "prompt": "what <image> ?"}, "placeholder"),
+    ({"images": [b"no picture"], "prompt": ask("what ?")}, "image"),
+    ({"images": ["no-such-file.png"], "prompt": ask("what ?")}, "no-such-file.png"),
+    ({"prompt": "what ?", "max_new_tokens": 0}, "max_new_tokens"),
+    ({"prompt": "what ?", "temperature": -1.0}, "temperature"),
+    ({"prompt": "what ?", "stop": [""]}, "stop string"),
+]
+
+
+@pytest.mark.parametrize(("request_", "message"), BAD_REQUESTS)
+def test_bad_requests_are_one_clear_error(
+    setup: Setup, request_: dict[str, Any], message: str
+) -> None:
+    pipeline = setup.pipeline()
+    with pytest.raises(TrioError, match=message):
+        pipeline.generate(**request_)
+    with pytest.raises(TrioError, match="^request 1: "):
+        pipeline.generate_batch([Request("what ?", max_new_tokens=1), Request(**request_)])
+
+
+def test_a_selection_that_did_not_settle_is_an_error(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = setup.pipeline()
+    engine = pipeline._stages.engines["select_2"]
+    run = engine.run
+    unsettled = {"converged": np.array([True, False])}
+    monkeypatch.setattr(engine, "run", lambda feeds, **options: run(feeds, **options) | unsettled)
+    with pytest.raises(TrioError, match="select_2 found no set of tokens for row 1"):
+        pipeline.generate_batch([Request(ask(COLOR), [make_picture()])] * 2)
+
+
+def test_no_requests_are_no_answers(setup: Setup) -> None:
+    assert setup.pipeline().generate_batch([]) == []
+
+
+def test_low_memory_gives_the_same_answer(setup: Setup) -> None:
+    low = TrioPipeline.from_bundle(setup.bundle("llava_next"), threads=1, low_memory=True)
+    question: dict[str, Any] = {"images": [make_picture()], "prompt": ask(COLOR)}
+    expected = setup.pipeline().generate(**question, max_new_tokens=6)
+    assert low.generate(**question, max_new_tokens=6).token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("dialect", ["ort", "onnx", "primitive"])
+def test_caches_in_memory_of_the_engines_own_give_the_same_answer(
+    setup: Setup, dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU they cannot be sliced; here ONNX Runtime's own values stand in for its memory."""
+    from trio_deploy.runtimes.onnxruntime import OrtEngine
+
+    question: dict[str, Any] = {"images": [make_picture()], "prompt": ask(COLOR)}
+    expected = setup.pipeline(dialect=dialect).generate(**question, max_new_tokens=6)
+
+    def empty(engine: OrtEngine, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        return engine._ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, "cpu", 0)
+
+    monkeypatch.setattr(OrtEngine, "empty", empty)
+    answer = setup.pipeline(dialect=dialect).generate(**question, max_new_tokens=6)
+    assert alike(answer, expected)
+
+
+def test_a_bundle_without_a_chat_template_takes_the_whole_prompt(
+    setup: Setup, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(setup.bundle("llava"), folder)
+    bundle = Bundle.load(folder)
+    del bundle.manifest.files["chat_template.jinja"]
+    pipeline = TrioPipeline.from_bundle(bundle, threads=1)
+    image, template = make_picture(), setup.pipeline("llava")
+    written = pipeline.generate([image], f"USER: <image>\n{COLOR} ASSISTANT:", max_new_tokens=5)
+    expected = template.generate([image], ask(COLOR), max_new_tokens=5)
+    assert written.token_ids == expected.token_ids
+    raw = template.generate(
+        [image], f"USER: <image>\n{COLOR} ASSISTANT:", max_new_tokens=5, raw=True
+    )
+    assert raw.token_ids == expected.token_ids
+    with pytest.raises(TrioError, match="no chat template"):
+        pipeline.generate([image], ask(COLOR))
+
+
+def test_the_picture_dims_what_was_dropped(setup: Setup) -> None:
+    white = Image.new("RGB", (100, 60), "white")
+    answer = setup.pipeline().generate([white, white], ask(COLOR, 2), max_new_tokens=1)
+    assert sum(len(tokens) for tokens in answer.kept_of_image(0)) > 0
+    panels = 1 + len(answer.kept)
+    pixels = np.asarray(draw_generation(answer).convert("L"))
+    # Two rows of panels, each as wide as the picture is enlarged to.
+    strip = pixels[: pixels.shape[0] // 2, : panels * 344]
+    lit = [(strip[8:200, 8 + 344 * i : 344 * (i + 1)] > 200).mean() for i in range(panels)]
+    assert lit[0] > 0.99 > lit[1] > lit[2] > 0
+    with pytest.raises(TrioError, match="no picture"):
+        draw_generation(setup.pipeline().generate(prompt="what ?", max_new_tokens=1))
+
+
+def test_a_bfloat16_bundle_runs_on_openvino_and_is_refused_by_onnx_runtime(
+    setup: Setup, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    checkpoint = setup.checkpoints["llava"]
+    kwargs: dict[str, Any] = {"schedule": SCHEDULE, "dialect": "primitive", "progress": False}
+    export(checkpoint, out, dtype="bfloat16", target="cpu-openvino", **kwargs)
+    pipeline = TrioPipeline.from_bundle(out, threads=1)
+    assert pipeline.precision == "bfloat16"
+    image = make_picture()
+    answer = pipeline.generate([image], COLOR, max_new_tokens=3)
+    assert len(answer.token_ids) >= 1
+    pixels = pipeline.encode(Request(COLOR, [image]))[1][0].pixel_values
+    whole = setup.pipeline("llava", "primitive", runtime="openvino").engine("vision")
+    expected = whole.run({"pixel_values": pixels})["image_features"]
+    engine = pipeline.engine("vision")
+    rounded = pixels.astype(engine.inputs["pixel_values"].dtype)
+    features = engine.run({"pixel_values": rounded})["image_features"].astype(np.float32)
+    assert np.abs(features - expected).max() < 0.03 * np.abs(expected).max()
+    with pytest.raises(TrioError, match="onnxruntime cannot run bfloat16 graphs: .*cpu-openvino"):
+        TrioPipeline.from_bundle(out, "onnxruntime")
+
+
+def test_a_target_of_ones_own_is_carried_by_the_bundle(setup: Setup, tmp_path: Path) -> None:
+    target = tmp_path / "mine.yaml"
+    target.write_text(
+        "runtime: openvino\ndialect: primitive\ndtype: float32\nprecision: bfloat16\n"
+    )
+    out = tmp_path / "bundle"
+    export(setup.checkpoints["llava"], out, schedule=SCHEDULE, target=target, progress=False)
+    target.unlink()
+    bundle = Bundle.load(out)
+    assert (bundle.manifest.runtime, bundle.manifest.precision) == ("openvino", "bfloat16")
+    assert _target_options(bundle, None, None) == ("openvino", None, "bfloat16")
+    assert _target_options(bundle, None, "onnxruntime") == ("onnxruntime", None, None)
+    assert _target_options(bundle, "cpu-openvino", None) == ("openvino", None, "float32")
+
+
+def test_a_bundle_for_cuda_asks_for_a_gpu_unless_told_otherwise(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    checkpoint = setup.checkpoints["llava"]
+    bundle = export(checkpoint, tmp_path / "b", schedule=SCHEDULE, target="cuda", progress=False)
+    manifest = bundle.manifest
+    assert (manifest.runtime, manifest.provider) == ("onnxruntime", "cuda")
+    assert (manifest.dialect, manifest.dtype) == ("ort", "float16")
+    assert _target_options(bundle, None, None) == ("onnxruntime", "cuda", None)
+    with pytest.raises(TrioError, match=r"no CUDAExecutionProvider.*\[gpu\].*--provider cpu"):
+        TrioPipeline.from_bundle(bundle)
+    on_cpu = TrioPipeline.from_bundle(bundle, provider="cpu", threads=1)
+    assert on_cpu.generate([make_picture()], COLOR, max_new_tokens=2).token_ids
+
+
+def test_a_picture_that_requests_share_is_seen_once(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = setup.pipeline()
+    one, other = make_picture(100, 60), make_picture(40, 90, seed=1)
+    questions = [Request(ask(COLOR), [image], max_new_tokens=4) for image in (one, other, one)]
+    alone = [pipeline.generate_batch([question])[0] for question in questions]
+    engine, tiles = pipeline.engine("vision"), []
+    run = engine.run
+
+    def counting(feeds: dict[str, Any], into: Any = None, **options: Any) -> dict[str, Any]:
+        tiles.append(len(feeds["pixel_values"]))
+        return run(feeds, into, **options)
+
+    monkeypatch.setattr(engine, "run", counting)
+    together = pipeline.generate_batch(questions)
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    assert sum(tiles) == sum(len(a.processed[0].pixel_values) for a in alone[:2])
+
+
+def test_forced_tokens_are_given_back_with_their_probabilities(setup: Setup) -> None:
+    pipeline, image = setup.pipeline(), make_picture()
+    free = pipeline.generate([image], ask(COLOR), max_new_tokens=4)
+    forced, changed = pipeline.generate_batch(
+        [
+            Request(ask(COLOR), [image], forced=free.token_ids),
+            Request(ask(COLOR), [image], forced=[*free.token_ids[:2], 7]),
+        ]
+    )
+    assert forced.token_ids == free.token_ids and all(forced.greedy)
+    assert changed.logprobs[:2] == pytest.approx(forced.logprobs[:2], rel=1e-4)
+    first = free.first_logits
+    assert first is not None and int(first.argmax()) == free.token_ids[0]
+    expected = first[free.token_ids[0]] - np.log(np.exp(first.astype(np.float64)).sum())
+    assert forced.logprobs[0] == pytest.approx(expected, rel=1e-4)
+    context = pipeline.bundle.config.text.max_positions
+    with pytest.raises(TrioError, match="force fewer"):
+        pipeline.generate_batch([Request(ask(COLOR), [image], forced=[5] * context)])
+
+
+def test_a_request_may_say_what_to_keep_at_each_point(setup: Setup) -> None:
+    pipeline, image = setup.pipeline(), make_picture()
+    own, other = pipeline.generate_batch(
+        [
+            Request(ask(COLOR), [image], max_new_tokens=3),
+            Request(ask(COLOR), [image], max_new_tokens=3, keep=(0.5, 0.1)),
+        ]
+    )
+    assert other.keep_counts[0] == int(0.5 * other.visual_tokens + 0.5) > own.keep_counts[0]
+    assert other.keep_counts[1] == int(0.1 * other.visual_tokens + 0.5) < own.keep_counts[1]
+    for wrong in ({"keep": (0.5,)}, {"keep": (0.5, 0.2), "budget": 0.5}, {"keep": (0.2, 0.5)}):
+        with pytest.raises(TrioError):
+            pipeline.generate_batch([Request(ask(COLOR), [image], **wrong)])

@@ -1,0 +1,260 @@
+"""Prompts come out token for token as transformers' processors make them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+
+from tests.conftest import make_picture
+from tests.support.checkpoints import BOS, CHAT_TEMPLATE, IMAGE
+from trio_deploy.errors import TrioError
+from trio_deploy.pipeline.chat import ChatTemplate
+from trio_deploy.pipeline.prompt import Prompt, PromptEncoder, collate
+
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "image_token": "<image>"}
+IMAGE_ITEM = {"type": "image"}
+
+
+def text_item(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def encoder(checkpoint: Path, template: str | None = CHAT_TEMPLATE) -> PromptEncoder:
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    return PromptEncoder(tokenizer, IMAGE, TOKENS, template)
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": [IMAGE_ITEM, text_item("what color is the circle ?")]}],
+    [{"role": "user", "content": "what is this ?"}],
+    [
+        {"role": "user", "content": [IMAGE_ITEM, text_item("count"), IMAGE_ITEM]},
+        {"role": "assistant", "content": [text_item("two .")]},
+        {"role": "user", "content": [text_item("and the third ?")]},
+    ],
+]
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_messages_become_the_same_tokens_as_in_transformers(
+    family: str, messages: list[dict], request: pytest.FixtureRequest
+) -> None:
+    from transformers import AutoProcessor
+
+    checkpoint = request.getfixturevalue(f"{family}_checkpoint")
+    processor = AutoProcessor.from_pretrained(checkpoint, backend="pil")
+    count = sum(part == IMAGE_ITEM for m in messages for part in m["content"])
+    pictures = [make_picture(90 + 30 * i, 60, seed=i) for i in range(count)]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    expected = processor(text=text, images=pictures or None)["input_ids"][0]
+    image_counts = np.diff(
+        np.flatnonzero(np.diff([0, *(np.array(expected) == IMAGE).astype(int), 0]))
+    )[::2]
+
+    ours = encoder(checkpoint)
+    assert ours.text(messages, count) == text
+    prompt = ours.encode(text, list(image_counts))
+    assert prompt.ids.tolist() == list(expected)
+    assert (prompt.ids[prompt.visual] == IMAGE).all()
+    assert prompt.visual_tokens == image_counts.sum()
+
+
+def test_bos_is_added_once_even_if_the_template_writes_it(llava_checkpoint: Path) -> None:
+    from transformers import AutoProcessor
+
+    template = "{{ bos_token }}" + CHAT_TEMPLATE
+    processor = AutoProcessor.from_pretrained(llava_checkpoint, backend="pil")
+    messages = CONVERSATIONS[1]
+    expected = processor.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=True
+    )
+    ours = encoder(llava_checkpoint, template)
+    ids = ours.encode(ours.text(messages, 0), []).ids
+    assert ids.tolist() == list(
+        np.ravel(expected["input_ids"] if isinstance(expected, dict) else expected)
+    )
+    assert (ids == BOS).sum() == 1
+
+
+def test_a_plain_question_is_put_behind_its_images(llava_checkpoint: Path) -> None:
+    ours = encoder(llava_checkpoint)
+    content = [IMAGE_ITEM, IMAGE_ITEM, text_item("what ?")]
+    assert ours.text("what ?", 2) == ours.text([{"role": "user", "content": content}], 2)
+
+
+def test_without_a_template_the_prompt_is_taken_as_it_is(llava_checkpoint: Path) -> None:
+    ours = encoder(llava_checkpoint, None)
+    assert ours.text("USER: <image>\nwhat ?", 1) == "USER: <image>\nwhat ?"
+    assert ours.text("what ?", 2) == "<image>\n<image>\nwhat ?"
+    assert ours.text("what ?", 0) == "what ?"
+    with pytest.raises(TrioError, match="no chat template"):
+        ours.text(CONVERSATIONS[1], 0)
+
+
+@pytest.mark.parametrize(("images", "count"), [(0, 1), (2, 1), (1, 2)])
+def test_images_and_placeholders_must_agree(
+    llava_checkpoint: Path, images: int, count: int
+) -> None:
+    content = [*[IMAGE_ITEM] * count, text_item("what ?")]
+    with pytest.raises(TrioError, match=rf"{count} image placeholder.*{images} image"):
+        encoder(llava_checkpoint).text([{"role": "user", "content": content}], images)
+    with pytest.raises(TrioError, match="image placeholder"):
+        encoder(llava_checkpoint, None).text("<image>" * count, images)
+
+
+@pytest.mark.parametrize("content", ["what ?", [text_item("what ?")]])
+def test_images_that_no_message_names_are_told_where_to_be_named(
+    llava_checkpoint: Path, content: str | list
+) -> None:
+    with pytest.raises(TrioError, match=r'1 image.*\{"type": "image"\} in the message\'s content'):
+        encoder(llava_checkpoint).text([{"role": "user", "content": content}], 1)
+
+
+@pytest.mark.parametrize(
+    "content", ["what <image> ?", [text_item("a <image> b")], [IMAGE_ITEM, text_item("<image>")]]
+)
+def test_a_users_text_cannot_smuggle_in_a_placeholder(
+    llava_checkpoint: Path, content: str | list
+) -> None:
+    for images in (0, 1, 2):
+        with pytest.raises(TrioError, match="placeholder"):
+            encoder(llava_checkpoint).text([{"role": "user", "content": content}], images)
+    with pytest.raises(TrioError, match="placeholder"):
+        encoder(llava_checkpoint).text("what <image> ?", 1)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        ["hello"],
+        [{"role": "user"}],
+        [{"role": "user", "content": 3}],
+        [{"role": "user", "content": [{"type": "video"}]}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+    ],
+)
+def test_malformed_messages_are_refused(llava_checkpoint: Path, messages: list) -> None:
+    with pytest.raises(TrioError, match="message|content item"):
+        encoder(llava_checkpoint).text(messages, 0)
+
+
+@pytest.mark.parametrize("text", ["", "<image>"])
+def test_a_prompt_without_text_is_refused(llava_checkpoint: Path, text: str) -> None:
+    tokenizer = Tokenizer.from_file(str(llava_checkpoint / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    with pytest.raises(TrioError, match="no text"):
+        PromptEncoder(tokenizer, IMAGE, TOKENS).encode(text, [16] * text.count("<image>"))
+
+
+TEMPLATES = [
+    "{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content }}\n  {% endif %}\n"
+    "{% endfor %}",
+    "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}"
+    "{% endfor %}",
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "{{ messages | tojson(indent=2) }} {{ eos_token }}",
+    "{% set ns = namespace(found=false) %}{% for m in messages %}{% set ns.found = true %}"
+    "{% endfor %}{{ ns.found }}{{ messages[0]['content'].split(' ')[-1] | trim }}",
+    "{{ strftime_now('%Y') }}{% if tools is none %}no tools{% endif %}",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_render_as_in_transformers(template: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [
+        {"role": "user", "content": "is <b> it 'ä' ?"},
+        {"role": "assistant", "content": "no"},
+    ]
+    expected, _ = render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=True, **TOKENS
+    )
+    assert ChatTemplate(template, TOKENS).render(messages) == expected[0]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('only one message') }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}{{ cycler.__init__.__globals__.os }}",
+        "{% set ns = namespace(__class__=1) %}",
+        "{{ messages[0].nothing.at_all }}",
+    ],
+)
+def test_a_template_that_refuses_or_reaches_out_is_an_error(template: str) -> None:
+    with pytest.raises(TrioError, match="chat template refused"):
+        ChatTemplate(template, TOKENS).render([{"role": "user", "content": "x"}])
+
+
+def test_a_template_that_does_not_parse_is_an_error() -> None:
+    with pytest.raises(TrioError, match="does not parse"):
+        ChatTemplate("{% for %}", TOKENS)
+
+
+def test_a_template_never_sees_the_images_themselves() -> None:
+    picture = Image.new("RGB", (2, 2))
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture}]}]
+    text = ChatTemplate("{{ messages[0].content[0].image }}", TOKENS).render(messages)
+    assert text == "<Image>"
+
+
+def test_words_that_the_tokenizer_does_not_know_are_named_as_they_were_written() -> None:
+    words = WordLevel({"<unk>": 0, "<image>": 1, "a": 2, "cat": 3, "?": 4}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = Whitespace()
+    known = PromptEncoder(tokenizer, 1, {"image_token": "<image>"})
+    assert known.unknown("A cat?") == []
+    assert known.unknown("a Gnu, a cat, a gnat and a Gnu?") == ["Gnu", ",", "gnat", "and"]
+    assert known.vocabulary == 5
+
+
+def test_a_tokenizer_without_an_unknown_token_knows_every_word() -> None:
+    characters = Tokenizer(BPE({"<image>": 0, "a": 1}, []))
+    assert PromptEncoder(characters, 0, {"image_token": "<image>"}).unknown("a b") == []
+    characters = Tokenizer(BPE({"<image>": 0, "a": 1, "<u>": 2}, [], unk_token="<u>"))
+    assert PromptEncoder(characters, 0, {"image_token": "<image>"}).unknown("abba") == ["bb"]
+
+
+def test_a_tokenizer_without_the_models_image_token_is_refused(llava_checkpoint: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(llava_checkpoint / "tokenizer.json"))
+    with pytest.raises(TrioError, match="image token with the id 7"):
+        PromptEncoder(tokenizer, 7, TOKENS)
+
+
+def prompt(pattern: str) -> Prompt:
+    """A prompt with a visual token for every x."""
+    visual = np.array([letter == "x" for letter in pattern])
+    return Prompt(np.where(visual, IMAGE, np.arange(10, 10 + len(pattern))), visual)
+
+
+def test_source_index_numbers_image_rows_over_the_whole_batch() -> None:
+    first, second = np.array([0, 1, -1]), np.array([2, -1])
+    batch = collate(
+        [prompt("axxxbxxc"), prompt("ab"), prompt("xxa")],
+        [[first, second], [], [second]],
+        [[4, 5], [], [3]],
+    )
+    size, rows = 8, 12
+    newline = size + rows
+    assert batch.lengths.tolist() == [8, 2, 3]
+    assert batch.source_index[0].tolist() == [0, 8, 9, newline, 4, 8 + 4 + 2, newline, 7]
+    assert batch.source_index[1].tolist() == list(range(8))
+    assert batch.source_index[2, :3].tolist() == [8 + 9 + 2, newline, 2]
+    assert batch.visual_mask.sum(axis=1).tolist() == [5, 0, 2]
+    assert (batch.input_ids[batch.visual_mask] == 0).all()
+    assert batch.position_ids[1].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
+
+
+def test_visual_tokens_must_fill_their_places() -> None:
+    with pytest.raises(TrioError, match="2 visual places"):
+        collate([prompt("xx")], [[np.array([0])]], [[1]])

@@ -1,0 +1,26 @@
+"""Bundles of the shipped tiny model and of full-size graphs, each exported once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.export.job import export
+
+Export = Callable[..., Bundle]
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """`exported(model, target, …)` as `export` has it; do not change what it returns."""
+
+    @cache
+    def make(model: str, target: str, **options: object) -> Bundle:
+        folder: Path = tmp_path_factory.mktemp("exported") / "bundle"
+        return export(model, folder, target=target, progress=False, **options)  # type: ignore[arg-type]
+
+    return make

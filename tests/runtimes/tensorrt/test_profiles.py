@@ -1,0 +1,199 @@
+"""Profiles admit what requests within a target's limits bring about, and no more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.runtimes.tensorrt.conftest import Export
+from trio_deploy.config.recipe import load_recipe
+from trio_deploy.config.target import Limits, Target, load_target
+from trio_deploy.cost.flops import max_visual_tokens
+from trio_deploy.errors import TrioError
+from trio_deploy.families.registry import parse_config
+from trio_deploy.runtimes.tensorrt.profiles import Profile, Sizes, profiles
+from trio_deploy.schedule.budget import for_points, solve
+from trio_deploy.schedule.schedule import Schedule
+
+RECIPE = load_recipe("llava-next-7b")
+CONFIG = parse_config(RECIPE.architecture)
+SCHEDULE = RECIPE.schedules["0.111"]
+JETSON, H200 = load_target("jetson-agx-orin-64gb"), load_target("h200")
+
+
+def limited(target: Target, **limits: object) -> Target:
+    return replace(target, limits=replace(target.limits, **limits))
+
+
+@pytest.mark.parametrize("most", [0.2, 0.5, 1.0])
+def test_every_request_within_the_limits_fits_and_the_largest_one_fills_them(most: float) -> None:
+    limits = replace(JETSON.limits, max_budget=most)
+    sizes = Sizes.of(CONFIG, SCHEDULE, limits)
+    layers = CONFIG.text.num_layers
+    largest = [0] * len(sizes.tokens)
+    for text in (1, 60, limits.max_text_tokens):
+        for visual in (0, 1, 576, limits.max_visual_tokens):
+            for budget in (0.04, 0.111, 0.2, most):
+                if budget > most:
+                    continue
+                schedule = solve(budget, layers, layers=SCHEDULE.layers)
+                for point, kept in enumerate((visual, *schedule.resolve(visual))):
+                    least, _, limit = sizes.tokens[point]
+                    assert least <= text + kept <= limit
+                    largest[point] = max(largest[point], text + kept)
+                    capacity = text + kept + limits.max_new_tokens
+                    assert sizes.capacity[point].min <= capacity <= sizes.capacity[point].max
+    assert largest == [span.max for span in sizes.tokens]
+
+
+def test_what_a_recipe_keeps_at_a_budget_within_the_limits_fits() -> None:
+    """Its proportions may leave more behind the last point than the published ones would."""
+    budgets = {
+        0.111: SCHEDULE,
+        0.222: Schedule.parse("1:0.25,10:0.25,15:0.18"),
+        0.4: Schedule.parse("1:0.9,10:0.4,15:0.1"),
+    }
+    limits = replace(JETSON.limits, max_budget=0.3)
+    sizes = Sizes.of(CONFIG, SCHEDULE, limits, budgets)
+    visual, layers = limits.max_visual_tokens, CONFIG.text.num_layers
+    asked = [budget / 1000 for budget in range(32, 301)]
+    kept = [for_points(each, layers, SCHEDULE, budgets).resolve(visual) for each in asked]
+    most = [max(point) + limits.max_text_tokens for point in zip(*kept, strict=True)]
+    assert [span.max for span in sizes.tokens[1:]] == most
+    assert most[2] > limits.max_text_tokens + 0.17 * visual
+    assert Sizes.of(CONFIG, SCHEDULE, limits).tokens[3].max < most[2]
+
+
+def test_what_is_typical_follows_from_the_schedule() -> None:
+    sizes = Sizes.of(CONFIG, SCHEDULE, JETSON.limits)
+    text, visual = JETSON.limits.typical_text_tokens, max_visual_tokens(CONFIG)
+    assert [span.opt for span in sizes.tokens] == [
+        text + kept for kept in (visual, *SCHEDULE.resolve(visual))
+    ]
+    assert (sizes.tiles, sizes.rows) == ((1, 5, 5), (0, 2880, 2880))
+
+
+def test_a_model_of_one_tile_an_image_never_brings_more_than_its_images() -> None:
+    recipe = load_recipe("llava-1.5-7b")
+    config = parse_config(recipe.architecture)
+    sizes = Sizes.of(config, recipe.schedules["0.111"], JETSON.limits)
+    assert sizes.tokens[0].max == JETSON.limits.max_text_tokens + 576
+    assert sizes.tiles == (1, 1, 1)
+    two = replace(JETSON.limits, max_images=2, max_batch=3)
+    assert Sizes.of(config, recipe.schedules["0.111"], two).tiles.max == 6
+
+
+def test_nothing_is_longer_than_the_models_context() -> None:
+    sizes = Sizes.of(CONFIG, SCHEDULE, H200.limits)
+    assert sizes.tokens[0].max == sizes.capacity[0].max == CONFIG.text.max_positions
+    talk = replace(H200.limits, max_text_tokens=4000, max_new_tokens=1000)
+    sizes = Sizes.of(CONFIG, SCHEDULE, talk)
+    assert {span.max for span in sizes.capacity} == {CONFIG.text.max_positions}
+
+
+@pytest.mark.parametrize("most", [0.111, 0.34, 1.0])
+def test_capacities_are_what_the_context_lets_a_row_hold_behind_each_point(most: float) -> None:
+    """Text, visual and new tokens share the context: no more of them come together."""
+    limits = replace(H200.limits, max_budget=most)
+    budgets = {float(name): RECIPE.schedules[name] for name in ("0.111", "0.222", "0.333")}
+    sizes = Sizes.of(CONFIG, SCHEDULE, limits, budgets)
+    layers, context = CONFIG.text.num_layers, CONFIG.text.max_positions
+    allowed = [for_points(budget, layers, SCHEDULE, budgets) for budget in (0.05, 0.111, most)]
+    largest, longest = [0] * 4, [0] * 4
+    for text in (1, 100, limits.max_text_tokens):
+        for visual in range(0, limits.max_visual_tokens, 64):
+            room = context - text - visual
+            if room < 1:
+                continue
+            new = min(limits.max_new_tokens, room)
+            for schedule in allowed:
+                for point, kept in enumerate((visual, *schedule.resolve(visual))):
+                    longest[point] = max(longest[point], text + kept)
+                    largest[point] = max(largest[point], text + kept + new)
+    assert largest == [span.max for span in sizes.capacity]
+    assert all(0 <= s.max - most < 64 for s, most in zip(sizes.tokens, longest, strict=True))
+
+
+def test_a_segment_that_decodes_too_has_two_profiles(exported: Export) -> None:
+    bundle = exported("llava-next-7b", "jetson-agx-orin-64gb", graphs_only=True)
+    found = profiles(bundle, JETSON)
+    assert list(found) == bundle.stages
+    prefill, decode = found["prefill_2"]
+    assert (prefill.name, decode.name) == ("prefill", "decode")
+    assert {bounds[2] for bounds in prefill.shapes["past.10.key"]} == {0}
+    assert {bounds[1] for bounds in decode.shapes["hidden_states"]} == {1}
+    capacity = [bounds[2] for bounds in decode.shapes["past.10.key"]]
+    assert capacity[0] == 2 and capacity[1] == 64 + 275 + 64
+    embed, step = found["embed"]
+    assert embed.shapes["image_features"].min == (0, 4096)
+    assert step.shapes["image_features"].max == (0, 4096)
+    assert step.shapes["input_ids"].max == (1, 1)
+
+
+def test_only_the_width_of_a_selection_has_values(exported: Export) -> None:
+    bundle = exported("llava-next-7b", "jetson-agx-orin-64gb", graphs_only=True)
+    found = profiles(bundle, limited(JETSON, max_budget=0.2))
+    assert {stage for stage, each in found.items() if each[0].values} == {
+        "select_1",
+        "select_2",
+        "select_3",
+    }
+    before, after = found["select_2"][0], found["prefill_2"][0]
+    # what one stage gives at most, the next one takes at most
+    assert found["prefill_1"][0].shapes["hidden_states"].max == before.shapes["hidden_states"].max
+    assert before.values["width"].max[0] == after.shapes["hidden_states"].max[1]
+    assert before.shapes["hidden_states"].min[1] == 2  # a visual token, and one of text
+
+
+def test_a_cache_that_is_updated_in_place_has_one_capacity(exported: Export) -> None:
+    bundle = exported("llava-next-7b", "h200", graphs_only=True)
+    (decode,) = profiles(bundle, H200)["decode"]
+    least, typical, most = decode.shapes["past.31.value"]
+    assert least[2] == typical[2] == most[2]
+    assert (least[0], most[0]) == (1, H200.limits.max_batch)
+
+
+def test_a_cache_that_is_updated_in_place_is_as_long_as_the_schedule_asks_for(
+    exported: Export,
+) -> None:
+    bundle = exported("llava-next-7b", "h200", graphs_only=True)
+
+    def capacities(target: Target) -> list[int]:
+        (decode,) = profiles(bundle, target)["decode"]
+        assert [decode.shapes[f"past.{i}.key"].max[2] for i in (1, 9)] == [
+            decode.shapes[f"past.{i}.value"].max[2] for i in (9, 1)
+        ]
+        return [decode.shapes[f"past.{i}.key"].max[2] for i in (0, 1, 10, 15)]
+
+    others = H200.limits.max_text_tokens + H200.limits.max_new_tokens
+    visual = CONFIG.text.max_positions - others
+    own = [others + kept for kept in (visual, *SCHEDULE.resolve(visual))]
+    assert capacities(limited(H200, max_budget=0.111)) == own == [4096, 1515, 1312, 1141]
+    shipped = capacities(H200)
+    assert shipped == [4096, 2904, 2128, 1490], "budgets up to 0.34"
+    assert capacities(limited(H200, max_budget=1.0)) == [4096] * 4
+
+
+def test_a_pruning_point_before_the_first_layer_has_its_own_sizes() -> None:
+    schedule = Schedule.parse("0:0.2:divprune,16:0.1")
+    sizes = Sizes.of(CONFIG, schedule, replace(JETSON.limits, max_budget=0.3))
+    assert sizes.tokens[1].max < sizes.tokens[0].max
+
+
+def test_profiles_survive_their_record(exported: Export) -> None:
+    bundle = exported("llava-next-7b", "jetson-agx-orin-64gb", graphs_only=True)
+    for found in profiles(bundle, JETSON).values():
+        assert [Profile.from_json(profile.to_json()) for profile in found] == found
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        (Limits(max_text_tokens=5000), "exceeds the model's context of 4096"),
+        (Limits(max_budget=0.01), "max_budget does not fit.*cannot be reached"),
+    ],
+)
+def test_limits_that_do_not_suit_the_model_are_named(limits: Limits, says: str) -> None:
+    with pytest.raises(TrioError, match=says):
+        Sizes.of(CONFIG, SCHEDULE, limits)

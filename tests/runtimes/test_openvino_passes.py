@@ -1,0 +1,187 @@
+"""What OpenVINO is given in place of the graphs as they are written, against these."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from tests.selection.test_saliency import batch_of, weights_of
+from tests.support.run_graph import Runner, filled
+from tests.support.transformers_models import model_config, relative
+from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.graphs.prefill import build_prefill
+from trio_deploy.runtimes.base import Engine
+from trio_deploy.runtimes.registry import open_engine
+from trio_deploy.selection.stage import build_select
+
+openvino = pytest.importorskip("openvino")
+PRIMITIVE = GraphOptions(dialect="primitive")
+needs_bfloat16 = pytest.mark.skipif(
+    "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+    reason="this CPU has no bfloat16 arithmetic",
+)
+
+
+def opened(folder: Path, model: ir.Model, weights: dict[str, np.ndarray], **options: Any) -> Engine:
+    path = folder / "graph.onnx"
+    onnx.save(filled(model, weights), path)
+    return open_engine(path, "openvino", threads=1, **options)
+
+
+def random_weights(model: ir.Model) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        name: 0.3 * rng.standard_normal(tuple(value.shape))
+        for name, value in model.graph.initializers.items()
+        if value.const_value is None
+    }
+
+
+def prompt(config: Any, rows: int, length: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(length)
+    none = np.zeros((rows, config.text.num_kv_heads, 0, config.text.head_dim), np.float32)
+    hidden = rng.standard_normal((rows, length, config.text.hidden_size))
+    return {
+        "inputs_embeds": hidden.astype(np.float32),
+        "position_ids": np.tile(np.arange(length), (rows, 1)),
+        "lengths": np.maximum(length - np.arange(rows), 1),
+        "past_lengths": np.zeros(rows, np.int64),
+        **{f"past.{i}.{part}": none for i in range(2) for part in ("key", "value")},
+    }
+
+
+def next_token(
+    feeds: dict[str, np.ndarray], outputs: dict[str, np.ndarray], dtype: Any = np.float32
+) -> dict[str, np.ndarray]:
+    """One token more for each row, with three slots free."""
+    step = {name: feeds[name][:, :1].copy() for name in ("inputs_embeds", "position_ids")}
+    room = [(0, 0), (0, 0), (0, 3), (0, 0)]
+    past = {
+        name.replace("present", "past"): np.pad(array.astype(np.float32), room).astype(dtype)
+        for name, array in outputs.items()
+        if name.startswith("present")
+    }
+    lengths = feeds["lengths"]
+    return {**step, **past, "lengths": np.ones_like(lengths), "past_lengths": lengths}
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 7, 30])
+def test_queries_in_parts_give_what_they_give_at_once(tmp_path: Path, length: int) -> None:
+    """Prefill and a step of decoding, rows of different lengths, shared keys."""
+    config = model_config()
+    model = build_prefill(config, 0, 0, 2, PRIMITIVE)
+    weights = random_weights(model)
+    whole, parts = Runner(model, weights, "openvino"), opened(tmp_path, model, weights)
+    feeds = prompt(config, 3, length)
+    expected = whole(feeds)
+    step = next_token(feeds, expected)
+    for given, want in ((feeds, expected), (step, whole(step))):
+        got = parts.run(given)
+        for name, array in want.items():
+            assert relative(got[name], array) < 1e-6, name
+
+
+@needs_bfloat16
+def test_in_bfloat16_the_cache_is_bfloat16_and_holds_what_float32_holds(tmp_path: Path) -> None:
+    config = model_config()
+    model = build_prefill(config, 0, 0, 2, PRIMITIVE)
+    weights = random_weights(model)
+    whole = Runner(model, weights, "openvino")
+    narrow = opened(tmp_path, model, weights, precision="bfloat16")
+    kinds = {name: spec.dtype for name, spec in {**narrow.inputs, **narrow.outputs}.items()}
+    assert {name for name, dtype in kinds.items() if dtype == ml_dtypes.bfloat16} == {
+        f"{side}.{i}.{part}"
+        for side in ("past", "present")
+        for i in range(2)
+        for part in ("key", "value")
+    }
+    feeds = prompt(config, 2, 9)
+    rounded = {name: array.astype(kinds[name]) for name, array in feeds.items()}
+    expected, got = whole(feeds), narrow.run(rounded)
+    step, rounded = next_token(feeds, expected), next_token(feeds, got, ml_dtypes.bfloat16)
+    for want, have in ((expected, got), (whole(step), narrow.run(rounded))):
+        for name, array in want.items():
+            assert relative(have[name].astype(np.float32), array) < 0.03, name
+
+
+@needs_bfloat16
+def test_one_thread_computes_in_bfloat16(tmp_path: Path) -> None:
+    """Of sizes that OpenVINO fuses an MLP of, which would end this process."""
+    config = model_config(hidden_size=64, intermediate_size=128)
+    model = build_prefill(config, 0, 0, 2, PRIMITIVE)
+    weights = random_weights(model)
+    narrow = opened(tmp_path, model, weights, precision="bfloat16")
+    feeds = prompt(config, 2, 9)
+    expected = Runner(model, weights, "openvino")(feeds)["hidden_states"]
+    rounded = {name: array.astype(narrow.inputs[name].dtype) for name, array in feeds.items()}
+    assert relative(narrow.run(rounded)["hidden_states"], expected) < 0.03
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_selection_with_narrowed_products_keeps_what_float32_keeps(
+    tmp_path: Path, kv_heads: int
+) -> None:
+    """Square and other weights, read forwards and backwards."""
+    config = model_config(num_kv_heads=kv_heads)
+    model = build_select(config, 1, PRIMITIVE)
+    weights = weights_of(config)
+    whole = Runner(model, weights, "openvino")
+    onnx.save(filled(model, weights), tmp_path / "graph.onnx")
+    from trio_deploy.runtimes.openvino import OvRuntime
+
+    runtime = OvRuntime(threads=1, precision="bfloat16")
+    narrow = runtime.open(tmp_path / "graph.onnx", exact=True)
+    feeds = batch_of(config)
+    expected, got = whole(feeds), narrow.run({name: feeds[name] for name in narrow.inputs})
+    error = relative(got["saliency"], expected["saliency"])
+    assert 1e-5 < error < 0.05, error
+    kept = [{*row[row >= 0]} for row in expected["keep_index"]]
+    found = [{*row[row >= 0]} for row in got["keep_index"]]
+    common = sum(len(a & b) for a, b in zip(kept, found, strict=True))
+    assert common >= 0.9 * sum(map(len, kept))
+
+
+_NARROWED = """
+import sys
+import numpy as np, openvino
+from trio_deploy.runtimes.openvino_passes import Passes
+
+model = openvino.Core().read_model(sys.argv[1])
+Passes().narrow_products(model)
+other = [np.full((64, 64), 7, np.uint16) for _ in range(500)]  # takes what memory was freed
+held = [
+    node.data.view(np.uint16).astype(np.uint32) << 16
+    for node in model.get_ordered_ops()
+    if node.get_type_name() == "Constant" and node.get_element_type() == openvino.Type.bf16
+]
+np.savez(sys.argv[2], *[bits.view(np.float32) for bits in held])
+"""
+
+
+def test_narrowed_square_weights_own_their_memory(tmp_path: Path) -> None:
+    """In a process of its own, whose memory nothing before has filled with the same values."""
+    config = model_config(hidden_size=64, num_kv_heads=4)
+    model = build_select(config, 1, PRIMITIVE)
+    weights = weights_of(config)
+    onnx.save(filled(model, weights), tmp_path / "graph.onnx")
+    subprocess.run(
+        [sys.executable, "-c", _NARROWED, tmp_path / "graph.onnx", tmp_path / "held.npz"],
+        check=True,
+    )
+    with np.load(tmp_path / "held.npz") as held:
+        found = list(held.values())
+    # The two square matrices that the backward pass multiplies from the other side.
+    for part in ("k_proj", "o_proj"):
+        weight = weights[f"language_model.layers.1.self_attn.{part}.weight"].astype(np.float32)
+        rounded = weight.astype(ml_dtypes.bfloat16).astype(np.float32)
+        assert any(np.array_equal(rounded, array) for array in found), part
+    assert len(found) == 2

@@ -1,0 +1,269 @@
+"""Rival selections as graphs against the same in torch: what is kept, and by which scores."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from tests.selection.test_saliency import TARGETS, batch_of
+from tests.support.run_graph import Runner
+from tests.support.transformers_models import language_model, model_config, relative, text_weights
+from trio_deploy.errors import TrioError
+from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.reference import rivals
+from trio_deploy.reference.oracle import Oracle
+from trio_deploy.schedule.methods import MERGING, METHODS, SEEDS
+from trio_deploy.selection import rivals as graphs
+from trio_deploy.selection.stage import build_select
+
+RIVALS = [method for method in METHODS if method != "trio"]
+CONFIG = model_config(attention_bias=True)
+targets = pytest.mark.parametrize(("dialect", "runtime"), TARGETS)
+methods = pytest.mark.parametrize("method", RIVALS)
+
+
+@cache
+def model() -> Any:
+    lm = language_model(CONFIG)
+    lm.set_attn_implementation("sdpa")  # without a mask, causal
+    return lm
+
+
+@cache
+def oracle() -> Oracle:
+    lm = model()
+    whole = SimpleNamespace(
+        model=SimpleNamespace(language_model=lm.model),
+        lm_head=lm.lm_head,
+        parameters=lm.parameters,
+        eval=lambda: whole,
+    )
+    return Oracle(whole)
+
+
+@cache
+def runner(
+    method: str, dialect: Any, runtime: str, layer: int, block: int = 256, dtype: Any = "float32"
+) -> Runner:
+    options = GraphOptions(dialect=dialect, dtype=dtype)
+    graph = build_select(CONFIG, layer, options, method=method, block=block)
+    return Runner(graph, text_weights(model(), CONFIG), runtime)
+
+
+def batch(keep: list[int], seed: int = 0, **features: np.ndarray) -> dict[str, np.ndarray]:
+    """`batch_of` with what the methods take besides, and the width that belongs to `keep`."""
+    rng = np.random.default_rng(seed)
+    feeds = batch_of(CONFIG, seed) | {"keep": np.array(keep)} | features
+    visual = feeds["visual_mask"] & (np.arange(19) < feeds["lengths"][:, None])
+    seen = visual.sum(1)
+    feeds["width"] = np.array([(feeds["lengths"] - seen + np.minimum(keep, seen)).max()])
+    patch = visual & (rng.random(visual.shape) < 0.8)  # the others are image_newline
+    local = rng.integers(1, 5, visual.shape) + 0.999 * rng.random(visual.shape)
+    return feeds | {
+        "seed": rng.integers(SEEDS, size=len(keep)),
+        "prior": np.where(patch, rng.random(visual.shape), 0).astype(np.float32),
+        "prior_local": np.where(patch, local, 0).astype(np.float32),
+    }
+
+
+def views(feeds: dict[str, np.ndarray], layer: int):
+    """Each row as the oracle sees it."""
+    for b, length in enumerate(feeds["lengths"]):
+        visual = torch.tensor(feeds["visual_mask"][b, :length])
+        yield rivals.View(
+            layer,
+            torch.tensor(feeds["hidden_states"][b, :length])[None],
+            torch.tensor(feeds["position_ids"][b, :length])[None],
+            visual,
+            min(int(feeds["keep"][b]), int(visual.sum())),
+            seed=int(feeds["seed"][b]),
+            encoder={
+                name: torch.tensor(feeds[name][b, :length]) for name in ("prior", "prior_local")
+            },
+        )
+
+
+def assert_same(feeds: dict[str, np.ndarray], outputs: dict[str, np.ndarray], method: str, layer):
+    assert outputs["converged"].all()
+    for b, view in enumerate(views(feeds, layer)):
+        with torch.no_grad():
+            index, scores = oracle().select(method, view)
+        length = len(index)
+        assert outputs["lengths_out"][b] == length
+        assert outputs["keep_index"][b, :length].tolist() == index.tolist(), (method, b)
+        assert (outputs["keep_index"][b, length:] == -1).all()
+        expected = np.zeros(outputs["saliency"].shape[1])
+        expected[: len(scores)] = scores
+        if expected.any():
+            assert relative(outputs["saliency"][b], expected) < 1e-4
+        else:
+            assert not outputs["saliency"][b].any()
+        got = outputs["hidden_states_out"][b]
+        assert not got[length:].any()
+        if method in MERGING:
+            assert relative(got[:length], rivals.merge(view, index)[0].numpy()) < 1e-6
+        else:
+            np.testing.assert_array_equal(got[:length], view.hidden[0, index])
+
+
+@targets
+@methods
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_rival_keeps_what_the_oracle_keeps(
+    method: str, dialect: Any, runtime: str, layer: int
+) -> None:
+    """Rows with one image, two, none, with and without text in front; some prune, some do not."""
+    run = runner(method, dialect, runtime, layer)
+    for seed, keep in enumerate([[4, 3, 2, 5, 2], [9, 99, 0, 0, 1], [1, 7, 3, 8, 8]]):
+        feeds = batch(keep, seed)
+        assert_same(feeds, run(feeds), method, layer)
+
+
+@methods
+@pytest.mark.parametrize("block", [1, 4])
+def test_blocks_of_ranks_change_nothing(method: str, block: int) -> None:
+    feeds = batch([7, 6, 1, 3, 5], seed=7)
+    assert_same(feeds, runner(method, "ort", "ort", 1, block)(feeds), method, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_round_number_of_shape_one_changes_nothing(method: str) -> None:
+    """TensorRT's older parsers give a Loop's body its number as [1], where ONNX has a scalar."""
+    run = runner(method, "primitive", "ort", 1)
+    feeds = batch([7, 6, 1, 3, 5], seed=7)
+    expected = run(feeds)
+    proto = onnx.ModelProto.FromString(run.proto.SerializeToString())
+    assert count_in_vectors(proto.graph)
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    outputs = session.run(run.outputs, {name: feeds[name] for name in run.inputs})
+    for name, array in zip(run.outputs, outputs, strict=True):
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def count_in_vectors(graph: onnx.GraphProto) -> int:
+    """Makes the round number of every Loop in a graph a vector; returns how many there are."""
+    loops = 0
+    for node in graph.node:
+        for body in [entry.g for entry in node.attribute if entry.name == "body"]:
+            scalar, vector = body.input[0].name, f"{body.input[0].name}.vector"
+            for inner in body.node:
+                inner.input[:] = [vector if name == scalar else name for name in inner.input]
+            axes = onnx.numpy_helper.from_array(np.array([0]), f"{vector}.axes")
+            body.initializer.append(axes)
+            widen = onnx.helper.make_node("Unsqueeze", [scalar, axes.name], [vector])
+            body.node.insert(0, widen)
+            del body.value_info[:]
+            loops += 1 + count_in_vectors(body)
+    return loops
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rounds_too_many_change_nothing(method: str) -> None:
+    """TensorRT's parser has run a Loop once more than it should (onnx-tensorrt's issue 891)."""
+    run = runner(method, "primitive", "ort", 1, 4)
+    feeds = batch([9, 99, 0, 3, 1], seed=7)
+    proto = onnx.ModelProto.FromString(run.proto.SerializeToString())
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "always"))
+    go_on_for_ever(proto.graph)
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    outputs = session.run(run.outputs, {name: feeds[name] for name in run.inputs})
+    for name, array in zip(run.outputs, outputs, strict=True):
+        np.testing.assert_array_equal(array, run(feeds)[name], err_msg=name)
+
+
+def go_on_for_ever(graph: onnx.GraphProto) -> None:
+    """Lets every Loop in a graph run to its last round."""
+    for node in graph.node:
+        for body in [entry.g for entry in node.attribute if entry.name == "body"]:
+            node.input[1], go_on = "always", body.output[0].name
+            go_on_for_ever(body)
+            for inner in body.node:
+                inner.output[:] = [f"{o}.unused" if o == go_on else o for o in inner.output]
+            body.node.append(onnx.helper.make_node("Identity", ["always"], [go_on]))
+
+
+@methods
+def test_copies_of_a_token_are_told_apart_by_their_place(method: str) -> None:
+    """Newline rows are copies of each other: of equal ones the first is kept."""
+    feeds = batch([6, 5, 2, 4, 3], seed=3)
+    hidden = feeds["hidden_states"]
+    hidden[:, 2:12:3] = hidden[:, 2:3]
+    assert_same(feeds, runner(method, "ort", "ort", 0)(feeds), method, 0)
+
+
+@methods
+def test_a_row_keeps_the_same_alone_and_in_a_batch(method: str) -> None:
+    run = runner(method, "ort", "ort", 1)
+    feeds = batch([4, 3, 2, 5, 2])
+    together = run(feeds)
+    for b, length in enumerate(feeds["lengths"]):
+        alone = {
+            name: value[b : b + 1, :length] if value.ndim > 1 else value[b : b + 1]
+            for name, value in feeds.items()
+            if name != "width"
+        }
+        out = run(alone | {"width": together["lengths_out"][b : b + 1]})
+        n = int(together["lengths_out"][b])
+        assert out["keep_index"][0].tolist() == together["keep_index"][b, :n].tolist()
+
+
+@methods
+def test_a_row_that_cannot_be_trusted_says_so(method: str) -> None:
+    run = runner(method, "ort", "ort", 1)
+    feeds = batch([4, 3, 2, 5, 2])
+    lengths = run(feeds)["lengths_out"]
+    feeds["width"] = feeds["width"] - 1
+    assert np.array_equal(run(feeds)["converged"], lengths < lengths.max())
+
+
+@pytest.mark.parametrize("method", ["topk-gradient", "fastv", "divprune", "dart"])
+def test_hidden_states_that_are_no_numbers_are_noticed(method: str) -> None:
+    feeds = batch([4, 3, 2, 5, 2])
+    feeds["hidden_states"][3, 4, 0] = np.nan
+    converged = runner(method, "ort", "ort", 1)(feeds)["converged"]
+    assert converged.tolist() == [True, True, True, False, True]
+
+
+@methods
+@pytest.mark.parametrize("dialect", ["ort", "onnx", "primitive"])
+def test_float16_graphs_keep_nearly_the_same(method: str, dialect: Any) -> None:
+    agree = total = 0
+    for seed in range(4):
+        feeds = batch([4, 3, 2, 5, 2], seed)
+        feeds["hidden_states"] = feeds["hidden_states"].astype(np.float16)
+        outputs = runner(method, dialect, "ort", 1, dtype="float16")(feeds)
+        exact = feeds | {"hidden_states": feeds["hidden_states"].astype(np.float32)}
+        for b, view in enumerate(views(exact, 1)):
+            with torch.no_grad():
+                index, _ = oracle().select(method, view)
+            agree += len(set(index.tolist()) & set(outputs["keep_index"][b].tolist()))
+            total += len(index)
+    assert agree / total > 0.95
+
+
+@methods
+@pytest.mark.parametrize("dialect", ["onnx", "primitive"])
+def test_graphs_pass_the_checker_with_shapes_inferred(method: str, dialect: Any) -> None:
+    proto = runner(method, dialect, "ort", 1).proto
+    onnx.checker.check_model(proto, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+    shapes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in inferred.graph.output
+    }
+    assert shapes["keep_index"] == ["B", "W"]
+    assert shapes["hidden_states_out"] == ["B", "W", 48]
+    assert shapes["saliency"] == ["B", "S"]
+
+
+def test_every_method_has_a_graph_and_an_oracle() -> None:
+    assert set(RIVALS) == set(graphs.METHODS) == set(rivals.METHODS)
+    with pytest.raises(TrioError, match="best"):
+        build_select(CONFIG, 1, GraphOptions(), method="best")

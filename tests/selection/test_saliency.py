@@ -1,0 +1,200 @@
+"""Analytic saliency against autograd: head layouts, biases, rope, probes, padding, precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from tests.support import selections as select_reference
+from tests.support.run_graph import Runner, filled
+from tests.support.transformers_models import model_config, relative
+from trio_deploy.families.model_config import ModelConfig, RopeConfig
+from trio_deploy.graphs.modules import inverse_frequencies
+from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.selection.stage import build_select
+
+LAYER = 1
+TARGETS = [("ort", "ort"), ("onnx", "ort"), ("primitive", "ort"), ("primitive", "openvino")]
+targets = pytest.mark.parametrize(("dialect", "runtime"), TARGETS)
+MODELS = {
+    "grouped": {},
+    "square projections": {"num_heads": 3, "num_kv_heads": 3},
+    "one key for all queries, tied head": {"num_kv_heads": 1, "tie_word_embeddings": True},
+    "biases, llama3 rope": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope": RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 64),
+    },
+}
+
+
+def weights_of(config: ModelConfig, seed: int = 0, **scales: float) -> dict[str, np.ndarray]:
+    """Random weights of the tensors that a select graph holds; `scales` by a part of the name."""
+    model = build_select(config, LAYER, GraphOptions())
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name in sorted(model.graph.initializers):
+        value = model.graph.initializers[name]
+        if value.const_value is None:
+            scale = next((s for part, s in scales.items() if part in name), 0.3)
+            weights[name] = (rng.normal(size=tuple(value.shape)) * scale).astype(np.float32)
+    return weights
+
+
+def batch_of(config: ModelConfig, seed: int = 0, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Five rows: one image, two, none, a single text token in front, one behind the image."""
+    rng = np.random.default_rng(seed)
+    width = 19
+    visual = np.zeros((5, width), bool)
+    visual[0, 2:12] = visual[1, 3:6] = visual[1, 8:13] = True
+    visual[3, 1:9] = visual[4, 0:9] = True
+    lengths = np.array([16, 19, 7, 9, 10])
+    visual[2, 9:12] = True  # a mask may say anything about padding
+    positions = np.cumsum(rng.integers(1, 4, size=visual.shape), axis=1) - 1  # with gaps
+    return {
+        "hidden_states": rng.normal(size=(*visual.shape, config.text.hidden_size)).astype(dtype),
+        "position_ids": positions,
+        "lengths": lengths,
+        "visual_mask": visual,
+        "keep": np.array([4, 3, 2, 5, 2]),
+        "width": np.array([19]),
+    }
+
+
+def expected(
+    config: ModelConfig, weights: dict[str, np.ndarray], feeds: dict[str, np.ndarray], **probe: Any
+) -> np.ndarray:
+    result = np.zeros(feeds["visual_mask"].shape)
+    frequency = inverse_frequencies(config.text.rope, config.text.head_dim).astype(np.float64)
+    for row, n in enumerate(feeds["lengths"]):
+        result[row, :n] = select_reference.saliency(
+            feeds["hidden_states"][row, :n],
+            feeds["position_ids"][row, :n],
+            feeds["visual_mask"][row, :n],
+            weights,
+            config.text,
+            LAYER,
+            inverse_frequency=frequency,
+            **probe,
+        )
+    return result
+
+
+def assert_close(actual: np.ndarray, reference: np.ndarray, tolerance: float) -> None:
+    assert actual.dtype == np.float32
+    assert np.array_equal(actual == 0, reference == 0)
+    for row, (a, b) in enumerate(zip(actual, reference, strict=True)):
+        assert not b.any() or relative(a, b) < tolerance, f"row {row}"
+
+
+@targets
+@pytest.mark.parametrize("name", MODELS)
+def test_saliency_is_the_gradient_norm_of_the_proxy_loss(
+    name: str, dialect: Any, runtime: str
+) -> None:
+    config = model_config(**MODELS[name])
+    weights, feeds = weights_of(config), batch_of(config)
+    model = build_select(config, LAYER, GraphOptions(dialect=dialect))
+    outputs = Runner(model, weights, runtime)(feeds)
+    assert_close(outputs["saliency"], expected(config, weights, feeds), 1e-5)
+
+
+@pytest.mark.parametrize("probe", ["last", "shifted"])
+@pytest.mark.parametrize("probes", [1, 3, 6])
+def test_probes_are_the_last_text_tokens_or_shifted_by_one(probe: Any, probes: int) -> None:
+    """Rows 3 and 4 have one text token: shifted by one, nothing probes, and nothing has a score."""
+    config = model_config()
+    weights, feeds = weights_of(config), batch_of(config)
+    options = GraphOptions(probe=probe, probes=probes)
+    outputs = Runner(build_select(config, LAYER, options), weights)(feeds)
+    reference = expected(config, weights, feeds, probe=probe, probes=probes)
+    assert_close(outputs["saliency"], reference, 1e-5)
+    assert outputs["converged"].all()
+
+
+def test_a_row_does_not_depend_on_its_batch_or_its_padding() -> None:
+    config = model_config()
+    weights, feeds = weights_of(config), batch_of(config)
+    runner = Runner(build_select(config, LAYER, GraphOptions()), weights)
+    together = runner(feeds)["saliency"]
+    for row, n in enumerate(feeds["lengths"]):
+        alone = {k: v[row : row + 1] for k, v in feeds.items() if k != "width"}
+        for name in ("hidden_states", "position_ids", "visual_mask"):
+            alone[name] = alone[name][:, :n]
+        single = runner(alone | {"width": np.array([n])})["saliency"]
+        np.testing.assert_allclose(together[row, :n], single[0], rtol=1e-5, atol=1e-9)
+        assert not together[row, n:].any()
+
+
+def test_the_formulas_are_exact_in_double_precision() -> None:
+    """The graph itself with every float32 made float64, its constants being exact in both."""
+    config = model_config(hidden_size=64, rms_norm_eps=2.0**-17)
+    weights, feeds = weights_of(config), batch_of(config)
+    model = filled(build_select(config, LAYER, GraphOptions(dialect="primitive")), weights)
+    feeds["hidden_states"] = feeds["hidden_states"].astype(np.float64)
+    doubled = _doubled(_only(model, "saliency"))
+    actual = ReferenceEvaluator(doubled).run(["saliency"], feeds)[0]
+    reference = expected(config, weights, feeds)
+    assert np.abs(actual - reference).max() / reference.max() < 1e-12
+
+
+def _only(model: onnx.ModelProto, output: str) -> onnx.ModelProto:
+    """The part of the model that makes one output."""
+    needed, nodes = {output}, []
+    for node in reversed(model.graph.node):
+        if needed & set(node.output):
+            nodes.append(node)
+            needed |= set(node.input)
+    part = onnx.ModelProto()
+    part.CopyFrom(model)
+    del part.graph.node[:], part.graph.output[:]
+    part.graph.node.extend(reversed(nodes))
+    part.graph.output.extend(v for v in model.graph.output if v.name == output)
+    return part
+
+
+def _doubled(model: onnx.ModelProto) -> onnx.ModelProto:
+    single, double = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE
+    for tensor in model.graph.initializer:
+        if tensor.data_type == single:
+            array = onnx.numpy_helper.to_array(tensor).astype(np.float64)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == single:
+                attribute.i = double
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == single:
+            value.type.tensor_type.elem_type = double
+    del model.graph.value_info[:]
+    return model
+
+
+@targets
+@pytest.mark.parametrize("head", [30.0, 120.0])
+def test_certain_probes_keep_their_gradient(head: float, dialect: Any, runtime: str) -> None:
+    """Softmax minus one-hot would be zero or noise in fp32; then even squares underflow."""
+    config = model_config()
+    weights, feeds = weights_of(config, lm_head=head), batch_of(config)
+    feeds = {name: value[:1] for name, value in feeds.items()}
+    reference = expected(config, weights, feeds)
+    assert 0 < reference.max() < (1e-6 if head < 100 else 1e-20)
+    model = build_select(config, LAYER, GraphOptions(dialect=dialect))
+    outputs = Runner(model, weights, runtime)(feeds)
+    assert_close(outputs["saliency"], reference, 1e-2)
+
+
+@pytest.mark.parametrize("dialect", ["ort", "onnx", "primitive"])
+@pytest.mark.parametrize("head", [0.3, 2.0])
+def test_half_precision_keeps_small_gradients(dialect: Any, head: float) -> None:
+    config = model_config(num_kv_heads=4)
+    weights, feeds = weights_of(config, lm_head=head), batch_of(config, dtype="float16")
+    weights = {k: v.astype(np.float16).astype(np.float32) for k, v in weights.items()}
+    options = GraphOptions(dialect=dialect, dtype="float16")
+    outputs = Runner(build_select(config, LAYER, options), weights)(feeds)
+    assert outputs["hidden_states_out"].dtype == np.float16
+    assert_close(outputs["saliency"], expected(config, weights, feeds), 3e-2)

@@ -1,0 +1,612 @@
+"""The served models, with a stand-in for Triton: what a client sends, and what it gets."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import WAIT_S
+from tests.pipeline.batcher.test_continuous import SCHEDULE, wait_for
+from tests.serve.triton_server.test_request import arrays, file, one, text, texts
+from tests.support.fakes import triton as fake_utils
+from tests.support.fakes.triton import Asked, MetricFamily, Sender, TritonError
+from trio_deploy.export.job import export
+from trio_deploy.pipeline.pipeline import Request, TrioPipeline
+from trio_deploy.serve.triton_server.request import INPUTS
+
+QUESTION = "what color is the circle ?"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model, told that a token ends answers which it does not give."""
+    folder = tmp_path_factory.mktemp("bundle") / "tiny"
+    export("tiny", folder, schedule=SCHEDULE, progress=False)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["generation"]["eos_token_ids"] = [60]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle: Path) -> TrioPipeline:
+    return TrioPipeline.from_bundle(bundle, threads=1)
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, ModuleType]]:
+    """The modules of `trio_vlm` and `trio_vlm_complete`, imported with the stand-in."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake_utils.module())
+    names = tuple(
+        f"trio_deploy.serve.triton_server.{name}" for name in ("model", "complete", "backend")
+    )
+    switch = sys.getswitchinterval()
+    model, complete, _ = (importlib.import_module(name) for name in names)
+    yield model, complete
+    sys.setswitchinterval(switch)
+    for name in names:
+        del sys.modules[name]
+
+
+def arguments(folder: Path, name: str = "trio_vlm", **parameters: str) -> dict[str, str]:
+    config = {"parameters": {name: {"string_value": v} for name, v in parameters.items()}}
+    return {
+        "model_config": json.dumps(config),
+        "model_repository": str(folder),
+        "model_name": name,
+        "model_version": "1",
+    }
+
+
+@pytest.fixture
+def load(modules: tuple[ModuleType, ModuleType], bundle: Path) -> Iterator[Callable[..., Any]]:
+    loaded = []
+
+    def load(**parameters: str) -> Any:
+        model = modules[0].TritonPythonModel()
+        given = {
+            "bundle": bundle.name,
+            "threads": "1",
+            "warm_up": "false",
+            "watch": "false",
+        } | parameters
+        model.initialize(arguments(bundle.parent, **given))
+        loaded.append(model)
+        return model
+
+    yield load
+    for model in loaded:
+        model.finalize()
+
+
+def ask(
+    model: Any, parameters: dict[str, Any] | None = None, timeout: int = 0, **inputs: Any
+) -> Asked:
+    """Send a request; plain values become tensors of the kind that the input has."""
+    tensors = {}
+    for name, value in inputs.items():
+        if not isinstance(value, np.ndarray):
+            kind = INPUTS[name][0]
+            value = texts(value) if kind == "string" else one(value, kind)
+        tensors[name] = value
+    request = Asked(tensors, parameters, timeout)
+    model.execute([request])
+    return request
+
+
+def test_an_answer_is_streamed_token_by_token(
+    load: Callable[..., Any], pipeline: TrioPipeline
+) -> None:
+    request = ask(load(), prompt=QUESTION, images=file(), max_tokens=6, budget=0.3)
+    responses = request.outputs()
+    expected = pipeline.generate([file()], QUESTION, max_new_tokens=6, budget=0.3)
+    assert [response["token_ids"] for response in responses] == [[i] for i in expected.token_ids]
+    assert b"".join(response["text"][0] for response in responses).decode() == expected.text
+    assert all(set(response) == {"text", "token_ids"} for response in responses[:-1])
+    assert responses[-1]["finish_reason"] == [b"length"]
+    timings = json.loads(responses[-1]["timings"][0])
+    assert timings["kept_tokens"] == expected.keep_counts and timings["first_token_s"] > 0
+    assert timings["visual_tokens"] == 256 and timings["kv_bytes"] == expected.kv_bytes
+
+
+def test_without_streaming_it_is_one_response(
+    load: Callable[..., Any], pipeline: TrioPipeline
+) -> None:
+    request = ask(load(), {"stream": False}, prompt=QUESTION, images=file(), max_tokens=5)
+    (response,) = request.outputs()
+    expected = pipeline.generate([file()], QUESTION, max_new_tokens=5)
+    assert response["token_ids"] == expected.token_ids
+    assert response["text"] == [expected.text.encode()]
+    assert response["finish_reason"] == [b"length"]
+
+
+def test_messages_with_several_pictures_are_answered_as_by_the_pipeline(
+    load: Callable[..., Any], pipeline: TrioPipeline
+) -> None:
+    content = [{"type": "image"}, text("and"), {"type": "image"}, text("what is red ?")]
+    messages = [{"role": "user", "content": content}]
+    files = [file(60, 40), file(30, 50)]
+    request = ask(load(), messages=json.dumps(messages), images=texts(*files), max_tokens=4)
+    expected = pipeline.generate(files, messages, max_new_tokens=4)
+    assert request.token_ids() == expected.token_ids
+
+
+def test_requests_sent_together_are_answered_each_by_its_own(
+    load: Callable[..., Any], pipeline: TrioPipeline
+) -> None:
+    model = load(max_rows="5", prefillers="2")
+    requests = []
+    for number in range(12):
+        inputs: dict[str, Any] = {"images": file(40 + number)} if number % 3 else {}
+        requests.append(
+            ask(
+                model,
+                prompt=QUESTION,
+                max_tokens=2 + number,
+                temperature=1.0,
+                seed=number,
+                **inputs,
+            )
+        )
+    for number, request in enumerate(requests):
+        expected = pipeline.generate(
+            [file(40 + number)] if number % 3 else [],
+            QUESTION,
+            max_new_tokens=2 + number,
+            temperature=1.0,
+            seed=number,
+        )
+        assert request.token_ids() == expected.token_ids
+
+
+def test_a_cancelled_stream_ends_within_a_token(load: Callable[..., Any]) -> None:
+    model = load(max_tokens="2000")
+
+    def hang_up(sender: Sender) -> None:
+        if len(sender.responses) == 3:
+            sender.cancel()
+
+    request = Asked({"prompt": texts(QUESTION), "max_tokens": one(2000, "int32")})
+    request.sender.on_send = hang_up
+    model.execute([request])
+    code, _ = request.error()
+    assert code is TritonError.CANCELLED
+    # The token that was on its way, one more, and the error.
+    assert len(request.sender.responses) <= 3 + 2 + 1
+
+
+def hold(model: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Keep the model's prefills waiting until the event is set."""
+    go = threading.Event()
+    prefill = model._batcher._pipeline.prefill
+    monkeypatch.setattr(
+        model._batcher._pipeline, "prefill", lambda *given: go.wait(WAIT_S) and prefill(*given)
+    )
+    return go
+
+
+def wait_for_prefill(model: Any) -> None:
+    """Wait until nothing waits to be prepared or chosen, in one look: requests move in between."""
+    wait_for(lambda: model._batcher.metrics().queued == 0)
+
+
+def test_a_waiting_request_is_cancelled_too_and_what_is_too_much_is_refused(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(max_rows="1", max_queue="2")
+    go = hold(model, monkeypatch)
+    first = ask(model, prompt=QUESTION, max_tokens=2)
+    wait_for_prefill(model)
+    second, third = ask(model, prompt=QUESTION, max_tokens=2), ask(model, prompt=QUESTION)
+    refused = ask(model, prompt=QUESTION)
+    assert refused.error() == (TritonError.UNAVAILABLE, refused.error()[1])
+    assert "max_queue = 2" in refused.error()[1]
+    third.sender.cancel()
+    wait_for(lambda: any(h._cancelled for h in list(model._batcher._open)))
+    go.set()
+    assert third.error()[0] is TritonError.CANCELLED
+    assert len(first.outputs()) == len(second.outputs()) == 2
+
+
+def test_deadlines_end_answers(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(max_tokens="2000", max_timeout_s="600")
+    long = Asked({"prompt": texts(QUESTION), "max_tokens": one(2000, "int32")})
+
+    def let_it_pass(sender: Sender) -> None:
+        for handle in list(model._batcher._open):
+            handle._until = 0.0
+
+    long.sender.on_send = let_it_pass
+    model.execute([long])
+    assert long.outputs()[-1]["finish_reason"] == [b"deadline"]
+    go = hold(model, monkeypatch)
+    first = ask(model, prompt=QUESTION, max_tokens=1)
+    wait_for_prefill(model)
+    late = ask(model, timeout=1000, prompt=QUESTION)
+    time.sleep(0.01)
+    go.set()
+    assert late.error()[0] is TritonError.UNAVAILABLE and "deadline" in late.error()[1]
+    assert first.outputs()
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": QUESTION, "images": b"nonsense"}, "picture"),
+    ({"prompt": "<image> ?", "images": file()}, "placeholder"),
+    ({"messages": json.dumps([{"role": "user", "content": "?"}]), "images": file()}, "placeholder"),
+    ({"prompt": QUESTION, "images": file(), "budget": 0.001}, "budget"),
+    ({"prompt": QUESTION, "temperature": float("nan")}, "temperature"),
+    ({"prompt": "word " * 3000}, "context"),
+    ({"prompt": QUESTION, "images": file()[:200]}, "picture"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "message"), WRONG)
+def test_what_a_client_does_wrong_is_an_invalid_argument(
+    load: Callable[..., Any], inputs: dict[str, Any], message: str
+) -> None:
+    model = load()
+    code, said = ask(model, **inputs).error()
+    assert code is TritonError.INVALID_ARG and message in said
+    assert ask(model, prompt=QUESTION, max_tokens=1).outputs(), "the others are served on"
+
+
+def test_our_own_failures_are_internal(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load()
+
+    def fail(*given: Any) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model._batcher._pipeline, "prefill", fail)
+        code, said = ask(model, prompt=QUESTION).error()
+        assert code is TritonError.INTERNAL and "no memory" in said
+    assert ask(model, prompt=QUESTION, max_tokens=1).outputs()
+
+
+def test_a_client_that_is_gone_harms_nobody(load: Callable[..., Any]) -> None:
+    model = load()
+
+    def broken(sender: Sender) -> None:
+        raise RuntimeError("the connection is closed")
+
+    gone = Asked({"prompt": texts(QUESTION)})
+    gone.sender.on_send = broken
+    model.execute([gone])
+    assert ask(model, prompt=QUESTION, max_tokens=3).outputs()
+    wait_for(lambda: not model._answers)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"bundle": "missing"}, "missing"),
+        ({"max_token": "5"}, "unknown parameter 'max_token'"),
+        ({"runtime": "torch"}, "unknown runtime"),
+        ({"budget": "0.001", "warm_up": "true"}, "budget"),
+    ],
+)
+def test_a_model_that_cannot_be_served_says_why_and_does_not_load(
+    load: Callable[..., Any],
+    modules: tuple[ModuleType, ModuleType],
+    parameters: dict[str, str],
+    message: str,
+) -> None:
+    with pytest.raises(fake_utils.TritonModelException, match=message):
+        load(**parameters)
+
+
+def test_a_damaged_bundle_does_not_load(
+    modules: tuple[ModuleType, ModuleType], bundle: Path, tmp_path: Path
+) -> None:
+    for path in bundle.rglob("*"):
+        if path.is_file():
+            copy = tmp_path / "bundle" / path.relative_to(bundle)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            data = path.read_bytes()
+            copy.write_bytes(data[: len(data) // 2] if path.suffix == ".safetensors" else data)
+    with pytest.raises(fake_utils.TritonModelException, match="trio_vlm: .*safetensors"):
+        modules[0].TritonPythonModel().initialize(arguments(tmp_path, bundle="bundle"))
+
+
+def test_a_model_warms_up_and_takes_tritons_own_parameters(load: Callable[..., Any]) -> None:
+    model = load(warm_up="true", FORCE_CPU_ONLY_INPUT_TENSORS="no")
+    assert ask(model, prompt=QUESTION, max_tokens=1).outputs()
+
+
+def metric_values(name: str) -> dict[str, float]:
+    """Of the model loaded last, by outcome."""
+    metrics = MetricFamily.FAMILIES[name].metrics
+    assert all(m.labels["model"] == "trio_vlm" and m.labels["version"] == "1" for m in metrics)
+    return {m.labels.get("outcome", ""): m.value for m in metrics}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"max_kv_bytes": "1"}, "max_kv_bytes is 1"),
+        ({"max_prompt_tokens": "1"}, "max_prompt_tokens is 1"),
+        ({"max_prompt_bytes": "1"}, "max_prompt_bytes is 1"),
+        ({"max_image_pixels": "1"}, "max_image_pixels is 1"),
+        ({"max_queue_bytes": "1"}, "max_queue_bytes is 1"),
+        ({"budget": "0.0001"}, "budget"),
+    ],
+    ids=str,
+)
+def test_a_model_whose_limits_no_request_can_keep_does_not_load(
+    load: Callable[..., Any], parameters: dict[str, str], message: str
+) -> None:
+    with pytest.raises(Exception, match=f"warm-up question .* failed: .*{message}") as caught:
+        load(warm_up="true", **parameters)
+    assert type(caught.value) is fake_utils.TritonModelException
+
+
+def test_a_model_may_take_no_longer_than_a_deadline_for_its_warm_up(
+    load: Callable[..., Any],
+) -> None:
+    """The first run takes longer than those after it."""
+    model = load(warm_up="true", max_timeout_s="1e-9")
+    assert "deadline" in ask(model, prompt=QUESTION).error()[1]
+
+
+def test_metrics_count_what_happened(load: Callable[..., Any]) -> None:
+    model = load()
+    ask(model, prompt=QUESTION, images=file(), max_tokens=4).outputs()
+    ask(model, prompt=QUESTION, max_tokens=3).outputs()
+    ask(model, prompt=QUESTION, top_p=7.0).error()
+    ask(model, prompt=QUESTION, images=b"nothing").error()
+
+    values = metric_values
+    # All at once, since they are brought up to date one after the other, and again and again.
+    expected = {
+        "trio_tokens_total": 7,
+        "trio_visual_tokens_total": 256,
+        "trio_first_token_seconds_count": 2,
+        "trio_rows_active": 0,
+        "trio_queue_length": 0,
+        "trio_kv_bytes": 0,
+    }
+    wait_for(lambda: {name: values(name)[""] for name in expected} == expected)
+    wait_for(lambda: [values("trio_requests_total")[n] for n in ("length", "invalid")] == [2, 2])
+    wait_for(lambda: 256 > values("trio_kept_tokens_total")[""] > 0)
+    wait_for(lambda: values("trio_first_token_seconds_sum")[""] > 0)
+    assert MetricFamily.FAMILIES["trio_kv_bytes"].kind == "gauge"
+
+
+def test_metrics_of_a_model_that_was_unloaded_say_that_nothing_runs(
+    load: Callable[..., Any],
+) -> None:
+    model = load()
+    before = MetricFamily.FAMILIES["trio_tokens_total"].metrics[-1]
+    model._stop.set()
+    model._keeper.join()  # as if it were over just before the last answers
+    requests = [ask(model, prompt=QUESTION, max_tokens=3) for _ in range(2)]
+    wait_for(lambda: model._batcher.metrics().active > 0 or requests[0].sender.ended.is_set())
+    model._export()
+    model.finalize()
+    last = {name: family.metrics[-1].value for name, family in MetricFamily.FAMILIES.items()}
+    assert before.value == last["trio_tokens_total"] == 6
+    gauges = ("queue_length", "rows_active", "kv_bytes", "kv_bytes_allocated")
+    assert [last[f"trio_{name}"] for name in gauges] == [0, 0, 0, 0]
+
+
+def test_what_is_held_has_a_bound_in_bytes(
+    load: Callable[..., Any], pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of pictures that wait included: those of a small file are large."""
+    picture = file()
+    tiles = pipeline.prepare(Request(QUESTION, [picture])).processed[0].pixel_values.nbytes
+    assert tiles > 10 * len(picture)
+    model = load(max_queue_bytes=str(2 * (tiles + len(picture) + len(QUESTION)) + 10))
+    go = hold(model, monkeypatch)
+    held = [ask(model, prompt=QUESTION, images=picture, max_tokens=2) for _ in range(2)]
+    code, said = ask(model, prompt=QUESTION, images=picture).error()
+    assert code is TritonError.UNAVAILABLE and "max_queue_bytes" in said
+    code, said = ask(model, prompt=QUESTION, images=texts(*[picture] * 3)).error()
+    assert code is TritonError.INVALID_ARG and "max_queue_bytes" in said
+    go.set()
+    assert all(request.outputs() for request in held)
+    assert ask(model, prompt=QUESTION, images=picture, max_tokens=2).outputs()
+    ask(model, prompt=QUESTION, images=picture, top_p=7.0).error()
+    ask(model, prompt=QUESTION, images=picture, budget=0.0001).error()
+    wait_for(lambda: model._held.held == 0)
+    wait_for(lambda: metric_values("trio_requests_total")["refused"] == 1)
+
+
+def test_a_server_without_metrics_serves_without(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*given: Any, **named: Any) -> None:
+        raise fake_utils.TritonModelException("metrics are not enabled")
+
+    monkeypatch.setattr(sys.modules["triton_python_backend_utils"].MetricFamily, "__init__", none)
+    assert ask(load(), prompt=QUESTION, max_tokens=1).outputs()
+
+
+def test_stopping_answers_what_was_asked(load: Callable[..., Any]) -> None:
+    model = load()
+    requests = [ask(model, prompt=QUESTION, max_tokens=5) for _ in range(6)]
+    model.finalize()
+    assert all(len(request.outputs(0)) == 5 for request in requests)
+    code, said = ask(model, prompt=QUESTION).error()
+    assert code is TritonError.UNAVAILABLE and "shutting down" in said
+
+
+@pytest.fixture
+def both(
+    load: Callable[..., Any], modules: tuple[ModuleType, ModuleType]
+) -> Iterator[tuple[Any, Any]]:
+    """`trio_vlm_complete`, and the `trio_vlm` that it asks."""
+    name = f"trio_vlm_{uuid.uuid4().hex}"  # tests beside this one serve models, too
+    model = load(name=name, max_tokens="2000")
+    complete = modules[1].TritonPythonModel()
+    limits = {"max_requests": "3", "max_bytes": "60000"}
+    complete.initialize(arguments(Path(), model=name, watch="false", **limits))
+    yield complete, model
+    complete.finalize()
+
+
+def test_a_plain_request_gets_one_whole_answer(
+    both: tuple[Any, Any], pipeline: TrioPipeline
+) -> None:
+    requests = [ask(both[0], prompt=QUESTION, images=file(), max_tokens=n) for n in (3, 4, 5)]
+    for number, request in enumerate(requests, start=3):
+        (response,) = request.outputs()
+        expected = pipeline.generate([file()], QUESTION, max_new_tokens=number)
+        assert response["token_ids"] == expected.token_ids
+        assert response["text"] == [expected.text.encode()] and response["timings"]
+
+
+def test_a_plain_requests_error_keeps_its_code(both: tuple[Any, Any]) -> None:
+    code, said = ask(both[0], prompt=QUESTION, max_tokens=0).error()
+    assert code is TritonError.INVALID_ARG and "max_tokens must be 1 to 2000" in said
+    code, said = ask(both[0], {"tempo": 1}, prompt=QUESTION).error()
+    assert code is TritonError.INVALID_ARG and "unknown parameter 'tempo'" in said
+    assert ask(both[0], prompt=QUESTION, images=b"?").error()[0] is TritonError.INVALID_ARG
+
+
+def test_a_plain_request_that_is_cancelled_ends_in_the_model(both: tuple[Any, Any]) -> None:
+    complete, model = both
+    request = ask(complete, prompt=QUESTION, max_tokens=2000)
+    wait_for(lambda: model._batcher.metrics().active == 1)
+    request.sender.cancel()
+    assert request.error()[0] is TritonError.CANCELLED
+    wait_for(lambda: model._batcher.metrics().outcomes.get("cancelled") == 1)
+
+
+def test_plain_requests_beyond_the_limit_are_refused(
+    both: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, model = both
+    go = hold(model, monkeypatch)
+    requests = [ask(complete, prompt=QUESTION, max_tokens=1) for _ in range(4)]
+    code, said = requests[3].error()
+    assert code is TritonError.UNAVAILABLE and "max_requests = 3" in said
+    go.set()
+    assert all(request.outputs() for request in requests[:3])
+
+
+def test_plain_requests_hold_no_more_bytes_than_they_may(
+    both: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, model = both
+    go = hold(model, monkeypatch)
+    first = ask(complete, prompt=QUESTION, images=file() + bytes(50_000), max_tokens=1)
+    code, said = ask(complete, prompt=QUESTION, images=file() + bytes(10_000)).error()
+    assert code is TritonError.UNAVAILABLE and "max_bytes is 60000" in said
+    small = ask(complete, prompt=QUESTION, max_tokens=1)
+    go.set()
+    assert first.outputs() and small.outputs()
+    assert ask(complete, prompt=QUESTION, images=bytes(70_000)).error()[0] is (
+        TritonError.INVALID_ARG
+    ), "one that is too large by itself is judged by its limits"
+
+
+def test_a_plain_request_for_which_there_is_no_thread_is_answered(
+    both: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, _ = both
+
+    def none(*given: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(complete._pool, "submit", none)
+        code, said = ask(complete, prompt=QUESTION).error()
+        assert code is TritonError.INTERNAL and "new thread" in said
+    assert not complete._open
+    assert ask(complete, prompt=QUESTION, max_tokens=1).outputs()
+
+
+def test_a_plain_request_without_a_model_to_ask_is_refused(
+    both: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, model = both
+    batcher = model._batcher
+    prefill = batcher._pipeline.prefill
+
+    def until_cancelled(*given: Any) -> Any:
+        wait_for(lambda: all(handle._cancelled for handle in list(batcher._open)))
+        return prefill(*given)
+
+    monkeypatch.setattr(batcher._pipeline, "prefill", until_cancelled)
+    monkeypatch.setattr("trio_deploy.serve.triton_server.model._DRAIN_S", 0.2)
+    waiting = ask(complete, prompt=QUESTION, max_tokens=2000)
+    wait_for(lambda: bool(batcher._open))
+    model.finalize()
+    assert waiting.error()[0] is TritonError.CANCELLED
+    code, said = ask(complete, prompt=QUESTION).error()
+    assert code is TritonError.UNAVAILABLE and "could not be asked" in said
+
+
+def test_nothing_is_asked_of_triton_about_a_request_whose_last_response_is_sent(
+    modules: tuple[ModuleType, ModuleType],
+) -> None:
+    """Triton 2.51 dies of it (segmentation fault)."""
+    request = Asked()
+    sender = sys.modules["trio_deploy.serve.triton_server.backend"].TritonSender(request)
+    assert not sender.is_cancelled()
+    request.sender.cancel()
+    assert sender.is_cancelled()
+    looks, go = threading.Event(), threading.Event()
+    request.sender.on_look = lambda: looks.set() or go.wait(WAIT_S)
+    asking = threading.Thread(target=sender.is_cancelled)
+    asking.start()
+    assert looks.wait(WAIT_S)
+    sending = threading.Thread(target=sender.send, args=({"text": texts("a")},), kwargs={"last": 1})
+    sending.start()
+    sending.join(0.1)
+    assert not request.sender.ended.is_set(), "the last response did not wait for the question"
+    go.set()
+    sending.join()
+    asking.join()
+    assert not sender.is_cancelled()
+    assert not request.sender.crashed
+    sender.send({"text": texts("b")}, last=True)
+    sender.fail("too late", "INTERNAL")
+    assert [response["text"] for response in request.outputs()] == [[b"a"]]
+
+
+@given(
+    tensors=st.dictionaries(st.sampled_from(list(INPUTS)), arrays, max_size=5),
+    parameters=st.dictionaries(
+        st.sampled_from(["stream", "x"]),
+        st.booleans() | st.integers() | st.text(max_size=5),
+        max_size=2,
+    ),
+)
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_whatever_is_sent_the_instance_serves_on(
+    served: Any, tensors: dict[str, np.ndarray], parameters: dict[str, Any]
+) -> None:
+    request = Asked({"max_tokens": one(2, "int32"), **tensors}, parameters)
+    served.execute([request])
+    assert request.sender.ended.wait(WAIT_S)
+    last = request.sender.responses[-1:]
+    if last and last[0].has_error():
+        error = last[0].error()
+        assert error.code() is TritonError.INVALID_ARG or "deadline" in error.message()
+    assert ask(served, prompt=QUESTION, max_tokens=1).outputs()
+
+
+@pytest.fixture
+def served(load: Callable[..., Any]) -> Any:
+    return load()

@@ -1,0 +1,250 @@
+"""What `trio triton` writes, as far as no server is needed to tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.cli.main import main
+from trio_deploy.config.target import Limits
+from trio_deploy.errors import TrioError
+from trio_deploy.export.job import export
+from trio_deploy.runtimes.tensorrt.profiles import Bounds, Profile
+from trio_deploy.runtimes.tensorrt.record import Gpu, Record, StageRecord
+from trio_deploy.serve.triton_server.pbtxt import Enum, format_message
+from trio_deploy.serve.triton_server.repository import (
+    RECORD,
+    Options,
+    read_settings,
+    write_repository,
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export("tiny", tmp_path_factory.mktemp("bundle") / "tiny", budget=0.111)
+
+
+def files(folder: Path) -> set[str]:
+    return {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_the_repository_holds_the_two_models_and_a_whole_bundle(bundle, tmp_path):
+    assert write_repository(bundle, tmp_path / "out") == ["trio_vlm", "trio_vlm_complete"]
+    written = files(tmp_path / "out")
+    assert {
+        RECORD,
+        "trio_vlm/config.pbtxt",
+        "trio_vlm/1/model.py",
+        "trio_vlm_complete/config.pbtxt",
+        "trio_vlm_complete/1/model.py",
+    } <= written
+    copied = Bundle.load(tmp_path / "out" / "trio_vlm" / "1" / "bundle", verify=True)
+    assert copied.manifest == bundle.manifest
+
+
+def test_nothing_of_this_machine_is_written_into_a_configuration(bundle, tmp_path):
+    write_repository(bundle, tmp_path / "out", Options(stages=True))
+    for name in files(tmp_path / "out"):
+        if name.endswith((".pbtxt", ".json", ".py")):
+            text = (tmp_path / "out" / name).read_text()
+            assert str(tmp_path) not in text and str(bundle.path) not in text, name
+
+
+def test_stage_folders_hold_the_weights_their_graph_reads_without_copies(bundle, tmp_path):
+    write_repository(bundle, tmp_path / "out", Options(stages=True))
+    held = tmp_path / "out" / "trio_vlm" / "1" / "bundle" / "weights"
+    for stage in bundle.stages:
+        folder = tmp_path / "out" / f"trio_{stage}" / "1" / "model.onnx"
+        assert (folder / "model.onnx").read_bytes() == bundle.graph(stage).read_bytes()
+        for weights in (folder / "weights").glob("*"):  # a selection by diversity reads none
+            assert weights.samefile(held / weights.name)
+
+
+def test_link_writes_no_weight_twice_and_copying_shares_none(bundle, tmp_path):
+    name = "trio_vlm/1/bundle/weights"
+    (weights,) = (bundle.path / "weights").iterdir()
+    write_repository(bundle, tmp_path / "linked", Options(link=True))
+    assert (tmp_path / "linked" / name / weights.name).samefile(weights)
+    write_repository(bundle, tmp_path / "copied")
+    assert not (tmp_path / "copied" / name / weights.name).samefile(weights)
+
+
+def test_an_existing_repository_is_kept_without_force_and_a_foreign_folder_always(
+    bundle, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    command = ["triton", str(bundle.path), "--out", str(out)]
+    assert main([*command]) == 0
+    (out / "trio_vlm" / "mark").touch()
+    assert main(command) == 1
+    assert "pass --force" in capsys.readouterr().err
+    assert (out / "trio_vlm" / "mark").exists()
+    assert main([*command, "--force"]) == 0
+    assert not (out / "trio_vlm" / "mark").exists()
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / "file").touch()
+    with pytest.raises(TrioError, match="not a model repository"):
+        write_repository(bundle, foreign, force=True)
+    assert files(foreign) == {"file"}
+
+
+def test_nothing_is_left_behind_when_writing_fails(bundle, tmp_path, monkeypatch):
+    def fail(*arguments: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("trio_deploy.serve.triton_server.repository._model_py", fail)
+    with pytest.raises(OSError):
+        write_repository(bundle, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(device="tpu"), "cpu or gpu"),
+        (Options(instances=0), "1 instance or more"),
+        (Options(name="../x"), "letters of ASCII, digits"),
+        (Options(runtime="tensorflow"), "unknown runtime"),
+        (Options(runtime="tensorrt"), "needs a GPU"),
+        (Options(runtime="tensorrt", device="gpu"), "trio build"),
+        (Options(runtime="openvino", device="gpu"), "OpenVINO runs on CPUs"),
+        (Options(settings={"bundle": "/etc"}), "not a setting"),
+        (Options(settings={"max_tokenz": "5"}), "max_tokenz"),
+        (Options(settings={"max_tokens": "many"}), "max_tokens"),
+        (Options(settings={"provider": "tpu"}), "unknown provider 'tpu'"),
+        (Options(settings={"precision": "int3"}), "unknown precision 'int3'"),
+        (Options(runtime="openvino", settings={"provider": "cpu"}), "no option of openvino"),
+        (Options(settings={"precision": "bfloat16"}), "the bundle's own dtype"),
+        (Options(name="é"), "letters of ASCII"),
+        (Options(name="-_"), "letters of ASCII"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_anything_is_written(
+    bundle, tmp_path, options, message
+):
+    with pytest.raises(TrioError, match=message):
+        write_repository(bundle, tmp_path / "out", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_come_from_a_file_and_from_the_command_line_which_wins(tmp_path):
+    file = tmp_path / "limits.yaml"
+    file.write_text("max_tokens: 512\nmax_images: 2\nlow_memory: true\n")
+    assert read_settings(file, ["max_images=4"]) == {
+        "max_tokens": "512",
+        "max_images": "4",
+        "low_memory": "true",
+    }
+    with pytest.raises(TrioError, match="NAME=VALUE"):
+        read_settings(None, ["max_images"])
+    file.write_text("max_tokens: [1]\n")
+    with pytest.raises(TrioError, match="one a line"):
+        read_settings(file, [])
+
+
+def test_the_gpu_and_instances_reach_the_configuration(bundle, tmp_path):
+    write_repository(
+        bundle, tmp_path / "out", Options(runtime="onnxruntime", device="gpu", instances=2)
+    )
+    text = (tmp_path / "out" / "trio_vlm" / "config.pbtxt").read_text()
+    assert "count: 2\n  kind: KIND_GPU\n  gpus: [0]" in text
+    assert 'string_value: "cuda"' in text
+
+
+def test_a_target_of_the_users_own_travels_with_the_repository(bundle, tmp_path):
+    file = tmp_path / "box.yaml"
+    file.write_text("runtime: onnxruntime\ndialect: ort\ndtype: float32\n")
+    write_repository(bundle, tmp_path / "own", Options(target=str(file)))
+    assert (tmp_path / "own" / "trio_vlm" / "1" / "box.yaml").read_text() == file.read_text()
+    assert '"1/box.yaml"' in (tmp_path / "own" / "trio_vlm" / "config.pbtxt").read_text()
+    write_repository(bundle, tmp_path / "shipped", Options(target="cpu"))
+    assert 'string_value: "cpu"' in (tmp_path / "shipped/trio_vlm/config.pbtxt").read_text()
+
+
+def test_a_target_that_triton_cannot_open_by_its_name_is_refused(bundle, tmp_path):
+    file = tmp_path / "é.yaml"
+    file.write_text("runtime: onnxruntime\ndialect: ort\ndtype: float32\n")
+    with pytest.raises(TrioError, match="rename it"):
+        write_repository(bundle, tmp_path / "own", Options(target=str(file)))
+
+
+@pytest.mark.parametrize(("tensorrt", "integers"), [("8.6.1", "INT32"), ("10.3.0", "INT64")])
+def test_engines_of_tensorrt_are_served_with_their_profiles_and_types(tmp_path, tensorrt, integers):
+    own = export("tiny", tmp_path / "bundle", budget=0.111)
+    folder = own.path / "engines" / "jetson-agx-orin-64gb"
+    folder.mkdir(parents=True)
+    record = Record(
+        "jetson-agx-orin-64gb",
+        tensorrt,
+        Gpu("Orin", "8.7", "540"),
+        "primitive",
+        "float16",
+        "shared",
+        Limits(),
+    )
+    for stage in own.stages:
+        (folder / f"{stage}.engine").write_bytes(stage.encode())
+        sizes = {"width": Bounds((1,), (2,), (3,))} if stage.startswith("select_") else {}
+        profiles = (Profile("prefill", {}, sizes), Profile("decode", {}, sizes))
+        entry = StageRecord(f"{stage}.engine", "", len(stage), "", "", profiles, verified=True)
+        record = record.with_stage(stage, entry)
+    record.save(folder)
+    options = Options(target="jetson-agx-orin-64gb", device="gpu", stages=True)
+    write_repository(own, tmp_path / "out", options)
+    assert (tmp_path / "out/trio_prefill_1/1/model.plan").read_bytes() == b"prefill_1"
+    text = (tmp_path / "out/trio_prefill_1/config.pbtxt").read_text()
+    assert 'platform: "tensorrt_plan"' in text and 'profile: ["0", "1"]' in text
+    assert f'name: "lengths"\n  data_type: TYPE_{integers}' in text
+    text = (tmp_path / "out/trio_select_1/config.pbtxt").read_text()
+    width = f'name: "width"\n  data_type: TYPE_{integers}\n  dims: [1]\n  is_shape_tensor: true'
+    assert width in text and text.count("is_shape_tensor") == 1
+    served = tmp_path / "out/trio_vlm/1/bundle/engines/jetson-agx-orin-64gb"
+    assert Record.load(served).stages.keys() == set(own.stages)
+    config = (tmp_path / "out/trio_vlm/config.pbtxt").read_text()
+    assert '"tensorrt"' in config and '"jetson-agx-orin-64gb"' in config
+
+
+def test_the_model_warms_itself_up_where_no_limit_can_refuse_the_question(bundle, tmp_path):
+    write_repository(bundle, tmp_path / "out", Options(settings={"max_tokens": "1"}))
+    config = (tmp_path / "out" / "trio_vlm" / "config.pbtxt").read_text()
+    assert 'key: "warm_up"\n  value {\n    string_value: "true"' in config
+    assert "model_warmup" not in config
+
+
+def test_the_record_names_the_models(bundle, tmp_path):
+    models = write_repository(bundle, tmp_path / "out", Options(name="cat", stages=True))
+    assert json.loads((tmp_path / "out" / RECORD).read_text())["models"] == models
+    assert {"cat_vlm", "cat_vlm_complete", "cat_vision", "cat_embeddings"} <= set(models)
+
+
+def test_text_format_quotes_strings_and_leaves_enumerations_bare():
+    message = {
+        "name": 'a"\\\n',
+        "kind": Enum("KIND_CPU"),
+        "dims": [-1, 3],
+        "none": None,
+        "on": True,
+    }
+    assert format_message({"m": [message, {}]}) == (
+        'm {\n  name: "a\\"\\\\\\n"\n  kind: KIND_CPU\n  dims: [-1, 3]\n  on: true\n}\nm {\n}\n'
+    )
+
+
+def test_a_place_that_the_server_cannot_load_from_is_warned_of(bundle, tmp_path, capsys):
+    """It may be served elsewhere, so that it is no error."""
+    for name, warned in (("répertoire", True), ("models", False)):
+        command = ["triton", str(bundle.path), "--out", str(tmp_path / name)]
+        assert main(command) == 0
+        assert ("characters beyond ASCII" in capsys.readouterr().err) == warned
+
+
+def test_plain_requests_may_be_as_many_as_the_model_takes(bundle, tmp_path):
+    options = Options(settings={"max_rows": "3", "max_queue": "4"}, instances=2)
+    write_repository(bundle, tmp_path / "out", options)
+    config = (tmp_path / "out" / "trio_vlm_complete" / "config.pbtxt").read_text()
+    assert 'key: "max_requests"\n  value {\n    string_value: "14"' in config

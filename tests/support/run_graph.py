@@ -1,0 +1,72 @@
+"""Run a graph of `trio_deploy.export.graphs` with weights from arrays, on ORT or OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+
+def filled(model: ir.Model, weights: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """The model as a proto, each initializer without data filled from `weights` by name."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            dtype = value.type.dtype
+            array = np.ascontiguousarray(weights[name]).astype(dtype.numpy())
+            assert array.shape == tuple(value.shape), (name, array.shape, value.shape)
+            value.const_value = ir.tensor(array, dtype=dtype, name=name)
+    return ir.to_proto(model)
+
+
+class Runner:
+    """Callable stage on ONNX Runtime (`ort`) or OpenVINO (`openvino`), two threads, fp32."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        weights: Mapping[str, np.ndarray],
+        runtime: str = "ort",
+        **config: Any,
+    ) -> None:
+        self.proto = filled(model, weights)
+        self.outputs = [value.name for value in self.proto.graph.output]
+        self.inputs = [value.name for value in self.proto.graph.input]
+        self.runtime = runtime
+        if runtime == "ort":
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = 2
+            options.log_severity_level = 3
+            self.session = onnxruntime.InferenceSession(
+                self.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        else:
+            import openvino
+
+            core = openvino.Core()
+            settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 2, **config}
+            read = core.read_model(self.proto.SerializeToString(), b"")
+            self.compiled = core.compile_model(read, "CPU", settings)
+            self.request = self.compiled.create_infer_request()
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Feeds a graph does not take are left out."""
+        feeds = {name: feeds[name] for name in self.inputs}
+        if self.runtime == "ort":
+            return dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
+        result = self.request.infer(feeds, share_inputs=False, share_outputs=False)
+        return {name: result[name] for name in self.outputs}
+
+
+def run(
+    model: ir.Model,
+    weights: Mapping[str, np.ndarray],
+    feeds: Mapping[str, np.ndarray],
+    runtime: str = "ort",
+) -> dict[str, np.ndarray]:
+    """Fill, load and run once."""
+    return Runner(model, weights, runtime)(feeds)

@@ -1,0 +1,183 @@
+"""What counts as a difference, and that a wrong selection is noticed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trio_deploy.reference.nms import greedy_select
+from trio_deploy.reference.trace import Stage
+from trio_deploy.verify.compare import (
+    TOLERANCES,
+    compare_outputs,
+    compare_selection,
+    difference,
+    tied,
+)
+
+EXACT = TOLERANCES["float32"]
+
+
+def selection(renumber: bool = True) -> Stage:
+    """Two rows, six tokens of which the middle four are visual; the second row keeps fewer."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(2, 6, 8)).astype(np.float32)
+    visual = np.array([[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0]], bool)
+    positions = np.tile(np.arange(6), (2, 1)) + 10 * (not renumber)
+    lengths = np.array([6, 5])
+    scores = np.where(visual, rng.uniform(1, 2, (2, 6)), 0).astype(np.float32)
+    index = np.full((2, 5), -1)
+    for b, keep in enumerate((3, 1)):
+        places = np.flatnonzero(visual[b])
+        kept = places[greedy_select(scores[b][places], hidden[b][places], keep)]
+        text = np.flatnonzero(~visual[b][: lengths[b]])
+        index[b, : len(text) + keep] = np.sort(np.concatenate([text, kept]))
+    real = index >= 0
+    at = np.where(real, index, 0)
+    take = np.take_along_axis
+    places = np.tile(np.arange(5), (2, 1)) if renumber else take(positions, at, 1)
+    return Stage(
+        {
+            "hidden_states": hidden,
+            "position_ids": positions,
+            "lengths": lengths,
+            "visual_mask": visual,
+            "keep": np.array([3, 1]),
+            "width": np.array([5]),
+            "probe_logits": np.array([0.5, 2.0]),
+        },
+        {
+            "keep_index": index,
+            "hidden_states_out": np.where(real[..., None], take(hidden, at[..., None], 1), 0),
+            "position_ids_out": np.where(real, places, 0),
+            "lengths_out": real.sum(1),
+            "visual_mask_out": take(visual, at, 1) & real,
+            "saliency": scores,
+            "converged": np.array([True, True]),
+        },
+    )
+
+
+@pytest.mark.parametrize("renumber", [True, False])
+def test_equal_selections_pass(renumber):
+    stage = selection(renumber)
+    row = compare_selection("select_1", stage, stage.outputs, EXACT, 0.8)
+    assert row.passed and row.overlap == 1.0 and row.excluded == 0.0
+
+
+def spoil(key: str, change) -> dict:
+    stage = selection()
+    outputs = {name: value.copy() for name, value in stage.outputs.items()}
+    change(outputs[key])
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "said"),
+    [
+        ("saliency", lambda a: a.__setitem__((0, 1), a[0, 1] * 1.001), "saliency differs"),
+        ("saliency", lambda a: a.__setitem__((0, 0), 1.0), "where nothing is visual"),
+        ("saliency", lambda a: a.__setitem__((0, 1), np.nan), "saliency differs"),
+        ("converged", lambda a: a.__setitem__(1, False), "did not converge"),
+        ("hidden_states_out", lambda a: a.__setitem__((0, 1, 0), 9.0), "hidden_states_out"),
+        ("hidden_states_out", lambda a: a.__setitem__((1, 4, 0), 9.0), "hidden_states_out"),
+        ("position_ids_out", lambda a: a.__setitem__((0, 1), 7), "position_ids_out"),
+        ("visual_mask_out", lambda a: a.__setitem__((0, 0), True), "visual_mask_out"),
+        ("lengths_out", lambda a: a.__setitem__(0, 4), "lengths_out"),
+        ("keep_index", lambda a: a.__setitem__((1, 4), 3), "padded"),
+    ],
+)
+def test_every_output_of_a_selection_is_checked(key, change, said):
+    row = compare_selection("select_1", selection(), spoil(key, change), EXACT, 0.8)
+    assert not row.passed and said in row.problem
+
+
+def test_a_wrong_token_fails_even_if_all_outputs_fit_together():
+    stage = selection()
+    visual, index = stage.inputs["visual_mask"][0], stage.outputs["keep_index"][0]
+    dropped = (set(np.flatnonzero(visual)) - set(index.tolist())).pop()
+    other = np.sort(np.r_[index[index != index[visual[index]][0]], dropped])
+    outputs = dict(stage.outputs)
+    for key in ("keep_index", "hidden_states_out"):
+        outputs[key] = outputs[key].copy()
+    outputs["keep_index"][0] = other
+    outputs["hidden_states_out"][0] = stage.inputs["hidden_states"][0][other]
+    row = compare_selection("select_1", stage, outputs, EXACT, 0.8)
+    assert row.overlap == 0.75 and "though no scores are within the error" in row.problem
+    loose = compare_selection("select_1", stage, outputs, TOLERANCES["float16"], 0.8)
+    assert not loose.passed  # nor is it what the greedy rule picks from its own scores
+
+
+def test_tokens_that_may_change_places_are_counted():
+    reference = np.array([1.0, 2.0, 2.001, 5.0])
+    assert not tied(reference, reference).any()
+    assert not tied(np.zeros(3), np.zeros(3)).any()  # exactly equal scores have a rule
+    noisy = reference + np.array([0.0, 1e-3, -1e-3, 0.0])
+    assert tied(noisy, reference).tolist() == [False, True, True, False]
+    assert not tied(reference * 1.01, reference).any()  # a common factor changes no rank
+    wide = reference + np.array([0.0, 0.0, 0.0, 3.5])
+    assert tied(wide, reference).tolist() == [False, True, True, True]
+
+
+def test_padding_is_not_compared_and_everything_else_is():
+    hidden = np.ones((2, 3, 4), np.float32)
+    stage = Stage({"lengths": np.array([3, 2])}, {"hidden_states": hidden})
+    padded = hidden.copy()
+    padded[1, 2] = 1e6
+    assert compare_outputs("prefill_0", stage, {"hidden_states": padded}, EXACT).passed
+    padded[1, 1, 0] = 1.1
+    row = compare_outputs("prefill_0", stage, {"hidden_states": padded}, EXACT)
+    assert row.max_rel == pytest.approx(0.1) and "hidden_states" in row.problem
+    assert "missing" in compare_outputs("prefill_0", stage, {}, EXACT).problem
+    assert (
+        "shape" in compare_outputs("prefill_0", stage, {"hidden_states": hidden[:1]}, EXACT).problem
+    )
+
+
+def test_what_is_not_finite_is_no_small_difference():
+    assert difference(np.array([np.nan]), np.array([1.0])) == (np.inf, np.inf)
+    assert difference(np.array([1e-9]), np.array([0.0]))[1] == np.inf
+    assert difference(np.zeros(0), np.zeros(0)) == (0.0, 0.0)
+
+
+def picked(method: str, kept: list[list[int]], scores: np.ndarray) -> Stage:
+    """`selection` with other tokens and scores."""
+    stage = selection()
+    hidden, visual = stage.inputs["hidden_states"], stage.inputs["visual_mask"]
+    index = np.full((2, 5), -1)
+    for b, tokens in enumerate(kept):
+        text = np.flatnonzero(~visual[b][: stage.inputs["lengths"][b]])
+        index[b, : len(text) + len(tokens)] = np.sort([*text, *tokens])
+    real = index >= 0
+    moved = np.take_along_axis(hidden, np.where(real, index, 0)[..., None], 1)
+    outputs = stage.outputs | {
+        "keep_index": index,
+        "hidden_states_out": np.where(real[..., None], moved, 0),
+        "saliency": np.where(visual, scores, 0).astype(np.float32),
+    }
+    return Stage(stage.inputs, outputs)
+
+
+def test_a_score_keeps_its_greatest_without_suppression():
+    scores = np.tile(np.array([0, 4.0, 3, 2, 1, 0]), (2, 1))
+    right = picked("random", [[1, 2, 3], [1]], scores)
+    assert compare_selection("select_1", right, right.outputs, EXACT, 0.8, "random").passed
+    wrong = picked("random", [[1, 2, 4], [1]], scores)
+    row = compare_selection("select_1", wrong, wrong.outputs, EXACT, 0.8, "random")
+    assert "picks" in row.problem
+
+
+def test_the_farthest_are_recognised_whatever_came_of_a_tie():
+    """Distances equal to within the rule's slack: either token is right, a nearer one is not."""
+    scores = np.array([[0, 2.0, 1, 1, 0, 0], [0, 2, 1, 1, 0, 0]])
+    stage = picked("divprune", [[1, 2, 3], [1]], scores)
+    stage.inputs["hidden_states"][0, 1:5] = np.eye(8)[[0, 1, 2, 0]] + 1e-8
+    for kept, right in (([1, 2, 3], True), ([4, 2, 3], True), ([1, 2, 4], False)):
+        own = scores.copy()
+        own[0, 1:5] = 0
+        own[0, kept] = [2.0, 1, 1 if right else 0.5]
+        got = picked("divprune", [kept, [1]], own)
+        moved = stage.inputs["hidden_states"][0, got.outputs["keep_index"][0]]
+        got.outputs["hidden_states_out"][0] = moved
+        row = compare_selection("select_1", stage, got.outputs, EXACT, 0.8, "divprune")
+        assert ("picks" in row.problem) is not right

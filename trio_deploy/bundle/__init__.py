@@ -1,0 +1,1 @@
+"""What is shipped: the exported folder, its manifest and its weights."""

@@ -1,0 +1,222 @@
+"""The exported folder: its manifest, the checks on loading it, and a writer that leaves no halves.
+
+A bundle is one self-contained folder without pickles: `manifest.json`, the graphs (`*.onnx`) at the
+top, `weights/*.safetensors` that they point into, `tokenizer.json`, `tokens.json`,
+`preprocessor.json`, `chat_template.jinja`. This module needs nothing beyond the standard library
+and the plain-data parts of the package, so that a device can load a bundle with the runtime alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trio_deploy.bundle.manifest import (
+    CHAT_TEMPLATE,
+    MANIFEST,
+    PREPROCESSOR,
+    TOKENIZER,
+    TOKENS,
+    WEIGHTS,
+    FileInfo,
+    Manifest,
+)
+from trio_deploy.errors import TrioError
+from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.registry import parse_config
+from trio_deploy.files import safe_path, sha256_of, write_atomically
+from trio_deploy.schedule.budget import for_points
+from trio_deploy.schedule.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle. Everything that a runtime without torch needs is reached from here."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], verify: bool = False) -> Bundle:
+        """Reads the manifest and checks the folder against it.
+
+        Args:
+            verify: also compare checksums, which reads every byte; weights without a recorded
+                checksum (linked ones) are compared by size alone, see `Bundle.seal`.
+
+        Raises:
+            TrioError: no bundle there, a newer schema, a path that leaves the folder, or a file
+                that is missing, of another size or (with `verify`) of other content; named.
+        """
+        root = Path(path)
+        file = root / MANIFEST
+        try:
+            raw = json.loads(file.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise TrioError(
+                f"{root} is not a bundle, since it has no {MANIFEST}: make one with trio-export"
+            ) from None
+        except OSError as error:
+            raise TrioError(f"cannot read {file}: {error.strerror}") from error
+        except ValueError as error:
+            raise TrioError(
+                f"{file} is damaged, it is not valid JSON ({error}): export the bundle again"
+            ) from error
+        try:
+            manifest = Manifest.from_json(raw)
+        except TrioError as error:
+            raise TrioError(f"cannot use {file}: {error}") from error
+        bundle = cls(root, manifest)
+        bundle.check(verify=verify)
+        return bundle
+
+    def check(self, verify: bool = False) -> None:
+        """Compares the folder with the manifest; see `load` for what it raises."""
+        for stage, graph in self.manifest.graphs.items():
+            if graph.file not in self.manifest.files:
+                raise TrioError(
+                    f"{self.path / MANIFEST} is damaged: the graph of {stage}, {graph.file}, is "
+                    "not among its files; export the bundle again"
+                )
+        paths = {name: safe_path(self.path, name) for name in self.manifest.files}
+        planned = self.manifest.weights == "planned"
+        for name, info in self.manifest.files.items():
+            if planned and _is_weight(name):
+                continue
+            file = paths[name]
+            if not file.is_file():
+                raise TrioError(
+                    f"the bundle {self.path} lacks {name}: copy the whole folder again, or export "
+                    "the bundle again"
+                )
+            size = file.stat().st_size
+            if size != info.size:
+                raise TrioError(
+                    f"{name} in the bundle {self.path} has {size} bytes where the manifest says "
+                    f"{info.size}: copy it again, or export the bundle again"
+                )
+            if verify and info.sha256 is not None and sha256_of(file) != info.sha256:
+                raise TrioError(
+                    f"{name} in the bundle {self.path} is damaged (its SHA-256 is not the "
+                    "manifest's): copy it again, or export the bundle again"
+                )
+
+    def seal(self) -> Bundle:
+        """Records checksums of weights that have none yet (linked ones), so `verify` covers them.
+
+        Returns:
+            The bundle with the new manifest, which has also been written.
+
+        Raises:
+            TrioError: the manifest cannot be written.
+        """
+        files = dict(self.manifest.files)
+        for name, info in files.items():
+            if info.sha256 is None and self.manifest.weights != "planned":
+                files[name] = FileInfo(info.size, sha256_of(safe_path(self.path, name)))
+        manifest = replace(self.manifest, files=files)
+        try:
+            write_atomically(self.path / MANIFEST, manifest.dump())
+        except OSError as error:
+            raise TrioError(
+                f"cannot record checksums in {self.path / MANIFEST} ({error.strerror}): "
+                "make the bundle writable"
+            ) from error
+        return replace(self, manifest=manifest)
+
+    @property
+    def unsealed(self) -> list[str]:
+        """Files without a recorded checksum."""
+        return [name for name, info in self.manifest.files.items() if info.sha256 is None]
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The model's dimensions, parsed from the checkpoint's own config.json."""
+        return parse_config(self.manifest.model.config)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The pruning points the graphs were cut at, with the budget they default to."""
+        return Schedule.from_json(self.manifest.schedule)
+
+    @cached_property
+    def budgets(self) -> dict[float, Schedule]:
+        """The recipe's schedules that these graphs can run, by their budgets."""
+        return {
+            float(budget): self.schedule.with_keeps(keeps)
+            for budget, keeps in self.manifest.budgets.items()
+        }
+
+    def schedule_at(self, budget: float) -> Schedule:
+        """What a budget means for this bundle: the recipe's schedule, else a solved one.
+
+        Raises:
+            TrioError: the graphs cannot reach it.
+        """
+        return for_points(budget, self.config.text.num_layers, self.schedule, self.budgets)
+
+    @property
+    def stages(self) -> list[str]:
+        """Stage names in the order they run (`decode`, where there is one, comes last)."""
+        return list(self.manifest.graphs)
+
+    def graph(self, stage: str) -> Path:
+        """The .onnx file of a stage.
+
+        Raises:
+            TrioError: this bundle has no such stage.
+        """
+        if stage not in self.manifest.graphs:
+            raise TrioError(
+                f"the bundle {self.path} has no stage {stage!r}; it has {', '.join(self.stages)}"
+            )
+        return safe_path(self.path, self.manifest.graphs[stage].file)
+
+    def require_weights(self) -> None:
+        """Raises TrioError where the bundle was made with --graphs-only and still is."""
+        if self.manifest.weights == "planned":
+            raise TrioError(
+                f"the bundle {self.path} has graphs but no weights (--graphs-only): complete it "
+                "with `trio attach-weights BUNDLE CHECKPOINT`"
+            )
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """tokenizer.json, for `tokenizers.Tokenizer.from_file`."""
+        self.require_weights()
+        return safe_path(self.path, TOKENIZER)
+
+    @cached_property
+    def tokens(self) -> dict[str, Any]:
+        """tokens.json: `bos_token`, `eos_token`, `pad_token`, `unk_token`, `image_token` (strings
+        or null) and `image_token_id`."""
+        return dict(self._json(TOKENS))
+
+    @cached_property
+    def preprocessor(self) -> dict[str, Any]:
+        """preprocessor.json, what `models.preprocessing.Preprocessor.to_json` gave."""
+        return dict(self._json(PREPROCESSOR))
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template, or None where the checkpoint has none."""
+        if CHAT_TEMPLATE not in self.manifest.files:
+            return None
+        return safe_path(self.path, CHAT_TEMPLATE).read_text(encoding="utf-8")
+
+    def _json(self, name: str) -> Any:
+        file = safe_path(self.path, name)
+        try:
+            return json.loads(file.read_bytes())
+        except FileNotFoundError:
+            raise TrioError(f"the bundle {self.path} lacks {name}: export it again") from None
+        except ValueError as error:
+            raise TrioError(f"{file} is damaged ({error}): export the bundle again") from error
+
+
+def _is_weight(name: str) -> bool:
+    return name.startswith(WEIGHTS + "/")

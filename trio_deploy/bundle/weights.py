@@ -1,0 +1,306 @@
+"""A bundle's weights: where each tensor lies in `weights/`, and how the bytes get there.
+
+Two layouts exist. *Kept*: the checkpoint's own .safetensors files, whole, copied or hard-linked.
+*Planned*: files of our own, whose offsets follow from names, shapes and dtype alone, so that graphs
+can be written before any weight is at hand. Tensors are never transposed. Graphs refer to a tensor
+by file, offset and length; ONNX Runtime and OpenVINO take any byte offset (odd ones are tested).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trio_deploy.bundle.manifest import WEIGHTS
+from trio_deploy.bundle.writer import BundleWriter
+from trio_deploy.checkpoint.safetensors import DTYPES as NUMPY_DTYPES
+from trio_deploy.checkpoint.safetensors import TensorEntry
+from trio_deploy.errors import TrioError
+
+Progress = Callable[[int], object]
+"""Called with a number of bytes that have been dealt with since the last call."""
+
+SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = {code: name for name, code in SAFETENSORS.items()}
+_CHUNK = 1 << 24
+_SHARD = 4_000_000_000  # below the 4 GiB that FAT file systems can hold in a file
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """Where a tensor lies in the bundle.
+
+    Attributes:
+        file: path relative to the bundle, `weights/….safetensors`.
+        offset: first byte, counted from the start of the file.
+        dtype: `float32`, `float16` or `bfloat16`.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One planned file: its header's bytes and its tensors in the order they follow it."""
+
+    file: str
+    header: bytes
+    names: tuple[str, ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A planned layout; `refs` in the order of the files."""
+
+    shards: tuple[Shard, ...]
+    refs: dict[str, WeightRef]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(shard.size for shard in self.shards)
+
+
+def plan_layout(
+    shapes: Mapping[str, tuple[int, ...]], dtype: str, shard_bytes: int = _SHARD
+) -> Layout:
+    """Lays tensors out in safetensors files, deterministically.
+
+    Args:
+        shapes: canonical name → shape; the order is kept.
+        dtype: of every tensor.
+        shard_bytes: a file is closed before a tensor that would take its data beyond this.
+    """
+    code = SAFETENSORS[dtype]
+    width = NUMPY_DTYPES[code].itemsize
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * width
+        if groups[-1] and filled + size > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    shards: list[Shard] = []
+    refs: dict[str, WeightRef] = {}
+    for number, names in enumerate(groups, start=1):
+        file = f"{WEIGHTS}/model-{number:05}-of-{len(groups):05}.safetensors"
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        spans: dict[str, tuple[int, int]] = {}
+        for name in names:
+            size = math.prod(shapes[name]) * width
+            spans[name] = (end, size)
+            entries[name] = {
+                "dtype": code,
+                "shape": list(shapes[name]),
+                "data_offsets": [end, end + size],
+            }
+            end += size
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % _ALIGN)
+        header = struct.pack("<Q", len(text)) + text
+        for name, (start, size) in spans.items():
+            refs[name] = WeightRef(file, len(header) + start, size, tuple(shapes[name]), dtype)
+        shards.append(Shard(file, header, tuple(names), len(header) + end))
+    return Layout(tuple(shards), refs)
+
+
+def write_layout(
+    writer: BundleWriter,
+    layout: Layout,
+    sources: Mapping[str, TensorEntry],
+    progress: Progress = lambda count: None,
+) -> None:
+    """Fills a planned layout from a checkpoint, tensor by tensor, converting where dtypes differ.
+
+    Memory stays at a few chunks of 16 MiB whatever the tensors' sizes.
+
+    Raises:
+        TrioError: the disk is too full, or a value does not fit into float16; names the tensor.
+    """
+    writer.require_space(layout.nbytes)
+    for shard in layout.shards:
+        digest = hashlib.sha256()
+        with writer.path(shard.file).open("wb") as out:
+            digest.update(shard.header)
+            out.write(shard.header)
+            for name in shard.names:
+                for chunk in _converted(name, sources[name], layout.refs[name]):
+                    digest.update(chunk)
+                    out.write(chunk)
+                    progress(len(chunk))
+        writer.record(shard.file, digest.hexdigest())
+
+
+def _converted(name: str, entry: TensorEntry, ref: WeightRef) -> Iterable[bytes | memoryview]:
+    source, target = NUMPY_DTYPES[entry.dtype], NUMPY_DTYPES[SAFETENSORS[ref.dtype]]
+    with entry.file.open("rb") as file:
+        file.seek(entry.offset)
+        left = entry.nbytes
+        while left:
+            raw = file.read(min(left, _CHUNK))
+            if not raw:
+                raise TrioError(
+                    f"{entry.file} ends inside {name}: the file is truncated, download it again"
+                )
+            left -= len(raw)
+            yield raw if source == target else _convert(name, np.frombuffer(raw, source), target)
+
+
+def _convert(name: str, values: np.ndarray, target: np.dtype) -> memoryview:
+    wide = values.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        narrow = wide.astype(target, copy=False)
+    if target == np.float16 and bool((np.isinf(narrow) & np.isfinite(wide)).any()):
+        raise TrioError(
+            f"{name} holds {np.abs(wide[np.isfinite(wide)]).max():.4g}, more than float16 can "
+            "(65504): export with --dtype float32 or bfloat16"
+        )
+    return narrow.view(np.uint8).data
+
+
+def kept_layout(sources: Mapping[str, TensorEntry]) -> dict[str, WeightRef]:
+    """References into the checkpoint's own files, as `keep_files` puts them into the bundle."""
+    return {
+        name: WeightRef(
+            f"{WEIGHTS}/{entry.file.name}",
+            entry.offset,
+            entry.nbytes,
+            tuple(entry.shape),
+            DTYPES[entry.dtype],
+        )
+        for name, entry in sources.items()
+    }
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What `keep_files` did: how many files it hard-linked, and the bytes it wrote itself."""
+
+    linked: int
+    written: int
+
+
+def keep_files(
+    writer: BundleWriter,
+    files: Iterable[Path],
+    link: bool,
+    progress: Progress = lambda count: None,
+) -> Kept:
+    """Puts whole checkpoint files into `weights/`: hard links, reflinks, or copies, hashed.
+
+    A linked file gets a checksum only where its name in the Hugging Face cache is one.
+
+    Raises:
+        TrioError: the disk is too full for the copies.
+    """
+    linked = written = 0
+    waiting = [file.resolve() for file in sorted(set(files))]
+    names = [file.name for file in sorted(set(files))]
+    for index, (file, name) in enumerate(zip(waiting, names, strict=True)):
+        relative = f"{WEIGHTS}/{name}"
+        target = writer.path(relative)
+        if link and link_file(file, target):
+            linked += 1
+            writer.record(relative, _name_in_cache(file))
+            progress(target.stat().st_size)
+        elif _reflink(file, target):
+            writer.record(relative, _hash(file, progress))
+        else:
+            left = sum(other.stat().st_size for other in waiting[index:])
+            writer.require_space(left)
+            writer.record(relative, _copy(file, target, progress))
+            written += target.stat().st_size
+    return Kept(linked, written)
+
+
+def link_file(source: Path, target: Path) -> bool:
+    """Makes a hard link to what `source` is in the end; False where the file system does not."""
+    refusals = (
+        errno.EPERM,
+        errno.EXDEV,
+        errno.EACCES,
+        errno.EMLINK,
+        errno.ENOSYS,
+        errno.EOPNOTSUPP,
+        errno.ENOTSUP,
+    )
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        if error.errno in refusals:
+            return False
+        raise
+    return True
+
+
+def place_file(
+    source: Path, target: Path, link: bool, progress: Progress = lambda count: None
+) -> None:
+    """Puts a file at `target`: by a hard link if wanted, else by sharing blocks, else by copying.
+
+    Where the file system has no hard links, or `target` is on another one, it is copied.
+    """
+    if (link and link_file(source, target)) or _reflink(source, target):
+        progress(target.stat().st_size)
+    else:
+        _copy(source, target, progress)
+
+
+def _name_in_cache(file: Path) -> str | None:
+    """The Hugging Face cache names a large file by its SHA-256."""
+    name = file.name
+    is_hash = len(name) == 64 and all(c in "0123456789abcdef" for c in name)
+    return name if is_hash and file.parent.name == "blobs" else None
+
+
+def _hash(file: Path, progress: Progress) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as source:
+        while chunk := source.read(_CHUNK):
+            digest.update(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()
+
+
+def _copy(file: Path, target: Path, progress: Progress) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as source, target.open("wb") as out:
+        while chunk := source.read(_CHUNK):
+            digest.update(chunk)
+            out.write(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()
+
+
+def _reflink(file: Path, target: Path) -> bool:
+    """Copies a file by sharing its blocks (Btrfs, XFS, …); False where that is not possible."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    ficlone = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h
+    with file.open("rb") as source, target.open("wb") as out, contextlib.suppress(OSError):
+        fcntl.ioctl(out.fileno(), ficlone, source.fileno())
+        return True
+    target.unlink()
+    return False

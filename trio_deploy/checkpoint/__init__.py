@@ -1,0 +1,1 @@
+"""Reading checkpoints: finding them, their tensors and their processor files."""

@@ -1,0 +1,165 @@
+"""The small files of a bundle: tokenizer, chat template, image preprocessing, special tokens.
+
+transformers' releases put the same facts into different files; a bundle has one form of each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trio_deploy.bundle.manifest import (
+    CHAT_TEMPLATE,
+    PREPROCESSOR,
+    TOKENIZER,
+    TOKENS,
+    GenerationInfo,
+)
+from trio_deploy.checkpoint.resolve import Source
+from trio_deploy.checkpoint.safetensors import image_settings
+from trio_deploy.errors import TrioError
+from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.preprocessing import Preprocessor
+
+
+@dataclass(frozen=True)
+class Assets:
+    files: dict[str, bytes]
+    generation: GenerationInfo
+
+
+def planned_assets(found: Source, config: ModelConfig) -> Assets:
+    """Without a checkpoint: the recipe's preprocessing, and ids from the configuration."""
+    files: dict[str, bytes] = {}
+    raw: Mapping[str, Any] | None = None
+    if found.recipe is not None:
+        raw = found.recipe.preprocessing
+        template = found.recipe.chat_template
+        if template:
+            files[CHAT_TEMPLATE] = template.encode()
+    elif found.folder is not None:
+        raw = image_settings(found.folder)
+    if raw:
+        files[PREPROCESSOR] = _json_bytes(Preprocessor.from_json(dict(raw), config).to_json())
+    return Assets(files, _generation(found.raw_config, None, None))
+
+
+def checkpoint_assets(
+    folder: Path,
+    config: ModelConfig,
+    raw_config: Mapping[str, Any],
+    *,
+    preprocessing: Mapping[str, Any] | None,
+    chat_template: str | None,
+) -> Assets:
+    """Everything of a checkpoint folder but graphs and weights, in the bundle's own form.
+
+    Args:
+        preprocessing, chat_template: a recipe's or an earlier bundle's, for a folder without.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise TrioError(
+            f'{folder} has no tokenizer.json: make one with python -c "from transformers import '
+            f"AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    files = {TOKENIZER: path.read_bytes()}
+    raw = image_settings(folder) or preprocessing
+    if not raw:
+        raise TrioError(
+            f"{folder} has neither preprocessor_config.json nor an image_processor in "
+            "processor_config.json: copy one of them from the model's repository"
+        )
+    files[PREPROCESSOR] = _json_bytes(Preprocessor.from_json(raw, config).to_json())
+    template = _chat_template(folder) or chat_template
+    if template:
+        files[CHAT_TEMPLATE] = template.encode()
+    tokens, ids = _tokens(folder, config)
+    files[TOKENS] = _json_bytes(tokens)
+    generation = _generation(raw_config, _read_json(folder / "generation_config.json"), ids)
+    return Assets(files, generation)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise TrioError(f"{path} is not valid JSON ({error}): download it again") from error
+    return raw if isinstance(raw, dict) else None
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The template from wherever a transformers release put it, newest place first."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = (_read_json(folder / name) or {}).get("chat_template")
+        if isinstance(template, list):  # several named ones
+            named = {item.get("name"): item.get("template") for item in template}
+            template = named.get("default")
+        if isinstance(template, str) and template:
+            return template
+    return None
+
+
+def _tokens(folder: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str, int | None]]:
+    """Special tokens as strings, and the ids of those that generation may need."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise TrioError(
+            f"{folder / 'tokenizer.json'} cannot be read ({error}): download it again"
+        ) from error
+    own = _read_json(folder / "tokenizer_config.json") or {}
+    shared = _read_json(folder / "special_tokens_map.json") or {}
+    tokens: dict[str, Any] = {}
+    ids: dict[str, int | None] = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = own.get(key) or shared.get(key)
+        text = value.get("content") if isinstance(value, dict) else value
+        tokens[key] = text
+        ids[key] = tokenizer.token_to_id(text) if text else None
+    image = tokenizer.id_to_token(config.image_token_id)
+    if image is None:
+        raise TrioError(
+            f"tokenizer.json in {folder} has no token {config.image_token_id}, which config.json "
+            "calls the image token: the two files belong to different checkpoints"
+        )
+    tokens["image_token"] = image
+    tokens["image_token_id"] = config.image_token_id
+    return tokens, ids
+
+
+def _generation(
+    raw_config: Mapping[str, Any],
+    generation: Mapping[str, Any] | None,
+    ids: Mapping[str, int | None] | None,
+) -> GenerationInfo:
+    """End, pad and start ids: generation_config.json, else config.json, else the tokenizer's."""
+    text = raw_config.get("text_config") or {}
+    places = [generation or {}, raw_config, text if isinstance(text, dict) else {}]
+
+    def find(key: str) -> Any:
+        for place in places:
+            if place.get(f"{key}_id") is not None:
+                return place[f"{key}_id"]
+        return (ids or {}).get(key)
+
+    eos = find("eos_token")
+    ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
+    pad = find("pad_token")
+    # Some configurations say -1 for "none".
+    pad = pad if isinstance(pad, int) and pad >= 0 else None
+    return GenerationInfo(ends, pad, find("bos_token"))

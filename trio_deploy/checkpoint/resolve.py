@@ -1,0 +1,196 @@
+"""What --model means: a recipe, a checkpoint folder, or a hub id found in the local cache."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trio_deploy.bundle.manifest import MANIFEST
+from trio_deploy.checkpoint.safetensors import INDEX, SINGLE, read_json
+from trio_deploy.config.recipe import Recipe, list_recipes, load_recipe, recipe_for
+from trio_deploy.errors import TrioError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+# What to do without reaching the hub: a recipe's graphs can be had, other models need config.json.
+_RECIPE = (
+    "pass the folder as --model FOLDER, or pass --graphs-only, which needs no weights, and "
+    "`trio attach-weights` later"
+)
+_NO_RECIPE = "pass the folder as --model FOLDER, or a recipe's name as --model"
+
+_UNREACHED = {"LocalEntryNotFoundError", "RepositoryNotFoundError"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved --model: its configuration, and the checkpoint folder where there is one."""
+
+    name: str
+    source: str
+    revision: str | None
+    raw_config: dict[str, Any]
+    folder: Path | None
+    recipe: Recipe | None
+
+
+def described(model: str) -> Source | None:
+    """What a recipe says of a model without its checkpoint; None where only that knows.
+
+    Raises:
+        TrioError: the recipe cannot be read.
+    """
+    if model in list_recipes() or Path(model).suffix in (".yaml", ".yml"):
+        recipe = load_recipe(model)
+    elif HUB_ID.fullmatch(model) is None or Path(model).exists():
+        return None
+    elif (known := recipe_for(model)) is not None:
+        recipe = known
+    else:
+        return None
+    return None if recipe.checkpoint is not None else _from_recipe(recipe, weights_needed=False)
+
+
+def resolve(model: str, weights_needed: bool) -> Source:
+    """Finds what --model means: a recipe's name or file, a checkpoint folder, a hub id."""
+    text = str(model)
+    path = Path(text).expanduser()
+    recipes = list_recipes()
+    if text in recipes or path.suffix in (".yaml", ".yml"):
+        return _from_recipe(load_recipe(text), weights_needed)
+    if path.is_dir():
+        return from_folder(path)
+    if HUB_ID.fullmatch(text) and not path.exists():
+        if (known := recipe_for(text)) is not None:
+            return _from_recipe(known, weights_needed)
+        folder, revision = hub_folder(text, _NO_RECIPE)
+        return replace(from_folder(folder), name=text, source=text, revision=revision)
+    if path.exists():
+        raise TrioError(f"{text} is a file: pass a checkpoint's folder, a hub id or a recipe")
+    if "/" in text or os.sep in text:
+        raise TrioError(
+            f"the folder {text} does not exist: pass a checkpoint's folder, a hub id (org/name) "
+            f"or one of the recipes {', '.join(recipes)}"
+        )
+    near = difflib.get_close_matches(text, recipes, n=1)
+    raise TrioError(
+        f"unknown model {text!r}: it is neither a folder nor a hub id (org/name) nor a recipe"
+        + (f"; did you mean {near[0]}?" if near else ".")
+        + f" The recipes are {', '.join(recipes)}"
+    )
+
+
+def _from_recipe(recipe: Recipe, weights_needed: bool) -> Source:
+    if recipe.checkpoint is not None:
+        found = from_folder(recipe.checkpoint)
+        return replace(found, name=recipe.name, source=recipe.name, recipe=recipe)
+    source = recipe.hub_id or recipe.name
+    if not weights_needed:
+        return Source(recipe.name, source, None, dict(recipe.architecture), None, recipe)
+    if not recipe.hub_id:
+        raise TrioError(
+            f"the recipe {recipe.name} names no checkpoint: pass the checkpoint's folder as "
+            "--model, or --graphs-only"
+        )
+    folder, revision = hub_folder(recipe.hub_id, _RECIPE)
+    found = from_folder(folder)
+    return replace(found, name=recipe.name, source=source, revision=revision, recipe=recipe)
+
+
+def from_folder(folder: Path) -> Source:
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise TrioError(f"there is no folder {folder}: pass a checkpoint's folder") from None
+        if (folder / MANIFEST).is_file():
+            raise TrioError(
+                f"{folder} is a bundle, which has been exported already: pass the checkpoint that "
+                "it was made from"
+            ) from None
+        raise TrioError(
+            f"{folder} has no config.json, so it is not a checkpoint: pass a folder that "
+            "transformers' save_pretrained wrote"
+        ) from None
+    except ValueError as error:
+        raise TrioError(f"{file} is not valid JSON ({error}): download it again") from error
+    except OSError as error:
+        raise TrioError(f"cannot read {file}: {error.strerror}") from error
+    name = folder.resolve().name
+    return Source(name, name, None, raw, folder, None)
+
+
+def _cache_folder() -> Path:
+    if explicit := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(explicit).expanduser()
+    if home := os.environ.get("HF_HOME"):
+        return Path(home).expanduser() / "hub"
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(cache).expanduser() / "huggingface" / "hub"
+
+
+def _cached(hub_id: str) -> tuple[Path, str] | None:
+    """The snapshot of `main`, or else the newest whole one, in the Hugging Face cache."""
+    repository = _cache_folder() / ("models--" + hub_id.replace("/", "--"))
+    snapshots = repository / "snapshots"
+    if not snapshots.is_dir():
+        return None
+    order = sorted(snapshots.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    main = repository / "refs" / "main"
+    if main.is_file():
+        wanted = main.read_text().strip()
+        order.sort(key=lambda path: path.name != wanted)
+    for folder in order:
+        if _is_whole(folder):
+            return folder, folder.name
+    return None
+
+
+def _is_whole(folder: Path) -> bool:
+    if not (folder / "config.json").is_file():
+        return False
+    if (folder / SINGLE).is_file():
+        return True
+    try:
+        shards = (read_json(folder / INDEX) or {}).get("weight_map")
+    except TrioError:  # damaged, so it has to be downloaded again
+        return False
+    if not isinstance(shards, dict) or not shards:
+        return False
+    return all(isinstance(name, str) and (folder / name).is_file() for name in shards.values())
+
+
+def hub_folder(hub_id: str, advice: str) -> tuple[Path, str | None]:
+    """A checkpoint folder for a hub id: from the local cache, else downloaded where possible.
+
+    `advice` says what to do with a folder that was downloaded elsewhere.
+
+    Raises:
+        TrioError: neither worked; says how to download it elsewhere and pass the folder.
+    """
+    if found := _cached(hub_id):
+        return found
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        reason = "the local cache has no whole copy, and huggingface_hub is not installed"
+    else:
+        try:
+            folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+            return folder, folder.name
+        except Exception as error:
+            kind = type(error).__name__
+            cause = "no network, or no such repository" if kind in _UNREACHED else kind
+            reason = f"the local cache has no whole copy, and the download failed: {cause}"
+    here = f"the folder {hub_id} does not exist; " if Path(hub_id).parent.is_dir() else ""
+    raise TrioError(
+        f"{here}cannot get {hub_id} from the Hugging Face hub ({reason}): run "
+        f"`hf download {hub_id} --local-dir FOLDER` on a machine with access and {advice}"
+    )

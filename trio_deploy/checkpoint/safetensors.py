@@ -1,0 +1,293 @@
+"""A Hugging Face checkpoint folder: where each tensor lies in its .safetensors files.
+
+The headers are read here (eight bytes of length, then JSON), so that neither the safetensors
+package nor torch is needed, and no weight byte is touched. Format:
+the README of the safetensors package.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from trio_deploy.errors import TrioError
+from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.names import canonical_tensors, map_checkpoint_names
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+#: Longest header that is read, in bytes: the limit of the safetensors package itself.
+MAX_HEADER = 100_000_000
+
+#: safetensors' names of the types that weights may have → numpy's.
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+#: Bits an element, for checking the lengths of tensors we have no other use for.
+_BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "U8": 8,
+    "BOOL": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies.
+
+    Attributes:
+        file: the .safetensors file (in a Hugging Face cache, a symbolic link to it).
+        offset: first byte, counted from the start of the file.
+        nbytes: length in bytes.
+        dtype: as safetensors calls it; `F32`, `F16` or `BF16` for weights that can be used.
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Checkpoint:
+    """A folder as `save_pretrained` writes it or the hub delivers it.
+
+    Attributes:
+        path: the folder.
+        tensors: name in the checkpoint → where it lies.
+        config: config.json.
+    """
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]
+    ) -> None:
+        self.path = path
+        self.tensors = dict(tensors)
+        self.config = dict(config)
+
+    @classmethod
+    def from_path(cls, folder: str | Path) -> Checkpoint:
+        """Read config.json and the headers of all weight files.
+
+        Raises:
+            TrioError: the folder, config.json, or a shard is missing; a file is corrupt or
+                shorter than its header says; or there are no .safetensors weights.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise TrioError(f"There is no checkpoint folder at {folder}.")
+        config = read_json(folder / "config.json")
+        if config is None:
+            raise TrioError(f"{folder} is not a checkpoint: it has no config.json.")
+        return cls(folder, _weights(folder), config)
+
+    def verify(self, config: ModelConfig) -> dict[str, TensorEntry]:
+        """Check that every tensor the model needs is there, of the right shape and a usable type.
+
+        Types may differ from tensor to tensor: a bundle has one type, and converts to it.
+
+        Returns:
+            canonical name → where the tensor lies, for all of `canonical_tensors(config)`.
+
+        Raises:
+            TrioError: naming the file and the tensor.
+        """
+        shapes = canonical_tensors(config)
+        found: dict[str, TensorEntry] = {}
+        for canonical, name in map_checkpoint_names(config, self.tensors).items():
+            entry = self.tensors[name]
+            if entry.dtype not in DTYPES:
+                raise TrioError(
+                    f"{entry.file}: tensor {name!r} is {entry.dtype}; weights must be F32, F16 or "
+                    "BF16. Use the checkpoint before quantisation."
+                )
+            if entry.shape != shapes[canonical]:
+                raise TrioError(
+                    f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}, but config.json "
+                    f"asks for {list(shapes[canonical])}; the two do not belong together."
+                )
+            found[canonical] = entry
+        return found
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The tensors of one .safetensors file, checked against the file's length.
+
+    Raises:
+        TrioError: not a .safetensors file, a corrupt or oversized header, or a truncated file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            if start.startswith(b"version "):
+                raise TrioError(
+                    f"{file} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`."
+                )
+            if len(start) < 8:
+                raise TrioError(f"{file} is truncated: it has {size} bytes.")
+            (length,) = struct.unpack("<Q", start)
+            if length > MAX_HEADER:
+                raise TrioError(
+                    f"{file} is not a .safetensors file: its header would be {length} bytes long."
+                )
+            if 8 + length > size:
+                raise TrioError(
+                    f"{file} is truncated: its header alone ends at byte {8 + length}, the file "
+                    f"at byte {size}. Download it again."
+                )
+            header = json.loads(stream.read(length).decode("utf-8"))
+    except OSError as error:
+        raise TrioError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise TrioError(f"{file} has a corrupt header: {error}. Download it again.") from None
+    if not isinstance(header, dict):
+        raise TrioError(f"{file} has a corrupt header: it is not a JSON object.")
+    return _entries(file, header, 8 + length, size)
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """A JSON object from a file, None where there is no file.
+
+    Raises:
+        TrioError: it is not a JSON object.
+    """
+    if not file.is_file():
+        _refuse_dangling(file)
+        return None
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TrioError(f"{file} cannot be read as JSON: {error}.") from None
+    if not isinstance(raw, dict):
+        raise TrioError(f"{file} must hold a JSON object.")
+    return raw
+
+
+def image_settings(folder: Path) -> dict[str, Any]:
+    """The image processor's settings of a checkpoint folder, empty where there are none.
+
+    transformers 5 keeps them inside processor_config.json and looks there first; before, they had
+    a file of their own.
+
+    Raises:
+        TrioError: one of the files is not a JSON object.
+    """
+    inside = (read_json(folder / "processor_config.json") or {}).get("image_processor")
+    if isinstance(inside, dict):
+        return inside
+    return read_json(folder / "preprocessor_config.json") or {}
+
+
+def _entries(file: Path, header: dict[str, Any], data: int, size: int) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    for name, raw in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = str(raw["dtype"]), tuple(raw["shape"])
+            begin, end = raw["data_offsets"]
+            whole = all(type(x) is int and x >= 0 for x in (*shape, begin, end))
+        except (KeyError, TypeError, ValueError):
+            whole = False
+        if not whole or begin > end:
+            raise TrioError(f"{file} has a corrupt header: bad entry for tensor {name!r}.")
+        if dtype in _BITS and (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
+            raise TrioError(
+                f"{file} has a corrupt header: tensor {name!r} of type {dtype} and shape "
+                f"{list(shape)} cannot have {end - begin} bytes."
+            )
+        if data + end > size:
+            raise TrioError(
+                f"{file} is truncated: tensor {name!r} ends at byte {data + end}, the file at "
+                f"byte {size}. Download it again."
+            )
+        entries[name] = TensorEntry(file, data + begin, end - begin, shape, dtype)
+    _check_overlap(file, entries)
+    return entries
+
+
+def _check_overlap(file: Path, entries: Mapping[str, TensorEntry]) -> None:
+    last, end = "", 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset < end:
+            raise TrioError(f"{file} has a corrupt header: {name!r} and {last!r} overlap.")
+        last, end = name, entry.offset + entry.nbytes
+
+
+def _weights(folder: Path) -> dict[str, TensorEntry]:
+    """Like transformers, prefer the single file to the index."""
+    single = folder / SINGLE
+    if single.is_file():
+        return read_header(single)
+    _refuse_dangling(single)
+    index = read_json(folder / INDEX)
+    if index is None:
+        others = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pth", ".pt")]
+        hint = (
+            f" (it has {others[0]}: convert it with transformers' `save_pretrained`)"
+            if others
+            else ""
+        )
+        raise TrioError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there{hint}.")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise TrioError(f"{folder / INDEX} has no weight_map.")
+    shards: dict[str, dict[str, TensorEntry]] = {}
+    tensors: dict[str, TensorEntry] = {}
+    for name, shard in weight_map.items():
+        if shard not in shards:
+            shards[shard] = _shard(folder, shard, name)
+        entry = shards[shard].get(name)
+        if entry is None:
+            raise TrioError(f"{folder / shard} lacks tensor {name!r}, which {INDEX} says it has.")
+        tensors[name] = entry
+    return tensors
+
+
+def _shard(folder: Path, shard: Any, tensor: str) -> dict[str, TensorEntry]:
+    if not isinstance(shard, str) or not shard or Path(shard).name != shard or shard == "..":
+        raise TrioError(
+            f"{folder / INDEX}: tensor {tensor!r} points to {shard!r}, which is not the name of a "
+            "file in the folder."
+        )
+    file = folder / shard
+    if not file.is_file():
+        _refuse_dangling(file)
+        raise TrioError(
+            f"Shard {shard} is missing from {folder}; tensor {tensor!r}, among others, is in it. "
+            "Download it again."
+        )
+    return read_header(file)
+
+
+def _refuse_dangling(file: Path) -> None:
+    if file.is_symlink():
+        raise TrioError(
+            f"{file} is a link to {file.readlink()}, which does not exist; download the "
+            "checkpoint again."
+        )

@@ -1,0 +1,1 @@
+"""What users write: recipes, targets and options. Parsing alone."""

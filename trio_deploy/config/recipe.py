@@ -1,0 +1,167 @@
+"""Recipes (export/*.yaml: what can be exported) and targets (engines/*.yaml: where it can run).
+
+Both are data that users copy, edit and pass by path; every key is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trio_deploy.checkpoint.safetensors import image_settings, read_json
+from trio_deploy.config.yaml_files import _PACKAGE, _choice, _find, _names, _read, _shipped, _text
+from trio_deploy.errors import TrioError
+from trio_deploy.families.preprocessing import Preprocessor
+from trio_deploy.families.registry import parse_config
+from trio_deploy.schedule.budget import is_budget
+from trio_deploy.schedule.schedule import Schedule
+
+#: `checkpoint: package:data/tiny` in a recipe is a folder inside the installed package.
+_IN_PACKAGE = "package:"
+
+PROBES = ("last", "shifted")
+POSITIONS = ("renumber", "original")
+
+_RECIPE_KEYS = (
+    "description",
+    "hub_id",
+    "checkpoint",
+    "architecture",
+    "preprocessing",
+    "schedules",
+    "probe",
+    "positions",
+    "threshold",
+    "chat_template",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What export needs to know about a model, apart from its weights.
+
+    Attributes:
+        name: the file's name without its ending.
+        hub_id: of the checkpoint on the Hugging Face hub, where it is there.
+        checkpoint: a local checkpoint folder, where the recipe names one.
+        architecture: a config.json with every size written out.
+        schedules: budget, as the recipe writes it ("0.111"), or a name → schedule.
+        probe: `last` or `shifted`, which positions the proxy loss looks at.
+        positions: `renumber` or `original`, position ids after pruning.
+        threshold: cosine similarity from which a kept token suppresses another.
+        preprocessing: a preprocessor_config.json.
+        chat_template: Jinja, for checkpoints that come without one.
+    """
+
+    name: str
+    hub_id: str | None
+    architecture: dict[str, Any]
+    schedules: dict[str, Schedule]
+    probe: str = "last"
+    positions: str = "renumber"
+    threshold: float = 0.8
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    checkpoint: Path | None = None
+    description: str = ""
+
+
+def recipe_folder() -> Path:
+    """Where the shipped recipes lie: inside an installed package, or export/ of a checkout."""
+    return _shipped("recipes", "export")
+
+
+def list_recipes() -> list[str]:
+    """Names of the shipped recipes."""
+    return _names(recipe_folder())
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Read a recipe by its name or from a file.
+
+    Raises:
+        TrioError: no such recipe, an unknown or missing key, or a value that is wrong.
+    """
+    file = _find(name_or_path, recipe_folder(), "recipe")
+    raw = _read(file, _RECIPE_KEYS)
+    checkpoint = _checkpoint(file, raw)
+    if checkpoint is None:
+        architecture, preprocessing = raw.get("architecture"), raw.get("preprocessing", {})
+    else:
+        architecture = raw.get("architecture") or read_json(checkpoint / "config.json")
+        preprocessing = raw.get("preprocessing") or image_settings(checkpoint)
+    if not isinstance(architecture, dict) or not isinstance(preprocessing, dict):
+        raise TrioError(f"{file}: `architecture` and `preprocessing` must be mappings.")
+    recipe = Recipe(
+        name=file.stem,
+        hub_id=_text(file, raw, "hub_id"),
+        architecture=architecture,
+        schedules=_schedules(file, raw.get("schedules", {})),
+        probe=_choice(file, raw, "probe", PROBES, "last"),
+        positions=_choice(file, raw, "positions", POSITIONS, "renumber"),
+        threshold=_threshold(file, raw.get("threshold", 0.8)),
+        preprocessing=preprocessing,
+        chat_template=_text(file, raw, "chat_template"),
+        checkpoint=checkpoint,
+        description=_text(file, raw, "description") or "",
+    )
+    try:
+        config = parse_config(architecture)
+        Preprocessor(preprocessing, config)
+        for schedule in recipe.schedules.values():
+            schedule.validate(config.text.num_layers)
+    except TrioError as error:
+        raise TrioError(f"{file}: {error}") from None
+    return recipe
+
+
+def recipe_for(hub_id: str) -> Recipe | None:
+    """The shipped recipe of a model on the hub, None where there is none."""
+    folder = recipe_folder()
+    for name in list_recipes():
+        if _read(folder / f"{name}.yaml", _RECIPE_KEYS).get("hub_id") == hub_id:
+            return load_recipe(name)
+    return None
+
+
+def _threshold(file: Path, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise TrioError(
+            f"{file}: threshold must be a cosine similarity above 0 and at most 1, not {value!r}."
+        )
+    return float(value)
+
+
+def _schedules(file: Path, raw: Any) -> dict[str, Schedule]:
+    if not isinstance(raw, dict):
+        raise TrioError(f"{file}: `schedules` must map budgets to lists of pruning points.")
+    schedules = {}
+    for budget, points in raw.items():
+        try:
+            if is_budget(str(budget)) and not 0 < float(budget) <= 1:
+                raise ValueError
+        except (TypeError, ValueError):
+            raise TrioError(
+                f"{file}: the budget {budget!r} in `schedules` must be a share above 0 and at "
+                "most 1, or a name that begins with a letter."
+            ) from None
+        try:
+            schedules[str(budget)] = Schedule.from_json(points)
+        except TrioError as error:
+            raise TrioError(f"{file}, schedule {budget}: {error}") from None
+    return schedules
+
+
+def _checkpoint(file: Path, raw: Mapping[str, Any]) -> Path | None:
+    value = _text(file, raw, "checkpoint")
+    if value is None:
+        return None
+    if value.startswith(_IN_PACKAGE):
+        folder = _PACKAGE / value.removeprefix(_IN_PACKAGE)
+    else:
+        folder = file.parent / Path(value).expanduser()
+    if not folder.is_dir():
+        raise TrioError(f"{file}: there is no checkpoint folder at {folder}.")
+    return folder

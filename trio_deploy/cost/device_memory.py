@@ -1,0 +1,176 @@
+"""`trio plan --target`: whether a model fits a device as TensorRT engines, or what makes it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import onnx
+
+from trio_deploy.config.target import Limits, Target, list_targets, load_target, tensorrt_dialects
+from trio_deploy.errors import TrioError
+from trio_deploy.export.graphs import planned_graphs
+from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.files import format_bytes
+from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.runtimes.tensorrt.memory import Fit, Memory, memory
+from trio_deploy.schedule.schedule import Schedule
+
+_SMALL_TEXT, _SMALL_ANSWER = 256, 128  # tokens that a question and a short answer need
+
+
+def fit(
+    config: ModelConfig,
+    schedule: Schedule,
+    target: Target,
+    budgets: Mapping[float, Schedule] | None = None,
+) -> Fit:
+    """Memory of both decode layouts on a target, and advice where its own does not fit.
+
+    Args:
+        budgets: the recipe's schedules at the same pruning points, which requests may ask for.
+
+    Raises:
+        TrioError: the target has no TensorRT, or its limits do not suit the model.
+    """
+    if target.tensorrt is None:
+        raise TrioError(
+            f"the target {target.name} runs {target.runtime}: memory is planned for targets with "
+            "`runtime: tensorrt`"
+        )
+    model = _Model(config, schedule, budgets)
+    layouts = (model.memory(target), model.memory(_other_layout(target)))
+    result = Fit(target, layouts)
+    if result.fits is False:
+        return replace(result, advice=tuple(_advice(model, result)))
+    return result
+
+
+@lru_cache(maxsize=4)
+def _graphs(
+    config: ModelConfig, schedule: Schedule, dialect: str, separate: bool, dtype: str
+) -> dict[str, onnx.ModelProto]:
+    """The graphs of a model, which the same plan asks for again and again."""
+    options = GraphOptions(
+        dialect=dialect,  # type: ignore[arg-type]  # of a checked target
+        dtype=dtype,  # type: ignore[arg-type]
+        separate_decode=separate,
+    )
+    made = planned_graphs(config, schedule.points, options)
+    return {stage: onnx.load_model_from_string(content) for stage, content in made.items()}
+
+
+def planned(
+    config: ModelConfig,
+    schedule: Schedule,
+    target: Target,
+    budgets: Mapping[float, Schedule] | None,
+) -> Memory:
+    """What a model takes of a target's memory with the target's decode layout.
+
+    Raises:
+        TrioError: the target's limits do not suit the model.
+    """
+    separate = target.decode_layout == "separate"
+    graphs = _graphs(config, schedule, target.dialect, separate, target.dtype)
+    return memory(graphs, config, schedule, target, budgets)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model pruned by a schedule."""
+
+    config: ModelConfig
+    schedule: Schedule
+    budgets: Mapping[float, Schedule] | None
+
+    def memory(self, target: Target) -> Memory:
+        """What it takes of a target's memory."""
+        return planned(self.config, self.schedule, target, self.budgets)
+
+
+def _other_layout(target: Target) -> Target:
+    if target.decode_layout == "separate":
+        return replace(target, decode_layout="shared", dialect="primitive")
+    dialect = tensorrt_dialects(str(target.tensorrt))[0]
+    return replace(target, decode_layout="separate", dialect=dialect)
+
+
+def _advice(model: _Model, result: Fit) -> Iterator[str]:
+    """What would make it fit, the least change first."""
+    target, usable = result.target, result.usable
+    assert usable is not None
+    if result.fits_if_fused:
+        yield (
+            "it fits if TensorRT makes every Attention node one kernel, and not if it splits one "
+            "up, which it may where no such kernel takes a type, head size or mask"
+        )
+    best, layout = target, ""
+    if result.layouts[1].total < result.layouts[0].total:
+        best = _other_layout(target)
+        layout = f"`decode_layout: {best.decode_layout}` and `dialect: {best.dialect}`"
+        if result.layouts[1].total <= usable:
+            yield f"it fits with {layout}, in a copy of the target's file (--target FILE)"
+            return
+    weights = min(each.all_weights for each in result.layouts)
+    if weights < usable:
+        for changes in _smaller(target.limits):
+            if (
+                model.memory(replace(best, limits=replace(target.limits, **changes))).total
+                <= usable
+            ):
+                written = ", ".join(f"{key} {value}" for key, value in changes.items())
+                also = f" and {layout}" if layout else ""
+                yield (
+                    f"it fits with the limits {written}{also}, in a copy of the target's file "
+                    "(--target FILE)"
+                )
+                return
+        yield (
+            f"the weights alone, {format_bytes(weights)} of {format_bytes(usable)}, leave too "
+            "little for a request"
+        )
+    else:
+        yield (
+            f"no budget or limit makes it fit: the weights alone take {format_bytes(weights)}, and "
+            f"{target.name} has {format_bytes(usable)}; quantised weights are not supported yet"
+        )
+    room = usable - (min(each.total for each in result.layouts) - weights)
+    if room > 0:
+        yield f"beside what requests take here, {format_bytes(room)} are left for weights"
+    other = _smallest_target(model, target.dtype, weights)
+    if other is not None:
+        yield f"the smallest of the targets that it fits is {other}"
+
+
+def _smaller(limits: Limits) -> Iterator[dict[str, int]]:
+    """Limits lowered one after another."""
+    changes: dict[str, int] = {}
+    for name, least in (
+        ("max_batch", 1),
+        ("max_images", 1),
+        ("max_new_tokens", _SMALL_ANSWER),
+        ("max_text_tokens", _SMALL_TEXT),
+    ):
+        if getattr(limits, name) > least:
+            changes[name] = least
+            yield dict(changes)
+
+
+def _smallest_target(model: _Model, dtype: str, weights: int) -> str | None:
+    """The shipped target with the least memory that the model fits, None where there is none."""
+    known = [load_target(name) for name in list_targets()]
+    sized = [
+        (t.usable_gib, t) for t in known if t.tensorrt is not None and t.usable_gib is not None
+    ]
+    for usable, target in sorted(sized, key=lambda pair: pair[0]):
+        if usable * 2**30 < weights:
+            continue
+        try:
+            needed = model.memory(replace(target, dtype=dtype)).total
+        except TrioError:  # its limits do not suit the model
+            continue
+        if needed <= usable * 2**30:
+            return target.name
+    return None

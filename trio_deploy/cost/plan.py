@@ -1,0 +1,318 @@
+"""`trio plan`: what a schedule costs, against no pruning and beside the paper's own figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from trio_deploy.checkpoint.resolve import resolve
+from trio_deploy.config.target import load_target
+from trio_deploy.config.yaml_files import DTYPES
+from trio_deploy.cost.flops import (
+    Cost,
+    account,
+    kv_bytes,
+    max_tiles,
+    paper_layer_flops,
+    vision_flops,
+)
+from trio_deploy.errors import TrioError
+from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.registry import parse_config
+from trio_deploy.schedule.budget import at_points, choose, smallest_budget
+from trio_deploy.schedule.schedule import Schedule
+
+if TYPE_CHECKING:
+    from trio_deploy.runtimes.tensorrt.memory import Fit
+
+PAPER_BUDGET = 0.111
+"""The budget that the paper's rows for operations and KV cache belong to."""
+
+_MIB = 2**20
+_HALF_BYTES = 2  # KV caches are compared in 16-bit floats, as in the paper
+_SAME = 0.01  # figures within 1 % of the paper's are not remarked upon
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A figure of the paper: pruned (at its 11.1 % budget) and unpruned."""
+
+    label: str
+    pruned: float
+    unpruned: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule's cost on one model; `cost` with, `unpruned` without pruning."""
+
+    model: str
+    config: ModelConfig
+    schedule: Schedule
+    visual: int
+    text: int
+    tiles: int
+    cost: Cost
+    unpruned: Cost
+    vision: int
+    paper: tuple[PaperRow, ...]
+    notes: tuple[str, ...]
+    fit: Fit | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts of multiply-adds and bytes; the paper's figures under `paper`, in their units."""
+        return {
+            "model": self.model,
+            "visual_tokens": self.visual,
+            "text_tokens": self.text,
+            "schedule": self.schedule.to_json(),
+            "keep": list(self.schedule.resolve(self.visual)),
+            "pruned": _cost_json(self.cost),
+            "unpruned": _cost_json(self.unpruned),
+            "vision": {"tiles": self.tiles, "flops": self.vision},
+            "paper": [asdict(row) for row in self.paper],
+            "notes": list(self.notes),
+            **({"memory": self.fit.to_json()} if self.fit else {}),
+        }
+
+    def to_text(self) -> str:
+        text = self.config.text
+        lines = [
+            f"{self.model}: {text.num_layers} layers, hidden size {text.hidden_size}; "
+            f"{self.visual} visual and {self.text} text tokens",
+            f"schedule {self.schedule}",
+            "",
+            f"{'layers':<12}{'visual':>8}{'all':>8}",
+        ]
+        for start, stop, visual, tokens in self.cost.ranges:
+            span = f"{start}" if stop == start + 1 else f"{start}-{stop - 1}"
+            lines.append(f"{span:<12}{visual:>8}{tokens:>8}")
+        share = self.cost.average / self.visual if self.visual else 1.0
+        lines += [
+            f"{'average':<12}{self.cost.average:>8.1f}  {share:.1%} of the visual tokens",
+            "",
+            f"{'':<34}{'pruned':>12}{'unpruned':>12}{'ratio':>8}",
+        ]
+        ours, full = self.cost, self.unpruned
+        rows: list[tuple[str, float, float, str]] = [
+            ("FLOPs by the paper's formula", ours.paper, full.paper, ""),
+            ("FLOPs of the prefill, all counted", ours.honest, full.honest, ""),
+            ("  layers", ours.layers, full.layers, ""),
+            ("  scores of tokens", ours.saliency, full.saliency, ""),
+            ("  comparisons of tokens, at most", ours.similarity, full.similarity, ""),
+            ("  lm_head", ours.lm_head, full.lm_head, ""),
+            (f"FLOPs of the vision tower, {_tiles(self.tiles)}", self.vision, self.vision, ""),
+            ("KV cache, 16-bit", ours.kv_bytes / _MIB, full.kv_bytes / _MIB, "MiB"),
+        ]
+        lines += [_row(*row) for row in rows]
+        if self.paper:
+            lines += ["", "the paper's own figures (11.1 %)"]
+            lines += [_row(r.label, r.pruned, r.unpruned, r.unit) for r in self.paper]
+        lines += ["", *(f"- {note}" for note in self.notes)]
+        if self.fit is not None:
+            lines += ["", self.fit.to_text()]
+        return "\n".join(lines)
+
+
+def make_plan(
+    model: str,
+    *,
+    budget: float | None = None,
+    schedule: str | Schedule | None = None,
+    method: str | None = None,
+    visual_tokens: int | None = None,
+    text_tokens: int = 60,
+    probes: int = 4,
+    target: str | None = None,
+    dtype: str | None = None,
+) -> Plan:
+    """The cost of `budget` or `schedule` (default: the paper's 11.1 %) on `model`; see `choose`.
+
+    Args:
+        model: recipe name or file, checkpoint folder (its config.json is enough), or hub id.
+        visual_tokens: N; default the most that one image takes (rows of newlines not counted).
+        target: name or file of a target with TensorRT: whether engines fit its memory.
+        dtype: of the engines; default the target's.
+
+    Raises:
+        TrioError: unknown model, impossible budget or schedule, or counts below 0.
+    """
+    found = resolve(model, weights_needed=False)
+    name, config = found.name, parse_config(found.raw_config)
+    published = found.recipe.schedules if found.recipe else None
+    depth = config.text.num_layers
+    tiles = max_tiles(config)
+    visual = tiles * config.vision.rows_per_tile if visual_tokens is None else visual_tokens
+    if visual < 0 or text_tokens < 0 or probes < 1:
+        raise TrioError("token counts must not be negative, and there is at least one probe")
+    if visual_tokens is not None:
+        tiles = min(tiles, math.ceil(visual / config.vision.rows_per_tile))
+    chosen = choose(depth, budget, schedule, method, published)
+    chosen.validate(depth, visual)
+
+    def cost(of: Schedule) -> Cost:
+        return account(config.text, of, visual, text_tokens, probes=probes, item_bytes=_HALF_BYTES)
+
+    pruned, unpruned = cost(chosen), cost(Schedule())
+    paper = _paper_rows(name)
+    device = load_target(target) if target is not None else None
+    if dtype is not None:
+        if device is None:
+            raise TrioError("--dtype is of the engines on a --target: pass one")
+        if dtype not in DTYPES:
+            raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+        device = replace(device, dtype=dtype)
+    memory = None
+    if device is not None:
+        from trio_deploy.cost.device_memory import (
+            fit,  # builds graphs, which the arithmetic does not need
+        )
+
+        memory = fit(config, chosen, device, at_points(published or {}, chosen, method))
+    return Plan(
+        model=name,
+        config=config,
+        schedule=chosen,
+        visual=visual,
+        text=text_tokens,
+        tiles=tiles,
+        cost=pruned,
+        unpruned=unpruned,
+        vision=vision_flops(config, tiles),
+        paper=paper,
+        notes=_notes(config, chosen, visual, text_tokens, pruned, unpruned, paper),
+        fit=memory,
+    )
+
+
+def _paper_rows(name: str) -> tuple[PaperRow, ...]:
+    text = resources.files("trio_deploy").joinpath("data/paper.json").read_text(encoding="utf-8")
+    paper = json.loads(text)
+    rows = []
+    for key, label, unit in (
+        ("flops_T", "FLOPs", "T"),
+        ("kv_cache_MiB_fp16", "KV cache, 16-bit", "MiB"),
+    ):
+        if name in paper[key]:
+            figures = paper[key][name]
+            rows.append(PaperRow(label, figures["trio_11.1"], figures["full"], unit))
+    return tuple(rows)
+
+
+def _notes(
+    config: ModelConfig,
+    schedule: Schedule,
+    visual: int,
+    text_tokens: int,
+    pruned: Cost,
+    unpruned: Cost,
+    paper: tuple[PaperRow, ...],
+) -> tuple[str, ...]:
+    """What the figures mean, and where they and the paper's differ."""
+    text = config.text
+    notes = [
+        "FLOPs are multiply-adds; the paper's formula takes visual tokens alone, two of three MLP "
+        "matrices, and selection as free."
+    ]
+    if config.grid_pinpoints:
+        notes.append(
+            "Visual tokens are those of the tiles, as the paper counts them; a prompt has one "
+            "newline more a row of the tiled image: --visual-tokens takes the exact number."
+        )
+    if visual + text_tokens > text.max_positions:
+        notes.append(
+            f"A prompt of {visual} visual and {text_tokens} text tokens is longer than the model's "
+            f"context of {text.max_positions} tokens: the runtime refuses it."
+        )
+    if schedule.layers:
+        notes.append(
+            f"With a first pruning point before layer {schedule.layers[0]}, budgets lie above "
+            f"{smallest_budget(text.num_layers, schedule.layers):.3f}."
+        )
+    share = pruned.average / visual if visual else 1.0
+    if paper and not math.isclose(share, PAPER_BUDGET, abs_tol=_SAME):
+        notes.append(f"The paper's pruned figures belong to 11.1 %, not to this {share:.1%}.")
+        paper = ()
+    for row in paper:
+        if row.unit == "T":
+            notes += _flops_note(row, schedule, visual, config, pruned, unpruned)
+        else:
+            notes += _kv_note(row, config, pruned, unpruned)
+    return tuple(notes)
+
+
+def _flops_note(
+    row: PaperRow,
+    schedule: Schedule,
+    visual: int,
+    config: ModelConfig,
+    pruned: Cost,
+    unpruned: Cost,
+) -> list[str]:
+    ours, full = pruned.paper / 1e12, unpruned.paper / 1e12
+    if _close(ours, row.pruned) and _close(full, row.unpruned):
+        return []
+    text = config.text
+    before = (visual, *schedule.resolve(visual))[:-1]
+    probed = ours + sum(
+        paper_layer_flops(n, text.hidden_size, text.intermediate_size) / 1e12 for n in before
+    )
+    return [
+        f"The paper gives {row.pruned:g} T pruned and {row.unpruned:g} T unpruned; its formula "
+        f"gives {ours:#.3g} T and {full:.4g} T here, and {probed:#.3g} T with one whole layer's "
+        "forward a probe."
+    ]
+
+
+def _kv_note(row: PaperRow, config: ModelConfig, pruned: Cost, unpruned: Cost) -> list[str]:
+    ours, full = pruned.kv_bytes / _MIB, unpruned.kv_bytes / _MIB
+    if _close(ours, row.pruned) and _close(full, row.unpruned):
+        return []
+    per_token = kv_bytes([1] * config.text.num_layers, config.text, _HALF_BYTES) / _MIB
+    return [
+        f"The paper gives {row.pruned:g} MiB pruned and {row.unpruned:g} MiB unpruned: "
+        f"{row.pruned / per_token:.0f} and {row.unpruned / per_token:.0f} tokens a layer, against "
+        f"{ours / per_token:.0f} and {full / per_token:.0f} here."
+    ]
+
+
+def _close(ours: float, theirs: float) -> bool:
+    return math.isclose(ours, theirs, rel_tol=_SAME)
+
+
+def _tiles(count: int) -> str:
+    return "1 tile" if count == 1 else f"{count} tiles"
+
+
+def _row(label: str, pruned: float, unpruned: float, unit: str) -> str:
+    """A line of the table; counts without a unit get the magnitude of the larger one."""
+    ratio = f"{unpruned / pruned:.2f}x" if pruned and unpruned else ""
+    size, digits = 1.0, 2 if unit == "T" else 1
+    if not unit:
+        digits, most = 3, max(pruned, unpruned)
+        size, unit = (1e12, "T") if most >= 1e12 else (1e9, "G") if most >= 1e9 else (1e6, "M")
+    values = "".join(f"{f'{value / size:.{digits}f} {unit}':>12}" for value in (pruned, unpruned))
+    return f"{label:<34}{values}{ratio:>8}".rstrip()
+
+
+def _cost_json(cost: Cost) -> dict[str, Any]:
+    return {
+        "ranges": [
+            {"start": start, "stop": stop, "visual": visual, "tokens": tokens}
+            for start, stop, visual, tokens in cost.ranges
+        ],
+        "average": cost.average,
+        "flops": {
+            "paper_formula": cost.paper,
+            "prefill": cost.honest,
+            "layers": cost.layers,
+            "saliency": cost.saliency,
+            "suppression_at_most": cost.similarity,
+            "lm_head": cost.lm_head,
+        },
+        "kv_bytes": cost.kv_bytes,
+    }

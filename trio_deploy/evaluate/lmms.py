@@ -1,0 +1,166 @@
+"""A bundle as a model of lmms-eval, so that any of its benchmarks runs on one.
+
+    pip install lmms-eval trio-deploy
+    lmms-eval --model trio --model_args bundle=out/b,budget=0.111 --tasks pope --batch_size 8
+
+lmms-eval (0.7 and later) finds it by the entry point `lmms_eval.models`. Written against
+lmms_eval/api/model.py and lmms_eval/models/registry_v2.py of lmms-eval 0.7.3.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from trio_deploy.errors import TrioError
+from trio_deploy.pipeline.pipeline import Request, TrioPipeline
+
+if TYPE_CHECKING:
+    Lmms: Any = object
+else:
+    from lmms_eval.api.model import lmms as Lmms
+
+N = TypeVar("N", int, float)
+
+_MAX_NEW_TOKENS = 1024  # as lmms-eval's own LLaVA does where a task does not say
+
+
+class Trio(Lmms):
+    """Answers lmms-eval's requests by a pruned bundle, greedily unless a task asks otherwise."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str] = "",
+        budget: float | None = None,
+        runtime: str | None = None,
+        target: str | None = None,
+        provider: str | None = None,
+        threads: int | None = None,
+        batch_size: int | str = 1,
+        **unknown: Any,
+    ) -> None:
+        """`--model_args` of lmms-eval.
+
+        Args:
+            bundle: its folder.
+            budget: share of visual tokens a layer sees; None takes the bundle's schedule.
+            batch_size: requests at a time.
+
+        Raises:
+            TrioError: no bundle, an option that is not known, or what loading raises.
+        """
+        super().__init__()
+        # lmms-eval passes these to every model; here the bundle and its target decide.
+        for ours in ("device", "max_batch_size", "pretrained"):
+            unknown.pop(ours, None)
+        if unknown:
+            raise TrioError(
+                f"unknown model argument {min(unknown)!r}: known are bundle, budget, runtime, "
+                "target, provider, threads"
+            )
+        if not bundle:
+            raise TrioError("say which bundle: --model_args bundle=FOLDER")
+        self.pipeline = TrioPipeline.from_bundle(
+            bundle,
+            runtime,
+            target=target,
+            provider=provider,
+            threads=None if threads is None else _number("threads", threads, int),
+        )
+        self.budget = None if budget is None else _number("budget", budget, float)
+        self.batch_size = _number("batch_size", batch_size, int)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Texts; arguments of an instance: (context, settings, doc_to_visual, id, task, split)."""
+        answers: list[str] = []
+        for group in _groups(requests, self.batch_size):
+            answers += [given.text for given in self.pipeline.generate_batch(
+                [self._request(*instance.args) for instance in group]
+            )]  # fmt: skip
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """(mean negative log-likelihood a token, whether greedy decoding would give all) each.
+
+        A loss, of which the smallest is the best: lmms-eval takes the argmin over a question's
+        choices (lmms_eval/api/task.py, `process_results`), since its own models return the mean
+        cross-entropy loss of the continuation's tokens.
+
+        An instance's arguments are (context, continuation, doc_to_visual, id, task, split); the
+        continuation may be a function of the document.
+        """
+        found: list[tuple[float, bool]] = []
+        for group in _groups(requests, self.batch_size):
+            forced = []
+            for instance in group:
+                context, wanted, *where = instance.args
+                if not where:  # the continuation's own likelihood, for acc_mutual_info
+                    raise TrioError("a likelihood without a question is not defined here")
+                visual, place, task, split = where
+                if callable(wanted):
+                    wanted = wanted(self.task_dict[task][split][place])
+                tokens = self.pipeline.tokens(str(wanted))
+                if not tokens:
+                    raise TrioError(f"an empty continuation has no likelihood ({task}, {place})")
+                forced.append(
+                    Request(
+                        context,
+                        self._pictures(visual, place, task, split),
+                        budget=self.budget,
+                        forced=tokens,
+                    )
+                )
+            found += [
+                (-sum(given.logprobs) / len(given.logprobs), all(given.greedy))
+                for given in self.pipeline.generate_batch(forced)
+            ]
+        return found
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Not possible: which tokens a picture keeps depends on the question."""
+        raise TrioError("benchmarks of several rounds are not supported: run those of one round")
+
+    def _request(
+        self, context: str, settings: dict[str, Any], visual: Any, place: int, task: str, split: str
+    ) -> Request:
+        until = settings.get("until") or []
+        temperature = float(settings.get("temperature") or 0.0)
+        if not settings.get("do_sample", temperature > 0):
+            temperature = 0.0
+        if int(settings.get("num_beams") or 1) > 1:
+            raise TrioError(f"the task {task} wants beam search, which a bundle does not do")
+        return Request(
+            context,
+            self._pictures(visual, place, task, split),
+            max_new_tokens=int(settings.get("max_new_tokens") or _MAX_NEW_TOKENS),
+            temperature=temperature,
+            top_p=float(settings.get("top_p") or 1.0),
+            stop=[until] if isinstance(until, str) else [text for text in until if text.strip()],
+            budget=self.budget,
+        )
+
+    def _pictures(self, visual: Any, place: int, task: str, split: str) -> list[Any]:
+        return list(visual(self.task_dict[task][split][place]) or [])
+
+
+def _number(name: str, value: Any, kind: type[N]) -> N:
+    """lmms-eval hands over what it cannot read as a number as text."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise TrioError(f"{name} must be a number here, not {value!r}") from None
+
+
+def _groups(requests: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(requests), size):
+        yield requests[start : start + size]
+
+
+def manifest() -> Any:
+    """What the entry point tells lmms-eval."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="trio", simple_class_path=f"{__name__}.{Trio.__name__}")

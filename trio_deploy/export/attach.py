@@ -1,0 +1,170 @@
+"""Completing a bundle of graphs with a checkpoint's weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import (
+    MANIFEST,
+    PREPROCESSOR,
+    WEIGHTS,
+)
+from trio_deploy.bundle.weights import (
+    WeightRef,
+    link_file,
+    plan_layout,
+)
+from trio_deploy.bundle.writer import BundleWriter
+from trio_deploy.checkpoint.processor_files import checkpoint_assets
+from trio_deploy.checkpoint.resolve import (
+    HUB_ID,
+    from_folder,
+    hub_folder,
+)
+from trio_deploy.checkpoint.safetensors import Checkpoint
+from trio_deploy.errors import TrioError
+from trio_deploy.export.job import _write_weights
+from trio_deploy.families.names import canonical_tensors
+from trio_deploy.families.registry import parse_config
+
+
+def attach_weights(
+    bundle: Bundle | str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str],
+    *,
+    progress: bool = True,
+) -> Bundle:
+    """Completes a bundle that was exported with --graphs-only; it changes wholly or not at all.
+
+    Args:
+        bundle: the bundle or its folder.
+        checkpoint: a checkpoint folder, or a hub id that is in the local cache or can be reached.
+
+    Raises:
+        TrioError: the bundle has weights already, the checkpoint is of another model, or what
+            `export` raises about checkpoints and disks.
+    """
+    old = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    if old.manifest.weights != "planned":
+        raise TrioError(f"the bundle {old.path} has its weights already")
+    name = os.fspath(checkpoint)
+    revision = None
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(name):
+            raise TrioError(f"{name} is not a folder: pass the checkpoint's folder or its hub id")
+        folder, revision = hub_folder(name, "pass the folder as the checkpoint")
+    found = from_folder(folder)
+    config = parse_config(found.raw_config)
+    if difference := _difference(old.config, config):
+        raise TrioError(
+            f"{folder} is not a checkpoint of {old.manifest.model.name}, for which the graphs were "
+            f"made: {difference}"
+        )
+    sources = Checkpoint.from_path(folder).verify(config)
+    layout = plan_layout(_planned_tensors(old, canonical_tensors(config)), old.manifest.dtype)
+    _check_plan(old, layout.refs)
+    assets = checkpoint_assets(
+        folder,
+        config,
+        found.raw_config,
+        preprocessing=old.preprocessor if PREPROCESSOR in old.manifest.files else None,
+        chat_template=old.chat_template,
+    )
+    files = assets.files
+    needed = layout.nbytes + sum(len(content) for content in files.values())
+    with BundleWriter(old.path, force=True, needed=needed) as writer:
+        _carry_over(old, writer, skip={MANIFEST, *files})
+        for relative, content in files.items():
+            writer.write(relative, content)
+        _write_weights(writer, layout, sources, False, progress)
+        manifest = replace(
+            old.manifest,
+            model=replace(
+                old.manifest.model,
+                config=found.raw_config,
+                revision=revision or old.manifest.model.revision,
+            ),
+            weights="copied",
+            generation=assets.generation,
+            files=dict(writer.files),
+        )
+        writer.write(MANIFEST, manifest.dump())
+    return Bundle.load(old.path)
+
+
+# What prompts and pictures are made with, and graphs do not depend on: the checkpoint's holds.
+_OUTSIDE_GRAPHS = {"max_positions", "image_token_id", "grid_pinpoints"}
+
+
+def _difference(planned: Any, given: Any, prefix: str = "") -> str | None:
+    """The first field in which two configurations ask for other graphs, in words."""
+    for item in fields(planned):
+        ours, theirs = getattr(planned, item.name), getattr(given, item.name)
+        if ours == theirs or item.name in _OUTSIDE_GRAPHS:
+            continue
+        if hasattr(ours, "__dataclass_fields__") and type(ours) is type(theirs):
+            if inner := _difference(ours, theirs, f"{prefix}{item.name}."):
+                return inner
+            continue
+        return f"{prefix}{item.name} is {theirs} there and {ours} in the bundle"
+    return None
+
+
+def _graph_references(bundle: Bundle) -> dict[str, WeightRef]:
+    """Where the graphs on disk look for each tensor; no weight is read."""
+    import onnx
+
+    refs: dict[str, WeightRef] = {}
+    for stage in bundle.stages:
+        try:
+            proto = onnx.load(str(bundle.graph(stage)), load_external_data=False)
+        except Exception as error:  # protobuf has exception types of its own
+            raise TrioError(
+                f"{bundle.graph(stage)} is damaged ({error}): export the bundle again"
+            ) from error
+        for tensor in proto.graph.initializer:
+            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+                continue
+            place = {item.key: item.value for item in tensor.external_data}
+            refs[tensor.name] = WeightRef(
+                place["location"],
+                int(place["offset"]),
+                int(place["length"]),
+                tuple(tensor.dims),
+                bundle.manifest.dtype,
+            )
+    return refs
+
+
+def _planned_tensors(
+    bundle: Bundle, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    used = _graph_references(bundle)
+    return {name: tuple(shape) for name, shape in shapes.items() if name in used}
+
+
+def _check_plan(bundle: Bundle, refs: Mapping[str, WeightRef]) -> None:
+    if _graph_references(bundle) != dict(refs):
+        raise TrioError(
+            f"the graphs of {bundle.path} expect their weights laid out otherwise than this "
+            "version of trio-deploy would: export the graphs again with this version"
+        )
+
+
+def _carry_over(old: Bundle, writer: BundleWriter, skip: set[str]) -> None:
+    """Puts the old bundle's files, built engines and recorded outputs among them, into the new."""
+    for source in sorted(old.path.rglob("*")):
+        relative = source.relative_to(old.path).as_posix()
+        if not source.is_file() or relative in skip or relative.startswith(WEIGHTS + "/"):
+            continue
+        if not link_file(source, writer.path(relative)):
+            shutil.copyfile(source, writer.path(relative))
+        if relative in old.manifest.files:
+            writer.record(relative, old.manifest.files[relative].sha256)

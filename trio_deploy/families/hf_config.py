@@ -1,0 +1,204 @@
+"""config.json of a checkpoint, in either style, to `ModelConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trio_deploy.errors import TrioError
+from trio_deploy.families.model_config import RopeConfig, TextConfig, VisionConfig
+
+#: Activations that the graphs can write down.
+ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh", "gelu_new")
+
+
+def _given(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that have a value; null means the default."""
+    return {key: value for key, value in section.items() if value is not None}
+
+
+def _section(
+    raw: Mapping[str, Any],
+    name: str,
+    model_type: str,
+    defaults: Mapping[str, Mapping[str, Any]],
+    absent: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A sub-configuration over the defaults of its model type; `absent`: where there is none."""
+    section = raw.get(name)
+    if section is None:
+        section = absent
+    if not isinstance(section, Mapping):
+        raise TrioError(f"config.json: {name} must be an object.")
+    model_type = section.get("model_type", model_type)
+    if model_type not in defaults:
+        raise TrioError(
+            f"config.json: {name} is of type {model_type!r}, which is not supported; "
+            f"{', '.join(defaults)} {'are' if len(defaults) > 1 else 'is'}."
+        )
+    merged = {"model_type": model_type, **defaults[model_type], **_given(section)}
+    if "sliding_window" in section:
+        merged["sliding_window"] = section["sliding_window"]  # null switches Mistral's default off
+    return merged
+
+
+def _count(section: Mapping[str, Any], key: str) -> int:
+    value = section[key]
+    if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+        value = value[0]  # square sizes may be given as a pair
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise TrioError(f"config.json: {key} must be a positive whole number, not {value!r}.")
+    return value
+
+
+def _activation(name: Any, key: str) -> str:
+    if name not in ACTIVATIONS:
+        raise TrioError(
+            f"config.json: {key} {name!r} is not supported; {', '.join(ACTIVATIONS)} are."
+        )
+    return str(name)
+
+
+def _vision(section: Mapping[str, Any], top: Mapping[str, Any]) -> VisionConfig:
+    num_layers = _count(section, "num_hidden_layers")
+    image_size, patch_size = _count(section, "image_size"), _count(section, "patch_size")
+    hidden_size, num_heads = _count(section, "hidden_size"), _count(section, "num_attention_heads")
+    if image_size < patch_size or hidden_size % num_heads:
+        raise TrioError(
+            "config.json: vision_config needs an image_size of at least one patch and a "
+            "hidden_size that its heads divide."
+        )
+    if section["num_channels"] != 3:
+        raise TrioError("config.json: only vision towers with num_channels 3 are supported.")
+    strategy = top["vision_feature_select_strategy"]
+    if strategy not in ("default", "full"):
+        raise TrioError(
+            f"config.json: vision_feature_select_strategy {strategy!r} is neither 'default' nor "
+            "'full'."
+        )
+    return VisionConfig(
+        hidden_size=hidden_size,
+        intermediate_size=_count(section, "intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        image_size=image_size,
+        patch_size=patch_size,
+        layer_norm_eps=float(section["layer_norm_eps"]),
+        hidden_act=_activation(section["hidden_act"], "vision_config.hidden_act"),
+        feature_layers=_feature_layers(top["vision_feature_layer"], num_layers),
+        drop_cls=strategy == "default",
+    )
+
+
+def _feature_layers(raw: Any, num_layers: int) -> tuple[int, ...]:
+    states = num_layers + 1  # the embeddings, then each layer's output
+    layers = raw if isinstance(raw, (list, tuple)) else [raw]
+    resolved = []
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not -states <= layer < states:
+            raise TrioError(
+                f"config.json: vision_feature_layer {layer!r} does not exist in a tower of "
+                f"{num_layers} layers."
+            )
+        resolved.append(layer % states)
+    if not resolved:
+        raise TrioError("config.json: vision_feature_layer is empty.")
+    return tuple(resolved)
+
+
+def _text(section: Mapping[str, Any], tied: bool) -> TextConfig:
+    if section["hidden_act"] != "silu":
+        raise TrioError(
+            f"config.json: hidden_act {section['hidden_act']!r} of the language model is not "
+            "supported; silu is."
+        )
+    max_positions = _count(section, "max_position_embeddings")
+    window = section["sliding_window"]
+    if window is not None and window < max_positions:
+        raise TrioError(
+            f"config.json: sliding-window attention ({window} of {max_positions} positions) is "
+            "not supported. Where the model was trained without it, set sliding_window to null."
+        )
+    hidden_size, num_heads = _count(section, "hidden_size"), _count(section, "num_attention_heads")
+    num_kv_heads = num_heads
+    if section["num_key_value_heads"] is not None:
+        num_kv_heads = _count(section, "num_key_value_heads")
+    if num_heads % num_kv_heads:
+        raise TrioError(
+            f"config.json: {num_heads} attention heads cannot share {num_kv_heads} key/value heads."
+        )
+    if section["head_dim"] is not None:
+        head_dim = _count(section, "head_dim")
+    elif hidden_size % num_heads:
+        raise TrioError(
+            f"config.json: hidden_size {hidden_size} is not divisible by {num_heads} heads."
+        )
+    else:
+        head_dim = hidden_size // num_heads
+    if head_dim % 2:
+        raise TrioError(f"config.json: head_dim {head_dim} is odd; rotary embeddings need pairs.")
+    return TextConfig(
+        hidden_size=hidden_size,
+        intermediate_size=_count(section, "intermediate_size"),
+        num_layers=_count(section, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=_count(section, "vocab_size"),
+        max_positions=max_positions,
+        rms_norm_eps=float(section["rms_norm_eps"]),
+        rope=_rope(section),
+        attention_bias=bool(section["attention_bias"]),
+        mlp_bias=bool(section["mlp_bias"]),
+        tie_word_embeddings=tied,
+    )
+
+
+def _rope(section: Mapping[str, Any]) -> RopeConfig:
+    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
+    parameters = section.get("rope_parameters") or section.get("rope_scaling") or {}
+    if not isinstance(parameters, Mapping):
+        raise TrioError("config.json: rope_parameters (or rope_scaling) must be an object.")
+    theta = float(parameters.get("rope_theta", section["rope_theta"]))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    partial = parameters.get("partial_rotary_factor", section.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise TrioError(f"config.json: partial_rotary_factor {partial} is not supported; 1 is.")
+    try:
+        if kind == "default":
+            return RopeConfig(theta)
+        if kind == "linear":
+            return RopeConfig(theta, "linear", factor=float(parameters["factor"]))
+        if kind == "llama3":
+            return RopeConfig(
+                theta,
+                "llama3",
+                factor=float(parameters["factor"]),
+                low_freq_factor=float(parameters["low_freq_factor"]),
+                high_freq_factor=float(parameters["high_freq_factor"]),
+                original_max_positions=int(parameters["original_max_position_embeddings"]),
+            )
+    except KeyError as error:
+        raise TrioError(f"config.json: rope type {kind!r} needs {error.args[0]!r}.") from None
+    raise TrioError(
+        f"config.json: rope type {kind!r} is not supported; default, linear and llama3 are."
+    )
+
+
+def _pinpoints(raw: Any, vision: VisionConfig) -> tuple[tuple[int, int], ...]:
+    try:
+        pinpoints = tuple((int(height), int(width)) for height, width in raw)
+    except (TypeError, ValueError):
+        raise TrioError(
+            "config.json: image_grid_pinpoints must be a list of [height, width] pairs."
+        ) from None
+    tile = vision.image_size
+    for height, width in pinpoints:
+        if height < tile or width < tile or height % tile or width % tile:
+            raise TrioError(
+                f"config.json: the canvas {[height, width]} in image_grid_pinpoints is not made "
+                f"of whole {tile}-pixel tiles."
+            )
+    if not pinpoints:
+        raise TrioError("config.json: image_grid_pinpoints is empty.")
+    return pinpoints

@@ -1,0 +1,47 @@
+"""LLaVA-1.5: one tile an image, resized and cropped; its patches row by row are the tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from trio_deploy.families.base import (
+    CLIP_LARGE_336,
+    CLIP_LLAMA_PREFIXES,
+    CLIP_PREPROCESSING,
+    Family,
+    Layout,
+)
+from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.pixels import ImageSettings, fit, grid_boxes
+
+
+def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) -> Layout:
+    """Resize and crop as CLIP's processor does; tokens are the tower's rows in their order."""
+    vision = config.vision
+    tile, view = fit(image, settings)
+    boxes = view.to_image(grid_boxes(vision.side, vision.side, vision.patch_size), image.size)
+    if not vision.drop_cls:
+        boxes = np.concatenate([np.full((1, 4), np.nan), boxes])
+    return Layout(tile[None], np.arange(vision.rows_per_tile, dtype=np.int64), boxes)
+
+
+FAMILY = Family(
+    name="llava",
+    architecture="LlavaForConditionalGeneration",
+    defaults={
+        "image_token_index": 32000,
+        "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": "default",
+        "vision_feature_layer": -2,
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": False,
+    },
+    vision_defaults=CLIP_LARGE_336,
+    tie_from_text=True,
+    tiled=False,
+    newline=False,
+    prefixes=CLIP_LLAMA_PREFIXES,
+    arrange=arrange,
+    preprocessing=CLIP_PREPROCESSING,
+)

@@ -1,0 +1,87 @@
+"""LLaVA-NeXT: the whole image as one tile, and the image on the best-fitting canvas cut into tiles.
+
+The canvas' patches are read row by row across tiles, without the rows or columns that are padding
+only, and a newline embedding ends each row. Rounding follows transformers'
+`select_best_resolution`, `get_patch_output_size` and `unpad_image` to the letter, since the number
+of visual tokens depends on it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from trio_deploy.families.base import (
+    CLIP_LARGE_336,
+    CLIP_LLAMA_PREFIXES,
+    CLIP_PREPROCESSING,
+    Family,
+    Layout,
+)
+from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.pixels import ImageSettings, View, fit, grid_boxes, resize
+from trio_deploy.families.tiling import best_canvas, fit_size, unpadded
+
+
+def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) -> Layout:
+    """Base tile, then the canvas' tiles row by row; tokens as `pack_image_features` orders them."""
+    vision = config.vision
+    tile_size, side, patch = vision.image_size, vision.side, vision.patch_size
+    size = (image.height, image.width)
+    canvas = best_canvas(size, config.grid_pinpoints)
+    down, across = canvas[0] // tile_size, canvas[1] // tile_size
+
+    overview = resize(image, settings.base_size, settings)
+    scaled_size = fit_size(size, canvas)
+    top, left = (canvas[0] - scaled_size[0]) // 2, (canvas[1] - scaled_size[1]) // 2
+    padded = np.zeros((*canvas, 3), dtype=np.uint8)
+    padded[top : top + scaled_size[0], left : left + scaled_size[1]] = np.asarray(
+        resize(image, scaled_size, settings)
+    )
+    cut = [
+        Image.fromarray(padded[y : y + tile_size, x : x + tile_size])
+        for y in range(0, canvas[0], tile_size)
+        for x in range(0, canvas[1], tile_size)
+    ]
+    tiles = np.stack([fit(tile, settings)[0] for tile in (overview, *cut)])
+
+    # Feature row of each patch of the canvas: tile by tile in the tower, row by row in the prompt.
+    grid = (down * side, across * side)
+    order = np.arange(side * side, (1 + down * across) * side * side, dtype=np.int64)
+    rows = order.reshape(down, across, side, side).swapaxes(1, 2).reshape(grid)
+    boxes = grid_boxes(*grid, patch).reshape(*grid, 4)
+    shown = unpadded(size, grid)
+    rows, boxes = rows[shown], boxes[shown]
+    rows = np.concatenate([rows, np.full((len(rows), 1), -1, dtype=np.int64)], axis=1)
+    boxes = View(top, left, scaled_size).to_image(boxes, image.size)
+    boxes = np.concatenate([boxes, np.full((len(boxes), 1, 4), np.nan)], axis=1)
+
+    base_view = View(0, 0, (tile_size, tile_size))
+    base_boxes = base_view.to_image(grid_boxes(side, side, patch), image.size)
+    return Layout(
+        tiles,
+        np.concatenate([np.arange(side * side, dtype=np.int64), rows.reshape(-1)]),
+        np.concatenate([base_boxes, boxes.reshape(-1, 4)]),
+    )
+
+
+FAMILY = Family(
+    name="llava_next",
+    architecture="LlavaNextForConditionalGeneration",
+    defaults={
+        "image_token_index": 32000,
+        "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": "default",
+        "vision_feature_layer": -2,
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": False,
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    },
+    vision_defaults=CLIP_LARGE_336,
+    tie_from_text=False,
+    tiled=True,
+    newline=True,
+    prefixes=CLIP_LLAMA_PREFIXES,
+    arrange=arrange,
+    preprocessing=CLIP_PREPROCESSING,
+)

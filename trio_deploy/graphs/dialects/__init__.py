@@ -1,0 +1,1 @@
+"""One file per dialect: the operators that a runtime reads."""

@@ -1,0 +1,90 @@
+"""A graph under construction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from trio_deploy import __version__
+from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.names import canonical_tensors
+from trio_deploy.graphs.dialects.base import Dialect
+from trio_deploy.graphs.values import cast, shape_of, typed
+
+# The oldest IR version that the ONNX release of an opset allows: TensorRT 8.6 reads 8.
+_IR_VERSIONS = {17: 8, 23: 11, 24: 12}
+
+
+# --------------------------------------------------------------------------------------------
+# A graph under construction
+
+
+class Stage:
+    """Inputs, outputs and final checks of one graph; `op` writes nodes into it."""
+
+    def __init__(self, name: str, d: Dialect) -> None:
+        self.d = d
+        imports = {"": d.opset, "com.microsoft": 1} if d.name == "ort" else {"": d.opset}
+        self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports=imports)
+        self._builder = GraphBuilder(self._graph)
+        self.op: Any = self._builder.op
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """Declare an input; strings name dynamic axes."""
+        return self._builder.input(name, dtype, shape)
+
+    def output(
+        self, name: str, value: ir.Value, dtype: ir.DataType, shape: Sequence[int | str]
+    ) -> None:
+        """Declare an output with its full type (cast where the value has another)."""
+        value = cast(self.op, value, dtype)
+        if value.producer() is None or value.is_graph_output():
+            value = self.op.Identity(value)
+        typed(value, dtype, shape)
+        self._builder.add_output(value, name)
+
+    def finish(self, config: ModelConfig) -> ir.Model:
+        """The model, after checking that no weight was lost on the way.
+
+        Raises:
+            RuntimeError: a value is used that nobody makes, or an initializer without data is
+                not a tensor of the checkpoint with that shape.
+        """
+        graph = self._graph
+        _check_values(graph, set())
+        expected = canonical_tensors(config)
+        for name, value in graph.initializers.items():
+            if value.const_value is None and expected.get(name) != tuple(shape_of(value)):
+                raise RuntimeError(
+                    f"{graph.name}: initializer {name} {shape_of(value)} is not a tensor of the "
+                    f"checkpoint, which has {expected.get(name)}"
+                )
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+        return ir.Model(
+            graph,
+            ir_version=_IR_VERSIONS[self.d.opset],
+            producer_name="trio-deploy",
+            producer_version=__version__,
+        )
+
+
+def _check_values(graph: ir.Graph, outer: set[int]) -> None:
+    known = outer | {id(value) for value in graph.inputs}
+    known |= {id(value) for value in graph.initializers.values()}
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and id(value) not in known:
+                raise RuntimeError(f"{graph.name}: {value.name} is used but never registered")
+        for body in _bodies(node):
+            _check_values(body, known)
+        known |= {id(value) for value in node.outputs}
+
+
+def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()

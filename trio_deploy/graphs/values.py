@@ -1,0 +1,93 @@
+"""Small operations on values of a graph, and the types that inference cannot know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from trio_deploy.graphs.dialects.base import FLOAT
+
+_RUN = 128  # places that `running_sum` adds up at a time
+
+
+# --------------------------------------------------------------------------------------------
+# Values and types
+
+
+def typed(value: ir.Value, dtype: ir.DataType, shape: Sequence[Any] | None) -> ir.Value:
+    """Declare what inference cannot know; returns `value`."""
+    value.type = ir.TensorType(dtype)
+    if shape is not None:
+        value.shape = ir.Shape(shape)
+    return value
+
+
+def dtype_of(value: ir.Value) -> ir.DataType:
+    """The element type, which must be known."""
+    if value.type is None:
+        raise RuntimeError(f"the type of {value.name} is not known")
+    return value.type.dtype
+
+
+def shape_of(value: ir.Value) -> list[Any]:
+    """The dimensions (ints, symbols or None), whose number must be known."""
+    if value.shape is None:
+        raise RuntimeError(f"the shape of {value.name} is not known")
+    return list(value.shape)
+
+
+def cast(op: Any, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Cast unless the value has that type already."""
+    return value if dtype_of(value) == dtype else op.Cast(value, to=dtype)
+
+
+def constant(op: Any, array: np.ndarray, name: str) -> ir.Value:
+    """A small constant array as an initializer `const.<name>`, shared by equal names."""
+    full = f"const.{name}"
+    graph = op.builder.root.graph
+    known = graph.initializers.get(full)
+    if known is not None:
+        if not np.array_equal(known.const_value.numpy(), array):
+            raise RuntimeError(f"two different constants are called {full}")
+        return known
+    return op.builder.initializer(ir.tensor(array, name=full), name=full, qualify=False)
+
+
+def reduce(
+    op: Any, kind: str, value: ir.Value, axes: Sequence[int], *, keepdims: bool = True
+) -> ir.Value:
+    """ReduceSum, ReduceMean, ReduceMax …: the axes became an input in opset 13 or 18."""
+    if kind == "ReduceSum" or op.version >= 18:
+        return getattr(op, kind)(value, list(axes), keepdims=int(keepdims))
+    return getattr(op, kind)(value, axes=list(axes), keepdims=int(keepdims))
+
+
+def dim(op: Any, value: ir.Value, axis: int) -> ir.Value:
+    """The size of one axis, int64 [1]."""
+    return op.Shape(value, start=axis, end=axis + 1)
+
+
+def running_sum(op: Any, flags: ir.Value) -> ir.Value:
+    """How many of `flags` hold up to each place: f32 0 or 1 [B,L] → f32 [B,L].
+
+    TensorRT before 10.15 turns CumSum into a loop of L steps; so in opset 17 it is done with a
+    triangle: within blocks, then over the blocks. Every product is exact, in bfloat16 too.
+    """
+    if op.version > 17:
+        return op.CumSum(flags, 1)
+    batch, length = dim(op, flags, 0), dim(op, flags, 1)
+    blocks = op.Div(op.Add(length, _RUN - 1), _RUN)
+    missing = op.Concat(batch, op.Sub(op.Mul(blocks, _RUN), length), axis=0)
+    padding = op.ConstantOfShape(missing, value=ir.tensor(np.zeros(1, np.float32)))
+    table = op.Concat(batch, blocks, [_RUN], axis=0)
+    flags = op.Reshape(op.Concat(flags, padding, axis=1), table)
+    inside = op.MatMul(flags, constant(op, np.triu(np.ones((_RUN, _RUN), np.float32)), "run"))
+    totals = op.Slice(inside, [_RUN - 1], [_RUN], [2])  # [B,blocks,1]
+    number = op.Range(0, op.Squeeze(blocks, [0]), 1)
+    before = op.Less(op.Unsqueeze(number, [0]), op.Unsqueeze(number, [1]))
+    offsets = op.MatMul(op.Cast(before, to=FLOAT), totals)
+    sums = op.Reshape(op.Add(inside, offsets), op.Concat(batch, [-1], axis=0))
+    return op.Slice(sums, [0], length, [1])

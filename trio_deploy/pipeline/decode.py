@@ -1,0 +1,120 @@
+"""One token after another: everything is bound once, a step changes a few numbers in place."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trio_deploy.errors import TrioError
+from trio_deploy.pipeline.cache import SegmentCache
+from trio_deploy.pipeline.prefill import Stages
+from trio_deploy.runtimes.base import Array, Step
+
+
+class Decoder:
+    """Decodes a batch on the caches that its prefill filled."""
+
+    def __init__(
+        self,
+        stages: Stages,
+        caches: dict[str, SegmentCache],
+        places: np.ndarray,
+        positions: str,
+    ) -> None:
+        """Set up for caches of B rows; a number of rows is bound when it is first asked for.
+
+        Args:
+            places: int64 [B], the prompts' lengths before any pruning; counted on by each step.
+            positions: `original` continues from the prompt's length, `renumber` from the number
+                of tokens that each segment holds.
+        """
+        rows, count = len(places), len(caches)
+        self._stages = stages
+        self._caches = caches
+        self._renumber = positions == "renumber"
+        self._place = places
+        self._ids = np.zeros((rows, 1), np.int64)
+        self._logits: np.ndarray = np.empty((rows, stages.vocab_size), np.float32)
+        # [segments, B], either as decode.onnx takes them, seen from the side, or a row a segment.
+        if stages.separate:
+            self._lengths = np.zeros((rows, count), np.int64).T
+            self._positions = np.zeros((rows, count), np.int64).T
+        else:
+            self._lengths = np.zeros((count, rows), np.int64)
+            self._positions = np.zeros((count, rows), np.int64)
+        self._bound: dict[int, list[Step]] = {}
+        self._sliceable = all(cache.sliceable for cache in caches.values())
+
+    def step(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """Logits [R,V] of the first R rows after feeding int64 [R] `tokens`.
+
+        The array is overwritten by the next step. Rows where bool [R] `active` is false, and those
+        behind the first R, stand still: their token goes to the same slot again and their logits
+        mean nothing.
+
+        Raises:
+            TrioError: a cache is full.
+        """
+        rows = len(tokens)
+        self._ids[:rows, 0] = tokens
+        for column, cache in enumerate(self._caches.values()):
+            if int(cache.lengths.max()) >= cache.capacity:
+                raise TrioError(f"the KV cache is full: it holds {cache.capacity} tokens")
+            self._lengths[column] = cache.lengths
+            self._positions[column] = cache.lengths if self._renumber else self._place
+            turn = cache.turn
+        sides = self._bind(rows if self._sliceable else len(self._place))
+        sides[turn % len(sides)]()
+        self._place[:rows] += active
+        for cache in self._caches.values():
+            cache.advance(active)
+        return self._logits[:rows]
+
+    def _bind(self, rows: int) -> list[Step]:
+        if rows not in self._bound:
+            heads = {name: cache.head(rows) for name, cache in self._caches.items()}
+            if self._stages.separate:
+                sides = range(self._stages.sides)
+                steps = [self._bind_decode(rows, heads, side) for side in sides]
+            else:
+                steps = self._bind_segments(rows, heads)
+            self._bound[rows] = [self._stages.sequence(side) for side in steps]
+        return self._bound[rows]
+
+    def _bind_decode(self, rows: int, caches: dict[str, SegmentCache], side: int) -> list[Step]:
+        feeds: dict[str, Array] = {
+            "input_ids": self._ids[:rows],
+            "position_ids": self._positions.T[:rows],
+            "lengths": self._lengths.T[:rows],
+        }
+        into: dict[str, Array] = {"logits": self._logits[:rows]}
+        for cache in caches.values():
+            feeds |= cache.past(side)
+            into |= cache.present(side)
+        return [self._stages.engines["decode"].bind(feeds, into)]
+
+    def _bind_segments(self, rows: int, caches: dict[str, SegmentCache]) -> list[list[Step]]:
+        stages = self._stages
+        shape = (rows, 1, stages.hidden_size)
+        hidden = [stages.engines[name].empty(shape, stages.dtype) for name in caches]
+        outputs = [*hidden, self._logits[:rows]]
+        nothing = np.zeros((0, stages.hidden_size), stages.dtype)
+        zeros, ones = np.zeros((rows, 1), np.int64), np.ones(rows, np.int64)
+        embed = stages.engines["embed"].bind(
+            {"input_ids": self._ids[:rows], "image_features": nothing, "source_index": zeros},
+            {"inputs_embeds": hidden[0]},
+        )
+        sides = []
+        for side in range(stages.sides):
+            steps = [embed]
+            for number, (name, cache) in enumerate(caches.items()):
+                feeds = {
+                    stages.source(name): hidden[number],
+                    "position_ids": self._positions[number][:rows, None],
+                    "lengths": ones,
+                    "past_lengths": self._lengths[number][:rows],
+                    **cache.past(side),
+                }
+                into = {stages.sink(name): outputs[number + 1], **cache.present(side)}
+                steps.append(stages.engines[name].bind(feeds, into))
+            sides.append(steps)
+        return sides

@@ -1,0 +1,126 @@
+"""What a pruned model still sees: the picture, dropped patches dimmed, a panel a pruning point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from trio_deploy.errors import TrioError
+from trio_deploy.families.preprocessing import ProcessedImage
+from trio_deploy.pipeline.pipeline import Generation
+
+_PANEL = 336  # longest side of one panel in pixels
+_GAP = 8
+_CAPTION = 22
+_DIMMED = 0.18  # of a dropped patch's brightness
+_PAPER, _INK = (255, 255, 255), (30, 30, 30)
+
+
+def draw_generation(generation: Generation) -> Image.Image:
+    """All pictures of an answer, one row of panels each.
+
+    Raises:
+        TrioError: the prompt had no picture.
+    """
+    if not generation.images:
+        raise TrioError("there is no picture to draw: the prompt was text alone")
+    strips = [
+        draw_kept(image, processed, generation.kept_of_image(number), pruned_before(generation))
+        for number, (image, processed) in enumerate(
+            zip(generation.images, generation.processed, strict=True)
+        )
+    ]
+    return _stack(strips)
+
+
+def pruned_before(generation: Generation) -> list[int]:
+    """For each pruning point of an answer, the layer it stood before."""
+    starts = [start for start, _, _ in generation.layer_ranges]
+    return starts[len(starts) - len(generation.kept) :]
+
+
+def draw_kept(
+    image: Image.Image,
+    processed: ProcessedImage,
+    kept: Sequence[np.ndarray],
+    layers: Sequence[int] | None = None,
+) -> Image.Image:
+    """One picture in panels: as it came, then what each pruning point kept.
+
+    A place is lit if any token that covers it was kept; with LLaVA-NeXT every place is covered
+    twice, by a token of the whole picture and by one of a tile.
+
+    Args:
+        image: upright RGB, as `Preprocessor.open_image` gives it.
+        kept: for each pruning point, which of the picture's own visual tokens went on.
+        layers: for each pruning point, the layer it stands before; for the captions.
+    """
+    total = len(processed.rows)
+    whole, *pruned = kept_panels(image, processed, kept)
+    panels = [_panel(whole, f"all {total} tokens")]
+    for number, (tokens, picture) in enumerate(zip(kept, pruned, strict=True)):
+        where = f"from layer {layers[number]}" if layers is not None else f"point {number + 1}"
+        panels.append(_panel(picture, f"{where}: {len(tokens)} of {total}"))
+    sheet = Image.new(
+        "RGB",
+        (sum(panel.width + _GAP for panel in panels) + _GAP, panels[0].height + 2 * _GAP),
+        _PAPER,
+    )
+    left = _GAP
+    for panel in panels:
+        sheet.paste(panel, (left, _GAP))
+        left += panel.width + _GAP
+    return sheet
+
+
+def kept_panels(
+    image: Image.Image, processed: ProcessedImage, kept: Sequence[np.ndarray]
+) -> list[Image.Image]:
+    """The panels of `draw_kept` by themselves, without captions: all, then each pruning point."""
+    scale = _PANEL / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    return [small, *(_dim(small, _lit(processed, tokens, small.size)) for tokens in kept)]
+
+
+def _lit(processed: ProcessedImage, tokens: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """bool [height, width] of the panel: places that a kept token covers."""
+    width, height = size
+    scale = np.array([width / processed.size[1], height / processed.size[0]] * 2)
+    lit = np.zeros((height, width), np.bool_)
+    boxes = processed.boxes[tokens]
+    boxes = boxes[~np.isnan(boxes).any(axis=1)] * scale
+    for x0, y0, x1, y1 in np.rint(boxes).astype(int):
+        lit[max(y0, 0) : max(y1, y0 + 1), max(x0, 0) : max(x1, x0 + 1)] = True
+    return lit
+
+
+def _dim(image: Image.Image, lit: np.ndarray) -> Image.Image:
+    """Places that are not lit, darker and without colour."""
+    colours = np.asarray(image, np.float32)
+    grey = colours.mean(axis=2, keepdims=True) * _DIMMED
+    return Image.fromarray(np.where(lit[..., None], colours, grey).astype(np.uint8), "RGB")
+
+
+def _panel(image: Image.Image, caption: str) -> Image.Image:
+    font = ImageFont.load_default(13)
+    width = max(image.width, round(font.getlength(caption)) + 4)
+    panel = Image.new("RGB", (width, image.height + _CAPTION), _PAPER)
+    panel.paste(image, (0, 0))
+    ImageDraw.Draw(panel).text((2, image.height + 3), caption, fill=_INK, font=font)
+    return panel
+
+
+def _stack(strips: Sequence[Image.Image]) -> Image.Image:
+    sheet = Image.new(
+        "RGB",
+        (max(strip.width for strip in strips), sum(strip.height for strip in strips)),
+        _PAPER,
+    )
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    return sheet

@@ -1,0 +1,270 @@
+"""From messages and images to token ids, visual places and the index that `embed` gathers by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from trio_deploy.errors import TrioError
+from trio_deploy.pipeline.chat import ChatTemplate, Message
+
+"""A chat message in Hugging Face's format: {"role": ..., "content": str or list of items}; an item
+is {"type": "image"} or {"type": "text", "text": ...}."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request, tokenised, every image's placeholder expanded to its visual tokens.
+
+    Attributes:
+        ids: int64 [S]; the image token stands at every visual place.
+        visual: bool [S], the visual places.
+    """
+
+    ids: np.ndarray
+    visual: np.ndarray
+
+    @property
+    def length(self) -> int:
+        """Number of tokens S."""
+        return len(self.ids)
+
+    @property
+    def visual_tokens(self) -> int:
+        """Number of visual tokens N."""
+        return int(self.visual.sum())
+
+
+class PromptEncoder:
+    """Text to token ids, as transformers' processors do it."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        image_token_id: int,
+        tokens: Mapping[str, str],
+        template: str | None = None,
+    ) -> None:
+        """`tokens` maps `bos_token`, `eos_token`, … to strings; `template` is jinja2 source.
+
+        Raises:
+            TrioError: the tokenizer does not know the image token.
+        """
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        self._image_token_id = image_token_id
+        self._bos_token = tokens.get("bos_token")
+        unknown = getattr(tokenizer.model, "unk_token", None) or tokens.get("unk_token")
+        self._unknown_id = tokenizer.token_to_id(unknown) if unknown else None
+        image_token = tokens.get("image_token") or tokenizer.id_to_token(image_token_id)
+        if image_token is None or tokenizer.token_to_id(image_token) != image_token_id:
+            raise TrioError(
+                f"the tokenizer has no image token with the id {image_token_id} that the model's "
+                "config names; take tokenizer and config from one checkpoint"
+            )
+        self.image_token = image_token
+        self._template = ChatTemplate(template, tokens) if template else None
+
+    def text(self, prompt: str | Sequence[Message], images: int, *, raw: bool = False) -> str:
+        """The prompt's full text, one placeholder an image.
+
+        A plain string is put into a user message behind the images, or, where the checkpoint has
+        no chat template or `raw` is set, taken as it is; if it names no placeholder then, the
+        images go in front.
+
+        Raises:
+            TrioError: messages without a chat template, or placeholders that do not match the
+                number of images.
+        """
+        token = self.image_token
+        if isinstance(prompt, str) and (raw or self._template is None):
+            if images and token not in prompt:
+                prompt = f"{token}\n" * images + prompt
+            self._check_count(prompt.count(token), images)
+            return prompt
+        if self._template is None:
+            raise TrioError(
+                "this bundle has no chat template, so messages cannot be rendered; pass the whole "
+                f"prompt as one string, with {token} where the image belongs"
+            )
+        if isinstance(prompt, str):
+            content: list[dict[str, str]] = [{"type": "image"}] * images
+            prompt = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+        placeholders = 0
+        for message in prompt:
+            items, texts = _contents(message)
+            placeholders += items + sum(text.count(token) for text in texts)
+            if any(token in text for text in texts):
+                raise TrioError(
+                    f"a message's text contains the image placeholder {token} itself "
+                    f"({placeholders} placeholders for {images} images); "
+                    'name images by {"type": "image"} items instead'
+                )
+        advice = (
+            'name each image by an item {"type": "image"} in the message\'s content (with '
+            "plain-string content there is nowhere for the image)"
+        )
+        self._check_count(placeholders, images, None if placeholders else advice)
+        return self._template.render(prompt)
+
+    def encode(self, text: str, images: Sequence[int], *, rendered: bool = True) -> Prompt:
+        """Tokenise `text` and expand its i-th placeholder to `images[i]` visual tokens.
+
+        Special tokens (BOS) are added by the tokenizer's post-processor, except for text that a
+        chat template (`rendered`) already began with BOS, as `apply_chat_template` does.
+
+        Raises:
+            TrioError: placeholders and images differ in number, or there is no text at all.
+        """
+        begun = rendered and bool(self._bos_token) and text.startswith(self._bos_token or "")
+        ids = np.array(
+            self._tokenizer.encode(text, add_special_tokens=not begun).ids, dtype=np.int64
+        )
+        marks = ids == self._image_token_id
+        self._check_count(int(marks.sum()), len(images))
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[marks] = images
+        expanded = np.repeat(ids, repeats)
+        if marks.all():
+            raise TrioError("the prompt has no text: write something to ask")
+        return Prompt(expanded, np.repeat(marks, repeats))
+
+    def answer(self, text: str) -> list[int]:
+        """Token ids of an answer's text, without special tokens."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def unknown(self, text: str) -> list[str]:
+        """What of a text the tokenizer maps to its unknown token, each once, in order.
+
+        Whole words of a word-level vocabulary; of one that falls back to bytes, nothing.
+        """
+        if self._unknown_id is None:
+            return []
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        spans: list[tuple[int, int]] = []
+        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token != self._unknown_id:
+                continue
+            within_word = text[start - 1 : start].isalnum() and text[start : start + 1].isalnum()
+            if spans and spans[-1][1] == start and within_word:
+                start = spans.pop()[0]
+            spans.append((start, stop))
+        return list(dict.fromkeys(text[start:stop].strip() for start, stop in spans))
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the tokenizer has."""
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def has_template(self) -> bool:
+        """Whether messages can be rendered."""
+        return self._template is not None
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of generated tokens, special ones left out."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _check_count(self, placeholders: int, images: int, advice: str | None = None) -> None:
+        if placeholders != images:
+            raise TrioError(
+                f"the prompt has {placeholders} image placeholder(s) ({self.image_token}) but "
+                f"{images} image(s) were given; {advice or 'pass one image for each placeholder'}"
+            )
+
+
+def _contents(message: Message) -> tuple[int, list[str]]:
+    """Number of image items of a message, and its texts.
+
+    Raises:
+        TrioError: it is not a message in Hugging Face's format.
+    """
+    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        raise TrioError('a message must be {"role": ..., "content": ...}')
+    content = message["content"]
+    if isinstance(content, str):
+        return 0, [content]
+    if not isinstance(content, list | tuple):
+        raise TrioError("a message's content must be a string or a list of items")
+    images, texts = 0, []
+    for item in content:
+        kind = item.get("type") if isinstance(item, Mapping) else None
+        if kind == "image":
+            images += 1
+        elif kind == "text" and isinstance(item.get("text"), str):
+            texts.append(item["text"])
+        else:
+            raise TrioError(
+                'a content item must be {"type": "image"} or {"type": "text", "text": "..."}, '
+                f"got {item!r:.80}"
+            )
+    return images, texts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of different lengths, padded on the right.
+
+    Attributes:
+        input_ids: int64 [B,S]; 0 at visual places, whose embedding is never read.
+        source_index: int64 [B,S], what `embed` gathers (see `collate`).
+        position_ids: int64 [B,S], counting from 0 in each row.
+        lengths: int64 [B], valid tokens.
+        visual_mask: bool [B,S].
+    """
+
+    input_ids: np.ndarray
+    source_index: np.ndarray
+    position_ids: np.ndarray
+    lengths: np.ndarray
+    visual_mask: np.ndarray
+
+
+def collate(
+    prompts: Sequence[Prompt],
+    image_rows: Sequence[Sequence[np.ndarray]],
+    feature_rows: Sequence[Sequence[int]],
+) -> Batch:
+    """Pad prompts and number their image rows over the whole batch.
+
+    Args:
+        prompts: one a row.
+        image_rows: for each row and image, `ProcessedImage.rows`: the feature row of each visual
+            token inside its image, −1 for image_newline.
+        feature_rows: for each row and image, how many feature rows the image has (tiles times
+            rows a tile).
+
+    `source_index` holds an entry below S for a text embedding of the same row, S + r for feature
+    row r of the batch, and S + R (R: all feature rows) for image_newline.
+
+    Raises:
+        TrioError: an image's visual tokens do not fill its places in the prompt.
+    """
+    size = max(prompt.length for prompt in prompts)
+    total = sum(sum(counts) for counts in feature_rows)
+    shape = (len(prompts), size)
+    input_ids = np.zeros(shape, dtype=np.int64)
+    visual_mask = np.zeros(shape, dtype=bool)
+    place = np.arange(size, dtype=np.int64)
+    source_index = np.tile(place, (len(prompts), 1))
+    first = 0
+    for row, prompt in enumerate(prompts):
+        input_ids[row, : prompt.length] = np.where(prompt.visual, 0, prompt.ids)
+        visual_mask[row, : prompt.length] = prompt.visual
+        sources = []
+        for rows, count in zip(image_rows[row], feature_rows[row], strict=True):
+            sources.append(np.where(rows < 0, size + total, size + first + rows))
+            first += count
+        found = np.concatenate(sources) if sources else np.zeros(0, dtype=np.int64)
+        if len(found) != prompt.visual_tokens:
+            raise TrioError(
+                f"row {row}: {prompt.visual_tokens} visual places for {len(found)} visual tokens"
+            )
+        source_index[row, visual_mask[row]] = found
+    lengths = np.array([prompt.length for prompt in prompts], dtype=np.int64)
+    position_ids = np.where(place < lengths[:, None], place, 0)
+    return Batch(input_ids, source_index, position_ids, lengths, visual_mask)

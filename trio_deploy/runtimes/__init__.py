@@ -1,0 +1,1 @@
+"""One file per runtime: engines that run a bundle's stages."""

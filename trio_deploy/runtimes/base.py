@@ -1,0 +1,196 @@
+"""What the pipeline asks of whatever runs a graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from trio_deploy.errors import TrioError
+
+Array = Any
+"""A numpy array, or memory of the engine's own as `Engine.empty` gives it (on a GPU).
+
+ONNX Runtime's own memory cannot be sliced; `update_inplace(array)` writes the whole of it.
+TensorRT's (`runtime/cuda.py`) can; `runtime/arrays.py` handles it as it does numpy's.
+"""
+
+Step = Callable[[], None]
+"""A bound run: works on the same arrays each time."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph's input or output.
+
+    Attributes:
+        shape: sizes; the name of a dynamic axis, or None, where the size is not fixed.
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int | str | None, ...]
+
+
+class Engine(Protocol):
+    """One graph, ready to run."""
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """By name, in the graph's order."""
+        ...
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """By name, in the graph's order."""
+        ...
+
+    def run(
+        self,
+        feeds: Mapping[str, Array],
+        into: Mapping[str, Array] | None = None,
+        *,
+        host: Collection[str] | None = None,
+    ) -> dict[str, Array]:
+        """Run once.
+
+        Args:
+            feeds: every input by name.
+            into: outputs to be written into arrays of the caller's.
+            host: outputs that are needed as numpy arrays, None for all; the others may stay where
+                the engine works, for the engine that is fed with them.
+
+        Returns:
+            The outputs that are not in `into`, by name.
+
+        Raises:
+            TrioError: inputs are missing, unknown, of the wrong type, or more than it takes.
+        """
+        ...
+
+    def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Step:
+        """A function that runs on these very arrays each time it is called.
+
+        All outputs must be in `into`; the caller changes the inputs in place in between.
+        """
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """Uninitialised memory that `run` and `bind` take, near the device."""
+        ...
+
+
+@runtime_checkable
+class Blocks(Protocol):
+    """An engine whose memory can be cut into arrays."""
+
+    def empties(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> Sequence[Array]:
+        """As `Engine.empty`, several arrays that come and go together, in one piece of memory."""
+        ...
+
+
+class Moment(Protocol):
+    """A point in an engine's work."""
+
+    def since(self, earlier: Any) -> float:
+        """Seconds from `earlier`, of the same runtime's, to here; may wait until it is reached."""
+        ...
+
+
+@dataclass(frozen=True)
+class HostMoment:
+    """A `Moment` of the host's clock, for engines that return when they are done."""
+
+    seconds: float
+
+    @classmethod
+    def now(cls) -> HostMoment:
+        """This moment."""
+        return cls(time.perf_counter())
+
+    def since(self, earlier: HostMoment) -> float:
+        """See `Moment.since`."""
+        return self.seconds - earlier.seconds
+
+
+class Runtime(Protocol):
+    """Opens the graphs of one bundle with one set of options.
+
+    Attributes:
+        concurrent: whether several threads may run its engines at once.
+        max_rows: of a batch, None where engines take any number.
+    """
+
+    concurrent: bool
+    max_rows: int | None
+
+    def shares_cache(self, dialect: str) -> bool:
+        """Whether past and present of a layer are one buffer in a decode step.
+
+        A prefill whose graph takes a past fills that buffer as well; any other returns presents
+        of its own. Where it is false, a decode step reads one buffer and writes another.
+
+        Raises:
+            TrioError: this runtime cannot run graphs of this dialect.
+        """
+        ...
+
+    def open(self, path: Path, *, exact: bool = False, probing: bool = False) -> Engine:
+        """Load a graph.
+
+        Args:
+            exact: decisions hang on this graph's numbers: whatever the runtime was told, compute in
+                the graph's own precision all but products with weights.
+            probing: a graph whose weights other graphs hold as well (select, embed): refer to
+                the file rather than make a rearranged copy.
+        """
+        ...
+
+    def sequence(self, steps: Sequence[Step]) -> Step:
+        """Bound runs, one after another, as one step."""
+        ...
+
+    def moment(self) -> Moment:
+        """The point that the engines' work has now."""
+        ...
+
+
+class HostRuntime:
+    """What runtimes have in common whose engines return when they are done."""
+
+    concurrent = True
+    max_rows: int | None = None
+
+    def sequence(self, steps: Sequence[Step]) -> Step:
+        """See `Runtime.sequence`."""
+        steps = list(steps)
+
+        def run() -> None:
+            for step in steps:
+                step()
+
+        return run
+
+    def moment(self) -> Moment:
+        """See `Runtime.moment`."""
+        return HostMoment.now()
+
+
+def check_feeds(engine: Engine, feeds: Mapping[str, Array]) -> None:
+    """Raises TrioError unless `feeds` has exactly the engine's inputs, of the right types."""
+    missing = [name for name in engine.inputs if name not in feeds]
+    unknown = [name for name in feeds if name not in engine.inputs]
+    if missing or unknown:
+        raise TrioError(
+            f"this graph takes {', '.join(engine.inputs)}"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; unknown: {', '.join(unknown)}" if unknown else "")
+        )
+    for name, spec in engine.inputs.items():
+        value = feeds[name]
+        if isinstance(value, np.ndarray) and value.dtype != spec.dtype:
+            raise TrioError(f"input {name} must be {spec.dtype}, got {value.dtype}")

@@ -1,0 +1,269 @@
+"""ONNX Runtime.
+
+How weights stay in memory once (measured, docs/measurements): a segment's session rearranges its
+matrices ("prepacking") into private memory and gives the file mapping back, so layers that only
+segments use are held once. Select and embed graphs use tensors that segments hold too: they run on
+the file's pages, mapped once for all of them, which the page cache owns and may drop; rearranged is
+what a select graph multiplies all its rows with, the key projection, and nothing else. With
+`low_memory` all sessions run on the file's pages, and nothing private is held at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from trio_deploy.errors import TrioError
+from trio_deploy.runtimes.base import Array, HostRuntime, Step, TensorSpec, check_feeds
+from trio_deploy.runtimes.mapped_weights import WeightMap, external_tensors
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DTYPES = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(bool)": np.dtype(np.bool_),
+}
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise TrioError(
+            "ONNX Runtime is not installed: pip install 'trio-deploy[cpu]' "
+            "(or 'trio-deploy[gpu]' for an NVIDIA GPU)"
+        ) from error
+    return onnxruntime
+
+
+def installed_twice() -> bool:
+    """Whether onnxruntime and onnxruntime-gpu are both installed, one overwriting the other."""
+    found = 0
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            importlib.metadata.distribution(name)
+            found += 1
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found == 2
+
+
+@functools.cache
+def _share_arena(ort: Any) -> None:
+    """One CPU arena for all sessions of this process that ask for it."""
+    kind = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    memory = ort.OrtMemoryInfo("Cpu", kind, 0, ort.OrtMemType.DEFAULT)
+    # An application may have registered one already, which then serves.
+    with contextlib.suppress(Exception):
+        ort.create_and_register_allocator(memory, None)
+
+
+class OrtRuntime(HostRuntime):
+    """Sessions with common options, sharing mapped weights; see `open_runtime`."""
+
+    def __init__(
+        self,
+        *,
+        threads: int | None = None,
+        low_memory: bool = False,
+        provider: str | None = None,
+    ) -> None:
+        self._ort = _onnxruntime()
+        if installed_twice():
+            warnings.warn(
+                "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's "
+                "files; uninstall both, then install one",
+                stacklevel=2,
+            )
+        self.provider = _PROVIDERS.get((provider or "cpu").lower(), provider or "")
+        self._check_available()
+        _share_arena(self._ort)
+        self._threads = threads
+        self._low_memory = low_memory
+        self._weights = WeightMap()
+        # A mapped tensor is one OrtValue for all sessions, which do not keep it alive themselves.
+        self._values: dict[tuple[Path, str, int], Any] = {}
+
+    def _check_available(self) -> None:
+        if self.provider not in {*_PROVIDERS.values(), *self._ort.get_all_providers()}:
+            raise TrioError(f"unknown provider {self.provider!r}: choose {' or '.join(_PROVIDERS)}")
+        available = self._ort.get_available_providers()
+        if self.provider not in available:
+            hint = (
+                "; pip install 'trio-deploy[gpu]' in an environment without onnxruntime, or pass "
+                "--provider cpu"
+                if self.provider == _PROVIDERS["cuda"]
+                else ""
+            )
+            raise TrioError(
+                f"this ONNX Runtime has no {self.provider}, it has {', '.join(available)}{hint}"
+            )
+
+    def shares_cache(self, dialect: str) -> bool:
+        """See `Runtime.shares_cache`: GroupQueryAttention writes in place and fills any buffer."""
+        return dialect == "ort"
+
+    def open(self, path: Path, *, exact: bool = False, probing: bool = False) -> OrtEngine:
+        """Load a graph.
+
+        Raises:
+            TrioError: it does not load, or not on the provider that was asked for.
+        """
+        ort = self._ort
+        on_cpu = self.provider == _PROVIDERS["cpu"]
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        # Stages run one after another, each with threads of its own: a stage's threads must not
+        # spin while the next one works.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if on_cpu:
+            # Stages also take turns at one arena. A memory pattern would add a second block to
+            # what the first run of each new prompt length made the arena hold.
+            options.add_session_config_entry("session.use_env_allocators", "1")
+            options.enable_mem_pattern = False
+        held: list[Any] = []
+        if on_cpu and (probing or self._low_memory):
+            if self._low_memory:
+                options.add_session_config_entry("session.disable_prepacking", "1")
+            held = self._share_weights(options, path)
+        try:
+            session = ort.InferenceSession(str(path), options, providers=[self.provider])
+        except Exception as error:  # ONNX Runtime raises many kinds, all meaning this
+            raise TrioError(f"ONNX Runtime cannot load {path.name}: {error}") from error
+        used = session.get_providers()
+        if self.provider not in used:
+            raise TrioError(
+                f"{self.provider} was asked for, but ONNX Runtime fell back to {', '.join(used)}; "
+                "its log says why (for CUDA: the CUDA and cuDNN libraries it needs)"
+            )
+        return OrtEngine(session, "cpu" if on_cpu else "cuda", held)
+
+    def _share_weights(self, options: Any, path: Path) -> list[Any]:
+        held = []
+        for name, tensor in external_tensors(path).items():
+            key = (path.parent.resolve(), tensor.file, tensor.offset)
+            if key not in self._values:
+                if tensor.dtype == ml_dtypes.bfloat16:
+                    continue  # no CPU kernels anyway
+                view = self._weights.view(path.parent, tensor)
+                self._values[key] = self._ort.OrtValue.ortvalue_from_numpy(view)
+            options.add_initializer(name, self._values[key])
+            held.append(self._values[key])
+        return held
+
+
+class OrtEngine:
+    """One session."""
+
+    def __init__(self, session: Any, device: str, held: list[Any]) -> None:
+        self._session = session
+        self._device = device
+        self._held = held
+        self._ort = _onnxruntime()
+        self.inputs = _specs(session.get_inputs())
+        self.outputs = _specs(session.get_outputs())
+
+    def run(
+        self,
+        feeds: Mapping[str, Array],
+        into: Mapping[str, Array] | None = None,
+        *,
+        host: Collection[str] | None = None,
+    ) -> dict[str, Array]:
+        """See `Engine.run`; all that is not in `into` is the host's."""
+        check_feeds(self, feeds)
+        into = into or {}
+        binding, _ = self._binding(feeds, into)
+        free = [name for name in self.outputs if name not in into]
+        for name in free:
+            binding.bind_output(name, "cpu")
+        self._run(binding)
+        values = dict(zip([*into, *free], binding.get_outputs(), strict=True))
+        return {name: _numpy(values[name]) for name in free}
+
+    def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Step:
+        """See `Engine.bind`."""
+        check_feeds(self, feeds)
+        binding, values = self._binding(feeds, into)
+        copied = [
+            (value, feeds[name])
+            for name, value in values.items()
+            if self._device != "cpu" and isinstance(feeds[name], np.ndarray)
+        ]
+        return _Step(self._session, binding, copied, {**feeds, **into})
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """See `Engine.empty`: numpy on the CPU, an OrtValue on a GPU."""
+        if self._device == "cpu":
+            return np.empty(shape, dtype)
+        make = self._ort.OrtValue.ortvalue_from_shape_and_type
+        return make(shape, dtype.type, self._device, 0)
+
+    def _binding(
+        self, feeds: Mapping[str, Array], into: Mapping[str, Array]
+    ) -> tuple[Any, dict[str, Any]]:
+        binding = self._session.io_binding()
+        values = {name: self._value(feeds[name], self._device) for name in self.inputs}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, array in into.items():
+            # One value for one buffer: a cache's present is its past.
+            known = next((values[other] for other in feeds if feeds[other] is array), None)
+            binding.bind_ortvalue_output(name, known or self._value(array, "cpu"))
+        return binding, values
+
+    def _value(self, array: Array, device: str) -> Any:
+        if not isinstance(array, np.ndarray):
+            return array
+        if not array.flags.c_contiguous:
+            raise TrioError("arrays must be contiguous")
+        return self._ort.OrtValue.ortvalue_from_numpy(array, device, 0)
+
+    def _run(self, binding: Any) -> None:
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime raises many kinds, all meaning this
+            raise TrioError(f"ONNX Runtime failed: {error}") from error
+
+
+class _Step:
+    """A bound run, and the arrays whose memory it works on, which it does not own."""
+
+    def __init__(
+        self,
+        session: Any,
+        binding: Any,
+        copied: list[tuple[Any, np.ndarray]],
+        arrays: dict[str, Array],
+    ) -> None:
+        self._session = session
+        self._binding = binding
+        self._copied = copied
+        self._arrays = arrays
+
+    def __call__(self) -> None:
+        for value, array in self._copied:  # on a GPU, inputs from the host are copies
+            value.update_inplace(array)
+        self._session.run_with_iobinding(self._binding)
+
+
+def _specs(args: list[Any]) -> dict[str, TensorSpec]:
+    return {arg.name: TensorSpec(arg.name, _DTYPES[arg.type], tuple(arg.shape)) for arg in args}
+
+
+def _numpy(value: Any) -> np.ndarray:
+    """The value's own memory where ONNX Runtime lends it, else a copy."""
+    return value.numpy()

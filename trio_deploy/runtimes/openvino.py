@@ -1,0 +1,183 @@
+"""OpenVINO, which reads the `primitive` graphs; on CPUs with AMX it computes in bfloat16.
+
+Select graphs compute in float32, since bfloat16 similarities would move tokens across the
+threshold; with precision bfloat16 only their products with weights are narrowed. Weights are mapped
+from the bundle's files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from trio_deploy.errors import TrioError
+from trio_deploy.runtimes.base import Array, HostRuntime, Step, TensorSpec, check_feeds
+from trio_deploy.runtimes.openvino_passes import Passes
+
+_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+class OvRuntime(HostRuntime):
+    """Compiled models with common options; see `open_runtime`."""
+
+    def __init__(self, *, threads: int | None = None, precision: str = "float32") -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise TrioError(
+                "OpenVINO is not installed: pip install 'trio-deploy[openvino]'"
+            ) from error
+        if precision not in _HINTS:
+            raise TrioError(f"OpenVINO computes in float32 or bfloat16, not in {precision}")
+        self._openvino = openvino
+        self._core = openvino.Core()
+        self._passes = Passes()
+        self._precision = precision
+        self._threads = threads
+        able = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "bfloat16" and "BF16" not in able:
+            raise TrioError(
+                "this CPU has no bfloat16 arithmetic (AMX or AVX512-BF16): use precision float32"
+            )
+
+    def shares_cache(self, dialect: str) -> bool:
+        """See `Runtime.shares_cache`: the `primitive` cache is rewritten as a whole each step."""
+        if dialect != "primitive":
+            raise TrioError(
+                f"OpenVINO reads the primitive dialect, but this bundle is in {dialect!r}: "
+                "export it with --dialect primitive"
+            )
+        return False
+
+    def open(self, path: Path, *, exact: bool = False, probing: bool = False) -> OvEngine:
+        """Load a graph; with precision bfloat16 its caches, where it has some, are bfloat16 too.
+
+        Raises:
+            TrioError: it does not load.
+        """
+        precision = "float32" if exact else self._precision
+        options: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+        }
+        if precision == "float32":
+            options["EXECUTION_MODE_HINT"] = "ACCURACY"
+        if self._threads is not None:
+            options["INFERENCE_NUM_THREADS"] = self._threads
+        try:
+            model = self._core.read_model(str(path))
+            if _sees_all(model):
+                self._passes.split_queries(model)
+            if self._precision == "bfloat16" and exact:
+                self._passes.narrow_products(model)
+            elif self._precision == "bfloat16":
+                model = self._passes.narrow_caches(model)
+            if self._precision == "bfloat16" and 1 in (self._threads, os.cpu_count()):
+                self._passes.unfuse_mlps(model)
+            compiled = self._core.compile_model(model, "CPU", options)
+        except RuntimeError as error:
+            raise TrioError(f"OpenVINO cannot load {path.name}: {error}") from error
+        return OvEngine(self._openvino, compiled)
+
+
+class OvEngine:
+    """One compiled model."""
+
+    def __init__(self, openvino: Any, model: Any) -> None:
+        self._openvino = openvino
+        self._model = model
+        self._request: Any = None
+        self.inputs = _specs(model.inputs)
+        self.outputs = _specs(model.outputs)
+
+    def run(
+        self,
+        feeds: Mapping[str, Array],
+        into: Mapping[str, Array] | None = None,
+        *,
+        host: Collection[str] | None = None,
+    ) -> dict[str, Array]:
+        """See `Engine.run`; all outputs are the host's."""
+        check_feeds(self, feeds)
+        into = into or {}
+        # A request of its own: it keeps the output tensors that it was given, and nobody writes to
+        # those it makes again, so that results need not be copied.
+        request = self._bound(feeds, into)
+        self._infer(request)
+        names = [name for name in self.outputs if name not in into]
+        # OpenVINO hands bfloat16 over as if it were float16.
+        return {
+            name: request.get_tensor(name).data.view(self.outputs[name].dtype) for name in names
+        }
+
+    def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Step:
+        """See `Engine.bind`."""
+        check_feeds(self, feeds)
+        return _Step(self._bound(feeds, into), {**feeds, **into})
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """See `Engine.empty`."""
+        return np.empty(shape, dtype)
+
+    def _bound(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Any:
+        request = self._model.create_infer_request()
+        for arrays, specs in ((feeds, self.inputs), (into, self.outputs)):
+            for name, array in arrays.items():
+                request.set_tensor(name, self._tensor(array.view(specs[name].dtype)))
+        return request
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        """A tensor on the array's own memory.
+
+        `array` is a view in the port's type, since numpy has two int64 types and OpenVINO knows one
+        of them.
+        """
+        ov = self._openvino
+        if array.dtype == ml_dtypes.bfloat16:
+            return ov.Tensor(array.view(np.uint16), ov.Shape(array.shape), ov.Type.bf16)
+        return ov.Tensor(array, shared_memory=True)
+
+    def _infer(self, request: Any) -> None:
+        try:
+            request.start_async()
+            request.wait()
+        except RuntimeError as error:
+            raise TrioError(f"OpenVINO failed: {error}") from error
+
+
+class _Step:
+    """A bound request, and the arrays whose memory it works on, which it does not own."""
+
+    def __init__(self, request: Any, arrays: dict[str, Array]) -> None:
+        self._request = request
+        self._arrays = arrays
+
+    def __call__(self) -> None:
+        self._request.start_async()
+        self._request.wait()
+
+
+def _sees_all(model: Any) -> bool:
+    """Whether a graph is the segment before any pruning, which works on whole prompts."""
+    return any(port.get_any_name() == "inputs_embeds" for port in model.inputs)
+
+
+def _specs(ports: list[Any]) -> dict[str, TensorSpec]:
+    specs = {}
+    for port in ports:
+        name = port.get_any_name()
+        shape = tuple(
+            None if size.is_dynamic else size.get_length() for size in port.get_partial_shape()
+        )
+        kind = port.get_element_type()
+        # numpy has no bfloat16 of its own, and OpenVINO's `to_dtype` says float16.
+        bfloat = kind.get_type_name() == "bf16"
+        dtype = np.dtype(ml_dtypes.bfloat16 if bfloat else kind.to_dtype())
+        specs[name] = TensorSpec(name, dtype, shape)
+    return specs

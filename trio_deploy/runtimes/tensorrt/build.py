@@ -1,0 +1,487 @@
+"""`trio build`: engines of a bundle's graphs, one after another, in `engines/<target>/`.
+
+An engine appears under its name when it is whole, and the record with it; a build that was
+interrupted goes on at the next engine. An engine whose graph, weights, profiles, TensorRT or GPU
+are no longer what it was made of is made again. An engine counts when its first run has come to an
+end: one whose first run ended the process is on record as not verified, and is tried once more.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
+
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import ENGINES
+from trio_deploy.config.target import DIALECTS, Target
+from trio_deploy.errors import TrioError
+from trio_deploy.files import format_bytes, sha256_of, write_atomically
+from trio_deploy.runtimes.tensorrt.bindings import Built, Log, ProfileLike, Progress
+from trio_deploy.runtimes.tensorrt.dry_run.rules import (
+    read_graph,
+    require_dialect,
+    require_tensorrt,
+)
+from trio_deploy.runtimes.tensorrt.profiles import Profile, profiles
+from trio_deploy.runtimes.tensorrt.record import RECORD, Gpu, Record, StageRecord
+
+TIMING_CACHE = "timing.cache"
+LOG = "build.log"
+LOCK = ".lock"
+
+_GIB = 2**30
+#: How much of a target's memory a GPU may lack: what firmware and error correction take.
+_MEMORY_SHARE = 0.85
+_LOGGED = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")  # VERBOSE takes hundreds of megabytes
+
+
+class Builder(Protocol):
+    """What is asked of TensorRT here; `build/adapter.py` has it."""
+
+    version: str
+
+    def build(
+        self,
+        onnx: Path,
+        profiles: Sequence[ProfileLike],
+        *,
+        workspace: int | None = None,
+        dtype: str = "float32",
+        timing_cache: bytes = b"",
+        log: Log | None = None,
+        progress: Progress | None = None,
+    ) -> Built:
+        """Make an engine of a graph."""
+        ...
+
+
+Verify = Callable[[Path, str], None]
+"""Loads the engine of a stage in a folder and runs it once; raises TrioError where that fails."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a build did: `built` now, `kept` from an earlier one."""
+
+    folder: Path
+    record: Record
+    built: tuple[str, ...]
+    kept: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The folder, what was built and kept, and the record."""
+        return {
+            "folder": str(self.folder),
+            "built": list(self.built),
+            "kept": list(self.kept),
+            "record": self.record.to_json(),
+        }
+
+    def to_text(self) -> str:
+        record = self.record
+        lines = [
+            f"{self.folder}: {len(record.stages)} engines for {record.gpu.name} "
+            f"(compute capability {record.gpu.compute_capability}), TensorRT {record.tensorrt}"
+        ]
+        for name, stage in record.stages.items():
+            how = f"built in {stage.seconds:.0f} s" if name in self.built else "kept"
+            lines.append(f"  {name:<12}{format_bytes(stage.bytes):>10}  {how}")
+        return "\n".join(lines)
+
+
+def require_buildable(bundle: Bundle, target: Target, stages: Sequence[str] | None = None) -> None:
+    """What can be said without a GPU, a driver or TensorRT, which are asked for afterwards.
+
+    Raises:
+        TrioError: the target runs something else, no TensorRT reads the bundle's graphs, a stage
+            is unknown, or the weights are missing.
+    """
+    require_tensorrt(target)
+    if bundle.manifest.dialect not in DIALECTS["tensorrt"]:
+        assert target.tensorrt is not None
+        require_dialect(bundle.manifest.dialect, target.tensorrt, str(bundle.path))
+    _chosen(bundle, stages)
+    bundle.require_weights()
+
+
+def build_engines(
+    bundle: Bundle,
+    target: Target,
+    tensorrt: Builder,
+    gpu: Gpu,
+    *,
+    verify: Verify,
+    stages: Sequence[str] | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Outcome:
+    """Build the engines of a bundle that are not there yet.
+
+    Args:
+        tensorrt: of `build.adapter.load`.
+        gpu: the one to build on, which TensorRT takes too.
+        verify: called for every engine as soon as it is built; one that fails is thrown away. One
+            that an earlier build did not get to verify is verified now, and built again where that
+            fails.
+        stages: only these.
+        force: also those that are there.
+        progress: show a bar on stderr.
+
+    Raises:
+        TrioError: the bundle has no weights or does not suit TensorRT, the GPU is not the target's,
+            another build is at work in the folder, the disk is too full, or an engine cannot be
+            built or run.
+    """
+    require_buildable(bundle, target, stages)
+    _require_gpu(target, gpu)
+    require_dialect(bundle.manifest.dialect, tensorrt.version, str(bundle.path))
+    wanted = _chosen(bundle, stages)
+    found = profiles(bundle, target)
+    folder = bundle.path / ENGINES / target.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrioError(f"cannot write to {folder}: {error.strerror}") from error
+    with _locked(folder):
+        return _make(
+            bundle, target, tensorrt, gpu, folder, wanted, found, verify, force=force, bar=progress
+        )
+
+
+def _make(
+    bundle: Bundle,
+    target: Target,
+    tensorrt: Builder,
+    gpu: Gpu,
+    folder: Path,
+    wanted: Sequence[str],
+    found: Mapping[str, Sequence[Profile]],
+    verify: Verify,
+    *,
+    force: bool,
+    bar: bool,
+) -> Outcome:
+    """`build_engines` in a folder that is locked."""
+    record = _record(folder, bundle, target, tensorrt.version, gpu)
+    prints = {stage: _fingerprint(bundle, stage, found[stage], target, record) for stage in wanted}
+    missing = [
+        stage for stage in wanted if force or not _is_built(folder, record, stage, prints[stage])
+    ]
+    _require_space(bundle, folder, missing)
+    # What is stale must not be run beside what is new, should this build be interrupted.
+    kept = {name: entry for name, entry in record.stages.items() if name not in missing}
+    record = replace(record, stages=kept)
+    _save(record, folder)
+    for leftover in folder.glob(".*.engine.*"):
+        leftover.unlink(missing_ok=True)
+    made: list[str] = []
+    shown = tqdm(total=len(wanted), unit="engine", desc="engines", disable=None if bar else True)
+    with shown, _log(folder / LOG) as log:
+        for stage in wanted:
+            if stage not in missing and record.stages[stage].verified:
+                shown.update()
+                continue
+            if stage not in missing:
+                try:
+                    record = _verified(record, folder, stage, verify, log, shown)
+                    shown.update()
+                    continue
+                except TrioError as error:
+                    log("WARNING", f"{stage} of an earlier build does not run: {error}")
+                    record = record.without_stage(stage)
+            entry = _build(
+                bundle, stage, found[stage], target, tensorrt, folder, prints[stage], log, shown
+            )
+            made.append(stage)
+            record = record.with_stage(stage, entry)
+            _save(record, folder)
+            try:
+                record = _verified(record, folder, stage, verify, log, shown)
+            except TrioError as error:
+                raise TrioError(
+                    f"the engine of {stage} was built, but does not run: {error}"
+                ) from error
+            shown.update()
+    order = {name: record.stages[name] for name in bundle.stages if name in record.stages}
+    record = replace(record, stages=order)
+    _save(record, folder)
+    return Outcome(
+        folder, record, tuple(made), tuple(stage for stage in wanted if stage not in made)
+    )
+
+
+def _verified(
+    record: Record, folder: Path, stage: str, verify: Verify, log: Log, bar: Any
+) -> Record:
+    """The record after an engine's first run. What fails it is thrown away.
+
+    A run may be interrupted or end the process (out of memory, a crash): the record on disk then
+    says that it has not been.
+    """
+    bar.set_postfix_str(f"{stage}: first run")
+    log("INFO", f"==== {stage}: first run")
+    try:
+        verify(folder, stage)
+    except Exception:
+        _drop(folder, record, stage)
+        raise
+    record = record.with_verified(stage)
+    _save(record, folder)
+    return record
+
+
+def _build(
+    bundle: Bundle,
+    stage: str,
+    found: Sequence[Profile],
+    target: Target,
+    tensorrt: Builder,
+    folder: Path,
+    fingerprint: str,
+    log: Log,
+    bar: Any,
+) -> StageRecord:
+    """One engine under its name, and the timing cache that its build leaves."""
+
+    def tell(phase: str, done: int, steps: int) -> None:
+        bar.set_postfix_str(f"{stage}: {phase} {done}/{steps}")
+
+    bar.set_postfix_str(stage)
+    log("INFO", f"==== {stage}: {len(found)} profile(s), TensorRT {tensorrt.version}")
+    for profile in found:
+        log("INFO", f"profile {json.dumps(profile.to_json())}")
+    cache = folder / TIMING_CACHE
+    workspace = None if target.workspace_gib is None else int(target.workspace_gib * _GIB)
+    start = time.monotonic()
+    built = tensorrt.build(
+        bundle.graph(stage),
+        found,
+        workspace=workspace,
+        dtype=bundle.manifest.dtype,
+        timing_cache=cache.read_bytes() if cache.is_file() else b"",
+        log=log,
+        progress=tell,
+    )
+    seconds = time.monotonic() - start
+    file = f"{stage}.engine"
+    write_whole(folder / file, built.plan)
+    try:
+        write_atomically(cache, built.timing_cache)
+    except OSError as error:  # it saves the next build time; the engine needs it no more
+        log("WARNING", f"{TIMING_CACHE} is not kept: {error.strerror}")
+    digest = hashlib.sha256(built.plan).hexdigest()
+    log("INFO", f"==== {stage}: {len(built.plan)} bytes in {seconds:.1f} s")
+    return StageRecord(
+        file=file,
+        sha256=digest,
+        bytes=len(built.plan),
+        graph_sha256=_graph_sha256(bundle, stage),
+        fingerprint=fingerprint,
+        profiles=tuple(found),
+        seconds=round(seconds, 1),
+    )
+
+
+def write_whole(path: Path, content: memoryview | bytes) -> None:
+    """Writes a file beside its place and moves it there.
+
+    Raises:
+        TrioError: the disk is full.
+    """
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise TrioError(
+            f"cannot write {path} of {format_bytes(len(content))}: {error.strerror}; what was "
+            "built before it is kept"
+        ) from error
+
+
+def _require_gpu(target: Target, gpu: Gpu) -> None:
+    choose = (
+        "engines are built on the device where they run; choose another --target, or copy the "
+        "target's file and change it"
+    )
+    if target.compute_capability not in (None, gpu.compute_capability):
+        raise TrioError(
+            f"the target {target.name} has compute capability {target.compute_capability}, but "
+            f"this GPU, {gpu.name}, has {gpu.compute_capability}: {choose}"
+        )
+    if target.memory_gib is None or gpu.memory_gib is None:
+        return
+    if gpu.memory_gib < _MEMORY_SHARE * target.memory_gib:
+        raise TrioError(
+            f"the target {target.name} has {target.memory_gib:g} GiB of memory, but this GPU, "
+            f"{gpu.model or gpu.name}, has {gpu.memory_gib:g} GiB: {choose}"
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other builds out of a folder; the lock goes with the process that holds it.
+
+    Raises:
+        TrioError: another build is at work there, or the folder cannot be written to.
+    """
+    try:
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise TrioError(f"cannot write to {folder}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise TrioError(
+                    f"another `trio build` is at work in {folder}: wait until it is done, and run "
+                    "this one again for what it leaves out"
+                ) from None
+            # A file system without locks: all is as it was without them.
+        yield
+
+
+def _save(record: Record, folder: Path) -> None:
+    try:
+        record.save(folder)
+    except OSError as error:
+        raise TrioError(
+            f"cannot write {folder / RECORD}: {error.strerror}; what it listed before is kept"
+        ) from error
+
+
+def _chosen(bundle: Bundle, stages: Sequence[str] | None) -> list[str]:
+    for stage in stages or ():
+        bundle.graph(stage)  # names the stages there are
+    return [stage for stage in bundle.stages if stages is None or stage in stages]
+
+
+def _record(folder: Path, bundle: Bundle, target: Target, version: str, gpu: Gpu) -> Record:
+    """The folder's record where it is of this GPU, TensorRT and bundle, else an empty one."""
+    manifest = bundle.manifest
+    fresh = Record(
+        target=target.name,
+        tensorrt=version,
+        gpu=gpu,
+        dialect=manifest.dialect,
+        dtype=manifest.dtype,
+        decode_layout=manifest.decode,
+        limits=target.limits,
+    )
+    try:
+        known = Record.load(folder)
+    except TrioError:  # none yet, or damaged: all engines are made
+        return fresh
+    if not known.gpu.same_kind(gpu):
+        # TensorRT may not tell these GPUs apart, and would take times of one for the other's.
+        (folder / TIMING_CACHE).unlink(missing_ok=True)
+        return fresh
+    same = replace(known, limits=fresh.limits, gpu=gpu, stages={})
+    return replace(fresh, stages=known.stages) if same == fresh else fresh
+
+
+def _fingerprint(
+    bundle: Bundle, stage: str, found: Sequence[Profile], target: Target, record: Record
+) -> str:
+    """What an engine is made of: its graph, weights, profiles, and who makes it."""
+    weights = _weight_files(bundle, stage)
+    files = bundle.manifest.files
+    parts = {
+        "graph": _graph_sha256(bundle, stage),
+        "weights": {name: _identity(bundle, name, files) for name in weights},
+        "profiles": [profile.to_json() for profile in found],
+        "workspace_gib": target.workspace_gib,
+        "dtype": record.dtype,
+        "tensorrt": record.tensorrt,
+        "gpu": [record.gpu.name, record.gpu.compute_capability],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _graph_sha256(bundle: Bundle, stage: str) -> str:
+    known = bundle.manifest.files[bundle.manifest.graphs[stage].file].sha256
+    return known or sha256_of(bundle.graph(stage))
+
+
+def _identity(bundle: Bundle, name: str, files: Mapping[str, Any]) -> list[Any]:
+    """Checksum of a file of weights, or size and time of change where none was recorded."""
+    info = files[name]
+    if info.sha256 is not None:
+        return [info.sha256]
+    return [info.size, (bundle.path / name).stat().st_mtime_ns]
+
+
+def _weight_files(bundle: Bundle, stage: str) -> list[str]:
+    names = {
+        entry.value
+        for tensor in read_graph(bundle.graph(stage)).graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return sorted(name for name in names if name in bundle.manifest.files)
+
+
+def weight_bytes(bundle: Bundle, stage: str) -> int:
+    """Bytes of the weights that a graph refers to: about the size of its engine."""
+    return sum(
+        int(entry.value)
+        for tensor in read_graph(bundle.graph(stage)).graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "length"
+    )
+
+
+def _is_built(folder: Path, record: Record, stage: str, fingerprint: str) -> bool:
+    entry = record.stages.get(stage)
+    if entry is None or entry.fingerprint != fingerprint:
+        return False
+    try:
+        record.check_file(folder, stage, verify=True, first_run=True)
+    except TrioError:
+        return False
+    return True
+
+
+def _require_space(bundle: Bundle, folder: Path, missing: Sequence[str]) -> None:
+    needed = sum(weight_bytes(bundle, stage) for stage in missing)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise TrioError(
+            f"the disk of {folder} is too full: the engines need about {format_bytes(needed)}, and "
+            f"{format_bytes(free)} are free"
+        )
+
+
+def _drop(folder: Path, record: Record, stage: str) -> None:
+    (folder / record.stages[stage].file).unlink(missing_ok=True)
+    _save(record.without_stage(stage), folder)
+
+
+@contextmanager
+def _log(file: Path) -> Iterator[Log]:
+    """Appends what the builder says; warnings and errors of a whole build stay in one file."""
+    with file.open("a", encoding="utf-8") as out:
+        yield _Lines(out)
+
+
+class _Lines:
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._start = time.monotonic()
+
+    def __call__(self, severity: str, message: str) -> None:
+        if severity in _LOGGED:
+            seconds = time.monotonic() - self._start
+            with suppress(OSError):  # a full disk, which what needs room on it will say
+                self._out.write(f"[{seconds:9.2f}] {severity:<7} {message.rstrip()}\n")
+                self._out.flush()

@@ -1,0 +1,556 @@
+"""A GPU's memory, its one stream and CUDA graphs, over cuda-python.
+
+All work of a pipeline is put on one stream, so what runs later sees what ran earlier, and memory
+that is given back may be given out again at once. Memory given back is kept for the next request,
+up to a bound (`runtime/pool.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trio_deploy.errors import TrioError
+from trio_deploy.runtimes.tensorrt.allocator import Pool
+
+_DRIVER = "libcuda.so.1"
+_ALIGNED = 256  # bytes, as cudaMalloc aligns
+_PINNED = 64 << 20  # bytes of the host's memory that are kept for copies
+_STAGED, _PIECE = 8 << 20, 2 << 20  # bytes on their way to the device, at once and in one copy
+_SPARED = 256 << 20  # bytes that are left to the system where the GPU shares its memory
+_MEMINFO = Path("/proc/meminfo")
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+_OLD_DRIVER = 35  # cudaErrorInsufficientDriver
+
+
+def load_driver() -> Any:
+    """The driver's library as ctypes gives it.
+
+    Raises:
+        OSError: there is none.
+    """
+    return ctypes.CDLL(_DRIVER)
+
+
+def require_driver() -> None:
+    """Make sure that there is a GPU to be used.
+
+    Raises:
+        TrioError: no driver, or no GPU that it can use.
+    """
+    try:
+        driver = load_driver()
+    except OSError as error:
+        raise TrioError(
+            f"no NVIDIA driver was found ({error}): TensorRT needs an NVIDIA GPU and its driver; "
+            "in a container start it with --gpus all; without a GPU "
+            "`trio run --runtime onnxruntime` runs a bundle's graphs and `trio build --dry-run` "
+            "checks them"
+        ) from error
+    status = driver.cuInit(0)
+    count = ctypes.c_int(0)
+    if status == 0:
+        status = driver.cuDeviceGetCount(ctypes.byref(count))
+    if status != 0 or count.value == 0:
+        raise TrioError(
+            f"the NVIDIA driver finds no GPU to use (CUDA error {status}): see nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES, or run with --runtime onnxruntime"
+        )
+
+
+def _cuda_runtime() -> Any:
+    """cuda-python's runtime module: `cuda.bindings.runtime`, before 12.8 `cuda.cudart`."""
+    for name in ("cuda.bindings.runtime", "cuda.cudart"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+    raise TrioError("cuda-python is not installed: pip install 'trio-deploy[tensorrt]'")
+
+
+class DeviceArray:
+    """An array in a GPU's memory, or a part of one: `array[a:b, :, :n]`.
+
+    Attributes:
+        strides: bytes from one entry to the next, by axis.
+        address: of the first entry.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        block: object,
+        address: int,
+        strides: tuple[int, ...] | None = None,
+    ) -> None:
+        """Use `Device.empty`; `block` is what keeps the memory."""
+        self.device, self.shape, self.dtype = device, shape, dtype
+        self.address = address
+        self.strides = _strides(shape, dtype.itemsize) if strides is None else strides
+        self._block = block
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the entries."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the entries lie one behind another."""
+        return self.strides == _strides(self.shape, self.dtype.itemsize) or not self.nbytes
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> DeviceArray:
+        slices = index if isinstance(index, tuple) else (index,)
+        shape, address = list(self.shape), self.address
+        for axis, part in enumerate(slices):
+            start, stop, step = part.indices(self.shape[axis])
+            if step != 1:
+                raise IndexError("parts of device memory have no steps")
+            shape[axis] = max(stop - start, 0)
+            address += start * self.strides[axis]
+        return DeviceArray(
+            self.device, tuple(shape), self.dtype, self._block, address, self.strides
+        )
+
+
+class _Block:
+    """Memory on its way back to the pool when nobody needs it any more."""
+
+    def __init__(self, give_back: Callable[[int, int], None], address: int, size: int) -> None:
+        self.address = address
+        weakref.finalize(self, give_back, address, size).atexit = False
+
+
+@dataclass(frozen=True)
+class Event:
+    """A point in the stream's work."""
+
+    handle: Any
+    device: Device
+
+    def since(self, earlier: Event) -> float:
+        """Seconds on the device from `earlier` to here; waits until it is reached."""
+        call = self.device.call
+        call("cudaEventSynchronize", self.handle)
+        return float(call("cudaEventElapsedTime", earlier.handle, self.handle)) / 1e3
+
+
+class Graph:
+    """Recorded work, started as one."""
+
+    def __init__(self, device: Device, executable: Any) -> None:
+        self._device, self._executable = device, executable
+        device.own(self, "cudaGraphExecDestroy", executable)
+
+    def launch(self) -> None:
+        """Put the work on the stream."""
+        self._device.call("cudaGraphLaunch", self._executable, self._device.stream)
+
+
+class Device:
+    """The first GPU that CUDA shows.
+
+    Attributes:
+        name: "NVIDIA H200".
+        compute_capability: "9.0".
+        multiprocessors: how many are switched on.
+        driver: the newest CUDA version that the driver knows, "12.4".
+        stream: where all work goes.
+    """
+
+    def __init__(self) -> None:
+        """Open it.
+
+        Raises:
+            TrioError: no driver, no GPU, or cuda-python is not installed.
+        """
+        require_driver()
+        self._cuda = _cuda_runtime()
+        self.call("cudaSetDevice", 0)
+        properties = self.call("cudaGetDeviceProperties", 0)
+        self.name = properties.name.decode().rstrip("\0")
+        self.compute_capability = f"{properties.major}.{properties.minor}"
+        self.multiprocessors = int(properties.multiProcessorCount)
+        version = int(self.call("cudaDriverGetVersion"))
+        self.driver = f"{version // 1000}.{version % 1000 // 10}"
+        flag = int(self._cuda.cudaStreamNonBlocking)
+        self.stream = self.call("cudaStreamCreateWithFlags", flag)
+        # A GPU of a Jetson takes the system's memory, which must not run out.
+        self._integrated = bool(getattr(properties, "integrated", 0))
+        self.own(self, "cudaStreamDestroy", self.stream)
+        self._blocks = Pool(self.freeing("cudaFree"), self.memory()[1] // 4)
+        self._pinned = Pool(self.freeing("cudaFreeHost"), _PINNED)
+        self._staging: _Staging | None = None
+        # Whatever is in use keeps the device, so that by then all memory is spare.
+        for pool in (self._blocks, self._pinned):
+            weakref.finalize(self, pool.release).atexit = False
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """A function of the CUDA runtime; returns what it gives beside its status.
+
+        Raises:
+            TrioError: it failed.
+        """
+        status, *values = getattr(self._cuda, name)(*arguments)
+        if int(status) != 0:
+            raise TrioError(f"{name} failed: {self._reason(status)}")
+        return values[0] if values else None
+
+    def own(self, holder: object, destroy: str, handle: Any) -> None:
+        """Call `destroy` on `handle` when `holder` is gone."""
+        weakref.finalize(holder, getattr(self._cuda, destroy), handle).atexit = False
+
+    def freeing(self, free: str) -> Callable[[Sequence[int]], None]:
+        """What frees memory that the stream may still work on; does not keep this device."""
+        cuda, stream = self._cuda, self.stream
+
+        def action(addresses: Sequence[int]) -> None:
+            cuda.cudaStreamSynchronize(stream)
+            for address in addresses:
+                getattr(cuda, free)(address)
+
+        return action
+
+    @property
+    def most(self) -> int:
+        """Bytes up to which memory is kept for the next request, beside what is in use."""
+        return self._blocks.most
+
+    @most.setter
+    def most(self, nbytes: int) -> None:
+        self._blocks.most = nbytes
+
+    @property
+    def kept(self) -> int:
+        """Bytes that are kept for the next request."""
+        return self._blocks.kept
+
+    def memory(self) -> tuple[int, int]:
+        """Free and all bytes; what is kept for the next request counts as taken."""
+        status, free, total = self._cuda.cudaMemGetInfo()
+        if int(status) != 0:
+            raise TrioError(f"cudaMemGetInfo failed: {self._reason(status)}")
+        return int(free), int(total)
+
+    # --------------------------------------------------------------------------------- memory
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, use: str = "a tensor") -> DeviceArray:
+        """Uninitialised memory, aligned to 256 bytes.
+
+        Args:
+            use: what it is for, for a message.
+
+        Raises:
+            TrioError: there is no room.
+        """
+        dtype = np.dtype(dtype)
+        block = self.block(math.prod(shape) * dtype.itemsize, use)
+        return DeviceArray(self, tuple(shape), dtype, block, block.address)
+
+    def empties(
+        self, shapes: Sequence[tuple[int, ...]], dtype: Any, use: str = "tensors"
+    ) -> list[DeviceArray]:
+        """Several arrays of one type that come and go together, in one block; see `empty`."""
+        dtype = np.dtype(dtype)
+        sizes = [-(-math.prod(shape) * dtype.itemsize // _ALIGNED) * _ALIGNED for shape in shapes]
+        block, places = self.block(sum(sizes), use), np.cumsum([0, *sizes]).tolist()
+        return [
+            DeviceArray(self, tuple(shape), dtype, block, block.address + place)
+            for shape, place in zip(shapes, places[:-1], strict=True)
+        ]
+
+    def block(self, nbytes: int, use: str) -> _Block:
+        """`nbytes` bytes, at least one; see `empty`."""
+        size = self._blocks.rounded(nbytes)
+        found = self._blocks.reuse(size)
+        if found is None:
+            found = self._new(size, use), size
+            self._blocks.add(size)
+        return _Block(self._give_back, *found)
+
+    def release(self) -> None:
+        """Give what is kept for the next request back to the GPU."""
+        self.synchronize()
+        self._blocks.release()
+
+    def _new(self, size: int, use: str) -> int:
+        for attempt in range(2):
+            if self._leaves_room(size):
+                status, address = self._cuda.cudaMalloc(size)
+                if int(status) == 0:
+                    return int(address)
+                self._cuda.cudaGetLastError()  # it would come up again at the next call
+                if int(status) != _OUT_OF_MEMORY:
+                    raise TrioError(f"cudaMalloc failed: {self._reason(status)}")
+            if attempt == 0:
+                self.release()
+        free, total = self.memory()
+        raise TrioError(
+            f"the GPU is out of memory: {_mib(size)} are needed for {use}, and {_mib(free)} of "
+            f"{_mib(total)} are free; ask for fewer tokens, rows or a lower budget, or end other "
+            "programs on this GPU"
+        )
+
+    def _leaves_room(self, size: int) -> bool:
+        """Whether the system keeps some memory, where the GPU takes the system's.
+
+        There cudaMalloc fails when the system is out of memory, and before that the kernel ends
+        processes. CUDA does not count what the page cache would give up; the kernel does.
+        """
+        if not self._integrated:
+            return True
+        free = max(self.memory()[0], _available())
+        return size <= free - _SPARED
+
+    def _give_back(self, address: int, size: int) -> None:
+        self._blocks.give_back(address, size)
+
+    def _give_back_pinned(self, address: int, size: int) -> None:
+        self._pinned.give_back(address, size)
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array of the host's whose memory a CUDA graph may copy from and to."""
+        dtype = np.dtype(dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        size = self._pinned.rounded(nbytes)
+        found = self._pinned.reuse(size)
+        if found is None:
+            found = int(self.call("cudaMallocHost", size)), size
+            self._pinned.add(size)
+        buffer = (ctypes.c_byte * max(1, nbytes)).from_address(found[0])
+        weakref.finalize(buffer, self._give_back_pinned, *found).atexit = False
+        return np.frombuffer(buffer, np.uint8)[:nbytes].view(dtype).reshape(shape)
+
+    # --------------------------------------------------------------------------------- copies
+
+    def upload(self, array: np.ndarray, into: DeviceArray | None = None) -> DeviceArray:
+        """Copy to the device, contiguous; the array may be changed or freed afterwards."""
+        array = np.ascontiguousarray(array)
+        target = self.empty(array.shape, array.dtype) if into is None else into
+        if array.nbytes:
+            # CUDA may read pageable memory later: what it reads is a copy of ours.
+            self._staging = self._staging or _Staging(self)
+            self._staging.send(self, array.reshape(-1).view(np.uint8), target.address)
+        return target
+
+    def download(self, array: DeviceArray, into: np.ndarray | None = None) -> np.ndarray:
+        """Copy to the host; waits for it."""
+        source = array
+        if not array.contiguous:
+            source = self.empty(array.shape, array.dtype)
+            self.copy(source, array)
+        target = np.empty(array.shape, array.dtype) if into is None else into
+        self._copy(target.ctypes.data, source.address, array.nbytes, "DeviceToHost")
+        self.synchronize()
+        return target
+
+    def fetch(self, array: DeviceArray, into: np.ndarray) -> None:
+        """Copy to `pinned` memory of the host without waiting."""
+        self._copy(into.ctypes.data, array.address, array.nbytes, "DeviceToHost")
+
+    def send(self, array: np.ndarray, address: int) -> None:
+        """Copy from `pinned` memory of the host without waiting."""
+        self._copy(address, array.ctypes.data, array.nbytes, "HostToDevice")
+
+    def copy(self, target: DeviceArray, source: DeviceArray) -> None:
+        """Copy between arrays, or parts of arrays, of one shape and type on the device."""
+        if target.shape != source.shape or target.dtype != source.dtype:
+            raise ValueError(f"cannot copy {source.shape} to {target.shape}")
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        if target.contiguous and source.contiguous:  # CUDA's lines end at 2 GiB
+            self._copy(target.address, source.address, target.nbytes, "DeviceToDevice")
+            return
+        plan = _planes(target.shape, target.dtype.itemsize, target.strides, source.strides)
+        for (to, come), (to_pitch, from_pitch), width, height in plan:
+            self.call(
+                "cudaMemcpy2DAsync",
+                target.address + to,
+                to_pitch,
+                source.address + come,
+                from_pitch,
+                width,
+                height,
+                kind,
+                self.stream,
+            )
+
+    def clear(self, array: DeviceArray) -> None:
+        """Fill with zero bytes."""
+        if not array.nbytes:
+            return
+        if array.contiguous:
+            self.call("cudaMemsetAsync", array.address, 0, array.nbytes, self.stream)
+            return
+        for (at,), (pitch,), width, height in _planes(
+            array.shape, array.dtype.itemsize, array.strides
+        ):
+            self.call("cudaMemset2DAsync", array.address + at, pitch, 0, width, height, self.stream)
+
+    def _copy(self, target: int, source: int, nbytes: int, kind: str) -> None:
+        if nbytes:
+            kind = getattr(self._cuda.cudaMemcpyKind, f"cudaMemcpy{kind}")
+            self.call("cudaMemcpyAsync", target, source, nbytes, kind, self.stream)
+
+    # --------------------------------------------------------------------------------- stream
+
+    def synchronize(self) -> None:
+        """Wait for all work.
+
+        Raises:
+            TrioError: some of it failed.
+        """
+        self.call("cudaStreamSynchronize", self.stream)
+
+    def event(self) -> Event:
+        """The point that the stream's work has now."""
+        handle = self.call("cudaEventCreate")
+        event = Event(handle, self)
+        self.own(event, "cudaEventDestroy", handle)
+        self.call("cudaEventRecord", handle, self.stream)
+        return event
+
+    def record(self, work: Callable[[], None]) -> Graph:
+        """A CUDA graph of the work that a function puts on the stream, which does not run yet.
+
+        Raises:
+            TrioError: some of it cannot be recorded.
+        """
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        pools = (self._blocks, self._pinned)
+        for pool in pools:  # a finalizer may run any time, and freeing would spoil what is recorded
+            pool.held = True
+        try:
+            self.call("cudaStreamBeginCapture", self.stream, mode)
+            try:
+                work()
+            except BaseException:
+                self._cuda.cudaStreamEndCapture(self.stream)
+                self._cuda.cudaGetLastError()
+                raise
+            graph = self.call("cudaStreamEndCapture", self.stream)
+        finally:
+            for pool in pools:
+                pool.held = False
+        try:
+            return Graph(self, self.call("cudaGraphInstantiate", graph, 0))
+        finally:
+            self.call("cudaGraphDestroy", graph)
+
+    def _reason(self, status: Any) -> str:
+        name = self._cuda.cudaGetErrorName(status)[1]
+        text = self._cuda.cudaGetErrorString(status)[1]
+        reason = f"{bytes(text).decode()} ({bytes(name).decode()})"
+        if int(status) == _OLD_DRIVER:
+            reason += "; cuda-python must not be newer than the driver's CUDA: for CUDA 12 (JetPack"
+            reason += " 6) pip install 'cuda-python<13'"
+        return reason
+
+
+class _Staging:
+    """A ring of pinned memory that what the host uploads goes through, in pieces.
+
+    A piece stays where it is until the stream has passed the event behind its copy.
+    """
+
+    def __init__(self, device: Device) -> None:
+        """Pinned memory that goes with the device."""
+        self._address = int(device.call("cudaMallocHost", _STAGED))
+        weakref.finalize(device, device.freeing("cudaFreeHost"), [self._address]).atexit = False
+        self._memory = np.ctypeslib.as_array((ctypes.c_uint8 * _STAGED).from_address(self._address))
+        self._next = 0
+        self._under_way: deque[tuple[int, int, Any]] = deque()  # from, to, event
+        self._events: list[Any] = []
+
+    def send(self, device: Device, source: np.ndarray, target: int) -> None:
+        """Copy bytes to an address of the device's."""
+        for start in range(0, len(source), _PIECE):
+            piece = source[start : start + _PIECE]
+            place = self._room(device, len(piece))
+            self._memory[place : place + len(piece)] = piece
+            device.send(self._memory[place : place + len(piece)], target + start)
+            if not self._events:
+                self._events.append(device.call("cudaEventCreate"))
+                device.own(device, "cudaEventDestroy", self._events[-1])
+            event = self._events.pop()
+            device.call("cudaEventRecord", event, device.stream)
+            self._under_way.append((place, place + len(piece), event))
+
+    def _room(self, device: Device, size: int) -> int:
+        """Where `size` bytes may be written; waits until what was there has been copied."""
+        start = self._next if self._next + size <= _STAGED else 0
+        end = start + size
+        while self._under_way and any(a < end and start < b for a, b, _ in self._under_way):
+            *_, event = self._under_way.popleft()
+            device.call("cudaEventSynchronize", event)
+            self._events.append(event)
+        self._next = -(-end // _ALIGNED) * _ALIGNED
+        return start
+
+
+def _available() -> int:
+    """Bytes that the kernel could give to a process; 0 where it does not say."""
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+    except OSError:
+        return 0
+    fields = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
+    return int(fields["MemAvailable"][0]) << 10 if "MemAvailable" in fields else 0
+
+
+def _strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    strides, step = [], itemsize
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def _planes(
+    shape: Sequence[int], itemsize: int, *strides: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int, int]]:
+    """Arrays of one shape, cut into planes of `height` lines of `width` bytes.
+
+    Yields:
+        offset in each array, pitch (bytes from line to line) in each, width, height.
+    """
+    if not math.prod(shape):
+        return
+    width = itemsize
+    axes: list[tuple[int, tuple[int, ...]]] = []  # (size, strides), outermost first
+    for axis, size in enumerate(shape):
+        if size > 1:
+            axes.append((size, tuple(s[axis] for s in strides)))
+    while axes and all(step == width for step in axes[-1][1]):
+        width *= axes.pop()[0]
+    # neighbours that run on without a gap are one axis
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for size, steps in axes:
+        if merged and merged[-1][1] == tuple(size * step for step in steps):
+            merged[-1] = (merged[-1][0] * size, steps)
+        else:
+            merged.append((size, steps))
+    height, pitches = merged.pop() if merged else (1, (width,) * len(strides))
+    for place in np.ndindex(*(size for size, _ in merged)):
+        offsets = tuple(
+            sum(number * steps[which] for number, (_, steps) in zip(place, merged, strict=True))
+            for which in range(len(strides))
+        )
+        yield offsets, pitches, width, height
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

@@ -1,0 +1,1 @@
+"""Checks of graphs against TensorRT's rules, without TensorRT."""

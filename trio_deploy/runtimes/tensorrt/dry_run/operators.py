@@ -1,0 +1,69 @@
+"""Which operators a version of TensorRT reads, from `data/tensorrt/operators.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from trio_deploy.config.target import parse_version
+
+
+@dataclass(frozen=True)
+class OperatorTable:
+    """What TensorRT's ONNX parser takes, from one version on.
+
+    Attributes:
+        version: from which on the table holds.
+        source: the documents that it was read off.
+        operators: name → its element types: letters of F, f, I, B (see the data file).
+        constant: name → numbers of inputs that must be known when the engine is built.
+        max_elements: of a tensor; None where nothing is said.
+        serial: operators that become a loop over an axis.
+        shape_operators: those that may compute sizes.
+    """
+
+    version: str
+    source: str
+    opset: tuple[int, int]
+    bfloat16: bool
+    narrows_int64: bool
+    max_topk: int
+    max_elements: int | None
+    serial: Collection[str]
+    constant: Mapping[str, Collection[int]]
+    operators: Mapping[str, str]
+    shape_operators: Collection[str]
+
+    def takes(self, operator: str, dtype: str) -> bool:
+        """Whether an operator that the table has takes elements of a type ("float16")."""
+        types = self.operators[operator]
+        if dtype in ("float32", "float16"):
+            return "F" in types or "f" in types
+        if dtype == "bfloat16":
+            return "F" in types and self.bfloat16
+        if dtype in ("int32", "int64"):
+            return "I" in types
+        return dtype == "bool" and "B" in types
+
+
+def operator_table(version: str) -> OperatorTable:
+    """The table that holds for a version of TensorRT, the newest one that is no newer."""
+    wanted = parse_version(version)
+    fitting = [table for table in _tables() if parse_version(table.version) <= wanted]
+    return fitting[-1] if fitting else _tables()[0]
+
+
+@cache
+def _tables() -> tuple[OperatorTable, ...]:
+    file = resources.files("trio_deploy").joinpath("data/tensorrt/operators.yaml")
+    raw: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    shape_operators = frozenset(raw["shape_operators"])
+    return tuple(
+        OperatorTable(shape_operators=shape_operators, **{**table, "opset": tuple(table["opset"])})
+        for table in raw["tables"]
+    )

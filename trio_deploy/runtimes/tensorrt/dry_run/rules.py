@@ -1,0 +1,468 @@
+"""`trio build --dry-run`: whether a version of TensorRT can take a bundle's graphs, without a GPU.
+
+Every graph is parsed, the sizes of all its tensors are resolved at the corners of its profiles, and
+operators, element types, constants, loops and what sizes are computed with are held against the
+operator table of the version (`data/tensorrt/operators.yaml`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.config.target import OLDEST_TENSORRT, Target, parse_version, tensorrt_dialects
+from trio_deploy.errors import TrioError
+from trio_deploy.files import format_bytes
+from trio_deploy.runtimes.tensorrt.dry_run.operators import OperatorTable, operator_table
+from trio_deploy.runtimes.tensorrt.dry_run.shapes import (
+    Resolved,
+    Step,
+    UnknownShape,
+    activation_bytes,
+    reads,
+    resolve,
+    shape_path,
+)
+from trio_deploy.runtimes.tensorrt.profiles import Profile, profiles
+
+_CORNERS = ("min", "opt", "max")
+
+#: Inputs (by number) whose elements an operator computes with; of operators not named, the first.
+_DATA_INPUTS: Mapping[str, slice] = {
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max", "Min", "Pow", "Equal"), slice(None)),
+    **dict.fromkeys(("Less", "LessOrEqual", "Greater", "GreaterOrEqual"), slice(None)),
+    **dict.fromkeys(("MatMul", "Gemm", "Concat", "And", "Or", "Range"), slice(None)),
+    **dict.fromkeys(("LayerNormalization", "RMSNormalization", "Conv"), slice(None)),
+    "Where": slice(1, None),
+    "Loop": slice(2, None),
+    "Attention": slice(0, 3),
+    "RotaryEmbedding": slice(0, 3),
+    "TensorScatter": slice(0, 2),
+    "ConstantOfShape": slice(0, 0),
+    "Shape": slice(0, 0),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a graph: `error` where TensorRT will not take it, else worth knowing."""
+
+    stage: str
+    message: str
+    error: bool
+
+
+@dataclass(frozen=True)
+class StageCheck:
+    """One graph.
+
+    Attributes:
+        operators: how often each occurs, bodies of loops included.
+        types: element types that occur.
+        shape_operators: those that sizes are computed with.
+        corners: profile and corner → what each output is there.
+        activations: bytes alive at once at most at the largest sizes, without fusion and with
+            Attention split up.
+    """
+
+    stage: str
+    operators: dict[str, int]
+    types: tuple[str, ...]
+    shape_operators: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    corners: dict[str, dict[str, tuple[int, ...]]]
+    activations: int
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What `trio build --dry-run` found."""
+
+    bundle: str
+    target: str
+    tensorrt: str
+    table: OperatorTable
+    stages: tuple[StageCheck, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not any(finding.error for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; sizes in elements, activations in bytes."""
+        return {
+            "bundle": self.bundle,
+            "target": self.target,
+            "tensorrt": self.tensorrt,
+            "operator_table": {"version": self.table.version, "source": self.table.source},
+            "passed": self.passed,
+            "stages": {
+                check.stage: {
+                    "operators": check.operators,
+                    "types": list(check.types),
+                    "shape_operators": list(check.shape_operators),
+                    "profiles": [profile.to_json() for profile in check.profiles],
+                    "corners": {
+                        corner: {name: list(shape) for name, shape in outputs.items()}
+                        for corner, outputs in check.corners.items()
+                    },
+                    "activation_bytes_at_most": check.activations,
+                }
+                for check in self.stages
+            },
+            "findings": [
+                {"stage": f.stage, "message": f.message, "error": f.error} for f in self.findings
+            ],
+        }
+
+    def to_text(self) -> str:
+        lines = [
+            f"{self.bundle} for {self.target}, TensorRT {self.tensorrt} "
+            f"(operator table of {self.table.version})",
+            "",
+            f"{'stage':<11}{'nodes':>7}{'operators':>11}{'profiles':>10}{'activations':>13}  types",
+        ]
+        for check in self.stages:
+            lines.append(
+                f"{check.stage:<11}{sum(check.operators.values()):>7}{len(check.operators):>11}"
+                f"{len(check.profiles):>10}{'<= ' + format_bytes(check.activations):>13}  "
+                + ", ".join(check.types)
+            )
+        lines += ["", f"operators  {' '.join(self._all('operators'))}"]
+        lines += [f"on sizes   {' '.join(self._all('shape_operators'))}", ""]
+        for finding in self.findings:
+            lines.append(
+                f"{'error' if finding.error else 'note':<7}{finding.stage}: {finding.message}"
+            )
+        count = sum(len(check.corners) for check in self.stages)
+        if self.passed:
+            lines.append(
+                f"passed: {len(self.stages)} graphs at {count} corners of their profiles; nothing "
+                "was built"
+            )
+        else:
+            lines.append("failed: TensorRT cannot take these graphs")
+        return "\n".join(lines)
+
+    def _all(self, kind: str) -> list[str]:
+        return sorted({name for check in self.stages for name in getattr(check, kind)})
+
+
+def require_dialect(dialect: str, version: str, bundle: str) -> None:
+    """Refuse a bundle whose graphs a version of TensorRT does not read.
+
+    Raises:
+        TrioError: says how to export one that it does.
+    """
+    able = tensorrt_dialects(version)
+    if dialect not in able:
+        raise TrioError(
+            f"{bundle} has graphs in the {dialect} dialect, but TensorRT {version} reads "
+            f"{' or '.join(able)}: export again with --target TARGET of this device, or with "
+            f"--dialect {able[0]}"
+        )
+
+
+def require_tensorrt(target: Target) -> None:
+    """Refuse a target that runs something else.
+
+    Raises:
+        TrioError: says which to export for.
+    """
+    if target.runtime != "tensorrt":
+        raise TrioError(
+            f"the target {target.name} runs {target.runtime}: engines are for targets with "
+            "`runtime: tensorrt`; export the bundle for one, such as --target l4 (`ls engines`)"
+        )
+
+
+def dry_run(
+    bundle: Bundle,
+    target: Target,
+    *,
+    tensorrt: str | None = None,
+    stages: Sequence[str] | None = None,
+) -> DryRun:
+    """Check the graphs of a bundle, which need not have weights.
+
+    Args:
+        tensorrt: the version that will build; default: the target's.
+        stages: only these; default: all.
+
+    Raises:
+        TrioError: the target has no TensorRT or does not suit the bundle, a stage is unknown, or a
+            graph cannot be read. What TensorRT cannot take is a finding.
+    """
+    require_tensorrt(target)
+    version = tensorrt or target.tensorrt
+    assert version is not None
+    if parse_version(version) < OLDEST_TENSORRT:
+        raise TrioError(f"TensorRT {version} is too old: 8.6 is the oldest that will do")
+    require_dialect(bundle.manifest.dialect, version, str(bundle.path))
+    table = operator_table(version)
+    for stage in stages or ():
+        bundle.graph(stage)  # names the stages there are
+    checks: list[StageCheck] = []
+    findings: list[Finding] = []
+    for stage, found in profiles(bundle, target).items():
+        if stages is not None and stage not in stages:
+            continue
+        model = read_graph(bundle.graph(stage))
+        check, remarks = check_graph(stage, model, found, table)
+        checks.append(check)
+        findings += [*remarks, *_workspace(check, target)]
+    return DryRun(
+        bundle=bundle.manifest.model.name,
+        target=target.name,
+        tensorrt=version,
+        table=table,
+        stages=tuple(checks),
+        findings=tuple(findings),
+    )
+
+
+def _workspace(check: StageCheck, target: Target) -> Iterator[Finding]:
+    """A fused node keeps its intermediate results in the workspace, a decoder's layers at a time.
+
+    No error: fused, they may need less than they do one by one.
+    """
+    limit = target.workspace_gib
+    if limit is not None and check.activations > limit * 2**30:
+        needs = format_bytes(check.activations)
+        message = (
+            f"has activations of up to {needs}, beyond workspace_gib {limit:g} of {target.name}: "
+            f"TensorRT may find no implementation; raise it to {-(-check.activations // 2**30)} or "
+            "leave it out"
+        )
+        yield Finding(check.stage, message, False)
+
+
+def read_graph(file: Path) -> ModelProto:
+    """A graph without the data of its weights.
+
+    Raises:
+        TrioError: it cannot be parsed.
+    """
+    try:
+        return onnx.load(str(file), load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise TrioError(f"{file} cannot be read as ONNX: export the bundle again") from error
+
+
+def check_graph(
+    stage: str, model: ModelProto, found: Sequence[Profile], table: OperatorTable
+) -> tuple[StageCheck, list[Finding]]:
+    """One graph against an operator table, at the corners of its profiles."""
+    messages = list(_opsets(model, table))
+    corners: dict[str, dict[str, tuple[int, ...]]] = {}
+    activations = 0
+    unknown: dict[tuple[str, str, str], str] = {}
+    largest: Resolved | None = None
+    for profile in found:
+        for number, corner in enumerate(_CORNERS):
+            label = corner if len(found) == 1 else f"{profile.name} {corner}"
+            shapes = {name: bounds[number] for name, bounds in profile.shapes.items()}
+            values = {name: bounds[number] for name, bounds in profile.values.items()}
+            try:
+                resolved = resolve(model, shapes, values)
+            except UnknownShape as error:
+                unknown.setdefault((error.node.op_type, error.node.name, str(error)), label)
+                continue
+            corners[label] = {
+                entry.name: resolved.tensors[entry.name].shape for entry in model.graph.output
+            }
+            activations = max(activations, activation_bytes(model, resolved))
+            if largest is None or corner == "max":
+                largest = resolved
+                messages += _volumes(resolved, table, label)
+    for (operator, name, reason), label in unknown.items():
+        messages.append((f"{operator} {reason} ({name or 'unnamed'}, at {label})", True))
+    operators: Counter[str] = Counter()
+    types: set[str] = set()
+    on_sizes: set[str] = set()
+    if largest is not None:
+        operators = Counter(step.node.op_type for step in largest.steps)
+        types = {dtype_name(tensor.dtype) for tensor in largest.tensors.values()}
+        path = shape_path(model.graph, largest)
+        on_sizes = {node.op_type for node in path.values()}
+        where: dict[tuple[str, str], list[str]] = {}
+        for step in largest.steps:
+            for reason in _node(step, table):
+                where.setdefault((step.node.op_type, reason), []).append(step.node.name)
+        messages += [(_at(*key, names), True) for key, names in where.items()]
+        messages += _aliases(model, largest, found)
+    for name in sorted(on_sizes - set(table.shape_operators)):
+        messages.append((f"computes sizes with {name}, which TensorRT does not", True))
+    for name in _unused(model):
+        messages.append((f"no node uses the input {name}", False))
+    for name in sorted(set(table.serial) & set(operators)):
+        messages.append((f"{name} becomes a loop over its axis, one step an element", False))
+    findings = [Finding(stage, text, error) for text, error in dict.fromkeys(messages)]
+    check = StageCheck(
+        stage=stage,
+        operators=dict(sorted(operators.items())),
+        types=tuple(sorted(types - {"undefined"})),
+        shape_operators=tuple(sorted(on_sizes)),
+        profiles=tuple(found),
+        corners=corners,
+        activations=activations,
+    )
+    return check, findings
+
+
+def _unused(model: ModelProto) -> list[str]:
+    """Inputs that neither a node nor an output of the graph has."""
+    used = {entry.name for entry in model.graph.output} | set(reads(model.graph))
+    return [entry.name for entry in model.graph.input if entry.name not in used]
+
+
+def dtype_name(dtype: int) -> str:
+    """`float32` for onnx.TensorProto.FLOAT."""
+    name = str(TensorProto.DataType.Name(dtype)).lower()
+    return {"float": "float32", "double": "float64"}.get(name, name)
+
+
+_Messages = Iterator[tuple[str, bool]]
+
+
+def _opsets(model: ModelProto, table: OperatorTable) -> _Messages:
+    for entry in model.opset_import:
+        least, most = table.opset
+        if entry.domain:
+            yield f"uses operators of {entry.domain}, which need plugins", True
+        elif not least <= entry.version <= most:
+            yield f"is of opset {entry.version}; opsets {least} to {most} are read", True
+
+
+def _volumes(resolved: Resolved, table: OperatorTable, label: str) -> _Messages:
+    made = [(tensor.elements, step.node) for step in resolved.steps for tensor in step.outputs]
+    most, node = max(made, key=lambda pair: pair[0])
+    if table.max_elements is not None and most > table.max_elements:
+        message = (
+            f"{node.op_type} makes {most} elements at {label}, where a tensor has "
+            f"{table.max_elements} at most: lower the target's limits"
+        )
+        yield message, True
+
+
+def _node(step: Step, table: OperatorTable) -> Iterator[str]:
+    node = step.node
+    if node.domain or node.op_type not in table.operators:
+        yield "is not supported"
+        return
+    for tensor in step.inputs[_DATA_INPUTS.get(node.op_type, slice(0, 1))]:
+        if tensor is not None and not table.takes(node.op_type, dtype_name(tensor.dtype)):
+            yield f"does not take {dtype_name(tensor.dtype)}"
+    for tensor in step.outputs:
+        if dtype_name(tensor.dtype) == "float64":
+            yield "makes float64, which is computed in float32"
+    for number in table.constant.get(node.op_type, ()):
+        if number < len(step.inputs):
+            given = step.inputs[number]
+            if given is not None and not given.constant:
+                yield f"needs its input {number} as a constant"
+    if table.narrows_int64:
+        yield from _narrowing(step)
+    rule = _RULES.get(node.op_type)
+    if rule is not None:
+        yield from rule(step, table)
+
+
+def _narrowing(step: Step) -> Iterator[str]:
+    if step.node.op_type == "Slice":  # whose ends beyond int32 mean the end, and are clamped
+        return
+    limits = np.iinfo(np.int32)
+    for tensor in step.inputs:
+        if tensor is None or not tensor.constant or tensor.dtype != TensorProto.INT64:
+            continue
+        value = tensor.value
+        if value is None or not value.size:
+            continue
+        if value.min() < limits.min or value.max() > limits.max:
+            yield "has a constant that int32 does not hold"
+
+
+def _topk(step: Step, table: OperatorTable) -> Iterator[str]:
+    count, attributes = step.inputs[1], _attributes(step.node)
+    if count is None or count.value is None:
+        yield "takes a number of elements that is not known"
+    elif int(count.value.max()) > table.max_topk:
+        yield f"takes {int(count.value.max())} of at most {table.max_topk}"
+    if attributes.get("sorted", 1) != 1:
+        yield "must sort"
+
+
+def _attention(step: Step, _: OperatorTable) -> Iterator[str]:
+    inputs = step.inputs
+    if any(tensor is not None for tensor in inputs[4:]):
+        yield "has past_key, past_value or nonpad_kv_seqlen"
+    if len([output for output in step.node.output if output]) > 1:
+        yield "has more outputs than the first"
+    if any(tensor is not None and len(tensor.shape) != 4 for tensor in inputs[:4]):
+        yield "has an input that is not of four dimensions"
+    for attribute in ("softcap", "qk_matmul_output_mode"):
+        if _attributes(step.node).get(attribute):
+            yield f"has {attribute}"
+
+
+def _tensor_scatter(step: Step, _: OperatorTable) -> Iterator[str]:
+    """KVCacheUpdate in TensorRT's operator reference; its caches' types are the table's."""
+    if len(step.inputs) > 2 and step.inputs[2] is not None:
+        places = dtype_name(step.inputs[2].dtype)
+        if places not in ("int32", "int64"):
+            yield f"does not take places to write to in {places}"
+    if len({tensor.dtype for tensor in step.inputs[:2] if tensor is not None}) > 1:
+        yield "has a cache and new entries of two types"
+    if any(tensor is None or len(tensor.shape) != 4 for tensor in step.inputs[:2]):
+        yield "has an input that is not of four dimensions"
+    if _attributes(step.node).get("axis", -2) not in (-2, 2):
+        yield "writes along another axis than -2"
+
+
+def _first_output_only(step: Step, _: OperatorTable) -> Iterator[str]:
+    if len([output for output in step.node.output if output]) > 1:
+        yield "has more outputs than the first"
+
+
+_RULES: Mapping[str, Any] = {
+    "TopK": _topk,
+    "Attention": _attention,
+    "TensorScatter": _tensor_scatter,
+    "LayerNormalization": _first_output_only,
+}
+
+
+def _aliases(model: ModelProto, resolved: Resolved, found: Sequence[Profile]) -> _Messages:
+    """A cache that is updated in place is an input and an output of the graph, of fixed size."""
+    inputs = {entry.name for entry in model.graph.input}
+    outputs = {entry.name for entry in model.graph.output}
+    for step in resolved.steps:
+        if step.node.op_type != "TensorScatter":
+            continue
+        cache = step.node.input[0]
+        if cache not in inputs or step.node.output[0] not in outputs:
+            yield "TensorScatter updates what is not an input and an output", True
+            continue
+        capacities = {shape[2] for profile in found for shape in profile.shapes[cache]}
+        if len(capacities) > 1:
+            yield f"{cache} must have one fixed capacity, but its profiles have several", True
+
+
+def _attributes(node: NodeProto) -> dict[str, Any]:
+    return {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+
+
+def _at(operator: str, reason: str, names: Sequence[str]) -> str:
+    """A reason with the node that has it, or the first of them."""
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{operator} {reason} ({names[0] or 'unnamed'}{others})"

@@ -1,0 +1,259 @@
+"""What a model takes of a device's memory as TensorRT engines, for each decode layout.
+
+Weights are those that the graphs refer to; an engine may hold one of them twice, such as where a
+selection uses it and its transpose. Activations are an upper bound: every node's result, as long as
+it is needed, at the largest sizes of the profiles; TensorRT fuses nodes and needs less as a rule.
+Whether it fuses the Attention nodes of the `onnx` dialect, which it may split up, makes so much of
+a difference that both are shown; the verdict rests on the larger one.
+All engines work in one scratch buffer, so the largest counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from onnx import ModelProto, TensorProto
+
+from trio_deploy.config.target import Target
+from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.files import format_bytes
+from trio_deploy.runtimes.tensorrt.dry_run.shapes import Resolved, activation_bytes, resolve
+from trio_deploy.runtimes.tensorrt.profiles import DECODE, buffer_bytes, cache_bytes, stage_profiles
+from trio_deploy.schedule.schedule import Schedule
+
+#: Bytes that CUDA and TensorRT take before the first engine: our allowance.
+CONTEXT_BYTES = 2**29
+
+_GIB = 2**30
+_CACHE = ("past.", "present.")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device with all engines loaded and a full batch in flight.
+
+    Attributes:
+        layout: `separate` or `shared`.
+        dialect: of the graphs.
+        weights: of each engine.
+        cache: keys and values of a full batch, at the schedule's budget where capacity may vary.
+        activations: of the engine that needs most, at most.
+        fused: the same if every Attention node is one kernel.
+        tensors: inputs and outputs of the stage that has most, its new keys and values included.
+        kept: what the runtime may hold beside these two, for the next request.
+    """
+
+    layout: str
+    dialect: str
+    weights: dict[str, int]
+    cache: int
+    activations: int
+    fused: int
+    tensors: int
+    kept: int
+
+    @property
+    def all_weights(self) -> int:
+        return sum(self.weights.values())
+
+    @property
+    def total(self) -> int:
+        buffers = self.cache + self.tensors + self.kept
+        return self.all_weights + self.activations + buffers + CONTEXT_BYTES
+
+    @property
+    def total_fused(self) -> int:
+        """The total if every Attention node is one kernel."""
+        return self.total - self.activations + self.fused
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, in bytes."""
+        return {
+            "decode_layout": self.layout,
+            "dialect": self.dialect,
+            "weights": self.weights,
+            "kv_cache": self.cache,
+            "activations_at_most": self.activations,
+            "activations_if_attention_is_fused": self.fused,
+            "inputs_and_outputs": self.tensors,
+            "kept_for_the_next_request": self.kept,
+            "cuda_and_tensorrt": CONTEXT_BYTES,
+            "total": self.total,
+            "total_if_attention_is_fused": self.total_fused,
+        }
+
+
+def memory(
+    graphs: Mapping[str, ModelProto],
+    config: ModelConfig,
+    schedule: Schedule,
+    target: Target,
+    budgets: Mapping[float, Schedule] | None = None,
+) -> Memory:
+    """Memory of a model's graphs on a target, at its limits and with `schedule`.
+
+    Args:
+        graphs: by stage, of the target's dialect, without the data of their weights.
+        target: its limits bound the sizes; whether graphs share decoding is seen from them.
+        budgets: the recipe's schedules at the same pruning points.
+
+    Raises:
+        TrioError: the target's limits do not fit the model.
+    """
+    inputs = {
+        stage: {entry.name: _dims(entry) for entry in model.graph.input}
+        for stage, model in graphs.items()
+    }
+    activations = fused = tensors = 0
+    for stage, found in stage_profiles(inputs, config, schedule, target, budgets).items():
+        for profile in found:
+            shapes = {name: bounds.max for name, bounds in profile.shapes.items()}
+            values = {name: bounds.max for name, bounds in profile.values.items()}
+            resolved = resolve(graphs[stage], shapes, values)
+            activations = max(activations, activation_bytes(graphs[stage], resolved))
+            whole = activation_bytes(graphs[stage], resolved, split_attention=False)
+            fused = max(fused, whole)
+            decodes = stage == "decode" or profile.name == DECODE
+            tensors = max(tensors, _outside(graphs[stage], resolved, decodes))
+    sizes = {
+        "sides": 1 if target.dialect == "onnx" else 2,  # steps write in place, or by turns
+        "item": 4 if target.dtype == "float32" else 2,
+    }
+    cache = cache_bytes(config, schedule, target.limits, budgets, **sizes)
+    buffers = buffer_bytes(config, schedule, target.limits, budgets, **sizes)
+    return Memory(
+        layout="separate" if "decode" in graphs else "shared",
+        dialect=target.dialect,
+        weights={stage: _weights(model) for stage, model in graphs.items()},
+        cache=cache,
+        activations=activations,
+        fused=fused,
+        tensors=tensors,
+        kept=max(0, buffers - cache - tensors),
+    )
+
+
+def _outside(model: ModelProto, resolved: Resolved, decodes: bool) -> int:
+    """Inputs and outputs, without the caches that a decode step goes from and to."""
+    names = [entry.name for entry in (*model.graph.input, *model.graph.output)]
+    if decodes:
+        names = [name for name in names if not name.startswith(_CACHE)]
+    return sum(resolved.tensors[name].nbytes for name in names)
+
+
+def _weights(model: ModelProto) -> int:
+    count = 0
+    for tensor in model.graph.initializer:
+        lengths = [entry.value for entry in tensor.external_data if entry.key == "length"]
+        if tensor.data_location == TensorProto.EXTERNAL and lengths:
+            count += int(lengths[0])
+        else:
+            count += len(tensor.raw_data)
+    return count
+
+
+def _dims(entry: Any) -> tuple[int | str, ...]:
+    return tuple(
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param
+        for dim in entry.type.tensor_type.shape.dim
+    )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a model fits a target, and what would make it fit.
+
+    Attributes:
+        layouts: what each decode layout takes; the target's own first.
+        advice: one sentence a way, empty where it fits.
+    """
+
+    target: Target
+    layouts: tuple[Memory, ...]
+    advice: tuple[str, ...] = ()
+
+    @property
+    def usable(self) -> int | None:
+        """Bytes; None where the target does not say."""
+        return None if self.target.usable_gib is None else int(self.target.usable_gib * _GIB)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the target's own layout fits, also if TensorRT splits attention up; None where
+        the target has no memory size."""
+        return None if self.usable is None else self.layouts[0].total <= self.usable
+
+    @property
+    def fits_if_fused(self) -> bool | None:
+        """Whether it fits as long as TensorRT makes every Attention node one kernel."""
+        return None if self.usable is None else self.layouts[0].total_fused <= self.usable
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, in bytes."""
+        return {
+            "target": self.target.name,
+            "dtype": self.target.dtype,
+            "usable": self.usable,
+            "fits": self.fits,
+            "fits_if_attention_is_fused": self.fits_if_fused,
+            "layouts": [each.to_json() for each in self.layouts],
+            "advice": list(self.advice),
+        }
+
+    def to_text(self) -> str:
+        target, limits = self.target, self.target.limits
+        size = "of unknown size"
+        if target.memory_gib is not None and self.usable is not None:
+            size = f"{target.memory_gib:g} GiB, {format_bytes(self.usable)} of them for this"
+        lines = [
+            f"memory on {target.name} ({size}), {target.dtype}",
+            f"at its limits: {_count(limits.max_batch, 'row')} of {limits.max_text_tokens} text, "
+            f"{limits.max_visual_tokens} visual and {limits.max_new_tokens} new tokens",
+            "",
+            f"{'decode layout':<34}" + "".join(f"{each.layout:>12}" for each in self.layouts),
+        ]
+        rows: list[tuple[str, list[int]]] = [
+            ("weights, about", [each.all_weights for each in self.layouts]),
+            ("  vision and embed", [_part(m, "vision", "embed") for m in self.layouts]),
+            ("  segments of layers", [_part(m, "prefill_") for m in self.layouts]),
+            ("  selections", [_part(m, "select_") for m in self.layouts]),
+            ("  decode", [_part(m, "decode") for m in self.layouts]),
+            ("KV cache", [each.cache for each in self.layouts]),
+            ("activations, at most", [each.activations for each in self.layouts]),
+            *self._fused("  if attention is fused", "activations", "fused"),
+            ("inputs and outputs", [each.tensors for each in self.layouts]),
+            ("kept for the next request", [each.kept for each in self.layouts]),
+            ("CUDA and TensorRT, about", [CONTEXT_BYTES for _ in self.layouts]),
+            ("total", [each.total for each in self.layouts]),
+            *self._fused("  if attention is fused", "total", "total_fused"),
+        ]
+        for label, sizes in rows:
+            lines.append(f"{label:<34}" + "".join(f"{format_bytes(n):>12}" for n in sizes))
+        if self.usable is not None:
+            verdicts = [_verdict(each, self.usable) for each in self.layouts]
+            lines.append(f"{'fits':<34}" + "".join(f"{verdict:>12}" for verdict in verdicts))
+        if self.advice:
+            lines += ["", *(f"- {each}" for each in self.advice)]
+        return "\n".join(lines)
+
+    def _fused(self, label: str, split: str, whole: str) -> list[tuple[str, list[int]]]:
+        """A row of what the layouts take if attention is fused, where that makes a difference."""
+        if all(getattr(each, split) == getattr(each, whole) for each in self.layouts):
+            return []
+        return [(label, [getattr(each, whole) for each in self.layouts])]
+
+
+def _verdict(memory: Memory, usable: int) -> str:
+    if memory.total <= usable:
+        return "yes"
+    return "if fused" if memory.total_fused <= usable else "no"
+
+
+def _part(memory: Memory, *prefixes: str) -> int:
+    return sum(size for stage, size in memory.weights.items() if stage.startswith(prefixes))
+
+
+def _count(count: int, noun: str) -> str:
+    return f"1 {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,0 +1,271 @@
+"""record.json: what a folder of engines holds, and on which GPU and TensorRT it was built."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from trio_deploy.config.target import Limits
+from trio_deploy.errors import TrioError
+from trio_deploy.files import sha256_of, write_atomically
+from trio_deploy.runtimes.tensorrt.profiles import Profile
+
+SCHEMA = 2  # 1 did not say which engines had had their first run
+RECORD = "record.json"
+
+#: Of a Jetson's board: words for what its module is mounted on and how fast it may run.
+_NOT_THE_MODULE = ("engineering", "reference", "developer", "kit", "super")
+#: By how much of a GPU's memory two of one kind may differ: firmware reserves more or less of it.
+_MEMORY_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, by what tells kinds apart: CUDA calls the GPUs of all Jetson Orins "Orin", 8.7.
+
+    Attributes:
+        name: CUDA's.
+        compute_capability: "8.7".
+        driver: the newest CUDA that the driver supports, "12.4".
+        multiprocessors: how many are switched on; None in records of before they were noted.
+        memory_gib: in all, less what firmware reserves; None as above.
+        model: of a Jetson's board; "" elsewhere.
+        driver_version: the driver's own, "550.54.15"; "" where nothing says it.
+        l4t: release of Jetson Linux, "36.4.3"; "" elsewhere.
+    """
+
+    name: str
+    compute_capability: str
+    driver: str
+    multiprocessors: int | None = None
+    memory_gib: float | None = None
+    model: str = ""
+    driver_version: str = ""
+    l4t: str = ""
+
+    def same_kind(self, other: Gpu) -> bool:
+        """Whether an engine may move between them; what one of them does not say is no matter."""
+        return self._same_module(other) and (
+            None in (self.multiprocessors, other.multiprocessors)
+            or self.multiprocessors == other.multiprocessors
+        )
+
+    def slowed_down(self, other: Gpu) -> bool:
+        """Whether they are one kind of Jetson with more or fewer multiprocessors switched on."""
+        return bool(self.model and other.model) and (
+            self._same_module(other) and not self.same_kind(other)
+        )
+
+    def to_text(self) -> str:
+        """For messages: its name, and what tells it from others of that name."""
+        about = [f"compute capability {self.compute_capability}"]
+        if self.multiprocessors is not None:
+            about.append(f"{self.multiprocessors} multiprocessors")
+        if self.memory_gib is not None:
+            about.append(f"{self.memory_gib:g} GiB")
+        if self.model:
+            about.append(self.model)
+        return f"{self.name} ({', '.join(about)})"
+
+    def _same_module(self, other: Gpu) -> bool:
+        if (self.name, self.compute_capability) != (other.name, other.compute_capability):
+            return False
+        if self.memory_gib is not None and other.memory_gib is not None:
+            most = max(self.memory_gib, other.memory_gib)
+            if abs(self.memory_gib - other.memory_gib) > _MEMORY_TOLERANCE * most:
+                return False
+        if self.model and other.model:
+            return _module(self.model) == _module(other.model)
+        return True
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One engine.
+
+    Attributes:
+        file: in the folder of the record.
+        bytes: its size.
+        graph_sha256: of the graph that it was made from.
+        fingerprint: of graph, weights, profiles and options: another one means to build again.
+        profiles: in the engine's order.
+        seconds: that the build took.
+        verified: whether it has been loaded and run to the end of its first run.
+    """
+
+    file: str
+    sha256: str
+    bytes: int
+    graph_sha256: str
+    fingerprint: str
+    profiles: tuple[Profile, ...]
+    seconds: float = 0.0
+    verified: bool = False
+
+
+@dataclass(frozen=True)
+class Record:
+    """What record.json says; `stages` grows as engines are built."""
+
+    target: str
+    tensorrt: str
+    gpu: Gpu
+    dialect: str
+    dtype: str
+    decode_layout: str
+    limits: Limits
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @classmethod
+    def load(cls, folder: Path) -> Record:
+        """Read record.json of a folder of engines.
+
+        Raises:
+            TrioError: there is none, it is damaged, or a newer trio-deploy wrote it.
+        """
+        file = folder / RECORD
+        try:
+            raw = json.loads(file.read_bytes())
+        except FileNotFoundError:
+            raise TrioError(
+                f"{folder} holds no engines (no {RECORD}): make them with `trio build`"
+            ) from None
+        except OSError as error:
+            raise TrioError(f"cannot read {file}: {error.strerror}") from error
+        except ValueError as error:
+            raise TrioError(f"{file} is damaged ({error}): run `trio build` again") from error
+        try:
+            if int(raw["schema"]) > SCHEMA:
+                raise TrioError(
+                    f"{file} was written by a newer trio-deploy (schema {raw['schema']}): "
+                    "upgrade trio-deploy, or run `trio build` again"
+                )
+            return cls(
+                target=str(raw["target"]),
+                tensorrt=str(raw["tensorrt"]),
+                gpu=Gpu(**raw["gpu"]),
+                dialect=str(raw["dialect"]),
+                dtype=str(raw["dtype"]),
+                decode_layout=str(raw["decode_layout"]),
+                limits=Limits(**raw["limits"]),
+                stages={name: _stage(entry) for name, entry in raw["stages"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise TrioError(f"{file} is damaged ({error}): run `trio build` again") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as record.json has them."""
+        raw = asdict(self)
+        for name, stage in self.stages.items():
+            raw["stages"][name]["profiles"] = [profile.to_json() for profile in stage.profiles]
+        return raw
+
+    def save(self, folder: Path) -> None:
+        """Write record.json, wholly or not at all."""
+        content = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
+        write_atomically(folder / RECORD, content.encode())
+
+    def with_stage(self, name: str, stage: StageRecord) -> Record:
+        """The record with one more engine."""
+        return replace(self, stages={**self.stages, name: stage})
+
+    def with_verified(self, name: str) -> Record:
+        """The record with an engine that has had its first run."""
+        return self.with_stage(name, replace(self.stages[name], verified=True))
+
+    def without_stage(self, name: str) -> Record:
+        """The record without an engine."""
+        return replace(self, stages={n: entry for n, entry in self.stages.items() if n != name})
+
+    def require_same(self, gpu: Gpu, tensorrt: str) -> None:
+        """Refuse engines that were built for another kind of GPU or by another TensorRT.
+
+        Raises:
+            TrioError: says for which, and what is here.
+        """
+        if not self.gpu.same_kind(gpu):
+            todo = "run `trio build` here"
+            if self.gpu.slowed_down(gpu):
+                todo = (
+                    "a power mode switches multiprocessors off: go back to the one that they were "
+                    "built in (nvpmodel), or run `trio build` in this one"
+                )
+            raise TrioError(
+                f"the engines for {self.target} were built on {self.gpu.to_text()}, but this is "
+                f"{gpu.to_text()}, where they do not run: {todo}"
+            )
+        if self.tensorrt != tensorrt:
+            raise TrioError(
+                f"the engines for {self.target} were built by TensorRT {self.tensorrt}, but this "
+                f"is {tensorrt}, which does not load them: run `trio build` here"
+            )
+
+    def check_file(
+        self, folder: Path, stage: str, *, verify: bool = False, first_run: bool = False
+    ) -> Path:
+        """The engine of a stage.
+
+        Args:
+            verify: compare its checksum too, which reads the whole file.
+            first_run: take it too if it has never been run to the end.
+
+        Raises:
+            TrioError: it was not built, its file is missing, cut short or damaged, or its first
+                run was cut short.
+        """
+        entry = self.stages.get(stage)
+        if entry is None:
+            raise TrioError(
+                f"{folder} has no engine of {stage}: an interrupted `trio build` goes on where it "
+                "stopped, run it again"
+            )
+        file = folder / entry.file
+        try:
+            size = file.stat().st_size
+        except FileNotFoundError:
+            raise TrioError(f"the engine {file} is missing: run `trio build` again") from None
+        if size != entry.bytes:
+            raise TrioError(
+                f"the engine {file} has {size} bytes where its record says {entry.bytes}: it is "
+                "cut short; run `trio build` again"
+            )
+        if not entry.verified and not first_run:
+            raise TrioError(
+                f"the engine {file} was built, but its first run has not come to an end (was the "
+                "process killed, such as for lack of memory?): run `trio build` again, which tries "
+                f"it once more; if that ends the same way, `trio build --force --stage {stage}` "
+                "makes another"
+            )
+        if verify and sha256_of(file) != entry.sha256:
+            raise TrioError(f"the engine {file} is damaged: run `trio build` again")
+        return file
+
+
+def _module(model: str) -> str:
+    """A Jetson's module, from what its device tree calls the board that it is mounted on."""
+    words = model.lower().replace("-", " ").split()
+    return " ".join(word for word in words if word not in _NOT_THE_MODULE)
+
+
+def _stage(raw: dict[str, Any]) -> StageRecord:
+    return StageRecord(
+        file=_file_name(raw["file"]),
+        sha256=str(raw["sha256"]),
+        bytes=int(raw["bytes"]),
+        graph_sha256=str(raw["graph_sha256"]),
+        fingerprint=str(raw["fingerprint"]),
+        profiles=tuple(Profile.from_json(profile) for profile in raw["profiles"]),
+        seconds=float(raw.get("seconds", 0.0)),
+        # Schema 1 listed an engine before its first run: whether it had one is not known.
+        verified=bool(raw.get("verified", False)),
+    )
+
+
+def _file_name(name: Any) -> str:
+    """A file of the folder itself: a record must not lead out of it."""
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"{name!r} is not the name of a file")
+    return name

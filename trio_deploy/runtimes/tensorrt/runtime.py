@@ -1,0 +1,595 @@
+"""TensorRT: the engines that `trio build` made, on buffers that stay in the GPU's memory.
+
+What one engine writes the next one reads, all on one stream; the host waits when it needs logits.
+Engines take turns at one scratch buffer. A decode step, all its engines together, is recorded as a
+CUDA graph at its second run: the first one lets TensorRT do what it puts off after a new shape.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import ENGINES
+from trio_deploy.errors import TrioError
+from trio_deploy.runtimes.base import Array, Step, TensorSpec, check_feeds
+from trio_deploy.runtimes.tensorrt.bindings import IoTensor, OutOfDeviceMemory, TensorRT, load
+from trio_deploy.runtimes.tensorrt.device import Device, DeviceArray, Event, Graph
+from trio_deploy.runtimes.tensorrt.gpu import this_gpu
+from trio_deploy.runtimes.tensorrt.profiles import Profile, buffer_bytes
+from trio_deploy.runtimes.tensorrt.record import Record
+
+# Which limits of a target (engines/*.yaml) bound a dynamic axis of a graph.
+_LIMITS = {
+    "B": ("rows", "max_batch"),
+    "T": ("image tiles", "max_images"),
+    "R": ("rows of image features", "max_images or max_batch"),
+    "S": ("tokens a row", "max_text_tokens or max_visual_tokens"),
+    "C": (
+        "tokens a row in the KV cache",
+        "max_new_tokens, max_text_tokens, max_budget or max_visual_tokens",
+    ),
+    "W": ("tokens a row after pruning", "max_budget or max_text_tokens"),
+}
+_UNPRUNED = ("embed", "prefill_0", "select_1")  # stages that see the whole prompt
+# Engines that this process has compared with their checksums: file, time of change, checksum.
+_WHOLE: set[tuple[Path, int, str]] = set()
+
+T = TypeVar("T")
+
+
+def engine_folder(bundle: Bundle, target: str | None = None) -> Path:
+    """Where the engines of a bundle lie.
+
+    Args:
+        target: name of the target; None takes the bundle's, or else the only one built.
+
+    Raises:
+        TrioError: none were built, or there are several to choose from.
+    """
+    folder = bundle.path / ENGINES
+    built = sorted(file.parent.name for file in folder.glob("*/record.json"))
+    if target is None and bundle.manifest.target in built:
+        target = bundle.manifest.target
+    if target is None and len(built) == 1:
+        target = built[0]
+    if target in built:
+        return folder / str(target)
+    if not built:
+        wanted = f" --target {target}" if target else ""
+        raise TrioError(
+            f"{bundle.path} has no TensorRT engines: make them on this machine with `trio build "
+            f"{bundle.path}{wanted}`, or run its graphs with --runtime onnxruntime"
+        )
+    raise TrioError(
+        f"{bundle.path} has engines for {', '.join(built)}"
+        + (f", not for {target}" if target else "")
+        + ": choose one with --target"
+    )
+
+
+class TrtRuntime:
+    """The engines of one target.
+
+    Attributes:
+        record: what was built, and on what.
+        device: the GPU.
+        max_rows: of a batch.
+        recordings: CUDA graphs made so far.
+    """
+
+    concurrent = False  # one stream, one scratch buffer
+
+    def __init__(
+        self,
+        folder: Path,
+        bundle: Bundle | None = None,
+        *,
+        tensorrt: TensorRT | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
+        """Open the GPU and see that the engines are its.
+
+        Args:
+            folder: of the engines, with their record.json.
+            bundle: whose engines they are: their graphs must be the ones that were built.
+            tensorrt: None loads the installed one.
+            cuda_graphs: record decode steps.
+
+        Raises:
+            TrioError: no driver or TensorRT, or engines of another GPU, TensorRT or bundle.
+        """
+        self.tensorrt = tensorrt or load()
+        self.device = Device()
+        self.record = Record.load(folder)
+        self.record.require_same(this_gpu(self.device), self.tensorrt.version)
+        self.max_rows: int | None = self.record.limits.max_batch
+        self.cuda_graphs = cuda_graphs
+        self.recordings = 0
+        self._folder, self._bundle = folder, bundle
+        self._scratch: Any = None
+        self._scratch_size, self._scratch_needed = 0, 1
+        self._most = self.device.most
+        if bundle is not None:
+            self._most = self.device.most = buffer_bytes(
+                bundle.config,
+                bundle.schedule,
+                self.record.limits,
+                bundle.budgets,
+                sides=1 if self.record.dialect == "onnx" else 2,
+                item=4 if self.record.dtype == "float32" else 2,
+            )
+
+    def shares_cache(self, dialect: str) -> bool:
+        """See `Runtime.shares_cache`: KVCacheUpdate works in place, `primitive` graphs do not."""
+        if dialect != self.record.dialect:
+            raise TrioError(
+                f"the engines were built from {self.record.dialect} graphs, but this bundle has "
+                f"{dialect} graphs: run `trio build` again"
+            )
+        return dialect == "onnx"
+
+    def open(self, path: Path, *, exact: bool = False, probing: bool = False) -> TrtEngine:
+        """Load the engine of a graph; its precision was settled when it was built.
+
+        Raises:
+            TrioError: it is missing, damaged, does not load, or was made of another graph.
+        """
+        stage = path.stem
+        file = self.record.check_file(self._folder, stage)
+        entry = self.record.stages[stage]
+        axes: dict[str, tuple[int | str, ...]] = {}
+        if self._bundle is not None:
+            known = self._bundle.manifest.files[path.name].sha256
+            if known not in (None, entry.graph_sha256):
+                raise TrioError(
+                    f"{file} was built from another {path.name} than the bundle's: run "
+                    "`trio build` again"
+                )
+            graph = self._bundle.manifest.graphs[stage]
+            axes = {tensor.name: tensor.shape for tensor in graph.inputs}
+        self._require_whole(file, stage)
+        with file.open("rb") as source:
+            plan = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+        needs = f"the engine of {stage} needs at least {_mib(entry.bytes)}"
+        try:
+            engine = self.with_room(
+                lambda: self.tensorrt.deserialize(memoryview(plan), str(file)), needs
+            )
+        except OutOfDeviceMemory:
+            raise
+        except TrioError as error:
+            raise TrioError(f"{error}; run `trio build --force` on this machine") from error
+        return TrtEngine(self, stage, engine, entry.profiles, axes)
+
+    def _require_whole(self, file: Path, stage: str) -> None:
+        """TensorRT need not survive a damaged engine, so none comes that far."""
+        seen = (file.resolve(), file.stat().st_mtime_ns, self.record.stages[stage].sha256)
+        if seen not in _WHOLE:
+            self.record.check_file(self._folder, stage, verify=True)
+            _WHOLE.add(seen)
+
+    def with_room(self, action: Callable[[], T], needs: str) -> T:
+        """Do what takes the GPU's memory, if need be also what is kept for the next request.
+
+        Args:
+            needs: what is needed for what, for a message.
+
+        Raises:
+            OutOfDeviceMemory: there is no room; says how much there was.
+        """
+        try:
+            return action()
+        except OutOfDeviceMemory:
+            self.device.release()
+        try:
+            return action()
+        except OutOfDeviceMemory as error:
+            raise self.no_room(needs, error) from error
+
+    def no_room(self, needs: str, error: TrioError) -> OutOfDeviceMemory:
+        """The error to show where TensorRT ran out of memory; see `with_room`."""
+        free, total = self.device.memory()
+        target = self.record.target
+        return OutOfDeviceMemory(
+            f"the GPU is out of memory: {needs}, and {_mib(free)} of {_mib(total)} are free; end "
+            f"other programs on this GPU, or lower the limits of {target} and run `trio build` "
+            f"again (`trio plan --target {target}` says what fits): {error}"
+        )
+
+    def sequence(self, steps: Sequence[Step]) -> Step:
+        """See `Runtime.sequence`: recorded as one CUDA graph."""
+        return _Sequence(self, [step for step in steps if isinstance(step, _Step)])
+
+    def moment(self) -> Event:
+        """See `Runtime.moment`."""
+        return self.device.event()
+
+    def need_scratch(self, nbytes: int) -> None:
+        """Have `scratch` be of at least this size."""
+        self._scratch_needed = max(self._scratch_needed, nbytes)
+
+    def scratch(self) -> tuple[Any, int]:
+        """Memory for execution contexts, and its size: enough for any engine, shared by all."""
+        if self._scratch_size < self._scratch_needed:
+            size = self._scratch_needed
+            self._scratch = self.device.block(size, "the engines' intermediate results")
+            self._scratch_size = size
+            self.device.most = self._most + size  # it is never spare
+        return self._scratch, self._scratch_size
+
+
+class _Context:
+    """An execution context with a profile, and the scratch memory it was lent.
+
+    Attributes:
+        held: inputs that it reads from the host's memory, which must be there while it runs.
+    """
+
+    def __init__(self, engine: TrtEngine, profile: int) -> None:
+        tensorrt, device = engine.runtime.tensorrt, engine.runtime.device
+        self.profile = profile
+        self._scratch, size = engine.runtime.scratch()
+        self.trt = engine.runtime.with_room(lambda: tensorrt.context(engine.trt), engine.needs)
+        tensorrt.lend(self.trt, self._scratch.address, size)
+        self.held: list[np.ndarray] = []
+        if profile != self.trt.active_optimization_profile:
+            tensorrt.forget_errors()
+            try:
+                self.trt.set_optimization_profile_async(profile, int(device.stream))
+            except RuntimeError as error:  # of the bindings
+                raise TrioError(f"{engine.stage}: {tensorrt.last_errors()}") from error
+            device.synchronize()
+
+
+class TrtEngine:
+    """One engine. Integers are int64 to the outside, also where TensorRT narrows them."""
+
+    def __init__(
+        self,
+        runtime: TrtRuntime,
+        stage: str,
+        engine: Any,
+        profiles: Sequence[Profile],
+        axes: Mapping[str, tuple[int | str, ...]],
+    ) -> None:
+        """Use `TrtRuntime.open`; `axes` names the dynamic axes of inputs."""
+        self.runtime, self.stage, self.trt = runtime, stage, engine
+        self.profiles = tuple(profiles)
+        self._axes = axes
+        if engine.num_optimization_profiles != len(self.profiles):
+            raise TrioError(
+                f"the engine of {stage} has {engine.num_optimization_profiles} profiles where its "
+                f"record says {len(self.profiles)}: run `trio build` again"
+            )
+        self._tensors = {tensor.name: tensor for tensor in runtime.tensorrt.tensors(engine)}
+        self.inputs = {t.name: _spec(t) for t in self._tensors.values() if t.is_input}
+        self.outputs = {t.name: _spec(t) for t in self._tensors.values() if not t.is_input}
+        # A decode step is within embed's `prefill` as well; what was tuned for less is better.
+        self._tightest_first = sorted(
+            range(len(self.profiles)),
+            key=lambda n: sum(math.prod(b.max) for b in self.profiles[n].shapes.values()),
+        )
+        self._idle: dict[int, list[_Context]] = {}
+        scratch = runtime.tensorrt.scratch_bytes(engine)
+        runtime.need_scratch(scratch)
+        weights = runtime.record.stages[stage].bytes
+        self.needs = (
+            f"to run {stage} takes {_mib(scratch)} of scratch memory, and some for its state, "
+            f"beside the {_mib(weights)} of its engine"
+        )
+
+    def run(
+        self,
+        feeds: Mapping[str, Array],
+        into: Mapping[str, Array] | None = None,
+        *,
+        host: Collection[str] | None = None,
+    ) -> dict[str, Array]:
+        """See `Engine.run`. An output that is its input in place overwrites the input fed."""
+        into = into or {}
+        context = self._context(self._profile(feeds))
+        try:
+            inputs = {name: self.input(name, feeds[name]) for name in self.inputs}
+            self.set_inputs(context, inputs)
+            given = {name: a for name, a in into.items() if not isinstance(a, np.ndarray)}
+            outputs = self.set_outputs(context, inputs, given)
+            self.execute(context)
+        finally:
+            self._idle.setdefault(context.profile, []).append(context)
+        for name, array in into.items():
+            if isinstance(array, np.ndarray):
+                array[...] = self._download(name, outputs[name])
+        return {
+            name: self._download(name, array) if host is None or name in host else array
+            for name, array in outputs.items()
+            if name not in into
+        }
+
+    def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Step:
+        """See `Engine.bind`."""
+        context = self._context(self._profile(feeds))
+        step = _Step(self, context, feeds, into)
+        # No other shape before the step, and what was recorded of it, is gone.
+        idle = self._idle.setdefault(context.profile, [])
+        weakref.finalize(step, idle.append, context).atexit = False
+        return step
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
+        """See `Engine.empty`."""
+        return self.runtime.device.empty(shape, dtype, f"buffers of {self.stage} (KV cache)")
+
+    def empties(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[DeviceArray]:
+        """See `Engine.empties`."""
+        return self.runtime.device.empties(shapes, dtype, f"buffers of {self.stage} (KV cache)")
+
+    def stored(self, name: str) -> np.dtype:
+        """The type of a tensor as it lies in memory."""
+        return self._tensors[name].dtype
+
+    def on_host(self, name: str) -> bool:
+        """Whether an input is read from the host's memory: its values make shapes."""
+        return self._tensors[name].on_host
+
+    def execute(self, context: _Context) -> None:
+        """Put one run of a context, all set, on the stream."""
+        self.runtime.tensorrt.forget_errors()
+        if context.trt.execute_async_v3(int(self.runtime.device.stream)):
+            return
+        error = self.runtime.tensorrt.failed(f"{self.stage} failed")
+        if isinstance(error, OutOfDeviceMemory):
+            raise self.runtime.no_room(self.needs, error)
+        raise error
+
+    def _profile(self, feeds: Mapping[str, Array]) -> int:
+        """The tightest profile that admits what is fed."""
+        check_feeds(self, feeds)
+        problems = []
+        for number in self._tightest_first:
+            problem = self._exceeds(self.profiles[number], feeds)
+            if not problem:
+                return number
+            problems.append(problem)
+        raise TrioError(min(problems)[1])
+
+    def _exceeds(self, profile: Profile, feeds: Mapping[str, Array]) -> tuple[int, str] | None:
+        """What a profile does not admit, the nearest miss first; None where it admits all."""
+        for name, bounds in profile.shapes.items():
+            shape = tuple(feeds[name].shape)
+            named = self._axes.get(name, (None,) * len(shape))
+            if len(shape) != len(bounds.max):
+                return (1, f"input {name} of {self.stage} has the wrong number of axes: {shape}")
+            for axis, (least, size, most) in enumerate(
+                zip(bounds.min, shape, bounds.max, strict=True)
+            ):
+                if not least <= size <= most:
+                    letter = str(named[axis])[:1]
+                    return self._refusal(f"{name} {shape}", letter, size, least, most)
+        for name, bounds in profile.values.items():
+            for least, size, most in zip(
+                bounds.min, np.ravel(feeds[name]).tolist(), bounds.max, strict=True
+            ):
+                if not least <= size <= most:
+                    return self._refusal(name, "W", size, least, most)
+        return None
+
+    def _refusal(self, what: str, axis: str, size: int, least: int, most: int) -> tuple[int, str]:
+        meaning, limits = _LIMITS.get(axis, (f"entries of {what}", "a limit"))
+        if axis == "S" and self.stage not in _UNPRUNED:
+            limits = _LIMITS["W"][1]
+        target = self.runtime.record.target
+        text = (
+            f"the request needs {size} {meaning} in {self.stage}, whose engine for {target} takes "
+            f"{least} to {most}: "
+        )
+        if size > most:
+            text += f"raise {limits} in a copy of the target's file and run `trio build` again with"
+            text += " it as --target, or ask for less"
+        else:
+            text += "the engine is not made for so few"
+        return (abs(size - (most if size > most else least)), text)
+
+    def _context(self, profile: int) -> _Context:
+        idle = self._idle.get(profile)
+        return idle.pop() if idle else _Context(self, profile)
+
+    def input(self, name: str, value: Array) -> Array:
+        """On the device, or on the host where TensorRT wants it there, in the stored type."""
+        dtype = self.stored(name)
+        if isinstance(value, np.ndarray):
+            narrow = np.ascontiguousarray(value, dtype)
+            return narrow if self.on_host(name) else self.runtime.device.upload(narrow)
+        if self.on_host(name):
+            return self.runtime.device.download(value)
+        if value.dtype != dtype or not value.contiguous:
+            raise TrioError(
+                f"input {name} of {self.stage} must be contiguous {dtype}, got {value.dtype}"
+            )
+        return value
+
+    def set_inputs(self, context: _Context, inputs: Mapping[str, Array]) -> None:
+        """Tell a context where its inputs are and what shapes they have."""
+        self.runtime.tensorrt.forget_errors()
+        for name, array in inputs.items():
+            accepted = context.trt.set_input_shape(name, tuple(array.shape))
+            if not accepted or not context.trt.set_tensor_address(name, _address(array)):
+                raise TrioError(f"{self.stage} refuses {name}: {self._errors()}")
+        context.held = [array for array in inputs.values() if isinstance(array, np.ndarray)]
+        try:
+            missing = context.trt.infer_shapes()
+        except RuntimeError as error:  # of the bindings
+            raise TrioError(f"{self.stage} refuses these shapes: {self._errors()}") from error
+        if missing:
+            raise TrioError(f"{self.stage}: TensorRT lacks the shapes of {', '.join(missing)}")
+
+    def set_outputs(
+        self, context: _Context, inputs: Mapping[str, Array], given: Mapping[str, DeviceArray]
+    ) -> dict[str, DeviceArray]:
+        """Tell a context, its inputs set, where to write; what is not given is made."""
+        shapes = {name: tuple(context.trt.get_tensor_shape(name)) for name in self.outputs}
+        for name, shape in shapes.items():
+            if any(size < 0 for size in shape):
+                raise TrioError(f"the shape of {name} of {self.stage} depends on data: {shape}")
+        outputs: dict[str, DeviceArray] = {}
+        made = self._presents({n: s for n, s in shapes.items() if n not in given})
+        for name, shape in shapes.items():
+            tensor = self._tensors[name]
+            if name in given:
+                array = given[name]
+            elif tensor.alias:
+                array = inputs[tensor.alias]
+            elif name in made:
+                array = made[name]
+            else:
+                use = f"{name} of {self.stage}"
+                array = self.runtime.device.empty(shape, tensor.dtype, use)
+            if tuple(array.shape) != shape or array.dtype != tensor.dtype:
+                raise TrioError(
+                    f"{name} of {self.stage} is {tensor.dtype} {shape}, not {array.dtype} "
+                    f"{array.shape}"
+                )
+            if tensor.alias and _address(inputs[tensor.alias]) != array.address:
+                raise TrioError(f"{name} of {self.stage} must be the memory of {tensor.alias}")
+            if not context.trt.set_tensor_address(name, array.address):
+                raise TrioError(f"{self.stage} refuses memory for {name}: {self._errors()}")
+            outputs[name] = array
+        return outputs
+
+    def _presents(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, DeviceArray]:
+        """Memory for a segment's new keys and values, which come and go together."""
+        names = [n for n in shapes if n.startswith("present.") and not self._tensors[n].alias]
+        if not names:
+            return {}
+        use = f"keys and values of {self.stage}"
+        dtype = self._tensors[names[0]].dtype
+        made = self.runtime.device.empties([shapes[name] for name in names], dtype, use)
+        return dict(zip(names, made, strict=True))
+
+    def _errors(self) -> str:
+        return self.runtime.tensorrt.last_errors()
+
+    def _download(self, name: str, array: DeviceArray) -> np.ndarray:
+        found = self.runtime.device.download(array)
+        return found.astype(self.outputs[name].dtype, copy=False)
+
+
+class _Step:
+    """A bound run: what the host feeds and wants is copied by way of pinned memory."""
+
+    def __init__(
+        self,
+        engine: TrtEngine,
+        context: _Context,
+        feeds: Mapping[str, Array],
+        into: Mapping[str, Array],
+    ) -> None:
+        device = engine.runtime.device
+        self._engine, self._context, self._device = engine, context, device
+        self._sent: list[tuple[np.ndarray, np.ndarray, DeviceArray | None]] = []
+        self._fetched: list[tuple[DeviceArray, np.ndarray, np.ndarray]] = []
+        self._inputs: dict[str, Array] = {}
+        self._outputs: dict[str, DeviceArray] = {}
+        for name in engine.inputs:
+            value = feeds[name]
+            if not isinstance(value, np.ndarray):
+                self._inputs[name] = engine.input(name, value)
+                continue
+            pinned = device.pinned(value.shape, engine.stored(name))
+            there = None if engine.on_host(name) else device.empty(value.shape, pinned.dtype)
+            self._sent.append((value, pinned, there))
+            self._inputs[name] = pinned if there is None else there
+        for name, value in into.items():
+            if isinstance(value, np.ndarray):
+                pinned = device.pinned(value.shape, engine.stored(name))
+                self._outputs[name] = device.empty(value.shape, pinned.dtype)
+                self._fetched.append((self._outputs[name], pinned, value))
+            else:
+                self._outputs[name] = value
+        self.take()
+        engine.set_inputs(context, self._inputs)
+        engine.set_outputs(context, self._inputs, self._outputs)
+
+    def __call__(self) -> None:
+        self.take()
+        self.enqueue()
+        self._device.synchronize()
+        self.give()
+
+    def take(self) -> None:
+        """Read the host's arrays."""
+        for array, pinned, _ in self._sent:
+            pinned[...] = array
+
+    def enqueue(self) -> None:
+        """Put the run on the stream."""
+        for _, pinned, there in self._sent:
+            if there is not None:
+                self._device.send(pinned, there.address)
+        self._engine.execute(self._context)
+        for there, pinned, _ in self._fetched:
+            self._device.fetch(there, pinned)
+
+    def give(self) -> None:
+        """Write the host's arrays, when the stream is done."""
+        for _, pinned, array in self._fetched:
+            array[...] = pinned
+
+
+class _Sequence:
+    """Steps one behind another, recorded at the second run."""
+
+    def __init__(self, runtime: TrtRuntime, steps: Sequence[_Step]) -> None:
+        self._runtime, self._steps = runtime, steps
+        self._runs = 0
+        self._graph: Graph | None = None
+
+    def __call__(self) -> None:
+        for step in self._steps:
+            step.take()
+        if self._runs == 1 and self._runtime.cuda_graphs:
+            self._record()
+        self._runs += 1
+        if self._graph is None:
+            self._enqueue()
+        else:
+            self._graph.launch()
+        self._runtime.device.synchronize()
+        for step in self._steps:
+            step.give()
+
+    def _enqueue(self) -> None:
+        for step in self._steps:
+            step.enqueue()
+
+    def _record(self) -> None:
+        try:
+            self._graph = self._runtime.device.record(self._enqueue)
+        except TrioError as error:
+            # A step without a graph is slower, not wrong.
+            self._runtime.cuda_graphs = False
+            warnings.warn(f"decode steps run without CUDA graphs: {error}", stacklevel=2)
+        else:
+            self._runtime.recordings += 1
+
+
+def _spec(tensor: IoTensor) -> TensorSpec:
+    dtype = np.dtype(np.int64) if tensor.dtype == np.int32 else tensor.dtype
+    shape = tuple(None if size < 0 else size for size in tensor.shape)
+    return TensorSpec(tensor.name, dtype, shape)
+
+
+def _address(array: Array) -> int:
+    """Of the first entry."""
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.address
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

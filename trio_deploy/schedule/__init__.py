@@ -1,0 +1,1 @@
+"""Where to prune: pruning points, budgets and the table of selection methods."""

@@ -1,0 +1,250 @@
+"""Schedules for a budget: the average share of visual tokens per layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from trio_deploy.cost.flops import _Shapes
+from trio_deploy.errors import TrioError
+from trio_deploy.schedule.schedule import _RATIO_DIGITS, _SMALLEST_RATIO, PruningPoint, Schedule
+
+DEFAULT_BUDGET = 0.111
+"""Where none is given: the smaller of the published ones."""
+
+# The published schedules of the LLaVA family (the authors' code): layers of 32, and what is kept
+# of 576 visual tokens for an average of 64 and of 128.  `solve` generalises these three lines.
+_PUBLISHED_DEPTH = 32
+_PUBLISHED_LAYERS = (1, 10, 15)
+_PUBLISHED_VISUAL = 576
+_PUBLISHED_KEEPS = {64: (92, 54, 22), 128: (218, 128, 54)}
+
+_SAME_BUDGET = 1e-6  # budgets this near to each other are one
+
+
+def default_layers(num_layers: int) -> tuple[int, ...]:
+    """The published pruning layers (1, 10, 15 of 32) at another depth."""
+    layers: list[int] = []
+    for published in _PUBLISHED_LAYERS:
+        scaled = math.floor(published * num_layers / _PUBLISHED_DEPTH + 0.5)
+        layer = max(scaled, layers[-1] + 1 if layers else 1)
+        if layer < num_layers:
+            layers.append(layer)
+    return tuple(layers)
+
+
+def smallest_budget(num_layers: int, layers: Sequence[int]) -> float:
+    """What the layers before the first pruning point alone cost: budgets lie above this."""
+    return layers[0] / num_layers if layers else 1.0
+
+
+def solve(
+    budget: float,
+    num_layers: int,
+    layers: Sequence[int] | None = None,
+    methods: Sequence[str] | None = None,
+    like: Mapping[float, Schedule] | None = None,
+) -> Schedule:
+    """A schedule of the published shape whose average is `budget` times the visual tokens.
+
+    The keeps fall in the proportions that the published schedules have (interpolated between the
+    two of them, and over more or fewer points than three), scaled until the average fits; at large
+    budgets those that reach 1 stay there.  `budget` 1 keeps all.
+
+    Args:
+        budget: average visual tokens a layer, as a share of the visual tokens at the start.
+        num_layers: L.
+        layers: pruning layers, where they are fixed (a bundle's); else the published ones, scaled.
+        methods: of each of the pruning layers; default: `trio`.
+        like: budget → schedule of the same layers, whose proportions replace the published ones;
+            between two of them keeps change evenly.
+
+    Raises:
+        TrioError: the budget is not in (0, 1], or below what the first layers cost.
+    """
+    if not 0 < budget <= 1:
+        raise TrioError(
+            f"a budget of {budget:g} is not possible: it is the average share of visual tokens "
+            "that a layer sees, above 0 and at most 1"
+        )
+    layers = default_layers(num_layers) if layers is None else tuple(layers)
+    methods = ("trio",) * len(layers) if methods is None else tuple(methods)
+    if budget == 1:
+        return _schedule(layers, [1.0] * len(layers), methods)
+    floor = smallest_budget(num_layers, layers)
+    if budget <= floor:
+        if not layers:
+            raise TrioError("this bundle or model has no pruning point: only a budget of 1 fits")
+        raise TrioError(
+            f"a budget of {budget:g} cannot be reached: before the first pruning point, "
+            f"{layers[0]} of {num_layers} layers see every visual token, so it must be above "
+            f"{floor:.4g}"
+        )
+    sizes = [stop - start for start, stop in pairwise((*layers, num_layers))]
+    shapes = [
+        (known, _water_fill(_shape(schedule), sizes, known * num_layers - layers[0]))
+        for known, schedule in sorted((like or {}).items())
+        if known > floor
+    ]
+    shares = _shares(budget, shapes or _published_shapes(len(layers)))
+    keeps = _water_fill(shares, sizes, budget * num_layers - layers[0])
+    ratios = [min(1.0, max(_SMALLEST_RATIO, round(keep, _RATIO_DIGITS))) for keep in keeps]
+    return _schedule(layers, ratios, methods)
+
+
+def _schedule(layers: Sequence[int], keeps: Sequence[float], methods: Sequence[str]) -> Schedule:
+    points = zip(layers, keeps, methods, strict=True)
+    return Schedule(tuple(PruningPoint(*point) for point in points))
+
+
+def for_budget(
+    budget: float | None, num_layers: int, published: Mapping[str, Schedule] | None = None
+) -> Schedule:
+    """The schedule that a recipe has for this budget ("0.111" → schedule), else the solver's.
+
+    For a budget that the recipe does not list, the one listed that is nearest gives layers and
+    methods, so that a model's own finding holds between its budgets as well.
+
+    Args:
+        budget: as `solve` takes it; None is `DEFAULT_BUDGET`.
+
+    Raises:
+        TrioError: as `solve`; where it was the default, the message says so.
+    """
+    wanted = DEFAULT_BUDGET if budget is None else budget
+    published = published or {}
+    listed = {float(key): published[key] for key in published if is_budget(key) and float(key) < 1}
+    try:
+        if not listed or wanted <= 0:
+            return solve(wanted, num_layers)
+        nearest = listed[min(listed, key=lambda known: abs(math.log(known / wanted)))]
+        return for_points(wanted, num_layers, nearest, at_points(published, nearest))
+    except TrioError as error:
+        if budget is not None:
+            raise
+        raise TrioError(f"{error} ({wanted:g} is the default: pass another as --budget)") from None
+
+
+def for_points(
+    budget: float, num_layers: int, own: Schedule, budgets: Mapping[float, Schedule]
+) -> Schedule:
+    """What a bundle's pruning points keep at a budget.
+
+    The recipe's schedule where `budgets` has one, else the solver's in the proportions of those
+    that are nearest, or in the published ones where there are none.
+
+    Args:
+        budget: as `solve` takes it.
+        own: the pruning points, of which layers and methods count.
+        budgets: the recipe's schedules at the same points, as `at_points` finds them.
+
+    Raises:
+        TrioError: as `solve`.
+    """
+    for known, schedule in budgets.items():
+        if _same_budget(known, budget):
+            return schedule
+    return solve(budget, num_layers, own.layers, own.methods, budgets)
+
+
+def at_points(
+    published: Mapping[str, Schedule], own: Schedule, method: str | None = None
+) -> dict[float, Schedule]:
+    """A recipe's schedules for budgets that the graphs of `own` can run, smallest budget first.
+
+    Those are the ones with the same layers and the same methods in the same order.  A budget of 1
+    is none of them: it keeps all, whatever a recipe says.
+
+    Args:
+        method: of every pruning point, where the caller of `choose` gave one.
+    """
+    found = {}
+    for key, schedule in published.items():
+        same = schedule if method is None else schedule.with_method(method)
+        fits = (same.layers, same.methods) == (own.layers, own.methods)
+        if own.points and fits and is_budget(key) and float(key) < 1:
+            found[float(key)] = same
+    return dict(sorted(found.items()))
+
+
+def choose(
+    num_layers: int,
+    budget: float | None = None,
+    schedule: Schedule | str | None = None,
+    method: str | None = None,
+    published: Mapping[str, Schedule] | None = None,
+) -> Schedule:
+    """What a caller asked for.
+
+    Args:
+        budget: see `for_budget`; it counts where there is no schedule.
+        schedule: itself, the name of one in `published`, or what `Schedule.parse` reads.
+        method: of every pruning point; in a schedule's text, of those that name none.
+        published: a recipe's schedules.
+
+    Raises:
+        TrioError: as `for_budget` and `Schedule.parse`.
+    """
+    if isinstance(schedule, str) and schedule not in (published or {}):
+        if schedule[:1].isalpha():
+            names = ", ".join(key for key in published or {} if not is_budget(key)) or "none"
+            raise TrioError(
+                f"there is no schedule called '{schedule}': this model's recipe has {names}; "
+                "or write layer:keep, for example 1:0.16,10:0.094"
+            )
+        return Schedule.parse(schedule, method or "trio")
+    if isinstance(schedule, str):
+        schedule = (published or {})[schedule]
+    if schedule is None:
+        schedule = for_budget(budget, num_layers, published)
+    return schedule if method is None else schedule.with_method(method)
+
+
+def is_budget(key: str) -> bool:
+    """Whether a recipe's schedule is called by its budget rather than by a name."""
+    return not key[:1].isalpha()
+
+
+def _same_budget(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=0, abs_tol=_SAME_BUDGET)
+
+
+def _shape(schedule: Schedule) -> list[float]:
+    """How the keeps of a schedule relate to the first one, which may be a count of none."""
+    first = schedule.points[0].keep
+    return [max(_SMALLEST_RATIO, point.keep / (first or 1)) for point in schedule.points]
+
+
+def _published_shapes(count: int) -> _Shapes:
+    """Those of the published schedules, over `count` points."""
+    shapes = []
+    for kept, keeps in sorted(_PUBLISHED_KEEPS.items()):
+        places = [i * (len(keeps) - 1) / max(1, count - 1) for i in range(count)]
+        lefts = [min(int(place), len(keeps) - 2) for place in places]
+        stretched = [
+            keeps[left] + (place - left) * (keeps[left + 1] - keeps[left])
+            for place, left in zip(places, lefts, strict=True)
+        ]
+        shapes.append((kept / _PUBLISHED_VISUAL, [keep / keeps[0] for keep in stretched]))
+    return shapes
+
+
+def _shares(budget: float, shapes: _Shapes) -> list[float]:
+    """How keeps relate to each other at this budget: between the shapes of its neighbours."""
+    low, few = max((s for s in shapes if s[0] <= budget), default=shapes[0])
+    high, many = min((s for s in shapes if s[0] >= budget), default=shapes[-1])
+    weight = (budget - low) / (high - low) if high > low else 0.0
+    return [(1 - weight) * a + weight * b for a, b in zip(few, many, strict=True)]
+
+
+def _water_fill(shares: Sequence[float], sizes: Sequence[int], total: float) -> list[float]:
+    """Keeps min(1, c·share) with Σ keep·size = total; shares fall, so they reach 1 in order."""
+    full = 0
+    while full < len(shares):
+        rest = total - sum(sizes[:full])
+        scale = rest / sum(s * n for s, n in zip(shares[full:], sizes[full:], strict=True))
+        if scale * shares[full] <= 1:
+            return [1.0] * full + [scale * share for share in shares[full:]]
+        full += 1
+    return [1.0] * full

@@ -1,0 +1,120 @@
+"""select_i.onnx: a pruning point, by any of the methods, and the sequence that it leaves.
+
+A method (`graphs/rivals.py`; TRIO's own is here) decides which visual tokens stay. What goes in,
+what comes out and how the sequence is put together are the same for all of them.
+
+B rows, S tokens, N of them visual, d hidden size, W width after pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from trio_deploy.errors import TrioError
+from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.graphs.dialects.base import BOOL, FLOAT, INT64, Dialect
+from trio_deploy.graphs.graph import Stage
+from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.graphs.values import cast, reduce
+from trio_deploy.schedule.methods import METHODS
+from trio_deploy.selection import rivals
+from trio_deploy.selection.rivals import Choice, Method, Site
+from trio_deploy.selection.saliency import Tokens, saliency
+from trio_deploy.selection.suppression import BLOCK, compact, select
+
+_HUGE = 1e38
+
+
+def trio(op: Any, site: Site) -> Choice:
+    """The greatest gradients of the layer-local loss, near-copies suppressed."""
+    scores = saliency(op, site.d, site.text, site.layer, site.options, site.tokens)
+    kept, converged = select(
+        op,
+        site.d,
+        site.tokens,
+        scores=scores.ranking,
+        keep=site.keep,
+        capacity=site.width,
+        threshold=site.options.threshold,
+        block=site.block,
+    )
+    return Choice(kept, scores.value, finite=scores.ranking, converged=converged)
+
+
+_METHODS: Mapping[str, Method] = {"trio": trio, **rivals.METHODS}
+
+
+def build_select(
+    config: ModelConfig,
+    layer: int,
+    options: GraphOptions,
+    *,
+    method: str = "trio",
+    block: int = BLOCK,
+) -> ir.Model:
+    """Prune before `layer`.
+
+    Inputs: hidden_states [B,S,d], position_ids int64 [B,S], lengths int64 [B], visual_mask bool
+    [B,S], keep int64 [B], width int64 [1]: W, the longest row of the result; and what the method
+    asks for by name (`seed`, `prior`, `prior_local`).
+    Outputs: keep_index int64 [B,W] (ascending, -1 behind a row's end), hidden_states_out [B,W,d],
+    position_ids_out int64 [B,W], lengths_out int64 [B], visual_mask_out bool [B,W], saliency f32
+    [B,S] (the method's scores, 0 where not visual), converged bool [B]: false where the row must
+    not be used, because the method did not finish, a score is not finite or `width` is too small.
+
+    Args:
+        method: one of `methods.METHODS`.
+        block: M, ranks that are worked through at a time; at most 1024.
+
+    Raises:
+        TrioError: an unknown method.
+    """
+    if method not in _METHODS:
+        raise TrioError(f"Unknown pruning method {method!r}: choose from {', '.join(METHODS)}.")
+    text, d = config.text, Dialect.of(options)
+    stage = Stage(f"select_before_{layer}", d)
+    op = stage.op
+    x = stage.input("hidden_states", d.dtype, ["B", "S", text.hidden_size])
+    positions = stage.input("position_ids", INT64, ["B", "S"])
+    lengths = stage.input("lengths", INT64, ["B"])
+    visual_mask = stage.input("visual_mask", BOOL, ["B", "S"])
+    keep = stage.input("keep", INT64, ["B"])
+    width = stage.input("width", INT64, [1])
+
+    tokens = Tokens.of(op, x, positions, lengths, visual_mask)
+    site = Site(stage, d, text, layer, options, tokens, lengths, keep, width, block)
+    choice = _METHODS[method](op, site)
+    index, lengths_out = compact(op, op.Or(tokens.text, choice.kept), tokens.index, width)
+    total = reduce(op, "ReduceSum", choice.finite, [1], keepdims=False)
+    converged = op.Less(total, _HUGE)  # false for NaN, too
+    if choice.converged is not None:
+        converged = op.And(choice.converged, converged)
+    converged = op.And(converged, op.LessOrEqual(lengths_out, width))
+
+    filled = op.GreaterOrEqual(index, 0)  # [B,W]
+    safe = op.Max(index, 0)
+    if choice.merge is None:
+        rows = op.Gather(tokens.flat, op.Add(safe, tokens.offset), axis=0)
+    else:
+        rows = choice.merge(op, index)
+    rows = op.Where(op.Unsqueeze(filled, [2]), rows, 0.0)
+    old = op.GatherElements(positions, safe, axis=1)
+    if options.positions == "original":
+        places = op.Where(filled, old, 0)
+    else:
+        # The minimum is 0, and a reason for OpenVINO to keep an input that no method may read.
+        places = op.Unsqueeze(op.Range(0, op.Squeeze(width, [0]), 1), [0])
+        places = op.Where(filled, places, op.Min(old, 0))
+    visual = op.GatherElements(cast(op, tokens.visual, INT64), safe, axis=1)
+
+    stage.output("keep_index", index, INT64, ["B", "W"])
+    stage.output("hidden_states_out", rows, d.dtype, ["B", "W", text.hidden_size])
+    stage.output("position_ids_out", places, INT64, ["B", "W"])
+    stage.output("lengths_out", lengths_out, INT64, ["B"])
+    stage.output("visual_mask_out", op.And(cast(op, visual, BOOL), filled), BOOL, ["B", "W"])
+    stage.output("saliency", choice.score, FLOAT, ["B", "S"])
+    stage.output("converged", converged, BOOL, ["B"])
+    return stage.finish(config)

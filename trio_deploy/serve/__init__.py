@@ -1,0 +1,1 @@
+"""Answers for others: what every server needs."""

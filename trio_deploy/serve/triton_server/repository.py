@@ -1,0 +1,513 @@
+"""Writes a model repository that a stock Triton Inference Server loads.
+
+    repository/
+      trio.json                                                            what it was made of
+      trio_vlm/            config.pbtxt, 1/model.py, 1/bundle/             answers, streamed
+      trio_vlm_complete/   config.pbtxt, 1/model.py                        answers, whole
+    and with `stages` each graph as a model of its own, for those who compose:
+      trio_vision/         config.pbtxt, 1/model.onnx/{model.onnx, weights/}  (or 1/model.plan)
+      trio_embed/, trio_prefill_0/, trio_select_1/, …
+      trio_embeddings/     config.pbtxt                                    vision, then embed
+
+ONNX files refer to their weights by paths below their own folder, and the onnxruntime backend takes
+a folder `model.onnx` with the graph inside as a model of many files (Triton's "model repository",
+ONNX models). So every stage gets such a folder, with hard links to those weight files of the bundle
+that its graph reads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+import trio_deploy
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import MANIFEST, TensorInfo
+from trio_deploy.bundle.weights import Progress, place_file
+from trio_deploy.bundle.writer import BundleWriter
+from trio_deploy.config.target import RUNTIMES, Target, list_targets, load_target
+from trio_deploy.errors import TrioError
+from trio_deploy.files import safe_path
+from trio_deploy.runtimes.mapped_weights import external_tensors
+from trio_deploy.runtimes.tensorrt.record import RECORD as ENGINES_RECORD
+from trio_deploy.runtimes.tensorrt.record import Record
+from trio_deploy.serve.limits import Settings, check_settings
+from trio_deploy.serve.triton_server.pbtxt import Enum, format_message
+from trio_deploy.serve.triton_server.request import INPUTS, OUTPUTS
+
+DEVICES = ("cpu", "gpu")
+#: What the repository was made of; Triton reads folders alone.
+RECORD = "trio.json"
+
+_BUNDLE = "1/bundle"
+# Models' processes take their names and paths as ASCII.
+_NAME = re.compile(r"(?=.*[A-Za-z0-9])[A-Za-z0-9_-]+")
+_TYPES = {
+    "bool": "TYPE_BOOL",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "float16": "TYPE_FP16",
+    "float32": "TYPE_FP32",
+    "float64": "TYPE_FP64",
+    "bfloat16": "TYPE_BF16",
+    "string": "TYPE_STRING",
+}
+
+
+class RepositoryWriter(BundleWriter):
+    """Writes a model repository the way a bundle is written: whole or not at all."""
+
+    kind = "model repository"
+    marker = RECORD
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a bundle is to be served.
+
+    Attributes:
+        runtime, target: which engines answer; None takes the bundle's own.
+        device: `cpu` or `gpu`: what instances run on.
+        instances: of `NAME_vlm`; each is a process that loads the model.
+        stages: write the stages and the ensemble as models too.
+        name: prefix of all models' names.
+        settings: parameters of `NAME_vlm`, limits above all; see `triton/limits.py`.
+        link: hard-link the bundle's files instead of copying them.
+    """
+
+    runtime: str | None = None
+    target: str | None = None
+    device: str = "cpu"
+    instances: int = 1
+    stages: bool = False
+    name: str = "trio"
+    settings: Mapping[str, str] = field(default_factory=dict)
+    link: bool = False
+
+
+def write_repository(
+    bundle: Bundle, out: Path, options: Options | None = None, force: bool = False
+) -> list[str]:
+    """Writes the repository in a temporary place and moves it to `out` when it is whole.
+
+    Returns:
+        The names of its models.
+
+    Raises:
+        TrioError: something stands at `out`, an option or setting is wrong, the bundle has no
+            weights, or no engines of the target where TensorRT is to run them.
+    """
+    options = options or Options()
+    bundle.require_weights()
+    target = None if options.target is None else load_target(options.target)
+    runtime = options.runtime or (target.runtime if target else bundle.manifest.runtime)
+    _check_options(options, runtime)
+    settings = check_settings(_parameters(bundle, options, runtime, target))
+    files = list(_files(bundle, runtime, target))
+    writer = RepositoryWriter(out, force, sum(path.stat().st_size for _, path in files))
+    with writer:
+        models = _Models(writer, bundle, options, settings)
+        models.add_vlm(files)
+        models.add_complete()
+        if options.stages:
+            models.add_stages(_plans(bundle, target) if runtime == "tensorrt" else None)
+        writer.write(RECORD, _record(bundle, models.names))
+    return models.names
+
+
+def remark(out: Path) -> str | None:
+    """What a repository's user should know of its place: it may be served from another one."""
+    place = str(out.expanduser().absolute())
+    if place.isascii():
+        return None
+    return (
+        f"Triton's python backend does not load models from {place}, since the path has characters "
+        "beyond ASCII: copy the repository elsewhere before serving it"
+    )
+
+
+def read_settings(file: Path | None, assignments: Sequence[str]) -> dict[str, str]:
+    """Parameters of the model from a YAML file of names and values, and from `NAME=VALUE` texts.
+
+    The latter win. Names and values are checked by `write_repository`.
+
+    Raises:
+        TrioError: the file cannot be read, or a text is not of that form.
+    """
+    settings: dict[str, str] = {}
+    if file is not None:
+        try:
+            raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise TrioError(f"cannot read {file}: {error.strerror}") from None
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise TrioError(f"{file} cannot be read as YAML: {error}") from None
+        if not isinstance(raw, dict) or any(isinstance(v, dict | list) for v in raw.values()):
+            raise TrioError(f"{file} must hold names and values, one a line: max_tokens: 512")
+        for name, value in raw.items():
+            settings[str(name)] = str(value).lower() if isinstance(value, bool) else str(value)
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise TrioError(f"--set takes NAME=VALUE, as in --set max_tokens=512, not {text!r}")
+        settings[name] = value
+    return settings
+
+
+def _check_options(options: Options, runtime: str) -> None:
+    if runtime not in RUNTIMES:
+        raise TrioError(f"unknown runtime {runtime!r}: choose from {', '.join(RUNTIMES)}")
+    if options.device not in DEVICES:
+        raise TrioError(f"unknown device {options.device!r}: choose cpu or gpu")
+    if options.instances < 1:
+        raise TrioError(f"there must be 1 instance or more, got {options.instances}")
+    if not _NAME.fullmatch(options.name):
+        raise TrioError(
+            f"models cannot be called {options.name!r}_vlm: use letters of ASCII, digits, - and _"
+        )
+    if runtime == "tensorrt" and options.device == "cpu":
+        raise TrioError("TensorRT needs a GPU: pass --device gpu, or --runtime onnxruntime")
+    if runtime == "openvino" and options.device == "gpu":
+        raise TrioError("OpenVINO runs on CPUs here: leave --device gpu out, or pass --runtime")
+
+
+def _parameters(
+    bundle: Bundle, options: Options, runtime: str, target: Target | None
+) -> dict[str, str]:
+    """Parameters of NAME_vlm: where its bundle is and what runs it, then the caller's settings."""
+    parameters = {"bundle": _BUNDLE, "runtime": runtime}
+    if target is not None:
+        parameters["target"] = _target_parameter(options)
+    if runtime == "onnxruntime":
+        parameters["provider"] = "cuda" if options.device == "gpu" else "cpu"
+    # Not by model_warmup: Triton 2.51 dies where a decoupled model refuses that request, which a
+    # limit or a deadline may make it do.
+    parameters["warm_up"] = "true"
+    clash = sorted(set(options.settings) & {"bundle", "runtime", "target"})
+    if clash:
+        raise TrioError(f"{clash[0]} is not a setting: it follows from the options of this command")
+    return parameters | dict(options.settings)
+
+
+def _target_parameter(options: Options) -> str:
+    """A shipped target's name, or where in the model's folder the user's own file is put.
+
+    Raises:
+        TrioError: Triton could not open the file by its name.
+    """
+    target = str(options.target)
+    if not Path(target).name.isascii():
+        raise TrioError(
+            f"the target's file is called {Path(target).name!r}, but Triton's python backend opens "
+            "only names of ASCII characters: rename it"
+        )
+    return target if target in list_targets() else f"1/{Path(target).name}"
+
+
+def _files(bundle: Bundle, runtime: str, target: Target | None) -> Iterable[tuple[str, Path]]:
+    """(path relative to the bundle, file) of what serving needs."""
+    for name in [MANIFEST, *bundle.manifest.files]:
+        yield name, safe_path(bundle.path, name)
+    if runtime == "tensorrt":
+        folder, record = _engines(bundle, target)
+        files = [folder / ENGINES_RECORD, *(record.check_file(folder, s) for s in record.stages)]
+        for file in files:
+            yield file.relative_to(bundle.path).as_posix(), file
+
+
+def _engines(bundle: Bundle, target: Target | None) -> tuple[Path, Record]:
+    folder = bundle.path / "engines" / (target.name if target else bundle.manifest.target)
+    return folder, Record.load(folder)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """An engine of TensorRT.
+
+    Attributes:
+        profiles: how many optimisation profiles it has.
+        sizes: inputs whose values are sizes of others, which Triton wants to be told.
+        narrow: whether int64 became int32 in it.
+    """
+
+    file: Path
+    profiles: int
+    sizes: frozenset[str]
+    narrow: bool
+
+
+def _plans(bundle: Bundle, target: Target | None) -> dict[str, _Plan]:
+    """By stage. Before version 10 TensorRT took int64 for int32."""
+    folder, record = _engines(bundle, target)
+    narrow = int(record.tensorrt.split(".")[0]) < 10
+    return {
+        stage: _Plan(
+            record.check_file(folder, stage),
+            len(entry.profiles),
+            frozenset(name for profile in entry.profiles for name in profile.values),
+            narrow,
+        )
+        for stage, entry in record.stages.items()
+    }
+
+
+class _Models:
+    """Writes the models one after another into a repository."""
+
+    def __init__(
+        self,
+        writer: RepositoryWriter,
+        bundle: Bundle,
+        options: Options,
+        settings: Mapping[str, str],
+    ) -> None:
+        self.names: list[str] = []
+        self._writer = writer
+        self._bundle = bundle
+        self._options = options
+        self._settings = settings
+        self._kind = Enum("KIND_GPU" if options.device == "gpu" else "KIND_CPU")
+
+    def add_vlm(self, files: Sequence[tuple[str, Path]]) -> None:
+        """The streaming model, which holds the bundle."""
+        name = f"{self._options.name}_vlm"
+        bar = tqdm(
+            total=sum(path.stat().st_size for _, path in files),
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            desc="bundle",
+            disable=None,
+        )
+        with bar:
+            for relative, path in files:
+                self._place(path, f"{name}/{_BUNDLE}/{relative}", self._options.link, bar.update)
+        if self._settings.get("target", "").startswith("1/"):
+            target = Path(str(self._options.target)).expanduser()
+            self._writer.write(f"{name}/{self._settings['target']}", target.read_bytes())
+        self._writer.write(f"{name}/1/model.py", _model_py("model"))
+        self._config(
+            name,
+            {
+                "backend": "python",
+                "max_batch_size": 0,
+                **_vlm_interface(),
+                "model_transaction_policy": {"decoupled": True},
+                "instance_group": self._instances(self._options.instances),
+                "parameters": _string_parameters(self._settings),
+            },
+        )
+
+    def add_complete(self) -> None:
+        """The model for plain requests, which forwards to the streaming one."""
+        name = f"{self._options.name}_vlm_complete"
+        served = Settings.parse(self._settings)
+        most = self._options.instances * (served.max_rows + served.max_queue)
+        parameters = {
+            "model": f"{self._options.name}_vlm",
+            "max_requests": str(most),
+            "max_bytes": str(self._options.instances * served.max_queue_bytes),
+        }
+        if "watch" in self._settings:
+            parameters["watch"] = self._settings["watch"]
+        self._writer.write(f"{name}/1/model.py", _model_py("complete"))
+        self._config(
+            name,
+            {
+                "backend": "python",
+                "max_batch_size": 0,
+                **_vlm_interface(),
+                # One light process answers any number at once: it waits for the other model.
+                "instance_group": [{"count": 1, "kind": Enum("KIND_CPU")}],
+                "parameters": _string_parameters(parameters),
+            },
+        )
+
+    def add_stages(self, plans: Mapping[str, _Plan] | None) -> None:
+        """Each stage as a model, and vision + embed as an ensemble.
+
+        Args:
+            plans: TensorRT engines; without them the graphs are served by ONNX Runtime.
+        """
+        for stage in self._bundle.stages:
+            if plans is None:
+                self._add_graph(stage)
+            else:
+                self._add_plan(stage, plans[stage])
+        self._add_ensemble(plans is not None and plans["embed"].narrow)
+
+    def _add_graph(self, stage: str) -> None:
+        name = self._stage_name(stage)
+        folder = f"{name}/1/model.onnx"
+        graph = self._bundle.graph(stage)
+        self._place(graph, f"{folder}/model.onnx", self._options.link)
+        for weights in sorted({tensor.file for tensor in external_tensors(graph).values()}):
+            placed = self._writer.path(f"{self._options.name}_vlm/{_BUNDLE}/{weights}")
+            self._place(placed, f"{folder}/{weights}", link=True)
+        self._config(
+            name,
+            {
+                "backend": "onnxruntime",
+                **self._stage_interface(stage),
+                "instance_group": self._instances(1),
+                "model_warmup": self._stage_warm_up(stage),
+            },
+        )
+
+    def _add_plan(self, stage: str, plan: _Plan) -> None:
+        name = self._stage_name(stage)
+        self._place(plan.file, f"{name}/1/model.plan", self._options.link)
+        (group,) = self._instances(1)
+        group["profile"] = [str(profile) for profile in range(plan.profiles)]
+        self._config(
+            name,
+            {
+                "platform": "tensorrt_plan",
+                **self._stage_interface(stage, plan.narrow, plan.sizes),
+                "instance_group": [group],
+            },
+        )
+
+    def _add_ensemble(self, narrow: bool) -> None:
+        """From pixels and token ids to the embeddings that the first segment or selection takes."""
+        vision = self._bundle.manifest.graphs["vision"]
+        embed = self._bundle.manifest.graphs["embed"]
+        between = {tensor.name for tensor in vision.outputs}
+        inputs = (*vision.inputs, *(t for t in embed.inputs if t.name not in between))
+        used = {tensor.name for tensor in embed.inputs}
+        outputs = (*(t for t in vision.outputs if t.name not in used), *embed.outputs)
+        name = f"{self._options.name}_embeddings"
+        self._writer.write(f"{name}/1/.keep", b"")  # object stores forget empty folders
+        self._config(
+            name,
+            {
+                "platform": "ensemble",
+                "max_batch_size": 0,
+                "input": [_tensor(tensor, narrow=narrow) for tensor in inputs],
+                "output": [_tensor(tensor, narrow=narrow) for tensor in outputs],
+                "ensemble_scheduling": {
+                    "step": [
+                        {
+                            "model_name": self._stage_name(stage),
+                            "model_version": -1,
+                            "input_map": [
+                                {"key": tensor.name, "value": tensor.name}
+                                for tensor in self._bundle.manifest.graphs[stage].inputs
+                            ],
+                            "output_map": [
+                                {"key": tensor.name, "value": tensor.name}
+                                for tensor in self._bundle.manifest.graphs[stage].outputs
+                            ],
+                        }
+                        for stage in ("vision", "embed")
+                    ]
+                },
+            },
+        )
+
+    def _stage_name(self, stage: str) -> str:
+        return f"{self._options.name}_{stage}"
+
+    def _stage_interface(
+        self, stage: str, narrow: bool = False, sizes: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Tensors as in the stage contract.
+
+        max_batch_size stays 0: a stage's rows are a batch already, and Triton's own batching would
+        want a second batch axis on [B] tensors and equal lengths, which rows do not have.
+        """
+        graph = self._bundle.manifest.graphs[stage]
+        return {
+            "max_batch_size": 0,
+            "input": [
+                _tensor(tensor, narrow=narrow, size=tensor.name in sizes) for tensor in graph.inputs
+            ],
+            "output": [_tensor(tensor, narrow=narrow) for tensor in graph.outputs],
+        }
+
+    def _stage_warm_up(self, stage: str) -> list[dict[str, Any]] | None:
+        """One blank tile for vision; the others take no input that is right for any model."""
+        if stage != "vision":
+            return None
+        (pixels,) = self._bundle.manifest.graphs[stage].inputs
+        dims = [size if isinstance(size, int) else 1 for size in pixels.shape]
+        blank = {"data_type": Enum(_TYPES[pixels.dtype]), "dims": dims, "zero_data": True}
+        return [_warm_up("one tile", {pixels.name: blank})]
+
+    def _instances(self, count: int) -> list[dict[str, Any]]:
+        # The runtimes take the first GPU they see, wherever Triton would place an instance.
+        gpus = [0] if self._kind == "KIND_GPU" else None
+        return [{"count": count, "kind": self._kind, "gpus": gpus}]
+
+    def _place(
+        self, source: Path, relative: str, link: bool, progress: Progress = lambda count: None
+    ) -> None:
+        place_file(source, self._writer.path(relative), link, progress)
+        self._writer.record(relative, None)
+
+    def _config(self, name: str, fields: Mapping[str, Any]) -> None:
+        self._writer.write(
+            f"{name}/config.pbtxt", format_message({"name": name, **fields}).encode()
+        )
+        self.names.append(name)
+
+
+def _record(bundle: Bundle, names: Sequence[str]) -> bytes:
+    record = {
+        "trio_deploy": trio_deploy.__version__,
+        "bundle": bundle.manifest.model.name,
+        "models": list(names),
+    }
+    return (json.dumps(record, indent=1) + "\n").encode()
+
+
+def _vlm_interface() -> dict[str, Any]:
+    return {
+        "input": [
+            _tensor(TensorInfo(name, kind, (size,)), optional=True)
+            for name, (kind, size) in INPUTS.items()
+        ],
+        "output": [
+            _tensor(TensorInfo(name, kind, (size,))) for name, (kind, size) in OUTPUTS.items()
+        ],
+    }
+
+
+def _tensor(
+    tensor: TensorInfo, optional: bool | None = None, narrow: bool = False, size: bool = False
+) -> dict[str, Any]:
+    kind = "int32" if narrow and tensor.dtype == "int64" else tensor.dtype
+    return {
+        "name": tensor.name,
+        "data_type": Enum(_TYPES[kind]),
+        "dims": [size if isinstance(size, int) else -1 for size in tensor.shape],
+        "is_shape_tensor": True if size else None,
+        "optional": optional,
+    }
+
+
+def _string_parameters(values: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"key": name, "value": {"string_value": value}} for name, value in values.items()]
+
+
+def _warm_up(name: str, inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "batch_size": 1,
+        "inputs": [{"key": key, "value": value} for key, value in inputs.items()],
+    }
+
+
+def _model_py(module: str) -> bytes:
+    return (
+        '"""Loaded by Triton\'s python backend, whose Python needs trio-deploy installed."""\n\n'
+        f"from trio_deploy.serve.triton_server.{module} import TritonPythonModel\n\n"
+        '__all__ = ["TritonPythonModel"]\n'
+    ).encode()

@@ -1,0 +1,1 @@
+"""`trio check`: a bundle against the oracle."""

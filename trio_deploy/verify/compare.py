@@ -1,0 +1,405 @@
+"""One stage against the reference: numbers, and whether they hold.
+
+Every stage is fed the reference's own inputs, so that errors do not add up and a wrong stage is
+named. Padding is not compared. A selection is judged in three steps: its scores against the
+reference's; its kept tokens against the reference's; and, since scores closer than the error
+between them may change places, its kept tokens against those that the greedy rule picks from its
+own scores, which must always agree.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trio_deploy.reference.nms import cosines_of, greedy_by_cosines
+from trio_deploy.reference.trace import Stage, Tensors
+from trio_deploy.schedule.methods import MERGING, TIE
+
+# Methods in which one choice follows from another.
+_CHAINED = ("dart", "divprune")
+
+Run = Callable[[str, Tensors], Mapping[str, NDArray]]
+"""Runs a graph by its name; feeds it does not take are left out."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What may differ.
+
+    Attributes:
+        relative: max|difference| / max|reference| of any output. Scores are proportional to
+            e^(z - z_label), so an error in the probes' logits z is as large a relative one there:
+            they may differ by this times the largest logit, if that is above 1.
+        overlap: share of the kept visual tokens that must be the reference's.
+        excluded: share of the visual tokens whose place in the ranking may be within the error;
+            None where the kept tokens are judged by `overlap` alone.
+        tokens: whether greedy tokens must be the reference's.
+    """
+
+    relative: float
+    overlap: float
+    excluded: float | None
+    tokens: bool
+
+
+TOLERANCES = {
+    "float32": Tolerance(relative=1e-5, overlap=1.0, excluded=0.01, tokens=True),
+    "float16": Tolerance(relative=1e-2, overlap=0.98, excluded=None, tokens=False),
+    # Eight bits of mantissa instead of eleven.
+    "bfloat16": Tolerance(relative=8e-2, overlap=0.9, excluded=None, tokens=False),
+}
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One line of the table.
+
+    Attributes:
+        stage: graph, or what else was compared.
+        max_abs, max_rel: of the output with the largest relative difference, `worst`.
+        overlap: share of the reference's kept visual tokens that were kept.
+        excluded: share of visual tokens whose rank lies within the error.
+        tokens_equal: whether greedy tokens are the reference's.
+        problem: what is beyond tolerance; empty where nothing is.
+    """
+
+    stage: str
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    worst: str = ""
+    overlap: float | None = None
+    excluded: float | None = None
+    tokens_equal: bool | None = None
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether all of it is within tolerance."""
+        return not self.problem
+
+
+def compare_stages(
+    stages: Mapping[str, Stage],
+    run: Run,
+    tolerance: Tolerance,
+    *,
+    threshold: float,
+    separate_decode: bool,
+    methods: Sequence[str],
+) -> list[ParityRow]:
+    """Feed every stage the reference's inputs and compare what comes out.
+
+    Args:
+        stages: the reference's tensors of a batch.
+        run: runs a graph of the bundle.
+        threshold: of the greedy suppression.
+        separate_decode: whether decode.onnx decodes or the prefill graphs do.
+        methods: of the pruning points.
+    """
+    selections = {f"select_{i}": method for i, method in enumerate(methods, 1)}
+    rows = []
+    for name, stage in _with_decode(stages, separate_decode).items():
+        graph = name.removesuffix(" (decode)")
+        got = run(graph, feeds_of(stage))
+        if name in selections:
+            method = selections[name]
+            rows.append(compare_selection(name, stage, got, tolerance, threshold, method))
+        else:
+            rows.append(compare_outputs(name, stage, got, tolerance))
+    return rows
+
+
+def feeds_of(stage: Stage) -> Tensors:
+    """A stage's inputs; a prefill starts from an empty past, [B, G, 0, D]."""
+    feeds = dict(stage.inputs)
+    if feeds.get("past_lengths") is not None and not feeds["past_lengths"].any():
+        for name, present in stage.outputs.items():
+            if name.startswith("present."):
+                feeds[name.replace("present", "past", 1)] = present[:, :, :0]
+    return feeds
+
+
+def _with_decode(stages: Mapping[str, Stage], separate: bool) -> dict[str, Stage]:
+    """The first decoding step under the name of the graph that runs it."""
+    plain = {name: stage for name, stage in stages.items() if not name.startswith("decode_")}
+    steps = {name: stage for name, stage in stages.items() if name.startswith("decode_")}
+    if not steps:
+        return plain
+    if not separate:
+        renamed = {
+            name.replace("decode", "prefill") + " (decode)": step for name, step in steps.items()
+        }
+        return plain | renamed
+    whole = Stage()
+    for step in steps.values():
+        for mine, its in ((whole.inputs, step.inputs), (whole.outputs, step.outputs)):
+            mine |= {key: value for key, value in its.items() if key.startswith(("past.", "pres"))}
+        for key in step.inputs:
+            if key.startswith("past."):  # no input of the graph: says what of `present` is padding
+                layer = key.split(".")[1]
+                whole.inputs[f"past_lengths.{layer}"] = step.inputs["past_lengths"]
+    last = list(steps.values())[-1]
+    whole.outputs["logits"] = last.outputs["logits"]
+    whole.inputs["input_ids"] = last.inputs["input_ids"]
+    for key, source in (("position_ids", "position_ids"), ("lengths", "past_lengths")):
+        columns = [step.inputs[source].reshape(-1, 1) for step in steps.values()]
+        whole.inputs[key] = np.concatenate(columns, axis=1)
+    return plain | {"decode": whole}
+
+
+def compare_outputs(
+    name: str, stage: Stage, got: Mapping[str, NDArray], tolerance: Tolerance
+) -> ParityRow:
+    """Compare all outputs of a stage that does not select."""
+    worst = ParityRow(name)
+    problems = []
+    for key, expected in stage.outputs.items():
+        if expected.size == 0 and np.size(got.get(key, ())) == 0:
+            continue
+        if key not in got or got[key].shape != expected.shape:
+            have = "is missing" if key not in got else f"has the shape {list(got[key].shape)}"
+            problems.append(f"{key} {have}, expected {list(expected.shape)}")
+            continue
+        valid = valid_places(key, stage, expected.shape)
+        if key == "prior_local":  # its integers are ranks, in which a small error is a whole step
+            same = np.floor(got[key]) == np.floor(expected)
+            if same.mean() < tolerance.overlap:
+                problems.append(f"{key} has {1 - same.mean():.1%} of the ranks otherwise")
+            valid = valid & same
+        max_abs, max_rel = difference(got[key][valid], expected[valid])
+        if not max_rel <= worst.max_rel:
+            worst = ParityRow(name, max_abs, max_rel, key)
+        if not max_rel <= tolerance.relative:
+            problems.append(f"{key} differs by {max_rel:.1e}")
+    return ParityRow(name, worst.max_abs, worst.max_rel, worst.worst, problem=_summary(problems))
+
+
+def compare_selection(
+    name: str,
+    stage: Stage,
+    got: Mapping[str, NDArray],
+    tolerance: Tolerance,
+    threshold: float,
+    method: str = "trio",
+) -> ParityRow:
+    """Compare scores and kept tokens of a selection, and check that its outputs fit together.
+
+    Where one choice follows from another (`divprune`, `dart`), the scores of a row that chose
+    otherwise cannot be compared, and do not have to be.
+    """
+    inputs, expected = stage.inputs, stage.outputs
+    missing = [key for key in expected if key not in got]
+    if missing:
+        return ParityRow(name, problem=f"no output {missing[0]}")
+    problems = []
+    if not np.all(got["converged"]):
+        problems.append("converged: the suppression did not converge")
+    max_abs = max_rel = beyond = 0.0
+    kept = agreeing = doubtful = visual_tokens = 0
+    for b, visual in enumerate(inputs["visual_mask"].astype(bool)):
+        scores = got["saliency"][b].astype(np.float64)
+        reference = expected["saliency"][b].astype(np.float64)
+        if scores[~visual].any():
+            problems.append(f"saliency: row {b} has scores where nothing is visual")
+        chosen = got["keep_index"][b][: int(expected["lengths_out"][b])]
+        own = _visual_set(chosen, visual)
+        theirs = _visual_set(expected["keep_index"][b], visual)
+        twins = _twins(inputs, b)
+        same, meant = (Counter(twins[place] for place in places) for places in (own, theirs))
+        kept, agreeing = kept + len(theirs), agreeing + (same & meant).total()
+        visual_tokens += int(visual.sum())
+        if method not in _CHAINED or same == meant:
+            row_abs, row_rel = difference(scores[visual], reference[visual])
+            max_abs, max_rel = max(max_abs, row_abs), max(max_rel, row_rel)
+            beyond = max(beyond, row_rel / max(1.0, float(inputs["probe_logits"][b])))
+            doubt = tied(scores[visual], reference[visual])
+            doubt &= np.bincount(twins)[twins[visual]] == 1
+            doubtful += int(doubt.sum())
+            if tolerance.excluded is not None and same != meant and not doubt.any():
+                problems.append(
+                    f"keep_index: row {b} keeps other tokens though no scores are within the error"
+                )
+        elif method == "dart" and tolerance.excluded is not None:
+            problems.append(f"keep_index: row {b} keeps other tokens")
+        if not _picks(method, own, scores, inputs["hidden_states"][b], visual, threshold):
+            problems.append(
+                f"keep_index: row {b} does not keep what the rule picks by its saliency"
+            )
+    problems += _misfits(stage, got, tolerance if method in MERGING else None)
+    if not beyond <= tolerance.relative:
+        problems.insert(0, f"saliency differs by {max_rel:.1e}")
+    overlap = agreeing / kept if kept else 1.0
+    excluded = doubtful / visual_tokens if visual_tokens else 0.0
+    if tolerance.excluded is None:
+        if overlap < tolerance.overlap:
+            problems.append(f"keep_index: only {overlap:.1%} of the kept tokens agree")
+    elif excluded > tolerance.excluded:
+        problems.append(f"saliency: the rank of {excluded:.1%} of the tokens lies within the error")
+    return ParityRow(
+        name, max_abs, max_rel, "saliency", overlap, excluded, problem=_summary(problems)
+    )
+
+
+def difference(got: NDArray, expected: NDArray) -> tuple[float, float]:
+    """max|difference|, and the same over max|expected|; infinite where something is not finite."""
+    if expected.size == 0:
+        return 0.0, 0.0
+    delta = np.abs(got.astype(np.float64) - expected.astype(np.float64)).max()
+    if not np.isfinite(delta):
+        return float("inf"), float("inf")
+    scale = np.abs(expected.astype(np.float64)).max()
+    return float(delta), float(delta / scale if scale else (0.0 if delta == 0 else np.inf))
+
+
+def valid_places(key: str, stage: Stage, shape: Sequence[int]) -> NDArray[np.bool_]:
+    """Which entries of an output are no padding, bool of its shape."""
+    lengths = stage.inputs.get("lengths")
+    if key.startswith("present."):
+        axis = 2
+        layer = key.split(".")[1]
+        new, past = stage.inputs["lengths"], stage.inputs.get("past_lengths")
+        lengths = new + past if past is not None else stage.inputs[f"past_lengths.{layer}"] + 1
+    elif key in ("hidden_states", "hidden_states_out", "inputs_embeds"):
+        axis = 1
+    else:
+        return np.ones(shape, bool)
+    if lengths is None:
+        return np.ones(shape, bool)
+    inside = np.arange(shape[axis]) < lengths[:, None]
+    places = [1] * len(shape)
+    places[0], places[axis] = shape[0], shape[axis]
+    return np.broadcast_to(inside.reshape(places), shape)
+
+
+def tied(scores: NDArray, reference: NDArray) -> NDArray[np.bool_]:
+    """Tokens whose place in the ranking lies within the error, [N].
+
+    A token's error is the difference between its two scores; two tokens may change places where
+    their distance is at most the sum of their errors. What is common to all scores, a factor,
+    changes no rank and is taken out first.
+    """
+    some = scores > 0
+    factor = np.median(reference[some] / scores[some]) if some.any() else 1.0
+    error = np.abs(scores * factor - reference)
+    low, high = reference - error, reference + error
+    order = np.argsort(low, kind="stable")
+    doubt = np.zeros(len(order), bool)
+    top = None
+    for token in order:
+        if top is not None and low[token] <= high[top] and error[token] + error[top] > 0:
+            doubt[token] = doubt[top] = True
+        if top is None or high[token] > high[top]:
+            top = token
+    return doubt
+
+
+def _picks(
+    method: str,
+    own: set[int],
+    scores: NDArray,
+    hidden: NDArray,
+    visual: NDArray,
+    threshold: float,
+) -> bool:
+    """Whether `own` is what a method's rule keeps, given these scores.
+
+    Similarities a rounding away from the threshold may fall either way.
+    """
+    places = np.flatnonzero(visual)
+    if method == "divprune":
+        return _farthest(own, scores, hidden, places)
+    if method in ("dart", "vscan"):  # nothing that scores alone could tell
+        return True
+    if method != "trio":
+        order = places[np.argsort(-scores[places], kind="stable")]
+        return set(order[: len(own)].tolist()) == own
+    cosines = cosines_of(hidden[visual])
+    for margin in (0.0, 1e-6, -1e-6):
+        kept = greedy_by_cosines(scores[visual], cosines, len(own), threshold + margin)
+        if set(places[kept].tolist()) == own:
+            return True
+    return False
+
+
+def _twins(inputs: Mapping[str, NDArray], row: int) -> NDArray[np.int64]:
+    """For each token of a row the first that a method cannot tell from it: [S].
+
+    Which of the two is kept may hang on the last bit of a sum.
+    """
+    parts = [inputs["hidden_states"][row], inputs["position_ids"][row][:, None]]
+    parts += [inputs[name][row][:, None] for name in ("prior", "prior_local") if name in inputs]
+    seen: dict[bytes, int] = {}
+    keys = (b"".join(part[token].tobytes() for part in parts) for token in range(len(parts[0])))
+    return np.array([seen.setdefault(key, token) for token, key in enumerate(keys)], np.int64)
+
+
+def _farthest(own: set[int], scores: NDArray, hidden: NDArray, places: NDArray) -> bool:
+    """Whether each of `own`, from the first on, was the farthest from those before it."""
+    if not own or len(own) == len(places):
+        return True
+    cosines = cosines_of(hidden[places])
+    order = sorted(own, key=lambda place: -scores[place])  # it falls from pick to pick
+    gap = np.full(len(places), np.inf)
+    for before, token in pairwise(order):
+        gap = np.minimum(gap, 1 - cosines[np.searchsorted(places, before)])
+        gap[places == before] = -np.inf
+        if gap[places == token] < gap.max() - 2 * TIE:
+            return False
+    return True
+
+
+def _visual_set(index: NDArray, visual: NDArray) -> set[int]:
+    return {int(place) for place in index if place >= 0 and visual[place]}
+
+
+def _misfits(
+    stage: Stage, got: Mapping[str, NDArray], merged: Tolerance | None = None
+) -> list[str]:
+    """What is wrong with a selection's other outputs, given the tokens it kept.
+
+    Args:
+        merged: how far hidden states may be from the reference's, where they are means; None where
+            they must be those of the tokens kept.
+    """
+    inputs, expected = stage.inputs, stage.outputs
+    problems = []
+    for key in ("keep_index", "hidden_states_out", "position_ids_out", "visual_mask_out"):
+        if got[key].shape != expected[key].shape:
+            return [f"{key} has the shape {list(got[key].shape)}"]
+    if not np.array_equal(got["lengths_out"], expected["lengths_out"]):
+        problems.append("lengths_out is wrong")
+    index = got["keep_index"]
+    real = np.arange(index.shape[1]) < expected["lengths_out"][:, None]
+    if (index[~real] != -1).any() or (index[real] < 0).any():
+        return [*problems, "keep_index is not padded with -1"]
+    at = np.where(real, index, 0)
+    take = np.take_along_axis
+    if (np.diff(at, axis=1)[real[:, 1:]] <= 0).any():
+        problems.append("keep_index is not in ascending order")
+    moved = np.where(real[..., None], take(inputs["hidden_states"], at[..., None], axis=1), 0)
+    if merged is not None:
+        far = difference(got["hidden_states_out"], expected["hidden_states_out"])[1]
+        if not far <= merged.relative:
+            problems.append(f"hidden_states_out differs by {far:.1e}")
+    elif not np.array_equal(got["hidden_states_out"], moved.astype(got["hidden_states_out"].dtype)):
+        problems.append("hidden_states_out is not what keep_index says")
+    if not np.array_equal(got["visual_mask_out"], take(inputs["visual_mask"], at, axis=1) & real):
+        problems.append("visual_mask_out is not what keep_index says")
+    renumbered = np.where(real, np.arange(index.shape[1]), 0)
+    original = np.where(real, take(inputs["position_ids"], at, axis=1), 0)
+    # The reference's positions tell which of the two the bundle is made for.
+    rule = renumbered if np.array_equal(expected["position_ids_out"], renumbered) else original
+    if not np.array_equal(got["position_ids_out"], rule):
+        problems.append("position_ids_out is wrong")
+    return problems
+
+
+def _summary(problems: Sequence[str]) -> str:
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{problems[0]}{more}" if problems else ""

@@ -1,0 +1,165 @@
+"""Engines against ONNX Runtime on the same inputs, run and compared by NVIDIA's Polygraphy.
+
+The oracle's inputs are a few prompts; here every engine is run at the least, the typical and the
+largest shapes of each of its profiles, which it was tuned for one by one, and a selection with
+tokens that suppress each other there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trio_deploy.errors import TrioError
+from trio_deploy.reference.trace import Stage, Tensors
+from trio_deploy.runtimes.base import Engine
+from trio_deploy.runtimes.tensorrt.first_run import CORNERS
+from trio_deploy.runtimes.tensorrt.profiles import Profile
+from trio_deploy.verify.compare import ParityRow, Tolerance, compare_outputs, compare_selection
+from trio_deploy.verify.inputs import cases
+
+Open = Callable[[str], Engine]
+"""Opens the engine of a stage."""
+
+
+def compare_engines(
+    profiles: Mapping[str, Sequence[Profile]],
+    open_reference: Open,
+    open_engine: Open,
+    tolerance: Tolerance,
+    *,
+    threshold: float,
+    methods: Sequence[str],
+) -> list[ParityRow]:
+    """Compare stage by stage, at three shapes a profile, on the inputs of `feeds.cases`.
+
+    Args:
+        profiles: what the engines were built for, by stage.
+        open_reference: opens ONNX Runtime's; dropped before the next is opened.
+        threshold: of the greedy suppression.
+        methods: of the pruning points.
+
+    Returns:
+        A row a stage, profile and shape; `problem` names the tensor that is beyond tolerance.
+
+    Raises:
+        TrioError: Polygraphy is not installed, or an engine fails.
+    """
+    polygraphy = _polygraphy()
+    selections = {f"select_{i}": method for i, method in enumerate(methods, 1)}
+    rows = []
+    for stage, found in profiles.items():
+        reference, engine = open_reference(stage), open_engine(stage)
+        for profile in found:
+            which = f"{profile.name} " if len(found) > 1 else ""
+            for corner in CORNERS:
+                for remark, feeds in cases(reference.inputs, profile, corner, threshold):
+                    label = f"{stage} [{which}{corner}{remark and ': '}{remark}]"
+                    judge = _Judge(label, feeds, tolerance, threshold, selections.get(stage))
+                    polygraphy.compare(reference, engine, feeds, judge)
+                    rows.append(judge.row)
+    return rows
+
+
+class _Judge:
+    """Compares what two runs gave, as Polygraphy asks for it: output → whether it holds.
+
+    Attributes:
+        row: of the comparison, when it was made.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        feeds: Tensors,
+        tolerance: Tolerance,
+        threshold: float,
+        method: str | None,
+    ) -> None:
+        self._name, self._feeds = name, feeds
+        self._tolerance, self._threshold, self._method = tolerance, threshold, method
+        self.row = ParityRow(name, problem="was not compared")
+
+    def __call__(self, theirs: Any, ours: Any) -> OrderedDict[str, bool]:
+        trace = Stage(_context(self._feeds), dict(theirs))
+        if self._method is None:
+            self.row = compare_outputs(self._name, trace, dict(ours), self._tolerance)
+        else:
+            self.row = compare_selection(
+                self._name, trace, dict(ours), self._tolerance, self._threshold, self._method
+            )
+        return OrderedDict({self.row.worst or self._name: self.row.passed})
+
+
+def _context(feeds: Tensors) -> dict[str, Any]:
+    """A stage's inputs, with what the comparison goes by."""
+    inputs = dict(feeds)
+    if "position_ids" in inputs and "lengths" not in inputs:  # a graph that does not read them
+        inputs["lengths"] = np.full(len(inputs["position_ids"]), inputs["position_ids"].shape[1])
+    if "input_ids" in inputs and "lengths" in inputs:  # decode.onnx: one column a segment
+        for name in feeds:
+            if name.startswith("past."):
+                inputs[f"past_lengths.{name.split('.')[1]}"] = feeds["lengths"][:, 0]
+    elif "lengths" in inputs:
+        inputs.setdefault("past_lengths", np.zeros_like(inputs["lengths"]))  # a prefill from none
+    # How large the probes' logits are is not known here: scores are held to the stricter bound.
+    inputs["probe_logits"] = np.ones(len(next(iter(feeds.values()))), np.float32)
+    return inputs
+
+
+class _Polygraphy:
+    """Polygraphy's Comparator over two of our engines."""
+
+    def __init__(self) -> None:
+        from polygraphy.backend.base import BaseRunner
+        from polygraphy.common import TensorMetadata
+        from polygraphy.comparator import Comparator
+        from polygraphy.logger import G_LOGGER
+
+        class EngineRunner(BaseRunner):  # type: ignore[misc]
+            def __init__(self, engine: Engine, name: str) -> None:
+                super().__init__(name)
+                self._engine = engine
+
+            def get_input_metadata_impl(self) -> Any:
+                metadata = TensorMetadata()
+                for name, spec in self._engine.inputs.items():
+                    shape = [size if isinstance(size, int) else -1 for size in spec.shape]
+                    metadata.add(name, dtype=spec.dtype, shape=shape)
+                return metadata
+
+            def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> Any:
+                start = time.perf_counter()
+                # An engine may lack an input that its graph does not read.
+                taken = {name: feed_dict[name] for name in self._engine.inputs}
+                outputs = OrderedDict(self._engine.run(taken))
+                self.inference_time = time.perf_counter() - start
+                return outputs
+
+        self._runner, self._comparator, self._logger = EngineRunner, Comparator, G_LOGGER
+
+    def compare(
+        self,
+        reference: Engine,
+        engine: Engine,
+        feeds: Mapping[str, np.ndarray],
+        judge: _Judge,
+    ) -> None:
+        """Run both on the same inputs and have what they give judged."""
+        runners = [self._runner(reference, "ONNX Runtime"), self._runner(engine, "engine")]
+        with self._logger.verbosity(self._logger.CRITICAL):
+            results = self._comparator.run(runners, data_loader=[feeds])
+            self._comparator.compare_accuracy(results, compare_func=judge)
+
+
+def _polygraphy() -> _Polygraphy:
+    try:
+        return _Polygraphy()
+    except ImportError as error:
+        raise TrioError(
+            f"comparing engines needs Polygraphy ({error}): pip install 'trio-deploy[tensorrt]'"
+        ) from error

@@ -1,0 +1,117 @@
+"""The reference's answers kept in the bundle, so that a device without torch can be checked.
+
+One file without pickles, `golden/reference.npz`: the pictures, every stage's inputs and outputs
+(equal arrays once), and a JSON text with prompts, tokens and where each array belongs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import MANIFEST, FileInfo
+from trio_deploy.errors import TrioError
+from trio_deploy.files import safe_path, sha256_of, write_atomically
+from trio_deploy.reference.trace import Stage
+from trio_deploy.verify.examples import Example
+
+GOLDEN = "golden/reference.npz"
+_INDEX = "index"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the oracle says about a batch.
+
+    Attributes:
+        examples: the batch.
+        stages: every stage's tensors.
+        tokens: greedy tokens of each row, an end token included.
+    """
+
+    examples: list[Example]
+    stages: dict[str, Stage]
+    tokens: list[list[int]]
+
+
+def store(bundle: Bundle, reference: Reference) -> Bundle:
+    """Write the reference into the bundle and its manifest; returns the bundle with it."""
+    arrays: dict[str, NDArray] = {}
+
+    def put(array: NDArray) -> str:
+        raw = np.ascontiguousarray(array)
+        digest = hashlib.sha256(f"{raw.dtype}{raw.shape}".encode() + raw.tobytes()).hexdigest()
+        arrays[digest] = raw
+        return digest
+
+    index: dict[str, Any] = {
+        "threshold": bundle.manifest.threshold,
+        "tokens": reference.tokens,
+        "examples": [
+            {"prompt": e.prompt, "pictures": [put(np.asarray(p)) for p in e.pictures]}
+            for e in reference.examples
+        ],
+        "stages": {
+            name: {
+                side: {key: put(value) for key, value in getattr(stage, side).items()}
+                for side in ("inputs", "outputs")
+            }
+            for name, stage in reference.stages.items()
+        },
+    }
+    target = bundle.path / GOLDEN
+    target.parent.mkdir(exist_ok=True)
+    content = io.BytesIO()
+    text = np.frombuffer(json.dumps(index).encode(), np.uint8)
+    np.savez(content, allow_pickle=False, **{_INDEX: text}, **arrays)
+    write_atomically(target, content.getvalue())
+    entry = FileInfo(target.stat().st_size, sha256_of(target))
+    manifest = replace(bundle.manifest, files=bundle.manifest.files | {GOLDEN: entry})
+    write_atomically(bundle.path / MANIFEST, manifest.dump())
+    return replace(bundle, manifest=manifest)
+
+
+def load(bundle: Bundle) -> Reference:
+    """What `store` wrote.
+
+    Raises:
+        TrioError: nothing was recorded, or the file is damaged.
+    """
+    if GOLDEN not in bundle.manifest.files:
+        raise TrioError(
+            f"the bundle {bundle.path} holds no recorded reference: run `trio check --record` "
+            "on a machine with torch first"
+        )
+    file = safe_path(bundle.path, GOLDEN)
+    if sha256_of(file) != bundle.manifest.files[GOLDEN].sha256:
+        raise TrioError(f"{file} is damaged: copy it again, or record it again")
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            index = json.loads(arrays[_INDEX].tobytes())
+            return Reference(
+                examples=[
+                    Example(e["prompt"], tuple(Image.fromarray(arrays[p]) for p in e["pictures"]))
+                    for e in index["examples"]
+                ],
+                stages={
+                    name: Stage(
+                        *(
+                            {key: arrays[at] for key, at in sides[side].items()}
+                            for side in ("inputs", "outputs")
+                        )
+                    )
+                    for name, sides in index["stages"].items()
+                },
+                tokens=index["tokens"],
+            )
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise TrioError(f"{file} is damaged ({error}): record it again") from error

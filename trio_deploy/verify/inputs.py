@@ -1,0 +1,191 @@
+"""What engines are fed when they are compared: values that take every path through their graphs.
+
+Independent random hidden states have cosines near zero: no token suppresses another, and the loops
+of a selection have nothing to do. Here visual tokens come in groups of near-copies, and rows differ
+in what they ask for (`ROWS`).
+
+B rows, S tokens, W width after pruning, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trio_deploy.runtimes.base import TensorSpec
+from trio_deploy.runtimes.tensorrt.first_run import example_feeds
+from trio_deploy.runtimes.tensorrt.profiles import Profile
+from trio_deploy.schedule.methods import SEEDS
+
+ROWS = ("fill", "cut", "padded", "whole")
+"""Rows of a selection: more is kept than survives the suppression, so that it fills up; less, so
+that it ends early; a padded row that fills up; a row that keeps all it has, however much it may."""
+_TRIVIAL = 8  # tokens, below which one row is like another
+_CHAIN = 6  # tokens in which each suppresses the next and not the one behind it
+_STEP = 1.4  # from one token of a group to the next: its norm, by which its gradient falls
+_JITTER = 0.01  # radians between tokens at one place of a chain
+_TIES = 32  # different values of an encoder's score
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a selection's inputs.
+
+    Attributes:
+        length: valid tokens.
+        visual: bool [S].
+        keep: visual tokens to keep.
+        groups: of near-copies among the visual tokens.
+    """
+
+    length: int
+    visual: NDArray[np.bool_]
+    keep: int
+    groups: int
+
+    @property
+    def kept(self) -> int:
+        """Tokens behind the pruning point."""
+        seen = int(self.visual.sum())
+        return self.length - seen + min(self.keep, seen)
+
+
+def cases(
+    inputs: Mapping[str, TensorSpec], profile: Profile, corner: str, threshold: float
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """What to feed a stage at a profile's corner: a remark ("" for the first) and inputs.
+
+    A selection is fed several times where a batch has no room for all of `ROWS`.
+
+    Args:
+        inputs: of the graph, as ONNX Runtime has them.
+        threshold: of the greedy suppression.
+    """
+    feeds = example_feeds(inputs, profile, corner)
+    random = np.random.default_rng(1)
+    if "keep" in feeds:
+        yield from _selections(feeds, profile, threshold, random)
+        return
+    behind = "past_lengths" if np.any(feeds.get("past_lengths", 0)) else "lengths"
+    for name, array in feeds.items():
+        if name.startswith("past."):  # zeros would hide a wrong attention over them
+            feeds[name] = random.standard_normal(array.shape).astype(array.dtype)
+        elif name == "source_index" and len(feeds["image_features"]):
+            rows = len(feeds["image_features"]) + 1  # the last is the newline
+            array[:, 1::2] = array.shape[1] + np.arange(array.shape[1] // 2) % rows
+        elif name == behind:  # every second row is shorter
+            array[1::2] = np.maximum(array[1::2] * 3 // 4, np.minimum(array[1::2], 1))
+    yield "", feeds
+
+
+def _selections(
+    feeds: Mapping[str, np.ndarray],
+    profile: Profile,
+    threshold: float,
+    random: np.random.Generator,
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    batch, tokens = feeds["visual_mask"].shape
+    kinds = list(ROWS) if tokens >= _TRIVIAL else list(ROWS[:1])
+    most = int(feeds["width"][0])
+    bounds = profile.values.get("width")
+    least = bounds.min[0] if bounds else 1
+    for number, start in enumerate(range(0, len(kinds), batch)):
+        chosen = [kinds[(start + b) % len(kinds)] for b in range(batch)]
+        rows = [plan(kind, tokens, most) for kind in chosen]
+        made = dict(feeds)
+        made["lengths"] = np.array([row.length for row in rows], feeds["lengths"].dtype)
+        made["keep"] = np.array([row.keep for row in rows], feeds["keep"].dtype)
+        made["visual_mask"] = np.stack([row.visual for row in rows])
+        made["width"] = np.array([max(least, *(row.kept for row in rows))], feeds["width"].dtype)
+        hidden, places = zip(
+            *(_hidden(row, feeds["hidden_states"].shape[2], threshold, random) for row in rows),
+            strict=True,
+        )
+        made["hidden_states"] = np.stack(hidden).astype(feeds["hidden_states"].dtype)
+        made["position_ids"] = np.stack(places).astype(feeds["position_ids"].dtype)
+        if "seed" in feeds:
+            made["seed"] = random.integers(0, SEEDS, batch).astype(feeds["seed"].dtype)
+        patches = made["visual_mask"] & (random.random((batch, tokens)) > 0.05)  # and newlines
+        for name in ("prior", "prior_local"):
+            if name in feeds:
+                made[name] = (patches * _scores(name, (batch, tokens), random)).astype(np.float32)
+        yield ", ".join(dict.fromkeys(chosen)) if batch < len(kinds) and number else "", made
+
+
+def plan(kind: str, tokens: int, width: int) -> Row:
+    """A row of one of `ROWS` in S tokens that leaves W at most."""
+    text = max(1, min(width // 4, 32))
+    length = tokens
+    if kind == "padded":
+        length = max(text + 1, tokens * 3 // 4)
+    elif kind == "whole":
+        length = min(tokens, width)
+    text = min(text, length)
+    seen = length - text
+    visual = np.zeros(tokens, np.bool_)
+    first = min(text - 1, text // 2)  # some text before the picture, the rest behind it
+    visual[first : first + seen] = True
+    room = max(0, width - text)
+    if kind == "whole":
+        return Row(length, visual, seen + 5, max(1, seen // 3))
+    # About two of a group survive the suppression.
+    if kind == "cut":
+        keep = max(0, min(room, seen // 3))
+        groups = keep
+    else:
+        keep = max(0, min(room, seen * 4 // 5))
+        groups = keep // 3
+    return Row(length, visual, keep, max(1, min(groups, seen)))
+
+
+def _hidden(
+    row: Row, size: int, threshold: float, random: np.random.Generator
+) -> tuple[NDArray, NDArray]:
+    """Hidden states [S,d] and positions [S] of a row; what pads it is as large as the rest."""
+    tokens = len(row.visual)
+    hidden = 0.1 * random.standard_normal((tokens, size))
+    positions = np.arange(tokens)
+    places = random.permutation(np.flatnonzero(row.visual))
+    groups = np.array_split(places, row.groups) if len(places) else []
+    for number, members in enumerate(groups):
+        rows = _alike(number % 4, len(members), size, threshold, random)
+        hidden[members] = rows * _STEP ** (np.arange(len(members)) % _CHAIN)[:, None]
+        if number % 4 == 3:  # the same token twice: all scores of a pair are equal
+            for one, other in zip(members[::2], members[1::2], strict=False):
+                hidden[other], positions[other] = hidden[one], positions[one]
+    return hidden, positions
+
+
+def _alike(
+    kind: int, count: int, size: int, threshold: float, random: np.random.Generator
+) -> NDArray:
+    """`count` rows [count,d] that resemble each other, cosines at least 0.02 off the threshold.
+
+    Kinds: 0 and 3, all near-copies; 1, a chain, in which each is a near-copy of the next alone; 2,
+    all near-copies of the first, but for the last, which just misses it, and a third of them of one
+    another.
+    """
+    axes = np.linalg.qr(random.standard_normal((size, 4)))[0].T
+    threshold = min(threshold, 0.97)
+    near = np.arccos(threshold + random.uniform(0.02, 0.08, count) * (1 - threshold) / 0.2)
+    far = np.arccos(threshold - 0.02)
+    if kind == 1:
+        angles = np.resize(np.cumsum(near[:_CHAIN]), count) + random.uniform(0, _JITTER, count)
+        rows = np.outer(np.cos(angles), axes[0]) + np.outer(np.sin(angles), axes[1])
+    else:
+        angles = near / 2 if kind != 2 else near  # two at half the angle are still near-copies
+        angles[0] = 0.0
+        if kind == 2 and count > 2:
+            angles[-1] = far
+        turn = np.resize(np.arange(1, len(axes)), count)
+        rows = np.outer(np.cos(angles), axes[0]) + np.sin(angles)[:, None] * axes[turn]
+    return 0.1 * np.sqrt(size) * rows
+
+
+def _scores(name: str, shape: tuple[int, int], random: np.random.Generator) -> NDArray:
+    """An encoder's scores with ties; of `prior_local` the integers are ranks within a window."""
+    fraction = random.integers(1, _TIES + 1, shape) / _TIES
+    return fraction if name == "prior" else random.integers(1, 37, shape) + 0.9 * fraction
