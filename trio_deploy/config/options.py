@@ -1,0 +1,79 @@
+"""What callers choose: how a bundle is run, how it is exported, how its selections work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trio_deploy.config.target import Target
+from trio_deploy.schedule.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How a bundle is run; None takes what its target says.
+
+    Attributes:
+        runtime: name of the runtime, such as `onnxruntime`.
+        target: name or file of a target, or the target itself; None: the one the bundle was
+            exported for.
+        provider: execution provider of ONNX Runtime, `cpu` or `cuda`.
+        precision: float type that OpenVINO computes in, `float32` or `bfloat16`.
+        threads: CPU threads per operator; None: the runtime's choice.
+        low_memory: keep weights in the page cache alone (ONNX Runtime; slower decode).
+    """
+
+    runtime: str | None = None
+    target: str | Path | Target | None = None
+    provider: str | None = None
+    precision: str | None = None
+    threads: int | None = None
+    low_memory: bool = False
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """How selections work; None takes the recipe's value.
+
+    Attributes:
+        probe: position of the probe tokens: `last`, they end at the last valid token, or `shifted`,
+            one before it.
+        probes: number of probe positions, at most.
+        positions: position ids after pruning: `renumber` or `original`.
+        threshold: cosine similarity at which a kept token suppresses another, in (0, 1].
+    """
+
+    probe: str | None = None
+    probes: int | None = None
+    positions: str | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an export makes of a model.
+
+    Attributes:
+        budget: average share of visual tokens per layer; None: 0.111.
+        schedule: pruning points instead of a budget, as text or the name of one of the recipe's
+            schedules.
+        method: selection method of pruning points that name none; None: the recipe's, else trio.
+        dtype: float type of graphs and weights; None: the target's.
+        dialect: dialect of the graphs; None: the target's.
+        target: name or file of a target; None: `cpu`.
+        link_weights: hard-link the checkpoint's files instead of copying weights.
+        graphs_only: write graphs without weights.
+        force: replace an existing bundle, once the new one is complete.
+        selection: how selections work.
+    """
+
+    budget: float | None = None
+    schedule: Schedule | str | None = None
+    method: str | None = None
+    dtype: str | None = None
+    dialect: str | None = None
+    target: str | Path | None = None
+    link_weights: bool = False
+    graphs_only: bool = False
+    force: bool = False
+    selection: SelectionOptions = field(default_factory=SelectionOptions)
