@@ -15,7 +15,7 @@ import sys
 
 import numpy as np
 
-from trio_deploy.evaluate.statistics import Bootstrap
+from trio_deploy.evaluation.statistics import Bootstrap
 
 PICTURES = ((10, 16), (40, 16), (160, 16), (500, 1))
 SHARES = (0.8, 0.97, 0.994, 0.998)

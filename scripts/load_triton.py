@@ -3,7 +3,7 @@
     scripts/setup_triton.sh
     .venv-triton/bin/python scripts/load_triton.py [--clients 32] [--seconds 60] [--out FOLDER]
 
-Pictures and questions are those of `trio_deploy.evaluate.scenes`. First the pipeline answers them
+Pictures and questions are those of `trio_deploy.evaluation.scenes`. First the pipeline answers them
 one after another, as `trio run` does; its tokens are what every answer is compared with. Then
 a server is started on loopback, and one client, then N clients ask without a pause, each its next
 question when the answer to the last is complete. Prints throughput, time to the first token,
@@ -36,7 +36,7 @@ from triton_server import TritonServer
 from trio_deploy.bench.environment import load_average, machine, machine_text
 from trio_deploy.bench.runner import budget_name
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.evaluate import scenes
+from trio_deploy.evaluation import scenes
 from trio_deploy.export.job import export
 from trio_deploy.pipeline.pipeline import TrioPipeline
 from trio_deploy.serve.triton_server.repository import Options, read_settings, write_repository

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from trio_deploy.cli.run import save_kept
-from trio_deploy.evaluate import scenes
+from trio_deploy.evaluation import scenes
 from trio_deploy.export.job import export
 from trio_deploy.pipeline.pipeline import Request, TrioPipeline
 

@@ -21,9 +21,9 @@ from trio_deploy.bench.environment import machine_text
 from trio_deploy.bench.table import to_markdown
 from trio_deploy.cli import main as cli
 from trio_deploy.cost.plan import make_plan
-from trio_deploy.evaluate.plot import PLOT, draw
-from trio_deploy.evaluate.results import Result, Results
-from trio_deploy.evaluate.statistics import Estimate
+from trio_deploy.evaluation.plot import PLOT, draw
+from trio_deploy.evaluation.results import Result, Results
+from trio_deploy.evaluation.statistics import Estimate
 from trio_deploy.export.job import export
 
 ROOT = Path(__file__).parent.parent

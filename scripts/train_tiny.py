@@ -43,7 +43,7 @@ from transformers import (
 )
 from transformers import LlavaForConditionalGeneration as Llava
 
-from trio_deploy.evaluate import scenes
+from trio_deploy.evaluation import scenes
 
 SCENES, SMOOTH_EVERY, SETS, ASKED = 24_000, 8, 4, 16
 TOWER_STEPS, TOWER_BATCH = 1600, 32
@@ -753,7 +753,7 @@ A LLaVA of {millions:.2f} M parameters (fp16, {megabytes:.1f} MB) in the format 
 `LlavaForConditionalGeneration`: CLIP tower (192 px, patches of 12 px: 256 visual tokens,
 {tower_layers} layers, the last but one is read), two-layer projector, Llama with {layers} layers of
 width {hidden} (2 heads of 64). It answers questions about synthetic scenes
-(`trio_deploy/evaluate/scenes.py`) and knows {vocab} words; it is no use for anything else. It
+(`trio_deploy/evaluation/scenes.py`) and knows {vocab} words; it is no use for anything else. It
 exists so that pruning can be tried, tested and measured end to end in seconds on a CPU.
 
 ```python

@@ -31,7 +31,7 @@ ROOMS = (
     "cost",
     "verify",
     "bench",
-    "evaluate",
+    "evaluation",
     "report",
     "serve",
     "cli",

@@ -358,7 +358,7 @@ class Part:
         """
         from trio_deploy.bundle.bundle import Bundle
         from trio_deploy.cost.flops import max_visual_tokens
-        from trio_deploy.evaluate.configurations import Source
+        from trio_deploy.evaluation.configurations import Source
         from trio_deploy.export.job import export
 
         folder = self.work / f"{Path(str(model)).name}-{dtype}-{layout}"

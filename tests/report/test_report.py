@@ -23,8 +23,8 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import MANIFEST
 from trio_deploy.cli import main as cli
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate.results import KindResult, Result, Results
-from trio_deploy.evaluate.statistics import Estimate
+from trio_deploy.evaluation.results import KindResult, Result, Results
+from trio_deploy.evaluation.statistics import Estimate
 from trio_deploy.export.job import export
 from trio_deploy.files import sha256_of
 from trio_deploy.report import gather
@@ -357,7 +357,7 @@ def test_a_quick_accuracy_is_that_of_the_bundles_own_schedule(bundle, monkeypatc
 
 
 def test_the_default_questions_are_about_the_test_split():
-    from trio_deploy.evaluate.scenes import TEST_SEEDS
+    from trio_deploy.evaluation.scenes import TEST_SEEDS
 
     asked = gather.default_questions()
     assert len(asked) == 4 and asked[0].images == asked[1].images

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trio_deploy.evaluate.statistics import Estimate
+from trio_deploy.evaluation.statistics import Estimate
 
 ROOT = Path(__file__).parents[2]
 

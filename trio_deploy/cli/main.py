@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import trio_deploy
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate.options import add_eval, add_tune
+from trio_deploy.evaluation.options import add_eval, add_tune
 from trio_deploy.schedule.methods import METHODS
 
 _EXPORT_SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
@@ -323,14 +323,14 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from trio_deploy.evaluate.command import run_eval
+    from trio_deploy.evaluation.command import run_eval
 
     results = run_eval(args)
     print(json.dumps(results.to_json(), indent=1) if args.json else results.to_text())
 
 
 def _tune(args: argparse.Namespace) -> None:
-    from trio_deploy.evaluate.command import run_tune, tuned_text
+    from trio_deploy.evaluation.command import run_tune, tuned_text
 
     print(tuned_text(run_tune(args)))
 

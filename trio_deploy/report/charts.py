@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from trio_deploy.evaluate.plot import STRETCHED, scale, stretched
+from trio_deploy.evaluation.plot import STRETCHED, scale, stretched
 
 COLOURS = 14  # page.css has as many, for light and for dark
 DASHES = ("", "7 3", "2.5 2.5", "8 3 2 3", "12 4")

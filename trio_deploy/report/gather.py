@@ -31,8 +31,8 @@ from trio_deploy.bundle.manifest import ENGINES, MANIFEST, WEIGHTS
 from trio_deploy.config.recipe import Recipe, list_recipes, load_recipe
 from trio_deploy.cost.flops import account, max_tiles, max_visual_tokens, vision_flops
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate import scenes
-from trio_deploy.evaluate.configurations import (
+from trio_deploy.evaluation import scenes
+from trio_deploy.evaluation.configurations import (
     BLIND,
     Configuration,
     RuntimeOptions,
@@ -40,10 +40,10 @@ from trio_deploy.evaluate.configurations import (
     as_exported,
     grid,
 )
-from trio_deploy.evaluate.configurations import UNPRUNED as ALL_TOKENS
-from trio_deploy.evaluate.evaluation import evaluate
-from trio_deploy.evaluate.questions import scene_questions
-from trio_deploy.evaluate.results import Result, Results
+from trio_deploy.evaluation.configurations import UNPRUNED as ALL_TOKENS
+from trio_deploy.evaluation.evaluate import evaluate
+from trio_deploy.evaluation.questions import scene_questions
+from trio_deploy.evaluation.results import Result, Results
 from trio_deploy.files import format_bytes, sha256_of
 from trio_deploy.pipeline.draw import kept_panels, pruned_before
 from trio_deploy.pipeline.pipeline import Generation, Request, TrioPipeline

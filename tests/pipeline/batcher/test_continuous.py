@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import WAIT_S, make_picture
 from tests.pipeline.test_pipeline import COLOR, alike, ask
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate import scenes
+from trio_deploy.evaluation import scenes
 from trio_deploy.export.job import export
 from trio_deploy.pipeline.batcher.continuous import (
     Cancelled,

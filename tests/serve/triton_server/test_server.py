@@ -34,7 +34,7 @@ from tests.conftest import make_picture
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import GenerationInfo
 from trio_deploy.cli.main import main
-from trio_deploy.evaluate import scenes
+from trio_deploy.evaluation import scenes
 from trio_deploy.export.job import export
 from trio_deploy.pipeline.pipeline import Request, TrioPipeline
 from trio_deploy.serve.triton_server.repository import Options, write_repository

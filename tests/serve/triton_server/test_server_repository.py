@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.evaluate import scenes
+from trio_deploy.evaluation import scenes
 from trio_deploy.export.job import export
 from trio_deploy.pipeline.pipeline import Request, TrioPipeline
 from trio_deploy.pipeline.prompt import collate

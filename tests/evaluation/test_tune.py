@@ -9,11 +9,11 @@ import yaml
 
 from trio_deploy.cli.main import main
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate.command import tuned_text
-from trio_deploy.evaluate.configurations import Bundles, RuntimeOptions, Source
-from trio_deploy.evaluate.questions import scene_questions
-from trio_deploy.evaluate.statistics import Estimate
-from trio_deploy.evaluate.tune import (
+from trio_deploy.evaluation.command import tuned_text
+from trio_deploy.evaluation.configurations import Bundles, RuntimeOptions, Source
+from trio_deploy.evaluation.questions import scene_questions
+from trio_deploy.evaluation.statistics import Estimate
+from trio_deploy.evaluation.tune import (
     Candidate,
     Space,
     Tuner,

@@ -12,9 +12,9 @@ from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.cli.main import _parser, main
 from trio_deploy.config.recipe import load_recipe
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate import command, configurations
-from trio_deploy.evaluate.ask import Answer, AnswerLog, Measured, checksums
-from trio_deploy.evaluate.configurations import (
+from trio_deploy.evaluation import command, configurations
+from trio_deploy.evaluation.ask import Answer, AnswerLog, Measured, checksums
+from trio_deploy.evaluation.configurations import (
     Bundles,
     Configuration,
     RuntimeOptions,
@@ -26,11 +26,11 @@ from trio_deploy.evaluate.configurations import (
     unpruned,
     used,
 )
-from trio_deploy.evaluate.evaluation import evaluate
-from trio_deploy.evaluate.plot import draw
-from trio_deploy.evaluate.questions import Question, scene_questions
-from trio_deploy.evaluate.results import Results, collect
-from trio_deploy.evaluate.scorers import pope
+from trio_deploy.evaluation.evaluate import evaluate
+from trio_deploy.evaluation.plot import draw
+from trio_deploy.evaluation.questions import Question, scene_questions
+from trio_deploy.evaluation.results import Results, collect
+from trio_deploy.evaluation.scorers import pope
 from trio_deploy.export.job import export
 from trio_deploy.pipeline.pipeline import Request, TrioPipeline
 from trio_deploy.schedule.schedule import Schedule

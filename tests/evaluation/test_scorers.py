@@ -3,8 +3,8 @@
 import pytest
 
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate.questions import Question
-from trio_deploy.evaluate.scorers import (
+from trio_deploy.evaluation.questions import Question
+from trio_deploy.evaluation.scorers import (
     SCORERS,
     get_scorer,
     option,

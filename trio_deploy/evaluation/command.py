@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TypeVar
 
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate.configurations import (
+from trio_deploy.evaluation.configurations import (
     OWN,
     RECIPE,
     Configuration,
@@ -21,14 +21,14 @@ from trio_deploy.evaluate.configurations import (
     named,
     used,
 )
-from trio_deploy.evaluate.evaluation import evaluate
-from trio_deploy.evaluate.options import BUDGETS, FILE_TOKENS, SCENE_TOKENS
-from trio_deploy.evaluate.plot import PLOT, draw
-from trio_deploy.evaluate.questions import Question, annotate, read_questions, scene_questions
-from trio_deploy.evaluate.results import RESULTS, TABLE, Results
-from trio_deploy.evaluate.scorers import get_scorer
-from trio_deploy.evaluate.statistics import Estimate
-from trio_deploy.evaluate.tune import BEST, Space, Tuned, level, tune
+from trio_deploy.evaluation.evaluate import evaluate
+from trio_deploy.evaluation.options import BUDGETS, FILE_TOKENS, SCENE_TOKENS
+from trio_deploy.evaluation.plot import PLOT, draw
+from trio_deploy.evaluation.questions import Question, annotate, read_questions, scene_questions
+from trio_deploy.evaluation.results import RESULTS, TABLE, Results
+from trio_deploy.evaluation.scorers import get_scorer
+from trio_deploy.evaluation.statistics import Estimate
+from trio_deploy.evaluation.tune import BEST, Space, Tuned, level, tune
 from trio_deploy.schedule.budget import DEFAULT_BUDGET
 from trio_deploy.schedule.schedule import Schedule
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from trio_deploy.bundle.manifest import MANIFEST
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate.ask import Measured
-from trio_deploy.evaluate.configurations import BLIND, UNPRUNED, Configuration, Source, used
-from trio_deploy.evaluate.questions import Question
-from trio_deploy.evaluate.scorers import pope_summary, yes_or_no
-from trio_deploy.evaluate.statistics import Bootstrap, Estimate
+from trio_deploy.evaluation.ask import Measured
+from trio_deploy.evaluation.configurations import BLIND, UNPRUNED, Configuration, Source, used
+from trio_deploy.evaluation.questions import Question
+from trio_deploy.evaluation.scorers import pope_summary, yes_or_no
+from trio_deploy.evaluation.statistics import Bootstrap, Estimate
 from trio_deploy.files import sha256_of, write_atomically
 from trio_deploy.schedule.schedule import Schedule
 

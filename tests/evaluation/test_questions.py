@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate import scenes
-from trio_deploy.evaluate.questions import annotate, read_questions, scene_questions
+from trio_deploy.evaluation import scenes
+from trio_deploy.evaluation.questions import annotate, read_questions, scene_questions
 
 
 def write(file: Path, lines: list) -> Path:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate.configurations import BLIND, UNPRUNED
-from trio_deploy.evaluate.results import Result, Results
-from trio_deploy.evaluate.statistics import Estimate
+from trio_deploy.evaluation.configurations import BLIND, UNPRUNED
+from trio_deploy.evaluation.results import Result, Results
+from trio_deploy.evaluation.statistics import Estimate
 
 PLOT = "retention.png"
 

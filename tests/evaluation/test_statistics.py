@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trio_deploy.evaluate.statistics import Bootstrap, Estimate, divergence, student, top_tokens
+from trio_deploy.evaluation.statistics import Bootstrap, Estimate, divergence, student, top_tokens
 from trio_deploy.pipeline.sampling import log_softmax
 
 

@@ -28,8 +28,8 @@ import yaml
 from tqdm import tqdm
 
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate.ask import AnswerLog, batches, checksums, same
-from trio_deploy.evaluate.configurations import (
+from trio_deploy.evaluation.ask import AnswerLog, batches, checksums, same
+from trio_deploy.evaluation.configurations import (
     BUNDLES,
     Bundles,
     Configuration,
@@ -37,8 +37,8 @@ from trio_deploy.evaluate.configurations import (
     Source,
     unpruned,
 )
-from trio_deploy.evaluate.questions import Question
-from trio_deploy.evaluate.statistics import Bootstrap, Estimate
+from trio_deploy.evaluation.questions import Question
+from trio_deploy.evaluation.statistics import Bootstrap, Estimate
 from trio_deploy.files import write_atomically
 from trio_deploy.pipeline.pipeline import Request, TrioPipeline
 from trio_deploy.schedule.budget import default_layers, solve

@@ -13,9 +13,9 @@ from typing import Any
 from PIL import Image
 
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate import scenes
-from trio_deploy.evaluate.options import FIRST_SCENE
-from trio_deploy.evaluate.scorers import SCORERS
+from trio_deploy.evaluation import scenes
+from trio_deploy.evaluation.options import FIRST_SCENE
+from trio_deploy.evaluation.scorers import SCORERS
 
 FAMILIES = ("busy", "smooth")
 SPLITS = {"test": scenes.TEST_SEEDS, "tuning": scenes.TUNING_SEEDS}

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate import scenes
+from trio_deploy.evaluation import scenes
 from trio_deploy.export.job import export
 from trio_deploy.pipeline.pipeline import Request
 
@@ -62,9 +62,9 @@ def adapter() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
-        patch.delitem(sys.modules, "trio_deploy.evaluate.lmms_adapter", raising=False)
-        yield importlib.import_module("trio_deploy.evaluate.lmms_adapter")
-    sys.modules.pop("trio_deploy.evaluate.lmms_adapter", None)
+        patch.delitem(sys.modules, "trio_deploy.evaluation.lmms_adapter", raising=False)
+        yield importlib.import_module("trio_deploy.evaluation.lmms_adapter")
+    sys.modules.pop("trio_deploy.evaluation.lmms_adapter", None)
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluate.configurations import Bundles, Configuration
-from trio_deploy.evaluate.questions import Question
-from trio_deploy.evaluate.statistics import divergence, top_tokens
+from trio_deploy.evaluation.configurations import Bundles, Configuration
+from trio_deploy.evaluation.questions import Question
+from trio_deploy.evaluation.statistics import divergence, top_tokens
 from trio_deploy.files import sha256_of
 from trio_deploy.pipeline.pipeline import Generation, Request, TrioPipeline
 from trio_deploy.pipeline.sampling import log_softmax

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from trio_deploy.evaluate import scenes
+from trio_deploy.evaluation import scenes
 
 FAMILIES = ("busy", "smooth")
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from trio_deploy.errors import TrioError
 
 if TYPE_CHECKING:
-    from trio_deploy.evaluate.questions import Question
+    from trio_deploy.evaluation.questions import Question
 
 _ANNOTATORS = 10
 _ENOUGH = 3  # annotators who agree make an answer fully right

@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from trio_deploy.evaluate import plot
-from trio_deploy.evaluate.results import KindResult, Result, Results
-from trio_deploy.evaluate.statistics import Estimate
+from trio_deploy.evaluation import plot
+from trio_deploy.evaluation.results import KindResult, Result, Results
+from trio_deploy.evaluation.statistics import Estimate
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("matplotlib"), reason="needs matplotlib"

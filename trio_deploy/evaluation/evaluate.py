@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trio_deploy.evaluate.configurations import Configuration, RuntimeOptions, Source
-    from trio_deploy.evaluate.questions import Question
-    from trio_deploy.evaluate.results import Results
+    from trio_deploy.evaluation.configurations import Configuration, RuntimeOptions, Source
+    from trio_deploy.evaluation.questions import Question
+    from trio_deploy.evaluation.results import Results
 
 
 def evaluate(
@@ -43,10 +43,10 @@ def evaluate(
             does not fit the scorer.
     """
     from trio_deploy.bench.environment import machine
-    from trio_deploy.evaluate.ask import Examiner
-    from trio_deploy.evaluate.configurations import BUNDLES, Bundles, RuntimeOptions, unpruned
-    from trio_deploy.evaluate.results import collect
-    from trio_deploy.evaluate.scorers import get_scorer, require_references
+    from trio_deploy.evaluation.ask import Examiner
+    from trio_deploy.evaluation.configurations import BUNDLES, Bundles, RuntimeOptions, unpruned
+    from trio_deploy.evaluation.results import collect
+    from trio_deploy.evaluation.scorers import get_scorer, require_references
 
     options = options or RuntimeOptions()
     score = get_scorer(scorer)
