@@ -41,7 +41,7 @@ from typing import Any
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
-from trio_deploy.cli import main as trio
+from trio_deploy.cli.main import main as trio
 
 TABLE = Path(__file__).parent.parent / "tests" / "fixtures" / "graph_digests.json"
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.triton import fake_utils
-from tests.triton.fake_utils import Asked
-from trio_deploy.cli import main
+from tests.support.fakes import triton as fake_utils
+from tests.support.fakes.triton import Asked
+from trio_deploy.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures" / "schema_1"
