@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trio_deploy.config.recipe import load_recipe
+from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.evaluation import scenes
 from trio_deploy.export.job import export
 from trio_deploy.pipeline.pipeline import Generation, Request, TrioPipeline

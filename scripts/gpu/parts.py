@@ -357,9 +357,9 @@ class Part:
             link: its weights are the checkpoint's files.
         """
         from trio_deploy.bundle.bundle import Bundle
-        from trio_deploy.cost.flops import max_visual_tokens
         from trio_deploy.evaluation.configurations import Source
         from trio_deploy.export.job import export
+        from trio_deploy.families.registry import request_limits
 
         folder = self.work / f"{Path(str(model)).name}-{dtype}-{layout}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -410,7 +410,7 @@ class Part:
                 aside.rename(engines)
             mark.write_text(json.dumps({**made_of, "export": uuid.uuid4().hex}))
         bundle = Bundle.load(place)
-        write_target(usual=max_visual_tokens(bundle.config))
+        write_target(usual=request_limits(bundle.config).visual_tokens)
         return bundle, target
 
     def large(self) -> tuple[Any, Path]:

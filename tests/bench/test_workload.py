@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trio_deploy.bench.workload import Workload, picture_size, prompt_of_length
-from trio_deploy.config.recipe import load_recipe
+from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.families.registry import parse_config
 
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from tests.support.checkpoints import make_llava
-from trio_deploy.config.recipe import list_recipes, load_recipe, recipe_folder, recipe_for
+from trio_deploy.checkpoint.resolve import load_recipe, recipe_for
+from trio_deploy.config.recipe import list_recipes, recipe_folder
 from trio_deploy.config.target import (
     GRAPH_DTYPES,
     list_targets,

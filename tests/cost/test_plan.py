@@ -7,8 +7,8 @@ import math
 
 import pytest
 
+from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.cli.main import main
-from trio_deploy.config.recipe import load_recipe
 from trio_deploy.cost.plan import make_plan
 from trio_deploy.errors import TrioError
 

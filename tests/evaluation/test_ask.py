@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.cli.main import _parser, main
-from trio_deploy.config.recipe import load_recipe
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluation import command, configurations
 from trio_deploy.evaluation.ask import Answer, AnswerLog, Measured, checksums

@@ -11,7 +11,7 @@ import pytest
 from tests.support.transformers_models import model_config
 from trio_deploy.errors import TrioError
 from trio_deploy.export.graphs import build_graphs
-from trio_deploy.families.model_config import ModelConfig, RopeConfig, TextConfig, VisionConfig
+from trio_deploy.families.base import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from trio_deploy.families.names import canonical_tensors
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.schedule.methods import METHODS

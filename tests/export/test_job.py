@@ -31,8 +31,8 @@ from trio_deploy.bundle import weights as weights_module
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.describe import inspect
 from trio_deploy.checkpoint import resolve as source_module
+from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
-from trio_deploy.config.recipe import load_recipe
 from trio_deploy.errors import TrioError
 from trio_deploy.export import job as export_module
 from trio_deploy.export.attach import attach_weights

@@ -10,7 +10,7 @@ from transformers import LlavaConfig, LlavaNextConfig
 
 from tests.support.checkpoints import LAYOUTS, make_llava, make_llava_next
 from trio_deploy.errors import TrioError
-from trio_deploy.families.model_config import RopeConfig
+from trio_deploy.families.base import RopeConfig
 from trio_deploy.families.registry import parse_config
 
 CLIP_336 = {

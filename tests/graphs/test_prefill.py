@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from tests.support.run_graph import Runner, filled
 from tests.support.transformers_models import language_model, model_config, relative, text_weights
-from trio_deploy.families.model_config import ModelConfig, RopeConfig
+from trio_deploy.families.base import ModelConfig, RopeConfig
 from trio_deploy.graphs.decode import build_decode
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.prefill import build_prefill

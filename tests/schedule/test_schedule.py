@@ -6,20 +6,18 @@ from itertools import pairwise
 
 import pytest
 
-from trio_deploy.config.recipe import list_recipes, load_recipe
+from trio_deploy.checkpoint.resolve import load_recipe
+from trio_deploy.config.recipe import list_recipes
 from trio_deploy.cost.flops import (
     account,
-    kv_bytes,
     layer_flops,
-    max_tiles,
-    max_visual_tokens,
     paper_layer_flops,
     saliency_flops,
     vision_flops,
 )
 from trio_deploy.errors import TrioError
-from trio_deploy.families.model_config import ModelConfig, RopeConfig, TextConfig, VisionConfig
-from trio_deploy.families.registry import parse_config
+from trio_deploy.families.base import ModelConfig, RopeConfig, TextConfig, VisionConfig
+from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.schedule.budget import (
     at_points,
     choose,
@@ -97,13 +95,13 @@ def test_the_honest_count_has_the_third_mlp_matrix_and_the_selection():
 
 def test_grouped_heads_make_keys_and_their_cache_cheaper():
     grouped = TextConfig(**{**VICUNA.__dict__, "num_kv_heads": 8})
-    assert kv_bytes([10], grouped, 2) * 4 == kv_bytes([10], VICUNA, 2)
+    assert grouped.kv_bytes([10], 2) * 4 == VICUNA.kv_bytes([10], 2)
     assert layer_flops(100, VICUNA) - layer_flops(100, grouped) == 2 * 100 * 4096 * (4096 - 1024)
     assert saliency_flops(2944, grouped, 4) < saliency_flops(2944, VICUNA, 4)
 
 
 def test_vision_cost_grows_with_the_tiles():
-    config = ModelConfig("llava_next", CLIP, VICUNA, "gelu", True, 32000)
+    config = ModelConfig("llava_next", CLIP, VICUNA, "gelu", True, 32000, ((336, 672),))
     one = vision_flops(config, 1)
     assert vision_flops(config, 5) == 5 * one
     # 23 of CLIP-L's 24 layers over 577 tokens, about 0.19 T with its attention
@@ -114,8 +112,9 @@ def test_the_largest_image_is_known_from_the_configuration():
     llava = ModelConfig("llava", CLIP, VICUNA, "gelu", True, 32000)
     canvases = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
     tiled = ModelConfig("llava_next", CLIP, VICUNA, "gelu", True, 32000, canvases)
-    assert (max_tiles(llava), max_visual_tokens(llava)) == (1, 576)
-    assert (max_tiles(tiled), max_visual_tokens(tiled)) == (5, 2928)
+    for config, tiles, visual in ((llava, 1, 576), (tiled, 5, 2928)):
+        limits = request_limits(config)
+        assert (limits.tiles, limits.visual_tokens) == (tiles, visual)
 
 
 # --- schedules -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from tests.support import selections as select_reference
 from tests.support.run_graph import Runner, filled
 from tests.support.transformers_models import model_config, relative
-from trio_deploy.families.model_config import ModelConfig, RopeConfig
+from trio_deploy.families.base import ModelConfig, RopeConfig
 from trio_deploy.graphs.modules import inverse_frequencies
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.selection.stage import build_select

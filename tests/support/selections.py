@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from trio_deploy.families.model_config import TextConfig
+from trio_deploy.families.base import TextConfig
 
 
 def greedy(scores: np.ndarray, features: np.ndarray, keep: int, threshold: float) -> np.ndarray:

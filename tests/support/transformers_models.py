@@ -14,7 +14,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from trio_deploy.families.model_config import ModelConfig, RopeConfig, TextConfig, VisionConfig
+from trio_deploy.families.base import ModelConfig, RopeConfig, TextConfig, VisionConfig
 
 VISION = VisionConfig(
     hidden_size=32,

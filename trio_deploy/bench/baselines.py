@@ -17,7 +17,6 @@ from trio_deploy.bench.cases import Case, Run, timed
 from trio_deploy.bench.inputs import Inputs
 from trio_deploy.bench.workload import Workload
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.cost.flops import kv_bytes
 from trio_deploy.errors import TrioError
 from trio_deploy.schedule.schedule import Schedule
 
@@ -126,7 +125,7 @@ def _transformers(model: Any, inputs: Inputs, work: Workload) -> Callable[[int],
             prompt_tokens=prompt.length,
             visual_tokens=prompt.visual_tokens,
             layer_ranges=((0, text.num_layers, prompt.length),),
-            kv_bytes=kv_bytes([prompt.length] * text.num_layers, text, model.dtype.itemsize),
+            kv_bytes=text.kv_bytes([prompt.length] * text.num_layers, model.dtype.itemsize),
             precision=precision,
         )
 
@@ -227,7 +226,7 @@ def _oracle(
             layer_ranges=tuple(
                 (a, b, n) for n, (a, b) in zip(lengths, segments, strict=True) if b > a
             ),
-            kv_bytes=kv_bytes(per_layer, text, oracle.model.dtype.itemsize),
+            kv_bytes=text.kv_bytes(per_layer, oracle.model.dtype.itemsize),
             precision=str(oracle.model.dtype).removeprefix("torch."),
         )
 

@@ -19,6 +19,7 @@ from trio_deploy.bench.workload import Workload, picture_size
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.config.target import load_target
 from trio_deploy.errors import TrioError
+from trio_deploy.families.registry import request_limits
 
 SCHEMA = 1
 UNPRUNED = "no pruning"
@@ -256,7 +257,7 @@ def _missing(kind: str, bundle: Bundle, options: Options) -> str | None:
 def budget_name(budget: float | None, bundle: Bundle) -> str:
     """`11.1 %`; a bundle's own schedule is called by what it comes to."""
     if budget is None:
-        visual = bundle.config.vision.rows_per_tile
+        visual = request_limits(bundle.config).tile_rows
         layers = bundle.config.text.num_layers
         budget = bundle.schedule.average(visual, layers) / visual
     return f"{100 * budget:.3g} %"

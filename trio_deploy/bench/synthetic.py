@@ -24,8 +24,8 @@ from trio_deploy.checkpoint.resolve import resolve
 from trio_deploy.checkpoint.safetensors import INDEX, SINGLE
 from trio_deploy.config.recipe import list_recipes
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import CLIP_PREPROCESSING
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.hf_config import CLIP_PREPROCESSING
 from trio_deploy.families.names import canonical_tensors
 from trio_deploy.families.registry import parse_config
 

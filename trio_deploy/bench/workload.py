@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.registry import request_limits
 
 _WORDS = "what is in the picture , and which of the things in it are most alike ? "
 
@@ -60,9 +61,7 @@ class Workload:
 
 def picture_size(config: ModelConfig) -> tuple[int, int]:
     """(width, height) of a picture that takes as many visual tokens as one can."""
-    side = config.vision.image_size
-    height, width = max(config.grid_pinpoints, key=lambda hw: hw[0] * hw[1], default=(side, side))
-    return width, height
+    return request_limits(config).picture
 
 
 def prompt_of_length(count: Callable[[str], int], tokens: int) -> str:

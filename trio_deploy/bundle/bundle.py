@@ -26,7 +26,7 @@ from trio_deploy.bundle.manifest import (
     Manifest,
 )
 from trio_deploy.errors import TrioError
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config
 from trio_deploy.files import safe_path, sha256_of, write_atomically
 from trio_deploy.schedule.budget import for_points

@@ -21,7 +21,7 @@ from trio_deploy.bundle.manifest import (
 from trio_deploy.checkpoint.resolve import Source
 from trio_deploy.checkpoint.safetensors import image_settings
 from trio_deploy.errors import TrioError
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.preprocessing import Preprocessor
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from trio_deploy.bundle.manifest import MANIFEST
-from trio_deploy.checkpoint.safetensors import INDEX, SINGLE, read_json
-from trio_deploy.config.recipe import Recipe, list_recipes, load_recipe, recipe_for
+from trio_deploy.checkpoint.safetensors import INDEX, SINGLE, image_settings, read_json
+from trio_deploy.config.recipe import Recipe, list_recipes, read_recipe, recipe_name
 from trio_deploy.errors import TrioError
+from trio_deploy.families.preprocessing import Preprocessor
+from trio_deploy.families.registry import parse_config
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -38,6 +40,36 @@ class Source:
     raw_config: dict[str, Any]
     folder: Path | None
     recipe: Recipe | None
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Read a recipe by its name or from a file, completed from its checkpoint where it names one.
+
+    Raises:
+        TrioError: no such recipe, a key or value that is wrong, or schedules or preprocessing
+            that do not fit the architecture.
+    """
+    recipe = read_recipe(name_or_path)
+    if recipe.checkpoint is not None:
+        architecture = recipe.architecture or read_json(recipe.checkpoint / "config.json")
+        preprocessing = recipe.preprocessing or image_settings(recipe.checkpoint)
+        if architecture is None:
+            raise TrioError(f"{recipe.file}: `architecture` and `preprocessing` must be mappings.")
+        recipe = replace(recipe, architecture=architecture, preprocessing=preprocessing)
+    try:
+        config = parse_config(recipe.architecture)
+        Preprocessor(recipe.preprocessing, config)
+        for schedule in recipe.schedules.values():
+            schedule.validate(config.text.num_layers)
+    except TrioError as error:
+        raise TrioError(f"{recipe.file}: {error}") from None
+    return recipe
+
+
+def recipe_for(hub_id: str) -> Recipe | None:
+    """The shipped recipe of a model on the hub, None where there is none."""
+    name = recipe_name(hub_id)
+    return load_recipe(name) if name else None
 
 
 def described(model: str) -> Source | None:

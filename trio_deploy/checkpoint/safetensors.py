@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.names import canonical_tensors, map_checkpoint_names
 
 SINGLE = "model.safetensors"

@@ -1,6 +1,7 @@
-"""Recipes (export/*.yaml: what can be exported) and targets (engines/*.yaml: where it can run).
+"""Recipes (export/*.yaml): what export needs to know about a model apart from its weights.
 
-Both are data that users copy, edit and pass by path; every key is checked here.
+They are data that users copy, edit and pass by path. Every key is checked here; whether a recipe
+fits the architecture it names is checked in checkpoint/resolve.py.
 """
 
 from __future__ import annotations
@@ -10,11 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trio_deploy.checkpoint.safetensors import image_settings, read_json
 from trio_deploy.config.yaml_files import _PACKAGE, _choice, _find, _names, _read, _shipped, _text
 from trio_deploy.errors import TrioError
-from trio_deploy.families.preprocessing import Preprocessor
-from trio_deploy.families.registry import parse_config
 from trio_deploy.schedule.budget import is_budget
 from trio_deploy.schedule.schedule import Schedule
 
@@ -44,9 +42,11 @@ class Recipe:
 
     Attributes:
         name: the file's name without its ending.
+        file: where the recipe stands.
         hub_id: of the checkpoint on the Hugging Face hub, where it is there.
         checkpoint: a local checkpoint folder, where the recipe names one.
-        architecture: a config.json with every size written out.
+        architecture: a config.json with every size written out; empty where the recipe leaves it
+            to its checkpoint, as `preprocessing` may be.
         schedules: budget, as the recipe writes it ("0.111"), or a name → schedule.
         probe: `last` or `shifted`, which positions the proxy loss looks at.
         positions: `renumber` or `original`, position ids after pruning.
@@ -56,6 +56,7 @@ class Recipe:
     """
 
     name: str
+    file: Path
     hub_id: str | None
     architecture: dict[str, Any]
     schedules: dict[str, Schedule]
@@ -78,8 +79,8 @@ def list_recipes() -> list[str]:
     return _names(recipe_folder())
 
 
-def load_recipe(name_or_path: str | Path) -> Recipe:
-    """Read a recipe by its name or from a file.
+def read_recipe(name_or_path: str | Path) -> Recipe:
+    """Parse a recipe, by its name or from a file.
 
     Raises:
         TrioError: no such recipe, an unknown or missing key, or a value that is wrong.
@@ -87,15 +88,14 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     file = _find(name_or_path, recipe_folder(), "recipe")
     raw = _read(file, _RECIPE_KEYS)
     checkpoint = _checkpoint(file, raw)
-    if checkpoint is None:
-        architecture, preprocessing = raw.get("architecture"), raw.get("preprocessing", {})
-    else:
-        architecture = raw.get("architecture") or read_json(checkpoint / "config.json")
-        preprocessing = raw.get("preprocessing") or image_settings(checkpoint)
+    architecture, preprocessing = raw.get("architecture"), raw.get("preprocessing", {})
+    if checkpoint is not None:
+        architecture, preprocessing = architecture or {}, preprocessing or {}
     if not isinstance(architecture, dict) or not isinstance(preprocessing, dict):
         raise TrioError(f"{file}: `architecture` and `preprocessing` must be mappings.")
-    recipe = Recipe(
+    return Recipe(
         name=file.stem,
+        file=file,
         hub_id=_text(file, raw, "hub_id"),
         architecture=architecture,
         schedules=_schedules(file, raw.get("schedules", {})),
@@ -107,22 +107,13 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         checkpoint=checkpoint,
         description=_text(file, raw, "description") or "",
     )
-    try:
-        config = parse_config(architecture)
-        Preprocessor(preprocessing, config)
-        for schedule in recipe.schedules.values():
-            schedule.validate(config.text.num_layers)
-    except TrioError as error:
-        raise TrioError(f"{file}: {error}") from None
-    return recipe
 
 
-def recipe_for(hub_id: str) -> Recipe | None:
-    """The shipped recipe of a model on the hub, None where there is none."""
-    folder = recipe_folder()
+def recipe_name(hub_id: str) -> str | None:
+    """Name of the shipped recipe of a model on the hub, None where there is none."""
     for name in list_recipes():
-        if _read(folder / f"{name}.yaml", _RECIPE_KEYS).get("hub_id") == hub_id:
-            return load_recipe(name)
+        if _read(recipe_folder() / f"{name}.yaml", _RECIPE_KEYS).get("hub_id") == hub_id:
+            return name
     return None
 
 

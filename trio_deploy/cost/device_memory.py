@@ -11,7 +11,7 @@ import onnx
 from trio_deploy.config.target import Limits, Target, list_targets, load_target, tensorrt_dialects
 from trio_deploy.errors import TrioError
 from trio_deploy.export.graphs import planned_graphs
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
 from trio_deploy.files import format_bytes
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.runtimes.tensorrt.memory import Fit, Memory, memory

@@ -11,23 +11,16 @@ and RoPE are left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from trio_deploy.families.model_config import ModelConfig, TextConfig
+from trio_deploy.families.base import ModelConfig, TextConfig
+from trio_deploy.families.registry import request_limits
 from trio_deploy.schedule.methods import PIVOTS
 from trio_deploy.schedule.schedule import PruningPoint, Schedule
 
 SUPPRESSION_BLOCK = 256
 """M, the ranks that suppression works through at a time."""
-
-
-_Shapes = list[tuple[float, list[float]]]
-"""Budgets, rising, and what the points keep at each, in proportion to each other."""
-
-
-# --- What it costs -------------------------------------------------------------------------------
 
 
 def paper_layer_flops(n: int, d: int, m: int) -> int:
@@ -103,35 +96,12 @@ def lm_head_flops(text: TextConfig) -> int:
     return text.hidden_size * text.vocab_size
 
 
-def max_tiles(config: ModelConfig) -> int:
-    """Tiles that the largest image is cut into: the overview, and the largest canvas's tiles."""
-    tile = config.vision.image_size**2
-    return 1 + max((h * w // tile for h, w in config.grid_pinpoints), default=0)
-
-
-def max_visual_tokens(config: ModelConfig) -> int:
-    """Visual tokens of the image that has most, one newline a row of a tiled one included."""
-    patch = config.vision.patch_size
-    tiled = (h // patch * (w // patch + 1) for h, w in config.grid_pinpoints)
-    return config.vision.rows_per_tile + max(tiled, default=0)
-
-
 def vision_flops(config: ModelConfig, tiles: int) -> int:
-    """Multiply-adds of the CLIP tower up to the feature layer and of the projector, per picture."""
-    vision = config.vision
-    d, m = vision.hidden_size, vision.intermediate_size
-    patches = vision.side * vision.side
-    n = patches + 1  # the class token
-    layer = 4 * n * d * d + 2 * n * n * d + 2 * n * d * m
-    embedding = patches * 3 * vision.patch_size**2 * d
-    width = config.text.hidden_size
-    projector = vision.rows_per_tile * (d * len(vision.feature_layers) * width + width * width)
-    return tiles * (embedding + max(vision.feature_layers) * layer + projector)
-
-
-def kv_bytes(lengths: Sequence[int], text: TextConfig, item_bytes: int) -> int:
-    """Bytes of keys and values when layer i holds lengths[i] tokens: 2·G·D·bytes·Σ lengths."""
-    return 2 * text.num_kv_heads * text.head_dim * item_bytes * sum(lengths)
+    """Multiply-adds of the vision tower up to the feature layer and of the projector, per image."""
+    vision, width = config.vision, config.text.hidden_size
+    rows = request_limits(config).tile_rows
+    features = vision.hidden_size * len(vision.feature_layers)
+    return tiles * (vision.tile_flops() + rows * (features * width + width * width))
 
 
 def _widths(text: TextConfig) -> tuple[int, int, int]:
@@ -216,5 +186,5 @@ def account(
         saliency=saliency,
         similarity=similarity,
         lm_head=lm_head_flops(text),
-        kv_bytes=kv_bytes([n + text_tokens for n in per_layer], text, item_bytes),
+        kv_bytes=text.kv_bytes([n + text_tokens for n in per_layer], item_bytes),
     )

@@ -14,14 +14,12 @@ from trio_deploy.config.yaml_files import DTYPES
 from trio_deploy.cost.flops import (
     Cost,
     account,
-    kv_bytes,
-    max_tiles,
     paper_layer_flops,
     vision_flops,
 )
 from trio_deploy.errors import TrioError
-from trio_deploy.families.model_config import ModelConfig
-from trio_deploy.families.registry import parse_config
+from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.schedule.budget import at_points, choose, smallest_budget
 from trio_deploy.schedule.schedule import Schedule
 
@@ -145,12 +143,13 @@ def make_plan(
     name, config = found.name, parse_config(found.raw_config)
     published = found.recipe.schedules if found.recipe else None
     depth = config.text.num_layers
-    tiles = max_tiles(config)
-    visual = tiles * config.vision.rows_per_tile if visual_tokens is None else visual_tokens
+    largest = request_limits(config)
+    tiles = largest.tiles
+    visual = tiles * largest.tile_rows if visual_tokens is None else visual_tokens
     if visual < 0 or text_tokens < 0 or probes < 1:
         raise TrioError("token counts must not be negative, and there is at least one probe")
     if visual_tokens is not None:
-        tiles = min(tiles, math.ceil(visual / config.vision.rows_per_tile))
+        tiles = min(tiles, math.ceil(visual / largest.tile_rows))
     chosen = choose(depth, budget, schedule, method, published)
     chosen.validate(depth, visual)
 
@@ -218,7 +217,8 @@ def _notes(
         "FLOPs are multiply-adds; the paper's formula takes visual tokens alone, two of three MLP "
         "matrices, and selection as free."
     ]
-    if config.grid_pinpoints:
+    largest = request_limits(config)
+    if largest.visual_tokens > largest.tiles * largest.tile_rows:
         notes.append(
             "Visual tokens are those of the tiles, as the paper counts them; a prompt has one "
             "newline more a row of the tiled image: --visual-tokens takes the exact number."
@@ -272,7 +272,7 @@ def _kv_note(row: PaperRow, config: ModelConfig, pruned: Cost, unpruned: Cost) -
     ours, full = pruned.kv_bytes / _MIB, unpruned.kv_bytes / _MIB
     if _close(ours, row.pruned) and _close(full, row.unpruned):
         return []
-    per_token = kv_bytes([1] * config.text.num_layers, config.text, _HALF_BYTES) / _MIB
+    per_token = config.text.kv_bytes([1] * config.text.num_layers, _HALF_BYTES) / _MIB
     return [
         f"The paper gives {row.pruned:g} MiB pruned and {row.unpruned:g} MiB unpruned: "
         f"{row.pruned / per_token:.0f} and {row.unpruned / per_token:.0f} tokens a layer, against "

@@ -20,11 +20,10 @@ from trio_deploy.checkpoint.resolve import resolve
 from trio_deploy.checkpoint.safetensors import Checkpoint, read_header
 from trio_deploy.config.recipe import Recipe
 from trio_deploy.config.target import load_target
-from trio_deploy.cost.flops import max_visual_tokens
 from trio_deploy.errors import TrioError
 from trio_deploy.export.job import export
-from trio_deploy.families.model_config import ModelConfig
-from trio_deploy.families.registry import parse_config
+from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.files import sha256_of
 from trio_deploy.pipeline.pipeline import TrioPipeline
 from trio_deploy.schedule.budget import for_budget, solve
@@ -147,7 +146,7 @@ class Source:
     @property
     def visual(self) -> int:
         """The most visual tokens that one picture takes."""
-        return max_visual_tokens(self.config)
+        return request_limits(self.config).visual_tokens
 
 
 def fingerprint(files: Iterable[Path]) -> str:

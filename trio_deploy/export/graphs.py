@@ -16,7 +16,7 @@ from trio_deploy.bundle.weights import (
     plan_layout,
 )
 from trio_deploy.errors import TrioError
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.names import canonical_tensors
 from trio_deploy.graphs.decode import build_decode
 from trio_deploy.graphs.options import GraphOptions

@@ -48,12 +48,11 @@ from trio_deploy.config.target import (
     load_target,
     tensorrt_dialects,
 )
-from trio_deploy.cost.flops import max_visual_tokens
 from trio_deploy.errors import TrioError
 from trio_deploy.export.graphs import _serialised, _used_tensors, build_graphs
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.names import canonical_tensors
-from trio_deploy.families.registry import parse_config
+from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.schedule.budget import at_points, choose
 from trio_deploy.schedule.schedule import Schedule
@@ -117,7 +116,7 @@ def export(
     def planned(found: Source, config: ModelConfig) -> Schedule:
         depth, published = config.text.num_layers, found.recipe.schedules if found.recipe else None
         plan = choose(depth, budget, schedule, method, published)
-        plan.validate(depth, max_visual_tokens(config))
+        plan.validate(depth, request_limits(config).visual_tokens)
         return plan
 
     if (ahead := described(os.fspath(model))) is not None:  # before weights are downloaded

@@ -2,15 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from trio_deploy.families.model_config import ModelConfig
 from trio_deploy.families.pixels import ImageSettings
+
+TILES_AT_ONCE = 8
+"""Tiles per run of the vision tower, which bounds its memory."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP vision tower.
+
+    Attributes:
+        feature_layers: indices into the tower's hidden states (0 = embeddings after the pre-norm,
+            i = output of layer i), never negative; several are concatenated along the features.
+        drop_cls: whether the class token's row is dropped (`default` strategy) or kept (`full`).
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float
+    hidden_act: str
+    feature_layers: tuple[int, ...]
+    drop_cls: bool
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def rows_per_tile(self) -> int:
+        """Feature rows p that one tile yields."""
+        return self.side * self.side + (0 if self.drop_cls else 1)
+
+    def describe(self) -> str:
+        """The tower in a few words, for reports."""
+        return f"{self.num_layers} layers, {self.image_size} pixels a tile"
+
+    def tile_flops(self) -> int:
+        """Multiply-adds of the tower per tile, up to the last layer whose features are read."""
+        d, m = self.hidden_size, self.intermediate_size
+        patches = self.side * self.side
+        n = patches + 1  # the class token
+        layer = 4 * n * d * d + 2 * n * n * d + 2 * n * d * m
+        embedding = patches * 3 * self.patch_size**2 * d
+        return embedding + max(self.feature_layers) * layer
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding; `scaling` is `default`, `linear` or `llama3`."""
+
+    theta: float
+    scaling: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A Llama-shaped language model (Llama, Vicuna, Mistral)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    def kv_bytes(self, lengths: Sequence[int], item_bytes: int) -> int:
+        """Bytes of keys and values when layer i holds lengths[i] tokens: 2·G·D·bytes·Σ lengths."""
+        return 2 * self.num_kv_heads * self.head_dim * item_bytes * sum(lengths)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A vision-language model of the LLaVA kind.
+
+    Attributes:
+        family: module in `families/` that knows its weights and image layout.
+        grid_pinpoints: (height, width) canvases of any-resolution tiling; empty where the family
+            has one tile an image.
+    """
+
+    family: str
+    vision: VisionConfig
+    text: TextConfig
+    projector_act: str
+    projector_bias: bool
+    image_token_id: int
+    grid_pinpoints: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,6 +132,25 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """The most that one image of a request can bring.
+
+    Attributes:
+        tiles: runs of the vision tower per image.
+        tile_rows: feature rows per tile.
+        tile_values: numbers per tile that the tower takes.
+        visual_tokens: tokens in the prompt per image.
+        picture: (width, height) of an image that brings all of these.
+    """
+
+    tiles: int
+    tile_rows: int
+    tile_values: int
+    visual_tokens: int
+    picture: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family, as data.
 
@@ -45,6 +165,7 @@ class Family:
         prefixes: (prefix in a checkpoint, canonical prefix), applied one after another to each
             tensor name; between them they undo the three layouts that checkpoints come in.
         arrange: tiles and token order of an RGB image.
+        request_limits: the largest image, for profiles, plans, admission and benchmarks.
         preprocessing: preprocessor_config.json keys that may be missing, with the values that
             transformers' image processor of this family has.
     """
@@ -58,40 +179,5 @@ class Family:
     newline: bool
     prefixes: tuple[tuple[str, str], ...]
     arrange: Callable[[Image.Image, ImageSettings, ModelConfig], Layout]
+    request_limits: Callable[[ModelConfig], Limits]
     preprocessing: Mapping[str, Any]
-
-
-#: The layouts of CLIP + Llama checkpoints: 4.52 and later put `model.` in front of all but the
-#: head, older ones kept the language model as a model of its own, 5.x dropped `vision_model`.
-CLIP_LLAMA_PREFIXES = (
-    ("model.", ""),
-    ("vision_tower.vision_model.", "vision_tower."),
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "language_model."),
-)
-
-#: CLIP ViT-L/14 at 336 pixels, which LLaVA takes where config.json has no `vision_config`.
-CLIP_LARGE_336 = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-
-#: What transformers' CLIP image processor does unless told otherwise.
-CLIP_PREPROCESSING = {
-    "do_resize": True,
-    "size": {"shortest_edge": 224},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": 224, "width": 224},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "do_pad": False,
-}

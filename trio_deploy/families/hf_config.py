@@ -6,10 +6,97 @@ from collections.abc import Mapping
 from typing import Any
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.model_config import RopeConfig, TextConfig, VisionConfig
+from trio_deploy.families.base import RopeConfig, TextConfig, VisionConfig
 
 #: Activations that the graphs can write down.
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh", "gelu_new")
+
+
+#: The layouts of CLIP + Llama checkpoints: 4.52 and later put `model.` in front of all but the
+#: head, older ones kept the language model as a model of its own, 5.x dropped `vision_model`.
+CLIP_LLAMA_PREFIXES = (
+    ("model.", ""),
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "language_model."),
+)
+
+#: CLIP ViT-L/14 at 336 pixels, which LLaVA takes where config.json has no `vision_config`.
+CLIP_LARGE_336 = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+#: What transformers' CLIP image processor does unless told otherwise.
+CLIP_PREPROCESSING = {
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "do_pad": False,
+}
+
+TEXT_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,  # as many as there are query heads
+        "head_dim": None,  # hidden_size / num_attention_heads
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "sliding_window": 4096,
+    },
+}
+
+VISION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "clip_vision_model": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_channels": 3,
+        "image_size": 224,
+        "patch_size": 32,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+}
 
 
 def _given(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from trio_deploy.families.base import (
+from trio_deploy.families.base import Family, Layout, Limits, ModelConfig
+from trio_deploy.families.hf_config import (
     CLIP_LARGE_336,
     CLIP_LLAMA_PREFIXES,
     CLIP_PREPROCESSING,
-    Family,
-    Layout,
 )
-from trio_deploy.families.model_config import ModelConfig
 from trio_deploy.families.pixels import ImageSettings, fit, grid_boxes
 
 
@@ -24,6 +22,18 @@ def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) ->
     if not vision.drop_cls:
         boxes = np.concatenate([np.full((1, 4), np.nan), boxes])
     return Layout(tile[None], np.arange(vision.rows_per_tile, dtype=np.int64), boxes)
+
+
+def request_limits(config: ModelConfig) -> Limits:
+    """One tile per image, whose rows are the visual tokens."""
+    vision = config.vision
+    return Limits(
+        tiles=1,
+        tile_rows=vision.rows_per_tile,
+        tile_values=3 * vision.image_size**2,
+        visual_tokens=vision.rows_per_tile,
+        picture=(vision.image_size, vision.image_size),
+    )
 
 
 FAMILY = Family(
@@ -43,5 +53,6 @@ FAMILY = Family(
     newline=False,
     prefixes=CLIP_LLAMA_PREFIXES,
     arrange=arrange,
+    request_limits=request_limits,
     preprocessing=CLIP_PREPROCESSING,
 )

@@ -11,14 +11,12 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from trio_deploy.families.base import (
+from trio_deploy.families.base import Family, Layout, Limits, ModelConfig
+from trio_deploy.families.hf_config import (
     CLIP_LARGE_336,
     CLIP_LLAMA_PREFIXES,
     CLIP_PREPROCESSING,
-    Family,
-    Layout,
 )
-from trio_deploy.families.model_config import ModelConfig
 from trio_deploy.families.pixels import ImageSettings, View, fit, grid_boxes, resize
 from trio_deploy.families.tiling import best_canvas, fit_size, unpadded
 
@@ -65,6 +63,21 @@ def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) ->
     )
 
 
+def request_limits(config: ModelConfig) -> Limits:
+    """The overview and the tiles of the largest canvas; a newline ends each row of its patches."""
+    vision = config.vision
+    tile, patch, canvases = vision.image_size, vision.patch_size, config.grid_pinpoints
+    height, width = max(canvases, key=lambda size: size[0] * size[1])
+    return Limits(
+        tiles=1 + max(h * w for h, w in canvases) // tile**2,
+        tile_rows=vision.rows_per_tile,
+        tile_values=3 * tile**2,
+        visual_tokens=vision.rows_per_tile
+        + max(h // patch * (w // patch + 1) for h, w in canvases),
+        picture=(width, height),
+    )
+
+
 FAMILY = Family(
     name="llava_next",
     architecture="LlavaNextForConditionalGeneration",
@@ -83,5 +96,6 @@ FAMILY = Family(
     newline=True,
     prefixes=CLIP_LLAMA_PREFIXES,
     arrange=arrange,
+    request_limits=request_limits,
     preprocessing=CLIP_PREPROCESSING,
 )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import Family
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import Family, ModelConfig
 from trio_deploy.families.registry import get_family
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.pixels import ImageSettings, normalise, open_image
 from trio_deploy.families.registry import get_family
 

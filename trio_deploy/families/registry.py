@@ -7,10 +7,17 @@ from typing import Any
 
 from trio_deploy.errors import TrioError
 from trio_deploy.families import llava, llava_next
-from trio_deploy.families.base import Family
-from trio_deploy.families.defaults import TEXT_DEFAULTS, VISION_DEFAULTS
-from trio_deploy.families.hf_config import _activation, _given, _pinpoints, _section, _text, _vision
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import Family, Limits, ModelConfig
+from trio_deploy.families.hf_config import (
+    TEXT_DEFAULTS,
+    VISION_DEFAULTS,
+    _activation,
+    _given,
+    _pinpoints,
+    _section,
+    _text,
+    _vision,
+)
 
 FAMILIES: dict[str, Family] = {f.name: f for f in (llava.FAMILY, llava_next.FAMILY)}
 
@@ -26,6 +33,11 @@ def get_family(name: str) -> Family:
             f"Model family {name!r} is not supported; the supported ones are {_families()}."
         )
     return FAMILIES[name]
+
+
+def request_limits(config: ModelConfig) -> Limits:
+    """The most that one image can bring to a model."""
+    return get_family(config.family).request_limits(config)
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:

@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import nn
 
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.modules import (
     Linear,

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder
 
 from trio_deploy import __version__
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.names import canonical_tensors
 from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.values import cast, shape_of, typed

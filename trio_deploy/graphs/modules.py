@@ -27,7 +27,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.model_config import RopeConfig, TextConfig
+from trio_deploy.families.base import RopeConfig, TextConfig
 from trio_deploy.graphs.dialects.base import FLOAT, INT32, Dialect
 from trio_deploy.graphs.values import cast, constant, dim, dtype_of, reduce, shape_of, typed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.dialects.base import FLOAT, INT64, Dialect
 from trio_deploy.graphs.graph import Stage
 from trio_deploy.graphs.modules import KV, DecoderLayer, Head, cache_window

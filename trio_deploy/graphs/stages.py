@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.model_config import ModelConfig, VisionConfig
+from trio_deploy.families.base import ModelConfig, VisionConfig
 from trio_deploy.families.names import canonical_tensors
 from trio_deploy.graphs.connectors import Projector
 from trio_deploy.graphs.dialects.base import FLOAT, INT64, Dialect

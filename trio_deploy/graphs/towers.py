@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import nn
 
-from trio_deploy.families.model_config import VisionConfig
+from trio_deploy.families.base import VisionConfig
 from trio_deploy.graphs.dialects.base import FLOAT, Dialect
 from trio_deploy.graphs.modules import (
     LayerNorm,

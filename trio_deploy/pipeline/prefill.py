@@ -10,14 +10,13 @@ import numpy as np
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
+from trio_deploy.families.base import TILES_AT_ONCE
 from trio_deploy.pipeline.cache import CacheShape, Empties, SegmentCache
 from trio_deploy.pipeline.prompt import Batch
 from trio_deploy.runtimes.arrays import concatenate, on_host, to_host
 from trio_deploy.runtimes.base import Array, Blocks, Engine, HostMoment, Moment, Runtime
 
 _FEATURES = "image_features"
-
-TILES_AT_ONCE = 8  # of the vision tower, which bounds its memory
 
 
 @dataclass

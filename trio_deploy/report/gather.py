@@ -28,8 +28,9 @@ from trio_deploy.bench.runner import UNPRUNED, Options, measure
 from trio_deploy.bench.table import operations, split, times, where
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import ENGINES, MANIFEST, WEIGHTS
-from trio_deploy.config.recipe import Recipe, list_recipes, load_recipe
-from trio_deploy.cost.flops import account, max_tiles, max_visual_tokens, vision_flops
+from trio_deploy.checkpoint.resolve import load_recipe
+from trio_deploy.config.recipe import Recipe, list_recipes
+from trio_deploy.cost.flops import account, vision_flops
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluation import scenes
 from trio_deploy.evaluation.configurations import (
@@ -44,6 +45,7 @@ from trio_deploy.evaluation.configurations import UNPRUNED as ALL_TOKENS
 from trio_deploy.evaluation.evaluate import evaluate
 from trio_deploy.evaluation.questions import scene_questions
 from trio_deploy.evaluation.results import Result, Results
+from trio_deploy.families.registry import request_limits
 from trio_deploy.files import format_bytes, sha256_of
 from trio_deploy.pipeline.draw import kept_panels, pruned_before
 from trio_deploy.pipeline.pipeline import Generation, Request, TrioPipeline
@@ -93,7 +95,7 @@ def default_questions() -> list[Asked]:
 def exported(bundle: Bundle) -> dict[str, Any]:
     """Model, options, graphs and weights."""
     manifest, config = bundle.manifest, bundle.config
-    text, vision = config.text, config.vision
+    text = config.text
     weights = [i.size for name, i in manifest.files.items() if name.startswith(f"{WEIGHTS}/")]
     state = {
         "copied": "in the bundle",
@@ -111,8 +113,8 @@ def exported(bundle: Bundle) -> dict[str, Any]:
         ),
         (
             "Vision tower",
-            f"{vision.num_layers} layers, {vision.image_size} pixels a tile, up to "
-            f"{max_visual_tokens(config)} visual tokens a picture",
+            f"{config.vision.describe()}, up to "
+            f"{request_limits(config).visual_tokens} visual tokens a picture",
         ),
         ("Target", f"{manifest.target} ({runs_on})"),
         ("Graphs", f"{manifest.dialect} dialect, {manifest.dtype}, decode {manifest.decode}"),
@@ -185,7 +187,7 @@ def _work(stage: str, bundle: Bundle) -> str:
 def schedule(bundle: Bundle) -> dict[str, Any]:
     """Tokens at every layer for the picture that has most of them."""
     text = bundle.config.text
-    visual = max_visual_tokens(bundle.config)
+    visual = request_limits(bundle.config).visual_tokens
     kept = bundle.schedule.visual_per_layer(visual, text.num_layers)
     points = zip(bundle.schedule.points, bundle.schedule.resolve(visual), strict=True)
     return {
@@ -203,14 +205,15 @@ def schedule(bundle: Bundle) -> dict[str, Any]:
 def arithmetic(bundle: Bundle) -> dict[str, Any]:
     """Operations and KV cache by counting, against no pruning; for the picture with most tokens."""
     config = bundle.config
-    visual = max_visual_tokens(config)
+    largest = request_limits(config)
+    visual = largest.visual_tokens
     size = 4 if bundle.manifest.dtype == "float32" else 2
 
     def cost(of: Schedule) -> Any:
         return account(config.text, of, visual, _TEXT_TOKENS, item_bytes=size, probes=PROBES)
 
     ours, full = cost(bundle.schedule), cost(Schedule())
-    tower = vision_flops(config, max_tiles(config))
+    tower = vision_flops(config, largest.tiles)
     rows = [
         ("Prefill of the language model", ours.honest, full.honest),
         ("– in its layers", ours.layers, full.layers),

@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from trio_deploy.cost.flops import _Shapes
 from trio_deploy.errors import TrioError
 from trio_deploy.schedule.schedule import _RATIO_DIGITS, _SMALLEST_RATIO, PruningPoint, Schedule
+
+_Shapes = list[tuple[float, list[float]]]
+"""Budgets, rising, and what the points keep at each, in proportion to each other."""
 
 DEFAULT_BUDGET = 0.111
 """Where none is given: the smaller of the published ones."""

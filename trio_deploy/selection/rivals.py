@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trio_deploy.families.model_config import TextConfig
+from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.dialects.base import FLOAT, INT64, Dialect
 from trio_deploy.graphs.graph import Stage
 from trio_deploy.graphs.modules import (

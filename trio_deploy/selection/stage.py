@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.dialects.base import BOOL, FLOAT, INT64, Dialect
 from trio_deploy.graphs.graph import Stage
 from trio_deploy.graphs.options import GraphOptions

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from trio_deploy.cost.flops import max_tiles
 from trio_deploy.errors import TrioError
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.registry import request_limits
 from trio_deploy.pipeline.batcher.continuous import Refused
 from trio_deploy.serve.triton_server.request import nbytes
 
@@ -30,7 +30,8 @@ class HeldBytes:
         max_images: more are refused by the checks that follow.
         """
         self._most = most
-        self._tiles = 4 * 3 * config.vision.image_size**2 * max_tiles(config)
+        largest = request_limits(config)
+        self._tiles = 4 * largest.tile_values * largest.tiles
         self._max_images = max_images
         self._held = 0
         self._lock = threading.Lock()

@@ -18,9 +18,9 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.checkpoint.resolve import from_folder
 from trio_deploy.config.target import GRAPH_DTYPES
 from trio_deploy.errors import TrioError
+from trio_deploy.families.base import TILES_AT_ONCE
 from trio_deploy.families.preprocessing import ProcessedImage
 from trio_deploy.pipeline.pipeline import Request, TrioPipeline
-from trio_deploy.pipeline.prefill import TILES_AT_ONCE
 from trio_deploy.pipeline.prompt import Prompt, collate
 from trio_deploy.reference.trace import Tensors
 from trio_deploy.runtimes.tensorrt.runtime import TrtEngine

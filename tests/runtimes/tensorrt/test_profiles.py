@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 
 from tests.runtimes.tensorrt.conftest import Export
-from trio_deploy.config.recipe import load_recipe
+from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.config.target import Limits, Target, load_target
-from trio_deploy.cost.flops import max_visual_tokens
 from trio_deploy.errors import TrioError
-from trio_deploy.families.registry import parse_config
+from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.runtimes.tensorrt.profiles import Profile, Sizes, profiles
 from trio_deploy.schedule.budget import for_points, solve
 from trio_deploy.schedule.schedule import Schedule
@@ -67,7 +66,7 @@ def test_what_a_recipe_keeps_at_a_budget_within_the_limits_fits() -> None:
 
 def test_what_is_typical_follows_from_the_schedule() -> None:
     sizes = Sizes.of(CONFIG, SCHEDULE, JETSON.limits)
-    text, visual = JETSON.limits.typical_text_tokens, max_visual_tokens(CONFIG)
+    text, visual = JETSON.limits.typical_text_tokens, request_limits(CONFIG).visual_tokens
     assert [span.opt for span in sizes.tokens] == [
         text + kept for kept in (visual, *SCHEDULE.resolve(visual))
     ]

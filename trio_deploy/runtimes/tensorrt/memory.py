@@ -17,7 +17,7 @@ from typing import Any
 from onnx import ModelProto, TensorProto
 
 from trio_deploy.config.target import Target
-from trio_deploy.families.model_config import ModelConfig
+from trio_deploy.families.base import ModelConfig
 from trio_deploy.files import format_bytes
 from trio_deploy.runtimes.tensorrt.dry_run.shapes import Resolved, activation_bytes, resolve
 from trio_deploy.runtimes.tensorrt.profiles import DECODE, buffer_bytes, cache_bytes, stage_profiles

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.config.target import Limits, Target
-from trio_deploy.cost.flops import kv_bytes, max_tiles, max_visual_tokens
 from trio_deploy.errors import TrioError
-from trio_deploy.families.model_config import ModelConfig
-from trio_deploy.pipeline.prefill import TILES_AT_ONCE
+from trio_deploy.families.base import TILES_AT_ONCE, ModelConfig
+from trio_deploy.families.registry import request_limits
 from trio_deploy.runtimes.tensorrt.allocator import SLACK
 from trio_deploy.schedule.budget import smallest_budget, solve
 from trio_deploy.schedule.schedule import Schedule
@@ -122,7 +121,7 @@ class Sizes:
         Raises:
             TrioError: the largest budget cannot be reached at these pruning points.
         """
-        one_image = max_visual_tokens(config)
+        largest = request_limits(config)
         visual = _visual(config, limits)
         context = config.text.max_positions
         if limits.max_text_tokens > context:
@@ -130,30 +129,30 @@ class Sizes:
                 f"max_text_tokens {limits.max_text_tokens} of the target exceeds the model's "
                 f"context of {context} tokens: lower it"
             )
-        usual = min(limits.typical_visual_tokens, one_image)
+        usual = min(limits.typical_visual_tokens, largest.visual_tokens)
         usual_kept = (usual, *schedule.resolve(usual))
         kept = partial(_most_kept, config, schedule, limits.max_budget, budgets)
         # Text is never dropped: as much of it as there may be, then visual tokens, is the most.
         prompt = limits.max_text_tokens
         longest = [prompt + most for most in kept(min(visual, context - prompt))]
         others, seen = _answered(config, limits)
-        largest = [others + most for most in kept(seen)]
+        fullest = [others + most for most in kept(seen)]
         tokens, capacity = [], []
-        for most, room, typical in zip(longest, largest, usual_kept, strict=True):
+        for most, room, typical in zip(longest, fullest, usual_kept, strict=True):
             typical += limits.typical_text_tokens
             tokens.append(Span.of(1, typical, most))
             capacity.append(Span.of(2, typical + limits.typical_new_tokens, room))
-        tiles = max_tiles(config)
+        tiles = largest.tiles
         images = limits.max_batch * limits.max_images
-        usual_tiles = min(tiles, math.ceil(usual / config.vision.rows_per_tile))
+        usual_tiles = min(tiles, math.ceil(usual / largest.tile_rows))
         together = max(tiles, min(TILES_AT_ONCE, images * tiles))
         return cls(
             batch=Span.of(1, limits.typical_batch, limits.max_batch),
             tiles=Span.of(1, usual_tiles, together),
             rows=Span.of(
                 0,
-                limits.typical_batch * usual_tiles * config.vision.rows_per_tile,
-                images * tiles * config.vision.rows_per_tile,
+                limits.typical_batch * usual_tiles * largest.tile_rows,
+                images * tiles * largest.tile_rows,
             ),
             tokens=tuple(tokens),
             capacity=tuple(capacity),
@@ -162,7 +161,7 @@ class Sizes:
 
 def _visual(config: ModelConfig, limits: Limits) -> int:
     """Visual tokens of a row, at most."""
-    return min(limits.max_visual_tokens, limits.max_images * max_visual_tokens(config))
+    return min(limits.max_visual_tokens, limits.max_images * request_limits(config).visual_tokens)
 
 
 def _answered(config: ModelConfig, limits: Limits) -> tuple[int, int]:
@@ -236,7 +235,7 @@ def cache_bytes(
         )
         for _ in range(start, stop)
     ]
-    return kv_bytes(lengths, text, item) * limits.max_batch * sides
+    return text.kv_bytes(lengths, item) * limits.max_batch * sides
 
 
 def buffer_bytes(
@@ -253,16 +252,17 @@ def buffer_bytes(
     KV caches, and inputs and outputs of the stage that has most, in blocks that may be larger than
     what they are used for (`SLACK`). Arguments as of `cache_bytes`.
     """
-    text, vision, sizes = config.text, config.vision, Sizes.of(config, schedule, limits, budgets)
+    text, sizes = config.text, Sizes.of(config, schedule, limits, budgets)
+    largest = request_limits(config)
     hidden, rows = text.hidden_size * item, limits.max_batch
     cache = cache_bytes(config, schedule, limits, budgets, sides=sides, item=item)
-    pixels = 3 * vision.image_size**2 * item
+    pixels = largest.tile_values * item
     stages = [
-        sizes.tiles.max * (pixels + vision.rows_per_tile * hidden),
+        sizes.tiles.max * (pixels + largest.tile_rows * hidden),
         sizes.rows.max * hidden + rows * sizes.tokens[0].max * hidden,
     ]
     for span, (start, stop) in zip(sizes.tokens, schedule.segments(text.num_layers), strict=True):
-        new = kv_bytes([span.max] * (stop - start), text, item)
+        new = text.kv_bytes([span.max] * (stop - start), item)
         stages.append(rows * (new + 2 * span.max * hidden))
     return int(SLACK * (cache + max(stages)))
 
