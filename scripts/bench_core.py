@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from trio_deploy import Bundle, Schedule, TrioError, export_model
 from trio_deploy.bench.baselines import autograd_probe
 from trio_deploy.bench.cases import Case, Opened, Run, fitted
 from trio_deploy.bench.child import peak_memory
@@ -42,11 +43,7 @@ from trio_deploy.bench.genai import missing
 from trio_deploy.bench.synthetic import Size, write_checkpoint
 from trio_deploy.bench.timing import interleave, peak_mib
 from trio_deploy.bench.workload import Workload
-from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.errors import TrioError
-from trio_deploy.export.job import export
 from trio_deploy.runtimes.registry import open_engine
-from trio_deploy.schedule.schedule import Schedule
 
 IMAGES = 5
 TEXT_TOKENS = 64
@@ -120,7 +117,7 @@ def checkpoint(cache: Path, size: Size) -> Path:
 
 def bundle_of(source: Path, out: Path, schedule: str | Schedule, dialect: str) -> Bundle:
     """A float32 bundle of a checkpoint whose weights are links to its own."""
-    return export(
+    return export_model(
         source,
         out,
         schedule=schedule,

@@ -33,12 +33,10 @@ import tritonclient.grpc.aio as triton
 from tqdm import tqdm
 from triton_server import TritonServer
 
+from trio_deploy import Bundle, Pipeline, export_model
 from trio_deploy.bench.environment import load_average, machine, machine_text
 from trio_deploy.bench.runner import budget_name
-from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.evaluation import scenes
-from trio_deploy.export.job import export
-from trio_deploy.pipeline.pipeline import TrioPipeline
 from trio_deploy.serve.triton_server.repository import Options, read_settings, write_repository
 
 MODEL = "trio_vlm"
@@ -107,7 +105,7 @@ def answer_alone(
     bundle: Bundle, cases: Sequence[Case], budget: float | None
 ) -> tuple[list[Case], Answers]:
     """The cases with their tokens, and what it took the pipeline, one request after another."""
-    pipeline = TrioPipeline.from_bundle(bundle)
+    pipeline = Pipeline.open(bundle)
     for case in cases[:4]:  # warm-up
         pipeline.generate([case.picture], case.question, budget=budget)
     result = Answers(clients=1, seconds=0.0)
@@ -290,7 +288,7 @@ def main() -> int:
         bundle = (
             Bundle.load(args.bundle)
             if args.bundle
-            else export("tiny", folder / "bundle", budget=0.111)
+            else export_model("tiny", folder / "bundle", budget=0.111)
         )
         settings = SETTINGS | read_settings(None, args.set)
         write_repository(bundle, folder / "repository", Options(settings=settings, link=True))

@@ -14,10 +14,9 @@ import re
 import tempfile
 from pathlib import Path
 
+from trio_deploy import Pipeline, Request, export_model
 from trio_deploy.cli.run import save_kept
 from trio_deploy.evaluation import scenes
-from trio_deploy.export.job import export
-from trio_deploy.pipeline.pipeline import Request, TrioPipeline
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ((2000039, "busy"), (2000011, "busy"), (2000007, "smooth"))  # as examples/README.md
@@ -25,7 +24,7 @@ BUDGETS = (0.111, 0.222, 0.333, 0.5, 1.0)
 COLUMNS = 4  # what, ours, against, figure; the targets stay in the full table
 
 
-def picture(pipeline: TrioPipeline, question: str, budget: float) -> str:
+def picture(pipeline: Pipeline, question: str, budget: float) -> str:
     """Answer about the example scene in the bundle's own schedule, draw docs/kept.png.
 
     Returns Markdown that shows both.
@@ -53,8 +52,8 @@ def accuracy(folder: Path, budgets: tuple[float, ...]) -> str:
     ]
     cells = []
     for budget in budgets:
-        bundle = export("tiny", folder / f"{budget:g}", budget=budget, progress=False)
-        answers = TrioPipeline.from_bundle(bundle).generate_batch(
+        bundle = export_model("tiny", folder / f"{budget:g}", budget=budget, progress=False)
+        answers = Pipeline.open(bundle).generate_batch(
             [Request(question.text, [image]) for question, image in asked]
         )
         right = sum(a.text.strip() == q.answer for a, (q, _) in zip(answers, asked, strict=True))
@@ -91,8 +90,8 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
-        bundle = export("tiny", Path(folder) / "bundle", budget=args.budget, progress=False)
-        pipeline = TrioPipeline.from_bundle(bundle)
+        bundle = export_model("tiny", Path(folder) / "bundle", budget=args.budget, progress=False)
+        pipeline = Pipeline.open(bundle)
         text = replace(text, "picture", picture(pipeline, args.question, args.budget))
         text = replace(text, "accuracy", accuracy(Path(folder), BUDGETS))
     measured = ROOT / "docs" / "measurements" / "core.md"

@@ -17,14 +17,13 @@ from pathlib import Path
 
 from readme_figures import replace
 
+from trio_deploy import export_model, plan
 from trio_deploy.bench.environment import machine_text
 from trio_deploy.bench.table import to_markdown
 from trio_deploy.cli import main as cli
-from trio_deploy.cost.plan import make_plan
 from trio_deploy.evaluation.plot import PLOT, draw
 from trio_deploy.evaluation.results import Result, Results
 from trio_deploy.evaluation.statistics import Estimate
-from trio_deploy.export.job import export
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -128,7 +127,7 @@ def bench() -> None:
     """Measure what the tiny bundle costs: docs/measurements/bench-tiny*.{json,md,png}."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "tiny"
-        export("tiny", bundle, progress=False)
+        export_model("tiny", bundle, progress=False)
         for name, options in BENCHES.items():
             out = str(MEASURED / name)
             if cli.main(["bench", str(bundle), *options.split(), "--out", out]):
@@ -155,11 +154,21 @@ def arithmetic() -> str:
         "|---|---|---|---|---|---|",
     ]
     for model in PLANS:
-        plan = make_plan(model)
-        paper = {row.unit: row for row in plan.paper}
+        planned = plan(model)
+        paper = {row.unit: row for row in planned.paper}
         counted = (
-            ("FLOPs, the paper's formula", "T", plan.cost.paper / 1e12, plan.unpruned.paper / 1e12),
-            ("KV cache, 16-bit", "MiB", plan.cost.kv_bytes / 2**20, plan.unpruned.kv_bytes / 2**20),
+            (
+                "FLOPs, the paper's formula",
+                "T",
+                planned.cost.paper / 1e12,
+                planned.unpruned.paper / 1e12,
+            ),
+            (
+                "KV cache, 16-bit",
+                "MiB",
+                planned.cost.kv_bytes / 2**20,
+                planned.unpruned.kv_bytes / 2**20,
+            ),
         )
         for what, unit, pruned, unpruned in counted:
             theirs = paper[unit]

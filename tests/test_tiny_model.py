@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trio_deploy import Generation, Pipeline, Request, export_model
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.evaluation import scenes
-from trio_deploy.export.job import export
-from trio_deploy.pipeline.pipeline import Generation, Request, TrioPipeline
 
 FOLDER = Path(__file__).parents[1] / "trio_deploy" / "data" / "tiny"
 
@@ -75,8 +74,10 @@ def test_a_budget_of_the_recipe_is_the_same_exported_or_asked_for(tmp_path: Path
     questions = [question.text for question in scene.questions[:4]]
 
     def answers(exported: float, asked: float | None) -> list[Generation]:
-        bundle = export("tiny", tmp_path / f"{exported}-{asked}", budget=exported, progress=False)
-        pipeline = TrioPipeline.from_bundle(bundle, threads=1)
+        bundle = export_model(
+            "tiny", tmp_path / f"{exported}-{asked}", budget=exported, progress=False
+        )
+        pipeline = Pipeline.open(bundle, threads=1)
         return pipeline.generate_batch(
             [Request(question, [scene.image], budget=asked) for question in questions]
         )
@@ -94,7 +95,7 @@ def test_every_kind_reaches_its_bound_unpruned_through_the_runtime(tmp_path: Pat
         "digit": 0.90,
         "plate": 0.80,
     }
-    pipeline = TrioPipeline.from_bundle(export("tiny", tmp_path / "b", progress=False), threads=1)
+    pipeline = Pipeline.open(export_model("tiny", tmp_path / "b", progress=False), threads=1)
     right: dict[str, list[bool]] = {kind: [] for kind in scenes.KINDS}
     for seed in scenes.TEST_SEEDS[6000:6015]:
         scene = scenes.generate(seed)

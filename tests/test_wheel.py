@@ -65,9 +65,9 @@ def test_a_bundle_exported_and_run_there_gives_the_same_tokens(venv, tmp_path):
     there = json.loads(out)
     assert (tmp_path / "kept.png").stat().st_size > 0
 
-    from trio_deploy.pipeline.pipeline import TrioPipeline
+    from trio_deploy import Pipeline
 
-    here = TrioPipeline.from_bundle(tmp_path / "bundle").generate([SCENE], PROMPT)
+    here = Pipeline.open(tmp_path / "bundle").generate([SCENE], PROMPT)
     assert there["token_ids"] == list(here.token_ids)
     assert there["text"] == here.text
 

@@ -83,7 +83,7 @@ class Result:
 
     def failed(self, name: str, error: Exception) -> None:
         """An exception, with its traceback where it is none of ours."""
-        from trio_deploy.errors import TrioError
+        from trio_deploy import TrioError
 
         if isinstance(error, TrioError):
             self.note(name, False, str(error))
@@ -356,9 +356,8 @@ class Part:
         Args:
             link: its weights are the checkpoint's files.
         """
-        from trio_deploy.bundle.bundle import Bundle
+        from trio_deploy import Bundle, export_model
         from trio_deploy.evaluation.configurations import Source
-        from trio_deploy.export.job import export
         from trio_deploy.families.registry import request_limits
 
         folder = self.work / f"{Path(str(model)).name}-{dtype}-{layout}"
@@ -396,7 +395,7 @@ class Part:
             engines, aside = place / "engines", folder / "engines"
             if engines.is_dir() and not aside.is_dir():  # those that still fit are not built again
                 engines.rename(aside)
-            export(
+            export_model(
                 model,
                 place,
                 budget=self.budget,
@@ -415,7 +414,7 @@ class Part:
 
     def large(self) -> tuple[Any, Path]:
         """The bundle that `run_export` made, and its target's file."""
-        from trio_deploy.bundle.bundle import Bundle
+        from trio_deploy import Bundle
 
         paths = self.host["paths"]
         return Bundle.load(Path(paths["bundle"])), Path(paths["target"])

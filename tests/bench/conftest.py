@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from trio_deploy import Bundle
 from trio_deploy.bench.command import make_bundle
 from trio_deploy.bench.runner import Options
-from trio_deploy.bundle.bundle import Bundle
 
 SIZE = "d=32,layers=6,vocab=300,mlp=48,heads=2,image=56,vision_d=16,vision_layers=2,context=256"
 SCHEDULE = "1:8,3:4"

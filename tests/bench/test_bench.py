@@ -8,14 +8,13 @@ from dataclasses import replace
 
 import pytest
 
+from trio_deploy import Schedule, TrioError
 from trio_deploy.bench.cases import Opened
 from trio_deploy.bench.child import peak_memory
 from trio_deploy.bench.command import bench, shown_command
 from trio_deploy.bench.runner import UNPRUNED, Options, list_cases, measure, sweep
 from trio_deploy.bench.table import NOTE, operations, times, to_markdown, to_text
 from trio_deploy.cli import main as cli
-from trio_deploy.errors import TrioError
-from trio_deploy.schedule.schedule import Schedule
 
 QUICK = Options(text_tokens=30, new_tokens=3, runs=2, warm_up=0, baselines=(), memory=False,
                 threads=2)  # fmt: skip

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from trio_deploy import Schedule
 from trio_deploy.bench.cases import Case, Run
 from trio_deploy.bench.results import case_figures, compare, cost_of
 from trio_deploy.bench.table import split
 from trio_deploy.cost.flops import account
-from trio_deploy.schedule.schedule import Schedule
 
 
 def run(**changes):

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from trio_deploy import TrioError
 from trio_deploy.bench.synthetic import Size, model_of, write_checkpoint
 from trio_deploy.checkpoint.safetensors import Checkpoint
-from trio_deploy.errors import TrioError
 from trio_deploy.families.registry import parse_config
 
 TINY = "d=32,layers=4,vocab=300,mlp=48,heads=2,image=28,patch=14,vision_d=16,vision_layers=2"

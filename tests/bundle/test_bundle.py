@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from trio_deploy import Bundle, Schedule, TrioError
 from trio_deploy.bundle import bundle as bundle_module
-from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import (
     MANIFEST,
     FileInfo,
@@ -25,8 +25,6 @@ from trio_deploy.bundle.manifest import (
     TensorInfo,
 )
 from trio_deploy.bundle.writer import BundleWriter
-from trio_deploy.errors import TrioError
-from trio_deploy.schedule.schedule import Schedule
 
 
 def manifest(**changes) -> Manifest:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from trio_deploy import TrioError, export_model, plan
 from trio_deploy.checkpoint.resolve import resolve
-from trio_deploy.cost.plan import make_plan
-from trio_deploy.errors import TrioError
 from trio_deploy.export.attach import attach_weights
-from trio_deploy.export.job import export
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +19,8 @@ def offline(tmp_path, monkeypatch):
 
 def test_graphs_only_is_not_advised_where_it_does_not_help(tmp_path):
     for call in (
-        lambda: make_plan("nobody/none"),
-        lambda: export("nobody/none", tmp_path / "b", graphs_only=True, progress=False),
+        lambda: plan("nobody/none"),
+        lambda: export_model("nobody/none", tmp_path / "b", graphs_only=True, progress=False),
     ):
         with pytest.raises(TrioError, match=r"hf download nobody/none .*--model FOLDER") as caught:
             call()
@@ -30,7 +28,7 @@ def test_graphs_only_is_not_advised_where_it_does_not_help(tmp_path):
 
 
 def test_attach_weights_names_its_own_argument(tmp_path):
-    export("tiny", tmp_path / "b", budget=0.5, graphs_only=True, progress=False)
+    export_model("tiny", tmp_path / "b", budget=0.5, graphs_only=True, progress=False)
     with pytest.raises(TrioError, match="pass the folder as the checkpoint") as caught:
         attach_weights(tmp_path / "b", "nobody/none", progress=False)
     assert "--" not in str(caught.value).replace("--local-dir", "")

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.support.checkpoints import make_llava, read_tensor
+from trio_deploy import TrioError
 from trio_deploy.bundle.weights import plan_layout, write_layout
 from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.checkpoint.safetensors import (
@@ -22,7 +23,6 @@ from trio_deploy.checkpoint.safetensors import (
     image_settings,
     read_header,
 )
-from trio_deploy.errors import TrioError
 from trio_deploy.families.registry import parse_config
 
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"

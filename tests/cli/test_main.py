@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from trio_deploy import Pipeline, TrioError, export_model
 from trio_deploy.cli import main as cli
-from trio_deploy.errors import TrioError
-from trio_deploy.export.job import export
-from trio_deploy.pipeline.pipeline import TrioPipeline
 from trio_deploy.verify.compare import ParityRow
 
 
@@ -27,9 +25,9 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(f"trio_deploy.{module}.{name}", fake)
 
-    record("export", "export", "bundle")
-    record("export", "attach_weights", "bundle")
-    record("export", "inspect", "what is in it")
+    record("export.job", "export_model", "bundle")
+    record("export.attach", "attach_weights", "bundle")
+    record("bundle.describe", "inspect", "what is in it")
     return seen
 
 
@@ -49,7 +47,7 @@ def test_export_hands_on_what_was_asked(calls, capsys):
         "--positions original --probe shifted --threshold 0.9 --method dart"
     )
     assert cli.main(command.split()) == 0
-    args, options = calls["export"]
+    args, options = calls["export_model"]
     assert args == ("llava-next-7b", Path("b"))
     assert options == {
         "budget": 0.222,
@@ -71,7 +69,7 @@ def test_export_hands_on_what_was_asked(calls, capsys):
 def test_trio_export_is_trio_export(calls, monkeypatch):
     monkeypatch.setattr("sys.argv", ["trio-export", "--model", "tiny", "--out", "b"])
     assert cli.export_main() == 0
-    assert calls["export"][0] == ("tiny", Path("b"))
+    assert calls["export_model"][0] == ("tiny", Path("b"))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +111,7 @@ def test_a_question_without_text_is_refused_before_the_bundle_is_opened(tmp_path
 
 
 def test_a_bundle_where_a_checkpoint_belongs_is_said_to_be_one(tmp_path, capsys):
-    bundle = str(export("tiny", tmp_path / "b", graphs_only=True, progress=False).path)
+    bundle = str(export_model("tiny", tmp_path / "b", graphs_only=True, progress=False).path)
     for command in (f"export --model {bundle} --out x", f"plan --model {bundle}"):
         assert cli.main(command.split()) == 1
         assert f"{bundle} is a bundle, which has been exported" in capsys.readouterr().err
@@ -128,7 +126,7 @@ def test_errors_are_one_line_and_status_1(monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise TrioError("no such model: pass a folder")
 
-    monkeypatch.setattr("trio_deploy.export.job.export", fail)
+    monkeypatch.setattr("trio_deploy.export.job.export_model", fail)
     assert cli.main(["export", "--model", "x", "--out", "b"]) == 1
     captured = capsys.readouterr()
     assert captured.err == "trio: no such model: pass a folder\n"
@@ -141,7 +139,7 @@ def test_an_error_of_the_system_is_one_line_too(monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise PermissionError(13, "Permission denied", "b")
 
-    monkeypatch.setattr("trio_deploy.export.job.export", fail)
+    monkeypatch.setattr("trio_deploy.export.job.export_model", fail)
     assert cli.main(["export", "--model", "x", "--out", "b"]) == 1
     assert capsys.readouterr().err == "trio: [Errno 13] Permission denied: 'b'\n"
 
@@ -150,7 +148,7 @@ def test_an_interrupt_is_status_130(monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trio_deploy.export.job.export", interrupt)
+    monkeypatch.setattr("trio_deploy.export.job.export_model", interrupt)
     assert cli.main(["export", "--model", "x", "--out", "b"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -224,12 +222,12 @@ def test_run_on_a_missing_bundle_is_an_error(tmp_path, capsys):
 def test_show_that_cannot_be_written_fails_before_a_model_is_loaded(
     tmp_path, capsys, monkeypatch, picture, words
 ):
-    from trio_deploy.pipeline.pipeline import TrioPipeline
+    from trio_deploy import Pipeline
 
     def load(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(TrioPipeline, "from_bundle", load)
+    monkeypatch.setattr(Pipeline, "open", load)
     command = ["run", "b", "--prompt", "hi", "--image", "a.png", "--show"]
     assert cli.main([*command, str(tmp_path / picture)]) == 1
     error = capsys.readouterr().err
@@ -242,7 +240,7 @@ def test_show_that_cannot_be_written_fails_before_a_model_is_loaded(
 def test_run_names_words_that_the_vocabulary_lacks_and_shows_that_an_answer_is_empty(
     tmp_path, capsys, monkeypatch
 ):
-    bundle = export("tiny", tmp_path / "b", progress=False).path
+    bundle = export_model("tiny", tmp_path / "b", progress=False).path
     picture = Path(__file__).parents[2] / "examples" / "scene.png"
     command = ["run", str(bundle), "--image", str(picture), "--threads", "1", "--prompt"]
     assert cli.main([*command, "what color is the circle?"]) == 0
@@ -253,12 +251,12 @@ def test_run_names_words_that_the_vocabulary_lacks_and_shows_that_an_answer_is_e
     assert asked.err.count("\n") == 1 and "lacks 'Giraffe':" in asked.err
     assert json.loads(asked.out)["finish_reason"] == "stop"
 
-    generate = TrioPipeline.generate
+    generate = Pipeline.generate
 
     def silent(self, *args, **kwargs):
         return replace(generate(self, *args, **{**kwargs, "stream": None}), text="")
 
-    monkeypatch.setattr(TrioPipeline, "generate", silent)
+    monkeypatch.setattr(Pipeline, "generate", silent)
     assert cli.main([*command, "what color is the circle?"]) == 0
     assert capsys.readouterr().out.startswith("(the model gave an empty answer)\n\nlayers")
 
@@ -276,9 +274,9 @@ def test_plan_prints_text_or_json(capsys):
 
 
 def test_verify_of_graphs_alone_says_that_there_are_no_weights(tmp_path, capsys):
-    from trio_deploy.export.job import export
+    from trio_deploy import export_model
 
-    export("tiny", tmp_path / "b", budget=0.5, graphs_only=True, progress=False)
+    export_model("tiny", tmp_path / "b", budget=0.5, graphs_only=True, progress=False)
     assert cli.main(["inspect", str(tmp_path / "b"), "--verify"]) == 0
     assert "no weights are there to verify" in capsys.readouterr().err
 
@@ -286,10 +284,9 @@ def test_verify_of_graphs_alone_says_that_there_are_no_weights(tmp_path, capsys)
 def test_verify_says_what_it_could_not_compare_and_compares_it_from_then_on(
     tmp_path, llava_checkpoint, capsys
 ):
-    from trio_deploy.bundle.bundle import Bundle
-    from trio_deploy.export.job import export
+    from trio_deploy import Bundle, export_model
 
-    export(llava_checkpoint, tmp_path / "b", budget=0.5, link_weights=True, progress=False)
+    export_model(llava_checkpoint, tmp_path / "b", budget=0.5, link_weights=True, progress=False)
     command = ["inspect", str(tmp_path / "b"), "--verify"]
     assert cli.main(command) == 0
     captured = capsys.readouterr()

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trio_deploy import Generation, Schedule, TrioError
 from trio_deploy.cli import run as answers
-from trio_deploy.errors import TrioError
 from trio_deploy.pipeline import draw as picture
-from trio_deploy.pipeline.pipeline import Generation
-from trio_deploy.schedule.schedule import Schedule
 
 
 def answer(**changes):

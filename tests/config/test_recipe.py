@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.support.checkpoints import make_llava
+from trio_deploy import TrioError
 from trio_deploy.checkpoint.resolve import load_recipe, recipe_for
 from trio_deploy.config.recipe import list_recipes, recipe_folder
 from trio_deploy.config.target import (
@@ -18,7 +19,6 @@ from trio_deploy.config.target import (
     target_folder,
     tensorrt_dialects,
 )
-from trio_deploy.errors import TrioError
 from trio_deploy.families.registry import parse_config
 from trio_deploy.schedule.budget import is_budget
 

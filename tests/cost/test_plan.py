@@ -7,15 +7,14 @@ import math
 
 import pytest
 
+from trio_deploy import TrioError, plan
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.cli.main import main
-from trio_deploy.cost.plan import make_plan
-from trio_deploy.errors import TrioError
 
 
 def test_the_papers_rows_stand_beside_ours_and_differences_are_explained():
-    plan = make_plan("llava-next-7b", budget=0.111, visual_tokens=2880)
-    text = plan.to_text()
+    planned = plan("llava-next-7b", budget=0.111, visual_tokens=2880)
+    text = planned.to_text()
     ours, papers = text.split("the paper's own figures")
     assert "16.670 T" in ours
     assert "1.699 T" in ours and "2.68" not in ours
@@ -27,29 +26,29 @@ def test_the_papers_rows_stand_beside_ours_and_differences_are_explained():
 
 
 def test_rows_that_agree_with_the_paper_are_not_remarked_upon():
-    plan = make_plan("llava-1.5-7b", schedule="1:92,10:54,15:22")
-    assert plan.cost.kv_bytes == 62 * 2**20
-    assert plan.unpruned.kv_bytes == 318 * 2**20
-    assert not any("MiB pruned" in note for note in plan.notes)
+    planned = plan("llava-1.5-7b", schedule="1:92,10:54,15:22")
+    assert planned.cost.kv_bytes == 62 * 2**20
+    assert planned.unpruned.kv_bytes == 318 * 2**20
+    assert not any("MiB pruned" in note for note in planned.notes)
 
 
 def test_at_another_budget_the_papers_pruned_figures_are_not_compared():
-    plan = make_plan("llava-next-7b", budget=0.222)
-    assert any("11.1 %, not to this 22.2%" in note for note in plan.notes)
-    assert not any("whole layer's forward" in note for note in plan.notes)
+    planned = plan("llava-next-7b", budget=0.222)
+    assert any("11.1 %, not to this 22.2%" in note for note in planned.notes)
+    assert not any("whole layer's forward" in note for note in planned.notes)
 
 
 def test_published_schedules_are_the_recipes():
-    plan = make_plan("llava-1.5-7b", budget=0.222)
-    assert plan.schedule.resolve(576) == (218, 128, 54)
-    assert plan.cost.average == 128
+    planned = plan("llava-1.5-7b", budget=0.222)
+    assert planned.schedule.resolve(576) == (218, 128, 54)
+    assert planned.cost.average == 128
 
 
 def test_visual_tokens_default_to_the_largest_image():
-    assert make_plan("llava-1.5-7b").visual == 576
-    plan = make_plan("llava-next-7b")
-    assert (plan.visual, plan.tiles) == (2880, 5)
-    assert make_plan("llava-next-7b", visual_tokens=1176).tiles == 3
+    assert plan("llava-1.5-7b").visual == 576
+    planned = plan("llava-next-7b")
+    assert (planned.visual, planned.tiles) == (2880, 5)
+    assert plan("llava-next-7b", visual_tokens=1176).tiles == 3
 
 
 @pytest.mark.parametrize(
@@ -57,18 +56,18 @@ def test_visual_tokens_default_to_the_largest_image():
 )
 @pytest.mark.parametrize("budget", [0.333, 0.222, 0.111])
 def test_every_recipe_has_a_plan_within_half_a_token_a_layer(model, budget):
-    plan = make_plan(model, budget=budget)
-    share = plan.cost.average / plan.visual
-    assert share == pytest.approx(budget, abs=max(0.01, 0.6 / plan.visual))
-    assert plan.cost.honest < plan.unpruned.honest
-    assert plan.to_text()
+    planned = plan(model, budget=budget)
+    share = planned.cost.average / planned.visual
+    assert share == pytest.approx(budget, abs=max(0.01, 0.6 / planned.visual))
+    assert planned.cost.honest < planned.unpruned.honest
+    assert planned.to_text()
 
 
 def test_text_only_prompts_have_nothing_to_prune():
-    plan = make_plan("llava-1.5-7b", visual_tokens=0, text_tokens=10)
-    assert plan.cost.honest == plan.unpruned.honest
-    assert plan.cost.selection == 0
-    assert plan.to_text()
+    planned = plan("llava-1.5-7b", visual_tokens=0, text_tokens=10)
+    assert planned.cost.honest == planned.unpruned.honest
+    assert planned.cost.selection == 0
+    assert planned.to_text()
 
 
 def test_json_says_what_the_text_says(capsys):
@@ -83,15 +82,15 @@ def test_json_says_what_the_text_says(capsys):
 
 def test_a_checkpoint_folder_needs_its_configuration_alone(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(load_recipe("llava-1.5-7b").architecture))
-    plan = make_plan(str(tmp_path), budget=1.0)
-    assert plan.model == tmp_path.name
-    assert plan.cost.layers == plan.unpruned.layers
+    planned = plan(str(tmp_path), budget=1.0)
+    assert planned.model == tmp_path.name
+    assert planned.cost.layers == planned.unpruned.layers
 
 
 def test_an_unreadable_configuration_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(TrioError, match=r"config\.json"):
-        make_plan(str(tmp_path))
+        plan(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +106,7 @@ def test_an_unreadable_configuration_is_named(tmp_path):
 )
 def test_bad_input_is_one_clear_error(arguments, words):
     with pytest.raises(TrioError, match=words):
-        make_plan(**arguments)
+        plan(**arguments)
 
 
 def test_the_cost_counts_the_block_size_that_the_graphs_use():
@@ -118,5 +117,5 @@ def test_the_cost_counts_the_block_size_that_the_graphs_use():
 
 
 def test_a_prompt_beyond_the_context_is_remarked():
-    assert any("context of 4096" in n for n in make_plan("llava-1.5-7b", text_tokens=4000).notes)
-    assert not any("context" in note for note in make_plan("llava-1.5-7b").notes)
+    assert any("context of 4096" in n for n in plan("llava-1.5-7b", text_tokens=4000).notes)
+    assert not any("context" in note for note in plan("llava-1.5-7b").notes)

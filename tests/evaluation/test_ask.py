@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trio_deploy import Pipeline, Request, Schedule, TrioError, evaluate, export_model
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.cli.main import _parser, main
-from trio_deploy.errors import TrioError
 from trio_deploy.evaluation import command, configurations
 from trio_deploy.evaluation.ask import Answer, AnswerLog, Measured, checksums
 from trio_deploy.evaluation.configurations import (
@@ -26,14 +26,10 @@ from trio_deploy.evaluation.configurations import (
     unpruned,
     used,
 )
-from trio_deploy.evaluation.evaluate import evaluate
 from trio_deploy.evaluation.plot import draw
 from trio_deploy.evaluation.questions import Question, scene_questions
 from trio_deploy.evaluation.results import Results, collect
 from trio_deploy.evaluation.scorers import pope
-from trio_deploy.export.job import export
-from trio_deploy.pipeline.pipeline import Request, TrioPipeline
-from trio_deploy.schedule.schedule import Schedule
 
 ONE_THREAD = RuntimeOptions(threads=1)
 
@@ -68,20 +64,20 @@ def run(source, questions, configurations, out, **more) -> Results:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """Requests that reach a pipeline from now on."""
     seen: list[Request] = []
-    generate = TrioPipeline.generate_batch
+    generate = Pipeline.generate_batch
 
     def recording(self, requests):
         seen.extend(requests)
         return generate(self, requests)
 
-    monkeypatch.setattr(TrioPipeline, "generate_batch", recording)
+    monkeypatch.setattr(Pipeline, "generate_batch", recording)
     return seen
 
 
 def test_results_are_those_of_the_pipeline(results, questions, source, tmp_path):
     mixed = next(one for one in results.results if one.name == "mixed")
-    bundle = export("tiny", tmp_path / "b", schedule=mixed.schedule, progress=False)
-    answers = TrioPipeline.from_bundle(bundle, threads=1).generate_batch(
+    bundle = export_model("tiny", tmp_path / "b", schedule=mixed.schedule, progress=False)
+    answers = Pipeline.open(bundle, threads=1).generate_batch(
         [Request(q.prompt, list(q.images), max_new_tokens=8) for q in questions]
     )
     right = [a.text.strip() == q.reference for a, q in zip(answers, questions, strict=True)]
@@ -195,7 +191,7 @@ def test_a_model_is_known_by_its_content_wherever_it_lies(tmp_path, monkeypatch)
     assert configurations.fingerprint(folder.iterdir()) != configurations.fingerprint(
         moved.iterdir()
     )
-    bundle = export("tiny", tmp_path / "bundle", schedule="0:0.2", progress=False)
+    bundle = export_model("tiny", tmp_path / "bundle", schedule="0:0.2", progress=False)
     shutil.copytree(bundle.path, tmp_path / "copy")
     assert (
         Source.open(bundle.path).fingerprint == Source.open(tmp_path / "copy").fingerprint != known
@@ -362,13 +358,13 @@ def test_a_model_that_is_never_right_is_judged_by_agreement(source, questions, o
 
 
 def test_a_bundle_is_measured_at_any_budget(tmp_path, questions):
-    bundle = export("tiny", tmp_path / "b", schedule="0:0.2:divprune,6:0.1", progress=False)
+    bundle = export_model("tiny", tmp_path / "b", schedule="0:0.2:divprune,6:0.1", progress=False)
     opened = Source.open(bundle.path)
     configurations, _ = grid(opened, [], [0.111, 0.5])
     found = run(opened, questions, configurations, tmp_path / "out")
     assert [one.budget for one in found.results] == [1.0, 0.111, 0.5]
     assert not (tmp_path / "out" / "bundles").exists()
-    pipeline = TrioPipeline.from_bundle(bundle, threads=1)
+    pipeline = Pipeline.open(bundle, threads=1)
     for one in found.results:
         assert one.schedule is not None
         answer = pipeline.generate(list(questions[0].images), "?", budget=one.budget)
@@ -380,7 +376,7 @@ def test_a_bundle_is_measured_at_any_budget(tmp_path, questions):
     reached, refused = grid(opened, [], [0.5, 2.0])
     assert [one.budget for one in reached] == [0.5]
     assert [sentence.split(" is left out")[0] for sentence in refused] == ["200.0%"]
-    recipe = export("tiny", tmp_path / "r", graphs_only=True, progress=False)
+    recipe = export_model("tiny", tmp_path / "r", graphs_only=True, progress=False)
     (known,), _ = grid(Source.open(recipe.path), [], [0.222])
     assert used(Source.open(recipe.path), known) == load_recipe("tiny").schedules["0.222"]
     with pytest.raises(TrioError, match="a bundle has its methods"):
@@ -392,7 +388,7 @@ def test_a_bundle_is_measured_at_any_budget(tmp_path, questions):
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "b"
-    export("tiny", folder, schedule="0:0.2:divprune,8:0.1", graphs_only=True, progress=False)
+    export_model("tiny", folder, schedule="0:0.2:divprune,8:0.1", graphs_only=True, progress=False)
     return folder
 
 
@@ -420,10 +416,10 @@ def test_a_bundle_is_measured_in_its_own_schedule_first(options, budgets, bundle
 
 
 def test_a_bundles_own_schedule_is_asked_as_it_was_exported(tmp_path, questions):
-    bundle = export("tiny", tmp_path / "b", schedule="0:0.2:divprune,8:0.1", progress=False)
+    bundle = export_model("tiny", tmp_path / "b", schedule="0:0.2:divprune,8:0.1", progress=False)
     opened = Source.open(bundle.path)
     found = run(opened, questions, [as_exported(opened)], tmp_path / "out").results[1]
-    answers = TrioPipeline.from_bundle(bundle, threads=1).generate_batch(
+    answers = Pipeline.open(bundle, threads=1).generate_batch(
         [Request(q.prompt, list(q.images), max_new_tokens=8) for q in questions]
     )
     right = [a.text.strip() == q.reference for a, q in zip(answers, questions, strict=True)]
@@ -437,7 +433,7 @@ def test_own_is_no_budget_of_a_model():
 
 
 def test_a_bundle_in_a_recipes_schedule_is_asked_once_at_that_budget(tmp_path):
-    bundle = export("tiny", tmp_path / "b", graphs_only=True, progress=False)
+    bundle = export_model("tiny", tmp_path / "b", graphs_only=True, progress=False)
     found = chosen(bundle.path, "")
     assert found[0].schedule == bundle.schedule
     assert [one.budget for one in found[1:]] == [0.222, 0.333]

@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trio_deploy.errors import TrioError
+from trio_deploy import Request, TrioError, export_model
 from trio_deploy.evaluation import scenes
-from trio_deploy.export.job import export
-from trio_deploy.pipeline.pipeline import Request
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -75,7 +73,7 @@ def scene() -> scenes.Scene:
 @pytest.fixture(scope="module")
 def model(adapter, scene, tmp_path_factory) -> Any:
     bundle = tmp_path_factory.mktemp("lmms") / "b"
-    export("tiny", bundle, schedule="0:0.4,6:0.2", progress=False)
+    export_model("tiny", bundle, schedule="0:0.4,6:0.2", progress=False)
     found = adapter.Trio.create_from_arg_string(
         f"bundle={bundle},budget=1.0,threads=1", {"batch_size": 4, "device": None}
     )

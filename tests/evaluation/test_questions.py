@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.evaluation import scenes
 from trio_deploy.evaluation.questions import annotate, read_questions, scene_questions
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.evaluation.questions import Question
 from trio_deploy.evaluation.scorers import (
     SCORERS,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trio_deploy import Pipeline, Schedule, TrioError, export_model
 from trio_deploy.cli.main import main
-from trio_deploy.errors import TrioError
 from trio_deploy.evaluation.command import tuned_text
 from trio_deploy.evaluation.configurations import Bundles, RuntimeOptions, Source
 from trio_deploy.evaluation.questions import scene_questions
@@ -24,9 +24,6 @@ from trio_deploy.evaluation.tune import (
     recipe_text,
     tune,
 )
-from trio_deploy.export.job import export
-from trio_deploy.pipeline.pipeline import TrioPipeline
-from trio_deploy.schedule.schedule import Schedule
 
 ONE_THREAD = RuntimeOptions(threads=1)
 
@@ -122,7 +119,7 @@ def test_the_best_schedule_is_in_recipe_form_and_can_be_exported(searched, sourc
     assert schedule == tuned.best.schedule
     assert written.get("threshold") == tuned.best.threshold
     assert schedule.average(source.visual, source.layers) <= 0.111 * source.visual
-    export("tiny", tmp_path / "b", schedule=schedule, progress=False)
+    export_model("tiny", tmp_path / "b", schedule=schedule, progress=False)
 
 
 def test_the_result_says_what_was_asked_of_how_many_and_of_which_questions(searched):
@@ -187,7 +184,7 @@ def test_a_search_goes_on_where_it_stopped(searched, source, monkeypatch):
     def refuse(*_):
         raise AssertionError("it was asked before")
 
-    monkeypatch.setattr(TrioPipeline, "generate_batch", refuse)
+    monkeypatch.setattr(Pipeline, "generate_batch", refuse)
     assert search(source, out).text == tuned.text
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from tests.support.transformers_models import model_config
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.export.graphs import build_graphs
 from trio_deploy.families.base import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from trio_deploy.families.names import canonical_tensors

@@ -27,21 +27,18 @@ from tests.support.checkpoints import (
     make_llava_next,
     read_tensor,
 )
+from trio_deploy import Bundle, Schedule, TrioError, export_model
 from trio_deploy.bundle import weights as weights_module
-from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.describe import inspect
 from trio_deploy.checkpoint import resolve as source_module
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
-from trio_deploy.errors import TrioError
 from trio_deploy.export import job as export_module
 from trio_deploy.export.attach import attach_weights
-from trio_deploy.export.job import export
 from trio_deploy.families.names import map_checkpoint_names
 from trio_deploy.families.registry import parse_config
 from trio_deploy.files import sha256_of
 from trio_deploy.schedule.budget import solve
-from trio_deploy.schedule.schedule import Schedule
 
 SCHEDULE = "1:0.5,3:0.25"
 
@@ -108,7 +105,7 @@ def _build_graphs_once(request, built, monkeypatch):
 @pytest.fixture(scope="module")
 def exported(llava_checkpoint, tmp_path_factory) -> Bundle:
     out = tmp_path_factory.mktemp("exported") / "b"
-    return export(llava_checkpoint, out, schedule=SCHEDULE, progress=False)
+    return export_model(llava_checkpoint, out, schedule=SCHEDULE, progress=False)
 
 
 @pytest.fixture
@@ -178,7 +175,7 @@ def test_onnx_runtime_takes_every_graph(exported):
 
 @pytest.mark.usefixtures("afresh")
 def test_exporting_twice_gives_the_same_bytes(exported, llava_checkpoint, tmp_path):
-    again = export(llava_checkpoint, tmp_path / "again", schedule=SCHEDULE, progress=False)
+    again = export_model(llava_checkpoint, tmp_path / "again", schedule=SCHEDULE, progress=False)
     for path in sorted(exported.path.rglob("*")):
         if path.is_file():
             other = again.path / path.relative_to(exported.path)
@@ -194,7 +191,7 @@ def test_no_path_of_this_machine_enters_the_bundle(exported, llava_checkpoint):
 @pytest.mark.parametrize("tie", [False, True])
 def test_every_checkpoint_layout_exports(layout, tie, tmp_path):
     folder = make_llava_next(tmp_path / "c", layout=layout, tie=tie, shards=2, layers=3, hidden=32)
-    it = export(folder, tmp_path / "b", schedule="1:0.5", progress=False)
+    it = export_model(folder, tmp_path / "b", schedule="1:0.5", progress=False)
     theirs = expected(folder)
     ours = external(it)
     assert ("lm_head.weight" in ours) is not tie
@@ -207,7 +204,7 @@ def test_every_checkpoint_layout_exports(layout, tie, tmp_path):
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 def test_another_dtype_is_converted_tensor_by_tensor(stored, tmp_path):
     folder = make_llava(tmp_path / "c", dtype=stored, layers=3, hidden=32)
-    it = export(folder, tmp_path / "b", schedule="1:0.5", progress=False)
+    it = export_model(folder, tmp_path / "b", schedule="1:0.5", progress=False)
     assert it.manifest.dtype == "float32"
     theirs = expected(folder)
     for name, tensor in external(it).items():
@@ -224,13 +221,15 @@ def test_a_checkpoint_of_mixed_types_becomes_a_bundle_of_one(checkpoint, tmp_pat
     norm = checkpoint_name(checkpoint, "language_model.norm.weight")
     tensors[norm] = tensors[norm].astype(np.float16)
     save_file(tensors, file, metadata={"format": "pt"})
-    it = export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+    it = export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
     theirs = expected(checkpoint)
     for name, tensor in external(it).items():
         assert tensor.dtype == np.float32
         np.testing.assert_array_equal(tensor, theirs[name].astype(np.float32), err_msg=name)
     with pytest.raises(TrioError, match=r"cannot make float32 out of .*float16, float32: leave"):
-        export(checkpoint, tmp_path / "c", schedule=SCHEDULE, link_weights=True, progress=False)
+        export_model(
+            checkpoint, tmp_path / "c", schedule=SCHEDULE, link_weights=True, progress=False
+        )
 
 
 def test_a_quantised_checkpoint_is_refused_by_name(checkpoint, tmp_path):
@@ -242,7 +241,7 @@ def test_a_quantised_checkpoint_is_refused_by_name(checkpoint, tmp_path):
     tensors[norm] = tensors[norm].astype(np.int8)
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(TrioError, match=rf"'{norm}' is I8; .*before quantisation"):
-        export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+        export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
     assert names(tmp_path) == ["checkpoint"]
 
 
@@ -250,7 +249,7 @@ def test_converted_weights_are_valid_safetensors(tmp_path):
     from safetensors.numpy import load_file
 
     folder = make_llava(tmp_path / "c", dtype="bfloat16", layers=3, hidden=32)
-    it = export(folder, tmp_path / "b", schedule="1:0.5", progress=False)
+    it = export_model(folder, tmp_path / "b", schedule="1:0.5", progress=False)
     (file,) = (it.path / "weights").iterdir()
     ours = external(it)
     stored = load_file(file)
@@ -262,12 +261,12 @@ def test_converted_weights_are_valid_safetensors(tmp_path):
 def test_a_value_too_large_for_fp16_names_its_tensor(checkpoint, tmp_path):
     poke(checkpoint, "language_model.norm.weight", 1e6)
     with pytest.raises(TrioError, match=r"language_model\.norm\.weight holds 1e\+06.*float16"):
-        export(checkpoint, tmp_path / "b", schedule=SCHEDULE, dtype="float16", progress=False)
+        export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, dtype="float16", progress=False)
     assert names(tmp_path) == ["checkpoint"]
 
 
 def test_linked_weights_share_the_checkpoints_bytes(checkpoint, tmp_path, capsys):
-    it = export(checkpoint, tmp_path / "b", schedule=SCHEDULE, link_weights=True)
+    it = export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, link_weights=True)
     linked, source = it.path / "weights" / "model.safetensors", checkpoint / "model.safetensors"
     assert linked.stat().st_ino == source.stat().st_ino
     assert it.manifest.weights == "linked"
@@ -283,7 +282,9 @@ def test_linking_follows_symlinks_as_the_hub_cache_has_them(checkpoint, tmp_path
     blob.parent.mkdir()
     shutil.move(checkpoint / "model.safetensors", blob)
     (checkpoint / "model.safetensors").symlink_to(blob)
-    it = export(checkpoint, tmp_path / "b", schedule=SCHEDULE, link_weights=True, progress=False)
+    it = export_model(
+        checkpoint, tmp_path / "b", schedule=SCHEDULE, link_weights=True, progress=False
+    )
     linked = it.path / "weights" / "model.safetensors"
     assert not linked.is_symlink()
     assert linked.stat().st_ino == blob.stat().st_ino
@@ -297,7 +298,7 @@ def test_linking_falls_back_to_copying(checkpoint, tmp_path, monkeypatch, capsys
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(weights_module.os, "link", refuse)
-    it = export(checkpoint, tmp_path / "b", schedule=SCHEDULE, link_weights=True)
+    it = export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, link_weights=True)
     assert it.manifest.weights == "copied"
     assert "refused hard links" in capsys.readouterr().err
     Bundle.load(it.path, verify=True)
@@ -305,11 +306,13 @@ def test_linking_falls_back_to_copying(checkpoint, tmp_path, monkeypatch, capsys
 
 def test_linking_into_another_dtype_is_refused(checkpoint, tmp_path):
     with pytest.raises(TrioError, match=r"--link-weights cannot make float16.*--dtype float32"):
-        export(checkpoint, tmp_path / "b", schedule=SCHEDULE, link_weights=True, dtype="float16")
+        export_model(
+            checkpoint, tmp_path / "b", schedule=SCHEDULE, link_weights=True, dtype="float16"
+        )
 
 
 def test_graphs_alone_need_neither_weights_nor_network(cache, tmp_path):
-    it = export("llava-1.5-7b", tmp_path / "b", graphs_only=True, progress=False)
+    it = export_model("llava-1.5-7b", tmp_path / "b", graphs_only=True, progress=False)
     assert it.manifest.weights == "planned"
     assert it.preprocessor
     assert it.schedule.layers == (1, 10, 15)
@@ -325,8 +328,8 @@ def test_a_full_size_export_of_graphs_is_quick_and_small(cache, tmp_path):
     """The bound on time is the benchmark's; here memory, which does not depend on the load."""
     program = (
         "import sys\n"
-        "from trio_deploy.export.job import export\n"
-        "export('llava-next-7b', sys.argv[1], graphs_only=True, progress=False)\n"
+        "from trio_deploy.export.job import export_model\n"
+        "export_model('llava-next-7b', sys.argv[1], graphs_only=True, progress=False)\n"
         "lines = open('/proc/self/status').read().splitlines()\n"
         "print(*[line.split()[1] for line in lines if line.startswith('VmHWM')])\n"
     )
@@ -340,7 +343,9 @@ def test_a_full_size_export_of_graphs_is_quick_and_small(cache, tmp_path):
 @pytest.mark.parametrize(("stored", "layout"), [("float32", "5.x"), ("bfloat16", "hub")])
 def test_attached_weights_complete_a_bundle(stored, layout, tmp_path):
     folder = make_llava_next(tmp_path / "c", dtype=stored, layout=layout, layers=3, hidden=32)
-    planned = export(folder, tmp_path / "b", schedule="1:0.5", graphs_only=True, progress=False)
+    planned = export_model(
+        folder, tmp_path / "b", schedule="1:0.5", graphs_only=True, progress=False
+    )
     graphs = {s: planned.graph(s).read_bytes() for s in planned.stages}
     (planned.path / "golden").mkdir()
     (planned.path / "golden" / "x.bin").write_bytes(b"kept")
@@ -361,7 +366,9 @@ def test_attached_weights_complete_a_bundle(stored, layout, tmp_path):
 
 def test_what_a_checkpoint_lacks_stays_as_the_planned_bundle_has_it(tmp_path):
     folder = make_llava(tmp_path / "c", layers=3, hidden=32)
-    planned = export(folder, tmp_path / "b", schedule="1:0.5", graphs_only=True, progress=False)
+    planned = export_model(
+        folder, tmp_path / "b", schedule="1:0.5", graphs_only=True, progress=False
+    )
     settings = planned.preprocessor
     edit_json(folder / "processor_config.json", lambda raw: raw.pop("image_processor"))
     assert not (folder / "preprocessor_config.json").exists()
@@ -373,7 +380,7 @@ def test_what_a_checkpoint_lacks_stays_as_the_planned_bundle_has_it(tmp_path):
 def test_attaching_another_models_weights_says_what_differs(tmp_path):
     ours = make_llava(tmp_path / "c", layers=3, hidden=32)
     other = make_llava(tmp_path / "d", layers=4, hidden=32)
-    planned = export(ours, tmp_path / "b", schedule="1:0.5", graphs_only=True, progress=False)
+    planned = export_model(ours, tmp_path / "b", schedule="1:0.5", graphs_only=True, progress=False)
     with pytest.raises(TrioError, match=r"text\.num_layers is 4 there and 3 in the bundle"):
         attach_weights(planned, other, progress=False)
     assert Bundle.load(planned.path).manifest.weights == "planned"
@@ -382,13 +389,15 @@ def test_attaching_another_models_weights_says_what_differs(tmp_path):
 def test_a_checkpoint_with_a_longer_context_fits_the_planned_graphs(tmp_path):
     ours = make_llava(tmp_path / "c", layers=3, hidden=32, max_positions=512)
     longer = make_llava(tmp_path / "d", layers=3, hidden=32, max_positions=1024)
-    planned = export(ours, tmp_path / "b", schedule="1:0.5", graphs_only=True, progress=False)
+    planned = export_model(ours, tmp_path / "b", schedule="1:0.5", graphs_only=True, progress=False)
     assert attach_weights(planned, longer, progress=False).config.text.max_positions == 1024
 
 
 def test_an_interrupted_attachment_leaves_the_planned_bundle(tmp_path, monkeypatch):
     folder = make_llava(tmp_path / "c", layers=3, hidden=32)
-    planned = export(folder, tmp_path / "b", schedule="1:0.5", graphs_only=True, progress=False)
+    planned = export_model(
+        folder, tmp_path / "b", schedule="1:0.5", graphs_only=True, progress=False
+    )
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(weights_module, "_converted", interrupt)
         attach_weights(planned, folder, progress=False)
@@ -413,9 +422,9 @@ def test_an_interrupt_leaves_no_half_bundle_and_a_rerun_works(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(weights_module, "_reflink", lambda *a: False)
         patch.setattr(module, step, interrupt)
-        export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+        export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
     assert names(tmp_path) == ["checkpoint"]
-    export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+    export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
 
 
 def test_a_real_interrupt_in_the_middle_leaves_no_half_bundle(checkpoint, tmp_path):
@@ -456,9 +465,9 @@ def test_a_disk_that_fills_up_is_explained_and_leaves_nothing(checkpoint, tmp_pa
     with monkeypatch.context() as patch, pytest.raises(TrioError, match=r"too full.*needs.*free"):
         patch.setattr(weights_module, "_reflink", lambda *a: False)
         patch.setattr(weights_module, "_copy", full_disk)
-        export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+        export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
     assert names(tmp_path) == ["checkpoint"]
-    export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+    export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -469,12 +478,12 @@ def test_a_disk_too_full_to_begin_with_is_noticed_before_copying(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(weights_module, "_reflink", lambda *a: False)
     with pytest.raises(TrioError, match=r"too full: .*\(1000 bytes\) are free") as refused:
-        export(checkpoint, tmp_path / "b", schedule=SCHEDULE, dtype=dtype, progress=False)
+        export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, dtype=dtype, progress=False)
     message = str(refused.value)
     assert f"the disk of {tmp_path / 'b'} is" in message, "the user's folder, not a hidden one"
     assert names(tmp_path) == ["checkpoint"]
     monkeypatch.undo()
-    it = export(checkpoint, tmp_path / "b", schedule=SCHEDULE, dtype=dtype, progress=False)
+    it = export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, dtype=dtype, progress=False)
     needed = int(re.search(r"\((\d+) bytes\) and", message)[1])
     whole = sum(info.size for info in it.manifest.files.values())
     assert needed == whole, "graphs and small files take room as well"
@@ -482,8 +491,8 @@ def test_a_disk_too_full_to_begin_with_is_noticed_before_copying(
 
 def test_an_existing_bundle_needs_force(exported, llava_checkpoint):
     with pytest.raises(TrioError, match="exists already"):
-        export(llava_checkpoint, exported.path, schedule=SCHEDULE, progress=False)
-    export(llava_checkpoint, exported.path, schedule=SCHEDULE, force=True, progress=False)
+        export_model(llava_checkpoint, exported.path, schedule=SCHEDULE, progress=False)
+    export_model(llava_checkpoint, exported.path, schedule=SCHEDULE, force=True, progress=False)
 
 
 def poke(folder: Path, name: str, value: float) -> None:
@@ -510,14 +519,14 @@ def test_a_tensor_of_the_wrong_shape_is_named(checkpoint, tmp_path):
         checkpoint / "config.json", lambda raw: raw["text_config"].update(intermediate_size=96)
     )
     with pytest.raises(TrioError, match=r"mlp.*has shape \[.*config\.json asks for"):
-        export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+        export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
 
 
 def test_a_truncated_checkpoint_is_refused(checkpoint, tmp_path):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(TrioError, match=r"model\.safetensors"):
-        export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+        export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -532,14 +541,14 @@ def test_a_truncated_checkpoint_is_refused(checkpoint, tmp_path):
 def test_a_missing_file_of_the_checkpoint_is_named(file, message, checkpoint, tmp_path):
     (checkpoint / file).unlink()
     with pytest.raises(TrioError, match=message):
-        export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+        export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
     assert not (tmp_path / "b").exists()
 
 
 def test_a_tokenizer_of_another_model_is_noticed(checkpoint, tmp_path):
     edit_json(checkpoint / "config.json", lambda raw: raw.update(image_token_index=93))
     with pytest.raises(TrioError, match="no token 93, which .* the image token"):
-        export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+        export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
 
 
 @pytest.mark.parametrize("place", ["chat_template.json", "tokenizer_config.json", "named", "none"])
@@ -555,13 +564,13 @@ def test_the_chat_template_is_found_wherever_a_release_put_it(place, checkpoint,
     elif place == "named":
         named = [{"name": "tool", "template": "X"}, {"name": "default", "template": "T"}]
         edit_json(checkpoint / "tokenizer_config.json", lambda raw: raw.update(chat_template=named))
-    it = export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+    it = export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
     assert it.chat_template == (None if place == "none" else "T")
 
 
 def test_several_end_tokens_are_kept(checkpoint, tmp_path):
     edit_json(checkpoint / "generation_config.json", lambda raw: raw.update(eos_token_id=[2, 7]))
-    it = export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+    it = export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
     assert it.manifest.generation.eos_token_ids == (2, 7)
 
 
@@ -569,13 +578,13 @@ def test_end_tokens_come_from_the_tokenizer_where_no_configuration_has_them(chec
     (checkpoint / "generation_config.json").unlink()
     edit_json(checkpoint / "config.json", lambda raw: raw["text_config"].pop("eos_token_id", 0))
     edit_json(checkpoint / "config.json", lambda raw: raw.pop("eos_token_id", 0))
-    it = export(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
+    it = export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
     assert it.manifest.generation.eos_token_ids == (EOS,)
 
 
 def test_an_unknown_model_lists_the_recipes_and_the_nearest(tmp_path):
     with pytest.raises(TrioError, match=r"did you mean llava-next-7b\?.*tiny"):
-        export("llava-next-7B", tmp_path / "b")
+        export_model("llava-next-7B", tmp_path / "b")
 
 
 @pytest.mark.parametrize(
@@ -584,7 +593,7 @@ def test_an_unknown_model_lists_the_recipes_and_the_nearest(tmp_path):
 )
 def test_a_hub_model_out_of_reach_says_how_to_pass_a_folder(model, otherwise, cache, tmp_path):
     with pytest.raises(TrioError, match=rf"hf download .*--model FOLDER.*{otherwise}"):
-        export(model, tmp_path / "b", progress=False)
+        export_model(model, tmp_path / "b", progress=False)
     assert not (tmp_path / "b").exists()
 
 
@@ -594,7 +603,7 @@ def test_a_hub_model_is_found_in_the_local_cache(cache, llava_checkpoint, tmp_pa
     (repository / "snapshots" / "half").mkdir()
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
-    it = export("org/name", tmp_path / "b", schedule=SCHEDULE, progress=False)
+    it = export_model("org/name", tmp_path / "b", schedule=SCHEDULE, progress=False)
     assert it.manifest.model.name == "org/name"
     assert it.manifest.model.revision == "abc"
 
@@ -617,7 +626,7 @@ def test_a_snapshot_with_a_damaged_index_is_not_taken(index, cache, llava_checkp
     (snapshot / "model.safetensors.index.json").write_text(index)
     assert source_module._cached("org/name") is None
     with pytest.raises(TrioError, match="local cache has no whole copy"):
-        export("org/name", tmp_path / "b", schedule=SCHEDULE, progress=False)
+        export_model("org/name", tmp_path / "b", schedule=SCHEDULE, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -652,25 +661,25 @@ def test_impossible_wishes_are_refused_before_anything_is_written(
     arguments, message, llava_checkpoint, tmp_path
 ):
     with pytest.raises(TrioError, match=message):
-        export(llava_checkpoint, tmp_path / "b", progress=False, **arguments)
+        export_model(llava_checkpoint, tmp_path / "b", progress=False, **arguments)
     assert names(tmp_path) == []
 
 
 def test_a_budget_becomes_a_schedule_with_that_average(llava_checkpoint, tmp_path):
-    it = export(llava_checkpoint, tmp_path / "b", budget=0.5, progress=False)
+    it = export_model(llava_checkpoint, tmp_path / "b", budget=0.5, progress=False)
     assert it.schedule.average(10_000, 4) == pytest.approx(5000, rel=1e-3)
 
 
 def test_a_recipes_schedules_that_the_graphs_can_run_go_along(tmp_path):
     schedules = load_recipe("tiny").schedules
-    it = export("tiny", tmp_path / "b", budget=0.111, graphs_only=True, progress=False)
+    it = export_model("tiny", tmp_path / "b", budget=0.111, graphs_only=True, progress=False)
     assert it.schedule == schedules["0.111"]
     assert it.budgets == {float(budget): schedule for budget, schedule in schedules.items()}
     assert it.schedule_at(0.222) == schedules["0.222"]
     for line in (f"  at 0.222 {schedules['0.222']}", f"  at 0.333 {schedules['0.333']}"):
         assert line in inspect(it)
     assert "at 0.111" not in inspect(it)
-    diverse = export(
+    diverse = export_model(
         "tiny", tmp_path / "d", budget=0.222, method="dart", graphs_only=True, progress=False
     )
     assert diverse.schedule_at(0.111) == schedules["0.111"].with_method("dart")
@@ -683,7 +692,7 @@ def test_a_bundle_with_other_points_than_the_recipes_solves_its_budgets(llava_ch
         ("unpruned", "tiny", Schedule()),
         ("no recipe", llava_checkpoint, SCHEDULE),
     ):
-        it = export(model, tmp_path / name, schedule=points, graphs_only=True, progress=False)
+        it = export_model(model, tmp_path / name, schedule=points, graphs_only=True, progress=False)
         assert it.manifest.budgets == {} and "  at " not in inspect(it, interface=False)
         if it.schedule.points:
             layers, methods = it.schedule.layers, it.schedule.methods
@@ -693,7 +702,7 @@ def test_a_bundle_with_other_points_than_the_recipes_solves_its_budgets(llava_ch
 
 @pytest.mark.parametrize("dialect", ["onnx", "primitive"])
 def test_other_dialects_export(dialect, llava_checkpoint, tmp_path):
-    it = export(
+    it = export_model(
         llava_checkpoint, tmp_path / "b", schedule=SCHEDULE, dialect=dialect, progress=False
     )
     assert it.manifest.decode == ("separate" if dialect == "onnx" else "shared")
@@ -720,4 +729,4 @@ def test_what_a_recipe_rules_out_is_said_before_weights_are_downloaded(tmp_path,
             ({"dtype": "fp16"}, "unknown dtype"),
         ):
             with pytest.raises(TrioError, match=words):
-                export(model, tmp_path / "b", **wrong)
+                export_model(model, tmp_path / "b", **wrong)

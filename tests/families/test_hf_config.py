@@ -9,7 +9,7 @@ import pytest
 from transformers import LlavaConfig, LlavaNextConfig
 
 from tests.support.checkpoints import LAYOUTS, make_llava, make_llava_next
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.families.base import RopeConfig
 from trio_deploy.families.registry import parse_config
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.support.checkpoints import LAYOUTS, make_llava, make_llava_next, read_tensor
+from trio_deploy import TrioError
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
-from trio_deploy.errors import TrioError
 from trio_deploy.families.names import canonical_tensors, map_checkpoint_names
 from trio_deploy.families.registry import parse_config
 

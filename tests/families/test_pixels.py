@@ -17,7 +17,7 @@ from transformers.image_utils import load_image
 
 from tests.conftest import make_picture
 from tests.support.checkpoints import preprocessor_of
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.families.pixels import MAX_PIXELS, open_image
 
 

@@ -21,9 +21,9 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 
 from tests.conftest import make_picture
 from tests.support.checkpoints import preprocessor_of
+from trio_deploy import TrioError
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
-from trio_deploy.errors import TrioError
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import parse_config
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.runtimes.tensorrt.bindings import TensorRT, load
 from trio_deploy.runtimes.tensorrt.device import Device
 from trio_deploy.runtimes.tensorrt.gpu import this_gpu

@@ -14,11 +14,8 @@ import pytest
 from tests.conftest import make_picture
 from tests.gpu.conftest import Host
 from tests.support.engines import TARGET
-from trio_deploy.bundle.bundle import Bundle
+from trio_deploy import Bundle, Pipeline, Request, TrioError, export_model
 from trio_deploy.config.target import load_target
-from trio_deploy.errors import TrioError
-from trio_deploy.export.job import export
-from trio_deploy.pipeline.pipeline import Request, TrioPipeline
 from trio_deploy.runtimes import arrays
 from trio_deploy.runtimes.onnxruntime import OrtRuntime
 from trio_deploy.runtimes.tensorrt.build import build_engines
@@ -68,7 +65,7 @@ class Built:
             'compute_capability: "9.0"', f'compute_capability: "{host.gpu.compute_capability}"'
         )
         (folder / "here.yaml").write_text(text.replace("dtype: float32", f"dtype: {dtype}"))
-        bundle = export(
+        bundle = export_model(
             self._checkpoint,
             folder / "bundle",
             schedule=SCHEDULE,
@@ -110,8 +107,8 @@ def test_engines_compute_what_onnx_runtime_does(built: Built, layout: str, dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_answers_are_those_of_onnx_runtime(built: Built, layout: str) -> None:
     bundle = built.get(layout)
-    expected = TrioPipeline.from_bundle(bundle, "onnxruntime").generate_batch(questions())
-    found = TrioPipeline.from_bundle(bundle, "tensorrt").generate_batch(questions())
+    expected = Pipeline.open(bundle, "onnxruntime").generate_batch(questions())
+    found = Pipeline.open(bundle, "tensorrt").generate_batch(questions())
     assert [a.token_ids for a in found] == [a.token_ids for a in expected]
     assert all(map(np.array_equal, found[0].kept, expected[0].kept))
 
@@ -119,7 +116,7 @@ def test_answers_are_those_of_onnx_runtime(built: Built, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recorded_steps_give_what_plain_ones_give(built: Built, layout: str) -> None:
     bundle = built.get(layout, "float16")
-    pipeline = TrioPipeline.from_bundle(bundle, "tensorrt")
+    pipeline = Pipeline.open(bundle, "tensorrt")
     runtime = pipeline.engine("embed").runtime  # type: ignore[attr-defined]
     recorded = pipeline.generate_batch(questions())
     assert runtime.recordings > 0
@@ -129,7 +126,7 @@ def test_recorded_steps_give_what_plain_ones_give(built: Built, layout: str) -> 
 
 
 def test_a_second_request_needs_no_more_memory(built: Built, host: Host) -> None:
-    pipeline = TrioPipeline.from_bundle(built.get("separate"), "tensorrt")
+    pipeline = Pipeline.open(built.get("separate"), "tensorrt")
     pipeline.generate_batch(questions())
     before, _ = host.device.memory()
     for _ in range(3):
@@ -148,9 +145,9 @@ def test_a_damaged_engine_is_refused_and_the_process_lives(built: Built, tmp_pat
     file.write_bytes(content)
     program = f"""
 from trio_deploy.errors import TrioError
-from trio_deploy.pipeline.pipeline import TrioPipeline
+from trio_deploy.pipeline.pipeline import Pipeline
 try:
-    TrioPipeline.from_bundle({str(bundle.path)!r}, "tensorrt")
+    Pipeline.open({str(bundle.path)!r}, "tensorrt")
 except TrioError as error:
     print(error)
 """
@@ -165,11 +162,11 @@ def test_engines_of_another_tensorrt_are_refused(built: Built, tmp_path: Path) -
     replace(Record.load(folder), tensorrt="8.5.0").save(folder)
     assert (folder / RECORD).is_file()
     with pytest.raises(TrioError, match=r"built by TensorRT 8\.5\.0"):
-        TrioPipeline.from_bundle(bundle, "tensorrt")
+        Pipeline.open(bundle, "tensorrt")
 
 
 def test_a_request_beyond_the_profiles_is_refused(built: Built) -> None:
-    pipeline = TrioPipeline.from_bundle(built.get("separate"), "tensorrt")
+    pipeline = Pipeline.open(built.get("separate"), "tensorrt")
     with pytest.raises(TrioError, match="max_new_tokens"):
         pipeline.generate([], "one two three", max_new_tokens=1000)
 

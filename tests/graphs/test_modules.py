@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests.support.run_graph import run
 from tests.support.transformers_models import language_model, model_config, relative, text_weights
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.families.base import RopeConfig
 from trio_deploy.graphs.dialects.base import FLOAT, INT64, Dialect
 from trio_deploy.graphs.graph import Stage

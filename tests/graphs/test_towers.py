@@ -20,7 +20,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 
 from tests.support.run_graph import filled, run
 from tests.support.transformers_models import VISION, clip_config, model_config, randomise, relative
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.stages import build_embed, build_vision

@@ -9,9 +9,7 @@ import pytest
 
 from tests.conftest import WAIT_S
 from tests.support.checkpoints import make_llava_next
-from trio_deploy.export.job import export
-from trio_deploy.pipeline.batcher.continuous import ContinuousBatcher
-from trio_deploy.pipeline.pipeline import Request, TrioPipeline
+from trio_deploy import Batcher, Pipeline, Request, export_model
 from trio_deploy.pipeline.prefill import _per_token
 from trio_deploy.pipeline.prompt import Batch
 from trio_deploy.verify.examples import default_examples, picture
@@ -24,9 +22,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llava_next(tmp_path_factory.mktemp("encoder") / "checkpoint")
 
 
-def opened(checkpoint: Path, out: Path, dialect: str, runtime: str, schedule: str) -> TrioPipeline:
-    export(checkpoint, out, schedule=schedule, dialect=dialect, progress=False)
-    return TrioPipeline.from_bundle(out, runtime, threads=1)
+def opened(checkpoint: Path, out: Path, dialect: str, runtime: str, schedule: str) -> Pipeline:
+    export_model(checkpoint, out, schedule=schedule, dialect=dialect, progress=False)
+    return Pipeline.open(out, runtime, threads=1)
 
 
 def requests(count: int) -> list[Request]:
@@ -51,7 +49,7 @@ def test_rows_of_a_continuous_batch_give_what_they_give_alone(
     asked = requests(6)
     alone = [pipeline.generate_batch([request])[0] for request in asked]
     together = pipeline.generate_batch(asked)
-    with ContinuousBatcher(pipeline, max_rows=3, prefill_rows=2) as batcher:
+    with Batcher(pipeline, max_rows=3, prefill_rows=2) as batcher:
         handles = [batcher.submit(request) for request in asked]
         joined = [handle.result(WAIT_S) for handle in handles]
     for one, other, third in zip(alone, together, joined, strict=True):

@@ -13,11 +13,9 @@ from PIL import Image
 
 from tests.conftest import make_picture
 from tests.support.checkpoints import EOS
-from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.errors import TrioError
-from trio_deploy.export.job import export
+from trio_deploy import Bundle, Generation, Pipeline, Request, TrioError, export_model
 from trio_deploy.pipeline.draw import draw_generation
-from trio_deploy.pipeline.pipeline import Generation, Request, TrioPipeline, _target_options
+from trio_deploy.pipeline.pipeline import _target_options
 
 SCHEDULE = "1:0.4,2:0.2"
 COLOR = "what color is the circle ?"
@@ -35,14 +33,14 @@ class Setup:
         self.checkpoints = checkpoints
         self._folder = folder
         self._bundles: dict[tuple, Path] = {}
-        self._pipelines: dict[tuple, TrioPipeline] = {}
+        self._pipelines: dict[tuple, Pipeline] = {}
         self._oracles: dict[tuple, Any] = {}
 
     def bundle(self, family: str, dialect: str = "ort", positions: str = "renumber") -> Path:
         key = (family, dialect, positions)
         if key not in self._bundles:
             out = self._folder / "-".join(key)
-            export(
+            export_model(
                 self.checkpoints[family],
                 out,
                 schedule=SCHEDULE,
@@ -59,11 +57,11 @@ class Setup:
         dialect: str = "ort",
         positions: str = "renumber",
         runtime: str = "onnxruntime",
-    ) -> TrioPipeline:
+    ) -> Pipeline:
         key = (family, dialect, positions, runtime)
         if key not in self._pipelines:
             bundle = self.bundle(family, dialect, positions)
-            self._pipelines[key] = TrioPipeline.from_bundle(bundle, runtime, threads=1)
+            self._pipelines[key] = Pipeline.open(bundle, runtime, threads=1)
         return self._pipelines[key]
 
     def oracle(self, family: str, positions: str = "renumber") -> Any:
@@ -300,7 +298,7 @@ def test_no_requests_are_no_answers(setup: Setup) -> None:
 
 
 def test_low_memory_gives_the_same_answer(setup: Setup) -> None:
-    low = TrioPipeline.from_bundle(setup.bundle("llava_next"), threads=1, low_memory=True)
+    low = Pipeline.open(setup.bundle("llava_next"), threads=1, low_memory=True)
     question: dict[str, Any] = {"images": [make_picture()], "prompt": ask(COLOR)}
     expected = setup.pipeline().generate(**question, max_new_tokens=6)
     assert low.generate(**question, max_new_tokens=6).token_ids == expected.token_ids
@@ -331,7 +329,7 @@ def test_a_bundle_without_a_chat_template_takes_the_whole_prompt(
     shutil.copytree(setup.bundle("llava"), folder)
     bundle = Bundle.load(folder)
     del bundle.manifest.files["chat_template.jinja"]
-    pipeline = TrioPipeline.from_bundle(bundle, threads=1)
+    pipeline = Pipeline.open(bundle, threads=1)
     image, template = make_picture(), setup.pipeline("llava")
     written = pipeline.generate([image], f"USER: <image>\n{COLOR} ASSISTANT:", max_new_tokens=5)
     expected = template.generate([image], ask(COLOR), max_new_tokens=5)
@@ -364,8 +362,8 @@ def test_a_bfloat16_bundle_runs_on_openvino_and_is_refused_by_onnx_runtime(
     out = tmp_path / "bundle"
     checkpoint = setup.checkpoints["llava"]
     kwargs: dict[str, Any] = {"schedule": SCHEDULE, "dialect": "primitive", "progress": False}
-    export(checkpoint, out, dtype="bfloat16", target="cpu-openvino", **kwargs)
-    pipeline = TrioPipeline.from_bundle(out, threads=1)
+    export_model(checkpoint, out, dtype="bfloat16", target="cpu-openvino", **kwargs)
+    pipeline = Pipeline.open(out, threads=1)
     assert pipeline.precision == "bfloat16"
     image = make_picture()
     answer = pipeline.generate([image], COLOR, max_new_tokens=3)
@@ -378,7 +376,7 @@ def test_a_bfloat16_bundle_runs_on_openvino_and_is_refused_by_onnx_runtime(
     features = engine.run({"pixel_values": rounded})["image_features"].astype(np.float32)
     assert np.abs(features - expected).max() < 0.03 * np.abs(expected).max()
     with pytest.raises(TrioError, match="onnxruntime cannot run bfloat16 graphs: .*cpu-openvino"):
-        TrioPipeline.from_bundle(out, "onnxruntime")
+        Pipeline.open(out, "onnxruntime")
 
 
 def test_a_target_of_ones_own_is_carried_by_the_bundle(setup: Setup, tmp_path: Path) -> None:
@@ -387,7 +385,7 @@ def test_a_target_of_ones_own_is_carried_by_the_bundle(setup: Setup, tmp_path: P
         "runtime: openvino\ndialect: primitive\ndtype: float32\nprecision: bfloat16\n"
     )
     out = tmp_path / "bundle"
-    export(setup.checkpoints["llava"], out, schedule=SCHEDULE, target=target, progress=False)
+    export_model(setup.checkpoints["llava"], out, schedule=SCHEDULE, target=target, progress=False)
     target.unlink()
     bundle = Bundle.load(out)
     assert (bundle.manifest.runtime, bundle.manifest.precision) == ("openvino", "bfloat16")
@@ -402,14 +400,16 @@ def test_a_bundle_for_cuda_asks_for_a_gpu_unless_told_otherwise(
     ort = pytest.importorskip("onnxruntime")
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     checkpoint = setup.checkpoints["llava"]
-    bundle = export(checkpoint, tmp_path / "b", schedule=SCHEDULE, target="cuda", progress=False)
+    bundle = export_model(
+        checkpoint, tmp_path / "b", schedule=SCHEDULE, target="cuda", progress=False
+    )
     manifest = bundle.manifest
     assert (manifest.runtime, manifest.provider) == ("onnxruntime", "cuda")
     assert (manifest.dialect, manifest.dtype) == ("ort", "float16")
     assert _target_options(bundle, None, None) == ("onnxruntime", "cuda", None)
     with pytest.raises(TrioError, match=r"no CUDAExecutionProvider.*\[gpu\].*--provider cpu"):
-        TrioPipeline.from_bundle(bundle)
-    on_cpu = TrioPipeline.from_bundle(bundle, provider="cpu", threads=1)
+        Pipeline.open(bundle)
+    on_cpu = Pipeline.open(bundle, provider="cpu", threads=1)
     assert on_cpu.generate([make_picture()], COLOR, max_new_tokens=2).token_ids
 
 

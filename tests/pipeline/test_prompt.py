@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 from tests.conftest import make_picture
 from tests.support.checkpoints import BOS, CHAT_TEMPLATE, IMAGE
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.pipeline.chat import ChatTemplate
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder, collate
 

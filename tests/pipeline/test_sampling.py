@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.pipeline.sampling import Sampler, Sampling, StopScanner, TokenStream
 
 

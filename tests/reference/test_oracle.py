@@ -12,9 +12,9 @@ from transformers import AutoProcessor
 
 from tests.conftest import make_picture
 from tests.support.checkpoints import EOS, IMAGE
-from trio_deploy.errors import TrioError
+from trio_deploy import Schedule, TrioError
 from trio_deploy.reference.oracle import Oracle, Row, proxy_loss
-from trio_deploy.schedule.schedule import PruningPoint, Schedule
+from trio_deploy.schedule.schedule import PruningPoint
 
 PRUNED = Schedule((PruningPoint(1, 0.5), PruningPoint(2, 0.25), PruningPoint(3, 0.1)))
 QUESTION = "what color is the big circle in the image ?"

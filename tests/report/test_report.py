@@ -17,21 +17,18 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_picture
+from trio_deploy import Bundle, Schedule, TrioError, export_model
 from trio_deploy.bench.command import bench
 from trio_deploy.bench.runner import Options
-from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import MANIFEST
 from trio_deploy.cli import main as cli
-from trio_deploy.errors import TrioError
 from trio_deploy.evaluation.results import KindResult, Result, Results
 from trio_deploy.evaluation.statistics import Estimate
-from trio_deploy.export.job import export
 from trio_deploy.files import sha256_of
 from trio_deploy.report import gather
 from trio_deploy.report.charts import COLOURS, plot, style
 from trio_deploy.report.page import dropped, render
 from trio_deploy.report.report import Asked, Wanted, asked_about, write_report
-from trio_deploy.schedule.schedule import Schedule
 
 EVIL = '<script>alert(1)</script><img src="https://evil.example/x.png">&"\''
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -60,7 +57,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def bundle(llava_checkpoint, tmp_path_factory) -> Bundle:
     out = tmp_path_factory.mktemp("report") / "b"
-    return export(llava_checkpoint, out, schedule="1:8,2:4", progress=False)
+    return export_model(llava_checkpoint, out, schedule="1:8,2:4", progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +232,7 @@ def test_what_bundles_and_users_say_is_escaped(page, bundle):
 
 
 def test_graphs_alone_make_a_page_that_says_what_is_missing(tmp_path, llava_checkpoint):
-    planned = export(
+    planned = export_model(
         llava_checkpoint, tmp_path / "b", schedule="1:8", graphs_only=True, progress=False
     )
     text = Page(write_report(planned, tmp_path / "r.html", progress=False).read_text()).text
@@ -243,9 +240,9 @@ def test_graphs_alone_make_a_page_that_says_what_is_missing(tmp_path, llava_chec
 
 
 def test_a_bundle_that_prunes_nothing_has_a_page(tmp_path, llava_checkpoint):
-    from trio_deploy.schedule.schedule import Schedule
+    from trio_deploy import Schedule
 
-    whole = export(llava_checkpoint, tmp_path / "b", schedule=Schedule(), progress=False)
+    whole = export_model(llava_checkpoint, tmp_path / "b", schedule=Schedule(), progress=False)
     wanted = Wanted(check=False, measure=False, scenes=0, asked=[Asked("hi", (make_picture(),))])
     text = Page(write_report(whole, tmp_path / "r.html", wanted, progress=False).read_text()).text
     assert "prunes nothing" in text and "Left out." in text

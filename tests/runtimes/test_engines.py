@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.small_graphs import OUT, SIZE, write_attention, write_product
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.pipeline.cache import CacheShape, SegmentCache
 from trio_deploy.runtimes import onnxruntime as ort
 from trio_deploy.runtimes.mapped_weights import WeightMap, external_tensors

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+from trio_deploy import Schedule, TrioError
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.config.recipe import list_recipes
 from trio_deploy.cost.flops import (
@@ -15,7 +16,6 @@ from trio_deploy.cost.flops import (
     saliency_flops,
     vision_flops,
 )
-from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.schedule.budget import (
@@ -28,7 +28,7 @@ from trio_deploy.schedule.budget import (
     solve,
 )
 from trio_deploy.schedule.methods import METHODS
-from trio_deploy.schedule.schedule import PruningPoint, Schedule
+from trio_deploy.schedule.schedule import PruningPoint
 
 MIB = 2**20
 VICUNA = TextConfig(

@@ -15,7 +15,7 @@ import torch
 from tests.selection.test_saliency import TARGETS, batch_of
 from tests.support.run_graph import Runner
 from tests.support.transformers_models import language_model, model_config, relative, text_weights
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.reference import rivals
 from trio_deploy.reference.oracle import Oracle

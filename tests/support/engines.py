@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.support.fakes.tensorrt import Simulation
-from trio_deploy.bundle.bundle import Bundle
+from trio_deploy import Bundle, export_model
 from trio_deploy.config.target import load_target
-from trio_deploy.export.job import export
 from trio_deploy.runtimes.tensorrt.bindings import load
 from trio_deploy.runtimes.tensorrt.build import build_engines
 from trio_deploy.runtimes.tensorrt.record import Gpu
@@ -53,7 +52,7 @@ def make_target(folder: Path, tensorrt: str, dialect: str, layout: str) -> Path:
 
 def export_for(checkpoint: Path, folder: Path, target: Path, schedule: str) -> Bundle:
     """A bundle for the target, without engines."""
-    return export(
+    return export_model(
         checkpoint,
         folder / "bundle",
         schedule=schedule,

@@ -11,16 +11,12 @@ import numpy as np
 import pytest
 
 from tests.support.checkpoints import make_llava, make_llava_next
-from trio_deploy.bundle.bundle import Bundle
+from trio_deploy import Bundle, Pipeline, Request, Schedule, TrioError, check, export_model
 from trio_deploy.cli import main as cli
-from trio_deploy.errors import TrioError
-from trio_deploy.export.job import export
-from trio_deploy.pipeline.pipeline import Request, TrioPipeline
 from trio_deploy.reference.oracle import Oracle, Row
 from trio_deploy.reference.restore import restore_model
 from trio_deploy.schedule.budget import solve
-from trio_deploy.schedule.schedule import Schedule
-from trio_deploy.verify.check import check, format_report, record
+from trio_deploy.verify.check import format_report, record
 from trio_deploy.verify.examples import default_examples
 from trio_deploy.verify.golden import GOLDEN
 
@@ -98,7 +94,7 @@ CASES = {
 def make_bundle(tmp: Path, case: str) -> tuple[Path, Path, str]:
     make, options, dialect, dtype, runtime, probe, positions = CASES[case]
     checkpoint = make(tmp / "checkpoint", **options)
-    export(
+    export_model(
         checkpoint,
         tmp / "bundle",
         schedule=SCHEDULE,
@@ -134,7 +130,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_budget_a_request_keeps_what_the_oracle_keeps(made):
     """One batch of the same question at several budgets, each row against the oracle alone."""
     bundle = Bundle.load(made[1])
-    pipeline = TrioPipeline.from_bundle(bundle, threads=2)
+    pipeline = Pipeline.open(bundle, threads=2)
     oracle = Oracle(restore_model(bundle))
     example = default_examples()[0]
     budgets = (0.4, 0.9, None, 1.0)
@@ -157,7 +153,7 @@ def test_a_budget_a_request_keeps_what_the_oracle_keeps(made):
 
 def test_pruning_before_the_first_layer(made, tmp_path):
     """There is no prefill_0 then: select_1 reads the embeddings."""
-    export(made[0], tmp_path / "b", schedule="0:0.5,2:0.25", progress=False)
+    export_model(made[0], tmp_path / "b", schedule="0:0.5,2:0.25", progress=False)
     report = check(tmp_path / "b", threads=2)
     assert report.passed, format_report(report)
     assert "prefill_0" not in [row.stage for row in report.rows]

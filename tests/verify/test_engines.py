@@ -10,15 +10,13 @@ import pytest
 
 from tests.support.engines import KINDS, build, export_for, make_target
 from tests.support.fakes.tensorrt import Simulation, install
-from trio_deploy.bundle.bundle import Bundle
+from trio_deploy import Bundle, TrioError, check
 from trio_deploy.cli import main as cli
 from trio_deploy.config.target import load_target
-from trio_deploy.errors import TrioError
 from trio_deploy.runtimes.onnxruntime import OrtRuntime
 from trio_deploy.runtimes.openvino import OvRuntime
 from trio_deploy.runtimes.registry import open_runtime
 from trio_deploy.runtimes.tensorrt.profiles import profiles
-from trio_deploy.verify.check import check
 from trio_deploy.verify.compare import TOLERANCES
 from trio_deploy.verify.engines import compare_engines
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.engines import KINDS, export_for, make_target
-from trio_deploy.bundle.bundle import Bundle
+from trio_deploy import Bundle
 from trio_deploy.reference.nms import cosines_of, greedy_by_cosines
 from trio_deploy.runtimes.onnxruntime import OrtRuntime
 from trio_deploy.runtimes.tensorrt.profiles import Bounds, Profile

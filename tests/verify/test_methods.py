@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 from tests.support.checkpoints import make_llava, make_llava_next
-from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.export.job import export
-from trio_deploy.pipeline.pipeline import Request, TrioPipeline
+from trio_deploy import Bundle, Pipeline, Request, check, export_model
 from trio_deploy.schedule.methods import ENCODER_SCORES, METHODS, SEEDS
-from trio_deploy.verify.check import check, format_report
+from trio_deploy.verify.check import format_report
 from trio_deploy.verify.examples import default_examples
 
 DIALECTS = {"ort": "onnxruntime", "onnx": "onnxruntime", "primitive": "openvino"}
@@ -27,7 +25,9 @@ def checkpoints(tmp_path_factory):
 
 
 def checked(checkpoint, out, schedule: str, dialect: str, **options):
-    bundle = export(checkpoint, out, schedule=schedule, dialect=dialect, progress=False, **options)
+    bundle = export_model(
+        checkpoint, out, schedule=schedule, dialect=dialect, progress=False, **options
+    )
     report = check(bundle, runtime=DIALECTS[dialect], threads=2)
     assert report.passed, format_report(report)
     return bundle, report
@@ -78,14 +78,14 @@ def test_float16_bundles_are_within_tolerance(method, checkpoints, tmp_path):
 
 
 def test_a_mixed_schedule_keeps_its_methods_at_any_budget(checkpoints, tmp_path):
-    bundle = export(
+    bundle = export_model(
         checkpoints["llava_next"],
         tmp_path / "b",
         schedule="0:0.5:divprune,1:0.4:random,2:0.25:fastv,3:0.1",
         progress=False,
     )
     assert check(bundle, threads=2).passed
-    pipeline = TrioPipeline.from_bundle(Bundle.load(tmp_path / "b"), threads=2)
+    pipeline = Pipeline.open(Bundle.load(tmp_path / "b"), threads=2)
     example = default_examples()[0]
 
     def kept(**options):

@@ -12,7 +12,8 @@ from trio_deploy.bench.inputs import Inputs
 from trio_deploy.bench.workload import Workload, prompt_of_length
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
-from trio_deploy.pipeline.pipeline import Generation, TrioPipeline
+from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy.pipeline.request import Generation
 
 BASELINES = ("transformers", "oracle", "genai")
 
@@ -36,7 +37,7 @@ class Case:
         kind: `trio`, or one of `BASELINES`.
         bundle: folder of the bundle.
         budget: share of visual tokens; None is the bundle's schedule, 1 prunes nothing.
-        runtime, target, provider, precision, threads: as `TrioPipeline.from_bundle` takes them.
+        runtime, target, provider, precision, threads: as `Pipeline.open` takes them.
         checkpoint, python: for OpenVINO GenAI: the checkpoint's folder and the interpreter that
             has it.
     """
@@ -112,7 +113,7 @@ class Opened:
     Only budgets differ between most cases, so their graphs are loaded once.
     """
 
-    _pipelines: dict[tuple[Any, ...], TrioPipeline] = field(default_factory=dict)
+    _pipelines: dict[tuple[Any, ...], Pipeline] = field(default_factory=dict)
     _closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> Opened:
@@ -121,11 +122,11 @@ class Opened:
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def pipeline(self, case: Case) -> TrioPipeline:
+    def pipeline(self, case: Case) -> Pipeline:
         """The bundle of a case, without its end tokens: every run generates as many tokens."""
         key = (case.bundle, case.runtime, case.target, case.provider, case.precision, case.threads)
         if key not in self._pipelines:
-            self._pipelines[key] = TrioPipeline.from_bundle(
+            self._pipelines[key] = Pipeline.open(
                 without_ends(Bundle.load(case.bundle)),
                 case.runtime,
                 target=case.target,
@@ -163,7 +164,7 @@ class Opened:
         return answer
 
 
-def _run(generation: Generation, pipeline: TrioPipeline) -> Run:
+def _run(generation: Generation, pipeline: Pipeline) -> Run:
     stages = {stage: s for stage, s in generation.timings.items() if stage != "decode"}
     text = pipeline.bundle.config.text
     held = sum((stop - start) * tokens for start, stop, tokens in generation.layer_ranges)

@@ -17,7 +17,7 @@ from trio_deploy.bench.synthetic import model_of, write_checkpoint
 from trio_deploy.bench.table import to_markdown
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
-from trio_deploy.export.job import export
+from trio_deploy.export.job import export_model
 from trio_deploy.files import write_atomically
 
 
@@ -107,7 +107,7 @@ def make_bundle(
         progress=progress,
     )
     target = options.target or {"openvino": "cpu-openvino"}.get(options.runtime or "", "cpu")
-    loaded = export(
+    loaded = export_model(
         checkpoint,
         cache / f"{checkpoint.name}-{dialect or Path(target).stem}",
         schedule=schedule,

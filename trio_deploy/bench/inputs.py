@@ -16,7 +16,7 @@ from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
 class Inputs:
     """Tokenizer, chat template and preprocessing of a bundle.
 
-    A baseline's memory is that of a process that holds no graph, so it cannot ask a `TrioPipeline`.
+    A baseline's memory is that of a process that holds no graph, so it cannot ask a `Pipeline`.
     """
 
     def __init__(self, bundle: Bundle) -> None:

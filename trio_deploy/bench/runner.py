@@ -38,7 +38,7 @@ class Options:
         runs: measured, after `warm_up` that are not.
         baselines: of `BASELINES`; None takes those that are installed.
         memory: measure peak memory too, in a process of its own for each case.
-        runtime, target, provider, precision, threads: as `TrioPipeline.from_bundle` takes them.
+        runtime, target, provider, precision, threads: as `Pipeline.open` takes them.
         checkpoint, genai_python: for OpenVINO GenAI.
     """
 

@@ -73,9 +73,9 @@ def export_main() -> int:
 
 def _export(args: argparse.Namespace) -> None:
     from trio_deploy.bundle.describe import inspect
-    from trio_deploy.export.job import export
+    from trio_deploy.export.job import export_model
 
-    bundle = export(
+    bundle = export_model(
         args.model,
         args.out,
         budget=args.budget,
@@ -126,9 +126,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from trio_deploy.cost.plan import make_plan
+    from trio_deploy.cost.plan import plan
 
-    plan = make_plan(
+    planned = plan(
         args.model,
         budget=args.budget,
         schedule=args.schedule,
@@ -139,7 +139,7 @@ def _plan(args: argparse.Namespace) -> None:
         target=args.target,
         dtype=args.dtype,
     )
-    print(json.dumps(plan.to_json(), indent=2) if args.json else plan.to_text())
+    print(json.dumps(planned.to_json(), indent=2) if args.json else planned.to_text())
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -151,7 +151,7 @@ def _run(args: argparse.Namespace) -> None:
         save_kept,
         unknown_remark,
     )
-    from trio_deploy.pipeline.pipeline import TrioPipeline
+    from trio_deploy.pipeline.pipeline import Pipeline
 
     if not args.prompt.strip():
         raise TrioError("--prompt has no text: write something to ask")
@@ -159,7 +159,7 @@ def _run(args: argparse.Namespace) -> None:
         if not args.image:
             raise TrioError("--show draws what was kept of an image: pass one with --image")
         check_picture_path(args.show)
-    pipeline = TrioPipeline.from_bundle(
+    pipeline = Pipeline.open(
         args.bundle,
         runtime=args.runtime,
         threads=args.threads,

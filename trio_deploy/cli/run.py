@@ -11,7 +11,7 @@ from PIL import Image
 
 from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.draw import draw_generation
-from trio_deploy.pipeline.pipeline import Generation
+from trio_deploy.pipeline.request import Generation
 
 EMPTY = "(the model gave an empty answer)"
 

@@ -116,7 +116,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(
+def plan(
     model: str,
     *,
     budget: float | None = None,

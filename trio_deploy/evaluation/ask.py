@@ -26,7 +26,8 @@ from trio_deploy.evaluation.configurations import Bundles, Configuration
 from trio_deploy.evaluation.questions import Question
 from trio_deploy.evaluation.statistics import divergence, top_tokens
 from trio_deploy.files import sha256_of
-from trio_deploy.pipeline.pipeline import Generation, Request, TrioPipeline
+from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy.pipeline.request import Generation, Request
 from trio_deploy.pipeline.sampling import log_softmax
 
 ANSWERS = "answers"
@@ -192,7 +193,7 @@ class Examiner:
 
     def _ask(
         self,
-        pipeline: TrioPipeline,
+        pipeline: Pipeline,
         configuration: Configuration,
         seed: int,
         questions: Sequence[Question],

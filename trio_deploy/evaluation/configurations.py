@@ -21,11 +21,11 @@ from trio_deploy.checkpoint.safetensors import Checkpoint, read_header
 from trio_deploy.config.recipe import Recipe
 from trio_deploy.config.target import load_target
 from trio_deploy.errors import TrioError
-from trio_deploy.export.job import export
+from trio_deploy.export.job import export_model
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.files import sha256_of
-from trio_deploy.pipeline.pipeline import TrioPipeline
+from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.schedule.budget import for_budget, solve
 from trio_deploy.schedule.methods import METHODS
 from trio_deploy.schedule.schedule import Schedule
@@ -362,10 +362,10 @@ class Bundles:
         self._options = options
         # What a target's file says, not where it lies.
         self._target = [json.dumps(asdict(load_target(options.target)), default=str), options.dtype]
-        self._open: tuple[str, TrioPipeline] | None = None
+        self._open: tuple[str, Pipeline] | None = None
         self._shapes: dict[str, Configuration] = {}
 
-    def pipeline(self, configuration: Configuration) -> TrioPipeline:
+    def pipeline(self, configuration: Configuration) -> Pipeline:
         """Ready to answer; the one before it is let go.
 
         Raises:
@@ -377,7 +377,7 @@ class Bundles:
             options = self._options
             self._open = (
                 key,
-                TrioPipeline.from_bundle(
+                Pipeline.open(
                     self.bundle(configuration),
                     options.runtime,
                     threads=options.threads,
@@ -399,7 +399,7 @@ class Bundles:
         chosen = (configuration.threshold, configuration.probe, configuration.positions)
         return _digest([places, *chosen])
 
-    def shaped(self, configuration: Configuration) -> TrioPipeline:
+    def shaped(self, configuration: Configuration) -> Pipeline:
         """A pipeline that serves the configuration if requests say what to `keep`."""
         like = self._shapes.setdefault(self.shape(configuration), configuration)
         return self.pipeline(like)
@@ -417,7 +417,7 @@ class Bundles:
         out = self._folder / self._key(configuration)
         if (out / MANIFEST).is_file():
             return Bundle.load(out)
-        bundle = export(
+        bundle = export_model(
             self._source.model,
             out,
             schedule=configuration.schedule,

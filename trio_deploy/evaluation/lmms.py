@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trio_deploy.errors import TrioError
-from trio_deploy.pipeline.pipeline import Request, TrioPipeline
+from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy.pipeline.request import Request
 
 if TYPE_CHECKING:
     Lmms: Any = object
@@ -63,7 +64,7 @@ class Trio(Lmms):
             )
         if not bundle:
             raise TrioError("say which bundle: --model_args bundle=FOLDER")
-        self.pipeline = TrioPipeline.from_bundle(
+        self.pipeline = Pipeline.open(
             bundle,
             runtime,
             target=target,

@@ -40,7 +40,8 @@ from trio_deploy.evaluation.configurations import (
 from trio_deploy.evaluation.questions import Question
 from trio_deploy.evaluation.statistics import Bootstrap, Estimate
 from trio_deploy.files import write_atomically
-from trio_deploy.pipeline.pipeline import Request, TrioPipeline
+from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy.pipeline.request import Request
 from trio_deploy.schedule.budget import default_layers, solve
 from trio_deploy.schedule.methods import METHODS
 from trio_deploy.schedule.schedule import PruningPoint, Schedule
@@ -393,7 +394,7 @@ class Tuner:
         return [self._losses[(key, q.id)] for q in questions]
 
     def _loss(
-        self, pipeline: TrioPipeline, keep: tuple[float | int, ...], questions: Sequence[Question]
+        self, pipeline: Pipeline, keep: tuple[float | int, ...], questions: Sequence[Question]
     ) -> list[tuple[float, bool]]:
         generations = pipeline.generate_batch(
             [

@@ -60,7 +60,7 @@ from trio_deploy.schedule.schedule import Schedule
 _DEFAULTS: dict[str, Any] = {"probe": "last", "positions": "renumber", "threshold": 0.8}
 
 
-def export(
+def export_model(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,

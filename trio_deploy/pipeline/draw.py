@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from trio_deploy.errors import TrioError
 from trio_deploy.families.preprocessing import ProcessedImage
-from trio_deploy.pipeline.pipeline import Generation
+from trio_deploy.pipeline.request import Generation
 
 _PANEL = 336  # longest side of one panel in pixels
 _GAP = 8

@@ -1,4 +1,4 @@
-"""`TrioPipeline`: a bundle, ready to answer questions about pictures."""
+"""`Pipeline`: a bundle, ready to answer questions about pictures."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from trio_deploy.runtimes.registry import open_runtime
 from trio_deploy.schedule.methods import SEEDS
 from trio_deploy.schedule.schedule import Schedule
 
-__all__ = ["Generation", "ImageSource", "Request", "TrioPipeline"]
+__all__ = ["Generation", "ImageSource", "Pipeline", "Request"]
 
 _Opened = dict[int, tuple[Image.Image, ProcessedImage]]
 """Pictures of a batch by their source's identity: requests about one share it."""
 
 
-class TrioPipeline:
+class Pipeline:
     """Answers questions about pictures from an exported bundle.
 
-    >>> pipeline = TrioPipeline.from_bundle("bundle")
+    >>> pipeline = Pipeline.open("bundle")
     >>> answer = pipeline.generate(["cat.png"], "What is this?", budget=0.222)
     >>> answer.text, answer.keep_counts
 
@@ -56,7 +56,7 @@ class TrioPipeline:
         preprocessor: Preprocessor,
         precision: str,
     ) -> None:
-        """Use `from_bundle`."""
+        """Use `open`."""
         self.bundle = bundle
         self.precision = precision
         self._stages = stages
@@ -68,7 +68,7 @@ class TrioPipeline:
         self._pad = generation.pad_token_id or 0
 
     @classmethod
-    def from_bundle(
+    def open(
         cls,
         bundle: str | os.PathLike[str] | Bundle,
         runtime: str | None = None,
@@ -78,7 +78,7 @@ class TrioPipeline:
         low_memory: bool = False,
         provider: str | None = None,
         precision: str | None = None,
-    ) -> TrioPipeline:
+    ) -> Pipeline:
         """Load a bundle.
 
         Args:

@@ -48,7 +48,8 @@ from trio_deploy.evaluation.results import Result, Results
 from trio_deploy.families.registry import request_limits
 from trio_deploy.files import format_bytes, sha256_of
 from trio_deploy.pipeline.draw import kept_panels, pruned_before
-from trio_deploy.pipeline.pipeline import Generation, Request, TrioPipeline
+from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy.pipeline.request import Generation, Request
 from trio_deploy.runtimes.tensorrt.record import RECORD, Record
 from trio_deploy.schedule.schedule import Schedule
 from trio_deploy.verify import check as parity
@@ -479,7 +480,7 @@ def _same_model(file: Path, name: str, bundle: Bundle) -> None:
 # ---------------------------------------------------------------------------------------- answers
 
 
-def answers(pipeline: TrioPipeline, asked: Sequence[Asked]) -> dict[str, Any]:
+def answers(pipeline: Pipeline, asked: Sequence[Asked]) -> dict[str, Any]:
     """Each question's answer with and without pruning, and what was kept of its pictures.
 
     Raises:

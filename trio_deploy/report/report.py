@@ -11,7 +11,7 @@ from trio_deploy.bench.runner import Options
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.files import write_atomically
-from trio_deploy.pipeline.pipeline import TrioPipeline
+from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.report import gather
 from trio_deploy.report.gather import Asked
 from trio_deploy.report.page import render
@@ -31,7 +31,7 @@ class Wanted:
         asked: questions whose kept tokens are drawn; empty takes generated scenes.
         check, measure: whether to compare with the reference and to measure time now.
         scenes: generated scenes to ask about for a quick accuracy; 0 for none.
-        runtime, provider, threads: as `TrioPipeline.from_bundle` takes them.
+        runtime, provider, threads: as `Pipeline.open` takes them.
     """
 
     bench: Path | None = None
@@ -116,7 +116,7 @@ def _gather(bundle: Bundle, wanted: Wanted, progress: bool) -> dict[str, Any]:
 def _run(bundle: Bundle, wanted: Wanted, progress: bool) -> dict[str, Any]:
     """Everything that asks the model itself."""
     runtime = _runtime(wanted)
-    pipeline = TrioPipeline.from_bundle(bundle, **runtime)
+    pipeline = Pipeline.open(bundle, **runtime)
     asked = wanted.asked or gather.default_questions()
     shown = gather.answers(pipeline, asked)
     del pipeline

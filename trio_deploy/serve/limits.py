@@ -44,7 +44,7 @@ class Settings:
     Attributes:
         bundle: its folder, absolute or relative to the model's.
         runtime, target, provider, precision, threads, low_memory: as in
-            `TrioPipeline.from_bundle`; a target's file may be relative to the model's folder, too.
+            `Pipeline.open`; a target's file may be relative to the model's folder, too.
         budget: of requests that name none; None is the bundle's own schedule.
         default_max_tokens: of requests that name none, at most `max_tokens`.
         max_tokens: of an answer.
@@ -57,7 +57,7 @@ class Settings:
         max_stop, max_stop_bytes: stop strings of a request, and the length of each.
         max_timeout_s: the longest deadline, and that of requests that name none.
         max_rows, max_queue, prefill_rows, prefill_tokens, max_kv_bytes, prefillers, preparers: as
-            in `ContinuousBatcher`.
+            in `Batcher`.
         warm_up: answer questions, within these limits, before the model is ready.
         watch: end the server when the model's process dies; see `triton/watch.py`.
     """

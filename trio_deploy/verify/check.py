@@ -20,8 +20,9 @@ from trio_deploy.config.target import GRAPH_DTYPES
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import TILES_AT_ONCE
 from trio_deploy.families.preprocessing import ProcessedImage
-from trio_deploy.pipeline.pipeline import Request, TrioPipeline
+from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.prompt import Prompt, collate
+from trio_deploy.pipeline.request import Request
 from trio_deploy.reference.trace import Tensors
 from trio_deploy.runtimes.tensorrt.runtime import TrtEngine
 from trio_deploy.verify.compare import TOLERANCES, ParityRow, Tolerance, compare_stages, difference
@@ -87,9 +88,7 @@ def check(
         TrioError: torch or transformers is missing, or nothing was recorded.
     """
     loaded = _loaded(bundle)
-    pipeline = TrioPipeline.from_bundle(
-        loaded, runtime, threads=threads, provider=provider, target=target
-    )
+    pipeline = Pipeline.open(loaded, runtime, threads=threads, provider=provider, target=target)
     if golden:
         reference, rows = load(loaded), []
     else:
@@ -139,7 +138,7 @@ def record(
         TrioError: torch or transformers is missing.
     """
     loaded = _loaded(bundle)
-    pipeline = TrioPipeline.from_bundle(loaded, runtime, provider=provider)
+    pipeline = Pipeline.open(loaded, runtime, provider=provider)
     return store(loaded, _ask_oracle(loaded, pipeline, examples or default_examples(), checkpoint))
 
 
@@ -193,7 +192,7 @@ def _loaded(bundle: Bundle | str | Path) -> Bundle:
     return bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
 
 
-def _run(pipeline: TrioPipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray]:
+def _run(pipeline: Pipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray]:
     engine = pipeline.engine(stage)
     taken = {}
     capacities = {}
@@ -216,7 +215,7 @@ def _run(pipeline: TrioPipeline, stage: str, feeds: Tensors) -> Mapping[str, NDA
     return outputs | {name: outputs[name][:, :, :size] for name, size in capacities.items()}
 
 
-def _compare_engines(pipeline: TrioPipeline, tolerance: Tolerance) -> list[ParityRow]:
+def _compare_engines(pipeline: Pipeline, tolerance: Tolerance) -> list[ParityRow]:
     from trio_deploy.runtimes.onnxruntime import OrtRuntime
 
     bundle = pipeline.bundle
@@ -240,7 +239,7 @@ def _place(stage: str, order: list[str]) -> tuple[int, int]:
 
 def _ask_oracle(
     bundle: Bundle,
-    pipeline: TrioPipeline,
+    pipeline: Pipeline,
     examples: Sequence[Example],
     checkpoint: str | Path | None,
 ) -> Reference:
@@ -285,13 +284,13 @@ def _ask_oracle(
 
 
 def _encoded(
-    pipeline: TrioPipeline, examples: Sequence[Example]
+    pipeline: Pipeline, examples: Sequence[Example]
 ) -> list[tuple[Prompt, list[ProcessedImage]]]:
     return [pipeline.encode(Request(e.prompt, e.pictures)) for e in examples]
 
 
 def _compare_inputs(
-    pipeline: TrioPipeline, reference: Reference, checkpoint: str | Path | None
+    pipeline: Pipeline, reference: Reference, checkpoint: str | Path | None
 ) -> list[ParityRow]:
     """The runtime's batch against transformers' packing, and its prompts against the processor."""
     encoded = _encoded(pipeline, reference.examples)
@@ -314,7 +313,7 @@ def _compare_inputs(
 
 
 def _compare_processor(
-    pipeline: TrioPipeline,
+    pipeline: Pipeline,
     examples: Sequence[Example],
     encoded: Sequence[tuple[Prompt, list[ProcessedImage]]],
     checkpoint: str | Path,
@@ -356,7 +355,7 @@ def _compare_processor(
 
 
 def _compare_answers(
-    pipeline: TrioPipeline, reference: Reference, tolerance: Tolerance
+    pipeline: Pipeline, reference: Reference, tolerance: Tolerance
 ) -> list[ParityRow]:
     """Greedy answers of the whole pipeline, as one batch and the first row alone."""
     requests = [

@@ -17,12 +17,10 @@ import pytest
 
 from tests.conftest import WAIT_S, make_picture
 from tests.pipeline.test_pipeline import COLOR, alike, ask
-from trio_deploy.errors import TrioError
+from trio_deploy import Batcher, Generation, Pipeline, Request, TrioError, export_model
 from trio_deploy.evaluation import scenes
-from trio_deploy.export.job import export
 from trio_deploy.pipeline.batcher.continuous import (
     Cancelled,
-    ContinuousBatcher,
     DeadlinePassed,
     Event,
     Failed,
@@ -30,7 +28,6 @@ from trio_deploy.pipeline.batcher.continuous import (
     Refused,
 )
 from trio_deploy.pipeline.cache import CacheShape, SegmentCache
-from trio_deploy.pipeline.pipeline import Generation, Request, TrioPipeline
 from trio_deploy.pipeline.prefill import Clock
 from trio_deploy.pipeline.sequence import Row
 
@@ -45,18 +42,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
-def opened(folder: Path, dialect: str = "ort", runtime: str = "onnxruntime") -> TrioPipeline:
+def opened(folder: Path, dialect: str = "ort", runtime: str = "onnxruntime") -> Pipeline:
     """The shipped model, without an end token, so that its answers are as long as they may."""
     bundle = folder / dialect
     if not bundle.is_dir():
-        export("tiny", bundle, schedule=SCHEDULE, dialect=dialect, progress=False)
-    pipeline = TrioPipeline.from_bundle(bundle, runtime, threads=1)
+        export_model("tiny", bundle, schedule=SCHEDULE, dialect=dialect, progress=False)
+    pipeline = Pipeline.open(bundle, runtime, threads=1)
     pipeline._ends = frozenset()
     return pipeline
 
 
 @pytest.fixture(scope="module")
-def pipeline(folder: Path) -> TrioPipeline:
+def pipeline(folder: Path) -> Pipeline:
     return opened(folder)
 
 
@@ -84,7 +81,7 @@ def mixed(count: int) -> list[Request]:
 class Gate:
     """Holds a pipeline's prefills up until it is opened."""
 
-    def __init__(self, pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
         self.turns: list[int] = []
         prefill = pipeline.prefill
@@ -109,8 +106,8 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def batcher(pipeline: TrioPipeline) -> Iterator[ContinuousBatcher]:
-    with ContinuousBatcher(pipeline, max_rows=4, max_queue=100) as batcher:
+def batcher(pipeline: Pipeline) -> Iterator[Batcher]:
+    with Batcher(pipeline, max_rows=4, max_queue=100) as batcher:
         yield batcher
 
 
@@ -124,7 +121,7 @@ def test_rows_that_join_at_any_time_give_what_they_give_alone(
 ) -> None:
     pipeline = opened(folder, dialect, runtime)
     requests = mixed(14)
-    with ContinuousBatcher(pipeline, max_rows=5, prefill_rows=2, prefillers=prefillers) as batcher:
+    with Batcher(pipeline, max_rows=5, prefill_rows=2, prefillers=prefillers) as batcher:
         handles = []
         for number, request in enumerate(requests):
             handles.append(batcher.submit(request))
@@ -139,11 +136,11 @@ def test_rows_that_join_at_any_time_give_what_they_give_alone(
     assert metrics.kv_bytes == metrics.kv_bytes_allocated == 0
 
 
-def test_a_long_answer_meets_many_short_ones(pipeline: TrioPipeline) -> None:
+def test_a_long_answer_meets_many_short_ones(pipeline: Pipeline) -> None:
     """Caches that are outgrown in rows and in tokens, and rows moved into gaps again and again."""
     long = Request(ask(COLOR), [scenes.generate(1).image], max_new_tokens=150, budget=0.2)
     others = mixed(24)
-    with ContinuousBatcher(pipeline, max_rows=8) as batcher:
+    with Batcher(pipeline, max_rows=8) as batcher:
         started = threading.Event()
         first = batcher.submit(long, lambda event: started.set())
         assert started.wait(WAIT_S)
@@ -156,7 +153,7 @@ def test_a_long_answer_meets_many_short_ones(pipeline: TrioPipeline) -> None:
             assert alike(handle.result(WAIT_S), pipeline.generate_batch([request])[0])
 
 
-def test_events_are_the_answer_in_pieces(batcher: ContinuousBatcher) -> None:
+def test_events_are_the_answer_in_pieces(batcher: Batcher) -> None:
     events: list[Event] = []
     request = Request(ask(COLOR), [scenes.generate(3).image], max_new_tokens=9)
     answer = batcher.submit(request, events.append).result(WAIT_S)
@@ -169,10 +166,10 @@ def test_events_are_the_answer_in_pieces(batcher: ContinuousBatcher) -> None:
 
 
 def test_what_waits_beyond_the_queue_is_refused_and_the_others_are_answered(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(pipeline, monkeypatch)
-    with ContinuousBatcher(pipeline, max_rows=1, max_queue=2) as batcher:
+    with Batcher(pipeline, max_rows=1, max_queue=2) as batcher:
         running = batcher.submit(SHORT)
         gate.held()
         waiting = [batcher.submit(SHORT), batcher.submit(SHORT)]
@@ -187,14 +184,12 @@ def test_what_waits_beyond_the_queue_is_refused_and_the_others_are_answered(
 
 
 def test_a_turn_prefills_no_more_rows_and_tokens_than_it_may(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = Request(ask(COLOR), [scenes.generate(0).image], max_new_tokens=1)
     length = pipeline.prepare(picture).prompt.length
     gate = Gate(pipeline, monkeypatch)
-    with ContinuousBatcher(
-        pipeline, max_rows=8, prefill_rows=3, prefill_tokens=2 * length
-    ) as batcher:
+    with Batcher(pipeline, max_rows=8, prefill_rows=3, prefill_tokens=2 * length) as batcher:
         first = batcher.submit(SHORT)
         gate.held()
         handles = [batcher.submit(SHORT) for _ in range(4)]
@@ -208,10 +203,10 @@ def test_a_turn_prefills_no_more_rows_and_tokens_than_it_may(
     assert gate.turns == [1, 3, 2, 2]
 
 
-def test_requests_wait_until_their_keys_and_values_fit(pipeline: TrioPipeline) -> None:
+def test_requests_wait_until_their_keys_and_values_fit(pipeline: Pipeline) -> None:
     request = Request(ask(COLOR), [scenes.generate(0).image], max_new_tokens=20)
     alone = pipeline.running().needed([pipeline.prepare(request)])
-    with ContinuousBatcher(pipeline, max_rows=8, max_kv_bytes=int(2.9 * alone)) as batcher:
+    with Batcher(pipeline, max_rows=8, max_kv_bytes=int(2.9 * alone)) as batcher:
         most = 0
 
         def look(event: Event) -> None:
@@ -223,14 +218,14 @@ def test_requests_wait_until_their_keys_and_values_fit(pipeline: TrioPipeline) -
         assert all(alike(handle.result(WAIT_S), expected) for handle in handles)
         assert alone <= most <= 2.9 * alone
     with (
-        ContinuousBatcher(pipeline, max_kv_bytes=alone - 1) as batcher,
+        Batcher(pipeline, max_kv_bytes=alone - 1) as batcher,
         pytest.raises(TrioError, match="max_kv_bytes"),
     ):
         batcher.submit(request).result(WAIT_S)
 
 
 def test_engines_of_one_capacity_need_all_of_it(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorRT's that update in place are made for one; a number in a signature stands for it."""
     for segment in pipeline._stages.segments:
@@ -252,8 +247,8 @@ def test_engines_of_one_capacity_need_all_of_it(
 
 
 @pytest.mark.parametrize("prefillers", [0, 2])
-def test_cancelling_is_heeded_within_a_token(pipeline: TrioPipeline, prefillers: int) -> None:
-    with ContinuousBatcher(pipeline, prefillers=prefillers) as batcher:
+def test_cancelling_is_heeded_within_a_token(pipeline: Pipeline, prefillers: int) -> None:
+    with Batcher(pipeline, prefillers=prefillers) as batcher:
         events: list[Event] = []
         handle: list[Handle] = []
         known = threading.Event()
@@ -279,10 +274,10 @@ def test_cancelling_is_heeded_within_a_token(pipeline: TrioPipeline, prefillers:
 
 
 def test_a_waiting_request_can_be_cancelled_and_overdue(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(pipeline, monkeypatch)
-    with ContinuousBatcher(pipeline, max_rows=1) as batcher:
+    with Batcher(pipeline, max_rows=1) as batcher:
         running = batcher.submit(SHORT)
         gate.held()
         cancelled, late = batcher.submit(SHORT), batcher.submit(SHORT, timeout_s=0.01)
@@ -298,11 +293,11 @@ def test_a_waiting_request_can_be_cancelled_and_overdue(
 
 
 def test_requests_that_no_thread_has_prepared_are_cancelled_and_overdue_too(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go, prepare = threading.Event(), pipeline.prepare
     monkeypatch.setattr(pipeline, "prepare", lambda *given: go.wait(60) and prepare(*given))
-    with ContinuousBatcher(pipeline, preparers=1) as batcher:
+    with Batcher(pipeline, preparers=1) as batcher:
         stuck, late = batcher.submit(SHORT), batcher.submit(SHORT, timeout_s=0.01)
         with pytest.raises(DeadlinePassed):
             late.result(WAIT_S)
@@ -317,7 +312,7 @@ def test_requests_that_no_thread_has_prepared_are_cancelled_and_overdue_too(
 
 @pytest.mark.parametrize("ended", ["cancelled", "deadline"])
 def test_pictures_of_a_request_that_nobody_waits_for_are_not_all_decoded(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch, ended: str
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, ended: str
 ) -> None:
     go, opened = threading.Event(), []
     open_image = pipeline._preprocessor.open_image
@@ -328,7 +323,7 @@ def test_pictures_of_a_request_that_nobody_waits_for_are_not_all_decoded(
         return open_image(source)
 
     monkeypatch.setattr(pipeline._preprocessor, "open_image", slow, raising=False)
-    with ContinuousBatcher(pipeline) as batcher:
+    with Batcher(pipeline) as batcher:
         images = [make_picture(seed=seed) for seed in range(4)]
         handle = batcher.submit(Request(ask(COLOR, len(images)), images))
         wait_for(lambda: bool(opened))
@@ -344,11 +339,11 @@ def test_pictures_of_a_request_that_nobody_waits_for_are_not_all_decoded(
 
 
 def test_waiting_in_vain_counts_as_waiting(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the average would fall as more give up; what is refused at once has not waited."""
     gate = Gate(pipeline, monkeypatch)
-    with ContinuousBatcher(pipeline, max_rows=1, max_queue=3) as batcher:
+    with Batcher(pipeline, max_rows=1, max_queue=3) as batcher:
         running = batcher.submit(SHORT)
         gate.held()
         cancelled, late = batcher.submit(SHORT), batcher.submit(SHORT, timeout_s=0.3)
@@ -377,11 +372,11 @@ def test_waiting_in_vain_counts_as_waiting(
 
 
 def test_a_request_that_waits_holds_no_picture(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decoded ones are large: those of a full queue would fill the memory."""
     gate = Gate(pipeline, monkeypatch)
-    with ContinuousBatcher(pipeline, max_rows=1) as batcher:
+    with Batcher(pipeline, max_rows=1) as batcher:
         batcher.submit(SHORT)
         gate.held()
         handle = batcher.submit(Request(ask(COLOR), [make_picture()], max_new_tokens=1))
@@ -393,10 +388,10 @@ def test_a_request_that_waits_holds_no_picture(
         assert handle.result(WAIT_S).visual_tokens == 256
 
 
-def test_a_deadline_ends_an_answer_with_what_there_is(pipeline: TrioPipeline) -> None:
+def test_a_deadline_ends_an_answer_with_what_there_is(pipeline: Pipeline) -> None:
     request = Request(ask(COLOR), [scenes.generate(0).image], max_new_tokens=2000)
     whole = pipeline.generate_batch([Request(request.prompt, request.images, 60)])[0]
-    with ContinuousBatcher(pipeline) as batcher:
+    with Batcher(pipeline) as batcher:
         started = threading.Event()
         handle = batcher.submit(request, lambda event: started.set(), timeout_s=600)
         assert started.wait(WAIT_S)
@@ -417,7 +412,7 @@ BAD: list[tuple[Request, str]] = [
 
 
 def test_a_bad_request_is_told_why_and_no_other_feels_it(
-    pipeline: TrioPipeline, batcher: ContinuousBatcher
+    pipeline: Pipeline, batcher: Batcher
 ) -> None:
     good = [batcher.submit(request) for request in mixed(4)]
     bad = [(batcher.submit(request), message) for request, message in BAD]
@@ -430,16 +425,16 @@ def test_a_bad_request_is_told_why_and_no_other_feels_it(
     assert batcher.metrics().outcomes["invalid"] == len(BAD)
 
 
-def test_a_prompt_above_the_limit_is_refused_by_its_name(pipeline: TrioPipeline) -> None:
+def test_a_prompt_above_the_limit_is_refused_by_its_name(pipeline: Pipeline) -> None:
     with (
-        ContinuousBatcher(pipeline, max_prompt_tokens=30) as batcher,
+        Batcher(pipeline, max_prompt_tokens=30) as batcher,
         pytest.raises(TrioError, match=r"256 of them visual.*max_prompt_tokens is 30"),
     ):
         batcher.submit(Request(ask(COLOR), [make_picture()])).result(WAIT_S)
 
 
 def test_a_row_whose_prefill_fails_leaves_the_others_their_answers(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefilled together they all fail; then each is tried alone."""
     prefill = pipeline.prefill
@@ -450,7 +445,7 @@ def test_a_row_whose_prefill_fails_leaves_the_others_their_answers(
         return prefill(rows, clock)
 
     gate = Gate(pipeline, monkeypatch)
-    with ContinuousBatcher(pipeline) as batcher:
+    with Batcher(pipeline) as batcher:
         first = batcher.submit(SHORT)
         gate.held()
         monkeypatch.setattr(pipeline, "prefill", fragile)
@@ -467,7 +462,7 @@ def test_a_row_whose_prefill_fails_leaves_the_others_their_answers(
 
 
 def test_logits_that_are_not_numbers_end_their_row_alone(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take = Row.take
 
@@ -478,7 +473,7 @@ def test_logits_that_are_not_numbers_end_their_row_alone(
 
     monkeypatch.setattr(Row, "take", broken)
     sound = Request("what is red ?", max_new_tokens=9, seed=4)
-    with ContinuousBatcher(pipeline) as batcher:
+    with Batcher(pipeline) as batcher:
         handles = [
             batcher.submit(request)
             for request in (sound, Request("what is red ?", max_new_tokens=9, seed=5), sound)
@@ -493,12 +488,12 @@ def test_logits_that_are_not_numbers_end_their_row_alone(
 @pytest.mark.parametrize("prefillers", [0, 1])
 @pytest.mark.parametrize("name", ["step", "join", "release"])
 def test_a_failing_batch_ends_its_rows_and_not_the_service(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch, name: str, prefillers: int
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, name: str, prefillers: int
 ) -> None:
     def broken(*given: Any) -> Any:
         raise TrioError("ONNX Runtime failed: out of memory")
 
-    with ContinuousBatcher(pipeline, prefillers=prefillers) as batcher:
+    with Batcher(pipeline, prefillers=prefillers) as batcher:
         with monkeypatch.context() as patch:
             patch.setattr(batcher._running, name, broken)
             handles = [batcher.submit(SHORT) for _ in range(6)]
@@ -512,7 +507,7 @@ def test_a_failing_batch_ends_its_rows_and_not_the_service(
 @pytest.mark.parametrize("prefillers", [0, 1])
 @pytest.mark.parametrize("fault", ["logits", "timings"])
 def test_a_prefill_that_gives_nonsense_ends_its_rows_and_not_the_service(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch, fault: str, prefillers: int
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, fault: str, prefillers: int
 ) -> None:
     prefill = pipeline.prefill
 
@@ -524,7 +519,7 @@ def test_a_prefill_that_gives_nonsense_ends_its_rows_and_not_the_service(
             row.timings.clear()
         return prefilled
 
-    with ContinuousBatcher(pipeline, prefillers=prefillers) as batcher:
+    with Batcher(pipeline, prefillers=prefillers) as batcher:
         with monkeypatch.context() as patch:
             patch.setattr(pipeline, "prefill", broken)
             handles = [batcher.submit(SHORT) for _ in range(6)]
@@ -536,13 +531,13 @@ def test_a_prefill_that_gives_nonsense_ends_its_rows_and_not_the_service(
 
 
 def test_a_request_that_cannot_be_chosen_ends_alone(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(rows: list[Row]) -> int:
         raise RuntimeError("no such segment")
 
     gate = Gate(pipeline, monkeypatch)
-    with ContinuousBatcher(pipeline, max_kv_bytes=10**9) as batcher:
+    with Batcher(pipeline, max_kv_bytes=10**9) as batcher:
         first = batcher.submit(SHORT)
         gate.held()
         others = [batcher.submit(SHORT) for _ in range(2)]
@@ -556,12 +551,12 @@ def test_a_request_that_cannot_be_chosen_ends_alone(
 
 
 def test_a_request_that_no_thread_can_prepare_is_refused(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(*given: Any) -> None:
         raise RuntimeError("can't start new thread")
 
-    with ContinuousBatcher(pipeline) as batcher:
+    with Batcher(pipeline) as batcher:
         with monkeypatch.context() as patch:
             patch.setattr(batcher._pool, "submit", none)
             with pytest.raises(Refused, match="new thread"):
@@ -572,10 +567,10 @@ def test_a_request_that_no_thread_can_prepare_is_refused(
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_prefill_that_no_thread_is_started_for_is_done_once(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch, late: bool
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     """A pool that cannot start a thread keeps the work, which another of its threads may do."""
-    with ContinuousBatcher(pipeline, prefillers=1) as batcher:
+    with Batcher(pipeline, prefillers=1) as batcher:
         submit = batcher._turns.submit
 
         def none(*given: Any) -> None:
@@ -592,7 +587,7 @@ def test_a_prefill_that_no_thread_is_started_for_is_done_once(
 
 
 def test_a_listener_that_raises_loses_its_request_alone(
-    pipeline: TrioPipeline, batcher: ContinuousBatcher
+    pipeline: Pipeline, batcher: Batcher
 ) -> None:
     heard: list[Event] = []
 
@@ -608,8 +603,8 @@ def test_a_listener_that_raises_loses_its_request_alone(
     assert alike(two.result(WAIT_S), pipeline.generate_batch([SHORT])[0])
 
 
-def test_draining_answers_what_was_asked(pipeline: TrioPipeline) -> None:
-    batcher = ContinuousBatcher(pipeline, max_rows=2)
+def test_draining_answers_what_was_asked(pipeline: Pipeline) -> None:
+    batcher = Batcher(pipeline, max_rows=2)
     handles = [batcher.submit(request) for request in mixed(7)]
     assert batcher.close()
     assert all(handle.done for handle in handles)
@@ -619,9 +614,9 @@ def test_draining_answers_what_was_asked(pipeline: TrioPipeline) -> None:
 
 @pytest.mark.parametrize("drain", [False, True])
 def test_closing_without_time_cancels_what_is_left(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch, drain: bool
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, drain: bool
 ) -> None:
-    batcher = ContinuousBatcher(pipeline, max_rows=2)
+    batcher = Batcher(pipeline, max_rows=2)
     long = Request("what is red ?", max_new_tokens=2000)
     handles = [batcher.submit(long) for _ in range(5)]
     assert not batcher.close(drain=drain, timeout=0.01)
@@ -635,18 +630,18 @@ def test_closing_without_time_cancels_what_is_left(
     [({"max_rows": 0}, "max_rows"), ({"max_queue": -1}, "max_queue"), ({"preparers": 0}, "prep")],
 )
 def test_limits_below_one_are_refused(
-    pipeline: TrioPipeline, limits: dict[str, int], message: str
+    pipeline: Pipeline, limits: dict[str, int], message: str
 ) -> None:
     with pytest.raises(TrioError, match=message):
-        ContinuousBatcher(pipeline, **limits)
+        Batcher(pipeline, **limits)
 
 
 def test_threads_for_prefills_need_a_runtime_that_several_may_call(
-    pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline._stages, "concurrent", False)
     with pytest.raises(TrioError, match="one call at a time"):
-        ContinuousBatcher(pipeline, prefillers=1)
+        Batcher(pipeline, prefillers=1)
 
 
 def test_caches_that_cannot_be_sliced_are_filled_by_row_too(
@@ -661,13 +656,13 @@ def test_caches_that_cannot_be_sliced_are_filled_by_row_too(
     pipeline = opened(folder)
     expected = [pipeline.generate_batch([request])[0] for request in mixed(8)]
     monkeypatch.setattr(OrtEngine, "empty", empty)
-    with ContinuousBatcher(pipeline, max_rows=3, prefill_rows=2) as batcher:
+    with Batcher(pipeline, max_rows=3, prefill_rows=2) as batcher:
         handles = [batcher.submit(request) for request in mixed(8)]
         answers: list[Generation] = [handle.result(WAIT_S) for handle in handles]
     assert all(alike(*pair) for pair in zip(answers, expected, strict=True))
 
 
-def test_a_row_copied_between_caches_brings_its_tokens_and_no_other(pipeline: TrioPipeline) -> None:
+def test_a_row_copied_between_caches_brings_its_tokens_and_no_other(pipeline: Pipeline) -> None:
     shape = CacheShape(2, 4, np.dtype(np.float32))
 
     def cache(rows: int, lengths: list[int], capacity: int) -> SegmentCache:
@@ -698,12 +693,12 @@ def test_a_row_copied_between_caches_brings_its_tokens_and_no_other(pipeline: Tr
         cache(1, [0], 2).copy_rows([0], source, [1])
 
 
-def test_an_answered_request_leaves_nothing_behind(pipeline: TrioPipeline) -> None:
+def test_an_answered_request_leaves_nothing_behind(pipeline: Pipeline) -> None:
     """Pictures are large, and cycles of references would keep them until a rare full collection."""
     gc.collect()
     gc.disable()
     try:
-        with ContinuousBatcher(pipeline) as batcher:
+        with Batcher(pipeline) as batcher:
 
             class Listener:
                 handle: Handle
@@ -732,13 +727,13 @@ def test_an_answered_request_leaves_nothing_behind(pipeline: TrioPipeline) -> No
 
 @pytest.mark.parametrize("prefillers", [0, 2])
 def test_in_a_storm_everyone_gets_their_own_answer_or_what_they_wished(
-    pipeline: TrioPipeline, prefillers: int
+    pipeline: Pipeline, prefillers: int
 ) -> None:
     """Requests, hang-ups and deadlines in any order, in every state that a request can be in."""
     random = np.random.default_rng(prefillers)
     requests = mixed(6)
     expected = [pipeline.generate_batch([request])[0] for request in requests]
-    with ContinuousBatcher(
+    with Batcher(
         pipeline, max_rows=3, prefill_rows=2, max_queue=200, prefillers=prefillers
     ) as batcher:
         sent: list[tuple[int, bool, Handle]] = []

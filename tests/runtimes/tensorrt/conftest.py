@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.export.job import export
+from trio_deploy import Bundle, export_model
 
 Export = Callable[..., Bundle]
 
@@ -21,6 +20,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
     @cache
     def make(model: str, target: str, **options: object) -> Bundle:
         folder: Path = tmp_path_factory.mktemp("exported") / "bundle"
-        return export(model, folder, target=target, progress=False, **options)  # type: ignore[arg-type]
+        return export_model(model, folder, target=target, progress=False, **options)  # type: ignore[arg-type]
 
     return make

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.fakes.tensorrt import Cuda, install
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.runtimes.tensorrt import device as room
 from trio_deploy.runtimes.tensorrt.allocator import SLACK
 from trio_deploy.runtimes.tensorrt.device import Device, DeviceArray

@@ -24,7 +24,7 @@ from onnx import TensorProto as T
 from onnx import helper
 
 from tests.support.fakes.tensorrt import Simulation, install
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.runtimes.tensorrt.bindings import Bounds, TensorRT, load
 
 API = json.loads((Path(__file__).parent / "tensorrt_api.json").read_text())

@@ -23,11 +23,9 @@ import pytest
 
 from tests.support.engines import export_for, make_target, unverified
 from tests.support.fakes.tensorrt import install
-from trio_deploy.bundle.bundle import Bundle
+from trio_deploy import Bundle, TrioError, export_model
 from trio_deploy.cli.main import main
 from trio_deploy.config.target import Target, load_target
-from trio_deploy.errors import TrioError
-from trio_deploy.export.job import export
 from trio_deploy.runtimes.base import TensorSpec
 from trio_deploy.runtimes.tensorrt import build as builder
 from trio_deploy.runtimes.tensorrt import first_run as verify
@@ -419,7 +417,9 @@ def test_what_needs_no_gpu_to_be_seen_is_said_before_the_driver_is_missed(
 
     monkeypatch.setattr("trio_deploy.runtimes.tensorrt.bindings.load", no_driver)
     dialect = "ort" if words.endswith("dialect") or not options else "onnx"
-    planned = export("tiny", tmp_path / "b", graphs_only=True, dialect=dialect, progress=False)
+    planned = export_model(
+        "tiny", tmp_path / "b", graphs_only=True, dialect=dialect, progress=False
+    )
     command = ["build", str(planned.path), *options.replace("--graphs", "").split()]
     assert main(command) == 1
     assert words in capsys.readouterr().err
@@ -432,7 +432,7 @@ def test_an_unknown_stage_is_named(bundle: Bundle, target: Target) -> None:
 
 
 def test_a_bundle_without_weights_is_refused(target: Target, tmp_path: Path) -> None:
-    planned = export("tiny", tmp_path / "b", graphs_only=True, target="jetson-orin-nano-8gb")
+    planned = export_model("tiny", tmp_path / "b", graphs_only=True, target="jetson-orin-nano-8gb")
     with pytest.raises(TrioError, match="graphs but no weights"):
         build(planned, target, Stub())
 

@@ -10,17 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.runtimes.tensorrt.conftest import Export
+from trio_deploy import Schedule, TrioError
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.cli.main import main
 from trio_deploy.config.recipe import list_recipes
 from trio_deploy.config.target import list_targets, load_target, target_folder
 from trio_deploy.cost.device_memory import fit, planned
-from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config
 from trio_deploy.runtimes.tensorrt.build import weight_bytes
 from trio_deploy.runtimes.tensorrt.memory import Fit
-from trio_deploy.schedule.schedule import Schedule
 
 _GIB = 2**30
 

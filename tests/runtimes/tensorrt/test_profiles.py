@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 
 from tests.runtimes.tensorrt.conftest import Export
+from trio_deploy import Schedule, TrioError
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.config.target import Limits, Target, load_target
-from trio_deploy.errors import TrioError
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.runtimes.tensorrt.profiles import Profile, Sizes, profiles
 from trio_deploy.schedule.budget import for_points, solve
-from trio_deploy.schedule.schedule import Schedule
 
 RECIPE = load_recipe("llava-next-7b")
 CONFIG = parse_config(RECIPE.architecture)

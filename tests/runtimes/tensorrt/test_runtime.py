@@ -23,10 +23,8 @@ import pytest
 from tests.conftest import WAIT_S, make_picture
 from tests.support.engines import KINDS, build, export_for, make_target
 from tests.support.fakes.tensorrt import Driver, Simulation, install
-from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.errors import TrioError
+from trio_deploy import Bundle, Pipeline, Request, TrioError
 from trio_deploy.files import sha256_of
-from trio_deploy.pipeline.pipeline import Request, TrioPipeline
 from trio_deploy.runtimes import arrays
 from trio_deploy.runtimes.registry import open_runtime
 from trio_deploy.runtimes.tensorrt.bindings import load
@@ -82,8 +80,8 @@ class Machine:
         self.cuda = simulation.cuda
         self.folder = build(bundle, target, simulation)
 
-    def pipeline(self) -> TrioPipeline:
-        return TrioPipeline.from_bundle(self.bundle, "tensorrt")
+    def pipeline(self) -> Pipeline:
+        return Pipeline.open(self.bundle, "tensorrt")
 
     def runtime(self, **options: Any) -> TrtRuntime:
         return TrtRuntime(self.folder, self.bundle, **options)
@@ -156,9 +154,7 @@ def test_answers_are_those_of_onnx_runtime(
 ) -> None:
     bundle, target = bundles.get(kind)
     machine = Machine(install(monkeypatch, kind[0]), bundle, target)
-    expected = TrioPipeline.from_bundle(bundle, "onnxruntime", threads=1).generate_batch(
-        requests(budget)
-    )
+    expected = Pipeline.open(bundle, "onnxruntime", threads=1).generate_batch(requests(budget))
     found = machine.pipeline().generate_batch(requests(budget))
     assert [a.token_ids for a in found] == [a.token_ids for a in expected]
     for mine, theirs in zip(found, expected, strict=True):
@@ -176,7 +172,7 @@ def test_selections_with_inputs_of_their_own_get_them(
     schedule = "0:0.6:vscan,1:0.4:cls-attention,2:0.2:random"
     bundle = export_for(llava_next_checkpoint, tmp_path, target, schedule)
     machine = Machine(simulation, bundle, target)
-    expected = TrioPipeline.from_bundle(bundle, "onnxruntime", threads=1).generate_batch(requests())
+    expected = Pipeline.open(bundle, "onnxruntime", threads=1).generate_batch(requests())
     found = machine.pipeline().generate_batch(requests())
     assert [a.token_ids for a in found] == [a.token_ids for a in expected]
     assert [a.keep_counts for a in found] == [a.keep_counts for a in expected]
@@ -192,10 +188,10 @@ def test_cuda_python_before_12_8_is_known_by_its_old_name(
 
 def test_rows_join_and_leave_on_the_device(shared: Machine) -> None:
     """Caches are cut to their first rows, and rows copied between them, on the device."""
-    from trio_deploy.pipeline.batcher.continuous import ContinuousBatcher
+    from trio_deploy import Batcher
 
     alone = [shared.pipeline().generate_batch([request])[0] for request in requests()]
-    with ContinuousBatcher(shared.pipeline(), max_rows=2) as batcher:
+    with Batcher(shared.pipeline(), max_rows=2) as batcher:
         handles = [batcher.submit(request) for request in requests()]
         together = [handle.result(WAIT_S) for handle in handles]
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]

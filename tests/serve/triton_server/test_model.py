@@ -23,8 +23,7 @@ from tests.pipeline.batcher.test_continuous import SCHEDULE, wait_for
 from tests.serve.triton_server.test_request import arrays, file, one, text, texts
 from tests.support.fakes import triton as fake_utils
 from tests.support.fakes.triton import Asked, MetricFamily, Sender, TritonError
-from trio_deploy.export.job import export
-from trio_deploy.pipeline.pipeline import Request, TrioPipeline
+from trio_deploy import Pipeline, Request, export_model
 from trio_deploy.serve.triton_server.request import INPUTS
 
 QUESTION = "what color is the circle ?"
@@ -34,7 +33,7 @@ QUESTION = "what color is the circle ?"
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped model, told that a token ends answers which it does not give."""
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    export("tiny", folder, schedule=SCHEDULE, progress=False)
+    export_model("tiny", folder, schedule=SCHEDULE, progress=False)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["generation"]["eos_token_ids"] = [60]
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -42,8 +41,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pipeline(bundle: Path) -> TrioPipeline:
-    return TrioPipeline.from_bundle(bundle, threads=1)
+def pipeline(bundle: Path) -> Pipeline:
+    return Pipeline.open(bundle, threads=1)
 
 
 @pytest.fixture
@@ -107,9 +106,7 @@ def ask(
     return request
 
 
-def test_an_answer_is_streamed_token_by_token(
-    load: Callable[..., Any], pipeline: TrioPipeline
-) -> None:
+def test_an_answer_is_streamed_token_by_token(load: Callable[..., Any], pipeline: Pipeline) -> None:
     request = ask(load(), prompt=QUESTION, images=file(), max_tokens=6, budget=0.3)
     responses = request.outputs()
     expected = pipeline.generate([file()], QUESTION, max_new_tokens=6, budget=0.3)
@@ -122,9 +119,7 @@ def test_an_answer_is_streamed_token_by_token(
     assert timings["visual_tokens"] == 256 and timings["kv_bytes"] == expected.kv_bytes
 
 
-def test_without_streaming_it_is_one_response(
-    load: Callable[..., Any], pipeline: TrioPipeline
-) -> None:
+def test_without_streaming_it_is_one_response(load: Callable[..., Any], pipeline: Pipeline) -> None:
     request = ask(load(), {"stream": False}, prompt=QUESTION, images=file(), max_tokens=5)
     (response,) = request.outputs()
     expected = pipeline.generate([file()], QUESTION, max_new_tokens=5)
@@ -134,7 +129,7 @@ def test_without_streaming_it_is_one_response(
 
 
 def test_messages_with_several_pictures_are_answered_as_by_the_pipeline(
-    load: Callable[..., Any], pipeline: TrioPipeline
+    load: Callable[..., Any], pipeline: Pipeline
 ) -> None:
     content = [{"type": "image"}, text("and"), {"type": "image"}, text("what is red ?")]
     messages = [{"role": "user", "content": content}]
@@ -145,7 +140,7 @@ def test_messages_with_several_pictures_are_answered_as_by_the_pipeline(
 
 
 def test_requests_sent_together_are_answered_each_by_its_own(
-    load: Callable[..., Any], pipeline: TrioPipeline
+    load: Callable[..., Any], pipeline: Pipeline
 ) -> None:
     model = load(max_rows="5", prefillers="2")
     requests = []
@@ -405,7 +400,7 @@ def test_metrics_of_a_model_that_was_unloaded_say_that_nothing_runs(
 
 
 def test_what_is_held_has_a_bound_in_bytes(
-    load: Callable[..., Any], pipeline: TrioPipeline, monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., Any], pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles of pictures that wait included: those of a small file are large."""
     picture = file()
@@ -460,9 +455,7 @@ def both(
     complete.finalize()
 
 
-def test_a_plain_request_gets_one_whole_answer(
-    both: tuple[Any, Any], pipeline: TrioPipeline
-) -> None:
+def test_a_plain_request_gets_one_whole_answer(both: tuple[Any, Any], pipeline: Pipeline) -> None:
     requests = [ask(both[0], prompt=QUESTION, images=file(), max_tokens=n) for n in (3, 4, 5)]
     for number, request in enumerate(requests, start=3):
         (response,) = request.outputs()

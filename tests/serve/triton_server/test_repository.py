@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from trio_deploy.bundle.bundle import Bundle
+from trio_deploy import Bundle, TrioError, export_model
 from trio_deploy.cli.main import main
 from trio_deploy.config.target import Limits
-from trio_deploy.errors import TrioError
-from trio_deploy.export.job import export
 from trio_deploy.runtimes.tensorrt.profiles import Bounds, Profile
 from trio_deploy.runtimes.tensorrt.record import Gpu, Record, StageRecord
 from trio_deploy.serve.triton_server.pbtxt import Enum, format_message
@@ -25,7 +23,7 @@ from trio_deploy.serve.triton_server.repository import (
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export("tiny", tmp_path_factory.mktemp("bundle") / "tiny", budget=0.111)
+    return export_model("tiny", tmp_path_factory.mktemp("bundle") / "tiny", budget=0.111)
 
 
 def files(folder: Path) -> set[str]:
@@ -175,7 +173,7 @@ def test_a_target_that_triton_cannot_open_by_its_name_is_refused(bundle, tmp_pat
 
 @pytest.mark.parametrize(("tensorrt", "integers"), [("8.6.1", "INT32"), ("10.3.0", "INT64")])
 def test_engines_of_tensorrt_are_served_with_their_profiles_and_types(tmp_path, tensorrt, integers):
-    own = export("tiny", tmp_path / "bundle", budget=0.111)
+    own = export_model("tiny", tmp_path / "bundle", budget=0.111)
     folder = own.path / "engines" / "jetson-agx-orin-64gb"
     folder.mkdir(parents=True)
     record = Record(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import make_picture
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.serve.limits import Settings, check_settings
 from trio_deploy.serve.triton_server.request import INPUTS, read
 

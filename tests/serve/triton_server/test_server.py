@@ -31,12 +31,10 @@ from PIL import Image
 
 from scripts.triton_server import HOST, PROGRAM, TritonServer
 from tests.conftest import make_picture
-from trio_deploy.bundle.bundle import Bundle
+from trio_deploy import Bundle, Pipeline, Request, export_model
 from trio_deploy.bundle.manifest import GenerationInfo
 from trio_deploy.cli.main import main
 from trio_deploy.evaluation import scenes
-from trio_deploy.export.job import export
-from trio_deploy.pipeline.pipeline import Request, TrioPipeline
 from trio_deploy.serve.triton_server.repository import Options, write_repository
 
 pytestmark = pytest.mark.server
@@ -120,12 +118,12 @@ def png(image: Image.Image) -> bytes:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("server")
-    bundle = export("tiny", folder / "tiny", budget=0.111)
+    bundle = export_model("tiny", folder / "tiny", budget=0.111)
     endless = without_ends(bundle, folder)
     write_repository(bundle, folder / "models", Options(link=True))
     few = {"max_rows": "2", "max_queue": "2", "max_tokens": str(LONG)}
     write_repository(endless, folder / "more", Options(link=True, name="endless", settings=few))
-    pipeline = TrioPipeline.from_bundle(bundle)
+    pipeline = Pipeline.open(bundle)
     cases = []
     for seed in scenes.TEST_SEEDS[:16]:
         scene = scenes.generate(seed)
@@ -361,7 +359,7 @@ def test_messages_with_several_images_are_answered_as_by_the_pipeline(running):
             ],
         }
     ]
-    pipeline = TrioPipeline.from_bundle(running.bundle)
+    pipeline = Pipeline.open(running.bundle)
     expected = pipeline.generate([first, second], messages)
     answer = ask(running.server, messages=json.dumps(messages), images=[png(first), png(second)])
     assert answer.error is None
@@ -380,7 +378,7 @@ def test_messages_with_several_images_are_answered_as_by_the_pipeline(running):
 )
 def test_a_requests_own_options_do_what_they_do_in_the_pipeline(running, options):
     case = running.cases[3]
-    pipeline = TrioPipeline.from_bundle(running.bundle)
+    pipeline = Pipeline.open(running.bundle)
     mine = {("max_new_tokens" if k == "max_tokens" else k): v for k, v in options.items()}
     expected = pipeline.generate_batch([Request(case.question, [case.png], **mine)])[0]
     answer = ask(running.server, prompt=case.question, images=case.png, **options)

@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trio_deploy.bundle.bundle import Bundle
+from trio_deploy import Bundle, Pipeline, Request, export_model
 from trio_deploy.evaluation import scenes
-from trio_deploy.export.job import export
-from trio_deploy.pipeline.pipeline import Request, TrioPipeline
 from trio_deploy.pipeline.prompt import collate
 from trio_deploy.runtimes.registry import open_engine
 from trio_deploy.serve.triton_server.repository import Options, write_repository
@@ -30,7 +28,7 @@ onnx = pytest.importorskip("onnx")
 @pytest.fixture(scope="module", params=["ort", "primitive"])
 def served(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
     folder = tmp_path_factory.mktemp(request.param)
-    bundle = export("tiny", folder / "bundle", budget=0.111, dialect=request.param)
+    bundle = export_model("tiny", folder / "bundle", budget=0.111, dialect=request.param)
     write_repository(bundle, folder / "models", Options(stages=True, runtime="onnxruntime"))
     return bundle, folder / "models"
 
@@ -106,7 +104,7 @@ def test_stages_run_from_their_folders_and_lead_to_the_pipelines_first_token(ser
     bundle, models = served
     scene = scenes.generate(scenes.TEST_SEEDS[0])
     request = Request(scene.questions[0].text, [scene.image], max_new_tokens=1)
-    pipeline = TrioPipeline.from_bundle(bundle, "onnxruntime")
+    pipeline = Pipeline.open(bundle, "onnxruntime")
     prompt, (image,) = pipeline.encode(request)
     expected = pipeline.generate_batch([request])[0]
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from trio_deploy.errors import TrioError
-from trio_deploy.pipeline.pipeline import Generation, Request, TrioPipeline
+from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.prefill import Clock, Prefilled
+from trio_deploy.pipeline.request import Generation, Request
 from trio_deploy.pipeline.sequence import Row
 
 _LOG = logging.getLogger(__name__)
@@ -74,9 +75,9 @@ class Handle:
     """A request that was submitted."""
 
     def __init__(
-        self, batcher: ContinuousBatcher, request: Request, on_event: OnEvent | None, until: float
+        self, batcher: Batcher, request: Request, on_event: OnEvent | None, until: float
     ) -> None:
-        """Use `ContinuousBatcher.submit`."""
+        """Use `Batcher.submit`."""
         self._batcher = batcher
         self._request: Request | None = request
         self._on_event = on_event
@@ -152,24 +153,24 @@ class Metrics:
     prefills: int = 0
 
 
-class ContinuousBatcher:
+class Batcher:
     """Answers requests as they come, many at once, on one pipeline.
 
     A worker thread decodes all rows together. Before each step, waiting requests are prefilled, a
     bounded batch of them, and join; rows that have ended leave at once. Where the runtime may be
     called from several threads, prefills can have threads of their own, beside the decoding. Each
-    row gives the answer that `TrioPipeline.generate` gives (within the arithmetic's rounding),
+    row gives the answer that `Pipeline.generate` gives (within the arithmetic's rounding),
     whoever is beside it. Pictures are opened and prompts tokenised by other threads, and events
     are delivered by another, so that none of it holds up the model.
 
-    >>> with ContinuousBatcher(pipeline) as batcher:
+    >>> with Batcher(pipeline) as batcher:
     ...     handle = batcher.submit(Request("What is this?", ["cat.png"]), on_event=print)
     ...     handle.result().text
     """
 
     def __init__(
         self,
-        pipeline: TrioPipeline,
+        pipeline: Pipeline,
         *,
         max_rows: int = 16,
         max_queue: int = 64,
@@ -247,7 +248,7 @@ class ContinuousBatcher:
         self._worker.start()
         self._deliverer.start()
 
-    def __enter__(self) -> ContinuousBatcher:
+    def __enter__(self) -> Batcher:
         return self
 
     def __exit__(self, *error: object) -> None:

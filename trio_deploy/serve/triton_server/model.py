@@ -24,15 +24,16 @@ from PIL import Image
 
 from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.batcher.continuous import (
+    Batcher,
     Cancelled,
-    ContinuousBatcher,
     DeadlinePassed,
     Event,
     Failed,
     Handle,
     Refused,
 )
-from trio_deploy.pipeline.pipeline import Generation, TrioPipeline
+from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy.pipeline.request import Generation
 from trio_deploy.serve.admission import HeldBytes
 from trio_deploy.serve.limits import Settings
 from trio_deploy.serve.triton_server.backend import TritonSender, input_arrays
@@ -166,7 +167,7 @@ class _Answer:
         self.begun = False
         self.held = 0
 
-    def ask(self, batcher: ContinuousBatcher, question: Question) -> None:
+    def ask(self, batcher: Batcher, question: Question) -> None:
         """Submit the question; if it is refused, that is the answer."""
         self._stream = question.stream
         try:
@@ -220,8 +221,8 @@ def _parameters(args: Mapping[str, str]) -> dict[str, str]:
     return {name: value["string_value"] for name, value in given.items() if name != name.upper()}
 
 
-def _open(settings: Settings, folder: Path) -> TrioPipeline:
-    return TrioPipeline.from_bundle(
+def _open(settings: Settings, folder: Path) -> Pipeline:
+    return Pipeline.open(
         folder / settings.bundle,
         settings.runtime,
         target=_target(settings, folder),
@@ -239,8 +240,8 @@ def _target(settings: Settings, folder: Path) -> str | None:
     return settings.target
 
 
-def _batcher(pipeline: TrioPipeline, settings: Settings) -> ContinuousBatcher:
-    return ContinuousBatcher(
+def _batcher(pipeline: Pipeline, settings: Settings) -> Batcher:
+    return Batcher(
         pipeline,
         max_rows=settings.max_rows,
         max_queue=settings.max_queue,
@@ -253,11 +254,11 @@ def _batcher(pipeline: TrioPipeline, settings: Settings) -> ContinuousBatcher:
     )
 
 
-def _held(pipeline: TrioPipeline, settings: Settings) -> HeldBytes:
+def _held(pipeline: Pipeline, settings: Settings) -> HeldBytes:
     return HeldBytes(settings.max_queue_bytes, pipeline.bundle.config, settings.max_images)
 
 
-def _warm_up(pipeline: TrioPipeline, settings: Settings) -> None:
+def _warm_up(pipeline: Pipeline, settings: Settings) -> None:
     """Begin two answers, as long as those that ask for no length, with a picture and without.
 
     Every stage runs then, and limits that no request can keep show. The batcher is one of its own,
@@ -279,7 +280,7 @@ def _warm_up(pipeline: TrioPipeline, settings: Settings) -> None:
                 raise TrioError(f"the warm-up question {what} failed: {error}") from error
 
 
-def _begin(batcher: ContinuousBatcher, question: Question) -> None:
+def _begin(batcher: Batcher, question: Question) -> None:
     """Get two tokens of an answer, which takes a step of decoding."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     handle = batcher.submit(question.request, events.put)

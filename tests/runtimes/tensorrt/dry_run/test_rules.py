@@ -15,10 +15,9 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from tests.runtimes.tensorrt.conftest import Export
+from trio_deploy import Pipeline, TrioError
 from trio_deploy.cli.main import main
 from trio_deploy.config.target import list_targets, load_target
-from trio_deploy.errors import TrioError
-from trio_deploy.pipeline.pipeline import TrioPipeline
 from trio_deploy.runtimes.base import TensorSpec
 from trio_deploy.runtimes.tensorrt.dry_run.operators import operator_table
 from trio_deploy.runtimes.tensorrt.dry_run.rules import Finding, check_graph, dry_run, read_graph
@@ -174,7 +173,7 @@ def test_openvino_reads_and_runs_what_tensorrt_is_given(exported: Export) -> Non
     picture = Path(__file__).parents[4] / "examples" / "scene.png"
     answers = []
     for runtime in ("openvino", "onnxruntime"):
-        pipeline = TrioPipeline.from_bundle(bundle, runtime=runtime, threads=2)
+        pipeline = Pipeline.open(bundle, runtime=runtime, threads=2)
         asked = pipeline.generate([picture], "what color is the circle?", max_new_tokens=4)
         answers.append(asked.token_ids)
     assert answers[0] == answers[1] and answers[0]
