@@ -1,4 +1,4 @@
-"""Files: atomic writes, checksums, safe paths, sizes as text."""
+"""Files: atomic writes, checksums, safe paths, bounded readers of JSON and YAML, sizes as text."""
 
 from __future__ import annotations
 
@@ -6,21 +6,32 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import json
+import math
 import os
 import secrets
 import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import yaml
 
 from trio_deploy.errors import TrioError
 
+#: Largest files that `read_json` and `read_yaml` read, in bytes.
+MAX_JSON = 1 << 26
+MAX_YAML = 1 << 20
+
 _CHUNK = 1 << 22
+_MAX_DEPTH = 64  # of lists and mappings within each other
+_MAX_VALUES = 4_000_000  # aliases of YAML make a few lines stand for any number
 
 
-# ----------------------------------------------------------------------------------------- bundle
+# -------------------------------------------------------------------------------- paths, checksums
 
 
 def safe_path(root: Path, relative: str) -> Path:
-    """The file that a manifest's path means, inside the bundle and nowhere else.
+    """Resolve a path of a manifest to a file inside the bundle.
 
     Raises:
         TrioError: an absolute path, one with `..`, or one whose symlink leads out of the bundle.
@@ -49,7 +60,7 @@ def safe_path(root: Path, relative: str) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+    """Hex SHA-256 of a file, read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -57,11 +68,122 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+# ------------------------------------------------------------------------------ JSON and YAML files
+
+
+def read_json(file: Path, remedy: str) -> Any:
+    """Read the value of a JSON file; `remedy` says in an error what to do about a bad file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TrioError: it cannot be read, is too large, or `parse_json` refuses it.
+    """
+    return parse_json(_read_bounded(file, MAX_JSON, remedy), str(file), remedy)
+
+
+def parse_json(content: bytes, name: str, remedy: str) -> Any:
+    """Parse JSON without repeated keys, numbers that are not finite, or deep nesting.
+
+    Raises:
+        TrioError: it is not such JSON; names `name` and says `remedy`.
+    """
+    try:
+        value = json.loads(content, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        _check_extent(value)
+    except (ValueError, RecursionError) as error:
+        raise TrioError(f"{name} is not valid JSON ({_reason(error)}): {remedy}") from None
+    return value
+
+
+def read_yaml(file: Path, remedy: str) -> Any:
+    """Read the value of a YAML file, as `read_json` does.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TrioError: it cannot be read, is too large, or is not YAML of plain values, without repeated
+            keys, numbers that are not finite, or deep nesting.
+    """
+    content = _read_bounded(file, MAX_YAML, remedy)
+    try:
+        value = yaml.load(content.decode("utf-8"), _UniqueKeyLoader)  # a SafeLoader
+        _check_extent(value)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise TrioError(f"{file} is not valid YAML ({_reason(error)}): {remedy}") from None
+    return value
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A SafeLoader that refuses repeated keys, of which the last would win in silence."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        _refuse_repeated([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return node
+
+
+def _read_bounded(file: Path, limit: int, remedy: str) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(limit + 1)
+    except FileNotFoundError:
+        raise
+    except NotADirectoryError as error:
+        raise FileNotFoundError(*error.args) from None
+    except OSError as error:
+        raise TrioError(f"cannot read {file}: {error.strerror}") from error
+    if len(content) > limit:
+        raise TrioError(f"{file} is larger than {format_bytes(limit)}: {remedy}")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _refuse_repeated([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def _refuse_repeated(keys: list[str]) -> None:
+    if len(set(keys)) < len(keys):
+        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+        raise ValueError(f"the key {twice!r} occurs twice")
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a finite number")
+
+
+def _check_extent(value: Any) -> None:
+    """Raises ValueError for deep nesting, too many values, or a number that is not finite."""
+    sizes: dict[int, int] = {}
+
+    def size(value: Any, depth: int) -> int:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{value} is not a finite number")
+        if not isinstance(value, (dict, list)):
+            return 1
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"lists or mappings nest deeper than {_MAX_DEPTH}")
+        if id(value) not in sizes:
+            children = value.values() if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(size(child, depth + 1) for child in children)
+        return sizes[id(value)]
+
+    if size(value, 1) > _MAX_VALUES:
+        raise ValueError(f"it has more than {_MAX_VALUES} values")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "lists or mappings nest too deeply"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem}, line {error.problem_mark.line + 1}"
+    return " ".join(str(error).split())
+
+
 # ---------------------------------------------------------------------------------------- writing
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Replaces a file by one that is wholly written, or leaves the old one alone."""
+    """Replace a file by one that is wholly written, or leave the old one alone."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with temporary.open("wb") as file:
@@ -75,7 +197,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 
 def format_bytes(count: float) -> str:
-    """`1.5 GiB`; three significant digits at least."""
+    """Format a number of bytes with three significant digits at least: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -83,16 +205,18 @@ def format_bytes(count: float) -> str:
     return f"{count:.4g} TiB"
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether anything is at a path, a dangling link included."""
     return path.exists() or path.is_symlink()
 
 
-def _is_empty_folder(path: Path) -> bool:
+def is_empty_folder(path: Path) -> bool:
+    """Whether a path is a folder with nothing in it."""
     return path.is_dir() and not any(path.iterdir())
 
 
-def _fsync(path: Path) -> None:
-    """Flushes a file or folder to the disk where the system can; linked weights are left alone."""
+def fsync(path: Path) -> None:
+    """Flush a file or folder to the disk where the system can, but not hard-linked weights."""
     with contextlib.suppress(PermissionError, IsADirectoryError):
         if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
             return
@@ -106,17 +230,17 @@ def _fsync(path: Path) -> None:
             os.close(descriptor)
 
 
-def _exchange(new: Path, old: Path) -> None:
-    """Puts `new` at `old`'s place and `old` at `new`'s: in one step where Linux can.
+def exchange(new: Path, old: Path) -> None:
+    """Exchange the names of two paths, in one step on Linux.
 
-    Elsewhere `old` is moved aside first, and put back should the second step fail.
+    Elsewhere `old` is moved aside first, and moved back if the second step fails.
     """
     if sys.platform == "linux" and not old.is_symlink():
         with contextlib.suppress(AttributeError, OSError):
             libc = ctypes.CDLL(None, use_errno=True)
-            at_cwd, exchange = -100, 2
+            at_cwd, rename_exchange = -100, 2
             result = libc.renameat2(
-                at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), ctypes.c_uint(exchange)
+                at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), ctypes.c_uint(rename_exchange)
             )
             if result == 0:
                 return

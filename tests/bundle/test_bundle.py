@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 
 from trio_deploy import Bundle, Schedule, TrioError
-from trio_deploy.bundle import bundle as bundle_module
+from trio_deploy.bundle import writer as writer_module
 from trio_deploy.bundle.manifest import (
     MANIFEST,
     FileInfo,
-    GenerationInfo,
     GraphInfo,
     Manifest,
     ModelInfo,
     TensorInfo,
 )
 from trio_deploy.bundle.writer import BundleWriter
+from trio_deploy.checkpoint.processor_files import GenerationInfo
 
 
 def manifest(**changes) -> Manifest:
@@ -132,7 +132,7 @@ def test_a_folder_without_manifest_is_no_bundle_nor_is_a_file(tmp_path):
 def test_a_damaged_manifest_is_named(target):
     write_bundle(target)
     (target / MANIFEST).write_text("{")
-    with pytest.raises(TrioError, match=r"manifest\.json is damaged"):
+    with pytest.raises(TrioError, match=r"manifest\.json is not valid JSON"):
         Bundle.load(target)
 
 
@@ -268,7 +268,7 @@ def test_force_replaces_a_bundle_only_when_the_new_one_is_whole(target):
 
 def test_replacing_works_where_names_cannot_be_exchanged(target, monkeypatch):
     write_bundle(target)
-    monkeypatch.setattr(bundle_module.sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
     write_bundle(target, force=True, content=b"other")
     assert (target / "embed.onnx").read_bytes() == b"other"
     assert names(target.parent) == ["b"]
@@ -295,7 +295,7 @@ def test_a_failing_last_step_leaves_nothing(target, monkeypatch):
     def fail(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(bundle_module, "_fsync", fail)
+    monkeypatch.setattr(writer_module, "fsync", fail)
     with pytest.raises(TrioError, match=r"disk .* is too full"):
         write_bundle(target)
     assert names(target.parent) == []

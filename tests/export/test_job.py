@@ -35,6 +35,7 @@ from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.export import job as export_module
 from trio_deploy.export.attach import attach_weights
+from trio_deploy.export.graphs import open_initializers
 from trio_deploy.families.names import map_checkpoint_names
 from trio_deploy.families.registry import parse_config
 from trio_deploy.files import sha256_of
@@ -98,7 +99,6 @@ def _build_graphs_once(request, built, monkeypatch):
             value.const_value = None
         return models
 
-    open_initializers = export_module._open_initializers
     monkeypatch.setattr(export_module, "build_graphs", cached)
 
 

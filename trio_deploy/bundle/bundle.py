@@ -8,27 +8,18 @@ and the plain-data parts of the package, so that a device can load a bundle with
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trio_deploy.bundle.manifest import (
-    CHAT_TEMPLATE,
-    MANIFEST,
-    PREPROCESSOR,
-    TOKENIZER,
-    TOKENS,
-    WEIGHTS,
-    FileInfo,
-    Manifest,
-)
+from trio_deploy.bundle.manifest import MANIFEST, WEIGHTS, FileInfo, Manifest
+from trio_deploy.checkpoint.processor_files import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, TOKENS
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config
-from trio_deploy.files import safe_path, sha256_of, write_atomically
+from trio_deploy.files import read_json, safe_path, sha256_of, write_atomically
 from trio_deploy.schedule.budget import for_points
 from trio_deploy.schedule.schedule import Schedule
 
@@ -55,17 +46,11 @@ class Bundle:
         root = Path(path)
         file = root / MANIFEST
         try:
-            raw = json.loads(file.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
+            raw = read_json(file, "export the bundle again")
+        except FileNotFoundError:
             raise TrioError(
                 f"{root} is not a bundle, since it has no {MANIFEST}: make one with trio-export"
             ) from None
-        except OSError as error:
-            raise TrioError(f"cannot read {file}: {error.strerror}") from error
-        except ValueError as error:
-            raise TrioError(
-                f"{file} is damaged, it is not valid JSON ({error}): export the bundle again"
-            ) from error
         try:
             manifest = Manifest.from_json(raw)
         except TrioError as error:
@@ -211,11 +196,9 @@ class Bundle:
     def _json(self, name: str) -> Any:
         file = safe_path(self.path, name)
         try:
-            return json.loads(file.read_bytes())
+            return read_json(file, "export the bundle again")
         except FileNotFoundError:
             raise TrioError(f"the bundle {self.path} lacks {name}: export it again") from None
-        except ValueError as error:
-            raise TrioError(f"{file} is damaged ({error}): export the bundle again") from error
 
 
 def _is_weight(name: str) -> bool:

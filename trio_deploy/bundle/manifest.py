@@ -6,16 +6,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from trio_deploy.checkpoint.processor_files import GenerationInfo
+from trio_deploy.checkpoint.resolve import MANIFEST as MANIFEST
 from trio_deploy.errors import TrioError
 from trio_deploy.schedule.schedule import Schedule
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
 WEIGHTS = "weights"
-TOKENIZER = "tokenizer.json"
-TOKENS = "tokens.json"
-PREPROCESSOR = "preprocessor.json"
-CHAT_TEMPLATE = "chat_template.jinja"
 ENGINES = "engines"  # of TensorRT, a folder a target, made where they run
 
 
@@ -63,15 +60,6 @@ class FileInfo:
 
     size: int
     sha256: str | None
-
-
-@dataclass(frozen=True)
-class GenerationInfo:
-    """Token ids that end or fill a sequence."""
-
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from trio_deploy.bundle.manifest import MANIFEST, FileInfo
 from trio_deploy.errors import TrioError
-from trio_deploy.files import _exchange, _exists, _fsync, _is_empty_folder, format_bytes, safe_path
+from trio_deploy.files import exchange, exists, format_bytes, fsync, is_empty_folder, safe_path
 
 
 @dataclass
@@ -71,13 +71,13 @@ class BundleWriter:
         """Raises TrioError where something stands at the target that may not be replaced."""
         if not self.target.name:
             raise TrioError(f"{self.target} cannot be a {self.kind}: name a folder for it")
-        if not _exists(self.target):
+        if not exists(self.target):
             return
         if not self.force:
             raise TrioError(
                 f"{self.target} exists already: pass --force to replace it, or choose another --out"
             )
-        if not (self.target / self.marker).is_file() and not _is_empty_folder(self.target):
+        if not (self.target / self.marker).is_file() and not is_empty_folder(self.target):
             raise TrioError(
                 f"{self.target} exists and is not a {self.kind}, so --force does not replace it: "
                 "choose another --out"
@@ -145,9 +145,9 @@ class BundleWriter:
 
     def _commit(self) -> None:
         for path in sorted(self.folder.rglob("*")):
-            _fsync(path)
-        _fsync(self.folder)
-        if not _exists(self.target):
+            fsync(path)
+        fsync(self.folder)
+        if not exists(self.target):
             self.folder.rename(self.target)
         elif not self.force:
             raise TrioError(
@@ -156,9 +156,9 @@ class BundleWriter:
             )
         else:
             # Once the names are exchanged the new bundle stands; the old one only takes up space.
-            _exchange(self.folder, self.target)
+            exchange(self.folder, self.target)
             shutil.rmtree(self.folder, ignore_errors=True)
-        _fsync(self.target.parent)
+        fsync(self.target.parent)
 
     def _discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -11,18 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trio_deploy.bundle.manifest import (
-    CHAT_TEMPLATE,
-    PREPROCESSOR,
-    TOKENIZER,
-    TOKENS,
-    GenerationInfo,
-)
 from trio_deploy.checkpoint.resolve import Source
-from trio_deploy.checkpoint.safetensors import image_settings
+from trio_deploy.checkpoint.safetensors import image_settings, read_object
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.preprocessing import Preprocessor
+
+TOKENIZER = "tokenizer.json"
+TOKENS = "tokens.json"
+PREPROCESSOR = "preprocessor.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class GenerationInfo:
+    """Token ids that end or fill a sequence."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,18 +86,8 @@ def checkpoint_assets(
         files[CHAT_TEMPLATE] = template.encode()
     tokens, ids = _tokens(folder, config)
     files[TOKENS] = _json_bytes(tokens)
-    generation = _generation(raw_config, _read_json(folder / "generation_config.json"), ids)
+    generation = _generation(raw_config, read_object(folder / "generation_config.json"), ids)
     return Assets(files, generation)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise TrioError(f"{path} is not valid JSON ({error}): download it again") from error
-    return raw if isinstance(raw, dict) else None
 
 
 def _json_bytes(value: Any) -> bytes:
@@ -103,7 +100,7 @@ def _chat_template(folder: Path) -> str | None:
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = (_read_json(folder / name) or {}).get("chat_template")
+        template = (read_object(folder / name) or {}).get("chat_template")
         if isinstance(template, list):  # several named ones
             named = {item.get("name"): item.get("template") for item in template}
             template = named.get("default")
@@ -122,8 +119,8 @@ def _tokens(folder: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str
         raise TrioError(
             f"{folder / 'tokenizer.json'} cannot be read ({error}): download it again"
         ) from error
-    own = _read_json(folder / "tokenizer_config.json") or {}
-    shared = _read_json(folder / "special_tokens_map.json") or {}
+    own = read_object(folder / "tokenizer_config.json") or {}
+    shared = read_object(folder / "special_tokens_map.json") or {}
     tokens: dict[str, Any] = {}
     ids: dict[str, int | None] = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trio_deploy.bundle.manifest import MANIFEST
-from trio_deploy.checkpoint.safetensors import INDEX, SINGLE, image_settings, read_json
+from trio_deploy.checkpoint.safetensors import INDEX, SINGLE, image_settings, read_object
 from trio_deploy.config.recipe import Recipe, list_recipes, read_recipe, recipe_name
 from trio_deploy.errors import TrioError
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import parse_config
+from trio_deploy.files import read_json
+
+#: What a bundle has and a checkpoint has not.
+MANIFEST = "manifest.json"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -51,7 +53,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     """
     recipe = read_recipe(name_or_path)
     if recipe.checkpoint is not None:
-        architecture = recipe.architecture or read_json(recipe.checkpoint / "config.json")
+        architecture = recipe.architecture or read_object(recipe.checkpoint / "config.json")
         preprocessing = recipe.preprocessing or image_settings(recipe.checkpoint)
         if architecture is None:
             raise TrioError(f"{recipe.file}: `architecture` and `preprocessing` must be mappings.")
@@ -138,7 +140,7 @@ def _from_recipe(recipe: Recipe, weights_needed: bool) -> Source:
 def from_folder(folder: Path) -> Source:
     file = folder / "config.json"
     try:
-        raw = json.loads(file.read_bytes())
+        raw = read_json(file, "download it again")
     except FileNotFoundError:
         if not folder.is_dir():
             raise TrioError(f"there is no folder {folder}: pass a checkpoint's folder") from None
@@ -151,10 +153,8 @@ def from_folder(folder: Path) -> Source:
             f"{folder} has no config.json, so it is not a checkpoint: pass a folder that "
             "transformers' save_pretrained wrote"
         ) from None
-    except ValueError as error:
-        raise TrioError(f"{file} is not valid JSON ({error}): download it again") from error
-    except OSError as error:
-        raise TrioError(f"cannot read {file}: {error.strerror}") from error
+    if not isinstance(raw, dict):
+        raise TrioError(f"{file} does not hold a JSON object: download it again")
     name = folder.resolve().name
     return Source(name, name, None, raw, folder, None)
 
@@ -191,7 +191,7 @@ def _is_whole(folder: Path) -> bool:
     if (folder / SINGLE).is_file():
         return True
     try:
-        shards = (read_json(folder / INDEX) or {}).get("weight_map")
+        shards = (read_object(folder / INDEX) or {}).get("weight_map")
     except TrioError:  # damaged, so it has to be downloaded again
         return False
     if not isinstance(shards, dict) or not shards:

@@ -21,6 +21,7 @@ import numpy as np
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.names import canonical_tensors, map_checkpoint_names
+from trio_deploy.files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -100,7 +101,7 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise TrioError(f"There is no checkpoint folder at {folder}.")
-        config = read_json(folder / "config.json")
+        config = read_object(folder / "config.json")
         if config is None:
             raise TrioError(f"{folder} is not a checkpoint: it has no config.json.")
         return cls(folder, _weights(folder), config)
@@ -170,7 +171,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     return _entries(file, header, 8 + length, size)
 
 
-def read_json(file: Path) -> dict[str, Any] | None:
+def read_object(file: Path) -> dict[str, Any] | None:
     """A JSON object from a file, None where there is no file.
 
     Raises:
@@ -179,12 +180,9 @@ def read_json(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         _refuse_dangling(file)
         return None
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TrioError(f"{file} cannot be read as JSON: {error}.") from None
+    raw = read_json(file, "download it again")
     if not isinstance(raw, dict):
-        raise TrioError(f"{file} must hold a JSON object.")
+        raise TrioError(f"{file} does not hold a JSON object: download it again")
     return raw
 
 
@@ -197,10 +195,10 @@ def image_settings(folder: Path) -> dict[str, Any]:
     Raises:
         TrioError: one of the files is not a JSON object.
     """
-    inside = (read_json(folder / "processor_config.json") or {}).get("image_processor")
+    inside = (read_object(folder / "processor_config.json") or {}).get("image_processor")
     if isinstance(inside, dict):
         return inside
-    return read_json(folder / "preprocessor_config.json") or {}
+    return read_object(folder / "preprocessor_config.json") or {}
 
 
 def _entries(file: Path, header: dict[str, Any], data: int, size: int) -> dict[str, TensorEntry]:
@@ -245,7 +243,7 @@ def _weights(folder: Path) -> dict[str, TensorEntry]:
     if single.is_file():
         return read_header(single)
     _refuse_dangling(single)
-    index = read_json(folder / INDEX)
+    index = read_object(folder / INDEX)
     if index is None:
         others = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pth", ".pt")]
         hint = (

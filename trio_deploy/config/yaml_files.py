@@ -8,9 +8,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trio_deploy.errors import TrioError
+from trio_deploy.files import read_yaml
 
 _PACKAGE = Path(__file__).parents[1]
 DTYPES = ("float32", "float16", "bfloat16")
@@ -51,11 +50,9 @@ def _nearest(text: str, known: Collection[str]) -> str:
 
 def _read(file: Path, keys: Collection[str]) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TrioError(f"cannot read {file}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TrioError(f"{file} cannot be read as YAML: {error}") from None
+        raw = read_yaml(file, "correct the file")
+    except FileNotFoundError:
+        raise TrioError(f"there is no file {file}: name one that exists") from None
     if not isinstance(raw, dict):
         raise TrioError(f"{file} must hold keys and values.")
     for key in raw:

@@ -10,18 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.bundle.manifest import (
-    MANIFEST,
-    PREPROCESSOR,
-    WEIGHTS,
-)
+from trio_deploy.bundle.manifest import MANIFEST, WEIGHTS
 from trio_deploy.bundle.weights import (
     WeightRef,
     link_file,
     plan_layout,
 )
 from trio_deploy.bundle.writer import BundleWriter
-from trio_deploy.checkpoint.processor_files import checkpoint_assets
+from trio_deploy.checkpoint.processor_files import PREPROCESSOR, checkpoint_assets
 from trio_deploy.checkpoint.resolve import (
     HUB_ID,
     from_folder,

@@ -84,18 +84,18 @@ def planned_graphs(
         TrioError: pruning points that do not suit the model.
     """
     models = build_graphs(config, points, options)
-    layout = plan_layout(_used_tensors(models, canonical_tensors(config)), options.dtype)
-    infos, contents = _serialised(models, layout.refs)
+    layout = plan_layout(used_tensors(models, canonical_tensors(config)), options.dtype)
+    infos, contents = serialised(models, layout.refs)
     return {stage: contents[info.file] for stage, info in infos.items()}
 
 
-def _used_tensors(
+def used_tensors(
     models: Mapping[str, ir.Model], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     """Canonical tensors that some graph refers to, in canonical order, with their shapes."""
     names: set[str] = set()
     for stage, model in models.items():
-        for value in _open_initializers(model):
+        for value in open_initializers(model):
             name = str(value.name)
             if name not in shapes:
                 raise TrioError(f"the graph {stage} asks for a tensor {name}, which no model has")
@@ -109,7 +109,7 @@ def _used_tensors(
     return {name: tuple(shape) for name, shape in shapes.items() if name in names}
 
 
-def _open_initializers(model: ir.Model) -> list[ir.Value]:
+def open_initializers(model: ir.Model) -> list[ir.Value]:
     """Initializers without data: those that stand for a tensor of the checkpoint."""
     return [
         value
@@ -119,14 +119,14 @@ def _open_initializers(model: ir.Model) -> list[ir.Value]:
     ]
 
 
-def _serialised(
+def serialised(
     models: Mapping[str, ir.Model], refs: Mapping[str, WeightRef]
 ) -> tuple[dict[str, GraphInfo], dict[str, bytes]]:
     """What the manifest says of each graph by its stage, and the graphs' files."""
     infos: dict[str, GraphInfo] = {}
     contents: dict[str, bytes] = {}
     for stage, model in models.items():
-        for value in _open_initializers(model):
+        for value in open_initializers(model):
             ref = refs[str(value.name)]
             value.const_value = ir.ExternalTensor(
                 ref.file,

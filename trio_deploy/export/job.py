@@ -49,7 +49,7 @@ from trio_deploy.config.target import (
     tensorrt_dialects,
 )
 from trio_deploy.errors import TrioError
-from trio_deploy.export.graphs import _serialised, _used_tensors, build_graphs
+from trio_deploy.export.graphs import build_graphs, serialised, used_tensors
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.names import canonical_tensors
 from trio_deploy.families.registry import parse_config, request_limits
@@ -141,7 +141,7 @@ def export_model(
             f"{' or '.join(readable)}"
         )
     models = build_graphs(config, plan.points, options)
-    used = _used_tensors(models, canonical_tensors(config))
+    used = used_tensors(models, canonical_tensors(config))
     sources = {name: sources[name] for name in used} if sources else {}
     same = bool(sources) and all(DTYPES[e.dtype] == dtype for e in sources.values())
     if link_weights and not same:
@@ -165,7 +165,7 @@ def export_model(
         )
     layout = None if same else plan_layout(used, dtype)
     refs = kept_layout(sources) if layout is None else layout.refs
-    graphs, contents = _serialised(models, refs)
+    graphs, contents = serialised(models, refs)
     contents |= assets.files
     needed = sum(len(content) for content in contents.values())
     if not (graphs_only or link_weights):

@@ -32,7 +32,7 @@ from PIL import Image
 from scripts.triton_server import HOST, PROGRAM, TritonServer
 from tests.conftest import make_picture
 from trio_deploy import Bundle, Pipeline, Request, export_model
-from trio_deploy.bundle.manifest import GenerationInfo
+from trio_deploy.checkpoint.processor_files import GenerationInfo
 from trio_deploy.cli.main import main
 from trio_deploy.evaluation import scenes
 from trio_deploy.serve.triton_server.repository import Options, write_repository

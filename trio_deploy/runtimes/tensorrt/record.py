@@ -9,7 +9,7 @@ from typing import Any
 
 from trio_deploy.config.target import Limits
 from trio_deploy.errors import TrioError
-from trio_deploy.files import sha256_of, write_atomically
+from trio_deploy.files import read_json, sha256_of, write_atomically
 from trio_deploy.runtimes.tensorrt.profiles import Profile
 
 SCHEMA = 2  # 1 did not say which engines had had their first run
@@ -128,15 +128,11 @@ class Record:
         """
         file = folder / RECORD
         try:
-            raw = json.loads(file.read_bytes())
+            raw = read_json(file, "run `trio build` again")
         except FileNotFoundError:
             raise TrioError(
                 f"{folder} holds no engines (no {RECORD}): make them with `trio build`"
             ) from None
-        except OSError as error:
-            raise TrioError(f"cannot read {file}: {error.strerror}") from error
-        except ValueError as error:
-            raise TrioError(f"{file} is damaged ({error}): run `trio build` again") from error
         try:
             if int(raw["schema"]) > SCHEMA:
                 raise TrioError(

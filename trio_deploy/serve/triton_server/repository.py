@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 import trio_deploy
@@ -34,7 +33,7 @@ from trio_deploy.bundle.weights import Progress, place_file
 from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.config.target import RUNTIMES, Target, list_targets, load_target
 from trio_deploy.errors import TrioError
-from trio_deploy.files import safe_path
+from trio_deploy.files import read_yaml, safe_path
 from trio_deploy.runtimes.mapped_weights import external_tensors
 from trio_deploy.runtimes.tensorrt.record import RECORD as ENGINES_RECORD
 from trio_deploy.runtimes.tensorrt.record import Record
@@ -144,11 +143,9 @@ def read_settings(file: Path | None, assignments: Sequence[str]) -> dict[str, st
     settings: dict[str, str] = {}
     if file is not None:
         try:
-            raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise TrioError(f"cannot read {file}: {error.strerror}") from None
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise TrioError(f"{file} cannot be read as YAML: {error}") from None
+            raw = read_yaml(file, "correct the file")
+        except FileNotFoundError:
+            raise TrioError(f"there is no file {file}: name one that exists") from None
         if not isinstance(raw, dict) or any(isinstance(v, dict | list) for v in raw.values()):
             raise TrioError(f"{file} must hold names and values, one a line: max_tokens: 512")
         for name, value in raw.items():
