@@ -5,11 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Nothing in a test may reach for the network, and two threads are enough for models this small.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -29,9 +24,11 @@ else:
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
     hypothesis.settings.load_profile("trio")
+from tests.support.pictures import make_picture
 
-
-WAIT_S = 120.0  # until what must come is given up; generous, other work may have the machine
+# Nothing in a test may reach for the network, and two threads are enough for models this small.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session")
@@ -58,18 +55,6 @@ def llava_mistral_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llava_next(
         tmp_path_factory.mktemp("checkpoints") / "mistral", mistral=True, layout="hub", shards=3
     )
-
-
-def make_picture(width: int = 100, height: int = 60, seed: int = 0) -> Image.Image:
-    """A picture with structure: a gradient, noise and a few rectangles, RGB."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width]
-    pixels = np.stack([x * 255 / max(width - 1, 1), y * 255 / max(height - 1, 1), 128 + 0 * x], -1)
-    pixels += rng.normal(0, 20, pixels.shape)
-    for _ in range(4):
-        x0, y0 = rng.integers(0, width), rng.integers(0, height)
-        pixels[y0 : y0 + height // 4 + 1, x0 : x0 + width // 4 + 1] = rng.integers(0, 256, 3)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8), "RGB")
 
 
 @pytest.fixture

@@ -60,9 +60,9 @@ def adapter() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
-        patch.delitem(sys.modules, "trio_deploy.evaluation.lmms_adapter", raising=False)
-        yield importlib.import_module("trio_deploy.evaluation.lmms_adapter")
-    sys.modules.pop("trio_deploy.evaluation.lmms_adapter", None)
+        patch.delitem(sys.modules, "trio_deploy.evaluation.lmms", raising=False)
+        yield importlib.import_module("trio_deploy.evaluation.lmms")
+    sys.modules.pop("trio_deploy.evaluation.lmms", None)
 
 
 @pytest.fixture(scope="module")

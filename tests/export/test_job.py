@@ -17,7 +17,6 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.conftest import WAIT_S
 from tests.support.checkpoints import (
     CHAT_TEMPLATE,
     EOS,
@@ -27,6 +26,7 @@ from tests.support.checkpoints import (
     make_llava_next,
     read_tensor,
 )
+from tests.support.waiting import WAIT_S
 from trio_deploy import Bundle, Schedule, TrioError, export_model
 from trio_deploy.bundle import weights as weights_module
 from trio_deploy.bundle.describe import inspect

@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.image_utils import load_image
 
-from tests.conftest import make_picture
 from tests.support.checkpoints import preprocessor_of
+from tests.support.pictures import make_picture
 from trio_deploy import TrioError
 from trio_deploy.families.pixels import MAX_PIXELS, open_image
 

@@ -19,8 +19,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from tests.conftest import make_picture
 from tests.support.checkpoints import preprocessor_of
+from tests.support.pictures import make_picture
 from trio_deploy import TrioError
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import make_picture
-from tests.gpu.conftest import Host
 from tests.support.engines import TARGET
+from tests.support.gpu_host import Host
+from tests.support.pictures import make_picture
 from trio_deploy import Bundle, Pipeline, Request, TrioError, export_model
 from trio_deploy.config.target import load_target
 from trio_deploy.runtimes import arrays

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import WAIT_S
 from tests.support.checkpoints import make_llava_next
+from tests.support.waiting import WAIT_S
 from trio_deploy import Batcher, Pipeline, Request, export_model
 from trio_deploy.pipeline.prefill import _per_token
 from trio_deploy.pipeline.prompt import Batch

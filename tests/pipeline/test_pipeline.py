@@ -11,19 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import make_picture
 from tests.support.checkpoints import EOS
-from trio_deploy import Bundle, Generation, Pipeline, Request, TrioError, export_model
+from tests.support.pictures import make_picture
+from tests.support.questions import COLOR, alike, ask
+from trio_deploy import Bundle, Pipeline, Request, TrioError, export_model
 from trio_deploy.pipeline.draw import draw_generation
 from trio_deploy.pipeline.pipeline import _target_options
 
 SCHEDULE = "1:0.4,2:0.2"
-COLOR = "what color is the circle ?"
-IMAGE_ITEM = {"type": "image"}
-
-
-def ask(text: str, images: int = 1) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [*[IMAGE_ITEM] * images, {"type": "text", "text": text}]}]
 
 
 class Setup:
@@ -146,17 +141,6 @@ def mixed(**common: Any) -> list[Request]:
         Request(ask("count", 2), [make_picture(), make_picture(32, 32)], 7, budget=1.0, **common),
         Request(ask("see ."), [make_picture(90, 30, 5)], max_new_tokens=1, budget=0.5, **common),
     ]
-
-
-def alike(one: Generation, other: Generation) -> bool:
-    return (
-        one.token_ids == other.token_ids
-        and one.text == other.text
-        and one.finish_reason == other.finish_reason
-        and one.kv_bytes == other.kv_bytes
-        and one.layer_ranges == other.layer_ranges
-        and all(np.array_equal(a, b) for a, b in zip(one.kept, other.kept, strict=True))
-    )
 
 
 @pytest.mark.parametrize(("dialect", "runtime"), ENGINES)

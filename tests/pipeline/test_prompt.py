@@ -11,8 +11,8 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from tests.conftest import make_picture
 from tests.support.checkpoints import BOS, CHAT_TEMPLATE, IMAGE
+from tests.support.pictures import make_picture
 from trio_deploy import TrioError
 from trio_deploy.pipeline.chat import ChatTemplate
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder, collate

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from tests.conftest import make_picture
 from tests.support.checkpoints import EOS, IMAGE
+from tests.support.pictures import make_picture
 from trio_deploy import Schedule, TrioError
 from trio_deploy.reference.oracle import Oracle, Row, proxy_loss
 from trio_deploy.schedule.schedule import PruningPoint

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import make_picture
+from tests.support.pictures import make_picture
 from trio_deploy import Bundle, Schedule, TrioError, export_model
 from trio_deploy.bench.command import bench
 from trio_deploy.bench.runner import Options

@@ -189,7 +189,7 @@ from onnx import helper, TensorProto as T
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from tests.runtime.graphs import external
+from tests.support.small_graphs import external
 from trio_deploy.runtimes.registry import open_runtime
 
 folder, low = Path(sys.argv[1]), sys.argv[2] == "low"

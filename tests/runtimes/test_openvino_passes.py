@@ -13,8 +13,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from tests.selection.test_saliency import batch_of, weights_of
 from tests.support.run_graph import Runner, filled
+from tests.support.selection_cases import batch_of, weights_of
 from tests.support.transformers_models import model_config, relative
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.prefill import build_prefill

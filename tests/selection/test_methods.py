@@ -12,8 +12,8 @@ import onnxruntime
 import pytest
 import torch
 
-from tests.selection.test_saliency import TARGETS, batch_of
 from tests.support.run_graph import Runner
+from tests.support.selection_cases import TARGETS, batch_of
 from tests.support.transformers_models import language_model, model_config, relative, text_weights
 from trio_deploy import TrioError
 from trio_deploy.graphs.options import GraphOptions

@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.selection.test_saliency import LAYER, TARGETS, batch_of, weights_of
 from tests.support.run_graph import Runner
+from tests.support.selection_cases import LAYER, TARGETS, batch_of, weights_of
 from tests.support.selections import greedy
 from tests.support.transformers_models import model_config
 from trio_deploy.graphs.dialects.base import BOOL, FLOAT, INT64, Dialect

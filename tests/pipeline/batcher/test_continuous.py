@@ -7,7 +7,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import WAIT_S, make_picture
-from tests.pipeline.test_pipeline import COLOR, alike, ask
+from tests.support.pictures import make_picture
+from tests.support.questions import COLOR, SCHEDULE, alike, ask
+from tests.support.waiting import WAIT_S, wait_for
 from trio_deploy import Batcher, Generation, Pipeline, Request, TrioError, export_model
 from trio_deploy.evaluation import scenes
 from trio_deploy.pipeline.batcher.continuous import (
@@ -31,8 +32,6 @@ from trio_deploy.pipeline.cache import CacheShape, SegmentCache
 from trio_deploy.pipeline.prefill import Clock
 from trio_deploy.pipeline.sequence import Row
 
-# The first layer sees every visual token, so that there are budgets that cannot be reached.
-SCHEDULE = "1:0.285,5:0.167,8:0.07"
 SHORT = Request("what color is the circle ?", max_new_tokens=3)
 
 
@@ -96,13 +95,6 @@ class Gate:
     def held(self) -> None:
         """Wait until a prefill is held up."""
         wait_for(lambda: bool(self.turns))
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.001)
 
 
 @pytest.fixture

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.support.exported import Export
 from trio_deploy import Bundle, export_model
-
-Export = Callable[..., Bundle]
 
 
 @pytest.fixture(scope="session")

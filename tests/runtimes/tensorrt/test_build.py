@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,60 +23,25 @@ import pytest
 
 from tests.support.engines import export_for, make_target, unverified
 from tests.support.fakes.tensorrt import install
+from tests.support.tensorrt_builds import GPU, Stub, build
 from trio_deploy import Bundle, TrioError, export_model
 from trio_deploy.cli.main import main
 from trio_deploy.config.target import Target, load_target
 from trio_deploy.runtimes.base import TensorSpec
 from trio_deploy.runtimes.tensorrt import build as builder
 from trio_deploy.runtimes.tensorrt import first_run as verify
-from trio_deploy.runtimes.tensorrt.bindings import Built, load
+from trio_deploy.runtimes.tensorrt.bindings import load
 from trio_deploy.runtimes.tensorrt.build import build_engines
 from trio_deploy.runtimes.tensorrt.first_run import example_feeds, run_once
 from trio_deploy.runtimes.tensorrt.profiles import Profile, profiles
 from trio_deploy.runtimes.tensorrt.record import Gpu, Record
 from trio_deploy.runtimes.tensorrt.runtime import TrtRuntime
 
-GPU = Gpu("NVIDIA H200", "9.0", "12.4")
 AGX_ORIN = Gpu("Orin", "8.7", "12.6", 16, 61.4, "NVIDIA Jetson AGX Orin Developer Kit")
 ORIN_NX = Gpu(
     "Orin", "8.7", "12.6", 8, 15.3, "NVIDIA Jetson Orin NX Engineering Reference Developer Kit"
 )
 STAGES = ["vision", "embed", "prefill_0", "select_1", "prefill_1"]
-
-
-class Stub:
-    """Makes an engine's bytes from the graph's name and the number of the build."""
-
-    def __init__(self, version: str = "10.3.0", stop_at: str = "", error: Any = None) -> None:
-        self.version = version
-        self.stop_at, self.error = stop_at, error
-        self.built: list[str] = []
-        self.caches: list[bytes] = []
-        self.workspaces: list[int | None] = []
-
-    def build(
-        self,
-        onnx: Path,
-        profiles: Sequence[Any],
-        *,
-        workspace: int | None = None,
-        dtype: str = "float32",
-        timing_cache: bytes = b"",
-        log: Callable[[str, str], None] | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
-    ) -> Built:
-        assert profiles and dtype == "float32"
-        assert log is not None and progress is not None
-        log("VERBOSE", "far too much")
-        log("WARNING", f"about {onnx.stem}")
-        progress("tactics", 1, 2)
-        if onnx.stem == self.stop_at:
-            raise self.error
-        self.built.append(onnx.stem)
-        self.caches.append(timing_cache)
-        self.workspaces.append(workspace)
-        plan = f"{onnx.stem} {len(self.built)}".encode()
-        return Built(memoryview(plan), timing_cache + b"+" + onnx.stem.encode())
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +60,6 @@ def target(original: Path) -> Target:
 @pytest.fixture
 def bundle(original: Path, tmp_path: Path) -> Bundle:
     return Bundle.load(shutil.copytree(original / "bundle", tmp_path / "bundle"))
-
-
-def build(bundle: Bundle, target: Target, tensorrt: Any, **options: Any) -> builder.Outcome:
-    options = {"verify": unverified, **options}
-    return build_engines(bundle, target, tensorrt, GPU, progress=False, **options)
 
 
 def files(folder: Path) -> set[str]:
@@ -243,7 +203,7 @@ def test_an_engine_whose_first_run_was_interrupted_is_run_by_the_next_build(
 KILLED = """
 import os, sys
 from pathlib import Path
-from tests.build.test_builder import Stub, build
+from tests.support.tensorrt_builds import Stub, build
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.config.target import load_target
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.runtimes.tensorrt.conftest import Export
+from tests.support.exported import Export
 from trio_deploy import Schedule, TrioError
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.config.target import Limits, Target, load_target

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.pipeline.batcher.test_continuous import wait_for
+from tests.support.waiting import wait_for
 from trio_deploy.serve.triton_server import local_socket
 from trio_deploy.serve.triton_server.local_socket import Ask, LocalClient, LocalServer
 

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import WAIT_S
-from tests.pipeline.batcher.test_continuous import SCHEDULE, wait_for
-from tests.serve.triton_server.test_request import arrays, file, one, text, texts
 from tests.support.fakes import triton as fake_utils
 from tests.support.fakes.triton import Asked, MetricFamily, Sender, TritonError
+from tests.support.questions import SCHEDULE
+from tests.support.tensors import arrays, file, one, text, texts
+from tests.support.waiting import WAIT_S, wait_for
 from trio_deploy import Pipeline, Request, export_model
 from trio_deploy.serve.triton_server.request import INPUTS
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.conftest import make_picture
+from tests.support.pictures import make_picture
+from tests.support.tensors import arrays, file, one, text, texts
 from trio_deploy import TrioError
 from trio_deploy.serve.limits import Settings, check_settings
 from trio_deploy.serve.triton_server.request import INPUTS, read
@@ -31,22 +31,6 @@ LIMITS = Settings(
     max_stop_bytes=5,
     max_timeout_s=10.0,
 )
-
-
-def file(width: int = 60, height: int = 40, form: str = "PNG") -> bytes:
-    out = io.BytesIO()
-    make_picture(width, height).save(out, form)
-    return out.getvalue()
-
-
-def texts(*values: str | bytes) -> np.ndarray:
-    array = np.empty(len(values), np.object_)
-    array[:] = [value.encode() if isinstance(value, str) else value for value in values]
-    return array
-
-
-def one(value: float, dtype: str) -> np.ndarray:
-    return np.array([value], dtype)
 
 
 ASKED = {"prompt": texts("what ?")}
@@ -73,10 +57,6 @@ def test_a_whole_request_is_read() -> None:
     assert (request.max_new_tokens, request.temperature, request.top_p) == (7, 0.5, 0.9)
     assert (request.seed, request.stop, request.budget) == (3, ["ä", "b"], 0.111)
     assert request.images == [file()] and not question.stream and question.timeout_s == 2.5
-
-
-def text(value: Any) -> dict[str, Any]:
-    return {"type": "text", "text": value}
 
 
 def test_what_is_not_said_has_the_models_defaults() -> None:
@@ -205,30 +185,6 @@ def test_a_jpeg_that_goes_over_its_picture_without_end_is_refused() -> None:
     film = sound + end + scan * 200  # behind the picture's end nothing is decoded
     for data in (sound + scan + end, film, file(form="JPEG")):
         assert read(ASKED | {"images": texts(data)}, "", 0, Settings("b")).request.images == [data]
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text() | st.integers(),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(["role", "content", "type", "text", "image", "x"]), inner, max_size=4
-        )
-    ),
-    max_leaves=12,
-)
-arrays = st.one_of(
-    st.lists(st.binary(max_size=60), max_size=3).map(lambda values: texts(*values)),
-    st.text(max_size=40).map(texts),
-    json_values.map(lambda value: texts(json.dumps(value).encode(errors="replace"))),
-    st.lists(st.floats(), max_size=3).map(lambda v: np.array(v, np.float64)),
-    st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3).map(lambda v: np.array(v, np.int64)),
-    st.integers(-(2**31), 2**31 - 1).map(lambda v: one(v, "int32")),
-    st.just(np.zeros((2, 2), np.float64)),
-    st.just(np.zeros((), np.int32)),
-    st.just(texts(b"\x89PNG\r\n\x1a\n" + b"\0" * 30)),
-    st.just(texts(file())),
-)
 
 
 @given(st.dictionaries(st.sampled_from([*INPUTS, "other"]), arrays, max_size=6), st.integers(0, 9))

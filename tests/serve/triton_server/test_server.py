@@ -30,7 +30,7 @@ import pytest
 from PIL import Image
 
 from scripts.triton_server import HOST, PROGRAM, TritonServer
-from tests.conftest import make_picture
+from tests.support.pictures import make_picture
 from trio_deploy import Bundle, Pipeline, Request, export_model
 from trio_deploy.checkpoint.processor_files import GenerationInfo
 from trio_deploy.cli.main import main

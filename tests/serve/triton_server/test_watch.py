@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import WAIT_S
+from tests.support.waiting import WAIT_S
 from trio_deploy.serve.triton_server import watch
 
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN); "

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.conftest import WAIT_S
+from tests.support.waiting import WAIT_S
 
 FINAL = 1
 

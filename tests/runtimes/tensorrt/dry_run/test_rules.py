@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from tests.runtimes.tensorrt.conftest import Export
+from tests.support.exported import Export
 from trio_deploy import Pipeline, TrioError
 from trio_deploy.cli.main import main
 from trio_deploy.config.target import list_targets, load_target
