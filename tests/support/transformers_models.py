@@ -39,6 +39,7 @@ def model_config(**changes: Any) -> ModelConfig:
         "projector_bias": True,
         "image_token_id": 4,
         "grid_pinpoints": (),
+        "newline": changes.get("family") == "llava_next",
     }
     outer |= {key: changes.pop(key) for key in list(changes) if key in outer}
     text = {

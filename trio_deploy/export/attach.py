@@ -26,6 +26,7 @@ from trio_deploy.checkpoint.resolve import (
 from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.errors import TrioError
 from trio_deploy.export.job import _write_weights
+from trio_deploy.families.base import OUTSIDE_GRAPHS
 from trio_deploy.families.names import canonical_tensors
 from trio_deploy.families.registry import parse_config
 
@@ -95,15 +96,11 @@ def attach_weights(
     return Bundle.load(old.path)
 
 
-# What prompts and pictures are made with, and graphs do not depend on: the checkpoint's holds.
-_OUTSIDE_GRAPHS = {"max_positions", "image_token_id", "grid_pinpoints"}
-
-
 def _difference(planned: Any, given: Any, prefix: str = "") -> str | None:
     """The first field in which two configurations ask for other graphs, in words."""
     for item in fields(planned):
         ours, theirs = getattr(planned, item.name), getattr(given, item.name)
-        if ours == theirs or item.name in _OUTSIDE_GRAPHS:
+        if ours == theirs or item.name in OUTSIDE_GRAPHS:
             continue
         if hasattr(ours, "__dataclass_fields__") and type(ours) is type(theirs):
             if inner := _difference(ours, theirs, f"{prefix}{item.name}."):

@@ -1,4 +1,4 @@
-"""What one model family differs in from another: the type that each family's file fills in."""
+"""A model family: its configurations, the layout of an image, and what its file fills in."""
 
 from __future__ import annotations
 
@@ -100,9 +100,10 @@ class ModelConfig:
     """A vision-language model of the LLaVA kind.
 
     Attributes:
-        family: module in `families/` that knows its weights and image layout.
+        family: name in `families.registry.FAMILIES`.
         grid_pinpoints: (height, width) canvases of any-resolution tiling; empty where the family
-            has one tile an image.
+            has one tile per image.
+        newline: whether the checkpoint has an `image_newline` embedding.
     """
 
     family: str
@@ -112,6 +113,11 @@ class ModelConfig:
     projector_bias: bool
     image_token_id: int
     grid_pinpoints: tuple[tuple[int, int], ...] = ()
+    newline: bool = False
+
+
+OUTSIDE_GRAPHS = frozenset({"max_positions", "image_token_id", "grid_pinpoints"})
+"""Fields of the configurations that no graph depends on: prompts and images are made with them."""
 
 
 @dataclass(frozen=True)
@@ -152,32 +158,28 @@ class Limits:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family, as data.
+    """A model family: all that differs between one and another.
 
     Attributes:
         name: `model_type` in config.json, and the family's name in `ModelConfig.family`.
-        architecture: the class in transformers that wrote the checkpoint.
-        defaults: top-level keys of config.json that may be missing, with transformers' values.
-        vision_defaults: the vision configuration where config.json has none at all.
-        tie_from_text: whether `tie_word_embeddings` inside `text_config` counts as well.
-        tiled: whether an image is cut into several tiles, so that `image_grid_pinpoints` count.
-        newline: whether the checkpoint owns an `image_newline` embedding.
+        architecture: transformers' class of its checkpoints.
         prefixes: (prefix in a checkpoint, canonical prefix), applied one after another to each
-            tensor name; between them they undo the three layouts that checkpoints come in.
-        arrange: tiles and token order of an RGB image.
-        request_limits: the largest image, for profiles, plans, admission and benchmarks.
+            tensor name; between them they undo the layouts that checkpoints come in.
         preprocessing: preprocessor_config.json keys that may be missing, with the values that
             transformers' image processor of this family has.
+        read: config.json to sizes and options. Raises TrioError on what is not supported.
+        arrange: tiles and token order of an upright RGB image.
+        request_limits: the most that one image brings, for profiles, plans, admission, benchmarks.
+        reference: name of the adapter in reference/adapters.py that the oracle runs it with.
+        tiny: a config.json with small sizes, for tests with random weights.
     """
 
     name: str
     architecture: str
-    defaults: Mapping[str, Any]
-    vision_defaults: Mapping[str, Any]
-    tie_from_text: bool
-    tiled: bool
-    newline: bool
     prefixes: tuple[tuple[str, str], ...]
+    preprocessing: Mapping[str, Any]
+    read: Callable[[Mapping[str, Any]], ModelConfig]
     arrange: Callable[[Image.Image, ImageSettings, ModelConfig], Layout]
     request_limits: Callable[[ModelConfig], Limits]
-    preprocessing: Mapping[str, Any]
+    reference: str
+    tiny: Callable[[], dict[str, Any]]

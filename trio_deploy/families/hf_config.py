@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import RopeConfig, TextConfig, VisionConfig
+from trio_deploy.families.base import ModelConfig, RopeConfig, TextConfig, VisionConfig
 
 #: Activations that the graphs can write down.
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh", "gelu_new")
@@ -97,6 +97,94 @@ VISION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "layer_norm_eps": 1e-5,
     },
 }
+
+
+def read_clip_llama(
+    raw: Mapping[str, Any],
+    family: str,
+    defaults: Mapping[str, Any],
+    *,
+    tie_from_text: bool = False,
+    tiled: bool = False,
+) -> ModelConfig:
+    """config.json of a CLIP tower, two linear layers and Llama or Mistral.
+
+    Args:
+        family: its name.
+        defaults: top-level keys that may be missing, with transformers' values.
+        tie_from_text: whether `tie_word_embeddings` inside `text_config` counts as well.
+        tiled: whether an image is cut into tiles of the canvases in `image_grid_pinpoints`, with
+            an `image_newline` embedding behind each row of patches.
+
+    Raises:
+        TrioError: an option that is not supported, or a value that makes no sense.
+    """
+    top = {**defaults, **_given(raw)}
+    text_raw = _section(raw, "text_config", "llama", TEXT_DEFAULTS, {})
+    vision = _vision(
+        _section(raw, "vision_config", "clip_vision_model", VISION_DEFAULTS, CLIP_LARGE_336), top
+    )
+    if tiled and not vision.drop_cls:
+        raise TrioError(
+            f"vision_feature_select_strategy 'full' does not work with the tiles of {family}; "
+            "only 'default' does."
+        )
+    tied = bool(top["tie_word_embeddings"])
+    text = _text(text_raw, tied or (tie_from_text and bool(text_raw["tie_word_embeddings"])))
+    image_token_id = top.get("image_token_id", top["image_token_index"])
+    if not isinstance(image_token_id, int) or not 0 <= image_token_id < text.vocab_size:
+        raise TrioError(
+            f"config.json: image_token_index {image_token_id} lies outside the vocabulary of "
+            f"{text.vocab_size}."
+        )
+    return ModelConfig(
+        family=family,
+        vision=vision,
+        text=text,
+        projector_act=_activation(top["projector_hidden_act"], "projector_hidden_act"),
+        projector_bias=bool(top["multimodal_projector_bias"]),
+        image_token_id=image_token_id,
+        grid_pinpoints=_pinpoints(top["image_grid_pinpoints"], vision) if tiled else (),
+        newline=tiled,
+    )
+
+
+def tiny_clip_llama(model_type: str, architecture: str, **top: Any) -> dict[str, Any]:
+    """A config.json of small sizes: 16 patches per tile of 32 pixels, four layers of width 64."""
+    return {
+        "model_type": model_type,
+        "architectures": [architecture],
+        "image_token_index": 4,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+            "projection_dim": 32,
+        },
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "vocab_size": 128,
+            "max_position_embeddings": 512,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 3,
+            "initializer_range": 0.2,
+        },
+        **top,
+    }
 
 
 def _given(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
 from trio_deploy.families.base import Family, Layout, Limits, ModelConfig
 from trio_deploy.families.hf_config import (
-    CLIP_LARGE_336,
     CLIP_LLAMA_PREFIXES,
     CLIP_PREPROCESSING,
+    read_clip_llama,
+    tiny_clip_llama,
 )
 from trio_deploy.families.pixels import ImageSettings, fit, grid_boxes
+
+_NAME = "llava"
+_ARCHITECTURE = "LlavaForConditionalGeneration"
+_DEFAULTS = {
+    "image_token_index": 32000,
+    "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "default",
+    "vision_feature_layer": -2,
+    "multimodal_projector_bias": True,
+    "tie_word_embeddings": False,
+}
 
 
 def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) -> Layout:
@@ -36,23 +51,24 @@ def request_limits(config: ModelConfig) -> Limits:
     )
 
 
+def read(raw: Mapping[str, Any]) -> ModelConfig:
+    """config.json to sizes and options."""
+    return read_clip_llama(raw, _NAME, _DEFAULTS, tie_from_text=True)
+
+
+def tiny() -> dict[str, Any]:
+    """A config.json of small sizes."""
+    return tiny_clip_llama(_NAME, _ARCHITECTURE)
+
+
 FAMILY = Family(
-    name="llava",
-    architecture="LlavaForConditionalGeneration",
-    defaults={
-        "image_token_index": 32000,
-        "projector_hidden_act": "gelu",
-        "vision_feature_select_strategy": "default",
-        "vision_feature_layer": -2,
-        "multimodal_projector_bias": True,
-        "tie_word_embeddings": False,
-    },
-    vision_defaults=CLIP_LARGE_336,
-    tie_from_text=True,
-    tiled=False,
-    newline=False,
+    name=_NAME,
+    architecture=_ARCHITECTURE,
     prefixes=CLIP_LLAMA_PREFIXES,
+    preprocessing=CLIP_PREPROCESSING,
+    read=read,
     arrange=arrange,
     request_limits=request_limits,
-    preprocessing=CLIP_PREPROCESSING,
+    reference="llava",
+    tiny=tiny,
 )

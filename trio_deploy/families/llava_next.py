@@ -8,17 +8,33 @@ of visual tokens depends on it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
 from trio_deploy.families.base import Family, Layout, Limits, ModelConfig
 from trio_deploy.families.hf_config import (
-    CLIP_LARGE_336,
     CLIP_LLAMA_PREFIXES,
     CLIP_PREPROCESSING,
+    read_clip_llama,
+    tiny_clip_llama,
 )
 from trio_deploy.families.pixels import ImageSettings, View, fit, grid_boxes, resize
 from trio_deploy.families.tiling import best_canvas, fit_size, unpadded
+
+_NAME = "llava_next"
+_ARCHITECTURE = "LlavaNextForConditionalGeneration"
+_DEFAULTS = {
+    "image_token_index": 32000,
+    "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "default",
+    "vision_feature_layer": -2,
+    "multimodal_projector_bias": True,
+    "tie_word_embeddings": False,
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+}
 
 
 def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) -> Layout:
@@ -78,24 +94,28 @@ def request_limits(config: ModelConfig) -> Limits:
     )
 
 
+def read(raw: Mapping[str, Any]) -> ModelConfig:
+    """config.json to sizes and options."""
+    return read_clip_llama(raw, _NAME, _DEFAULTS, tiled=True)
+
+
+def tiny() -> dict[str, Any]:
+    """A config.json of small sizes."""
+    return tiny_clip_llama(
+        _NAME,
+        _ARCHITECTURE,
+        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]],
+    )
+
+
 FAMILY = Family(
-    name="llava_next",
-    architecture="LlavaNextForConditionalGeneration",
-    defaults={
-        "image_token_index": 32000,
-        "projector_hidden_act": "gelu",
-        "vision_feature_select_strategy": "default",
-        "vision_feature_layer": -2,
-        "multimodal_projector_bias": True,
-        "tie_word_embeddings": False,
-        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
-    },
-    vision_defaults=CLIP_LARGE_336,
-    tie_from_text=False,
-    tiled=True,
-    newline=True,
+    name=_NAME,
+    architecture=_ARCHITECTURE,
     prefixes=CLIP_LLAMA_PREFIXES,
+    preprocessing=CLIP_PREPROCESSING,
+    read=read,
     arrange=arrange,
     request_limits=request_limits,
-    preprocessing=CLIP_PREPROCESSING,
+    reference="llava",
+    tiny=tiny,
 )

@@ -18,7 +18,7 @@ def canonical_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {
         **_vision_tensors(config),
         **_projector_tensors(config),
-        **({"image_newline": (config.text.hidden_size,)} if _family(config).newline else {}),
+        **({"image_newline": (config.text.hidden_size,)} if config.newline else {}),
         **_text_tensors(config),
     }
 

@@ -75,7 +75,7 @@ class Preprocessor:
         self._config = config
         self._settings = _settings(self._raw, config)
         canvases = raw.get("image_grid_pinpoints")
-        if self._family.tiled and canvases is not None:
+        if config.grid_pinpoints and canvases is not None:
             _check_canvases(canvases, config)
 
     @classmethod

@@ -8,16 +8,6 @@ from typing import Any
 from trio_deploy.errors import TrioError
 from trio_deploy.families import llava, llava_next
 from trio_deploy.families.base import Family, Limits, ModelConfig
-from trio_deploy.families.hf_config import (
-    TEXT_DEFAULTS,
-    VISION_DEFAULTS,
-    _activation,
-    _given,
-    _pinpoints,
-    _section,
-    _text,
-    _vision,
-)
 
 FAMILIES: dict[str, Family] = {f.name: f for f in (llava.FAMILY, llava_next.FAMILY)}
 
@@ -61,38 +51,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
             "The checkpoint is quantised (quantization_config in config.json); use the fp32, fp16 "
             "or bf16 checkpoint it was made from."
         )
-    top = {**family.defaults, **_given(raw)}
-    text_raw = _section(raw, "text_config", "llama", TEXT_DEFAULTS, {})
-    vision = _vision(
-        _section(
-            raw, "vision_config", "clip_vision_model", VISION_DEFAULTS, family.vision_defaults
-        ),
-        top,
-    )
-    if family.tiled and not vision.drop_cls:
-        raise TrioError(
-            f"vision_feature_select_strategy 'full' does not work with the tiles of {family.name}; "
-            "only 'default' does."
-        )
-    tied = bool(top["tie_word_embeddings"]) or (
-        family.tie_from_text and bool(text_raw["tie_word_embeddings"])
-    )
-    text = _text(text_raw, tied)
-    image_token_id = top.get("image_token_id", top["image_token_index"])
-    if not isinstance(image_token_id, int) or not 0 <= image_token_id < text.vocab_size:
-        raise TrioError(
-            f"config.json: image_token_index {image_token_id} lies outside the vocabulary of "
-            f"{text.vocab_size}."
-        )
-    return ModelConfig(
-        family=family.name,
-        vision=vision,
-        text=text,
-        projector_act=_activation(top["projector_hidden_act"], "projector_hidden_act"),
-        projector_bias=bool(top["multimodal_projector_bias"]),
-        image_token_id=image_token_id,
-        grid_pinpoints=_pinpoints(top["image_grid_pinpoints"], vision) if family.tiled else (),
-    )
+    return family.read(raw)
 
 
 def _families() -> str:
