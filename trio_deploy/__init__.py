@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trio_deploy.errors import TrioError
     from trio_deploy.evaluation.evaluate import evaluate
     from trio_deploy.export.job import export_model
-    from trio_deploy.pipeline.batcher.continuous import Batcher
+    from trio_deploy.pipeline.batcher.batcher import Batcher
     from trio_deploy.pipeline.pipeline import Pipeline
     from trio_deploy.pipeline.request import Generation, Request
     from trio_deploy.schedule.schedule import Schedule
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Batcher": "trio_deploy.pipeline.batcher.continuous",
+    "Batcher": "trio_deploy.pipeline.batcher.batcher",
     "Bundle": "trio_deploy.bundle.bundle",
     "ExportOptions": "trio_deploy.config.options",
     "Generation": "trio_deploy.pipeline.request",

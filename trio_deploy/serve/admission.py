@@ -10,7 +10,7 @@ import numpy as np
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import request_limits
-from trio_deploy.pipeline.batcher.continuous import Refused
+from trio_deploy.pipeline.batcher.events import Refused
 from trio_deploy.serve.triton_server.request import nbytes
 
 _PICTURES = ("images", "images_base64")

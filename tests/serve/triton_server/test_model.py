@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.batching import expire, unfinished
 from tests.support.fakes import triton as fake_utils
 from tests.support.fakes.triton import Asked, MetricFamily, Sender, TritonError
 from tests.support.questions import SCHEDULE
@@ -186,9 +187,11 @@ def test_a_cancelled_stream_ends_within_a_token(load: Callable[..., Any]) -> Non
 def hold(model: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Keep the model's prefills waiting until the event is set."""
     go = threading.Event()
-    prefill = model._batcher._pipeline.prefill
+    prefill = model._batcher._worker._pipeline.prefill
     monkeypatch.setattr(
-        model._batcher._pipeline, "prefill", lambda *given: go.wait(WAIT_S) and prefill(*given)
+        model._batcher._worker._pipeline,
+        "prefill",
+        lambda *given: go.wait(WAIT_S) and prefill(*given),
     )
     return go
 
@@ -210,7 +213,7 @@ def test_a_waiting_request_is_cancelled_too_and_what_is_too_much_is_refused(
     assert refused.error() == (TritonError.UNAVAILABLE, refused.error()[1])
     assert "max_queue = 2" in refused.error()[1]
     third.sender.cancel()
-    wait_for(lambda: any(h._cancelled for h in list(model._batcher._open)))
+    wait_for(lambda: bool(model._batcher._queue.snapshot().cancelled))
     go.set()
     assert third.error()[0] is TritonError.CANCELLED
     assert len(first.outputs()) == len(second.outputs()) == 2
@@ -221,8 +224,7 @@ def test_deadlines_end_answers(load: Callable[..., Any], monkeypatch: pytest.Mon
     long = Asked({"prompt": texts(QUESTION), "max_tokens": one(2000, "int32")})
 
     def let_it_pass(sender: Sender) -> None:
-        for handle in list(model._batcher._open):
-            handle._until = 0.0
+        expire(model._batcher)
 
     long.sender.on_send = let_it_pass
     model.execute([long])
@@ -267,7 +269,7 @@ def test_our_own_failures_are_internal(
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model._batcher._pipeline, "prefill", fail)
+        patch.setattr(model._batcher._worker._pipeline, "prefill", fail)
         code, said = ask(model, prompt=QUESTION).error()
         assert code is TritonError.INTERNAL and "no memory" in said
     assert ask(model, prompt=QUESTION, max_tokens=1).outputs()
@@ -530,16 +532,16 @@ def test_a_plain_request_without_a_model_to_ask_is_refused(
 ) -> None:
     complete, model = both
     batcher = model._batcher
-    prefill = batcher._pipeline.prefill
+    prefill = batcher._worker._pipeline.prefill
 
     def until_cancelled(*given: Any) -> Any:
-        wait_for(lambda: all(handle._cancelled for handle in list(batcher._open)))
+        wait_for(lambda: len(batcher._queue.snapshot().cancelled) == len(unfinished(batcher)))
         return prefill(*given)
 
-    monkeypatch.setattr(batcher._pipeline, "prefill", until_cancelled)
+    monkeypatch.setattr(batcher._worker._pipeline, "prefill", until_cancelled)
     monkeypatch.setattr("trio_deploy.serve.triton_server.model._DRAIN_S", 0.2)
     waiting = ask(complete, prompt=QUESTION, max_tokens=2000)
-    wait_for(lambda: bool(batcher._open))
+    wait_for(lambda: bool(unfinished(batcher)))
     model.finalize()
     assert waiting.error()[0] is TritonError.CANCELLED
     code, said = ask(complete, prompt=QUESTION).error()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trio_deploy.pipeline.batcher.continuous import Metrics
+from trio_deploy.pipeline.batcher.metrics import Metrics
 
 OUTCOMES = ("stop", "length", "deadline", "cancelled", "refused", "invalid", "failed")
 

@@ -23,8 +23,8 @@ import triton_python_backend_utils as pb_utils
 from PIL import Image
 
 from trio_deploy.errors import TrioError
-from trio_deploy.pipeline.batcher.continuous import (
-    Batcher,
+from trio_deploy.pipeline.batcher.batcher import Batcher
+from trio_deploy.pipeline.batcher.events import (
     Cancelled,
     DeadlinePassed,
     Event,

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.batching import expire, unfinished, waiting
 from tests.support.pictures import make_picture
 from tests.support.questions import COLOR, SCHEDULE, alike, ask
 from tests.support.waiting import WAIT_S, wait_for
 from trio_deploy import Batcher, Generation, Pipeline, Request, TrioError, export_model
 from trio_deploy.evaluation import scenes
-from trio_deploy.pipeline.batcher.continuous import (
+from trio_deploy.pipeline.batcher.events import (
     Cancelled,
     DeadlinePassed,
     Event,
@@ -185,9 +186,9 @@ def test_a_turn_prefills_no_more_rows_and_tokens_than_it_may(
         first = batcher.submit(SHORT)
         gate.held()
         handles = [batcher.submit(SHORT) for _ in range(4)]
-        wait_for(lambda: len(batcher._ready) == 4)
+        wait_for(lambda: len(waiting(batcher)) == 4)
         handles += [batcher.submit(picture) for _ in range(3)]
-        wait_for(lambda: len(batcher._ready) == 7)
+        wait_for(lambda: len(waiting(batcher)) == 7)
         gate.open.set()
         for handle in [first, *handles]:
             handle.result(WAIT_S)
@@ -203,7 +204,7 @@ def test_requests_wait_until_their_keys_and_values_fit(pipeline: Pipeline) -> No
 
         def look(event: Event) -> None:
             nonlocal most
-            most = max(most, batcher._running.kv_bytes_allocated)
+            most = max(most, batcher._worker._batch.kv_bytes_allocated)
 
         handles = [batcher.submit(request, look) for _ in range(9)]
         expected = pipeline.generate_batch([request])[0]
@@ -322,7 +323,7 @@ def test_pictures_of_a_request_that_nobody_waits_for_are_not_all_decoded(
         if ended == "cancelled":
             handle.cancel()
         else:
-            handle._until = 0.0
+            expire(batcher)
         with pytest.raises(Cancelled if ended == "cancelled" else DeadlinePassed):
             handle.result(30)
         go.set()
@@ -344,7 +345,7 @@ def test_waiting_in_vain_counts_as_waiting(
         served = batcher.submit(SHORT)
         with pytest.raises(Refused):
             batcher.submit(SHORT)
-        wait_for(lambda: len(batcher._ready) == 3)
+        wait_for(lambda: len(waiting(batcher)) == 3)
         time.sleep(0.3)
         cancelled.cancel()
         assert batcher.metrics().waits == 0
@@ -372,10 +373,10 @@ def test_a_request_that_waits_holds_no_picture(
         batcher.submit(SHORT)
         gate.held()
         handle = batcher.submit(Request(ask(COLOR), [make_picture()], max_new_tokens=1))
-        wait_for(lambda: len(batcher._ready) == 1)
-        row = batcher._ready[0]._row
-        assert row is not None and not row.images and not row.request.images
-        assert handle._request is None
+        wait_for(lambda: len(waiting(batcher)) == 1)
+        (job,) = waiting(batcher)
+        assert job.row is not None and not job.row.images and not job.row.request.images
+        assert job.request is None
         gate.open.set()
         assert handle.result(WAIT_S).visual_tokens == 256
 
@@ -387,7 +388,7 @@ def test_a_deadline_ends_an_answer_with_what_there_is(pipeline: Pipeline) -> Non
         started = threading.Event()
         handle = batcher.submit(request, lambda event: started.set(), timeout_s=600)
         assert started.wait(WAIT_S)
-        handle._until = 0.0
+        expire(batcher)
         answer = handle.result(WAIT_S)
     assert answer.finish_reason == "deadline" and answer.kv_bytes > 0
     known = min(len(answer.token_ids), len(whole.token_ids))
@@ -443,7 +444,7 @@ def test_a_row_whose_prefill_fails_leaves_the_others_their_answers(
         monkeypatch.setattr(pipeline, "prefill", fragile)
         requests = [Request("what is red ?", max_new_tokens=count) for count in (6, 7, 8)]
         handles = [batcher.submit(request) for request in requests]
-        wait_for(lambda: len(batcher._ready) == 3)
+        wait_for(lambda: len(waiting(batcher)) == 3)
         gate.open.set()
         first.result(WAIT_S)
         with pytest.raises(Failed, match="select_2"):
@@ -487,7 +488,7 @@ def test_a_failing_batch_ends_its_rows_and_not_the_service(
 
     with Batcher(pipeline, prefillers=prefillers) as batcher:
         with monkeypatch.context() as patch:
-            patch.setattr(batcher._running, name, broken)
+            patch.setattr(batcher._worker._batch, name, broken)
             handles = [batcher.submit(SHORT) for _ in range(6)]
             for handle in handles:
                 with pytest.raises(Failed, match="out of memory"):
@@ -533,8 +534,8 @@ def test_a_request_that_cannot_be_chosen_ends_alone(
         first = batcher.submit(SHORT)
         gate.held()
         others = [batcher.submit(SHORT) for _ in range(2)]
-        wait_for(lambda: len(batcher._ready) == 2)
-        monkeypatch.setattr(batcher._running, "needed", broken)
+        wait_for(lambda: len(waiting(batcher)) == 2)
+        monkeypatch.setattr(batcher._worker._batch, "needed", broken)
         gate.open.set()
         for handle in others:
             with pytest.raises(Failed, match="no such segment"):
@@ -550,10 +551,10 @@ def test_a_request_that_no_thread_can_prepare_is_refused(
 
     with Batcher(pipeline) as batcher:
         with monkeypatch.context() as patch:
-            patch.setattr(batcher._pool, "submit", none)
+            patch.setattr(batcher._preparer._pool, "submit", none)
             with pytest.raises(Refused, match="new thread"):
                 batcher.submit(SHORT)
-        assert batcher.metrics().queued == 0 and not batcher._open
+        assert batcher.metrics().queued == 0 and not unfinished(batcher)
         assert alike(batcher.submit(SHORT).result(WAIT_S), pipeline.generate_batch([SHORT])[0])
 
 
@@ -563,19 +564,19 @@ def test_a_prefill_that_no_thread_is_started_for_is_done_once(
 ) -> None:
     """A pool that cannot start a thread keeps the work, which another of its threads may do."""
     with Batcher(pipeline, prefillers=1) as batcher:
-        submit = batcher._turns.submit
+        submit = batcher._worker._prefill_pool.submit
 
         def none(*given: Any) -> None:
             if late:
                 submit(*given)
             raise RuntimeError("can't start new thread")
 
-        monkeypatch.setattr(batcher._turns, "submit", none)
+        monkeypatch.setattr(batcher._worker._prefill_pool, "submit", none)
         expected = pipeline.generate_batch([SHORT])[0]
         for handle in [batcher.submit(SHORT) for _ in range(5)]:
             assert alike(handle.result(WAIT_S), expected)
         assert batcher.metrics().outcomes == {"length": 5}
-        assert batcher.metrics().first_tokens == 5 and batcher._busy == 0
+        assert batcher.metrics().first_tokens == 5 and batcher._worker._prefills == 0
 
 
 def test_a_listener_that_raises_loses_its_request_alone(
@@ -741,7 +742,7 @@ def test_in_a_storm_everyone_gets_their_own_answer_or_what_they_wished(
             try:
                 answer = handle.result(WAIT_S)
             except (Cancelled, DeadlinePassed) as error:
-                assert handle._cancelled or late
+                assert handle.cancelled or late
                 outcome = "cancelled" if isinstance(error, Cancelled) else "deadline"
             else:
                 outcome = answer.finish_reason
@@ -751,4 +752,4 @@ def test_in_a_storm_everyone_gets_their_own_answer_or_what_they_wished(
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
         metrics = batcher.metrics()
     assert metrics.outcomes == outcomes
-    assert not batcher._open and not batcher._running.rows
+    assert not unfinished(batcher) and not batcher._worker._batch.rows
