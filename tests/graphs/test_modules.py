@@ -13,7 +13,6 @@ from tests.support.run_graph import run
 from tests.support.transformers_models import language_model, model_config, relative, text_weights
 from trio_deploy import TrioError
 from trio_deploy.families.base import RopeConfig
-from trio_deploy.graphs.dialects.base import FLOAT, INT64, Dialect
 from trio_deploy.graphs.graph import Stage
 from trio_deploy.graphs.modules import (
     Embedding,
@@ -21,12 +20,11 @@ from trio_deploy.graphs.modules import (
     RMSNorm,
     Weight,
     activation,
-    apply_rope,
     inverse_frequencies,
     rotary_angles,
 )
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.values import constant, running_sum
+from trio_deploy.graphs.values import FLOAT, INT64, constant, running_sum
 
 DIALECTS = ("ort", "onnx", "primitive")
 dialects = pytest.mark.parametrize("dialect", DIALECTS)
@@ -35,7 +33,7 @@ NAME = "language_model.layers.0.self_attn.q_proj"
 
 
 def stage(dialect: str = "ort", dtype: str = "float32") -> Stage:
-    return Stage("test", Dialect.of(GraphOptions(dialect=dialect, dtype=dtype)))
+    return Stage("test", GraphOptions(dialect=dialect, dtype=dtype).make_dialect())
 
 
 @dialects
@@ -47,7 +45,7 @@ def test_linear_forward_and_backward_share_one_untransposed_weight(dialect: str,
     layer = Linear(s.d, NAME, 64, 48)
     y = layer(s.op, x)
     s.output("y", y, FLOAT, [*lead, 64])
-    s.output("back", layer(s.op, y, transpose=True), FLOAT, [*lead, 48])
+    s.output("back", layer.backward(s.op, y), FLOAT, [*lead, 48])
     model = s.finish(CONFIG)
     assert [n for n, v in model.graph.initializers.items() if v.const_value is None] == [
         f"{NAME}.weight"
@@ -66,9 +64,9 @@ def test_rotation_is_undone_by_its_inverse(dialect: str) -> None:
     x = s.input("x", FLOAT, ["B", 4, "S", 16])
     positions = s.input("positions", INT64, ["B", "S"])
     angles = rotary_angles(s.op, s.d, CONFIG.text, positions)
-    turned = apply_rope(s.op, s.d, x, angles)
+    turned = s.d.rope(s.op, x, angles)
     s.output("turned", turned, FLOAT, ["B", 4, "S", 16])
-    back = apply_rope(s.op, s.d, turned, angles, inverse=True)
+    back = s.d.rope(s.op, turned, angles, inverse=True)
     s.output("back", back, FLOAT, ["B", 4, "S", 16])
     array = np.random.default_rng(0).standard_normal((2, 4, 3, 16)).astype(np.float32)
     feeds = {"x": array, "positions": np.array([[0, 1, 2], [5, 9, 2000]])}

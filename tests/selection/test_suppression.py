@@ -13,9 +13,9 @@ from tests.support.run_graph import Runner
 from tests.support.selection_cases import LAYER, TARGETS, batch_of, weights_of
 from tests.support.selections import greedy
 from tests.support.transformers_models import model_config
-from trio_deploy.graphs.dialects.base import BOOL, FLOAT, INT64, Dialect
 from trio_deploy.graphs.graph import Stage
 from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.graphs.values import BOOL, FLOAT, INT64
 from trio_deploy.selection.saliency import Tokens
 from trio_deploy.selection.stage import build_select
 from trio_deploy.selection.suppression import select
@@ -28,7 +28,7 @@ FEATURES = ("random", "clusters", "identical", "duplicates", "zeros", "chain", "
 @cache
 def suppressor(dialect: Any, runtime: str, block: int, threshold: float = THRESHOLD) -> Runner:
     """A graph of `select` alone, its scores an input."""
-    d = Dialect.of(GraphOptions(dialect=dialect))
+    d = GraphOptions(dialect=dialect).make_dialect()
     stage = Stage("select", d)
     op = stage.op
     tokens = Tokens.of(

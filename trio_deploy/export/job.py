@@ -240,9 +240,9 @@ def _options(
     if not 0 < values["threshold"] <= 1:
         raise TrioError(f"the threshold is {values['threshold']}, but cosines lie in (0, 1]")
     return GraphOptions(
-        dialect=dialect,  # type: ignore[arg-type]  # checked there, unknown ones are named
+        dialect=dialect,
         dtype=dtype,  # type: ignore[arg-type]
-        separate_decode=dialect == "onnx" or device.decode_layout == "separate",
+        separate_decode=device.decode_layout == "separate",
         **values,
     )
 

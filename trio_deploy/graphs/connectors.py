@@ -9,10 +9,7 @@ from onnxscript import nn
 
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.dialects.base import Dialect
-from trio_deploy.graphs.modules import (
-    Linear,
-    activation,
-)
+from trio_deploy.graphs.modules import Linear, activation
 
 
 class Projector(nn.Module):

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.graphs.dialects.base import FLOAT, INT64, Dialect
+from trio_deploy.graphs.dialects.base import Past
 from trio_deploy.graphs.graph import Stage
-from trio_deploy.graphs.modules import DecoderLayer, Embedding, Head, Window, cache_window
+from trio_deploy.graphs.modules import DecoderLayer, Embedding, Head, rotary_angles
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.prefill import past_inputs, present_outputs
+from trio_deploy.graphs.values import FLOAT, INT64
 
 
 def build_decode(
@@ -26,7 +27,7 @@ def build_decode(
     present.{i}.key / .value of the same shapes, the new token at slot lengths[:, s].
     """
     text = config.text
-    d = Dialect.of(options, decode=True)
+    d = options.make_dialect(decode=True)
     stage = Stage("decode", d)
     op = stage.op
     tokens = stage.input("input_ids", INT64, ["B", 1])
@@ -42,15 +43,9 @@ def build_decode(
     x = table(op, tokens)
     presents = {}
     for s, (start, stop) in enumerate(segments):
-        window: Window = cache_window(
-            op,
-            d,
-            text,
-            x,
-            op.Slice(positions, [s], [s + 1], [1]),
-            past_lengths=op.Gather(lengths, s, axis=1),
-            past=pasts[start],
-        )
+        angles = rotary_angles(op, d, text, op.Slice(positions, [s], [s + 1], [1]))
+        past = Past(op.Gather(lengths, s, axis=1), pasts[start])
+        window = d.decode_window(op, angles, x, past)
         for i in range(start, stop):
             x, presents[i] = DecoderLayer(d, text, i)(op, x, window, pasts[i])
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
+from onnx.helper import find_min_ir_version_for, make_opsetid
 from onnxscript import GraphBuilder
 
 from trio_deploy import __version__
@@ -14,20 +15,13 @@ from trio_deploy.families.names import canonical_tensors
 from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.values import cast, shape_of, typed
 
-# The oldest IR version that the ONNX release of an opset allows: TensorRT 8.6 reads 8.
-_IR_VERSIONS = {17: 8, 23: 11, 24: 12}
-
-
-# --------------------------------------------------------------------------------------------
-# A graph under construction
-
 
 class Stage:
     """Inputs, outputs and final checks of one graph; `op` writes nodes into it."""
 
     def __init__(self, name: str, d: Dialect) -> None:
         self.d = d
-        imports = {"": d.opset, "com.microsoft": 1} if d.name == "ort" else {"": d.opset}
+        imports = {"": d.opset, **d.domains}
         self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports=imports)
         self._builder = GraphBuilder(self._graph)
         self.op: Any = self._builder.op
@@ -66,7 +60,8 @@ class Stage:
             node.metadata_props.clear()
         return ir.Model(
             graph,
-            ir_version=_IR_VERSIONS[self.d.opset],
+            # the oldest one that the ONNX release of an opset allows: TensorRT 8.6 reads 8
+            ir_version=find_min_ir_version_for([make_opsetid("", self.d.opset)]),
             producer_name="trio-deploy",
             producer_version=__version__,
         )

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trio_deploy.errors import TrioError
-
-DIALECTS = ("ort", "onnx", "primitive")
-DTYPES = ("float32", "float16", "bfloat16")
+from trio_deploy.graphs.dialects.base import Dialect
+from trio_deploy.graphs.dialects.table import DIALECTS
+from trio_deploy.graphs.values import FLOAT_TYPES
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class GraphOptions:
     """How the stages are written.
 
     Attributes:
-        dialect: `ort` (ONNX Runtime), `onnx` (opset 23/24) or `primitive` (opset 17).
+        dialect: a name in `dialects/table.py`: `ort` (ONNX Runtime), `onnx` (opset 23 and 24) or
+            `primitive` (opset 17).
         dtype: float type of weights, hidden states and the KV cache.
         probe: the probe positions end at the last valid token (`last`) or one before (`shifted`).
         probes: how many positions are probed at most.
@@ -26,7 +27,7 @@ class GraphOptions:
             take no past.
     """
 
-    dialect: Literal["ort", "onnx", "primitive"] = "ort"
+    dialect: str = "ort"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     probe: Literal["last", "shifted"] = "last"
     probes: int = 4
@@ -37,7 +38,7 @@ class GraphOptions:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("dialect", DIALECTS),
-            ("dtype", DTYPES),
+            ("dtype", FLOAT_TYPES),
             ("probe", ("last", "shifted")),
             ("positions", ("original", "renumber")),
         ):
@@ -46,5 +47,9 @@ class GraphOptions:
                 raise TrioError(f"Unknown {name} {value!r}: choose one of {', '.join(allowed)}.")
         if self.probes < 1:
             raise TrioError(f"probes must be at least 1, not {self.probes}.")
-        if self.dialect == "onnx" and not self.separate_decode:
+        if DIALECTS[self.dialect].always_decodes_apart and not self.separate_decode:
             object.__setattr__(self, "separate_decode", True)
+
+    def make_dialect(self, *, decode: bool = False) -> Dialect:
+        """The dialect of one graph; `decode`: it is decode.onnx."""
+        return DIALECTS[self.dialect](FLOAT_TYPES[self.dtype], decode=decode)

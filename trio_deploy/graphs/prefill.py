@@ -5,10 +5,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.graphs.dialects.base import FLOAT, INT64, Dialect
+from trio_deploy.graphs.dialects.base import KV, Past
 from trio_deploy.graphs.graph import Stage
-from trio_deploy.graphs.modules import KV, DecoderLayer, Head, cache_window
+from trio_deploy.graphs.modules import DecoderLayer, Head, rotary_angles
 from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.graphs.values import FLOAT, INT64
 
 
 def build_prefill(
@@ -28,24 +29,23 @@ def build_prefill(
     the past with the new token at slot past_lengths.
     """
     text = config.text
-    d = Dialect.of(options)
+    d = options.make_dialect()
     stage = Stage(f"prefill_{index}", d)
     op = stage.op
     source = "inputs_embeds" if index == 0 else "hidden_states"
     x = stage.input(source, d.dtype, ["B", "S", text.hidden_size])
     positions = stage.input("position_ids", INT64, ["B", "S"])
     ends = stop == text.num_layers
-    # The `onnx` dialect masks by order alone, and an engine may lack an input that nothing reads.
-    lengths = stage.input("lengths", INT64, ["B"]) if ends or d.name != "onnx" else None
+    # An engine may lack an input that nothing reads.
+    lengths = stage.input("lengths", INT64, ["B"]) if ends or d.reads_lengths else None
     pasts: dict[int, KV] = {}
-    past_lengths = None
-    if d.name == "ort" or not options.separate_decode:
+    past = None
+    if d.always_takes_past or not options.separate_decode:
         past_lengths = stage.input("past_lengths", INT64, ["B"])
         pasts = {i: past_inputs(stage, config, i, "C") for i in range(start, stop)}
+        past = Past(past_lengths, pasts[start])
 
-    window = cache_window(
-        op, d, text, x, positions, lengths, past_lengths, pasts[start] if pasts else None
-    )
+    window = d.prefill_window(op, rotary_angles(op, d, text, positions), x, lengths, past)
     presents: dict[int, KV] = {}
     for i in range(start, stop):
         x, presents[i] = DecoderLayer(d, text, i)(op, x, window, pasts.get(i))

@@ -12,16 +12,11 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig, VisionConfig
 from trio_deploy.families.names import canonical_tensors
 from trio_deploy.graphs.connectors import Projector
-from trio_deploy.graphs.dialects.base import FLOAT, INT64, Dialect
 from trio_deploy.graphs.graph import Stage
-from trio_deploy.graphs.modules import (
-    Embedding,
-    LayerNorm,
-    Weight,
-)
+from trio_deploy.graphs.modules import Embedding, LayerNorm, Weight
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.towers import ClipEmbeddings, ClipLayer
-from trio_deploy.graphs.values import cast, constant, reduce
+from trio_deploy.graphs.values import FLOAT, INT64, cast, constant, reduce
 from trio_deploy.schedule.methods import WINDOW, shallow_layer
 
 
@@ -51,7 +46,7 @@ def build_vision(
             "This model takes the features of pictures before the encoder's first layer, so there "
             "is no attention of a class token: choose another method than cls-attention and vscan."
         )
-    d = Dialect.of(options)
+    d = options.make_dialect()
     stage = Stage("vision", d)
     op = stage.op
     pixels = stage.input("pixel_values", d.dtype, ["T", 3, vision.image_size, vision.image_size])
@@ -117,7 +112,7 @@ def build_embed(config: ModelConfig, options: GraphOptions) -> ir.Model:
     """
     text = config.text
     size = text.hidden_size
-    d = Dialect.of(options)
+    d = options.make_dialect()
     stage = Stage("embed", d)
     op = stage.op
     ids = stage.input("input_ids", INT64, ["B", "S"])

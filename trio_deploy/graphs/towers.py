@@ -8,17 +8,15 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from trio_deploy.families.base import VisionConfig
-from trio_deploy.graphs.dialects.base import FLOAT, Dialect
-from trio_deploy.graphs.modules import (
-    LayerNorm,
-    Linear,
-    Weight,
-    activation,
-    merge_heads,
-    plain_attention,
+from trio_deploy.graphs.dialects.base import Dialect
+from trio_deploy.graphs.modules import LayerNorm, Linear, Weight, activation
+from trio_deploy.graphs.values import (
+    FLOAT,
+    cast,
+    dtype_of,
+    reduce,
     split_heads,
 )
-from trio_deploy.graphs.values import cast, dtype_of, reduce, shape_of, typed
 
 
 class ClipAttention(nn.Module):
@@ -44,18 +42,7 @@ class ClipAttention(nn.Module):
             scores = cast(op, op.MatMul(op.Mul(first, head_dim**-0.5), keys), FLOAT)
             weights = op.Softmax(scores, axis=-1)
             seen.append(reduce(op, "ReduceMean", weights, [1, 2], keepdims=False))
-        if self.d.name == "ort":
-            y = op.MultiHeadAttention(
-                q, k, v, num_heads=heads, scale=head_dim**-0.5,
-                _domain="com.microsoft", _version=1,
-            )  # fmt: skip
-            return self.out_proj(op, typed(y, self.d.dtype, shape_of(x)))
-        q, k, v = (split_heads(op, each, heads, head_dim) for each in (q, k, v))
-        if self.d.name == "onnx":
-            y = typed(op.Attention(q, k, v, scale=head_dim**-0.5), self.d.dtype, shape_of(q))
-        else:
-            y = plain_attention(op, q, k, v, None, head_dim**-0.5)
-        return self.out_proj(op, merge_heads(op, y))
+        return self.out_proj(op, self.d.full_attention(op, q, k, v, heads))
 
 
 class ClipMLP(nn.Module):

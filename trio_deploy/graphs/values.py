@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trio_deploy.graphs.dialects.base import FLOAT
+FLOAT = ir.DataType.FLOAT
+INT64 = ir.DataType.INT64
+INT32 = ir.DataType.INT32
+BOOL = ir.DataType.BOOL
+
+#: Float types of graphs by the names that users write.
+FLOAT_TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
 
 _RUN = 128  # places that `running_sum` adds up at a time
 
@@ -68,6 +78,22 @@ def reduce(
 def dim(op: Any, value: ir.Value, axis: int) -> ir.Value:
     """The size of one axis, int64 [1]."""
     return op.Shape(value, start=axis, end=axis + 1)
+
+
+def split_heads(op: Any, x: ir.Value, heads: int, head_dim: int) -> ir.Value:
+    """[B, S, N·D] → [B, N, S, D]."""
+    return op.Transpose(op.Reshape(x, [0, 0, heads, head_dim]), perm=[0, 2, 1, 3])
+
+
+def merge_heads(op: Any, x: ir.Value) -> ir.Value:
+    """[B, N, S, D] → [B, S, N·D]."""
+    _, heads, _, head_dim = shape_of(x)
+    return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, int(heads) * int(head_dim)])
+
+
+def last_two_swapped(rank: int) -> list[int]:
+    """The `perm` of a Transpose that swaps the last two of `rank` axes."""
+    return [*range(rank - 2), rank - 1, rank - 2]
 
 
 def running_sum(op: Any, flags: ir.Value) -> ir.Value:

@@ -18,18 +18,20 @@ import numpy as np
 import onnx_ir as ir
 
 from trio_deploy.families.base import TextConfig
-from trio_deploy.graphs.dialects.base import FLOAT, INT64, Dialect
+from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.graph import Stage
-from trio_deploy.graphs.modules import (
-    DecoderLayer,
-    RMSNorm,
-    apply_rope,
+from trio_deploy.graphs.modules import DecoderLayer, RMSNorm, rotary_angles
+from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.graphs.values import (
+    FLOAT,
+    INT64,
+    cast,
+    constant,
+    dim,
     merge_heads,
-    rotary_angles,
+    reduce,
     split_heads,
 )
-from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.values import cast, constant, dim, reduce
 from trio_deploy.schedule.methods import (
     FAR,
     PIVOTS,
@@ -131,7 +133,7 @@ def fastv(op: Any, site: Site) -> Choice:
     query = op.Gather(flat, op.Add(last, tokens.offset), axis=0)  # [B,1,d]
     place = op.GatherElements(tokens.positions, last, axis=1)
     q = split_heads(op, layer.self_attn.q_proj(op, query), heads, size)
-    q = apply_rope(op, d, q, rotary_angles(op, d, text, place))
+    q = d.rope(op, q, rotary_angles(op, d, text, place))
     q = op.Reshape(op.Mul(q, size**-0.5), [0, groups, heads // groups, size])
     k = _keys(op, site, layer, n)  # [B,G,S,D]
     scores = cast(op, op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2])), FLOAT)  # [B,G,R,S]
@@ -191,7 +193,7 @@ def divprune(op: Any, site: Site) -> Choice:
     nearest = reduce(op, "ReduceMin", op.Where(other, distances, FAR), [1], keepdims=False)
     # Distances from one token: a row of the above, or, since OpenVINO takes as long for that in a
     # loop as for all of them, a product a pick.
-    product = site.d.name == "primitive"
+    product = not site.d.gathers_in_loops
     table = unit if product else distances
     rows = op.Reshape(table, op.Concat([-1], dim(op, table, 2), axis=0))
     nothing = op.Mul(nearest, 0.0)
@@ -451,7 +453,7 @@ def _keys(op: Any, site: Site, layer: DecoderLayer, n: ir.Value) -> ir.Value:
     """The layer's keys of normalised states n [B,S,d], rotated: [B,G,S,D]."""
     d, text = site.d, site.text
     k = split_heads(op, layer.self_attn.k_proj(op, n), text.num_kv_heads, text.head_dim)
-    return apply_rope(op, d, k, rotary_angles(op, d, text, site.tokens.positions))
+    return d.rope(op, k, rotary_angles(op, d, text, site.tokens.positions))
 
 
 def _unit_rows(op: Any, x: ir.Value, squares: ir.Value) -> ir.Value:

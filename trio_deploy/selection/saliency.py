@@ -22,19 +22,20 @@ import numpy as np
 import onnx_ir as ir
 
 from trio_deploy.families.base import TextConfig
-from trio_deploy.graphs.dialects.base import FLOAT, INT64, Dialect
-from trio_deploy.graphs.modules import (
-    DecoderLayer,
-    Head,
-    Linear,
-    RMSNorm,
-    apply_rope,
+from trio_deploy.graphs.dialects.base import Dialect
+from trio_deploy.graphs.modules import DecoderLayer, Head, Linear, RMSNorm, rotary_angles
+from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.graphs.values import (
+    FLOAT,
+    INT64,
+    cast,
+    constant,
+    dim,
     merge_heads,
-    rotary_angles,
+    reduce,
+    running_sum,
     split_heads,
 )
-from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.values import cast, constant, dim, reduce, running_sum, typed
 
 _BLIND = -1e30  # additive mask; its exponential is zero in fp32
 _LIFT = 64.0  # attention weights of ~1/S, times this, stay normal numbers in fp16
@@ -117,12 +118,12 @@ def saliency(
     probed = op.Gather(op.Reshape(n, [-1, hidden]), rows, axis=0)  # [B,P,d]
     angles = rotary_angles(op, d, text, tokens.positions)
     probe_angles = rotary_angles(op, d, text, op.GatherElements(tokens.positions, place, axis=1))
-    k = apply_rope(op, d, split_heads(op, attention.k_proj(op, n), groups, size), angles)
-    q = apply_rope(
-        op, d, split_heads(op, _few(op, d, attention.q_proj, probed), heads, size), probe_angles
+    k = d.rope(op, split_heads(op, attention.k_proj(op, n), groups, size), angles)
+    q = d.rope(
+        op, split_heads(op, attention.q_proj.few_rows(op, probed), heads, size), probe_angles
     )
     q = op.Reshape(op.Mul(q, size**-0.5), [0, groups, per_group, size])
-    raw = cast(op, _by_transposed(op, d, q, k), FLOAT)  # [B,G,R*P,S]
+    raw = cast(op, d.matmul_transposed(op, q, k), FLOAT)  # [B,G,R*P,S]
     raw = op.Reshape(raw, [0, heads, probes, -1])
     blind = op.Greater(op.Unsqueeze(tokens.index, [0, 1]), op.Unsqueeze(place, [2]))
     mask = op.Unsqueeze(op.Mul(op.Cast(blind, to=FLOAT), _BLIND), [1])  # [B,1,P,S]
@@ -130,21 +131,21 @@ def saliency(
     a, raw = (op.Reshape(v, [0, heads * probes, -1]) for v in (a, raw))  # [B,H*P,S]
     lifted = cast(op, op.Mul(a, _LIFT), d.dtype)
     mixed = op.Mul(cast(op, op.MatMul(lifted, n), FLOAT), 1.0 / _LIFT)  # [B,H*P,d]: a n
-    w_v = _view(op, d, attention.v_proj.weight.into(op), [groups, size, hidden], tokens.x)
+    w_v = d.reshape_weight(op, attention.v_proj.weight.into(op), [groups, size, hidden], tokens.x)
     o = op.Reshape(cast(op, mixed, d.dtype), [0, groups, per_group, hidden])
-    o = op.Reshape(_by_transposed(op, d, o, w_v), [0, heads, probes, size])
+    o = op.Reshape(d.matmul_transposed(op, o, w_v), [0, heads, probes, size])
     o = merge_heads(op, o)  # [B,P,H*D]
     if attention.v_proj.bias is not None:  # the weights of a head sum to one
         bias = op.Reshape(attention.v_proj.bias.into(op), [groups, 1, size])
         bias = op.Expand(bias, [groups, heads // groups, size])
         o = op.Add(o, op.Reshape(bias, [heads * size]))
-    y = op.Add(op.Gather(tokens.flat, rows, axis=0), _few(op, d, attention.o_proj, o))
+    y = op.Add(op.Gather(tokens.flat, rows, axis=0), attention.o_proj.few_rows(op, o))
     z = block.post_attention_layernorm(op, y)
-    gate, up = _few(op, d, block.mlp.gate_proj, z), _few(op, d, block.mlp.up_proj, z)
+    gate, up = block.mlp.gate_proj.few_rows(op, z), block.mlp.up_proj.few_rows(op, z)
     sigmoid = op.Sigmoid(gate)
     silu = op.Mul(gate, sigmoid)
-    last = op.Add(y, _few(op, d, block.mlp.down_proj, op.Mul(silu, up)))
-    logits = cast(op, _few(op, d, head.lm_head, head.norm(op, last)), FLOAT)
+    last = op.Add(y, block.mlp.down_proj.few_rows(op, op.Mul(silu, up)))
+    logits = cast(op, head.lm_head.few_rows(op, head.norm(op, last)), FLOAT)
 
     # Backward, in fp32 between the products.
     dlogits, scale = _unit(op, _loss_gradient(op, text, logits, weight))
@@ -163,7 +164,7 @@ def saliency(
     u = _scaled(op, d, do, lambda g: op.MatMul(g, w_v))
     u, scale_of_u = _unit(op, op.Reshape(u, [0, heads * probes, hidden]))
     narrow = cast(op, u, d.dtype)
-    da = cast(op, _by_transposed(op, d, narrow, n), FLOAT)  # [B,H*P,S]
+    da = cast(op, d.matmul_transposed(op, narrow, n), FLOAT)  # [B,H*P,S]
     ds = op.Mul(a, op.Sub(da, reduce(op, "ReduceSum", op.Mul(u, mixed), [-1])))
     # n·dn of each row, which need not be summed up over its d entries: the rotation drops out
     along = op.Add(op.Mul(ds, raw), op.Mul(a, da))
@@ -171,9 +172,9 @@ def saliency(
     ds = cast(op, op.Mul(ds, _LIFT), d.dtype)
     ds = op.Reshape(ds, [0, groups, per_group, -1])
     dk = op.MatMul(op.Transpose(ds, perm=[0, 1, 3, 2]), q)  # [B,G,S,D]
-    dk = merge_heads(op, apply_rope(op, d, dk, angles, inverse=True))
+    dk = merge_heads(op, d.rope(op, dk, angles, inverse=True))
     dn = op.Add(
-        attention.k_proj(op, dk, transpose=True),
+        attention.k_proj.backward(op, dk),
         op.MatMul(op.Transpose(lifted, perm=[0, 2, 1]), narrow),
     )
     if attention.k_proj.bias is not None:
@@ -238,48 +239,9 @@ def _scaled(op: Any, d: Dialect, g: ir.Value, product: Callable[[ir.Value], ir.V
     return op.Mul(cast(op, product(cast(op, op.Div(g, total), d.dtype)), FLOAT), total)
 
 
-def _few(op: Any, d: Dialect, module: Linear, x: ir.Value, transpose: bool = False) -> ir.Value:
-    """`module` for the few rows of x [B,P,in].
-
-    Without prepacked weights ONNX Runtime's CPU kernel copies the right operand of a product into
-    panels first, which for a few rows takes two to four times as long as the product. So the
-    weight goes to the left (nothing is packed), and x W, where that would be no better, becomes
-    one vector-matrix product a row and block of W, a block small enough to stay in the cache.
-    """
-    if d.name != "ort":
-        return module(op, x, transpose=transpose)
-    weight = module.weight.into(op)
-    out, inner = (int(size) for size in _sizes(weight))
-    rows = int(_sizes(x)[1])
-    if transpose:
-        block = next((b for b in range(128, 31, -1) if out % b == 0), out)
-        a = op.Transpose(op.Reshape(x, [-1, out // block, 1, block]), perm=[1, 0, 2, 3])
-        w = _view(op, d, weight, [out // block, 1, block, inner], x)
-        y = reduce(op, "ReduceSum", op.MatMul(a, w), [0], keepdims=False)
-        return op.Reshape(y, [-1, rows, inner])
-    y = op.FusedMatMul(
-        weight, op.Reshape(x, [-1, inner]), transB=1, _domain="com.microsoft", _version=1
-    )
-    y = op.Transpose(typed(y, d.dtype, [out, None]), perm=[1, 0])
-    y = op.Reshape(y, [-1, rows, out])
-    return y if module.bias is None else op.Add(y, module.bias.into(op))
-
-
-def _view(op: Any, d: Dialect, weight: ir.Value, shape: list[int], like: ir.Value) -> ir.Value:
-    """A weight in another shape, without a second copy of it.
-
-    ONNX Runtime's constant folding would make one, so there the shape is known at run time only:
-    multiplied by B / B of `like`.
-    """
-    if d.name != "ort":
-        return op.Reshape(weight, shape)
-    one = op.Div(dim(op, like, 0), dim(op, like, 0))
-    return typed(op.Reshape(weight, op.Mul(one, shape)), d.dtype, shape)
-
-
 def _back(op: Any, d: Dialect, module: Linear, g: ir.Value) -> ir.Value:
     """The gradient before a Linear from the one behind it, f32 [B,P,out] → [B,P,in]."""
-    return _scaled(op, d, g, lambda narrow: _few(op, d, module, narrow, transpose=True))
+    return _scaled(op, d, g, lambda narrow: module.backward_few_rows(op, narrow))
 
 
 def _norm_back(op: Any, module: RMSNorm, x: ir.Value, g: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -313,15 +275,6 @@ def _norm_of_norm_back(
     inside = op.Mul(op.Mul(along, along), op.Add(op.Mul(square, module.eps), 1.0))
     outside = op.Sub(h, op.Mul(inside, 1.0 / size))
     return op.Sqrt(op.Mul(op.Max(outside, 0.0), square))
-
-
-def _by_transposed(op: Any, d: Dialect, a: ir.Value, b: ir.Value) -> ir.Value:
-    """a bᵀ over the last two axes, without a copy of b where the dialect has a way."""
-    rank = len(_sizes(b))
-    if d.name == "ort":
-        y = op.FusedMatMul(a, b, transB=1, _domain="com.microsoft", _version=1)
-        return typed(y, d.dtype, [*_sizes(a)[:-1], _sizes(b)[-2]])
-    return op.MatMul(a, op.Transpose(b, perm=[*range(rank - 2), rank - 1, rank - 2]))
 
 
 def _sizes(x: ir.Value) -> tuple[Any, ...]:

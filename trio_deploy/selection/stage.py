@@ -15,10 +15,9 @@ import onnx_ir as ir
 
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.graphs.dialects.base import BOOL, FLOAT, INT64, Dialect
 from trio_deploy.graphs.graph import Stage
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.values import cast, reduce
+from trio_deploy.graphs.values import BOOL, FLOAT, INT64, cast, reduce
 from trio_deploy.schedule.methods import METHODS
 from trio_deploy.selection import rivals
 from trio_deploy.selection.rivals import Choice, Method, Site
@@ -74,7 +73,7 @@ def build_select(
     """
     if method not in _METHODS:
         raise TrioError(f"Unknown pruning method {method!r}: choose from {', '.join(METHODS)}.")
-    text, d = config.text, Dialect.of(options)
+    text, d = config.text, options.make_dialect()
     stage = Stage(f"select_before_{layer}", d)
     op = stage.op
     x = stage.input("hidden_states", d.dtype, ["B", "S", text.hidden_size])

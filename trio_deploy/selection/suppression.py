@@ -7,8 +7,8 @@ candidates, suppresses them by what is kept already (M x K), and an inner Loop r
 among them (M x M). It ends when every row has its budget or has no candidate left.
 
 Formulated for runtimes with fragile loops: loop states never change their shape, nothing in a body
-has a data-dependent shape (but in the `ort` dialect, where a block is compared with no more than is
-kept by then), and no index is scattered to twice.
+has a data-dependent shape (but where the dialect resizes in loops, a block is compared with no more
+than is kept by then), and no index is scattered to twice.
 
 B rows, S tokens, N of them visual, d hidden size, M block size, K capacity for kept tokens,
 R = M ceil(S / M) ranks, W width after pruning.
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trio_deploy.graphs.dialects.base import BOOL, FLOAT, INT64, Dialect
-from trio_deploy.graphs.values import cast, constant, dim, reduce, running_sum
+from trio_deploy.graphs.dialects.base import Dialect
+from trio_deploy.graphs.values import BOOL, FLOAT, INT64, cast, constant, dim, reduce, running_sum
 from trio_deploy.selection.saliency import Tokens
 
 BLOCK = 256
@@ -71,13 +71,13 @@ def select(
         keep: int64 [B]; a row with keep >= N keeps all its visual tokens.
         capacity: K, int64 [1], at least every `keep` that is below its row's N.
         threshold: a kept token suppresses those with a cosine of at least this; positive.
-        block: M; half of it in the `ort` dialect, where rounds are cheap and rows dear.
+        block: M; half of it where the dialect resizes in loops: rounds are cheap and rows dear.
 
     Returns:
         The visual tokens that stay, bool [B,S], and whether the row's fixed points were reached,
         bool [B].
     """
-    block = max(block // 2, 1) if d.name == "ort" else block
+    block = max(block // 2, 1) if d.resizes_in_loops else block
     batch, length = dim(op, tokens.x, 0), dim(op, tokens.x, 1)
     available = reduce(op, "ReduceSum", op.Cast(tokens.visual, to=FLOAT), [1])  # [B,1]
     keep = op.Unsqueeze(keep, [1])
@@ -99,7 +99,7 @@ def select(
     places = op.Range(0, op.Squeeze(op.Mul(blocks, block), [0]), 1)  # all ranks
     candidates = op.Less(op.Unsqueeze(op.Cast(places, to=FLOAT), [0]), available)  # [B,R]
     # the token of each rank, and behind the S tokens places of their own [B,R]
-    order = _order(op, d, op.Where(tokens.visual, scores, NO_CANDIDATE), tokens.index)
+    order = d.descending(op, op.Where(tokens.visual, scores, NO_CANDIDATE), tokens.index)
     rest = op.Slice(places, length, [_END], [0])
     order = op.Concat(order, op.Expand(rest, op.Concat(batch, [1], axis=0)), axis=1)
     start = [
@@ -121,7 +121,7 @@ def select(
         candidate = op.Gather(candidates, mine, axis=1)  # [B,M]
         token = op.Min(op.Gather(order, mine, axis=1), last)  # what is no candidate never counts
         # cosines with what is kept and with one another
-        held = _most(op, count) if d.name == "ort" else capacity
+        held = _most(op, count) if d.resizes_in_loops else capacity
         both = op.Concat(op.Slice(buffer, [0], held, [1]), token, axis=1)
         rows = cast(op, op.Gather(tokens.flat, op.Add(both, tokens.offset), axis=0), FLOAT)
         own_rows = op.Slice(rows, held, [_END], [1])
@@ -169,22 +169,6 @@ def select(
     chosen = op.Greater(op.Slice(chosen, [0], length, [1]), 0.5)
     mask = op.And(tokens.visual, op.Or(chosen, op.Not(prunes)))
     return mask, op.Greater(op.Squeeze(converged, [1]), 0.5)
-
-
-def _order(op: Any, d: Dialect, score: ir.Value, index: ir.Value) -> ir.Value:
-    """The tokens of each row by falling score, int64 [B,S]; ties by index, int64 [S].
-
-    A sort where its ties are certain. Elsewhere a token's rank is how many are ahead of it: what
-    OpenVINO and TensorRT do with ties they do not say, and TensorRT sorts no more than 3840.
-    """
-    if d.name == "ort":
-        return op.TopK(score, op.Shape(index), axis=1, largest=1, sorted=1, _outputs=2)[1]
-    mine, other = op.Unsqueeze(score, [2]), op.Unsqueeze(score, [1])
-    earlier = op.Less(op.Unsqueeze(index, [0]), op.Unsqueeze(index, [1]))  # [S,S]
-    ahead = op.Or(op.Greater(other, mine), op.And(op.Equal(other, mine), earlier))
-    rank = reduce(op, "ReduceSum", op.Where(ahead, 1.0, 0.0), [2], keepdims=False)
-    rank = op.Cast(rank, to=INT64)
-    return op.ScatterElements(rank, rank, op.Expand(index, op.Shape(rank)), axis=1)
 
 
 def _fixed_point(

@@ -1,35 +1,190 @@
-"""Dialects: which operators a graph may use."""
+"""What a dialect decides about a graph: the operators of each building block."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import onnx_ir as ir
 
-from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.families.base import TextConfig
+from trio_deploy.graphs.values import INT64, last_two_swapped, reduce, shape_of
 
-FLOAT = ir.DataType.FLOAT
-INT64 = ir.DataType.INT64
-INT32 = ir.DataType.INT32
-BOOL = ir.DataType.BOOL
 
-_DTYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
+class Angles(NamedTuple):
+    """cos and sin of the rotary angles, [B, S, D/2]."""
+
+    cos: ir.Value
+    sin: ir.Value
+
+
+class KV(NamedTuple):
+    """Keys and values of one layer, [B, G, C, D] each."""
+
+    key: ir.Value
+    value: ir.Value
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """Which operators a graph may use, and its float type."""
+class Past:
+    """The KV cache before a step.
 
-    name: str
-    dtype: ir.DataType
+    Attributes:
+        lengths: int64 [B], valid tokens per row.
+        first: cache of the segment's first layer; those of the others have its shape.
+    """
+
+    lengths: ir.Value
+    first: KV
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the layers of one segment share; each dialect adds masks and places in the cache."""
+
+    angles: Angles
+
+
+class Dialect(ABC):
+    """Operators of the graphs that a runtime reads, and their float type.
+
+    To add a dialect, derive a class from this one, or from one that it resembles, and enter it in
+    `table.py`; nothing else knows a dialect's name. Methods take `op`, which writes nodes into the
+    graph under construction.
+
+    Attributes:
+        name: as users write it.
+        opset: version of the standard operators.
+        decode_opset: version of the standard operators in decode.onnx.
+        domains: further operator sets, domain to version.
+        always_decodes_apart: whether bundles always have decode.onnx.
+        always_takes_past: whether prefill graphs take a KV cache even beside decode.onnx.
+        reads_lengths: whether attention in prefill reads the number of valid tokens per row.
+        resizes_in_loops: whether shapes inside a Loop may depend on data.
+        gathers_in_loops: whether a Gather of few rows of a large matrix is cheap inside a Loop.
+        dtype: float type of weights, hidden states and the KV cache.
+    """
+
+    name: ClassVar[str]
     opset: int
+    decode_opset: ClassVar[int]
+    domains: ClassVar[Mapping[str, int]] = {}
+    always_decodes_apart: ClassVar[bool] = False
+    always_takes_past: ClassVar[bool] = False
+    reads_lengths: ClassVar[bool] = True
+    resizes_in_loops: ClassVar[bool] = False
+    gathers_in_loops: ClassVar[bool] = True
 
-    @classmethod
-    def of(cls, options: GraphOptions, *, decode: bool = False) -> Dialect:
-        """The dialect of one graph; `decode`: it is decode.onnx."""
-        opset = {"ort": 23, "onnx": 24 if decode else 23, "primitive": 17}[options.dialect]
-        return cls(options.dialect, _DTYPES[options.dtype], opset)
+    def __init__(self, dtype: ir.DataType, *, decode: bool = False) -> None:
+        self.dtype = dtype
+        if decode:
+            self.opset = self.decode_opset
+
+    # Products with weights [out, in]
+
+    @abstractmethod
+    def linear(
+        self, op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None
+    ) -> ir.Value:
+        """Compute x Wᵀ + b, [..., in] → [..., out], without a copy of W."""
+
+    def linear_transposed(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """Compute x W, [..., out] → [..., in]: the backward pass of `linear`."""
+        return op.MatMul(x, weight)
+
+    def linear_few_rows(
+        self, op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None
+    ) -> ir.Value:
+        """Compute `linear` for x [B, P, in] with few rows P."""
+        return self.linear(op, x, weight, bias)
+
+    def linear_transposed_few_rows(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """Compute `linear_transposed` for x [B, P, out] with few rows P."""
+        return self.linear_transposed(op, x, weight)
+
+    def reshape_weight(
+        self, op: Any, weight: ir.Value, shape: Sequence[int], like: ir.Value
+    ) -> ir.Value:
+        """Reshape a weight without a second copy of it; `like` is any value [B, ...]."""
+        return op.Reshape(weight, list(shape))
+
+    # Other operators
+
+    def matmul_transposed(self, op: Any, a: ir.Value, b: ir.Value) -> ir.Value:
+        """Compute a bᵀ over the last two axes."""
+        return op.MatMul(a, op.Transpose(b, perm=last_two_swapped(len(shape_of(b)))))
+
+    def rms_norm(self, op: Any, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+        """Compute x / sqrt(mean(x²) + ε) ∘ w over the last axis, in fp32."""
+        return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
+
+    def rope(
+        self,
+        op: Any,
+        x: ir.Value,
+        angles: Angles,
+        *,
+        heads: int | None = None,
+        inverse: bool = False,
+    ) -> ir.Value:
+        """Rotate x [B, N, S, D], or [B, S, N·D] if `heads` = N; `inverse` rotates back.
+
+        The angles must have the type of x.
+        """
+        sin = op.Neg(angles.sin) if inverse else angles.sin
+        attributes = {} if heads is None else {"num_heads": heads}
+        return op.RotaryEmbedding(x, angles.cos, sin, **attributes)
+
+    @abstractmethod
+    def full_attention(
+        self, op: Any, q: ir.Value, k: ir.Value, v: ir.Value, heads: int
+    ) -> ir.Value:
+        """Attend from every row to every row: q, k, v [T, N, h] → [T, N, h]."""
+
+    @abstractmethod
+    def attention(
+        self,
+        op: Any,
+        text: TextConfig,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        window: Window,
+        past: KV | None,
+    ) -> tuple[ir.Value, KV]:
+        """Rotate queries and keys, update the cache and attend to it causally.
+
+        q [B, S, H·D], k and v [B, S, G·D], `past` [B, G, C, D] → [B, S, H·D] and the cache
+        afterwards.
+        """
+
+    @abstractmethod
+    def prefill_window(
+        self, op: Any, angles: Angles, x: ir.Value, lengths: ir.Value | None, past: Past | None
+    ) -> Window:
+        """Prepare the attention of a prefill graph over x [B, S, d].
+
+        `lengths` is int64 [B], the valid new tokens per row. Without `past`, decode.onnx takes the
+        later steps. With it, the graph runs those, too: the first prompt then has C = 0 and
+        past lengths 0, and each later step S = 1 and lengths 1.
+        """
+
+    @abstractmethod
+    def decode_window(self, op: Any, angles: Angles, x: ir.Value, past: Past) -> Window:
+        """Prepare the attention of decode.onnx over one new token per row, x [B, 1, d]."""
+
+    def descending(self, op: Any, score: ir.Value, index: ir.Value) -> ir.Value:
+        """Order the tokens of each row by descending score [B, S], ties by `index` int64 [S].
+
+        Returns their indices, int64 [B, S]. A token's rank is the number of tokens ahead of it:
+        OpenVINO and TensorRT do not document what TopK does with ties, and TensorRT sorts no more
+        than 3840 values.
+        """
+        own, other = op.Unsqueeze(score, [2]), op.Unsqueeze(score, [1])
+        earlier = op.Less(op.Unsqueeze(index, [0]), op.Unsqueeze(index, [1]))  # [S, S]
+        ahead = op.Or(op.Greater(other, own), op.And(op.Equal(other, own), earlier))
+        rank = reduce(op, "ReduceSum", op.Where(ahead, 1.0, 0.0), [2], keepdims=False)
+        rank = op.Cast(rank, to=INT64)
+        return op.ScatterElements(rank, rank, op.Expand(index, op.Shape(rank)), axis=1)

@@ -1,0 +1,150 @@
+"""`ort`: operators of ONNX Runtime beside those of opset 23."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from trio_deploy.families.base import TextConfig
+from trio_deploy.graphs.dialects.base import KV, Angles, Dialect, Past, Window
+from trio_deploy.graphs.values import (
+    INT32,
+    constant,
+    dim,
+    dtype_of,
+    reduce,
+    shape_of,
+    typed,
+)
+
+_MICROSOFT = {"_domain": "com.microsoft", "_version": 1}
+
+
+@dataclass(frozen=True)
+class CacheWindow(Window):
+    """Lengths for GroupQueryAttention.
+
+    Attributes:
+        seqlens: int32 [B], valid tokens per row after this step, less one.
+        total: int32 scalar, the longest row after this step.
+    """
+
+    seqlens: ir.Value
+    total: ir.Value
+
+
+class OrtDialect(Dialect):
+    """Operators of ONNX Runtime: FusedMatMul, MultiHeadAttention, GroupQueryAttention."""
+
+    name = "ort"
+    opset = 23
+    decode_opset = 23
+    domains: ClassVar[Mapping[str, int]] = {"com.microsoft": 1}
+    always_takes_past = True
+    resizes_in_loops = True
+
+    def linear(
+        self, op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None
+    ) -> ir.Value:
+        y = op.FusedMatMul(x, weight, transB=1, **_MICROSOFT)
+        typed(y, dtype_of(x), [*shape_of(x)[:-1], shape_of(weight)[0]])
+        return y if bias is None else op.Add(y, bias)
+
+    def linear_few_rows(
+        self, op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None
+    ) -> ir.Value:
+        """Compute `linear` with the weight on the left.
+
+        Without prepacked weights ONNX Runtime's CPU kernel copies the right operand of a product
+        into panels first, which for a few rows takes two to four times as long as the product.
+        """
+        out, inner = shape_of(weight)
+        rows = int(shape_of(x)[1])
+        y = op.FusedMatMul(weight, op.Reshape(x, [-1, inner]), transB=1, **_MICROSOFT)
+        y = op.Transpose(typed(y, self.dtype, [out, None]), perm=[1, 0])
+        y = op.Reshape(y, [-1, rows, out])
+        return y if bias is None else op.Add(y, bias)
+
+    def linear_transposed_few_rows(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """Compute x W as one vector-matrix product per row and block of W.
+
+        The weight on the left would be no better here than on the right (see `linear_few_rows`);
+        a block is small enough to stay in the cache.
+        """
+        out, inner = (int(size) for size in shape_of(weight))
+        rows = int(shape_of(x)[1])
+        block = next((b for b in range(128, 31, -1) if out % b == 0), out)
+        a = op.Transpose(op.Reshape(x, [-1, out // block, 1, block]), perm=[1, 0, 2, 3])
+        w = self.reshape_weight(op, weight, [out // block, 1, block, inner], x)
+        y = reduce(op, "ReduceSum", op.MatMul(a, w), [0], keepdims=False)
+        return op.Reshape(y, [-1, rows, inner])
+
+    def reshape_weight(
+        self, op: Any, weight: ir.Value, shape: Sequence[int], like: ir.Value
+    ) -> ir.Value:
+        """Reshape to a shape that is known at run time only, since it is multiplied by B / B.
+
+        ONNX Runtime's constant folding would make a copy otherwise.
+        """
+        one = op.Div(dim(op, like, 0), dim(op, like, 0))
+        return typed(op.Reshape(weight, op.Mul(one, list(shape))), self.dtype, shape)
+
+    def matmul_transposed(self, op: Any, a: ir.Value, b: ir.Value) -> ir.Value:
+        y = op.FusedMatMul(a, b, transB=1, **_MICROSOFT)
+        return typed(y, self.dtype, [*shape_of(a)[:-1], shape_of(b)[-2]])
+
+    def full_attention(
+        self, op: Any, q: ir.Value, k: ir.Value, v: ir.Value, heads: int
+    ) -> ir.Value:
+        scale = (int(shape_of(q)[-1]) // heads) ** -0.5
+        y = op.MultiHeadAttention(q, k, v, num_heads=heads, scale=scale, **_MICROSOFT)
+        return typed(y, self.dtype, shape_of(q))
+
+    def attention(
+        self,
+        op: Any,
+        text: TextConfig,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        window: Window,
+        past: KV | None,
+    ) -> tuple[ir.Value, KV]:
+        assert isinstance(window, CacheWindow) and past is not None
+        q = self.rope(op, q, window.angles, heads=text.num_heads)
+        k = self.rope(op, k, window.angles, heads=text.num_kv_heads)
+        y, key, value = op.GroupQueryAttention(
+            q, k, v, past.key, past.value, window.seqlens, window.total,
+            num_heads=text.num_heads, kv_num_heads=text.num_kv_heads, do_rotary=0,
+            scale=text.head_dim**-0.5, _outputs=3, **_MICROSOFT,
+        )  # fmt: skip
+        typed(y, self.dtype, shape_of(q))
+        shape = [shape_of(q)[0], text.num_kv_heads, None, text.head_dim]
+        return y, KV(typed(key, self.dtype, shape), typed(value, self.dtype, shape))
+
+    def prefill_window(
+        self, op: Any, angles: Angles, x: ir.Value, lengths: ir.Value | None, past: Past | None
+    ) -> Window:
+        assert lengths is not None and past is not None
+        return self._window(op, angles, x, lengths, past)
+
+    def decode_window(self, op: Any, angles: Angles, x: ir.Value, past: Past) -> Window:
+        return self._window(op, angles, x, constant(op, np.ones(1, np.int64), "one"), past)
+
+    def _window(
+        self, op: Any, angles: Angles, x: ir.Value, lengths: ir.Value, past: Past
+    ) -> CacheWindow:
+        new = dim(op, x, 1)
+        seqlens = op.Cast(op.Sub(op.Add(past.lengths, lengths), 1), to=INT32)
+        # Prefill: S, which tells the kernel that this is a first prompt. Decode: max past + 1.
+        total = op.Add(op.ReduceMax(past.lengths, keepdims=1), new)
+        total = op.Cast(op.Squeeze(total, [0]), to=INT32)
+        return CacheWindow(angles, seqlens, total)
+
+    def descending(self, op: Any, score: ir.Value, index: ir.Value) -> ir.Value:
+        """Sort: of equal scores ONNX Runtime's TopK takes the lower index first."""
+        return op.TopK(score, op.Shape(index), axis=1, largest=1, sorted=1, _outputs=2)[1]
