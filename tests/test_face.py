@@ -50,5 +50,5 @@ def test_all_names_can_be_imported_at_once():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(AttributeError, match="'trio_deploy' has no attribute 'Pipeline'"):
-        _ = trio_deploy.Pipeline
+    with pytest.raises(AttributeError, match="'trio_deploy' has no attribute 'Engine'"):
+        _ = trio_deploy.Engine

@@ -107,8 +107,8 @@ def test_engines_compute_what_onnx_runtime_does(built: Built, layout: str, dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_answers_are_those_of_onnx_runtime(built: Built, layout: str) -> None:
     bundle = built.get(layout)
-    expected = Pipeline.open(bundle, "onnxruntime").generate_batch(questions())
-    found = Pipeline.open(bundle, "tensorrt").generate_batch(questions())
+    expected = Pipeline.open(bundle, runtime="onnxruntime").generate_batch(questions())
+    found = Pipeline.open(bundle, runtime="tensorrt").generate_batch(questions())
     assert [a.token_ids for a in found] == [a.token_ids for a in expected]
     assert all(map(np.array_equal, found[0].kept, expected[0].kept))
 
@@ -116,7 +116,7 @@ def test_answers_are_those_of_onnx_runtime(built: Built, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recorded_steps_give_what_plain_ones_give(built: Built, layout: str) -> None:
     bundle = built.get(layout, "float16")
-    pipeline = Pipeline.open(bundle, "tensorrt")
+    pipeline = Pipeline.open(bundle, runtime="tensorrt")
     runtime = pipeline.engine("embed").runtime  # type: ignore[attr-defined]
     recorded = pipeline.generate_batch(questions())
     assert runtime.recordings > 0
@@ -126,7 +126,7 @@ def test_recorded_steps_give_what_plain_ones_give(built: Built, layout: str) -> 
 
 
 def test_a_second_request_needs_no_more_memory(built: Built, host: Host) -> None:
-    pipeline = Pipeline.open(built.get("separate"), "tensorrt")
+    pipeline = Pipeline.open(built.get("separate"), runtime="tensorrt")
     pipeline.generate_batch(questions())
     before, _ = host.device.memory()
     for _ in range(3):
@@ -162,11 +162,11 @@ def test_engines_of_another_tensorrt_are_refused(built: Built, tmp_path: Path) -
     replace(Record.load(folder), tensorrt="8.5.0").save(folder)
     assert (folder / RECORD).is_file()
     with pytest.raises(TrioError, match=r"built by TensorRT 8\.5\.0"):
-        Pipeline.open(bundle, "tensorrt")
+        Pipeline.open(bundle, runtime="tensorrt")
 
 
 def test_a_request_beyond_the_profiles_is_refused(built: Built) -> None:
-    pipeline = Pipeline.open(built.get("separate"), "tensorrt")
+    pipeline = Pipeline.open(built.get("separate"), runtime="tensorrt")
     with pytest.raises(TrioError, match="max_new_tokens"):
         pipeline.generate([], "one two three", max_new_tokens=1000)
 

@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(checkpoint: Path, out: Path, dialect: str, runtime: str, schedule: str) -> Pipeline:
     export_model(checkpoint, out, schedule=schedule, dialect=dialect, progress=False)
-    return Pipeline.open(out, runtime, threads=1)
+    return Pipeline.open(out, runtime=runtime, threads=1)
 
 
 def requests(count: int) -> list[Request]:

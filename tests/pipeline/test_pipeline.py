@@ -14,9 +14,9 @@ from PIL import Image
 from tests.support.checkpoints import EOS
 from tests.support.pictures import make_picture
 from tests.support.questions import COLOR, alike, ask
-from trio_deploy import Bundle, Pipeline, Request, TrioError, export_model
+from trio_deploy import Bundle, Pipeline, Request, RuntimeOptions, TrioError, export_model
 from trio_deploy.pipeline.draw import draw_generation
-from trio_deploy.pipeline.pipeline import _target_options
+from trio_deploy.pipeline.pipeline import complete_options
 
 SCHEDULE = "1:0.4,2:0.2"
 
@@ -56,7 +56,7 @@ class Setup:
         key = (family, dialect, positions, runtime)
         if key not in self._pipelines:
             bundle = self.bundle(family, dialect, positions)
-            self._pipelines[key] = Pipeline.open(bundle, runtime, threads=1)
+            self._pipelines[key] = Pipeline.open(bundle, runtime=runtime, threads=1)
         return self._pipelines[key]
 
     def oracle(self, family: str, positions: str = "renumber") -> Any:
@@ -360,7 +360,7 @@ def test_a_bfloat16_bundle_runs_on_openvino_and_is_refused_by_onnx_runtime(
     features = engine.run({"pixel_values": rounded})["image_features"].astype(np.float32)
     assert np.abs(features - expected).max() < 0.03 * np.abs(expected).max()
     with pytest.raises(TrioError, match="onnxruntime cannot run bfloat16 graphs: .*cpu-openvino"):
-        Pipeline.open(out, "onnxruntime")
+        Pipeline.open(out, runtime="onnxruntime")
 
 
 def test_a_target_of_ones_own_is_carried_by_the_bundle(setup: Setup, tmp_path: Path) -> None:
@@ -373,9 +373,12 @@ def test_a_target_of_ones_own_is_carried_by_the_bundle(setup: Setup, tmp_path: P
     target.unlink()
     bundle = Bundle.load(out)
     assert (bundle.manifest.runtime, bundle.manifest.precision) == ("openvino", "bfloat16")
-    assert _target_options(bundle, None, None) == ("openvino", None, "bfloat16")
-    assert _target_options(bundle, None, "onnxruntime") == ("onnxruntime", None, None)
-    assert _target_options(bundle, "cpu-openvino", None) == ("openvino", None, "float32")
+    chosen = complete_options(bundle, RuntimeOptions(threads=3))
+    assert chosen == RuntimeOptions(runtime="openvino", precision="bfloat16", threads=3)
+    chosen = complete_options(bundle, RuntimeOptions(runtime="onnxruntime"))
+    assert chosen == RuntimeOptions(runtime="onnxruntime")
+    chosen = complete_options(bundle, RuntimeOptions(target="cpu-openvino"))
+    assert (chosen.runtime, chosen.precision) == ("openvino", "float32")
 
 
 def test_a_bundle_for_cuda_asks_for_a_gpu_unless_told_otherwise(
@@ -390,7 +393,8 @@ def test_a_bundle_for_cuda_asks_for_a_gpu_unless_told_otherwise(
     manifest = bundle.manifest
     assert (manifest.runtime, manifest.provider) == ("onnxruntime", "cuda")
     assert (manifest.dialect, manifest.dtype) == ("ort", "float16")
-    assert _target_options(bundle, None, None) == ("onnxruntime", "cuda", None)
+    chosen = complete_options(bundle, RuntimeOptions())
+    assert chosen == RuntimeOptions(runtime="onnxruntime", provider="cuda")
     with pytest.raises(TrioError, match=r"no CUDAExecutionProvider.*\[gpu\].*--provider cpu"):
         Pipeline.open(bundle)
     on_cpu = Pipeline.open(bundle, provider="cpu", threads=1)

@@ -128,7 +128,7 @@ class Opened:
         if key not in self._pipelines:
             self._pipelines[key] = Pipeline.open(
                 without_ends(Bundle.load(case.bundle)),
-                case.runtime,
+                runtime=case.runtime,
                 target=case.target,
                 threads=case.threads,
                 provider=case.provider,

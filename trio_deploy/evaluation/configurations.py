@@ -379,7 +379,7 @@ class Bundles:
                 key,
                 Pipeline.open(
                     self.bundle(configuration),
-                    options.runtime,
+                    runtime=options.runtime,
                     threads=options.threads,
                     provider=options.provider,
                 ),

@@ -66,7 +66,7 @@ class Trio(Lmms):
             raise TrioError("say which bundle: --model_args bundle=FOLDER")
         self.pipeline = Pipeline.open(
             bundle,
-            runtime,
+            runtime=runtime,
             target=target,
             provider=provider,
             threads=None if threads is None else _number("threads", threads, int),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,6 +15,7 @@ from tokenizers import Tokenizer
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import ENGINES, Manifest
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import GRAPH_DTYPES, Target, load_target
 from trio_deploy.errors import TrioError
 from trio_deploy.families.preprocessing import Preprocessor, ProcessedImage
@@ -71,31 +74,23 @@ class Pipeline:
     def open(
         cls,
         bundle: str | os.PathLike[str] | Bundle,
-        runtime: str | None = None,
-        *,
-        target: str | Target | None = None,
-        threads: int | None = None,
-        low_memory: bool = False,
-        provider: str | None = None,
-        precision: str | None = None,
+        options: RuntimeOptions | None = None,
+        **keywords: Any,
     ) -> Pipeline:
         """Load a bundle.
 
         Args:
-            runtime: `onnxruntime`, `openvino` or `tensorrt`; None takes the target's.
-            target: a name or file of engines/; None takes the one that the bundle was made for.
-            threads: of one operator; None leaves the choice to the runtime.
-            low_memory: keep weights in the page cache alone (ONNX Runtime).
-            provider: ONNX Runtime's execution provider, `cpu` or `cuda`; None takes the target's.
-            precision: `float32` or `bfloat16`, what OpenVINO computes in; None takes the target's.
+            options: how to run it.
+            keywords: fields of `RuntimeOptions`, which replace those of `options`.
 
         Raises:
             TrioError: the bundle is damaged or incomplete, or the runtime is not installed.
         """
+        options = replace(options or RuntimeOptions(), **keywords)
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(Path(bundle))
         loaded.require_weights()
-        name, device, targeted = _target_options(loaded, target, runtime)
-        dtype = loaded.manifest.dtype
+        options = complete_options(loaded, options)
+        name, dtype = options.runtime or "", loaded.manifest.dtype
         if dtype not in GRAPH_DTYPES.get(name, (dtype,)):
             raise TrioError(
                 f"{name} cannot run {dtype} graphs: export with --dtype "
@@ -103,12 +98,12 @@ class Pipeline:
             )
         opened = open_runtime(
             name,
-            threads=threads,
-            low_memory=low_memory,
-            provider=provider or device,
-            precision=precision or targeted,
+            threads=options.threads,
+            low_memory=options.low_memory,
+            provider=options.provider,
+            precision=options.precision,
             bundle=loaded,
-            target=target.name if isinstance(target, Target) else target and Path(target).stem,
+            target=_target_name(options.target),
         )
         stages = Stages(loaded, opened)
         tokens = {key: token for key, token in loaded.tokens.items() if isinstance(token, str)}
@@ -121,7 +116,7 @@ class Pipeline:
         )
         preprocessor = Preprocessor.from_json(loaded.preprocessor, loaded.config)
         # Hidden states and cache of a 16-bit bundle are rounded whatever the products are done in.
-        chosen = dtype if dtype != "float32" else precision or targeted or dtype
+        chosen = dtype if dtype != "float32" else options.precision or dtype
         return cls(loaded, stages, encoder, preprocessor, chosen)
 
     def engine(self, stage: str) -> Engine:
@@ -360,25 +355,36 @@ class Pipeline:
         return len(image.pixel_values) * self.bundle.config.vision.rows_per_tile
 
 
-def _target_options(
-    bundle: Bundle, target: str | Target | None, runtime: str | None
-) -> tuple[str, str | None, str | None]:
-    """Runtime, provider and precision: the caller's, else the target's, else the bundle's.
+def complete_options(bundle: Bundle, options: RuntimeOptions) -> RuntimeOptions:
+    """Fill in runtime, provider and precision from the target, else from the bundle.
 
-    Providers are ONNX Runtime's, a precision of its own OpenVINO's; None where the runtime is
-    another than the target's.
+    A target's provider holds for ONNX Runtime and its precision for OpenVINO; both stay None where
+    the runtime is not the target's.
     """
+    target = options.target
     built = isinstance(target, str) and (bundle.path / ENGINES / target).is_dir()
-    if built and runtime in (None, "tensorrt"):
-        return "tensorrt", None, None
+    if built and options.runtime in (None, "tensorrt"):
+        return replace(options, runtime="tensorrt")
     # What the manifest says, since a target file of the exporting machine's may not be here.
     chosen: Manifest | Target = bundle.manifest
     if target is not None:
         chosen = target if isinstance(target, Target) else load_target(target)
-    name = runtime or chosen.runtime
+    name = options.runtime or chosen.runtime
     provider = chosen.provider if name == chosen.runtime == "onnxruntime" else None
     precision = chosen.precision if name == chosen.runtime == "openvino" else None
-    return name, provider, precision
+    return replace(
+        options,
+        runtime=name,
+        provider=options.provider or provider,
+        precision=options.precision or precision,
+    )
+
+
+def _target_name(target: str | Path | Target | None) -> str | None:
+    """Name of a target, which is also that of the folder with its engines."""
+    if isinstance(target, Target):
+        return target.name
+    return None if target is None else Path(target).stem
 
 
 def _numbers(requests: Sequence[Request]) -> list[tuple[str, Request]]:

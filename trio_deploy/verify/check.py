@@ -88,7 +88,9 @@ def check(
         TrioError: torch or transformers is missing, or nothing was recorded.
     """
     loaded = _loaded(bundle)
-    pipeline = Pipeline.open(loaded, runtime, threads=threads, provider=provider, target=target)
+    pipeline = Pipeline.open(
+        loaded, runtime=runtime, threads=threads, provider=provider, target=target
+    )
     if golden:
         reference, rows = load(loaded), []
     else:
@@ -138,7 +140,7 @@ def record(
         TrioError: torch or transformers is missing.
     """
     loaded = _loaded(bundle)
-    pipeline = Pipeline.open(loaded, runtime, provider=provider)
+    pipeline = Pipeline.open(loaded, runtime=runtime, provider=provider)
     return store(loaded, _ask_oracle(loaded, pipeline, examples or default_examples(), checkpoint))
 
 

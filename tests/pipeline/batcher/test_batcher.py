@@ -47,7 +47,7 @@ def opened(folder: Path, dialect: str = "ort", runtime: str = "onnxruntime") -> 
     bundle = folder / dialect
     if not bundle.is_dir():
         export_model("tiny", bundle, schedule=SCHEDULE, dialect=dialect, progress=False)
-    pipeline = Pipeline.open(bundle, runtime, threads=1)
+    pipeline = Pipeline.open(bundle, runtime=runtime, threads=1)
     pipeline._ends = frozenset()
     return pipeline
 

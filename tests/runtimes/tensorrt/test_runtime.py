@@ -82,7 +82,7 @@ class Machine:
         self.folder = build(bundle, target, simulation)
 
     def pipeline(self) -> Pipeline:
-        return Pipeline.open(self.bundle, "tensorrt")
+        return Pipeline.open(self.bundle, runtime="tensorrt")
 
     def runtime(self, **options: Any) -> TrtRuntime:
         return TrtRuntime(self.folder, self.bundle, **options)
@@ -155,7 +155,9 @@ def test_answers_are_those_of_onnx_runtime(
 ) -> None:
     bundle, target = bundles.get(kind)
     machine = Machine(install(monkeypatch, kind[0]), bundle, target)
-    expected = Pipeline.open(bundle, "onnxruntime", threads=1).generate_batch(requests(budget))
+    expected = Pipeline.open(bundle, runtime="onnxruntime", threads=1).generate_batch(
+        requests(budget)
+    )
     found = machine.pipeline().generate_batch(requests(budget))
     assert [a.token_ids for a in found] == [a.token_ids for a in expected]
     for mine, theirs in zip(found, expected, strict=True):
@@ -173,7 +175,7 @@ def test_selections_with_inputs_of_their_own_get_them(
     schedule = "0:0.6:vscan,1:0.4:cls-attention,2:0.2:random"
     bundle = export_for(llava_next_checkpoint, tmp_path, target, schedule)
     machine = Machine(simulation, bundle, target)
-    expected = Pipeline.open(bundle, "onnxruntime", threads=1).generate_batch(requests())
+    expected = Pipeline.open(bundle, runtime="onnxruntime", threads=1).generate_batch(requests())
     found = machine.pipeline().generate_batch(requests())
     assert [a.token_ids for a in found] == [a.token_ids for a in expected]
     assert [a.keep_counts for a in found] == [a.keep_counts for a in expected]

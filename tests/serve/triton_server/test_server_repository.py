@@ -104,7 +104,7 @@ def test_stages_run_from_their_folders_and_lead_to_the_pipelines_first_token(ser
     bundle, models = served
     scene = scenes.generate(scenes.TEST_SEEDS[0])
     request = Request(scene.questions[0].text, [scene.image], max_new_tokens=1)
-    pipeline = Pipeline.open(bundle, "onnxruntime")
+    pipeline = Pipeline.open(bundle, runtime="onnxruntime")
     prompt, (image,) = pipeline.encode(request)
     expected = pipeline.generate_batch([request])[0]
 

@@ -224,7 +224,7 @@ def _parameters(args: Mapping[str, str]) -> dict[str, str]:
 def _open(settings: Settings, folder: Path) -> Pipeline:
     return Pipeline.open(
         folder / settings.bundle,
-        settings.runtime,
+        runtime=settings.runtime,
         target=_target(settings, folder),
         threads=settings.threads,
         low_memory=settings.low_memory,
