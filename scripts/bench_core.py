@@ -34,15 +34,16 @@ from typing import Any
 
 import numpy as np
 
-from trio_deploy import Bundle, Schedule, TrioError, export_model
-from trio_deploy.bench.baselines import autograd_probe
-from trio_deploy.bench.cases import Case, Opened, Run, fitted
-from trio_deploy.bench.child import peak_memory
+from trio_deploy import Bundle, RuntimeOptions, Schedule, TrioError, export_model
+from trio_deploy.bench.case import Case, Run
+from trio_deploy.bench.contenders.contenders import Contenders
+from trio_deploy.bench.contenders.genai import missing
+from trio_deploy.bench.contenders.oracle import autograd_probe
 from trio_deploy.bench.environment import machine, machine_text
-from trio_deploy.bench.genai import missing
+from trio_deploy.bench.measure import interleave
+from trio_deploy.bench.peak_memory import peak_memory, peak_mib
 from trio_deploy.bench.synthetic import Size, write_checkpoint
-from trio_deploy.bench.timing import interleave, peak_mib
-from trio_deploy.bench.workload import Workload
+from trio_deploy.bench.workload import Workload, fit_prompt
 from trio_deploy.runtimes.registry import open_engine
 
 IMAGES = 5
@@ -136,15 +137,21 @@ def cases(cache: Path, at: Setting, runtime: str, threads: int) -> tuple[Case, C
     result = []
     for name, schedule in (("pruned", Schedule.parse(at.schedule)), ("unpruned", Schedule())):
         bundle = bundle_of(source, cache / f"{source.name}-{dialect}-{name}", schedule, dialect)
-        result.append(Case(name, "trio", str(bundle.path), runtime=runtime, threads=threads))
+        options = RuntimeOptions(runtime, threads=threads)
+        result.append(Case(name, "trio", str(bundle.path), options=options))
     return result[0], result[1]
+
+
+def in_precision(case: Case, precision: str | None) -> Case:
+    """The case computed in another float type; None: the runtime's own."""
+    return replace(case, options=replace(case.options, precision=precision))
 
 
 def workload(at: Setting, bundle: str, new_tokens: int) -> Workload:
     """New pictures in every run and the prompt behind them; lengths are what they should be."""
     side = at.model.image
     asked = Workload(IMAGES, side, side, "?", new_tokens)
-    work, tiles = fitted(asked, Bundle.load(bundle), TEXT_TOKENS)
+    work, tiles = fit_prompt(asked, Bundle.load(bundle), TEXT_TOKENS)
     assert tiles == IMAGES, tiles
     return work
 
@@ -182,11 +189,11 @@ def bench_prefill(
     pair = cases(cache, at, runtime, threads)
     work = workload(at, pair[0].bundle, 1)
     lines = {
-        f"{case.name} {precision or 'float32'}": replace(case, precision=precision)
+        f"{case.name} {precision or 'float32'}": in_precision(case, precision)
         for precision in precisions
         for case in pair
     }
-    with Opened() as opened:
+    with Contenders() as opened:
         contenders = {key: checked(opened.open(case, work), at) for key, case in lines.items()}
         results = {key: summary(runs) for key, runs in interleave(at.runs, contenders).items()}
     del opened, contenders
@@ -232,7 +239,7 @@ def bench_decode(cache: Path, at: Setting, threads: int) -> tuple[dict[str, Any]
     pruned, unpruned = cases(cache, at, "onnxruntime", threads)
     plain = replace(unpruned, name="transformers", kind="transformers")
     work = workload(at, pruned.bundle, at.new_tokens)
-    with Opened() as opened:
+    with Contenders() as opened:
         contenders = {
             case.name: checked(opened.open(case, work), at) for case in (pruned, unpruned, plain)
         }
@@ -373,7 +380,7 @@ def bench_genai(
     """
     if reason := missing(python):
         return f"skipped: {reason}"
-    pruned = replace(cases(cache, at, "openvino", threads)[0], precision="bfloat16")
+    pruned = in_precision(cases(cache, at, "openvino", threads)[0], "bfloat16")
     genai = replace(
         pruned,
         name="genai",
@@ -382,7 +389,7 @@ def bench_genai(
         python=python,
     )
     work = workload(at, pruned.bundle, 1)
-    with Opened() as opened:
+    with Contenders() as opened:
         try:
             answers = {"pruned": checked(opened.open(pruned, work), at)}
             answers["genai"] = opened.open(genai, work)

@@ -35,7 +35,7 @@ from triton_server import TritonServer
 
 from trio_deploy import Bundle, Pipeline, export_model
 from trio_deploy.bench.environment import load_average, machine, machine_text
-from trio_deploy.bench.runner import budget_name
+from trio_deploy.bench.measure import budget_name
 from trio_deploy.evaluation import scenes
 from trio_deploy.serve.triton_server.repository import Options, read_settings, write_repository
 

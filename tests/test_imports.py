@@ -113,7 +113,7 @@ def test_help_and_every_command_start_without_torch():
     """Importing the rooms, `check` of recorded answers included, loads no torch and no engine."""
     program = (
         "import sys, trio_deploy.cli.main, trio_deploy.cost.plan, trio_deploy.export.job,"
-        " trio_deploy.verify.check, trio_deploy.cli.run, trio_deploy.bench.command,"
+        " trio_deploy.verify.check, trio_deploy.cli.run, trio_deploy.bench.measure,"
         " trio_deploy.pipeline.pipeline\n"
         f"print(sorted({(ONLY_THE_ORACLE | set(ENGINES))!r} & set(sys.modules)))"
     )

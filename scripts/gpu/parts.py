@@ -200,7 +200,7 @@ class Part:
 
     def run_tiny(self, dtype: str, layout: str) -> None:
         """The trained tiny model's engines, against the oracle and ONNX Runtime."""
-        from trio_deploy.bench import baselines
+        from trio_deploy.bench.contenders import torch_model
         from trio_deploy.verify import check as parity
 
         name = f"tiny {dtype} {layout}"
@@ -213,7 +213,7 @@ class Part:
         self.result.of = of
         self.result.checks.clear()
         golden, missing = False, ""
-        if not baselines.available():
+        if not torch_model.available():
             self.result.doing("the oracle, in torch's Python")
             missing = self._record(bundle.path)
             golden = not missing
@@ -292,11 +292,16 @@ class Part:
 
     def run_times(self) -> None:
         """Times of the 7B model, and the bounds on them."""
-        from trio_deploy.bench.runner import UNPRUNED, Options, measure
+        from trio_deploy.bench.measure import UNPRUNED, BenchOptions, measure
+        from trio_deploy.config.options import RuntimeOptions
 
         bundle, _ = self.large()
-        options = Options(
-            new_tokens=NEW_TOKENS, runs=self.runs, baselines=(), memory=False, runtime="tensorrt"
+        options = BenchOptions(
+            new_tokens=NEW_TOKENS,
+            runs=self.runs,
+            baselines=(),
+            memory=False,
+            runtime=RuntimeOptions("tensorrt"),
         )
         self.result.doing("times")
         result = measure(bundle, options)
@@ -314,25 +319,27 @@ class Part:
         """torch on the same GPU: transformers unpruned, and the oracle's autograd pruning."""
         import torch
 
-        from trio_deploy.bench.baselines import open_baseline
-        from trio_deploy.bench.cases import Case, fitted
-        from trio_deploy.bench.runner import Options
-        from trio_deploy.bench.timing import Spread, interleave
-        from trio_deploy.bench.workload import Workload, picture_size
+        from trio_deploy.bench.case import Case
+        from trio_deploy.bench.contenders.hf import open_transformers
+        from trio_deploy.bench.contenders.oracle import open_oracle
+        from trio_deploy.bench.measure import BenchOptions, interleave
+        from trio_deploy.bench.results import Spread
+        from trio_deploy.bench.workload import Workload, fit_prompt, picture_size
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         bundle, _ = self.large()
         width, height = picture_size(bundle.config)
-        work, _ = fitted(Workload(1, width, height, "?", NEW_TOKENS), bundle, Options().text_tokens)
+        asked = Workload(1, width, height, "?", NEW_TOKENS)
+        work, _ = fit_prompt(asked, bundle, BenchOptions().text_tokens)
         found: dict[str, Any] = {"device": device, "torch": torch.__version__}
         self.result.figures["large"] = {"torch": found}
         dtype = bundle.manifest.dtype if device == "cuda" else "float32"
-        for kind in ("transformers", "oracle"):
+        for kind, open_contender in (("transformers", open_transformers), ("oracle", open_oracle)):
             self.result.doing(f"torch, {kind}")
             answer: Any = None
             try:
                 case = Case(kind, kind, str(bundle.path))
-                answer = open_baseline(case, bundle, work, device=device, dtype=dtype)
+                answer = open_contender(case, work, device=device, dtype=dtype)
                 runs = interleave(self.runs, {kind: answer})[kind]
                 found[kind] = {
                     "dtype": dtype,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from trio_deploy import Schedule
-from trio_deploy.bench.cases import Case, Run
-from trio_deploy.bench.results import case_figures, compare, cost_of
+from trio_deploy import RuntimeOptions, Schedule
+from trio_deploy.bench.case import Case, Run
+from trio_deploy.bench.results import Spread, case_figures, compare, cost_of
 from trio_deploy.bench.table import split
 from trio_deploy.cost.flops import account
 
@@ -27,7 +29,15 @@ def run(**changes):
     return Run(**{**values, **changes})
 
 
-CASE = Case("11 %", "trio", "b", None, "onnxruntime")
+CASE = Case("11 %", "trio", "b", None, RuntimeOptions("onnxruntime"))
+
+
+def test_a_spread_is_median_and_quartiles():
+    spread = Spread.of([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (spread.median, spread.q1, spread.q3) == (3, 2, 4)
+    assert (spread.least, spread.most, spread.runs) == (1, 5, 5)
+    assert Spread.of([2.0]) == Spread(2, 2, 2, 2, 2, 1)
+    assert json.loads(json.dumps(spread.to_json()))["q3"] == 4
 
 
 def test_stages_add_up_to_the_first_token():

@@ -5,28 +5,26 @@ from __future__ import annotations
 import html
 import html.parser
 import json
-import math
 import os
 import re
 import shutil
 import subprocess
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from tests.support.pictures import make_picture
 from trio_deploy import Bundle, Schedule, TrioError, export_model
-from trio_deploy.bench.command import bench
-from trio_deploy.bench.runner import Options
+from trio_deploy.bench.measure import BenchOptions, measure
+from trio_deploy.bench.table import write
 from trio_deploy.bundle.manifest import MANIFEST
 from trio_deploy.cli import main as cli
 from trio_deploy.evaluation.results import KindResult, Result, Results
 from trio_deploy.evaluation.statistics import Estimate
 from trio_deploy.files import sha256_of
 from trio_deploy.report import gather
-from trio_deploy.report.charts import COLOURS, plot, style
+from trio_deploy.report.charts import bench_chart
 from trio_deploy.report.page import dropped, render
 from trio_deploy.report.report import Asked, Wanted, asked_about, write_report
 
@@ -64,9 +62,11 @@ def bundle(llava_checkpoint, tmp_path_factory) -> Bundle:
 def measured(bundle, tmp_path_factory) -> Path:
     """What `trio bench --out` writes about it."""
     out = tmp_path_factory.mktemp("figures") / "bench"
-    options = Options(text_tokens=20, new_tokens=3, runs=2, warm_up=0, baselines=(), memory=False)
-    bench(bundle.path, options, out=out, progress=False)
-    return out.with_suffix(".json")
+    options = BenchOptions(
+        text_tokens=20, new_tokens=3, runs=2, warm_up=0, baselines=(), memory=False
+    )
+    result = {"command": "trio bench", **measure(bundle, options, progress=False)}
+    return write(result, out, bench_chart(result))[0]
 
 
 def made_up(bundle, *results, **more) -> Results:
@@ -264,7 +264,7 @@ def test_engines_are_those_that_the_build_recorded(bundle, tmp_path):
     good, bad = gather.exported(Bundle.load(copy))["engines"]
     assert (good["target"], good["tensorrt"], good["stages"]) == ("orin", "8.6.1", "1")
     assert "Orin" in good["gpu"] and good["size"] == "1 MiB"
-    assert bad["target"] == "thor" and "damaged" in bad["problem"]
+    assert bad["target"] == "thor" and "not valid JSON" in bad["problem"]
     wanted = Wanted(check=False, measure=False, scenes=0, asked=[Asked("hi", (make_picture(),))])
     text = Page(write_report(copy, tmp_path / "r.html", wanted, progress=False).read_text()).text
     assert "TensorRT engines" in text and "540.3" in text
@@ -362,87 +362,6 @@ def test_the_default_questions_are_about_the_test_split():
     assert all(seed in TEST_SEEDS for seed, _, _ in gather._SCENES)
 
 
-def lines_of(count, shares=(0.109, 0.11, 0.111, 0.222, 0.333)):
-    """Lines between 50 and 100 %, some of them crowded at the top."""
-    return {
-        f"method {i}": [
-            (share + 0.0004 * i, value, value - 0.01, min(1.0, value + 0.01))
-            for share in shares
-            for value in [0.995 - 0.001 * share - (0.45 * i / count if i > 3 else 0.001 * i)]
-        ]
-        for i in range(count)
-    }
-
-
-@pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("count", [1, 2, 11, 20])
-def test_the_accuracy_chart_holds_every_point_inside_its_frame(count, narrow):
-    drawn = plot({"lines": lines_of(count), "scored": True}, narrow=narrow)
-    assert len(drawn["lines"]) == count and drawn["lines"][-1]["first"]
-    for line in drawn["lines"]:
-        for point in line["points"]:
-            assert drawn["left"] <= point["x"] <= drawn["right"]
-            for key in ("y", "low", "high"):
-                assert drawn["top"] <= point[key] <= drawn["bottom"]
-    assert any(tick["whole"] for tick in drawn["y_ticks"])
-
-
-def test_a_chart_of_one_point_has_a_height():
-    whole = plot({"lines": {"trio": [(0.1, 1.0, 1.0, 1.0)]}, "scored": True})
-    assert whole and [tick["text"] for tick in whole["y_ticks"]] == ["99 %", "100 %"]
-    bare = plot({"lines": {"trio": [(0.1, 1.0, math.nan, math.nan)]}, "scored": True})
-    assert bare["lines"][0]["points"][0]["low"] is None
-    assert "nan" not in json.dumps(bare).lower()
-    assert plot({"lines": {}, "scored": True}) is None
-    assert plot({"skipped": "no"}) is None
-
-
-@pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize(
-    "shares",
-    [
-        (0.109, 0.11, 0.111, 0.222, 0.333),
-        tuple(0.05 + 0.01 * i for i in range(60)),
-        (0.1, 0.13, 0.16, 0.9),
-        (0.02, 0.98),
-    ],
-)
-def test_labels_of_the_chart_do_not_touch(shares, narrow):
-    drawn = plot({"lines": lines_of(6, shares), "scored": True}, narrow=narrow)
-    ticks = drawn["x_ticks"]
-    for one, other in pairwise(ticks):
-        assert other["at"] - one["at"] >= 40
-        assert other["at"] - other["half"] > one["at"] + one["half"]
-    assert all(t["at"] - t["half"] >= 0 and t["at"] + t["half"] <= drawn["width"] for t in ticks)
-    heights = sorted(tick["at"] for tick in drawn["y_ticks"])
-    assert all(lower - upper >= 14 for upper, lower in pairwise(heights))
-
-
-def test_budgets_that_are_nearly_equal_share_a_label():
-    drawn = plot({"lines": lines_of(1), "scored": True})
-    assert [tick["text"] for tick in drawn["x_ticks"]] == ["10.9–11.1 %", "22.2 %", "33.3 %"]
-
-
-def test_every_line_of_the_chart_has_a_style_of_its_own():
-    styles = [style(number) for number in range(70)]
-    assert len({tuple(one.values()) for one in styles}) == 70
-    assert len({one["colour"] for one in styles[:COLOURS]}) == COLOURS >= 12
-    assert len({one["mark"] for one in styles[:12]}) == 12 and len({s["dash"] for s in styles}) > 3
-    css = Path(gather.__file__).with_name("page.css").read_text()
-    for theme in css.split("@media (prefers-color-scheme: dark)")[:2]:
-        colours = re.findall(r"--line-\d+: (#\w{6});", theme)[:COLOURS]
-        assert len(set(colours)) == COLOURS
-    assert all(f".c{number} {{ --c: var(--line-{number}); }}" in css for number in range(COLOURS))
-
-
-def test_lines_that_crowd_at_the_top_are_spread_out():
-    drawn = plot({"lines": lines_of(11), "scored": True})
-    assert drawn["stretched"] is not None
-    assert drawn["stretched"] > (drawn["top"] + drawn["bottom"]) / 2
-    alone = plot({"lines": {"a": [(0.1, 0.6, 0.5, 0.7), (0.3, 0.99, 0.9, 1)]}, "scored": True})
-    assert alone["stretched"] is None
-
-
 def test_a_page_is_there_wholly_or_not_at_all(bundle, tmp_path, monkeypatch):
     wanted = Wanted(check=False, measure=False, scenes=0, asked=[Asked("hi", (Path("none.png"),))])
     with pytest.raises(TrioError):
@@ -484,10 +403,11 @@ def test_a_browser_cuts_nothing_off(bundle, page, tmp_path, width):
     measure = """<script>onload = () => {
       const all = (s) => [...document.querySelectorAll(s)], seen = (e) => e.getClientRects().length;
       const wide = (e) => e.scrollWidth > e.clientWidth + 1;
-      const labels = all("svg.plot text.x").filter(seen).map((e) => e.getBoundingClientRect());
+      const plots = "svg.chart.retention";
+      const labels = all(plots + " text.x").filter(seen).map((e) => e.getBoundingClientRect());
       parent.document.title = JSON.stringify({
         page: document.documentElement.scrollWidth,
-        plots: all("svg.plot").filter(seen).map((e) => e.getBoundingClientRect().width),
+        plots: all(plots).filter(seen).map((e) => e.getBoundingClientRect().width),
         text: labels.map((r) => r.height),
         touching: labels.some((r, i) => i && r.left < labels[i - 1].right),
         arithmetic: wide(document.querySelector("table.fits").parentNode),

@@ -44,7 +44,7 @@ if wanted.get("version"):
 
     simulation.tensorrt.Builder.build_serialized_network = build_or_not
 if wanted.get("no_torch"):
-    from trio_deploy.bench import baselines
+    from trio_deploy.bench.contenders import torch_model
 
-    baselines.available = lambda: False
+    torch_model.available = lambda: False
 sys.exit(parts.main())

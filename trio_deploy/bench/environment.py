@@ -1,4 +1,4 @@
-"""What measured figures depend on: the machine, its load, the versions of what computed them."""
+"""What measured figures depend on: the machine, its load, and versions of packages."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _PACKAGES = (
 
 
 def load_average() -> float | None:
-    """Of the last minute; None where the system counts none."""
+    """Load average of the last minute; None on systems without one."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def machine(threads: int | None) -> dict[str, Any]:
-    """What the figures depend on; `threads` None is the runtime's own choice."""
+    """The machine and package versions as JSON; `threads` None: the runtime's choice."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -53,7 +53,7 @@ def machine(threads: int | None) -> dict[str, Any]:
 
 
 def machine_text(on: Mapping[str, Any], before: float | None, after: float | None) -> str:
-    """The machine in a sentence or two, with its load before and after."""
+    """The machine in a sentence, with its load before and after a measurement."""
     threads = f"{on['threads']} threads used" if on["threads"] else "threads by the runtime"
     memory = f", {on['memory_gib']} GiB" if on["memory_gib"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in on["versions"].items())

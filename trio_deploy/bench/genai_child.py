@@ -1,7 +1,7 @@
-"""Answers with OpenVINO GenAI, once for each line it reads: the path of an .npy file of pictures.
+"""Answer with OpenVINO GenAI, once per line read: the path of an .npy file of pictures.
 
-A program for another Python environment, so it imports nothing of this package; `genai.py` starts
-it.
+A program for another Python environment, so it imports nothing of this package;
+`contenders/genai.py` starts it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _peak_mib() -> float | None:
-    """VmHWM of /proc/self/status, where there is one."""
+    """Peak resident memory, VmHWM of /proc/self/status; None on other systems."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)

@@ -1,12 +1,13 @@
-"""From runs to figures: medians, what the arithmetic predicts, and ratios to no pruning."""
+"""Figures of runs: medians, the cost that counting predicts, and ratios to no pruning."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from trio_deploy.bench.cases import GROUPS, OTHER, Case, Run
-from trio_deploy.bench.timing import Spread
+from trio_deploy.bench.case import GROUPS, OTHER, Case, Run
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.cost.flops import Cost, account, vision_flops
 from trio_deploy.schedule.schedule import PruningPoint, Schedule
@@ -15,11 +16,36 @@ PROBES = 4
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Median, quartiles, minimum (`least`) and maximum (`most`) of several measurements."""
+
+    median: float
+    q1: float
+    q3: float
+    least: float
+    most: float
+    runs: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Quartiles are interpolated linearly between the sorted values."""
+        q1, middle, q3 = (
+            statistics.quantiles(values, n=4, method="inclusive")
+            if len(values) > 1
+            else (values[0],) * 3
+        )
+        return cls(middle, q1, q3, min(values), max(values), len(values))
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
 def case_figures(case: Case, runs: Sequence[Run], bundle: Bundle, tiles: int) -> dict[str, Any]:
-    """One case as plain JSON; seconds, bytes, multiply-adds.
+    """Figures of one case as plain JSON, in seconds, bytes and multiply-adds.
 
     Args:
-        tiles: of all pictures of a prompt, for the vision tower's operations.
+        tiles: tiles of all pictures of a prompt, for the operations of the vision tower.
     """
     last = runs[-1]
     split = bool(last.stages)
@@ -27,7 +53,7 @@ def case_figures(case: Case, runs: Sequence[Run], bundle: Bundle, tiles: int) ->
         "name": case.name,
         "kind": case.kind,
         "budget": case.budget,
-        "runtime": case.runtime,
+        "runtime": case.options.runtime,
         "precision": last.precision,
         "tokens": {
             "prompt": last.prompt_tokens,
@@ -61,13 +87,13 @@ def case_figures(case: Case, runs: Sequence[Run], bundle: Bundle, tiles: int) ->
     if last.layer_ranges:
         cost = cost_of(last, bundle)
         figures["kv_bytes_counted"] = cost.kv_bytes
-        if case.kind != "oracle":  # whose probes are whole layers, there and back
+        if case.kind != "oracle":  # its probes run whole layers forward and backward
             figures["flops"] = flops_json(cost, vision_flops(bundle.config, tiles))
     return figures
 
 
 def cost_of(run: Run, bundle: Bundle) -> Cost:
-    """What the arithmetic says about the tokens that a run had at each layer."""
+    """Cost by counting, for the tokens that a run had at each layer."""
     points = zip(bundle.schedule.points, run.keep, strict=False)
     schedule = Schedule(
         tuple(PruningPoint(point.layer, keep, point.method) for point, keep in points)
@@ -83,7 +109,7 @@ def cost_of(run: Run, bundle: Bundle) -> Cost:
 
 
 def flops_json(cost: Cost, vision: int) -> dict[str, int]:
-    """Multiply-adds: `prefill` is the sum of the four parts, `vision` comes before it."""
+    """Multiply-adds; `prefill` is the sum of the next four, `vision` is not part of it."""
     return {
         "prefill": cost.honest,
         "layers": cost.layers,
@@ -95,11 +121,11 @@ def flops_json(cost: Cost, vision: int) -> dict[str, int]:
 
 
 def compare(figures: Mapping[str, Any], unpruned: Mapping[str, Any]) -> dict[str, Any]:
-    """How many times better than no pruning a case is; None where one of the two is unknown.
+    """Ratios of no pruning to a case, above 1 if the case is better; None if one is unknown.
 
-    `flops_limit` is what the prefill would gain if time were proportional to operations (selection
-    counted), `flops_limit_free_selection` if selecting cost nothing; `of_limit` is the share of the
-    former that the prefill reached.
+    `flops_limit`: speed-up of the prefill if time were proportional to operations, selection
+    included; `flops_limit_free_selection`: if selection cost nothing; `of_limit`: share of
+    `flops_limit` that the prefill reached.
     """
 
     def ratio(over: Any, under: Any) -> float | None:

@@ -1,7 +1,7 @@
-"""Checkpoints with random weights: what a matrix product costs does not depend on what is in it.
+"""Checkpoints and bundles with random weights: the cost of a product does not depend on values.
 
-Written tensor by tensor in the layout of hub checkpoints, without torch, so that any size that fits
-on the disk can be measured, and transformers and optimum-intel read it as they read any other.
+Checkpoints are written tensor by tensor in the hub's layout, without torch, so that any size that
+fits on the disk can be measured, and transformers and optimum-intel read them like any other.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 from trio_deploy.bench.environment import machine
+from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.weights import plan_layout
 from trio_deploy.checkpoint.resolve import resolve
 from trio_deploy.checkpoint.safetensors import INDEX, SINGLE
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.recipe import list_recipes
 from trio_deploy.errors import TrioError
+from trio_deploy.export.job import export_model
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.hf_config import CLIP_PREPROCESSING
 from trio_deploy.families.names import canonical_tensors
@@ -49,15 +52,16 @@ _TEMPLATE = (
 
 @dataclass(frozen=True)
 class Size:
-    """A LLaVA-1.5 of any size; 0 takes the usual proportion.
+    """A LLaVA-1.5 of any size; 0: the usual proportion.
 
     Attributes:
         d: hidden size of the language model.
-        mlp: its MLP's (2.75 d, to the next multiple of 64).
-        heads: query heads (of 64 features each), `kv_heads` key/value heads (as many).
-        image, patch: pixels along a picture's and a patch's side.
-        vision_d, vision_layers: of the CLIP tower.
-        context: positions at most.
+        mlp: size of its MLP (2.75 d, rounded up to a multiple of 64).
+        heads: number of query heads (64 features per head).
+        kv_heads: number of key/value heads (equal to `heads`).
+        image, patch: pixels per side of a picture and of a patch.
+        vision_d, vision_layers: hidden size and layers of the CLIP tower.
+        context: maximum number of positions.
     """
 
     d: int = 1024
@@ -74,10 +78,11 @@ class Size:
 
     @classmethod
     def parse(cls, text: str) -> Size:
-        """From `d=1024,layers=16,vocab=32000`; what is not named keeps its default.
+        """Read `d=1024,layers=16,vocab=32000`; sizes that are not named keep their defaults.
 
         Raises:
-            TrioError: an unknown name, no positive integer, or sizes that do not fit together.
+            TrioError: an unknown name, a value that is no positive integer, or sizes that do not
+                fit together.
         """
         known = [item.name for item in fields(cls)]
         values: dict[str, int] = {}
@@ -96,7 +101,7 @@ class Size:
         return size
 
     def filled(self) -> Size:
-        """With the usual proportions where nothing was said."""
+        """The size with the usual proportion for every 0."""
         heads = self.heads or max(1, self.d // 64)
         return replace(
             self,
@@ -118,11 +123,11 @@ class Size:
             raise TrioError(f"--size: vocab must be {len(_SPECIAL) + _BYTES} or more")
         if self.vision_layers < 2:
             raise TrioError(
-                "--size: vision_layers must be 2 or more, features are the last but one's"
+                "--size: vision_layers must be 2 or more: features come from the last but one"
             )
 
     def config(self) -> dict[str, Any]:
-        """A config.json."""
+        """The contents of config.json."""
         full = self.filled()
         return {
             "model_type": "llava",
@@ -164,7 +169,7 @@ class Size:
 
     @property
     def name(self) -> str:
-        """For folders and titles."""
+        """Name of the model, for folders and titles."""
         full = self.filled()
         default = Size(d=full.d, heads=full.heads).filled()
         parts = [f"llava-d{full.d}-l{full.layers}-v{full.vocab}"]
@@ -179,10 +184,10 @@ class Size:
 
 
 def model_of(text: str) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
-    """What --size means: (name, config.json, preprocessor_config.json or None for CLIP's own).
+    """Read --size: (name, config.json, preprocessor_config.json or None for CLIP's own).
 
-    A recipe gives the sizes of its architecture; its image token moves to where this module's
-    tokenizer has one.
+    A recipe gives the sizes of its architecture; the image token is that of this module's
+    tokenizer.
 
     Raises:
         TrioError: neither a recipe nor sizes.
@@ -205,10 +210,10 @@ def write_checkpoint(
     seed: int = 0,
     progress: bool = True,
 ) -> Path:
-    """A checkpoint folder with random weights; nothing happens where it stands already.
+    """Write a checkpoint folder with random weights, unless it exists already.
 
     Raises:
-        TrioError: neither disk nor memory has room for it.
+        TrioError: the disk or the memory has no room for it.
     """
     if (folder / "config.json").is_file():
         return folder
@@ -245,9 +250,9 @@ def write_checkpoint(
 
 
 def _hub_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model by its name on the hub, those that no graph reads included."""
+    """Shape of every tensor by its name on the hub, those that no graph reads included."""
     vision, read = config.vision, config.vision.feature_layers
-    # As if features came from the last layer, so that the layers above the real one are there too.
+    # As if features came from the last layer, so that the layers above the feature layer exist.
     whole = replace(vision, feature_layers=(*read[:-1], vision.num_layers))
     shapes = canonical_tensors(replace(config, vision=whole))
     shapes |= {
@@ -298,7 +303,7 @@ def _write_weights(folder: Path, layout: Any, dtype: str, seed: int, progress: b
 
 
 def _numbers(rng: np.random.Generator, name: str, count: int) -> np.ndarray:
-    """Norms start at one, biases at zero, the rest is normally distributed."""
+    """Ones for norms, zeros for biases, normally distributed numbers for the rest."""
     if "norm" in name.split(".")[-2]:
         return np.full(count, name.endswith("weight"), np.float32)
     if name.endswith("bias"):
@@ -312,7 +317,7 @@ def _small_files(
     preprocessing: dict[str, Any] | None,
     dtype: str,
 ) -> dict[str, Any]:
-    """JSON files as hub checkpoints have them, by name."""
+    """The JSON files of a hub checkpoint, by name."""
     side = parsed.vision.image_size
     tiled = bool(parsed.grid_pinpoints)
     images = preprocessing or {
@@ -356,7 +361,7 @@ def _small_files(
 
 
 def _tokenizer(file: Path) -> None:
-    """tokenizer.json in which a byte is a token, so that lengths are known."""
+    """Write a tokenizer.json with one token per byte, so that lengths are known."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -368,3 +373,63 @@ def _tokenizer(file: Path) -> None:
         [AddedToken(token, special=True, normalized=False) for token in _SPECIAL]
     )
     tokenizer.save(str(file))
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """A model with random weights and the bundle to export of it.
+
+    Attributes:
+        size: `d=1024,layers=16,vocab=32000`, or a recipe whose sizes are taken.
+        schedule: pruning points; None: those of the first budget.
+        dtype: float type of the weights; None: float32.
+        dialect: dialect of the graphs; None: the target's.
+    """
+
+    size: str
+    schedule: str | None = None
+    dtype: str | None = None
+    dialect: str | None = None
+
+
+def make_bundle(
+    model: RandomModel,
+    folder: Path,
+    options: RuntimeOptions,
+    budget: float | None = None,
+    *,
+    progress: bool = True,
+) -> tuple[Bundle, Path]:
+    """Export a bundle with random weights; returns it and the folder of its checkpoint.
+
+    Args:
+        folder: holds checkpoints and bundles of sizes; a checkpoint that exists is taken.
+        options: how the bundle will be run.
+        budget: of the schedule, if the model has none.
+
+    Raises:
+        TrioError: as `model_of`, `write_checkpoint` and `export_model`.
+    """
+    name, config, preprocessing = model_of(model.size)
+    dtype = model.dtype or "float32"
+    checkpoint = write_checkpoint(
+        folder / (name if dtype == "float32" else f"{name}-{dtype}"),
+        config,
+        preprocessing,
+        dtype=dtype,
+        progress=progress,
+    )
+    target = options.target or {"openvino": "cpu-openvino"}.get(options.runtime or "", "cpu")
+    bundle = export_model(
+        checkpoint,
+        folder / f"{checkpoint.name}-{model.dialect or Path(str(target)).stem}",
+        schedule=model.schedule,
+        budget=None if model.schedule else budget,
+        dtype=dtype,
+        dialect=model.dialect,
+        target=str(target),
+        link_weights=True,
+        force=True,
+        progress=False,
+    )
+    return bundle, checkpoint

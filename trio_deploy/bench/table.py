@@ -1,12 +1,16 @@
-"""Measurements as text for a terminal and as Markdown."""
+"""Measurements as text for a terminal, as Markdown, and as files."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from trio_deploy.bench.cases import GROUPS, OTHER
+from trio_deploy.bench.case import GROUPS, OTHER
 from trio_deploy.bench.environment import machine_text
+from trio_deploy.errors import TrioError
+from trio_deploy.files import write_atomically
 
 _MIB = 2**20
 NOTE = (
@@ -27,7 +31,7 @@ _SWEEP_HEAD = (
 
 
 def to_text(result: Mapping[str, Any]) -> str:
-    """Tables of `measure`, or of `sweep`, for a terminal."""
+    """Tables of `measure` or `sweep` for a terminal."""
     lines = [_title(result), ""]
     for table in _tables(result):
         lines += [*_aligned(table), ""]
@@ -36,7 +40,7 @@ def to_text(result: Mapping[str, Any]) -> str:
 
 
 def to_markdown(result: Mapping[str, Any], command: str, picture: str | None = None) -> str:
-    """The same as Markdown, with the machine, the command that made it and its chart."""
+    """The same tables as Markdown, with the machine, the command and, if named, the chart."""
     lines = [f"# {_title(result)}", "", f"Command: `{command}`.", ""]
     machine = machine_text(result["machine"], result["load_before"], result["load_after"])
     lines += [f"Machine: {machine}", "", NOTE, ""]
@@ -63,7 +67,7 @@ def _skipped(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _tables(result: Mapping[str, Any]) -> list[list[list[str]]]:
-    """Tables as rows of cells, the heads first."""
+    """Tables as rows of cells, heads first."""
     if "points" in result:
         return [_sweep_table(result["points"])]
     cases = result["cases"]
@@ -135,7 +139,7 @@ def _sweep_table(points: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def where(case: Mapping[str, Any]) -> str:
-    """What computed a case, and in which float type."""
+    """The runtime that computed a case, and its float type."""
     engine = {
         "transformers": "torch",
         "oracle": "torch",
@@ -145,11 +149,10 @@ def where(case: Mapping[str, Any]) -> str:
 
 
 def split(case: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds a group to the first token that add up to its median, for a stacked bar.
+    """Seconds per group that add up to the median time to the first token, for a stacked bar.
 
     Medians of stages need not add up to the median of the whole: `OTHER` takes the difference, and
-    where they come to more than the whole they are shrunk to it. A case that does not tell its
-    stages apart is all `OTHER`.
+    if they exceed the whole they are scaled down to it. A case without stages is all `OTHER`.
     """
     whole, groups = case["first_token_s"]["median"], case["groups_s"]
     if groups is None:
@@ -162,12 +165,12 @@ def split(case: Mapping[str, Any]) -> dict[str, float]:
 
 
 def times(ratio: float | None) -> str:
-    """`7.39x`; empty where it is not known."""
+    """`7.39x`; empty if unknown."""
     return "" if ratio is None else f"{ratio:.2f}x"
 
 
 def operations(count: float) -> str:
-    """`16.7 T`: multiply-adds with three digits."""
+    """`16.7 T`: a number of multiply-adds with three digits."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -188,3 +191,27 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 def _piped(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def write(result: dict[str, Any], out: Path, chart: str) -> list[Path]:
+    """Write `out` with .json, .md and .svg appended: figures, tables and the chart.
+
+    Args:
+        result: figures, and under `command` their origin.
+        chart: an SVG file's content.
+
+    Raises:
+        TrioError: they cannot be written.
+    """
+    files = [out.with_name(f"{out.name}.{ending}") for ending in ("json", "md", "svg")]
+    contents = (
+        json.dumps(result, indent=1) + "\n",
+        to_markdown(result, result["command"], files[2].name),
+        chart,
+    )
+    try:
+        for file, content in zip(files, contents, strict=True):
+            write_atomically(file, content.encode())
+    except OSError as error:
+        raise TrioError(f"cannot write the figures to {out}.* ({error.strerror})") from error
+    return files

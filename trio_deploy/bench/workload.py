@@ -1,28 +1,34 @@
-"""What is asked while measuring: pictures that are new in every run, a prompt of a known length."""
+"""The request of a measurement: new pictures in every run, a prompt of a known length."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from tokenizers import Tokenizer
 
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.preprocessing import Preprocessor, ProcessedImage
 from trio_deploy.families.registry import request_limits
+from trio_deploy.pipeline.chat import Message
+from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
 
 _WORDS = "what is in the picture , and which of the things in it are most alike ? "
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One request, made anew with another seed for every run.
+    """One request, made with another seed for every run.
 
     Attributes:
-        images: pictures in the prompt.
-        width, height: of each, in pixels.
-        prompt: the text behind them.
+        images: number of pictures in the prompt.
+        width, height: of each picture, in pixels.
+        prompt: the text after them.
         new_tokens: generated in every run, the first one included.
     """
 
@@ -33,9 +39,9 @@ class Workload:
     new_tokens: int
 
     def pictures(self, seed: int) -> list[Image.Image]:
-        """Coarse colours with noise on them: no two patches alike, neighbours resemble each other.
+        """Coarse colours with noise: no two patches are equal, neighbours resemble each other.
 
-        New ones for every seed, so that no cache of an earlier run's picture can answer.
+        Every seed gives new ones, so that no cache of an earlier run's picture can answer.
         """
         rng = np.random.default_rng(seed)
         result = []
@@ -59,13 +65,67 @@ class Workload:
         return cls(**raw)
 
 
+class Inputs:
+    """Tokenizer, chat template and preprocessing of a bundle, without its graphs.
+
+    The memory of a baseline is that of a process without graphs, so it cannot ask a pipeline.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.config = bundle.config
+        tokens = {key: token for key, token in bundle.tokens.items() if isinstance(token, str)}
+        self._encoder = PromptEncoder(
+            Tokenizer.from_file(str(bundle.tokenizer_path)),
+            self.config.image_token_id,
+            tokens,
+            bundle.chat_template,
+        )
+        self._preprocessor = Preprocessor.from_json(bundle.preprocessor, self.config)
+
+    def encode(
+        self, messages: Sequence[Message], pictures: Sequence[Image.Image]
+    ) -> tuple[Prompt, list[ProcessedImage]]:
+        """Encode a request as the pipeline does, without the check of the model's context."""
+        processed = [self._preprocessor(picture) for picture in pictures]
+        return self.prompt(messages, [len(picture.rows) for picture in processed]), processed
+
+    def prompt(self, messages: Sequence[Message], rows: Sequence[int]) -> Prompt:
+        """The prompt alone, for pictures of `rows` visual tokens each."""
+        text = self._encoder.text(messages, len(rows))
+        return self._encoder.encode(text, list(rows), rendered=self._encoder.has_template)
+
+
 def picture_size(config: ModelConfig) -> tuple[int, int]:
-    """(width, height) of a picture that takes as many visual tokens as one can."""
+    """(width, height) of a picture with the maximum number of visual tokens."""
     return request_limits(config).picture
 
 
+def fit_prompt(work: Workload, bundle: Bundle, text_tokens: int) -> tuple[Workload, int]:
+    """Give a workload a prompt of `text_tokens`, chat template included; also returns its tiles.
+
+    Raises:
+        TrioError: the prompt and its answer do not fit into the model's context.
+    """
+    inputs = Inputs(bundle)
+    _, processed = inputs.encode(work.messages(), work.pictures(0))
+    rows = [len(picture.rows) for picture in processed]
+
+    def count(text: str) -> int:
+        return inputs.prompt(replace(work, prompt=text).messages(), rows).length - sum(rows)
+
+    work = replace(work, prompt=prompt_of_length(count, text_tokens))
+    length = sum(rows) + count(work.prompt)
+    if length + work.new_tokens > bundle.config.text.max_positions:
+        raise TrioError(
+            f"a prompt of {length} tokens, {sum(rows)} of them visual, and {work.new_tokens} new "
+            f"tokens exceed the model's context of {bundle.config.text.max_positions}: pass fewer "
+            "--images, or with --size a larger context="
+        )
+    return work, sum(len(picture.pixel_values) for picture in processed)
+
+
 def prompt_of_length(count: Callable[[str], int], tokens: int) -> str:
-    """A text for which `count` comes as near to `tokens` as it can without going beyond.
+    """A text for which `count` comes as close to `tokens` as possible without exceeding it.
 
     Args:
         count: text tokens of the whole prompt with this text in it; grows with the text.

@@ -239,43 +239,9 @@ def _triton(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from trio_deploy.bench.command import bench, shown_command
-    from trio_deploy.bench.runner import Options
-    from trio_deploy.bench.table import to_text
+    from trio_deploy.cli import bench
 
-    images = args.images or ([1, 2, 3, 4] if args.sweep else [1])
-    if len(images) > 1 and not args.sweep:
-        raise TrioError("several numbers of --images are a sweep: pass --sweep, or one number")
-    result = bench(
-        args.bundle,
-        Options(
-            budgets=tuple(args.budget or ([0.111, 0.222, 0.333] if args.sweep else [None])),
-            images=images[0],
-            picture=args.picture,
-            text_tokens=args.text_tokens,
-            new_tokens=args.new_tokens,
-            runs=args.runs,
-            warm_up=args.warm_up,
-            baselines=args.baselines,
-            memory=not args.no_memory,
-            runtime=args.runtime,
-            target=args.target,
-            provider=args.provider,
-            precision=args.precision,
-            threads=args.threads,
-            checkpoint=args.checkpoint,
-            genai_python=args.genai_python,
-        ),
-        size=args.size,
-        schedule=args.schedule,
-        dtype=args.dtype,
-        dialect=args.dialect,
-        cache=args.cache,
-        images=images if args.sweep else None,
-        out=args.out,
-        command=shown_command(args.arguments),
-    )
-    print(json.dumps(result, indent=2) if args.json else to_text(result))
+    bench.run(args)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -616,7 +582,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--dialect", help="of the bundle made for --size (default: the target's)")
     bench.add_argument("--cache", type=Path, help="where random weights stay for the next time")
     bench.add_argument(
-        "--out", type=Path, metavar="NAME", help="write NAME.json, NAME.md and NAME.png"
+        "--out", type=Path, metavar="NAME", help="write NAME.json, NAME.md and NAME.svg"
     )
     bench.add_argument("--json", action="store_true", help="print one JSON object instead")
 

@@ -20,12 +20,11 @@ from typing import Any
 
 from PIL import Image
 
-from trio_deploy.bench.cases import GROUPS, OTHER
 from trio_deploy.bench.environment import machine_text
+from trio_deploy.bench.measure import SCHEMA as BENCH_SCHEMA
+from trio_deploy.bench.measure import UNPRUNED, BenchOptions, measure
 from trio_deploy.bench.results import PROBES
-from trio_deploy.bench.runner import SCHEMA as BENCH_SCHEMA
-from trio_deploy.bench.runner import UNPRUNED, Options, measure
-from trio_deploy.bench.table import operations, split, times, where
+from trio_deploy.bench.table import operations, times
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import ENGINES, MANIFEST, WEIGHTS
 from trio_deploy.checkpoint.resolve import load_recipe
@@ -50,6 +49,7 @@ from trio_deploy.files import format_bytes, sha256_of
 from trio_deploy.pipeline.draw import kept_panels, pruned_before
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.request import Generation, Request
+from trio_deploy.report.charts import Retention
 from trio_deploy.runtimes.tensorrt.record import RECORD, Record
 from trio_deploy.schedule.schedule import Schedule
 from trio_deploy.verify import check as parity
@@ -276,7 +276,9 @@ def _has_torch() -> bool:
     return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
-def cost(bundle: Bundle, file: Path | None, options: Options, progress: bool) -> dict[str, Any]:
+def cost(
+    bundle: Bundle, file: Path | None, options: BenchOptions, progress: bool
+) -> dict[str, Any]:
     """Measured time and memory: from a file of `trio bench`, or measured now.
 
     Raises:
@@ -284,23 +286,6 @@ def cost(bundle: Bundle, file: Path | None, options: Options, progress: bool) ->
     """
     result = read_bench(file, bundle) if file else measure(bundle, options, progress=progress)
     cases = result["cases"]
-    longest = max(case["first_token_s"]["median"] for case in cases)
-    bars = []
-    for case in cases:
-        first = case["first_token_s"]["median"]
-        bars.append(
-            {
-                "name": case["name"],
-                "where": where(case),
-                "seconds": f"{first:.3g} s",
-                "ratio": times(case["against_unpruned"]["first_token"]),
-                "parts": [
-                    (group, seconds / longest, f"{seconds * 1000:.3g} ms")
-                    for group, seconds in split(case).items()
-                    if seconds > 0
-                ],
-            }
-        )
     best = next((case for case in cases[1:] if case["kind"] == "trio"), cases[0])
     table = [
         {
@@ -315,10 +300,8 @@ def cost(bundle: Bundle, file: Path | None, options: Options, progress: bool) ->
         }
         for case in cases
     ]
-    shown = {group for bar in bars for group, _, _ in bar["parts"]}
     return {
-        "bars": bars,
-        "groups": [group for group in (*GROUPS, OTHER) if group in shown],
+        "result": result,
         "table": table,
         "work": result["workload"],
         "machine": machine_text(result["machine"], result["load_before"], result["load_after"]),
@@ -392,7 +375,6 @@ def _ask_scenes(bundle: Bundle, count: int, options: RuntimeOptions, progress: b
 
 def _accuracy(results: Results, bundle: Bundle) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    lines: dict[str, list[tuple[float, float, float, float]]] = {}
     pruned = [result for result in results.results if result.name not in (ALL_TOKENS, BLIND)]
     own = next((result for result in pruned if _is_bundles(result, results, bundle)), None)
     for result in results.results:
@@ -414,18 +396,13 @@ def _accuracy(results: Results, bundle: Bundle) -> dict[str, Any]:
                 "kl": f"{one.kl:.3f}",
             }
         )
-    for result in sorted(pruned, key=lambda one: own is None or one.name != own.name):
-        estimate = result.overall.retention or result.agreement
-        lines.setdefault(result.name, []).append(
-            (result.share, estimate.value, estimate.low, estimate.high)
-        )
     return {
         "model": results.model,
         "data": results.data,
         "questions": results.questions,
         "pictures": results.pictures,
         "rows": rows,
-        "lines": {name: sorted(points) for name, points in lines.items()},
+        "chart": Retention.of(results, first=own.name if own else None),
         "scored": bool(results.results and results.results[0].overall.retention),
         "headline": (own.overall.retention.value, own.share)
         if own and own.overall.retention

@@ -13,9 +13,11 @@ import jinja2
 from markupsafe import Markup
 
 import trio_deploy
-from trio_deploy.report.charts import plot
+from trio_deploy.report.charts import bars, notes, retention
+from trio_deploy.report.svg import stylesheet
 from trio_deploy.schedule.methods import QUESTION_BLIND
 
+_SIZES = ("wide", "narrow")  # the page's style shows one of them
 _LABELS = 12  # of layers under a chart, at most
 
 
@@ -29,16 +31,33 @@ def render(parts: Mapping[str, Any]) -> str:
                                      trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     layers = parts["schedule"]["layers"]
     return environment.from_string(_read("page.html")).render(
-        **parts,
-        style=Markup(_read("page.css")),  # our own file
+        **_with_charts(parts),
+        style=Markup(stylesheet() + _read("page.css")),  # our own files
         tiles=_tiles(parts),
         ranges=_ranges(parts["schedule"]),
         label_every=max(1, math.ceil(len(layers) / _LABELS)),
-        plots=list(filter(None, (plot(parts["accuracy"], narrow=n) for n in (False, True)))),
         dropped=dropped(parts["schedule"]["points"]),
         version=trio_deploy.__version__,
         date=date.today().isoformat(),
     )
+
+
+def _with_charts(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts with their charts as SVG, one for wide screens and one for narrow ones."""
+    cost, accuracy = dict(parts["cost"]), dict(parts["accuracy"])
+    if "result" in cost:
+        cost["charts"] = [
+            Markup(bars(cost["result"], size, heading=False).inline(size)) for size in _SIZES
+        ]
+    if "chart" in accuracy:
+        drawn = accuracy["chart"] if accuracy["chart"].lines else None
+        accuracy["charts"] = [
+            Markup(retention(drawn, size, heading=False).inline(f"retention {size}"))
+            for size in _SIZES
+            if drawn
+        ]
+        accuracy["notes"] = notes(drawn) if drawn else []
+    return {**parts, "cost": cost, "accuracy": accuracy}
 
 
 def _read(name: str) -> str:

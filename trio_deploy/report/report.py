@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trio_deploy.bench.runner import Options
+from trio_deploy.bench.measure import BenchOptions
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.files import write_atomically
 from trio_deploy.pipeline.pipeline import Pipeline
@@ -106,7 +107,13 @@ def _gather(bundle: Bundle, wanted: Wanted, progress: bool) -> dict[str, Any]:
         parts |= _run(bundle, wanted, progress)
     # Figures that were measured elsewhere need no weights here.
     if wanted.bench or (wanted.measure and not planned):
-        options = Options(new_tokens=8, runs=3, warm_up=1, baselines=(), **_runtime(wanted))
+        options = BenchOptions(
+            new_tokens=8,
+            runs=3,
+            warm_up=1,
+            baselines=(),
+            runtime=RuntimeOptions(**_runtime(wanted)),
+        )
         parts["cost"] = gather.cost(bundle, wanted.bench, options, progress)
     if wanted.evaluation:
         parts["accuracy"] = gather.accuracy(bundle, wanted.evaluation, 0, {}, progress)

@@ -1,7 +1,7 @@
 """OpenVINO GenAI's own pipeline as a baseline, in the Python environment that has it.
 
-optimum-intel converts the checkpoint there once; `genai_child.py` then answers there, one line a
-request, while this process waits its turn.
+optimum-intel converts the checkpoint there once. `genai_child.py` then answers in a process of that
+environment, one line per request, and waits between requests.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from trio_deploy.bench.cases import Case, Run
+from trio_deploy.bench.case import Case, Run
 from trio_deploy.bench.workload import Workload
 from trio_deploy.checkpoint.safetensors import image_settings
 from trio_deploy.errors import TrioError
 
-_CHILD = Path(__file__).with_name("genai_child.py")
+_CHILD = Path(__file__).parent.with_name("genai_child.py")
 _NEEDED = "import openvino_genai, optimum.intel, openvino_tokenizers"
 _MODEL = "openvino_language_model.xml"
 _CONVERSION = (
@@ -32,9 +32,9 @@ _PRECISIONS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
 def missing(python: str) -> str | None:
-    """Why GenAI cannot be measured with this interpreter; None where it can."""
+    """Why this interpreter cannot run GenAI; None if it can."""
     try:
-        check = subprocess.run([python, "-c", _NEEDED], capture_output=True, text=True)
+        check = subprocess.run([python, "-I", "-c", _NEEDED], capture_output=True, text=True)
     except OSError as error:
         return f"{python} does not start ({error.strerror})"
     if not check.returncode:
@@ -47,7 +47,7 @@ def missing(python: str) -> str | None:
 
 
 def convert(checkpoint: Path, python: str) -> Path:
-    """The checkpoint as optimum-intel converts it, beside it; done once.
+    """Convert a checkpoint with optimum-intel, once, into a folder next to it.
 
     Raises:
         TrioError: optimum-intel refuses it.
@@ -74,13 +74,13 @@ def convert(checkpoint: Path, python: str) -> Path:
 
 
 class GenAI:
-    """A process that answers with openvino_genai.VLMPipeline; a contender while it is entered."""
+    """A process that answers with openvino_genai.VLMPipeline; a contender inside `with`."""
 
     def __init__(self, case: Case, work: Workload) -> None:
         """Convert the checkpoint if need be, and start the process.
 
         Raises:
-            TrioError: GenAI is not there, or the checkpoint does not convert.
+            TrioError: GenAI is not installed, or the checkpoint does not convert.
         """
         python = case.python or ""
         if reason := missing(python):
@@ -90,20 +90,20 @@ class GenAI:
                 "the baseline genai converts a checkpoint: pass its folder as --checkpoint"
             )
         self._work = work
-        self._precision = case.precision or "float32"
+        self._precision = case.options.precision or "float32"
         folder = convert(Path(case.checkpoint), python)
         self._folder = tempfile.TemporaryDirectory(prefix="trio-genai-")
         self._errors = Path(self._folder.name) / "errors"
         arguments = {
             "folder": str(folder),
-            "threads": case.threads,
+            "threads": case.options.threads,
             "precision": _PRECISIONS[self._precision],
             "prompt": work.prompt,
             "new_tokens": work.new_tokens,
         }
         with self._errors.open("w", encoding="utf-8") as errors:
             self._child = subprocess.Popen(
-                [python, str(_CHILD), json.dumps(arguments)],
+                [python, "-I", str(_CHILD), json.dumps(arguments)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -139,7 +139,7 @@ class GenAI:
         np.save(file, np.stack([np.asarray(image) for image in self._work.pictures(seed)]))
         reply = self._ask(str(file))
         return Run(
-            stages={},  # GenAI's metrics do not tell preprocessing, vision and prefill apart
+            stages={},  # GenAI reports preprocessing, vision and prefill as one figure
             first_token_s=reply["first_token_s"],
             tokens_per_s=reply["tokens_per_s"],
             prompt_tokens=reply["input_tokens"],
@@ -153,8 +153,8 @@ class GenAI:
         with contextlib.suppress(BrokenPipeError):
             print(line, file=self._child.stdin, flush=True)
             for answer in self._child.stdout:
-                if answer.startswith("{"):  # other lines are the library's own remarks
+                if answer.startswith("{"):  # other lines are the library's own messages
                     return dict(json.loads(answer))
         self._child.wait()
-        said = self._errors.read_text(encoding="utf-8").strip().splitlines() or ["no message"]
-        raise TrioError(f"OpenVINO GenAI does not answer about this checkpoint ({said[-1]})")
+        errors = self._errors.read_text(encoding="utf-8").strip().splitlines() or ["no message"]
+        raise TrioError(f"OpenVINO GenAI failed on this checkpoint ({errors[-1]})")

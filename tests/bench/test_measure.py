@@ -8,16 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from trio_deploy import Schedule, TrioError
-from trio_deploy.bench.cases import Opened
-from trio_deploy.bench.child import peak_memory
-from trio_deploy.bench.command import bench, shown_command
-from trio_deploy.bench.runner import UNPRUNED, Options, list_cases, measure, sweep
+from trio_deploy import RuntimeOptions, Schedule, TrioError
+from trio_deploy.bench.contenders.contenders import Contenders
+from trio_deploy.bench.measure import UNPRUNED, BenchOptions, interleave, list_cases, measure, sweep
 from trio_deploy.bench.table import NOTE, operations, times, to_markdown, to_text
-from trio_deploy.cli import main as cli
 
-QUICK = Options(text_tokens=30, new_tokens=3, runs=2, warm_up=0, baselines=(), memory=False,
-                threads=2)  # fmt: skip
+QUICK = BenchOptions(text_tokens=30, new_tokens=3, runs=2, warm_up=0, baselines=(), memory=False,
+                     runtime=RuntimeOptions(threads=2))  # fmt: skip
 TORCH = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
 
 
@@ -58,9 +55,9 @@ def test_stages_are_split_and_add_up(result):
 
 
 def test_every_run_generates_as_many_tokens_whatever_the_model_says(random_bundle):
-    with Opened() as opened:
+    with Contenders() as contenders:
         (case, *_), _ = list_cases(random_bundle, QUICK)
-        pipeline = opened.pipeline(case)
+        pipeline = contenders.pipeline(case)
         assert pipeline.bundle.manifest.generation.eos_token_ids == ()
         assert random_bundle.manifest.generation.eos_token_ids
 
@@ -86,15 +83,6 @@ def test_a_sweep_has_every_budget_at_every_length(random_bundle, tmp_path):
         sweep(random_bundle, options, [], progress=False)
 
 
-def test_peak_memory_is_measured_in_a_process_of_its_own(random_bundle):
-    (case, *_), _ = list_cases(random_bundle, QUICK)
-    from trio_deploy.bench.workload import Workload
-
-    assert peak_memory(case, Workload(1, 56, 56, "hi", 4)) > 10
-    with pytest.raises(TrioError, match="memory of no pruning"):
-        peak_memory(replace(case, bundle="nowhere"), Workload(1, 56, 56, "hi", 4))
-
-
 @pytest.mark.skipif(not TORCH, reason="needs torch and transformers")
 def test_torch_baselines_run_on_the_bundle_and_keep_as_many_tokens(random_bundle):
     options = replace(QUICK, images=2, baselines=("transformers", "oracle"), runs=1)
@@ -110,31 +98,19 @@ def test_torch_baselines_run_on_the_bundle_and_keep_as_many_tokens(random_bundle
     assert plain["flops"] == whole["flops"] and oracle["flops"] is None
 
 
-@pytest.mark.skipif(not TORCH, reason="needs torch and transformers")
-def test_the_oracle_baseline_chooses_what_the_oracle_chooses(random_bundle):
-    """Its loop is written anew without the oracle's notes, so the tokens are compared."""
-    from trio_deploy.bench import baselines
-    from trio_deploy.bench.cases import Case
-    from trio_deploy.bench.inputs import Inputs
-    from trio_deploy.bench.workload import Workload
-    from trio_deploy.reference.oracle import Oracle, Row
-    from trio_deploy.reference.restore import restore_model
+def test_contenders_take_turns_with_equal_seeds_and_warm_up_is_left_out():
+    calls = []
 
-    manifest = random_bundle.manifest
-    oracle = Oracle(
-        restore_model(random_bundle), positions=manifest.positions, probe=manifest.probe
-    )
-    work = Workload(1, 56, 56, "what is it ?", 4)
-    chosen, logits = [], oracle.logits
-    oracle.logits = lambda hidden: chosen.append(int(logits(hidden)[-1].argmax())) or logits(hidden)
-    answer = baselines._oracle(oracle, Inputs(random_bundle), work, random_bundle.schedule)
-    assert Case("x", "oracle", "b").kind == "oracle"
-    answer(5)
-    mine = chosen[-work.new_tokens :]
-    prompt, (picture,) = Inputs(random_bundle).encode(work.messages(), work.pictures(5))
-    row = Row(prompt.ids, picture.pixel_values, [picture.size])
-    result = oracle.generate([row], random_bundle.schedule, max_new_tokens=work.new_tokens)
-    assert result.token_ids[0] == mine
+    def contender(name):
+        return lambda seed: calls.append((name, seed)) or seed
+
+    steps = []
+    results = interleave(2, {"a": contender("a"), "b": contender("b")}, 1, lambda: steps.append(1))
+    assert results == {"a": [1, 2], "b": [1, 2]}
+    assert [seed for _, seed in calls] == [0, 0, 1, 1, 2, 2]  # one another's neighbours
+    order = [name for name, _ in calls]
+    assert order[0:2] != order[2:4] and order[2:4] != order[4:6]  # nobody is always first
+    assert len(steps) == 6
 
 
 def test_baselines_that_are_not_there_are_named(random_bundle, monkeypatch):
@@ -179,77 +155,6 @@ def test_a_baseline_that_the_methods_rule_out_is_no_matter_of_installing(
 def test_what_cannot_be_measured_is_one_sentence(random_bundle, options, words):
     with pytest.raises(TrioError, match=words):
         measure(random_bundle, replace(QUICK, **options), progress=False)
-
-
-def test_the_command_measures_a_size_and_writes_what_it_shows(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command = (
-        "bench --size d=32,layers=4,vocab=300,mlp=48,heads=2,image=28,vision_d=16,vision_layers=2 "
-        "--budget 0.5 --runs 1 --warm-up 0 --new-tokens 2 --baselines none --no-memory "
-        f"--cache {tmp_path / 'cache'} --out figures"
-    )
-    assert cli.main(command.split()) == 0
-    assert "50 %" in capsys.readouterr().out
-    written = json.loads((tmp_path / "figures.json").read_text())
-    assert written["schema"] == 1 and len(written["cases"]) == 2
-    assert str(tmp_path) not in (tmp_path / "figures.md").read_text()
-    assert "--cache cache" in written["command"]
-    assert (tmp_path / "figures.png").exists() == bool(importlib.util.find_spec("matplotlib"))
-    assert not list(tmp_path.glob(".*"))
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
-def test_bars_and_lines_are_drawn(result, random_bundle, tmp_path):
-    from PIL import Image
-
-    from trio_deploy.bench import chart
-
-    chart.draw(result, tmp_path / "bars.png")
-    lines = sweep(random_bundle, replace(QUICK, new_tokens=1, runs=1), [1, 2], progress=False)
-    chart.draw(lines, tmp_path / "lines.png")
-    for name in ("bars", "lines"):
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert picture.width > 800
-
-
-def test_charts_are_left_out_without_matplotlib(result, tmp_path, monkeypatch):
-    from trio_deploy.bench import chart, command
-
-    monkeypatch.setattr(chart, "available", lambda: False)
-    files = command.write({"command": "trio bench", **result}, tmp_path / "f")
-    assert [file.name for file in files] == ["f.json", "f.md"]
-    assert "](" not in (tmp_path / "f.md").read_text()
-    with pytest.raises(TrioError, match=r"trio-deploy\[plots\]"):
-        chart.draw(result, tmp_path / "f.png")
-
-
-def test_a_bundle_or_a_size_not_both(tmp_path):
-    for bundle, size in ((None, None), (tmp_path, "d=64")):
-        with pytest.raises(TrioError, match="either a bundle"):
-            bench(bundle, QUICK, size=size)
-    with pytest.raises(TrioError, match="no folder"):
-        bench(tmp_path, QUICK, out=tmp_path / "none" / "f")
-
-
-def test_what_belongs_to_random_weights_is_not_taken_for_a_bundle(random_bundle, capsys):
-    command = ["bench", str(random_bundle.path)]
-    assert cli.main([*command, "--dtype", "float16"]) == 1
-    assert "--dtype belongs to --size: a bundle has its own" in capsys.readouterr().err
-    assert cli.main([*command, "--schedule", "1:2", "--cache", "c"]) == 1
-    assert "--schedule and --cache belong to --size" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main([*command, "--picture", "0x10"])
-    assert "invalid WxH value: '0x10'" in capsys.readouterr().err
-
-
-def test_several_numbers_of_pictures_are_a_sweep(capsys):
-    assert cli.main(["bench", "b", "--images", "1,2"]) == 1
-    assert "--sweep" in capsys.readouterr().err
-
-
-def test_a_command_is_shown_without_this_machines_folders():
-    arguments = ["bench", "/home/me/b", "--out=/tmp/x/f", "--budget", "0.1", "--cache", "c d"]
-    assert shown_command(arguments) == "trio bench b --out=f --budget 0.1 --cache 'c d'"
 
 
 def test_figures_are_short():

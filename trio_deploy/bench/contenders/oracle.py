@@ -1,66 +1,38 @@
-"""What torch users have: transformers without pruning, and the oracle's pruning by autograd.
-
-Both run on the weights of the bundle, on what the runtime's preprocessing makes of the workload.
-The only module of this room that imports torch, and only where a baseline is opened.
-"""
+"""The oracle's pruning in torch: autograd for the saliency, greedy suppression in a loop."""
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from trio_deploy.bench.cases import Case, Run, timed
-from trio_deploy.bench.inputs import Inputs
-from trio_deploy.bench.workload import Workload
+from trio_deploy.bench.case import Case, Run, timed
+from trio_deploy.bench.contenders.torch_model import clock, encode, load_model, precision
+from trio_deploy.bench.workload import Inputs, Workload
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.errors import TrioError
 from trio_deploy.schedule.schedule import Schedule
 
 PROBES = 4
 
 
-def available() -> bool:
-    """Whether torch and transformers are installed."""
-    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-
-
-def open_baseline(
-    case: Case,
-    bundle: Bundle,
-    work: Workload,
-    *,
-    device: str = "cpu",
-    dtype: str = "float32",
+def open_oracle(
+    case: Case, work: Workload, *, device: str = "cpu", dtype: str = "float32"
 ) -> Callable[[int], Run]:
-    """A contender that answers with torch.
+    """A contender on the bundle's weights and on what the runtime's preprocessing yields.
 
     Args:
-        device: torch's, `cpu` or `cuda`; what runs on a GPU is waited for wherever time is taken.
-        dtype: of weights and arithmetic.
+        device: torch device, `cpu` or `cuda`; a GPU is waited for wherever time is taken.
+        dtype: float type of weights and arithmetic.
 
     Raises:
         TrioError: torch or transformers is not installed.
     """
-    if not available():
-        raise TrioError(
-            f"the baseline {case.kind} needs torch and transformers: "
-            "pip install 'trio-deploy[reference]'"
-        )
-    import torch
-
+    bundle = Bundle.load(case.bundle)
+    model = load_model(case, bundle, device, dtype)
     from trio_deploy.reference.oracle import Oracle
-    from trio_deploy.reference.restore import restore_model
 
-    if case.threads:
-        torch.set_num_threads(case.threads)
-    model = restore_model(bundle, getattr(torch, dtype)).to(device)
-    inputs = Inputs(bundle)
-    if case.kind == "transformers":
-        return _transformers(model, inputs, work)
     manifest = bundle.manifest
     oracle = Oracle(
         model,
@@ -69,92 +41,11 @@ def open_baseline(
         positions=manifest.positions,
         threshold=manifest.threshold,
     )
-    return _oracle(oracle, inputs, work, _schedule(case, bundle))
+    schedule = bundle.schedule if case.budget is None else bundle.schedule_at(case.budget)
+    return answer_with(oracle, Inputs(bundle), work, schedule)
 
 
-def _schedule(case: Case, bundle: Bundle) -> Schedule:
-    return bundle.schedule if case.budget is None else bundle.schedule_at(case.budget)
-
-
-def _request(
-    inputs: Inputs, work: Workload, seed: int, stages: dict[str, float]
-) -> tuple[Any, np.ndarray, list[tuple[int, int]]]:
-    """Prompt, pixel values [T,3,h,w] and (height, width) of every picture."""
-    pictures = work.pictures(seed)
-    with timed(stages, "preprocess"):
-        prompt, processed = inputs.encode(work.messages(), pictures)
-        pixels = np.concatenate([picture.pixel_values for picture in processed])
-    return prompt, pixels, [(int(p.size[0]), int(p.size[1])) for p in processed]
-
-
-def _transformers(model: Any, inputs: Inputs, work: Workload) -> Callable[[int], Run]:
-    """transformers' own forward pass and cache, nothing pruned, without `generate`'s overhead."""
-    import torch
-
-    seen: dict[str, float] = {}
-    now = _clock(model.device)
-    model.model.vision_tower.register_forward_pre_hook(lambda *_: seen.update(start=now()))
-    model.model.multi_modal_projector.register_forward_hook(lambda *_: seen.update(stop=now()))
-    text = inputs.config.text
-    precision = str(model.dtype).removeprefix("torch.")
-
-    @torch.inference_mode()
-    def answer(seed: int) -> Run:
-        stages: dict[str, float] = {}
-        start = time.perf_counter()
-        prompt, pixels, sizes = _request(inputs, work, seed, stages)
-        feeds: dict[str, Any] = {"input_ids": torch.as_tensor(prompt.ids)[None]}
-        feeds["pixel_values"] = torch.as_tensor(pixels, dtype=model.dtype)
-        if inputs.config.grid_pinpoints:
-            feeds = _tiled(feeds, sizes)
-        feeds = {name: tensor.to(model.device) for name, tensor in feeds.items()}
-        with timed(stages, "prefill", now):
-            out = model(**feeds, use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1:].argmax(-1)
-        first = now() - start
-        stages["vision"] = seen["stop"] - seen["start"]
-        stages["prefill"] -= stages["vision"]
-        for _ in range(work.new_tokens - 1):
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
-        later = now() - start - first
-        return Run(
-            stages=stages,
-            first_token_s=first,
-            tokens_per_s=(work.new_tokens - 1) / later if work.new_tokens > 1 else 0.0,
-            prompt_tokens=prompt.length,
-            visual_tokens=prompt.visual_tokens,
-            layer_ranges=((0, text.num_layers, prompt.length),),
-            kv_bytes=text.kv_bytes([prompt.length] * text.num_layers, model.dtype.itemsize),
-            precision=precision,
-        )
-
-    return answer
-
-
-def _clock(device: Any) -> Callable[[], float]:
-    """The time at which a device has done what it was given."""
-    import torch
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return now
-
-
-def _tiled(feeds: dict[str, Any], sizes: list[tuple[int, int]]) -> dict[str, Any]:
-    """As LLaVA-NeXT's forward takes pictures: tiles of each padded to the most, and their sizes."""
-    import torch
-
-    count, pixels = len(sizes), feeds["pixel_values"]
-    tiles = len(pixels) // count  # pictures of one workload have one size
-    shaped = pixels.reshape(count, tiles, *pixels.shape[1:])
-    return feeds | {"pixel_values": shaped, "image_sizes": torch.tensor([list(s) for s in sizes])}
-
-
-def _oracle(
+def answer_with(
     oracle: Any, inputs: Inputs, work: Workload, schedule: Schedule
 ) -> Callable[[int], Run]:
     """The reference's pruning: autograd through a layer for the scores, greedy suppression.
@@ -168,7 +59,7 @@ def _oracle(
     from trio_deploy.reference.oracle import Row
 
     text, device = inputs.config.text, oracle.model.device
-    now = _clock(device)
+    now = clock(device)
     segments = schedule.segments(text.num_layers)
     image_token = inputs.config.image_token_id
 
@@ -176,7 +67,7 @@ def _oracle(
     def answer(seed: int) -> Run:
         stages: dict[str, float] = {}
         start = time.perf_counter()
-        prompt, pixels, sizes = _request(inputs, work, seed, stages)
+        prompt, pixels, sizes = encode(inputs, work, seed, stages)
         with timed(stages, "vision", now):
             hidden, _, _ = oracle.embed(Row(prompt.ids, pixels, sizes))
         visual = torch.as_tensor(prompt.ids, device=device) == image_token
@@ -227,7 +118,7 @@ def _oracle(
                 (a, b, n) for n, (a, b) in zip(lengths, segments, strict=True) if b > a
             ),
             kv_bytes=text.kv_bytes(per_layer, oracle.model.dtype.itemsize),
-            precision=str(oracle.model.dtype).removeprefix("torch."),
+            precision=precision(oracle.model),
         )
 
     return answer

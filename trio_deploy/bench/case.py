@@ -1,0 +1,107 @@
+"""One line of a measurement: what is measured (`Case`), and the cost of one answer (`Run`)."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from trio_deploy.config.options import RuntimeOptions
+
+BASELINES = ("transformers", "oracle", "genai")
+
+#: Stages by the groups of tables and charts, in the order they run.
+GROUPS = {
+    "preprocess": ("preprocess",),
+    "vision": ("vision",),
+    "embed": ("embed",),
+    "layers": ("prefill_", "prefill"),
+    "selection": ("select_",),
+}
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table.
+
+    Attributes:
+        name: key in the results, unique.
+        kind: `trio`, or one of `BASELINES`.
+        bundle: folder of the bundle.
+        budget: share of visual tokens; None: the bundle's schedule, 1: no pruning.
+        options: how the bundle is run.
+        checkpoint: folder of the checkpoint, for OpenVINO GenAI.
+        python: interpreter that has OpenVINO GenAI.
+    """
+
+    name: str
+    kind: str
+    bundle: str
+    budget: float | None = None
+    options: RuntimeOptions = field(default_factory=RuntimeOptions)
+    checkpoint: str | None = None
+    python: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Case:
+        return cls(**{**raw, "options": RuntimeOptions(**raw["options"])})
+
+
+@dataclass(frozen=True)
+class Run:
+    """The cost of one answer.
+
+    Attributes:
+        stages: seconds per stage up to the first token, in order.
+        first_token_s: seconds from the call to the first token; at least the sum of the stages.
+        tokens_per_s: tokens per second after the first one; 0 if there is none.
+        prompt_tokens, visual_tokens: before pruning; 0 if the baseline does not report them.
+        keep: visual tokens kept at each pruning point.
+        layer_ranges: (first, stop, tokens) per range of layers.
+        kv_bytes: bytes of keys and values at the end of the prefill.
+        precision: float type that the layers were computed in.
+        peak_mib: MiB, peak memory of the contender's own process, if it has one.
+    """
+
+    stages: dict[str, float]
+    first_token_s: float
+    tokens_per_s: float
+    prompt_tokens: int = 0
+    visual_tokens: int = 0
+    keep: tuple[int, ...] = ()
+    layer_ranges: tuple[tuple[int, int, int], ...] = ()
+    kv_bytes: int | None = None
+    precision: str = ""
+    peak_mib: float | None = None
+
+    @property
+    def groups(self) -> dict[str, float]:
+        """Seconds per group of `GROUPS`, then `OTHER`: time that belongs to no stage."""
+        result = dict.fromkeys(GROUPS, 0.0)
+        for stage, seconds in self.stages.items():
+            group = next(g for g, prefixes in GROUPS.items() if stage.startswith(prefixes))
+            result[group] += seconds
+        result[OTHER] = max(0.0, self.first_token_s - sum(self.stages.values()))
+        return result
+
+    @property
+    def prefill_s(self) -> float:
+        """Seconds of the language model up to its first logits: embedding, layers, selections."""
+        groups = self.groups
+        return groups["embed"] + groups["layers"] + groups["selection"]
+
+
+@contextlib.contextmanager
+def timed(
+    stages: dict[str, float], name: str, now: Callable[[], float] = time.perf_counter
+) -> Iterator[None]:
+    """Add the seconds spent inside to a stage."""
+    start = now()
+    yield
+    stages[name] = stages.get(name, 0.0) + now() - start

@@ -1,0 +1,1 @@
+"""What answers while it is measured: the bundle, and the baselines."""

@@ -1,0 +1,73 @@
+"""What both contenders in torch need: the bundle's weights as a torch model, and its requests."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from trio_deploy.bench.case import Case, timed
+from trio_deploy.bench.workload import Inputs, Workload
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.errors import TrioError
+from trio_deploy.pipeline.prompt import Prompt
+
+
+def available() -> bool:
+    """Whether torch and transformers are installed."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+
+
+def load_model(case: Case, bundle: Bundle, device: str, dtype: str) -> Any:
+    """The weights of a bundle in transformers' model.
+
+    Args:
+        device: torch device, `cpu` or `cuda`.
+        dtype: float type of weights and arithmetic.
+
+    Raises:
+        TrioError: torch or transformers is not installed.
+    """
+    if not available():
+        raise TrioError(
+            f"the baseline {case.kind} needs torch and transformers: "
+            "pip install 'trio-deploy[reference]'"
+        )
+    import torch
+
+    from trio_deploy.reference.restore import restore_model
+
+    if case.options.threads:
+        torch.set_num_threads(case.options.threads)
+    return restore_model(bundle, getattr(torch, dtype)).to(device)
+
+
+def encode(
+    inputs: Inputs, work: Workload, seed: int, stages: dict[str, float]
+) -> tuple[Prompt, np.ndarray, list[tuple[int, int]]]:
+    """Prompt, pixel values [T,3,h,w] and (height, width) of each picture of a run."""
+    pictures = work.pictures(seed)
+    with timed(stages, "preprocess"):
+        prompt, processed = inputs.encode(work.messages(), pictures)
+        pixels = np.concatenate([picture.pixel_values for picture in processed])
+    return prompt, pixels, [(int(p.size[0]), int(p.size[1])) for p in processed]
+
+
+def clock(device: Any) -> Callable[[], float]:
+    """A clock that first waits for the device to finish its work."""
+    import torch
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+def precision(model: Any) -> str:
+    """Float type that a model computes in."""
+    return str(model.dtype).removeprefix("torch.")
