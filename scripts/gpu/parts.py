@@ -428,7 +428,7 @@ class Part:
 
     def build(self, bundle: Any, target: Path, stages: Sequence[str] | None = None) -> None:
         """Engines of a bundle that are not there yet, each with its first run."""
-        from trio_deploy.config.target import load_target
+        from trio_deploy.runtimes.registry import load_target
         from trio_deploy.runtimes.tensorrt import bindings as adapter
         from trio_deploy.runtimes.tensorrt.build import build_engines
         from trio_deploy.runtimes.tensorrt.device import Device

@@ -15,9 +15,9 @@ from tests.support.engines import TARGET
 from tests.support.gpu_host import Host
 from tests.support.pictures import make_picture
 from trio_deploy import Bundle, Pipeline, Request, TrioError, export_model
-from trio_deploy.config.target import load_target
 from trio_deploy.runtimes import arrays
 from trio_deploy.runtimes.onnxruntime import OrtRuntime
+from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.build import build_engines
 from trio_deploy.runtimes.tensorrt.first_run import run_once
 from trio_deploy.runtimes.tensorrt.record import RECORD, Record

@@ -16,7 +16,7 @@ from tests.support.pictures import make_picture
 from tests.support.questions import COLOR, alike, ask
 from trio_deploy import Bundle, Pipeline, Request, RuntimeOptions, TrioError, export_model
 from trio_deploy.pipeline.draw import draw_generation
-from trio_deploy.pipeline.pipeline import complete_options
+from trio_deploy.runtimes.registry import complete_options
 
 SCHEDULE = "1:0.4,2:0.2"
 
@@ -359,7 +359,7 @@ def test_a_bfloat16_bundle_runs_on_openvino_and_is_refused_by_onnx_runtime(
     rounded = pixels.astype(engine.inputs["pixel_values"].dtype)
     features = engine.run({"pixel_values": rounded})["image_features"].astype(np.float32)
     assert np.abs(features - expected).max() < 0.03 * np.abs(expected).max()
-    with pytest.raises(TrioError, match="onnxruntime cannot run bfloat16 graphs: .*cpu-openvino"):
+    with pytest.raises(TrioError, match="ONNX Runtime cannot run bfloat16 graphs: .*cpu-openvino"):
         Pipeline.open(out, runtime="onnxruntime")
 
 

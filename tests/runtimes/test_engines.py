@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.small_graphs import OUT, SIZE, write_attention, write_product
 from trio_deploy import TrioError
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.pipeline.cache import CacheShape, SegmentCache
 from trio_deploy.runtimes import onnxruntime as ort
 from trio_deploy.runtimes.mapped_weights import WeightMap, external_tensors
@@ -82,26 +83,26 @@ def test_a_damaged_graph_is_named(runtime: str, tmp_path: Path) -> None:
 
 def test_unknown_runtimes_and_options_are_refused(tmp_path: Path) -> None:
     for arguments in (
-        {"name": "torch"},
+        {"runtime": "torch"},
         {"threads": 0},
-        {"name": "openvino", "provider": "cuda"},
+        {"runtime": "openvino", "provider": "cuda"},
         {"precision": "bfloat16"},
-        {"name": "openvino", "low_memory": True},
-        {"name": "openvino", "precision": "int8"},
+        {"runtime": "openvino", "low_memory": True},
+        {"runtime": "openvino", "precision": "int8"},
         {"provider": "NoSuchProvider"},
         {"provider": "cuda"},
     ):
         with pytest.raises(TrioError):
-            open_runtime(**arguments)  # type: ignore[arg-type]
-    with pytest.raises(TrioError, match="unknown provider 'gpu': choose cpu or cuda"):
-        open_runtime(provider="gpu")
+            open_runtime(RuntimeOptions(**arguments))  # type: ignore[arg-type]
+    with pytest.raises(TrioError, match="unknown provider 'gpu'.*: choose cpu, cuda"):
+        open_runtime(RuntimeOptions(provider="gpu"))
 
 
 def test_a_missing_runtime_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, extra in (("onnxruntime", "cpu"), ("openvino", "openvino")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(TrioError, match=rf"pip install 'trio-deploy\[{extra}\]'"):
-            open_runtime(module)
+            open_runtime(RuntimeOptions(module))
 
 
 def test_a_silent_fallback_to_the_cpu_is_an_error(
@@ -123,7 +124,7 @@ def test_two_onnxruntimes_at_once_are_warned_about(monkeypatch: pytest.MonkeyPat
 
 def test_openvino_refuses_graphs_written_for_onnx_runtime() -> None:
     with pytest.raises(TrioError, match="primitive"):
-        open_runtime("openvino").shares_cache("ort")
+        open_runtime(RuntimeOptions("openvino")).shares_cache("ort")
 
 
 # --------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def test_a_truncated_graph_is_an_error_not_a_crash(tmp_path: Path, cut: int) -> 
 def test_probing_and_low_memory_compute_the_same_on_mapped_weights(tmp_path: Path) -> None:
     path, weight = write_product(tmp_path)
     x = np.random.default_rng(1).standard_normal((5, SIZE)).astype(np.float32)
-    low = open_runtime(low_memory=True)
+    low = open_runtime(RuntimeOptions(low_memory=True))
     engines = [open_runtime().open(path, probing=True), low.open(path), low.open(path)]
     for engine in engines:
         assert np.allclose(engine.run({"x": x})["y"], x @ weight, atol=1e-5)
@@ -190,6 +191,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from tests.support.small_graphs import external
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.runtimes.registry import open_runtime
 
 folder, low = Path(sys.argv[1]), sys.argv[2] == "low"
@@ -213,8 +215,8 @@ def memory():
     text = Path("/proc/self/status").read_text()
     return [int(re.search(rf"{key}:\\s+(\\d+)", text)[1]) / 1024 for key in ("RssAnon", "RssFile")]
 
-runtime = open_runtime(threads=1, low_memory=low)
-warm = open_runtime(threads=1).open(folder / "select.onnx", probing=True)
+runtime = open_runtime(RuntimeOptions(threads=1, low_memory=low))
+warm = open_runtime(RuntimeOptions(threads=1)).open(folder / "select.onnx", probing=True)
 warm.run({"x": feeds["select"]})  # code pages, arenas
 before = memory()
 names = ["segment", *3 * ["select"]]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.support.fakes.tensorrt import Simulation
 from trio_deploy import Bundle, export_model
-from trio_deploy.config.target import load_target
+from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.bindings import load
 from trio_deploy.runtimes.tensorrt.build import build_engines
 from trio_deploy.runtimes.tensorrt.record import Gpu

@@ -12,10 +12,10 @@ from tests.support.engines import KINDS, build, export_for, make_target
 from tests.support.fakes.tensorrt import Simulation, install
 from trio_deploy import Bundle, TrioError, check
 from trio_deploy.cli import main as cli
-from trio_deploy.config.target import load_target
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.runtimes.onnxruntime import OrtRuntime
 from trio_deploy.runtimes.openvino import OvRuntime
-from trio_deploy.runtimes.registry import open_runtime
+from trio_deploy.runtimes.registry import load_target, open_runtime
 from trio_deploy.runtimes.tensorrt.profiles import profiles
 from trio_deploy.verify.compare import TOLERANCES
 from trio_deploy.verify.engines import compare_engines
@@ -88,7 +88,7 @@ def test_a_wrong_engine_fails_and_its_tensor_is_named(
 ) -> None:
     bundle, target, simulation = built.get(kind, monkeypatch)
     simulation.tensorrt.spoiled[stage] = tensor
-    reference, engines = OrtRuntime(threads=1), open_runtime("tensorrt", bundle=bundle)
+    reference, engines = OrtRuntime(threads=1), open_runtime(RuntimeOptions("tensorrt"), bundle)
     rows = compare_engines(
         profiles(bundle, load_target(target)),
         lambda stage: reference.open(bundle.graph(stage)),

@@ -19,9 +19,10 @@ from trio_deploy.bench.results import case_figures, compare
 from trio_deploy.bench.workload import Workload, fit_prompt, picture_size
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.config.options import RuntimeOptions
-from trio_deploy.config.target import Target, load_target
+from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.families.registry import request_limits
+from trio_deploy.runtimes.registry import load_target
 
 T = TypeVar("T")
 

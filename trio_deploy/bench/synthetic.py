@@ -31,6 +31,7 @@ from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.hf_config import CLIP_PREPROCESSING
 from trio_deploy.families.names import canonical_tensors
 from trio_deploy.families.registry import parse_config
+from trio_deploy.runtimes.registry import default_target
 
 _DTYPES = {
     "float32": np.dtype(np.float32),
@@ -419,7 +420,7 @@ def make_bundle(
         dtype=dtype,
         progress=progress,
     )
-    target = options.target or {"openvino": "cpu-openvino"}.get(options.runtime or "", "cpu")
+    target = options.target or default_target(options.runtime)
     bundle = export_model(
         checkpoint,
         folder / f"{checkpoint.name}-{model.dialect or Path(str(target)).stem}",

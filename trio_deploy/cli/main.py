@@ -246,7 +246,8 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _build(args: argparse.Namespace) -> int:
     from trio_deploy.bundle.bundle import Bundle
-    from trio_deploy.config.target import list_targets, load_target
+    from trio_deploy.config.target import list_targets
+    from trio_deploy.runtimes.registry import load_target
 
     bundle = Bundle.load(args.bundle)
     name = bundle.manifest.target

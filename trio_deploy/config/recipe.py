@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trio_deploy.config.yaml_files import _PACKAGE, _choice, _find, _names, _read, _shipped, _text
+from trio_deploy.config.yaml_files import (
+    PACKAGE,
+    choice,
+    find_file,
+    names_in,
+    read_keys,
+    shipped_folder,
+    text_of,
+)
 from trio_deploy.errors import TrioError
 from trio_deploy.schedule.budget import is_budget
 from trio_deploy.schedule.schedule import Schedule
@@ -71,12 +79,12 @@ class Recipe:
 
 def recipe_folder() -> Path:
     """Where the shipped recipes lie: inside an installed package, or export/ of a checkout."""
-    return _shipped("recipes", "export")
+    return shipped_folder("recipes", "export")
 
 
 def list_recipes() -> list[str]:
     """Names of the shipped recipes."""
-    return _names(recipe_folder())
+    return names_in(recipe_folder())
 
 
 def read_recipe(name_or_path: str | Path) -> Recipe:
@@ -85,8 +93,8 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
     Raises:
         TrioError: no such recipe, an unknown or missing key, or a value that is wrong.
     """
-    file = _find(name_or_path, recipe_folder(), "recipe")
-    raw = _read(file, _RECIPE_KEYS)
+    file = find_file(name_or_path, recipe_folder(), "recipe")
+    raw = read_keys(file, _RECIPE_KEYS)
     checkpoint = _checkpoint(file, raw)
     architecture, preprocessing = raw.get("architecture"), raw.get("preprocessing", {})
     if checkpoint is not None:
@@ -96,23 +104,23 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
     return Recipe(
         name=file.stem,
         file=file,
-        hub_id=_text(file, raw, "hub_id"),
+        hub_id=text_of(file, raw, "hub_id"),
         architecture=architecture,
         schedules=_schedules(file, raw.get("schedules", {})),
-        probe=_choice(file, raw, "probe", PROBES, "last"),
-        positions=_choice(file, raw, "positions", POSITIONS, "renumber"),
+        probe=choice(file, raw, "probe", PROBES, "last"),
+        positions=choice(file, raw, "positions", POSITIONS, "renumber"),
         threshold=_threshold(file, raw.get("threshold", 0.8)),
         preprocessing=preprocessing,
-        chat_template=_text(file, raw, "chat_template"),
+        chat_template=text_of(file, raw, "chat_template"),
         checkpoint=checkpoint,
-        description=_text(file, raw, "description") or "",
+        description=text_of(file, raw, "description") or "",
     )
 
 
 def recipe_name(hub_id: str) -> str | None:
     """Name of the shipped recipe of a model on the hub, None where there is none."""
     for name in list_recipes():
-        if _read(recipe_folder() / f"{name}.yaml", _RECIPE_KEYS).get("hub_id") == hub_id:
+        if read_keys(recipe_folder() / f"{name}.yaml", _RECIPE_KEYS).get("hub_id") == hub_id:
             return name
     return None
 
@@ -146,11 +154,11 @@ def _schedules(file: Path, raw: Any) -> dict[str, Schedule]:
 
 
 def _checkpoint(file: Path, raw: Mapping[str, Any]) -> Path | None:
-    value = _text(file, raw, "checkpoint")
+    value = text_of(file, raw, "checkpoint")
     if value is None:
         return None
     if value.startswith(_IN_PACKAGE):
-        folder = _PACKAGE / value.removeprefix(_IN_PACKAGE)
+        folder = PACKAGE / value.removeprefix(_IN_PACKAGE)
     else:
         folder = file.parent / Path(value).expanduser()
     if not folder.is_dir():

@@ -8,13 +8,15 @@ from functools import lru_cache
 
 import onnx
 
-from trio_deploy.config.target import Limits, Target, list_targets, load_target, tensorrt_dialects
+from trio_deploy.config.target import Limits, Target, list_targets
 from trio_deploy.errors import TrioError
 from trio_deploy.export.graphs import planned_graphs
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.files import format_bytes
 from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.memory import Fit, Memory, memory
+from trio_deploy.runtimes.tensorrt.target import target_dialects
 from trio_deploy.schedule.schedule import Schedule
 
 _SMALL_TEXT, _SMALL_ANSWER = 256, 128  # tokens that a question and a short answer need
@@ -93,7 +95,7 @@ class _Model:
 def _other_layout(target: Target) -> Target:
     if target.decode_layout == "separate":
         return replace(target, decode_layout="shared", dialect="primitive")
-    dialect = tensorrt_dialects(str(target.tensorrt))[0]
+    dialect = target_dialects(target)[0]
     return replace(target, decode_layout="separate", dialect=dialect)
 
 

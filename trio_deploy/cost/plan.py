@@ -9,7 +9,6 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from trio_deploy.checkpoint.resolve import resolve
-from trio_deploy.config.target import load_target
 from trio_deploy.config.yaml_files import DTYPES
 from trio_deploy.cost.flops import (
     Cost,
@@ -20,6 +19,7 @@ from trio_deploy.cost.flops import (
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config, request_limits
+from trio_deploy.runtimes.registry import load_target
 from trio_deploy.schedule.budget import at_points, choose, smallest_budget
 from trio_deploy.schedule.schedule import Schedule
 

@@ -19,13 +19,13 @@ from trio_deploy.bundle.weights import DTYPES
 from trio_deploy.checkpoint.resolve import resolve
 from trio_deploy.checkpoint.safetensors import Checkpoint, read_header
 from trio_deploy.config.recipe import Recipe
-from trio_deploy.config.target import load_target
 from trio_deploy.errors import TrioError
 from trio_deploy.export.job import export_model
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.files import sha256_of
 from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy.runtimes.registry import load_target
 from trio_deploy.schedule.budget import for_budget, solve
 from trio_deploy.schedule.methods import METHODS
 from trio_deploy.schedule.schedule import Schedule

@@ -40,20 +40,14 @@ from trio_deploy.checkpoint.resolve import (
 )
 from trio_deploy.checkpoint.safetensors import Checkpoint, TensorEntry
 from trio_deploy.config.recipe import Recipe
-from trio_deploy.config.target import (
-    DIALECTS,
-    GRAPH_DTYPES,
-    Target,
-    list_targets,
-    load_target,
-    tensorrt_dialects,
-)
+from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
 from trio_deploy.export.graphs import build_graphs, serialised, used_tensors
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.names import canonical_tensors
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.runtimes.registry import load_target, runtime_spec
 from trio_deploy.schedule.budget import at_points, choose
 from trio_deploy.schedule.schedule import Schedule
 
@@ -131,9 +125,7 @@ def export_model(
         sources = Checkpoint.from_path(found.folder).verify(config)
     dialect = dialect or device.dialect
     options = _options(found.recipe, device, dialect, dtype, positions, probe, threshold)
-    readable = DIALECTS[device.runtime]
-    if device.tensorrt is not None:
-        readable = tensorrt_dialects(device.tensorrt)
+    readable = runtime_spec(device.runtime).readable_dialects(device)
     if dialect not in readable:
         raise TrioError(
             f"{device.runtime}{f' {device.tensorrt}' if device.tensorrt else ''}, the runtime of "
@@ -211,12 +203,14 @@ def export_model(
 
 def _refuse_unless_it_runs(dtype: str, device: Target) -> None:
     """Raises TrioError where the target's runtime cannot run graphs in this float type."""
-    if dtype in GRAPH_DTYPES[device.runtime]:
+    dtypes = runtime_spec(device.runtime).dtypes
+    if dtype in dtypes:
         return
-    able = [name for name in list_targets() if dtype in GRAPH_DTYPES[load_target(name).runtime]]
+    targets = [load_target(name) for name in list_targets()]
+    able = [each.name for each in targets if dtype in runtime_spec(each.runtime).dtypes]
     raise TrioError(
         f"{device.runtime}, the runtime of the target {device.name}, cannot run {dtype} graphs: "
-        f"choose --dtype {' or '.join(GRAPH_DTYPES[device.runtime])}, or a --target that can "
+        f"choose --dtype {' or '.join(dtypes)}, or a --target that can "
         f"({', '.join(able)})"
     )
 

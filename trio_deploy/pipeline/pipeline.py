@@ -14,9 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.bundle.manifest import ENGINES, Manifest
 from trio_deploy.config.options import RuntimeOptions
-from trio_deploy.config.target import GRAPH_DTYPES, Target, load_target
 from trio_deploy.errors import TrioError
 from trio_deploy.families.preprocessing import Preprocessor, ProcessedImage
 from trio_deploy.pipeline.batch import Running
@@ -27,7 +25,7 @@ from trio_deploy.pipeline.request import Generation, ImageSource, Request
 from trio_deploy.pipeline.sampling import Forced, Sampler, Sampling, StopScanner, TokenStream
 from trio_deploy.pipeline.sequence import Row
 from trio_deploy.runtimes.base import Engine
-from trio_deploy.runtimes.registry import open_runtime
+from trio_deploy.runtimes.registry import complete_options, open_runtime
 from trio_deploy.schedule.methods import SEEDS
 from trio_deploy.schedule.schedule import Schedule
 
@@ -90,22 +88,8 @@ class Pipeline:
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(Path(bundle))
         loaded.require_weights()
         options = complete_options(loaded, options)
-        name, dtype = options.runtime or "", loaded.manifest.dtype
-        if dtype not in GRAPH_DTYPES.get(name, (dtype,)):
-            raise TrioError(
-                f"{name} cannot run {dtype} graphs: export with --dtype "
-                f"{' or '.join(GRAPH_DTYPES[name])}, or with --target cpu-openvino"
-            )
-        opened = open_runtime(
-            name,
-            threads=options.threads,
-            low_memory=options.low_memory,
-            provider=options.provider,
-            precision=options.precision,
-            bundle=loaded,
-            target=_target_name(options.target),
-        )
-        stages = Stages(loaded, opened)
+        dtype = loaded.manifest.dtype
+        stages = Stages(loaded, open_runtime(options, loaded))
         tokens = {key: token for key, token in loaded.tokens.items() if isinstance(token, str)}
         try:
             tokenizer = Tokenizer.from_file(str(loaded.tokenizer_path))
@@ -353,38 +337,6 @@ class Pipeline:
 
     def _features(self, image: ProcessedImage) -> int:
         return len(image.pixel_values) * self.bundle.config.vision.rows_per_tile
-
-
-def complete_options(bundle: Bundle, options: RuntimeOptions) -> RuntimeOptions:
-    """Fill in runtime, provider and precision from the target, else from the bundle.
-
-    A target's provider holds for ONNX Runtime and its precision for OpenVINO; both stay None where
-    the runtime is not the target's.
-    """
-    target = options.target
-    built = isinstance(target, str) and (bundle.path / ENGINES / target).is_dir()
-    if built and options.runtime in (None, "tensorrt"):
-        return replace(options, runtime="tensorrt")
-    # What the manifest says, since a target file of the exporting machine's may not be here.
-    chosen: Manifest | Target = bundle.manifest
-    if target is not None:
-        chosen = target if isinstance(target, Target) else load_target(target)
-    name = options.runtime or chosen.runtime
-    provider = chosen.provider if name == chosen.runtime == "onnxruntime" else None
-    precision = chosen.precision if name == chosen.runtime == "openvino" else None
-    return replace(
-        options,
-        runtime=name,
-        provider=options.provider or provider,
-        precision=options.precision or precision,
-    )
-
-
-def _target_name(target: str | Path | Target | None) -> str | None:
-    """Name of a target, which is also that of the folder with its engines."""
-    if isinstance(target, Target):
-        return target.name
-    return None if target is None else Path(target).stem
 
 
 def _numbers(requests: Sequence[Request]) -> list[tuple[str, Request]]:

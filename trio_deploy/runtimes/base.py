@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.config.options import RuntimeOptions
+from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 
 Array = Any
@@ -178,6 +181,52 @@ class HostRuntime:
     def moment(self) -> Moment:
         """See `Runtime.moment`."""
         return HostMoment.now()
+
+
+def _as_it_is(target: Target) -> Target:
+    return target
+
+
+@dataclass(frozen=True)
+class RuntimeSpec:
+    """What a runtime can be asked for, and how it is opened.
+
+    Each runtime's module ends with one, called RUNTIME; `registry.RUNTIMES` names the modules.
+
+    Attributes:
+        name: name in targets, manifests and `--runtime`.
+        title: name in messages.
+        dialects: dialects of the graphs it reads, the preferred one first.
+        dtypes: float types of the graphs it runs.
+        options: the fields of RuntimeOptions it takes, beside runtime and target, and the values
+            of each (shell patterns; none: any value).
+        refusals: why it does not take the other options, by name.
+        open: opens it with options it takes; the bundle is None for graphs on their own.
+        default_target: target to export for when this runtime is asked for; None: name one.
+        target_keys: optional keys of a target's file that it takes.
+        devices: kinds of devices it runs on (`cpu`, `gpu`), and the provider to use there.
+        needs_engines: whether it runs engines built by `trio build`, instead of graphs.
+        check_target: checks what this runtime alone knows of a target, and fills in its defaults.
+        target_dialects: dialects that the version on a target reads; None: all of `dialects`.
+    """
+
+    name: str
+    title: str
+    dialects: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    options: Mapping[str, tuple[str, ...]]
+    open: Callable[[RuntimeOptions, Bundle | None], Runtime]
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    default_target: str | None = None
+    target_keys: tuple[str, ...] = ()
+    devices: Mapping[str, str | None] = field(default_factory=lambda: {"cpu": None})
+    needs_engines: bool = False
+    check_target: Callable[[Target], Target] = _as_it_is
+    target_dialects: Callable[[Target], tuple[str, ...]] | None = None
+
+    def readable_dialects(self, target: Target) -> tuple[str, ...]:
+        """Dialects it reads on a target, the preferred one first."""
+        return self.dialects if self.target_dialects is None else self.target_dialects(target)
 
 
 def check_feeds(engine: Engine, feeds: Mapping[str, Array]) -> None:

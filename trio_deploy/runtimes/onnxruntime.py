@@ -11,6 +11,7 @@ what a select graph multiplies all its rows with, the key projection, and nothin
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import warnings
@@ -21,8 +22,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.config.options import RuntimeOptions
+from trio_deploy.config.target import Target
+from trio_deploy.config.yaml_files import nearest
 from trio_deploy.errors import TrioError
-from trio_deploy.runtimes.base import Array, HostRuntime, Step, TensorSpec, check_feeds
+from trio_deploy.runtimes.base import (
+    Array,
+    HostRuntime,
+    RuntimeSpec,
+    Step,
+    TensorSpec,
+    check_feeds,
+)
 from trio_deploy.runtimes.mapped_weights import WeightMap, external_tensors
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -267,3 +279,39 @@ def _specs(args: list[Any]) -> dict[str, TensorSpec]:
 def _numpy(value: Any) -> np.ndarray:
     """The value's own memory where ONNX Runtime lends it, else a copy."""
     return value.numpy()
+
+
+def _open(options: RuntimeOptions, bundle: Bundle | None) -> OrtRuntime:
+    return OrtRuntime(
+        threads=options.threads, low_memory=options.low_memory, provider=options.provider
+    )
+
+
+def _check_target(target: Target) -> Target:
+    provider = target.provider or "cpu"
+    if provider not in _PROVIDERS:
+        raise TrioError(
+            f"provider cannot be {provider!r}{nearest(provider, _PROVIDERS)}: choose one of "
+            f"{', '.join(_PROVIDERS)}"
+        )
+    return dataclasses.replace(target, provider=provider)
+
+
+RUNTIME = RuntimeSpec(
+    name="onnxruntime",
+    title="ONNX Runtime",
+    dialects=("ort", "onnx", "primitive"),
+    # No bfloat16: there is no such arithmetic on CPUs, and the Python interface hands none over.
+    dtypes=("float32", "float16"),
+    # Its full names of providers end in ExecutionProvider.
+    options={"provider": (*_PROVIDERS, "*ExecutionProvider"), "threads": (), "low_memory": ()},
+    refusals={
+        "precision": "it computes in the bundle's own dtype, so export with that dtype, or run "
+        "with --runtime openvino"
+    },
+    open=_open,
+    default_target="cpu",
+    target_keys=("provider",),
+    devices={"cpu": "cpu", "gpu": "cuda"},
+    check_target=_check_target,
+)

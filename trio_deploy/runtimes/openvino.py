@@ -15,8 +15,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
-from trio_deploy.runtimes.base import Array, HostRuntime, Step, TensorSpec, check_feeds
+from trio_deploy.runtimes.base import (
+    Array,
+    HostRuntime,
+    RuntimeSpec,
+    Step,
+    TensorSpec,
+    check_feeds,
+)
 from trio_deploy.runtimes.openvino_passes import Passes
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
@@ -181,3 +190,22 @@ def _specs(ports: list[Any]) -> dict[str, TensorSpec]:
         dtype = np.dtype(ml_dtypes.bfloat16 if bfloat else kind.to_dtype())
         specs[name] = TensorSpec(name, dtype, shape)
     return specs
+
+
+def _open(options: RuntimeOptions, bundle: Bundle | None) -> OvRuntime:
+    return OvRuntime(threads=options.threads, precision=options.precision or "float32")
+
+
+RUNTIME = RuntimeSpec(
+    name="openvino",
+    title="OpenVINO",
+    dialects=("primitive",),
+    dtypes=("float32", "float16", "bfloat16"),
+    options={"precision": tuple(_HINTS), "threads": ()},
+    refusals={
+        "provider": "execution providers are ONNX Runtime's",
+        "low_memory": "it has its own way to keep weights, so run with --runtime onnxruntime",
+    },
+    open=_open,
+    default_target="cpu-openvino",
+)

@@ -1,75 +1,197 @@
-"""The runtimes by name."""
+"""The runtimes by name; a module is imported when its runtime is asked for."""
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Iterator
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.config.options import RuntimeOptions
+from trio_deploy.config.target import RUNTIME_KEYS, Limits, Target, find_target, read_target
+from trio_deploy.config.yaml_files import nearest
 from trio_deploy.errors import TrioError
-from trio_deploy.runtimes.base import Engine, Runtime
+
+if TYPE_CHECKING:  # numpy and all that follows; the names of the runtimes are needed without
+    from trio_deploy.bundle.bundle import Bundle
+    from trio_deploy.bundle.manifest import Manifest
+    from trio_deploy.runtimes.base import Engine, Runtime, RuntimeSpec
+
+#: Name → module, which ends with `RUNTIME = RuntimeSpec(...)`. The first one is the default.
+RUNTIMES = {
+    "onnxruntime": "trio_deploy.runtimes.onnxruntime",
+    "openvino": "trio_deploy.runtimes.openvino",
+    "tensorrt": "trio_deploy.runtimes.tensorrt.runtime",
+}
+
+_OPTIONS = ("provider", "precision", "threads", "low_memory")
 
 
-def open_runtime(
-    name: str = "onnxruntime",
-    *,
-    threads: int | None = None,
-    low_memory: bool = False,
-    provider: str | None = None,
-    precision: str | None = None,
-    bundle: Bundle | None = None,
-    target: str | None = None,
-) -> Runtime:
-    """The runtime called `name`.
-
-    Args:
-        name: `onnxruntime`, `openvino` or `tensorrt`.
-        threads: of one operator; None leaves the choice to the runtime.
-        low_memory: keep weights in the page cache alone (ONNX Runtime).
-        provider: ONNX Runtime's execution provider, by its full name or as `cpu`, `cuda`.
-        precision: `float32` or `bfloat16`, what OpenVINO computes in; None means float32.
-        bundle: whose engines TensorRT runs.
-        target: of which engines to run, where `bundle` has several.
+def runtime_spec(name: str) -> RuntimeSpec:
+    """What is known about a runtime; does not import the runtime itself.
 
     Raises:
-        TrioError: an unknown name, a runtime that is not installed, or no engines for it.
+        TrioError: there is no such runtime.
     """
-    if threads is not None and threads < 1:
-        raise TrioError(f"threads must be 1 or more, got {threads}")
-    if name == "onnxruntime":
-        from trio_deploy.runtimes.onnxruntime import OrtRuntime
+    if name not in RUNTIMES:
+        raise TrioError(
+            f"unknown runtime {name!r}{nearest(name, RUNTIMES)}: choose {_any_of(RUNTIMES)}"
+        )
+    spec: RuntimeSpec = importlib.import_module(RUNTIMES[name]).RUNTIME
+    return spec
 
-        if precision not in (None, "float32"):
+
+def load_target(name_or_path: str | Path) -> Target:
+    """Read a target by its name or from a file, and check it.
+
+    Raises:
+        TrioError: no such target, an unknown or missing key, or a value that its runtime cannot
+            take.
+    """
+    file = find_target(name_or_path)
+    target = read_target(file)
+    try:
+        return check(target)
+    except TrioError as error:
+        raise TrioError(f"{file}: {error}") from None
+
+
+def default_target(runtime: str | None = None) -> str:
+    """Name of the target to export for when a runtime, or none, is asked for.
+
+    Raises:
+        TrioError: there is no such runtime, or its targets differ too much for a default.
+    """
+    name = runtime_spec(runtime or next(iter(RUNTIMES))).default_target
+    if name is None:
+        raise TrioError(f"{runtime} has no target that suits every device: pass --target")
+    return name
+
+
+def check(target: Target) -> Target:
+    """Check a target against its runtime, and fill in what the runtime decides.
+
+    Raises:
+        TrioError: a value that the runtime cannot take.
+    """
+    spec = runtime_spec(target.runtime)
+    for key in RUNTIME_KEYS:
+        given = getattr(target, key) not in (None, 0.0, Limits())
+        if given and key not in spec.target_keys:
+            owners = [other.title for other in _specs() if key in other.target_keys]
+            raise TrioError(f"{key} belongs to {_any_of(owners)}, not {spec.title}: leave it out")
+    if target.dtype not in spec.dtypes:
+        raise TrioError(
+            f"{spec.title} cannot run {target.dtype} graphs: choose dtype {_any_of(spec.dtypes)}"
+        )
+    target = spec.check_target(target)
+    readable = spec.readable_dialects(target)
+    if target.dialect and target.dialect not in readable:
+        raise TrioError(
+            f"{spec.title} does not read the {target.dialect} dialect"
+            f"{nearest(target.dialect, readable)}: choose {_any_of(readable)}"
+        )
+    return replace(target, dialect=target.dialect or readable[0])
+
+
+def check_options(options: RuntimeOptions, dtype: str = "float32") -> None:
+    """Refuse options that the runtime does not take; with no runtime, that no runtime takes.
+
+    Args:
+        dtype: float type of the bundle; a precision equal to it asks for nothing.
+
+    Raises:
+        TrioError: says why.
+    """
+    if options.threads is not None and options.threads < 1:
+        raise TrioError(f"threads must be 1 or more, got {options.threads}")
+    specs = list(_specs()) if options.runtime is None else [runtime_spec(options.runtime)]
+    for name in _OPTIONS:
+        value = getattr(options, name)
+        if value in (None, False) or (name == "precision" and value == dtype):
+            continue
+        takers = [spec for spec in specs if name in spec.options]
+        if not takers:
+            reason = specs[0].refusals.get(name, "leave it out")
+            raise TrioError(f"{name.replace('_', ' ')} is no option of {specs[0].title}: {reason}")
+        values = list(dict.fromkeys(each for spec in takers for each in spec.options[name]))
+        free = any(not spec.options[name] for spec in takers)
+        if not free and not any(
+            fnmatchcase(str(value).lower(), pattern.lower()) for pattern in values
+        ):
             raise TrioError(
-                f"ONNX Runtime computes in the bundle's own dtype, not in {precision}: export "
-                "with that dtype, or run with --runtime openvino"
+                f"unknown {name} {value!r:.40} for {_any_of([spec.title for spec in takers])}: "
+                f"choose {_any_of(values)}"
             )
-        return OrtRuntime(threads=threads, low_memory=low_memory, provider=provider)
-    if name == "openvino":
-        from trio_deploy.runtimes.openvino import OvRuntime
-
-        if provider is not None:
-            raise TrioError("execution providers belong to ONNX Runtime, not to OpenVINO")
-        if low_memory:
-            raise TrioError("the low-memory option belongs to ONNX Runtime, not to OpenVINO")
-        return OvRuntime(threads=threads, precision=precision or "float32")
-    if name == "tensorrt":
-        from trio_deploy.runtimes.tensorrt.runtime import TrtRuntime, engine_folder
-
-        for option, value in (("provider", provider), ("precision", precision)):
-            if value is not None:
-                raise TrioError(f"{option} is settled when TensorRT's engines are built")
-        if threads is not None or low_memory:
-            raise TrioError("threads and low memory are options of CPU runtimes, not of TensorRT")
-        if bundle is None:
-            raise TrioError("TensorRT runs the engines of a bundle: open the bundle")
-        return TrtRuntime(engine_folder(bundle, target), bundle)
-    raise TrioError(f"unknown runtime {name!r}: choose onnxruntime, openvino or tensorrt")
 
 
-def open_engine(
-    path: str | os.PathLike[str], runtime: str = "onnxruntime", **options: Any
-) -> Engine:
-    """One graph on its own; `options` as in `open_runtime`."""
-    return open_runtime(runtime, **options).open(Path(path))
+def complete_options(bundle: Bundle, options: RuntimeOptions) -> RuntimeOptions:
+    """Fill in what a caller left open: runtime, provider and precision of the target or bundle.
+
+    Raises:
+        TrioError: there is no such target.
+    """
+    target = options.target
+    if isinstance(target, str) and options.runtime in (None, *_with_engines()):
+        from trio_deploy.bundle.manifest import ENGINES
+
+        if (bundle.path / ENGINES / target).is_dir():
+            return replace(options, runtime=options.runtime or next(_with_engines()))
+    # The manifest's values, since the target file of another machine may not be here.
+    chosen: Manifest | Target = bundle.manifest
+    if target is not None:
+        chosen = target if isinstance(target, Target) else load_target(target)
+    runtime = options.runtime or chosen.runtime
+    if runtime != chosen.runtime:  # a provider or precision of another runtime
+        return replace(options, runtime=runtime)
+    taken = runtime_spec(runtime).options
+    return replace(
+        options,
+        runtime=runtime,
+        provider=options.provider or (chosen.provider if "provider" in taken else None),
+        precision=options.precision or (chosen.precision if "precision" in taken else None),
+    )
+
+
+def open_runtime(options: RuntimeOptions | None = None, bundle: Bundle | None = None) -> Runtime:
+    """Open a runtime, for the graphs or engines of a bundle, or for graphs on their own.
+
+    Raises:
+        TrioError: an option that the runtime does not take, a bundle that it cannot run, a runtime
+            that is not installed, or no engines for it.
+    """
+    options = options or RuntimeOptions()
+    if bundle is not None:
+        options = complete_options(bundle, options)
+    options = replace(options, runtime=options.runtime or next(iter(RUNTIMES)))
+    spec = runtime_spec(str(options.runtime))
+    dtype = "float32" if bundle is None else bundle.manifest.dtype
+    if dtype not in spec.dtypes:
+        able = [other.default_target for other in _specs() if dtype in other.dtypes]
+        raise TrioError(
+            f"{spec.title} cannot run {dtype} graphs: export with --dtype {_any_of(spec.dtypes)}, "
+            f"or with --target {_any_of([name for name in able if name])}"
+        )
+    check_options(options, dtype)
+    return spec.open(options, bundle)
+
+
+def open_engine(path: str | os.PathLike[str], runtime: str | None = None, **options: Any) -> Engine:
+    """Open one graph on its own; `options` are fields of RuntimeOptions."""
+    return open_runtime(RuntimeOptions(runtime, **options)).open(Path(path))
+
+
+def _specs() -> Iterator[RuntimeSpec]:
+    return map(runtime_spec, RUNTIMES)
+
+
+def _with_engines() -> Iterator[str]:
+    return (spec.name for spec in _specs() if spec.needs_engines)
+
+
+def _any_of(names: Any) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else str(last)

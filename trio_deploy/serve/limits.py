@@ -8,23 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trio_deploy.config.target import PROVIDERS, RUNTIMES
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.pixels import MAX_PIXELS
+from trio_deploy.runtimes.registry import check_options
 
-_CHOICES = {
-    "runtime": RUNTIMES,
-    "provider": PROVIDERS,
-    "precision": ("float32", "bfloat16"),
-}
-# What only some runtimes can be told; the others raise it when they load.
-_RUNTIMES = {
-    "provider": ("onnxruntime",),
-    "precision": ("onnxruntime", "openvino"),
-    "threads": ("onnxruntime", "openvino"),
-    "low_memory": ("onnxruntime",),
-}
-_PROVIDER = "ExecutionProvider"  # ends ONNX Runtime's full names, which it knows itself
 # Beyond these a number is a slip of the pen, and would end in a machine without threads or memory.
 _MOST = {
     "threads": 1024,
@@ -115,7 +103,8 @@ class Settings:
         for name, most in _MOST.items():
             if values.get(name, 0) > most:
                 raise TrioError(f"{name} must be at most {most:g}, got {values[name]}")
-        _check_runtime(values)
+        asked = (field.name for field in dataclasses.fields(RuntimeOptions))
+        check_options(RuntimeOptions(**{name: values[name] for name in asked if name in values}))
         if values.get("budget", 1.0) > 1.0:
             raise TrioError(f"budget must be at most 1, got {values['budget']}")
         if values.get("max_image_pixels", 1) > MAX_PIXELS:
@@ -134,25 +123,6 @@ def check_settings(parameters: Mapping[str, str]) -> dict[str, str]:
     """
     Settings.parse(parameters)
     return dict(parameters)
-
-
-def _check_runtime(values: Mapping[str, Any]) -> None:
-    for name, choices in _CHOICES.items():
-        value = values.get(name)
-        known = value in choices or (
-            name == "provider" and value and (value.lower() in choices or value.endswith(_PROVIDER))
-        )
-        if value is not None and not known:
-            raise TrioError(f"unknown {name} {value!r:.40}: choose {' or '.join(choices)}")
-    runtime = values.get("runtime")
-    for name, runtimes in _RUNTIMES.items():
-        if runtime and values.get(name) and runtime not in runtimes:
-            raise TrioError(f"{name} is no option of {runtime}: leave it out")
-    if runtime == "onnxruntime" and values.get("precision", "float32") != "float32":
-        raise TrioError(
-            "onnxruntime computes in the bundle's own dtype: leave precision out, or export with "
-            "that dtype"
-        )
 
 
 def _text(name: str, value: str) -> str:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.checkpoint.resolve import from_folder
-from trio_deploy.config.target import GRAPH_DTYPES
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import TILES_AT_ONCE
 from trio_deploy.families.preprocessing import ProcessedImage
@@ -24,6 +23,8 @@ from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.prompt import Prompt, collate
 from trio_deploy.pipeline.request import Request
 from trio_deploy.reference.trace import Tensors
+from trio_deploy.runtimes.onnxruntime import RUNTIME as ORT
+from trio_deploy.runtimes.onnxruntime import OrtRuntime
 from trio_deploy.runtimes.tensorrt.runtime import TrtEngine
 from trio_deploy.verify.compare import TOLERANCES, ParityRow, Tolerance, compare_stages, difference
 from trio_deploy.verify.engines import compare_engines
@@ -114,7 +115,7 @@ def check(
         f"{pipeline.precision}, against {'the recorded reference' if golden else 'the oracle'}"
     )
     if isinstance(pipeline.engine("embed"), TrtEngine):
-        if manifest.dtype in GRAPH_DTYPES["onnxruntime"]:
+        if manifest.dtype in ORT.dtypes:
             rows += _compare_engines(pipeline, tolerance)
             title += "; each engine, at the shapes in brackets, against ONNX Runtime"
         else:
@@ -218,8 +219,6 @@ def _run(pipeline: Pipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray
 
 
 def _compare_engines(pipeline: Pipeline, tolerance: Tolerance) -> list[ParityRow]:
-    from trio_deploy.runtimes.onnxruntime import OrtRuntime
-
     bundle = pipeline.bundle
     return compare_engines(
         {stage: pipeline.engine(stage).profiles for stage in bundle.stages},  # type: ignore[attr-defined]

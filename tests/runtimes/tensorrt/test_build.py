@@ -26,8 +26,9 @@ from tests.support.fakes.tensorrt import install
 from tests.support.tensorrt_builds import GPU, Stub, build
 from trio_deploy import Bundle, TrioError, export_model
 from trio_deploy.cli.main import main
-from trio_deploy.config.target import Target, load_target
+from trio_deploy.config.target import Target
 from trio_deploy.runtimes.base import TensorSpec
+from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt import build as builder
 from trio_deploy.runtimes.tensorrt import first_run as verify
 from trio_deploy.runtimes.tensorrt.bindings import load
@@ -205,7 +206,7 @@ import os, sys
 from pathlib import Path
 from tests.support.tensorrt_builds import Stub, build
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.config.target import load_target
+from trio_deploy.runtimes.registry import load_target
 
 def killed(folder, stage):
     if stage == "embed":

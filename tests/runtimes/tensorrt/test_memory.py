@@ -14,10 +14,11 @@ from trio_deploy import Schedule, TrioError
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.cli.main import main
 from trio_deploy.config.recipe import list_recipes
-from trio_deploy.config.target import list_targets, load_target, target_folder
+from trio_deploy.config.target import list_targets, target_folder
 from trio_deploy.cost.device_memory import fit, planned
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config
+from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.build import weight_bytes
 from trio_deploy.runtimes.tensorrt.memory import Fit
 
@@ -206,7 +207,7 @@ def test_a_plan_without_a_target_has_no_memory(capsys: pytest.CaptureFixture[str
         (["--target", "cpu"], "the target cpu runs onnxruntime"),
         (["--dtype", "float16"], "--dtype is of the engines on a --target"),
         (["--target", "l4", "--dtype", "int4"], "unknown dtype 'int4'"),
-        (["--target", "l5"], "no target called 'l5'.*Did you mean 'l4'"),
+        (["--target", "l5"], "no target called 'l5'.*did you mean 'l4'"),
     ],
 )
 def test_wrong_wishes_are_named(

@@ -9,8 +9,9 @@ import pytest
 from tests.support.exported import Export
 from trio_deploy import Schedule, TrioError
 from trio_deploy.checkpoint.resolve import load_recipe
-from trio_deploy.config.target import Limits, Target, load_target
+from trio_deploy.config.target import Limits, Target
 from trio_deploy.families.registry import parse_config, request_limits
+from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.profiles import Profile, Sizes, profiles
 from trio_deploy.schedule.budget import for_points, solve
 

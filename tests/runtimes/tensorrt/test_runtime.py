@@ -25,6 +25,7 @@ from tests.support.fakes.tensorrt import Driver, Simulation, install
 from tests.support.pictures import make_picture
 from tests.support.waiting import WAIT_S
 from trio_deploy import Bundle, Pipeline, Request, TrioError
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.files import sha256_of
 from trio_deploy.runtimes import arrays
 from trio_deploy.runtimes.registry import open_runtime
@@ -572,7 +573,7 @@ def test_a_run_that_fails_quotes_no_older_errors(
 def test_options_of_other_runtimes_are_refused(shared: Machine) -> None:
     for options in ({"provider": "cuda"}, {"precision": "bfloat16"}, {"threads": 2}):
         with pytest.raises(TrioError, match="TensorRT"):
-            open_runtime("tensorrt", bundle=shared.bundle, **options)
+            open_runtime(RuntimeOptions("tensorrt", **options), shared.bundle)  # type: ignore[arg-type]
 
 
 def test_feeds_of_a_wrong_type_are_refused(shared: Machine) -> None:

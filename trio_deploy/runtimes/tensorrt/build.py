@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import ENGINES
-from trio_deploy.config.target import DIALECTS, Target
+from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.files import format_bytes, sha256_of, write_atomically
 from trio_deploy.runtimes.tensorrt.bindings import Built, Log, ProfileLike, Progress
@@ -35,6 +35,7 @@ from trio_deploy.runtimes.tensorrt.dry_run.rules import (
 )
 from trio_deploy.runtimes.tensorrt.profiles import Profile, profiles
 from trio_deploy.runtimes.tensorrt.record import RECORD, Gpu, Record, StageRecord
+from trio_deploy.runtimes.tensorrt.target import DIALECTS
 
 TIMING_CACHE = "timing.cache"
 LOG = "build.log"
@@ -108,7 +109,7 @@ def require_buildable(bundle: Bundle, target: Target, stages: Sequence[str] | No
             is unknown, or the weights are missing.
     """
     require_tensorrt(target)
-    if bundle.manifest.dialect not in DIALECTS["tensorrt"]:
+    if bundle.manifest.dialect not in DIALECTS:
         assert target.tensorrt is not None
         require_dialect(bundle.manifest.dialect, target.tensorrt, str(bundle.path))
     _chosen(bundle, stages)

@@ -19,13 +19,21 @@ import numpy as np
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import ENGINES
+from trio_deploy.config.options import RuntimeOptions
+from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
-from trio_deploy.runtimes.base import Array, Step, TensorSpec, check_feeds
+from trio_deploy.runtimes.base import Array, RuntimeSpec, Step, TensorSpec, check_feeds
 from trio_deploy.runtimes.tensorrt.bindings import IoTensor, OutOfDeviceMemory, TensorRT, load
 from trio_deploy.runtimes.tensorrt.device import Device, DeviceArray, Event, Graph
 from trio_deploy.runtimes.tensorrt.gpu import this_gpu
 from trio_deploy.runtimes.tensorrt.profiles import Profile, buffer_bytes
 from trio_deploy.runtimes.tensorrt.record import Record
+from trio_deploy.runtimes.tensorrt.target import (
+    DIALECTS,
+    TARGET_KEYS,
+    check_target,
+    target_dialects,
+)
 
 # Which limits of a target (engines/*.yaml) bound a dynamic axis of a graph.
 _LIMITS = {
@@ -593,3 +601,32 @@ def _address(array: Array) -> int:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
+
+
+def _open(options: RuntimeOptions, bundle: Bundle | None) -> TrtRuntime:
+    if bundle is None:
+        raise TrioError("TensorRT runs the engines of a bundle: open the bundle")
+    target = options.target
+    name = target.name if isinstance(target, Target) else target and Path(target).stem
+    return TrtRuntime(engine_folder(bundle, name or None), bundle)
+
+
+RUNTIME = RuntimeSpec(
+    name="tensorrt",
+    title="TensorRT",
+    dialects=DIALECTS,
+    dtypes=("float32", "float16", "bfloat16"),
+    options={},
+    refusals={
+        "provider": "execution providers are ONNX Runtime's",
+        "precision": "it is settled when engines are built, so export with another --dtype",
+        "threads": "it computes on the GPU",
+        "low_memory": "its weights are in the GPU's memory",
+    },
+    open=_open,
+    target_keys=TARGET_KEYS,
+    devices={"gpu": None},
+    needs_engines=True,
+    check_target=check_target,
+    target_dialects=target_dialects,
+)

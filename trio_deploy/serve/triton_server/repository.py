@@ -31,10 +31,11 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import MANIFEST, TensorInfo
 from trio_deploy.bundle.weights import Progress, place_file
 from trio_deploy.bundle.writer import BundleWriter
-from trio_deploy.config.target import RUNTIMES, Target, list_targets, load_target
+from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
 from trio_deploy.files import read_yaml, safe_path
 from trio_deploy.runtimes.mapped_weights import external_tensors
+from trio_deploy.runtimes.registry import load_target, runtime_spec
 from trio_deploy.runtimes.tensorrt.record import RECORD as ENGINES_RECORD
 from trio_deploy.runtimes.tensorrt.record import Record
 from trio_deploy.serve.limits import Settings, check_settings
@@ -116,7 +117,9 @@ def write_repository(
         models.add_vlm(files)
         models.add_complete()
         if options.stages:
-            models.add_stages(_plans(bundle, target) if runtime == "tensorrt" else None)
+            models.add_stages(
+                _plans(bundle, target) if runtime_spec(runtime).needs_engines else None
+            )
         writer.write(RECORD, _record(bundle, models.names))
     return models.names
 
@@ -159,8 +162,7 @@ def read_settings(file: Path | None, assignments: Sequence[str]) -> dict[str, st
 
 
 def _check_options(options: Options, runtime: str) -> None:
-    if runtime not in RUNTIMES:
-        raise TrioError(f"unknown runtime {runtime!r}: choose from {', '.join(RUNTIMES)}")
+    spec = runtime_spec(runtime)
     if options.device not in DEVICES:
         raise TrioError(f"unknown device {options.device!r}: choose cpu or gpu")
     if options.instances < 1:
@@ -169,10 +171,11 @@ def _check_options(options: Options, runtime: str) -> None:
         raise TrioError(
             f"models cannot be called {options.name!r}_vlm: use letters of ASCII, digits, - and _"
         )
-    if runtime == "tensorrt" and options.device == "cpu":
-        raise TrioError("TensorRT needs a GPU: pass --device gpu, or --runtime onnxruntime")
-    if runtime == "openvino" and options.device == "gpu":
-        raise TrioError("OpenVINO runs on CPUs here: leave --device gpu out, or pass --runtime")
+    if options.device not in spec.devices:
+        raise TrioError(
+            f"{spec.title} does not run on --device {options.device}: pass --device "
+            f"{' or '.join(spec.devices)}, or another --runtime"
+        )
 
 
 def _parameters(
@@ -182,8 +185,8 @@ def _parameters(
     parameters = {"bundle": _BUNDLE, "runtime": runtime}
     if target is not None:
         parameters["target"] = _target_parameter(options)
-    if runtime == "onnxruntime":
-        parameters["provider"] = "cuda" if options.device == "gpu" else "cpu"
+    if provider := runtime_spec(runtime).devices[options.device]:
+        parameters["provider"] = provider
     # Not by model_warmup: Triton 2.51 dies where a decoupled model refuses that request, which a
     # limit or a deadline may make it do.
     parameters["warm_up"] = "true"
@@ -212,7 +215,7 @@ def _files(bundle: Bundle, runtime: str, target: Target | None) -> Iterable[tupl
     """(path relative to the bundle, file) of what serving needs."""
     for name in [MANIFEST, *bundle.manifest.files]:
         yield name, safe_path(bundle.path, name)
-    if runtime == "tensorrt":
+    if runtime_spec(runtime).needs_engines:
         folder, record = _engines(bundle, target)
         files = [folder / ENGINES_RECORD, *(record.check_file(folder, s) for s in record.stages)]
         for file in files:

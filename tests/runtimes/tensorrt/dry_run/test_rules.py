@@ -17,8 +17,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from tests.support.exported import Export
 from trio_deploy import Pipeline, TrioError
 from trio_deploy.cli.main import main
-from trio_deploy.config.target import list_targets, load_target
+from trio_deploy.config.target import list_targets
 from trio_deploy.runtimes.base import TensorSpec
+from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.dry_run.operators import operator_table
 from trio_deploy.runtimes.tensorrt.dry_run.rules import Finding, check_graph, dry_run, read_graph
 from trio_deploy.runtimes.tensorrt.dry_run.shapes import UnknownShape, resolve

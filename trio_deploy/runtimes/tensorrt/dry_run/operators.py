@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from trio_deploy.config.target import parse_version
+from trio_deploy.runtimes.tensorrt.target import parse_version
 
 
 @dataclass(frozen=True)

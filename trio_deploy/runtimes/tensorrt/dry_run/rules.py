@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.config.target import OLDEST_TENSORRT, Target, parse_version, tensorrt_dialects
+from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.files import format_bytes
 from trio_deploy.runtimes.tensorrt.dry_run.operators import OperatorTable, operator_table
@@ -33,6 +33,11 @@ from trio_deploy.runtimes.tensorrt.dry_run.shapes import (
     shape_path,
 )
 from trio_deploy.runtimes.tensorrt.profiles import Profile, profiles
+from trio_deploy.runtimes.tensorrt.target import (
+    OLDEST_TENSORRT,
+    dialects_of_version,
+    parse_version,
+)
 
 _CORNERS = ("min", "opt", "max")
 
@@ -164,7 +169,7 @@ def require_dialect(dialect: str, version: str, bundle: str) -> None:
     Raises:
         TrioError: says how to export one that it does.
     """
-    able = tensorrt_dialects(version)
+    able = dialects_of_version(version)
     if dialect not in able:
         raise TrioError(
             f"{bundle} has graphs in the {dialect} dialect, but TensorRT {version} reads "
