@@ -14,8 +14,8 @@ from tests.support.run_graph import Runner, filled
 from tests.support.selection_cases import LAYER, TARGETS, batch_of, weights_of
 from tests.support.transformers_models import model_config, relative
 from trio_deploy.families.base import ModelConfig, RopeConfig
-from trio_deploy.graphs.modules import inverse_frequencies
 from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.graphs.rope import inverse_frequencies
 from trio_deploy.selection.stage import build_select
 
 targets = pytest.mark.parametrize(("dialect", "runtime"), TARGETS)

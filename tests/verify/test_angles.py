@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from trio_deploy.families.base import RopeConfig
-from trio_deploy.graphs.modules import inverse_frequencies
+from trio_deploy.graphs.rope import inverse_frequencies
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 

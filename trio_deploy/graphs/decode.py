@@ -9,9 +9,10 @@ import onnx_ir as ir
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.dialects.base import Past
 from trio_deploy.graphs.graph import Stage
-from trio_deploy.graphs.modules import DecoderLayer, Embedding, Head, rotary_angles
+from trio_deploy.graphs.modules import DecoderLayer, Embedding, Head
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.prefill import past_inputs, present_outputs
+from trio_deploy.graphs.rope import rotary_angles
 from trio_deploy.graphs.values import FLOAT, INT64
 
 

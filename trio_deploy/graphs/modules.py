@@ -18,19 +18,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import RopeConfig, TextConfig
+from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.dialects.base import KV, Angles, Dialect, Window
 from trio_deploy.graphs.values import (
     FLOAT,
     cast,
-    constant,
+    merge_heads,
+    over_power_of_two,
+    reduce,
+    scaled_product,
+    shape_of,
+    split_heads,
 )
 
 # --------------------------------------------------------------------------------------------
@@ -79,17 +84,23 @@ class Linear(nn.Module):
         return self.d.linear(op, x, self.weight, self.bias)
 
     def backward(self, op: Any, g: ir.Value) -> ir.Value:
-        """The gradient before the product from that behind it: [..., out] → [..., in]."""
+        """Compute the gradient before the product from that behind: [..., out] → [..., in]."""
         return self.d.linear_transposed(op, g, self.weight.into(op))
 
     def few_rows(self, op: Any, x: ir.Value) -> ir.Value:
-        """`forward` for x [B, P, in] with few rows P."""
+        """Compute `forward` for [B, P, in] → [B, P, out] with few rows P."""
         bias = None if self.bias is None else self.bias.into(op)
         return self.d.linear_few_rows(op, x, self.weight.into(op), bias)
 
     def backward_few_rows(self, op: Any, g: ir.Value) -> ir.Value:
-        """`backward` for g [B, P, out] with few rows P."""
-        return self.d.linear_transposed_few_rows(op, g, self.weight.into(op))
+        """Compute `backward` for f32 [B, P, out] → f32 [B, P, in] with few rows P."""
+        weight = self.weight.into(op)
+        return scaled_product(
+            op,
+            self.d.dtype,
+            g,
+            lambda narrow: self.d.linear_transposed_few_rows(op, narrow, weight),
+        )
 
 
 class RMSNorm(nn.Module):
@@ -103,6 +114,39 @@ class RMSNorm(nn.Module):
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
         """[..., size] → [..., size]."""
         return self.d.rms_norm(op, x, self.weight, self.eps)
+
+    def backward(self, op: Any, x: ir.Value, g: ir.Value) -> ir.Value:
+        """Compute the gradient before the norm of x [..., size] from g f32 behind it.
+
+        With r = 1/sqrt(mean(x²) + ε) and h = w ∘ g it is r (h - x r² (h·x)/d).
+        """
+        x = cast(op, x, FLOAT)
+        size = int(shape_of(x)[-1])
+        squares = reduce(op, "ReduceSumSquare", x, [-1])
+        square = op.Div(1.0, op.Add(op.Mul(squares, 1.0 / size), self.eps))  # r²
+        h = op.Mul(g, cast(op, self.weight.into(op), FLOAT))
+        along = op.Mul(reduce(op, "ReduceSum", op.Mul(h, x), [-1]), op.Mul(square, 1.0 / size))
+        return op.Mul(op.Sub(h, op.Mul(x, along)), op.Sqrt(square))
+
+    def backward_norm(self, op: Any, squares: ir.Value, g: ir.Value, along: ir.Value) -> ir.Value:
+        """Compute the Euclidean norm of `backward` per row, f32 [..., 1], without x.
+
+        With y = r x ∘ w the normed row, y·g = r (h·x); so r² |h - x r² (h·x)/d|² is
+        r² (|h|² - (y·g)² (1 + ε r²)/d), which needs neither x nor the difference; and |h|² is a
+        product of g ∘ g with w ∘ w.
+
+        Args:
+            squares: x·x of each row, f32 [..., 1].
+            g: gradient behind the norm, f32 [..., size].
+            along: y·g of each row, f32 [..., 1].
+        """
+        size = int(shape_of(g)[-1])
+        square = op.Div(1.0, op.Add(op.Mul(squares, 1.0 / size), self.eps))  # r²
+        w = cast(op, self.weight.into(op), FLOAT)
+        h = op.MatMul(op.Mul(g, g), op.Unsqueeze(op.Mul(w, w), [1]))  # |h|²
+        inside = op.Mul(op.Mul(along, along), op.Add(op.Mul(square, self.eps), 1.0))
+        outside = op.Sub(h, op.Mul(inside, 1.0 / size))
+        return op.Sqrt(op.Mul(op.Max(outside, 0.0), square))
 
 
 class LayerNorm(nn.Module):
@@ -152,50 +196,50 @@ def activation(op: Any, kind: str, x: ir.Value) -> ir.Value:
 
 
 # --------------------------------------------------------------------------------------------
-# Rotary position embedding
-
-
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """float32 [D/2], as transformers' `ROPE_INIT_FUNCTIONS` computes them.
-
-    Raises:
-        TrioError: a scaling other than `default`, `linear` and `llama3`.
-    """
-    exponent = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
-    # Powers rounded to fp32 but once, as torch's are: numpy's fp32 power is off by a last digit for
-    # a tenth of them, and 2900 positions on an angle is off by 2e-4.
-    powers = np.power(np.float64(rope.theta), exponent.astype(np.float64)).astype(np.float32)
-    inverse = np.float32(1.0) / powers
-    if rope.scaling == "default":
-        return inverse
-    if rope.scaling == "linear":
-        return inverse / np.float32(rope.factor)
-    if rope.scaling == "llama3":
-        wavelength = 2.0 * np.pi / inverse
-        low = rope.original_max_positions / rope.low_freq_factor
-        high = rope.original_max_positions / rope.high_freq_factor
-        smooth = (rope.original_max_positions / wavelength - rope.low_freq_factor) / (
-            rope.high_freq_factor - rope.low_freq_factor
-        )
-        blend = (1 - smooth) * inverse / rope.factor + smooth * inverse
-        scaled = np.where(wavelength > low, inverse / rope.factor, inverse)
-        scaled = np.where((wavelength >= high) & (wavelength <= low), blend, scaled)
-        return scaled.astype(np.float32)
-    raise TrioError(f"The rotary scaling {rope.scaling!r} is not supported.")
-
-
-def rotary_angles(
-    op: Any, d: Dialect, text: TextConfig, positions: ir.Value, dtype: ir.DataType | None = None
-) -> Angles:
-    """Angles of int64 positions [B, S]: computed in fp32, handed over in `dtype` (the graph's)."""
-    frequency = constant(op, inverse_frequencies(text.rope, text.head_dim), "inv_freq")
-    angle = op.Mul(op.Cast(op.Unsqueeze(positions, [-1]), to=FLOAT), frequency)
-    dtype = dtype or d.dtype
-    return Angles(cast(op, op.Cos(angle), dtype), cast(op, op.Sin(angle), dtype))
-
-
-# --------------------------------------------------------------------------------------------
 # Layers of the language model
+
+
+#: Attention weights of about 1/S, times this, stay normal numbers in fp16.
+LIFT = 64.0
+
+
+@dataclass(frozen=True)
+class ProbeAttention:
+    """What the backward pass needs of the attention of P probes per batch row.
+
+    Attributes:
+        n: [B, S, d], input of the projections.
+        angles: of its S rows.
+        q: [B, G, R·P, D], queries, rotated and scaled.
+        raw: f32 [B, H·P, S], scores without the mask.
+        weights: f32 [B, H·P, S], after the softmax.
+        lifted: the same times `LIFT`, in the graph's float type.
+        mixed: f32 [B, H·P, d], weights times n.
+        w_v: [G, D, d], weight of the values by head.
+    """
+
+    n: ir.Value
+    angles: Angles
+    q: ir.Value
+    raw: ir.Value
+    weights: ir.Value
+    lifted: ir.Value
+    mixed: ir.Value
+    w_v: ir.Value
+
+
+class InputGradient(NamedTuple):
+    """Gradient of the input n of an attention, times `LIFT` and divided by `scale`.
+
+    Attributes:
+        dn: f32 [B, S, d].
+        along: n·dn of each row, f32 [B, S, 1].
+        scale: f32 [B, 1, 1], a power of two per batch row.
+    """
+
+    dn: ir.Value
+    along: ir.Value
+    scale: ir.Value
 
 
 class Attention(nn.Module):
@@ -217,6 +261,98 @@ class Attention(nn.Module):
         y, present = self.d.attention(op, self.text, q, k, v, window, past)
         return self.o_proj(op, y), present
 
+    def keys(self, op: Any, x: ir.Value, angles: Angles) -> ir.Value:
+        """Compute rotated keys: [B, S, d] → [B, G, S, D]."""
+        k = split_heads(op, self.k_proj(op, x), self.text.num_kv_heads, self.text.head_dim)
+        return self.d.rope(op, k, angles)
+
+    def forward_probes(
+        self,
+        op: Any,
+        n: ir.Value,
+        probed: ir.Value,
+        angles: tuple[Angles, Angles],
+        mask: ir.Value,
+        like: ir.Value,
+    ) -> tuple[ir.Value, ProbeAttention]:
+        """Attend from P rows of n [B, S, d] alone: [B, P, d], and what `backward_probes` needs.
+
+        The values are not projected; the probes' weighted sums of n are pushed through W_v
+        instead. That takes 3 H P multiplications per feature and token against 2 G D.
+
+        Args:
+            probed: [B, P, d], the P rows.
+            angles: of the S rows and of the P rows.
+            mask: additive, f32 [B, 1, P, S].
+            like: any [B, ...] whose shape is known early.
+        """
+        text, d = self.text, self.d
+        heads, groups, size, hidden = (
+            text.num_heads, text.num_kv_heads, text.head_dim, text.hidden_size
+        )  # fmt: skip
+        probes = int(shape_of(mask)[2])
+        per_group = heads // groups * probes
+        k = self.keys(op, n, angles[0])
+        q = d.rope(op, split_heads(op, self.q_proj.few_rows(op, probed), heads, size), angles[1])
+        q = op.Reshape(op.Mul(q, size**-0.5), [0, groups, per_group, size])
+        raw = cast(op, d.matmul_transposed(op, q, k), FLOAT)  # [B, G, R·P, S]
+        raw = op.Reshape(raw, [0, heads, probes, -1])
+        weights = op.Softmax(op.Add(raw, mask), axis=-1)
+        weights, raw = (op.Reshape(v, [0, heads * probes, -1]) for v in (weights, raw))
+        lifted = cast(op, op.Mul(weights, LIFT), d.dtype)
+        mixed = op.Mul(cast(op, op.MatMul(lifted, n), FLOAT), 1.0 / LIFT)
+        w_v = d.reshape_weight(op, self.v_proj.weight.into(op), [groups, size, hidden], like)
+        o = op.Reshape(cast(op, mixed, d.dtype), [0, groups, per_group, hidden])
+        o = op.Reshape(d.matmul_transposed(op, o, w_v), [0, heads, probes, size])
+        o = merge_heads(op, o)  # [B, P, H·D]
+        if self.v_proj.bias is not None:  # the weights of a head sum to one
+            bias = op.Reshape(self.v_proj.bias.into(op), [groups, 1, size])
+            bias = op.Expand(bias, [groups, heads // groups, size])
+            o = op.Add(o, op.Reshape(bias, [heads * size]))
+        kept = ProbeAttention(n, angles[0], q, raw, weights, lifted, mixed, w_v)
+        return self.o_proj.few_rows(op, o), kept
+
+    def backward_probes(self, op: Any, kept: ProbeAttention, g: ir.Value) -> InputGradient:
+        """Compute the gradient of n through keys and values from g f32 [B, P, d] behind o_proj.
+
+        What acts through the probes' own queries is left out: it belongs to the probes' rows.
+        """
+        text, d, a = self.text, self.d, kept.weights
+        heads, groups, size = text.num_heads, text.num_kv_heads, text.head_dim
+        per_group = int(shape_of(kept.q)[2])
+        do = split_heads(op, self.o_proj.backward_few_rows(op, g), heads, size)
+        do = op.Reshape(do, [0, groups, per_group, size])
+        u = scaled_product(op, d.dtype, do, lambda narrow: op.MatMul(narrow, kept.w_v))
+        u = op.Reshape(u, [0, groups * per_group, text.hidden_size])
+        u, scale = over_power_of_two(op, u)
+        narrow = cast(op, u, d.dtype)
+        da = cast(op, d.matmul_transposed(op, narrow, kept.n), FLOAT)  # [B, H·P, S]
+        ds = op.Mul(a, op.Sub(da, reduce(op, "ReduceSum", op.Mul(u, kept.mixed), [-1])))
+        # n·dn of each row without a sum over its d entries: the rotation drops out
+        along = op.Add(op.Mul(ds, kept.raw), op.Mul(a, da))
+        along = op.Transpose(reduce(op, "ReduceSum", along, [1]), perm=[0, 2, 1])  # [B, S, 1]
+        ds = cast(op, op.Mul(ds, LIFT), d.dtype)
+        ds = op.Reshape(ds, [0, groups, per_group, -1])
+        dk = op.MatMul(op.Transpose(ds, perm=[0, 1, 3, 2]), kept.q)  # [B, G, S, D]
+        dk = merge_heads(op, d.rope(op, dk, kept.angles, inverse=True))
+        dn = op.Add(
+            self.k_proj.backward(op, dk),
+            op.MatMul(op.Transpose(kept.lifted, perm=[0, 2, 1]), narrow),
+        )
+        if self.k_proj.bias is not None:
+            in_bias = op.MatMul(dk, op.Unsqueeze(self.k_proj.bias.into(op), [1]))
+            along = op.Sub(along, op.Mul(cast(op, in_bias, FLOAT), 1.0 / LIFT))
+        return InputGradient(cast(op, dn, FLOAT), op.Mul(along, LIFT), scale)
+
+
+class Gates(NamedTuple):
+    """What the backward pass needs of an MLP, [B, P, m] each."""
+
+    gate: ir.Value
+    sigmoid: ir.Value
+    silu: ir.Value
+    up: ir.Value
+
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate x) ∘ up x)."""
@@ -232,6 +368,23 @@ class MLP(nn.Module):
         """[..., d] → [..., d]."""
         gate = activation(op, "silu", self.gate_proj(op, x))
         return self.down_proj(op, op.Mul(gate, self.up_proj(op, x)))
+
+    def forward_probes(self, op: Any, x: ir.Value) -> tuple[ir.Value, Gates]:
+        """Compute `forward` for few rows [B, P, d], and what `backward_probes` needs."""
+        gate, up = self.gate_proj.few_rows(op, x), self.up_proj.few_rows(op, x)
+        sigmoid = op.Sigmoid(gate)
+        silu = op.Mul(gate, sigmoid)
+        return self.down_proj.few_rows(op, op.Mul(silu, up)), Gates(gate, sigmoid, silu, up)
+
+    def backward_probes(self, op: Any, kept: Gates, g: ir.Value) -> ir.Value:
+        """Compute the gradient before the MLP from that behind it: f32 [B, P, d]."""
+        dh = self.down_proj.backward_few_rows(op, g)
+        gate, sigmoid, silu, up = (cast(op, value, FLOAT) for value in kept)
+        slope = op.Mul(sigmoid, op.Sub(op.Add(gate, 1.0), silu))
+        return op.Add(
+            self.gate_proj.backward_few_rows(op, op.Mul(op.Mul(dh, up), slope)),
+            self.up_proj.backward_few_rows(op, op.Mul(dh, silu)),
+        )
 
 
 class DecoderLayer(nn.Module):

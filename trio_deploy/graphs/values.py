@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ FLOAT_TYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
 }
 
+_TINY = 1e-37  # below it a gradient counts as zero
 _RUN = 128  # places that `running_sum` adds up at a time
 
 
@@ -94,6 +96,26 @@ def merge_heads(op: Any, x: ir.Value) -> ir.Value:
 def last_two_swapped(rank: int) -> list[int]:
     """The `perm` of a Transpose that swaps the last two of `rank` axes."""
     return [*range(rank - 2), rank - 1, rank - 2]
+
+
+def over_power_of_two(op: Any, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Divide x f32 [B, m, n] by a power of two per batch row; return also the power, [B, 1, 1].
+
+    The sum of magnitudes comes to lie within 1…2, so nothing overflows or underflows in fp16.
+    """
+    total = op.Max(reduce(op, "ReduceSum", op.Abs(x), [1, 2]), _TINY)
+    power = op.Pow(2.0, op.Floor(op.Mul(op.Log(total), 1.0 / math.log(2.0))))
+    return op.Div(x, power), power
+
+
+def scaled_product(
+    op: Any, dtype: ir.DataType, g: ir.Value, product: Callable[[ir.Value], ir.Value]
+) -> ir.Value:
+    """Compute product(g) for a gradient g in fp32, the product itself in `dtype`."""
+    if dtype == FLOAT:
+        return product(g)
+    total = op.Max(reduce(op, "ReduceSum", op.Abs(g), range(1, len(shape_of(g)))), _TINY)
+    return op.Mul(cast(op, product(cast(op, op.Div(g, total), dtype)), FLOAT), total)
 
 
 def running_sum(op: Any, flags: ir.Value) -> ir.Value:

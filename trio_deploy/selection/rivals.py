@@ -20,8 +20,9 @@ import onnx_ir as ir
 from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.graph import Stage
-from trio_deploy.graphs.modules import DecoderLayer, RMSNorm, rotary_angles
+from trio_deploy.graphs.modules import DecoderLayer, RMSNorm
 from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.graphs.rope import rotary_angles
 from trio_deploy.graphs.values import (
     FLOAT,
     INT64,
