@@ -33,7 +33,7 @@ import tritonclient.grpc.aio as triton
 from tqdm import tqdm
 from triton_server import TritonServer
 
-from trio_deploy import Bundle, Pipeline, export_model
+from trio_deploy import Bundle, Pipeline, Request, export_model
 from trio_deploy.bench.environment import load_average, machine, machine_text
 from trio_deploy.bench.measure import budget_name
 from trio_deploy.evaluation import scenes
@@ -107,13 +107,13 @@ def answer_alone(
     """The cases with their tokens, and what it took the pipeline, one request after another."""
     pipeline = Pipeline.open(bundle)
     for case in cases[:4]:  # warm-up
-        pipeline.generate([case.picture], case.question, budget=budget)
+        pipeline.generate(Request(case.question, [case.picture], budget=budget))
     result = Answers(clients=1, seconds=0.0)
     answered = []
     start = time.perf_counter()
     for case in tqdm(cases, desc="pipeline alone", disable=None):
         began = time.perf_counter()
-        generation = pipeline.generate([case.picture], case.question, budget=budget)
+        generation = pipeline.generate(Request(case.question, [case.picture], budget=budget))
         result.latency.append(time.perf_counter() - began)
         result.first_token.append(generation.first_token_s)
         result.tokens += len(generation.token_ids)

@@ -30,7 +30,7 @@ def picture(pipeline: Pipeline, question: str, budget: float) -> str:
     Returns Markdown that shows both.
     """
     image = ROOT / "examples" / "scene.png"
-    answer = pipeline.generate([image], question)
+    answer = pipeline.generate(Request(question, [image]))
     save_kept(answer, ROOT / "docs" / "kept.png")
     counts = ", ".join(str(count) for count in answer.keep_counts)
     return (

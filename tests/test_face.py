@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -11,6 +12,8 @@ import pytest
 
 import trio_deploy
 
+ROOT = Path(__file__).parent.parent
+GUIDE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 HEAVY = ("numpy", "onnx", "onnx_ir", "onnxruntime", "openvino", "torch", "PIL", "tokenizers")
 
 
@@ -52,3 +55,18 @@ def test_all_names_can_be_imported_at_once():
 def test_an_unknown_name_is_refused():
     with pytest.raises(AttributeError, match="'trio_deploy' has no attribute 'Engine'"):
         _ = trio_deploy.Engine
+
+
+def test_the_guide_lists_every_public_name():
+    listed = re.findall(r"^\| `(\w+)` \| (.+) \|$", GUIDE, re.MULTILINE)
+    assert [name for name, _ in listed] == trio_deploy.__all__
+    assert len({what for _, what in listed}) == len(listed)
+
+
+def test_the_guides_program_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (program,) = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+    exec(compile(program, "docs/python.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert "white [" in out and out.count("['square', 'square']") == 2

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from trio_deploy import Request
+
 ROOT = Path(__file__).parent.parent
 SCENE = ROOT / "examples" / "scene.png"
 PROMPT = "what color is the circle?"
@@ -67,7 +69,7 @@ def test_a_bundle_exported_and_run_there_gives_the_same_tokens(venv, tmp_path):
 
     from trio_deploy import Pipeline
 
-    here = Pipeline.open(tmp_path / "bundle").generate([SCENE], PROMPT)
+    here = Pipeline.open(tmp_path / "bundle").generate(Request(PROMPT, [SCENE]))
     assert there["token_ids"] == list(here.token_ids)
     assert there["text"] == here.text
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trio_deploy.pipeline.batcher.batcher import Batcher
     from trio_deploy.pipeline.pipeline import Pipeline
     from trio_deploy.pipeline.request import Generation, Request
+    from trio_deploy.pipeline.stream import TextStream
     from trio_deploy.schedule.schedule import Schedule
     from trio_deploy.verify.check import Report, check
 
@@ -35,6 +36,7 @@ __all__ = [
     "RuntimeOptions",
     "Schedule",
     "SelectionOptions",
+    "TextStream",
     "TrioError",
     "check",
     "evaluate",
@@ -54,6 +56,7 @@ _MODULES = {
     "RuntimeOptions": "trio_deploy.config.options",
     "Schedule": "trio_deploy.schedule.schedule",
     "SelectionOptions": "trio_deploy.config.options",
+    "TextStream": "trio_deploy.pipeline.stream",
     "TrioError": "trio_deploy.errors",
     "check": "trio_deploy.verify.check",
     "evaluate": "trio_deploy.evaluation.evaluate",

@@ -367,7 +367,7 @@ def test_a_bundle_is_measured_at_any_budget(tmp_path, questions):
     pipeline = Pipeline.open(bundle, threads=1)
     for one in found.results:
         assert one.schedule is not None
-        answer = pipeline.generate(list(questions[0].images), "?", budget=one.budget)
+        answer = pipeline.generate(Request("?", list(questions[0].images), budget=one.budget))
         kept = one.schedule.resolve(answer.visual_tokens)
         assert list(kept) == answer.keep_counts[: len(kept)]
         assert one.share == one.schedule.average(256, 16) / 256

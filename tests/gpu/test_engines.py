@@ -168,7 +168,7 @@ def test_engines_of_another_tensorrt_are_refused(built: Built, tmp_path: Path) -
 def test_a_request_beyond_the_profiles_is_refused(built: Built) -> None:
     pipeline = Pipeline.open(built.get("separate"), runtime="tensorrt")
     with pytest.raises(TrioError, match="max_new_tokens"):
-        pipeline.generate([], "one two three", max_new_tokens=1000)
+        pipeline.generate(Request("one two three", max_new_tokens=1000))
 
 
 def test_more_memory_than_there_is_is_an_error(host: Host) -> None:

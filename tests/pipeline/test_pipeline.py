@@ -95,7 +95,7 @@ def test_unpruned_answers_are_those_of_transformers(setup: Setup, family: str, c
     prompt = inputs["input_ids"].shape[1]
     expected = model.generate(**inputs, do_sample=False, max_new_tokens=12)[0, prompt:].tolist()
     answer = setup.pipeline(family).generate(
-        images, ask(COLOR, count), max_new_tokens=12, budget=1.0
+        Request(ask(COLOR, count), images, max_new_tokens=12, budget=1.0)
     )
     assert answer.token_ids == expected
     assert answer.prompt_tokens == prompt
@@ -126,7 +126,7 @@ def test_pruned_answers_and_kept_tokens_are_those_of_the_oracle(
         )
         oracle = setup.oracle(family, positions)
         expected = oracle.generate([row], pipeline.bundle.schedule, max_new_tokens=10).rows[0]
-        answer = pipeline.generate([image], ask(COLOR), max_new_tokens=10)
+        answer = pipeline.generate(Request(ask(COLOR), [image], max_new_tokens=10))
         assert answer.token_ids == list(expected.token_ids)
         for ours, theirs in zip(answer.kept, expected.kept, strict=True):
             assert np.array_equal(ours, theirs)
@@ -166,7 +166,7 @@ def test_sampling_in_a_batch_repeats_single_runs_by_their_seeds(setup: Setup) ->
 def test_a_budget_of_a_request_changes_what_is_kept_and_nothing_else(setup: Setup) -> None:
     pipeline, image = setup.pipeline(), make_picture()
     answers = [
-        pipeline.generate([image], ask(COLOR), max_new_tokens=4, budget=budget)
+        pipeline.generate(Request(ask(COLOR), [image], max_new_tokens=4, budget=budget))
         for budget in (0.35, 0.6, 1.0)
     ]
     counts = [answer.keep_counts for answer in answers]
@@ -178,11 +178,13 @@ def test_a_budget_of_a_request_changes_what_is_kept_and_nothing_else(setup: Setu
         ]
     assert answers[0].kv_bytes < answers[1].kv_bytes < answers[2].kv_bytes
     with pytest.raises(TrioError, match="budget"):
-        pipeline.generate([image], ask(COLOR), budget=0.01)
+        pipeline.generate(Request(ask(COLOR), [image], budget=0.01))
 
 
 def test_the_cache_is_as_large_as_prompt_and_answer_in_each_segment(setup: Setup) -> None:
-    answer = setup.pipeline().generate([make_picture()], ask(COLOR), max_new_tokens=6, stop=["~"])
+    answer = setup.pipeline().generate(
+        Request(ask(COLOR), [make_picture()], max_new_tokens=6, stop=["~"])
+    )
     text = setup.pipeline().bundle.config.text
     token = 2 * text.num_kv_heads * text.head_dim * 4
     capacity = sum((stop - start) * (tokens + 6) for start, stop, tokens in answer.layer_ranges)
@@ -194,11 +196,12 @@ def test_the_cache_is_as_large_as_prompt_and_answer_in_each_segment(setup: Setup
 
 
 def test_text_streams_in_pieces_that_join_to_the_answer(setup: Setup) -> None:
-    pieces: list[str] = []
-    answer = setup.pipeline().generate(
-        [make_picture()], ask(COLOR), max_new_tokens=12, stream=pieces.append
-    )
-    assert "".join(pieces) == answer.text and len(pieces) > 1
+    request = Request(ask(COLOR), make_picture(), max_new_tokens=12)
+    stream = setup.pipeline().stream(request)
+    pieces = list(stream)
+    answer = stream.generation
+    assert "".join(pieces) == answer.text and len(pieces) > 1 and all(pieces)
+    assert alike(answer, setup.pipeline().generate(request))
     assert answer.first_token_s > 0 and answer.tokens_per_s > 0
     stages = ["preprocess", "vision", "embed", "prefill_0", "select_1", "prefill_1", "select_2"]
     assert list(answer.timings) == [*stages, "prefill_2", "decode"]
@@ -206,13 +209,12 @@ def test_text_streams_in_pieces_that_join_to_the_answer(setup: Setup) -> None:
 
 def test_a_stop_string_ends_the_answer_and_is_left_out(setup: Setup) -> None:
     pipeline, image = setup.pipeline(), make_picture()
-    whole = pipeline.generate([image], ask(COLOR), max_new_tokens=12)
+    whole = pipeline.generate(Request(ask(COLOR), [image], max_new_tokens=12))
     assert whole.finish_reason == "length" and len(whole.token_ids) == 12
     words = whole.text.split(" ")
-    stop, pieces = " ".join(words[3:5]), list[str]()
-    answer = pipeline.generate(
-        [image], ask(COLOR), max_new_tokens=12, stop=[stop], stream=pieces.append
-    )
+    stop = " ".join(words[3:5])
+    stream = pipeline.stream(Request(ask(COLOR), [image], max_new_tokens=12, stop=stop))
+    pieces, answer = list(stream), stream.generation
     assert answer.finish_reason == "stop"
     assert answer.text == "".join(pieces) == whole.text[: whole.text.index(stop)]
     assert len(answer.token_ids) < len(whole.token_ids)
@@ -220,11 +222,11 @@ def test_a_stop_string_ends_the_answer_and_is_left_out(setup: Setup) -> None:
 
 def test_end_tokens_stop_the_answer_and_are_not_shown(setup: Setup) -> None:
     pipeline, image = setup.pipeline(), make_picture()
-    whole = pipeline.generate([image], ask(COLOR), max_new_tokens=12).token_ids
+    whole = pipeline.generate(Request(ask(COLOR), [image], max_new_tokens=12)).token_ids
     end = whole[4]
     ending = copy.copy(pipeline)
     ending._ends = frozenset({EOS, end})
-    answer = ending.generate([image], ask(COLOR), max_new_tokens=12)
+    answer = ending.generate(Request(ask(COLOR), [image], max_new_tokens=12))
     assert answer.token_ids == whole[: whole.index(end) + 1]
     assert answer.finish_reason == "stop"
     assert answer.text == pipeline._encoder.decode(answer.token_ids[:-1])
@@ -234,12 +236,12 @@ def test_prompts_and_answers_stay_inside_the_models_context(setup: Setup) -> Non
     pipeline = setup.pipeline("llava")
     context = pipeline.bundle.config.text.max_positions
     words = context - 16 - 10
-    answer = pipeline.generate([make_picture()], ask("a " * words), max_new_tokens=100)
+    answer = pipeline.generate(Request(ask("a " * words), [make_picture()], max_new_tokens=100))
     assert answer.finish_reason == "length"
     assert answer.prompt_tokens + len(answer.token_ids) == context
     with pytest.raises(TrioError, match=rf"{context + 90} tokens \(16 of them visual.*{context}"):
         missing = context + 90 - answer.prompt_tokens
-        pipeline.generate([make_picture()], ask("a " * (words + missing)))
+        pipeline.generate(Request(ask("a " * (words + missing)), [make_picture()]))
 
 
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
@@ -260,7 +262,9 @@ def test_bad_requests_are_one_clear_error(
 ) -> None:
     pipeline = setup.pipeline()
     with pytest.raises(TrioError, match=message):
-        pipeline.generate(**request_)
+        pipeline.generate(Request(**request_))
+    with pytest.raises(TrioError, match=message):
+        next(pipeline.stream(Request(**request_)))
     with pytest.raises(TrioError, match="^request 1: "):
         pipeline.generate_batch([Request("what ?", max_new_tokens=1), Request(**request_)])
 
@@ -283,9 +287,9 @@ def test_no_requests_are_no_answers(setup: Setup) -> None:
 
 def test_low_memory_gives_the_same_answer(setup: Setup) -> None:
     low = Pipeline.open(setup.bundle("llava_next"), threads=1, low_memory=True)
-    question: dict[str, Any] = {"images": [make_picture()], "prompt": ask(COLOR)}
-    expected = setup.pipeline().generate(**question, max_new_tokens=6)
-    assert low.generate(**question, max_new_tokens=6).token_ids == expected.token_ids
+    request = Request(ask(COLOR), make_picture(), max_new_tokens=6)
+    expected = setup.pipeline().generate(request)
+    assert low.generate(request).token_ids == expected.token_ids
 
 
 @pytest.mark.parametrize("dialect", ["ort", "onnx", "primitive"])
@@ -295,14 +299,14 @@ def test_caches_in_memory_of_the_engines_own_give_the_same_answer(
     """On a GPU they cannot be sliced; here ONNX Runtime's own values stand in for its memory."""
     from trio_deploy.runtimes.onnxruntime import OrtEngine
 
-    question: dict[str, Any] = {"images": [make_picture()], "prompt": ask(COLOR)}
-    expected = setup.pipeline(dialect=dialect).generate(**question, max_new_tokens=6)
+    request = Request(ask(COLOR), make_picture(), max_new_tokens=6)
+    expected = setup.pipeline(dialect=dialect).generate(request)
 
     def empty(engine: OrtEngine, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         return engine._ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, "cpu", 0)
 
     monkeypatch.setattr(OrtEngine, "empty", empty)
-    answer = setup.pipeline(dialect=dialect).generate(**question, max_new_tokens=6)
+    answer = setup.pipeline(dialect=dialect).generate(request)
     assert alike(answer, expected)
 
 
@@ -315,20 +319,22 @@ def test_a_bundle_without_a_chat_template_takes_the_whole_prompt(
     del bundle.manifest.files["chat_template.jinja"]
     pipeline = Pipeline.open(bundle, threads=1)
     image, template = make_picture(), setup.pipeline("llava")
-    written = pipeline.generate([image], f"USER: <image>\n{COLOR} ASSISTANT:", max_new_tokens=5)
-    expected = template.generate([image], ask(COLOR), max_new_tokens=5)
+    written = pipeline.generate(
+        Request(f"USER: <image>\n{COLOR} ASSISTANT:", [image], max_new_tokens=5)
+    )
+    expected = template.generate(Request(ask(COLOR), [image], max_new_tokens=5))
     assert written.token_ids == expected.token_ids
     raw = template.generate(
-        [image], f"USER: <image>\n{COLOR} ASSISTANT:", max_new_tokens=5, raw=True
+        Request(f"USER: <image>\n{COLOR} ASSISTANT:", [image], max_new_tokens=5, raw=True)
     )
     assert raw.token_ids == expected.token_ids
     with pytest.raises(TrioError, match="no chat template"):
-        pipeline.generate([image], ask(COLOR))
+        pipeline.generate(Request(ask(COLOR), [image]))
 
 
 def test_the_picture_dims_what_was_dropped(setup: Setup) -> None:
     white = Image.new("RGB", (100, 60), "white")
-    answer = setup.pipeline().generate([white, white], ask(COLOR, 2), max_new_tokens=1)
+    answer = setup.pipeline().generate(Request(ask(COLOR, 2), [white, white], max_new_tokens=1))
     assert sum(len(tokens) for tokens in answer.kept_of_image(0)) > 0
     panels = 1 + len(answer.kept)
     pixels = np.asarray(draw_generation(answer).convert("L"))
@@ -337,7 +343,7 @@ def test_the_picture_dims_what_was_dropped(setup: Setup) -> None:
     lit = [(strip[8:200, 8 + 344 * i : 344 * (i + 1)] > 200).mean() for i in range(panels)]
     assert lit[0] > 0.99 > lit[1] > lit[2] > 0
     with pytest.raises(TrioError, match="no picture"):
-        draw_generation(setup.pipeline().generate(prompt="what ?", max_new_tokens=1))
+        draw_generation(setup.pipeline().generate(Request("what ?", max_new_tokens=1)))
 
 
 def test_a_bfloat16_bundle_runs_on_openvino_and_is_refused_by_onnx_runtime(
@@ -350,7 +356,7 @@ def test_a_bfloat16_bundle_runs_on_openvino_and_is_refused_by_onnx_runtime(
     pipeline = Pipeline.open(out, threads=1)
     assert pipeline.precision == "bfloat16"
     image = make_picture()
-    answer = pipeline.generate([image], COLOR, max_new_tokens=3)
+    answer = pipeline.generate(Request(COLOR, [image], max_new_tokens=3))
     assert len(answer.token_ids) >= 1
     pixels = pipeline.encode(Request(COLOR, [image]))[1][0].pixel_values
     whole = setup.pipeline("llava", "primitive", runtime="openvino").engine("vision")
@@ -398,7 +404,7 @@ def test_a_bundle_for_cuda_asks_for_a_gpu_unless_told_otherwise(
     with pytest.raises(TrioError, match=r"no CUDAExecutionProvider.*\[gpu\].*--provider cpu"):
         Pipeline.open(bundle)
     on_cpu = Pipeline.open(bundle, provider="cpu", threads=1)
-    assert on_cpu.generate([make_picture()], COLOR, max_new_tokens=2).token_ids
+    assert on_cpu.generate(Request(COLOR, [make_picture()], max_new_tokens=2)).token_ids
 
 
 def test_a_picture_that_requests_share_is_seen_once(
@@ -423,7 +429,7 @@ def test_a_picture_that_requests_share_is_seen_once(
 
 def test_forced_tokens_are_given_back_with_their_probabilities(setup: Setup) -> None:
     pipeline, image = setup.pipeline(), make_picture()
-    free = pipeline.generate([image], ask(COLOR), max_new_tokens=4)
+    free = pipeline.generate(Request(ask(COLOR), [image], max_new_tokens=4))
     forced, changed = pipeline.generate_batch(
         [
             Request(ask(COLOR), [image], forced=free.token_ids),

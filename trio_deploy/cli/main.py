@@ -152,6 +152,7 @@ def _run(args: argparse.Namespace) -> None:
         unknown_remark,
     )
     from trio_deploy.pipeline.pipeline import Pipeline
+    from trio_deploy.pipeline.request import Request
 
     if not args.prompt.strip():
         raise TrioError("--prompt has no text: write something to ask")
@@ -167,17 +168,21 @@ def _run(args: argparse.Namespace) -> None:
         provider=args.provider,
         target=args.target,
     )
-    generation = pipeline.generate(
-        args.image,
+    request = Request(
         args.prompt,
+        args.image,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
         stop=args.stop,
         budget=args.budget,
-        stream=None if args.json else lambda piece: print(piece, end="", flush=True),
     )
+    stream = pipeline.stream(request)
+    for piece in stream:
+        if not args.json:
+            print(piece, end="", flush=True)
+    generation = stream.generation
     if args.json:
         print(json.dumps(generation_json(generation), indent=2))
     else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,16 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.preprocessing import Preprocessor, ProcessedImage
 from trio_deploy.pipeline.batch import Running
-from trio_deploy.pipeline.chat import Message
 from trio_deploy.pipeline.prefill import Clock, Prefilled, Stages
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder, collate
-from trio_deploy.pipeline.request import Generation, ImageSource, Request
+from trio_deploy.pipeline.request import Generation, Request
 from trio_deploy.pipeline.sampling import Forced, Sampler, Sampling, StopScanner, TokenStream
 from trio_deploy.pipeline.sequence import Row
+from trio_deploy.pipeline.stream import TextStream
 from trio_deploy.runtimes.base import Engine
 from trio_deploy.runtimes.registry import complete_options, open_runtime
 from trio_deploy.schedule.methods import SEEDS
 from trio_deploy.schedule.schedule import Schedule
-
-__all__ = ["Generation", "ImageSource", "Pipeline", "Request"]
 
 _Opened = dict[int, tuple[Image.Image, ProcessedImage]]
 """Pictures of a batch by their source's identity: requests about one share it."""
@@ -39,7 +38,7 @@ class Pipeline:
     """Answers questions about pictures from an exported bundle.
 
     >>> pipeline = Pipeline.open("bundle")
-    >>> answer = pipeline.generate(["cat.png"], "What is this?", budget=0.222)
+    >>> answer = pipeline.generate(Request("What is this?", "cat.png", budget=0.222))
     >>> answer.text, answer.keep_counts
 
     A follow-up question is a new prefill: which tokens a picture keeps depends on the question.
@@ -129,50 +128,21 @@ class Pipeline:
         """Tokens of the tokenizer."""
         return self._encoder.vocabulary
 
-    def generate(
-        self,
-        images: ImageSource | Sequence[ImageSource] | None = None,
-        prompt: str | Sequence[Message] = "",
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        budget: float | None = None,
-        raw: bool = False,
-        stream: Callable[[str], None] | None = None,
-    ) -> Generation:
-        """Answer one question; arguments as in `Request`.
+    def generate(self, request: Request) -> Generation:
+        """Answer one request.
 
         Raises:
             TrioError: an unreadable image, images that do not match the prompt, a prompt longer
                 than the model's context, a budget that the bundle cannot reach.
         """
-        if images is None:
-            images = []
-        elif isinstance(images, str | bytes | os.PathLike | Image.Image):
-            images = [images]
-        request = Request(
-            prompt,
-            list(images),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=(stop,) if isinstance(stop, str) else stop,
-            budget=budget,
-            raw=raw,
-            stream=stream,
-        )
         return self.generate_batch([request])[0]
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Generation]:
-        """Answer several questions at once, of any lengths, with any number of images each.
+        """Answer several requests at once, of any lengths, with any number of images each.
 
-        Every row has its own budget, sampling, end and stop strings, and gives the answer it
-        would give alone (within the arithmetic's rounding). A picture that several requests pass
-        as the same object is prepared, and seen by the vision tower, once.
+        Every request has its own budget, sampling, end and stop strings, and gets the answer it
+        would get alone (within the arithmetic's rounding). An image that several requests pass as
+        the same object is prepared, and encoded by the vision tower, once.
 
         Raises:
             TrioError: as `generate`, naming the request if there are several.
@@ -180,26 +150,53 @@ class Pipeline:
         if not requests:
             return []
         clock = Clock()
-        start = time.perf_counter()
-        with clock.stage("preprocess"):
-            opened: _Opened = {}
-            rows = [
-                self._numbered(request, number, opened, start)
-                for number, request in _numbers(requests)
-            ]
-        prefilled = self.prefill(rows, clock)
-        with clock.stage("decode"):
-            for row, logits in zip(rows, prefilled.logits, strict=True):
-                row.take(logits)
-            running = self.running()
-            running.join(rows, prefilled)
-            while running.rows:
-                for row, logits in running.step():
-                    row.take(logits)
-                running.release()
+        rows = self._prepare_batch(requests, clock)
+        for _ in self._steps(rows, clock):
+            pass
         for row in rows:
             row.timings = clock.seconds
         return [row.report() for row in rows]
+
+    def stream(self, request: Request) -> TextStream:
+        """Answer one request piece by piece; what `generate` raises comes out of the iteration."""
+        return TextStream(self._pieces(request))
+
+    def _pieces(self, request: Request) -> Generator[str, None, Generation]:
+        clock = Clock()
+        (row,) = rows = self._prepare_batch([request], clock)
+        with closing(self._steps(rows, clock)) as steps:
+            for (piece,) in steps:
+                if piece:
+                    yield piece
+        row.timings = clock.seconds
+        return row.report()
+
+    def _prepare_batch(self, requests: Sequence[Request], clock: Clock) -> list[Row]:
+        opened: _Opened = {}
+        start = time.perf_counter()
+        with clock.stage("preprocess"):
+            return [
+                self._numbered(request, number, opened, start)
+                for number, request in _numbers(requests)
+            ]
+
+    def _steps(self, rows: Sequence[Row], clock: Clock) -> Generator[list[str], None, None]:
+        """Prefill and decode until every row has finished; the text each step adds to its rows.
+
+        Leaves no cache behind when it ends or is closed.
+        """
+        prefilled = self.prefill(rows, clock)
+        running = self.running()
+        try:
+            with clock.stage("decode"):
+                yield [row.take(of) for row, of in zip(rows, prefilled.logits, strict=True)]
+                running.join(rows, prefilled)
+                del prefilled  # the batch has its caches now
+                while running.rows:
+                    yield [row.take(logits) for row, logits in running.step()]
+                    running.release()
+        finally:
+            running.reset()
 
     def prepare(self, request: Request, before_image: Callable[[], object] | None = None) -> Row:
         """Open a request's pictures and tokenise its prompt; may be called from any thread.
@@ -269,15 +266,16 @@ class Pipeline:
     ) -> Row:
         if request.max_new_tokens < 1:
             raise TrioError(f"max_new_tokens must be 1 or more, got {request.max_new_tokens}")
-        text = self._encoder.text(request.prompt, len(request.images), raw=request.raw)
-        for source in request.images:
+        sources = request.image_list
+        text = self._encoder.text(request.prompt, len(sources), raw=request.raw)
+        for source in sources:
             if before_image is not None:
                 before_image()
             if id(source) not in opened:
                 image = self._preprocessor.open_image(source)
                 opened[id(source)] = image, self._preprocessor(image)
-        images = [opened[id(source)][0] for source in request.images]
-        processed = [opened[id(source)][1] for source in request.images]
+        images = [opened[id(source)][0] for source in sources]
+        processed = [opened[id(source)][1] for source in sources]
         rendered = self._encoder.has_template and not request.raw
         prompt = self._encoder.encode(
             text, [len(image.rows) for image in processed], rendered=rendered
@@ -308,7 +306,7 @@ class Pipeline:
                 else Sampler(Sampling(request.temperature, request.top_p, request.seed))
             ),
             stream=TokenStream(self._encoder.decode),
-            scanner=StopScanner(request.stop),
+            scanner=StopScanner(request.stop_strings),
             ends=self._ends,
             start=start,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,15 +22,15 @@ class Request:
 
     Attributes:
         prompt: the question, or a whole conversation as messages in Hugging Face's format.
-        images: one for each image the prompt names; Pillow image, path or file content.
+        images: one for each image the prompt names, alone or in a sequence; Pillow image, path or
+            file content.
         max_new_tokens: the answer's length at most; the model's context may end it earlier.
         temperature, top_p, seed: see `Sampling`; temperature 0 is greedy. The seed is that of
             `random` pruning points too, 0 where there is none.
-        stop: strings that end the answer, themselves left out.
+        stop: one or more strings that end the answer, themselves left out.
         budget: visual tokens a layer on average, as a share of all (1.0 prunes nothing), see
             `Bundle.schedule_at`; None takes the bundle's own schedule.
         raw: take a prompt string as it is, without the chat template.
-        stream: called with each piece of text as it is ready.
         keep: for each pruning point of the bundle what to keep, as a schedule says it (ratios or
             counts), in place of a budget.
         forced: tokens to answer with instead of choosing any; `Generation.logprobs` says how
@@ -38,17 +38,28 @@ class Request:
     """
 
     prompt: str | Sequence[Message]
-    images: Sequence[ImageSource] = ()
+    images: ImageSource | Sequence[ImageSource] = ()
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
     budget: float | None = None
     raw: bool = False
-    stream: Callable[[str], None] | None = None
     keep: Sequence[float | int] = ()
     forced: Sequence[int] = ()
+
+    @property
+    def image_list(self) -> list[ImageSource]:
+        """The images, also where one came alone."""
+        if isinstance(self.images, str | bytes | os.PathLike | Image.Image):
+            return [self.images]
+        return list(self.images)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings, also where one came alone."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,4 @@ class Row:
     def _say(self, text: str) -> str:
         if text:
             self.text += text
-            if self.request.stream is not None:
-                self.request.stream(text)
         return text

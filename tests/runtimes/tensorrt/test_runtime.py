@@ -130,7 +130,7 @@ def test_what_the_bindings_raise_is_an_error_of_ours(
 
     monkeypatch.setattr(type(embed._context(0).trt), "infer_shapes", fail)  # type: ignore[attr-defined]
     with pytest.raises(TrioError, match="embed refuses these shapes"):
-        pipeline.generate([], "one two three", max_new_tokens=2)
+        pipeline.generate(Request("one two three", max_new_tokens=2))
     with pytest.raises(TrioError, match="embed: "):
         _Context(embed, 7)  # type: ignore[arg-type]
 
@@ -207,7 +207,7 @@ def test_rows_join_and_leave_on_the_device(shared: Machine) -> None:
 def test_only_logits_and_kept_indices_leave_the_device(shared: Machine) -> None:
     pipeline = shared.pipeline()
     shared.cuda.fetched.clear()
-    answer = pipeline.generate([make_picture()], ask(COLOR), max_new_tokens=8)
+    answer = pipeline.generate(Request(ask(COLOR), [make_picture()], max_new_tokens=8))
     text = pipeline.bundle.config.text
     logits = 4 * text.vocab_size
     index = [8 * count for _, _, count in answer.layer_ranges[1:]]
@@ -255,7 +255,7 @@ def test_decode_steps_are_recorded_once_a_side(
     bundles: Bundles, monkeypatch: pytest.MonkeyPatch, kind: tuple[str, str, str], sides: int
 ) -> None:
     machine = Machine(install(monkeypatch, kind[0]), *bundles.get(kind))
-    answer = machine.pipeline().generate([make_picture()], ask(COLOR), max_new_tokens=10)
+    answer = machine.pipeline().generate(Request(ask(COLOR), [make_picture()], max_new_tokens=10))
     assert machine.cuda.launches == len(answer.token_ids) - 1 - sides
 
 
@@ -477,10 +477,10 @@ def test_requests_of_all_lengths_keep_no_more_memory_than_the_plan_counts(shared
     for number in range(30):
         text = "one " * (1 + 7 * number % 40)
         image = [make_picture(30 + 5 * number % 70, 40 + 3 * number % 60)]
-        pipeline.generate(image, ask(text), max_new_tokens=1 + number % 9)
+        pipeline.generate(Request(ask(text), image, max_new_tokens=1 + number % 9))
         assert shared.cuda.used() <= device.most
     before = set(shared.cuda.allocations)
-    pipeline.generate(image, ask(text), max_new_tokens=1 + number % 9)
+    pipeline.generate(Request(ask(text), image, max_new_tokens=1 + number % 9))
     assert set(shared.cuda.allocations) == before
 
 
@@ -554,8 +554,8 @@ def test_a_run_that_lacks_memory_says_what_was_needed(
     with monkeypatch.context() as patched:
         patched.setattr(kind, "execute_async_v3", lambda self, _: self._fail(NO_ROOM))
         with pytest.raises(TrioError, match="out of memory: to run embed takes .* 5000 bytes"):
-            pipeline.generate([], "one two three", max_new_tokens=2)
-    assert pipeline.generate([], "one two three", max_new_tokens=2).token_ids
+            pipeline.generate(Request("one two three", max_new_tokens=2))
+    assert pipeline.generate(Request("one two three", max_new_tokens=2)).token_ids
 
 
 def test_a_run_that_fails_quotes_no_older_errors(
@@ -567,7 +567,7 @@ def test_a_run_that_fails_quotes_no_older_errors(
     embed.trt.logger.log(1, "CUDA error: out of memory")
     monkeypatch.setattr(kind, "execute_async_v3", lambda *_: False)
     with pytest.raises(TrioError, match="^embed failed: it gave no reason$"):
-        pipeline.generate([], "one two three", max_new_tokens=2)
+        pipeline.generate(Request("one two three", max_new_tokens=2))
 
 
 def test_options_of_other_runtimes_are_refused(shared: Machine) -> None:

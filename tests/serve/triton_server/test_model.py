@@ -110,7 +110,7 @@ def ask(
 def test_an_answer_is_streamed_token_by_token(load: Callable[..., Any], pipeline: Pipeline) -> None:
     request = ask(load(), prompt=QUESTION, images=file(), max_tokens=6, budget=0.3)
     responses = request.outputs()
-    expected = pipeline.generate([file()], QUESTION, max_new_tokens=6, budget=0.3)
+    expected = pipeline.generate(Request(QUESTION, [file()], max_new_tokens=6, budget=0.3))
     assert [response["token_ids"] for response in responses] == [[i] for i in expected.token_ids]
     assert b"".join(response["text"][0] for response in responses).decode() == expected.text
     assert all(set(response) == {"text", "token_ids"} for response in responses[:-1])
@@ -123,7 +123,7 @@ def test_an_answer_is_streamed_token_by_token(load: Callable[..., Any], pipeline
 def test_without_streaming_it_is_one_response(load: Callable[..., Any], pipeline: Pipeline) -> None:
     request = ask(load(), {"stream": False}, prompt=QUESTION, images=file(), max_tokens=5)
     (response,) = request.outputs()
-    expected = pipeline.generate([file()], QUESTION, max_new_tokens=5)
+    expected = pipeline.generate(Request(QUESTION, [file()], max_new_tokens=5))
     assert response["token_ids"] == expected.token_ids
     assert response["text"] == [expected.text.encode()]
     assert response["finish_reason"] == [b"length"]
@@ -136,7 +136,7 @@ def test_messages_with_several_pictures_are_answered_as_by_the_pipeline(
     messages = [{"role": "user", "content": content}]
     files = [file(60, 40), file(30, 50)]
     request = ask(load(), messages=json.dumps(messages), images=texts(*files), max_tokens=4)
-    expected = pipeline.generate(files, messages, max_new_tokens=4)
+    expected = pipeline.generate(Request(messages, files, max_new_tokens=4))
     assert request.token_ids() == expected.token_ids
 
 
@@ -159,11 +159,13 @@ def test_requests_sent_together_are_answered_each_by_its_own(
         )
     for number, request in enumerate(requests):
         expected = pipeline.generate(
-            [file(40 + number)] if number % 3 else [],
-            QUESTION,
-            max_new_tokens=2 + number,
-            temperature=1.0,
-            seed=number,
+            Request(
+                QUESTION,
+                [file(40 + number)] if number % 3 else [],
+                max_new_tokens=2 + number,
+                temperature=1.0,
+                seed=number,
+            )
         )
         assert request.token_ids() == expected.token_ids
 
@@ -461,7 +463,7 @@ def test_a_plain_request_gets_one_whole_answer(both: tuple[Any, Any], pipeline: 
     requests = [ask(both[0], prompt=QUESTION, images=file(), max_tokens=n) for n in (3, 4, 5)]
     for number, request in enumerate(requests, start=3):
         (response,) = request.outputs()
-        expected = pipeline.generate([file()], QUESTION, max_new_tokens=number)
+        expected = pipeline.generate(Request(QUESTION, [file()], max_new_tokens=number))
         assert response["token_ids"] == expected.token_ids
         assert response["text"] == [expected.text.encode()] and response["timings"]
 

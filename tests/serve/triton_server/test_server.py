@@ -128,7 +128,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     for seed in scenes.TEST_SEEDS[:16]:
         scene = scenes.generate(seed)
         for question in scene.questions[:2]:
-            answer = pipeline.generate([scene.image], question.text)
+            answer = pipeline.generate(Request(question.text, [scene.image]))
             cases.append(Case(png(scene.image), question.text, answer.token_ids, answer.text))
     second = f"--model-repository={folder / 'more'}"
     with TritonServer(folder / "models", folder / "log", [second]) as server:
@@ -360,7 +360,7 @@ def test_messages_with_several_images_are_answered_as_by_the_pipeline(running):
         }
     ]
     pipeline = Pipeline.open(running.bundle)
-    expected = pipeline.generate([first, second], messages)
+    expected = pipeline.generate(Request(messages, [first, second]))
     answer = ask(running.server, messages=json.dumps(messages), images=[png(first), png(second)])
     assert answer.error is None
     assert answer.token_ids == expected.token_ids

@@ -9,7 +9,7 @@ from trio_deploy.bench.case import Case, Run
 from trio_deploy.bench.workload import Workload
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.pipeline.pipeline import Pipeline
-from trio_deploy.pipeline.request import Generation
+from trio_deploy.pipeline.request import Generation, Request
 
 
 def open_pipeline(case: Case) -> Pipeline:
@@ -29,10 +29,12 @@ def open_trio(pipeline: Pipeline, case: Case, work: Workload) -> Callable[[int],
 
     def answer(seed: int) -> Run:
         generation = pipeline.generate(
-            work.pictures(seed),
-            work.messages(),
-            max_new_tokens=work.new_tokens,
-            budget=case.budget,
+            Request(
+                work.messages(),
+                work.pictures(seed),
+                max_new_tokens=work.new_tokens,
+                budget=case.budget,
+            )
         )
         return _run(generation, pipeline)
 

@@ -167,7 +167,7 @@ class Worker:
                 row.finish = "cancelled"
                 ended.append((row, Event(error=_cancelled())))
             elif job.entry.key in overdue:
-                ended.append((row, _end_overdue(row)))
+                ended.append((row, Event(text=row.end("deadline"))))
         if ended:
             self._batch.release()
         for row, event in ended:
@@ -327,13 +327,6 @@ def _take(row: Row, logits: np.ndarray) -> str | Exception:
     except Exception as error:
         row.finish = "failed"
         return error
-
-
-def _end_overdue(row: Row) -> Event:
-    try:
-        return Event(text=row.end("deadline"))
-    except Exception as error:  # raised by the request's own `stream`
-        return Event(error=failed(error))
 
 
 def _cancelled() -> Cancelled:

@@ -15,7 +15,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from tests.support.exported import Export
-from trio_deploy import Pipeline, TrioError
+from trio_deploy import Pipeline, Request, TrioError
 from trio_deploy.cli.main import main
 from trio_deploy.config.target import list_targets
 from trio_deploy.runtimes.base import TensorSpec
@@ -175,7 +175,7 @@ def test_openvino_reads_and_runs_what_tensorrt_is_given(exported: Export) -> Non
     answers = []
     for runtime in ("openvino", "onnxruntime"):
         pipeline = Pipeline.open(bundle, runtime=runtime, threads=2)
-        asked = pipeline.generate([picture], "what color is the circle?", max_new_tokens=4)
+        asked = pipeline.generate(Request("what color is the circle?", [picture], max_new_tokens=4))
         answers.append(asked.token_ids)
     assert answers[0] == answers[1] and answers[0]
 
