@@ -13,7 +13,6 @@ from trio_deploy.cost.flops import (
     account,
     layer_flops,
     paper_layer_flops,
-    saliency_flops,
     vision_flops,
 )
 from trio_deploy.families.base import ModelConfig, RopeConfig, TextConfig, VisionConfig
@@ -29,6 +28,7 @@ from trio_deploy.schedule.budget import (
 )
 from trio_deploy.schedule.methods import METHODS
 from trio_deploy.schedule.schedule import PruningPoint
+from trio_deploy.selection.trio import saliency_flops
 
 MIB = 2**20
 VICUNA = TextConfig(

@@ -1,7 +1,9 @@
-"""Rival selections as graphs against the same in torch: what is kept, and by which scores."""
+"""Every method's graph against its reference: which tokens are kept, and by which scores."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -17,16 +19,14 @@ from tests.support.selection_cases import TARGETS, batch_of
 from tests.support.transformers_models import language_model, model_config, relative, text_weights
 from trio_deploy import TrioError
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.reference import rivals
-from trio_deploy.reference.oracle import Oracle
-from trio_deploy.schedule.methods import MERGING, METHODS, SEEDS
-from trio_deploy.selection import rivals as graphs
+from trio_deploy.reference.oracle import Oracle, Point
+from trio_deploy.schedule.methods import ARRAYS, METHODS, SEEDS
+from trio_deploy.selection import random
 from trio_deploy.selection.stage import build_select
 
-RIVALS = [method for method in METHODS if method != "trio"]
 CONFIG = model_config(attention_bias=True)
 targets = pytest.mark.parametrize(("dialect", "runtime"), TARGETS)
-methods = pytest.mark.parametrize("method", RIVALS)
+methods = pytest.mark.parametrize("method", METHODS)
 
 
 @cache
@@ -73,11 +73,11 @@ def batch(keep: list[int], seed: int = 0, **features: np.ndarray) -> dict[str, n
     }
 
 
-def views(feeds: dict[str, np.ndarray], layer: int):
-    """Each row as the oracle sees it."""
+def points(feeds: dict[str, np.ndarray], layer: int):
+    """Each row as the oracle has it."""
     for b, length in enumerate(feeds["lengths"]):
         visual = torch.tensor(feeds["visual_mask"][b, :length])
-        yield rivals.View(
+        yield Point(
             layer,
             torch.tensor(feeds["hidden_states"][b, :length])[None],
             torch.tensor(feeds["position_ids"][b, :length])[None],
@@ -92,9 +92,10 @@ def views(feeds: dict[str, np.ndarray], layer: int):
 
 def assert_same(feeds: dict[str, np.ndarray], outputs: dict[str, np.ndarray], method: str, layer):
     assert outputs["converged"].all()
-    for b, view in enumerate(views(feeds, layer)):
+    for b, point in enumerate(points(feeds, layer)):
         with torch.no_grad():
-            index, scores = oracle().select(method, view)
+            pruned = oracle().select(method, point)
+        index, scores = pruned.index, pruned.scores
         length = len(index)
         assert outputs["lengths_out"][b] == length
         assert outputs["keep_index"][b, :length].tolist() == index.tolist(), (method, b)
@@ -107,16 +108,16 @@ def assert_same(feeds: dict[str, np.ndarray], outputs: dict[str, np.ndarray], me
             assert not outputs["saliency"][b].any()
         got = outputs["hidden_states_out"][b]
         assert not got[length:].any()
-        if method in MERGING:
-            assert relative(got[:length], rivals.merge(view, index)[0].numpy()) < 1e-6
+        if METHODS[method].merges:
+            assert relative(got[:length], pruned.hidden[0].numpy()) < 1e-6
         else:
-            np.testing.assert_array_equal(got[:length], view.hidden[0, index])
+            np.testing.assert_array_equal(got[:length], point.hidden[0, index])
 
 
 @targets
 @methods
 @pytest.mark.parametrize("layer", [0, 2])
-def test_a_rival_keeps_what_the_oracle_keeps(
+def test_a_graph_keeps_what_the_reference_keeps(
     method: str, dialect: Any, runtime: str, layer: int
 ) -> None:
     """Rows with one image, two, none, with and without text in front; some prune, some do not."""
@@ -240,9 +241,9 @@ def test_float16_graphs_keep_nearly_the_same(method: str, dialect: Any) -> None:
         feeds["hidden_states"] = feeds["hidden_states"].astype(np.float16)
         outputs = runner(method, dialect, "ort", 1, dtype="float16")(feeds)
         exact = feeds | {"hidden_states": feeds["hidden_states"].astype(np.float32)}
-        for b, view in enumerate(views(exact, 1)):
+        for b, point in enumerate(points(exact, 1)):
             with torch.no_grad():
-                index, _ = oracle().select(method, view)
+                index = oracle().select(method, point).index
             agree += len(set(index.tolist()) & set(outputs["keep_index"][b].tolist()))
             total += len(index)
     assert agree / total > 0.95
@@ -263,7 +264,28 @@ def test_graphs_pass_the_checker_with_shapes_inferred(method: str, dialect: Any)
     assert shapes["saliency"] == ["B", "S"]
 
 
-def test_every_method_has_a_graph_and_an_oracle() -> None:
-    assert set(RIVALS) == set(graphs.METHODS) == set(rivals.METHODS)
+def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(TrioError, match="best"):
         build_select(CONFIG, 1, GraphOptions(), method="best")
+
+
+def test_methods_import_neither_torch_nor_onnx() -> None:
+    """A device without them checks a bundle by a method's rule."""
+    program = (
+        "import sys; from trio_deploy.schedule.methods import METHODS, load\n"
+        "for name in METHODS:\n"
+        "    module = load(name)\n"
+        "    assert all(callable(getattr(module, f)) for f in "
+        "('graph', 'reference', 'rule', 'flops')), name\n"
+        "    assert hasattr(module, 'merge') == METHODS[name].merges, name\n"
+        "heavy = {'torch', 'onnx', 'onnx_ir', 'onnxscript', 'trio_deploy.graphs'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_needs_are_arrays_that_the_oracle_knows() -> None:
+    known = {*ARRAYS, "seed", "threshold"}
+    assert all(set(method.needs) <= known for method in METHODS.values())
+    assert random.PRIME**2 == SEEDS

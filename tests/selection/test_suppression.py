@@ -18,7 +18,7 @@ from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.values import BOOL, FLOAT, INT64
 from trio_deploy.selection.saliency import Tokens
 from trio_deploy.selection.stage import build_select
-from trio_deploy.selection.suppression import select
+from trio_deploy.selection.suppression import Suppression
 
 THRESHOLD = 0.8
 SIZE = 6
@@ -27,7 +27,7 @@ FEATURES = ("random", "clusters", "identical", "duplicates", "zeros", "chain", "
 
 @cache
 def suppressor(dialect: Any, runtime: str, block: int, threshold: float = THRESHOLD) -> Runner:
-    """A graph of `select` alone, its scores an input."""
+    """A graph of the suppression alone, its scores an input."""
     d = GraphOptions(dialect=dialect).make_dialect()
     stage = Stage("select", d)
     op = stage.op
@@ -38,16 +38,9 @@ def suppressor(dialect: Any, runtime: str, block: int, threshold: float = THRESH
         stage.input("lengths", INT64, ["B"]),
         stage.input("visual_mask", BOOL, ["B", "S"]),
     )
-    mask, converged = select(
-        op,
-        d,
-        tokens,
-        scores=stage.input("scores", FLOAT, ["B", "S"]),
-        keep=stage.input("keep", INT64, ["B"]),
-        capacity=stage.input("width", INT64, [1]),
-        threshold=threshold,
-        block=block,
-    )
+    scores = stage.input("scores", FLOAT, ["B", "S"])
+    keep, width = stage.input("keep", INT64, ["B"]), stage.input("width", INT64, [1])
+    mask, converged = Suppression(d, tokens, keep, width, threshold, block).select(op, scores)
     stage.output("mask", mask, BOOL, ["B", "S"])
     stage.output("converged", converged, BOOL, ["B"])
     del stage._graph.inputs[1]  # positions play no part

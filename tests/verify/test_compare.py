@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trio_deploy.reference.nms import greedy_select
 from trio_deploy.reference.trace import Stage
+from trio_deploy.selection.nms import greedy_select
 from trio_deploy.verify.compare import (
     TOLERANCES,
     compare_outputs,

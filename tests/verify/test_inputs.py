@@ -11,10 +11,10 @@ import pytest
 
 from tests.support.engines import KINDS, export_for, make_target
 from trio_deploy import Bundle
-from trio_deploy.reference.nms import cosines_of, greedy_by_cosines
 from trio_deploy.runtimes.onnxruntime import OrtRuntime
 from trio_deploy.runtimes.tensorrt.profiles import Bounds, Profile
 from trio_deploy.schedule.methods import METHODS
+from trio_deploy.selection.nms import cosines_of, greedy_by_cosines
 from trio_deploy.verify.compare import TOLERANCES, ParityRow
 from trio_deploy.verify.engines import compare_engines
 from trio_deploy.verify.inputs import ROWS, cases, plan

@@ -16,8 +16,8 @@ from itertools import pairwise
 
 from trio_deploy.families.base import ModelConfig, TextConfig
 from trio_deploy.families.registry import request_limits
-from trio_deploy.schedule.methods import PIVOTS
-from trio_deploy.schedule.schedule import PruningPoint, Schedule
+from trio_deploy.schedule.methods import PointSizes, load
+from trio_deploy.schedule.schedule import Schedule
 
 SUPPRESSION_BLOCK = 256
 """M, the ranks that suppression works through at a time."""
@@ -38,57 +38,6 @@ def layer_flops(n: int, text: TextConfig) -> int:
     """
     d, q, kv = _widths(text)
     return n * d * (2 * q + 2 * kv) + 2 * n * n * q + 3 * n * d * text.intermediate_size
-
-
-def saliency_flops(n: int, text: TextConfig, probes: int) -> int:
-    """Multiply-adds of `graphs/saliency.py` over n tokens with P probe rows.
-
-    Over all rows: keys, and their gradient back through W_k, 2·n·d·GD; q·kᵀ and dSᵀ·q, 2·P·n·HD;
-    A·n, U·nᵀ and Aᵀ·U, 3·H·P·n·d.  For the probe rows: queries, P·d·HD; W_v, W_o, the MLP and
-    lm_head, there and back, 2·P·(2·HD·d + 3dm + dV).
-    """
-    d, q, kv = _widths(text)
-    all_rows = n * (2 * d * kv + 2 * probes * q + 3 * text.num_heads * probes * d)
-    there = 2 * q * d + 3 * d * text.intermediate_size + d * text.vocab_size
-    return all_rows + probes * (d * q + 2 * there)
-
-
-def similarity_flops(visual: int, keep: int, block: int, d: int) -> int:
-    """Multiply-adds of suppression at worst: N·(k + M) cosine similarities in blocks of M ranks."""
-    return visual * min(visual, keep + block) * d
-
-
-def method_flops(
-    point: PruningPoint,
-    before: int,
-    after: int,
-    text_tokens: int,
-    text: TextConfig,
-    probes: int,
-    block: int,
-) -> tuple[int, int]:
-    """Multiply-adds of a pruning point of `before` visual tokens: of its scores, of comparisons.
-
-    n tokens in all.  `fastv`: keys of all rows and one query, n·d·GD + d·HD + n·HD.  `dart`: keys,
-    unless before layer 0, and the cosines of eight pivots, 8·n·d.  `divprune`: all cosines, n²·d.
-    `vscan`: cosines of all tokens with those that stay, and their means, 2·n·(text + after)·d.
-    `random` and `cls-attention` compute next to nothing here.
-    """
-    n = before + text_tokens
-    d, q, kv = _widths(text)
-    if point.method == "trio":
-        return saliency_flops(n, text, probes), similarity_flops(before, after, block, d)
-    if point.method == "topk-gradient":
-        return saliency_flops(n, text, probes), 0
-    if point.method == "fastv":
-        return n * d * kv + d * q + n * q, 0
-    if point.method == "dart":
-        return (n * d * kv if point.layer else 0), 2 * PIVOTS * n * d
-    if point.method == "divprune":
-        return 0, n * n * d
-    if point.method == "vscan":
-        return 0, 2 * n * (text_tokens + after) * d
-    return 0, 0
 
 
 def lm_head_flops(text: TextConfig) -> int:
@@ -168,9 +117,8 @@ def account(
     saliency = similarity = 0
     for point, (before, after) in zip(schedule.points, pairwise(counts), strict=True):
         if after < before:
-            scores, comparisons = method_flops(
-                point, before, after, text_tokens, text, probes, block
-            )
+            sizes = PointSizes(point.layer, before, after, text_tokens, probes, block)
+            scores, comparisons = load(point.method).flops(text, sizes)
             saliency, similarity = saliency + scores, similarity + comparisons
     return Cost(
         ranges=tuple(

@@ -34,7 +34,6 @@ BUNDLES = "bundles"
 UNPRUNED = "unpruned"
 BLIND = "no picture"
 RECIPE = "recipe"
-RANDOM = "random"
 OWN = "own"  # among budgets
 
 _EXPORTED = (".safetensors", ".json", ".jinja", ".model", ".txt")  # what an export may read
@@ -273,10 +272,14 @@ def grid(
                     threshold,
                     probe,
                     position,
-                    tuple(seeds) if RANDOM in schedule.methods else (0,),
+                    tuple(seeds) if _seeded(schedule) else (0,),
                 )
             )
     return found, refused
+
+
+def _seeded(schedule: Schedule) -> bool:
+    return any("seed" in METHODS[method].needs for method in schedule.methods)
 
 
 def _at_budgets(

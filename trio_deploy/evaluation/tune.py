@@ -59,8 +59,6 @@ _DEPTHS = (0.2, 0.35, 0.5, 0.65)  # of a second point, as a share of the layers
 _FALLS = (0.65, 0.45, 0.3)  # what a later point keeps of the one before
 _STEP = 1.25  # by which a neighbour's keeps differ
 _TAU_STEP = 0.1
-_SUPPRESSING = "trio"  # heeds τ
-_GRADIENT = ("trio", "topk-gradient")  # heed the probe
 
 
 @dataclass(frozen=True)
@@ -187,13 +185,14 @@ def realise(candidate: Candidate, budget: float, layers: int, visual: int) -> Co
     if any(after >= before for before, after in pairwise((visual, *keeps))):
         return None  # a point that prunes nothing
     schedule = Schedule(points)
-    # What no point heeds is left out: schedules that differ in it alone are one.
+    # Drop options that no point uses, so equivalent schedules share a key.
+    used = {need for method in schedule.methods for need in METHODS[method].needs}
     return Configuration(
         str(schedule),
         schedule,
         budget,
-        candidate.threshold if _SUPPRESSING in schedule.methods else None,
-        candidate.probe if any(method in _GRADIENT for method in schedule.methods) else None,
+        candidate.threshold if "threshold" in used else None,
+        candidate.probe if "gradient" in used else None,
         candidate.positions,
     )
 
@@ -253,12 +252,12 @@ def neighbours(candidate: Candidate, space: Space, layers: int) -> Iterator[Cand
         if len(points) < space.points and after - layer > 1:
             middle = (layer + after) // 2
             yield with_point((layer, weight, method), (middle, weight * _FALLS[0], method))
-    methods = [method for _, _, method in points]
-    if _SUPPRESSING in methods:
+    used = {need for _, _, method in points for need in METHODS[method].needs}
+    if "threshold" in used:
         for tau in (candidate.threshold - _TAU_STEP, candidate.threshold + _TAU_STEP):
             if 0 < tau < 1:
                 yield replace(candidate, threshold=round(tau, 3))
-    if any(method in _GRADIENT for method in methods):
+    if "gradient" in used:
         for probe in space.probes:
             yield replace(candidate, probe=probe)
     for positions in space.positions:

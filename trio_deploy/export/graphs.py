@@ -22,7 +22,7 @@ from trio_deploy.graphs.decode import build_decode
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.prefill import build_prefill
 from trio_deploy.graphs.stages import build_embed, build_vision
-from trio_deploy.schedule.methods import ENCODER_SCORES
+from trio_deploy.schedule.methods import encoder_scores
 from trio_deploy.schedule.schedule import PruningPoint
 from trio_deploy.selection.stage import build_select
 
@@ -59,9 +59,9 @@ def build_graphs(
         TrioError: layers that do not increase or lie outside the model, or an unknown method.
     """
     parts = segments(config, [point.layer for point in points])
-    needed = {name for point in points for name in ENCODER_SCORES.get(point.method, ())}
+    scores = encoder_scores(point.method for point in points)
     graphs = {
-        "vision": build_vision(config, options, sorted(needed)),
+        "vision": build_vision(config, options, scores),
         "embed": build_embed(config, options),
     }
     for index, start, stop in parts:

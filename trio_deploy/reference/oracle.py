@@ -8,14 +8,15 @@ a loop over rows and nothing here knows about padding.
 A pruning point (l, k): before decoder layer l runs, keep k visual tokens. The score of a visual
 token v is the norm of d(loss)/d(X[v]), where X is the input of layer l, and the loss asks how sure
 layer l alone, followed by the final norm and the head, is of its own predictions at the last few
-text tokens. What other methods choose by is in `rivals`.
+text tokens. How each method chooses is in its own module (selection/), in numpy over arrays that
+the oracle computes.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from trio_deploy.errors import TrioError
-from trio_deploy.reference import rivals
-from trio_deploy.reference.nms import greedy_select
+from trio_deploy.reference.encoder_scores import encoder_scores
 from trio_deploy.reference.trace import Stage, Tensors, stack_rows
-from trio_deploy.schedule.methods import ENCODER_SCORES, MERGING, SEEDS
+from trio_deploy.schedule import methods
+from trio_deploy.schedule.methods import METHODS, SEEDS
 from trio_deploy.schedule.schedule import Schedule
+from trio_deploy.schedule.view import View
 
 MODEL_CLASSES = {
     "llava": "LlavaForConditionalGeneration",
@@ -54,6 +57,44 @@ class Row:
     pixel_values: NDArray[np.floating] | None = None
     image_sizes: Sequence[tuple[int, int]] = ()
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row before it is pruned.
+
+    Attributes:
+        layer: number of the layer that runs next.
+        hidden: [1, S, d], the input of that layer.
+        positions: int64 [1, S].
+        visual: bool [S].
+        keep: visual tokens to keep, at most their number.
+        seed: of the request, below `methods.SEEDS`.
+        encoder: the encoder's scores by name, fp32 [S], as far as the method reads them.
+    """
+
+    layer: int
+    hidden: Tensor
+    positions: Tensor
+    visual: Tensor
+    keep: int
+    seed: int = 0
+    encoder: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A row after it is pruned.
+
+    Attributes:
+        index: int64 [W], places kept, ascending.
+        scores: fp64 [S], 0 where not visual.
+        hidden: [1, W, d].
+    """
+
+    index: Tensor
+    scores: NDArray[np.float64]
+    hidden: Tensor
 
 
 @dataclass(frozen=True)
@@ -144,7 +185,7 @@ class Oracle:
     def embed(self, row: Row, scores: Collection[str] = ()) -> tuple[Tensor, Stage, Stage]:
         """Input of layer 0, [1, S, d], and the stages `vision` and `embed`.
 
-        `scores`: what else `vision` puts out, of methods.ENCODER_SCORES.
+        `scores`: which of methods.ENCODER_SCORES `vision` puts out, too.
         """
         model, device = self.model.model, self.model.device
         ids = torch.as_tensor(row.input_ids, device=device)[None]
@@ -175,7 +216,7 @@ class Oracle:
                 )
             embeds[visual] = packed
             rows = self._stored(tiles[0].flatten(0, 1))
-            encoder = rivals.encoder_scores(model, pixel_values, scores)
+            encoder = encoder_scores(model, pixel_values, scores)
             source[visual] = self._packing_order(tiles[0].shape[:2], sizes, ids.shape[1])
         elif visual.any():
             raise TrioError("the prompt has image tokens but no picture")
@@ -267,21 +308,54 @@ class Oracle:
         norms = gradient[0].double().norm(dim=-1) / scale
         return torch.where(visual, norms, scores)
 
-    def select(self, method: str, view: rivals.View) -> tuple[Tensor, Tensor]:
-        """Places kept out of [1, S, d] in ascending order, [W], and the scores, [S]."""
-        visual = view.visual
-        self.probe_logits = 0.0
-        if method == "trio":
-            scores = self.saliency(view.layer, view.hidden, view.positions, visual)
-            chosen = greedy_select(
-                _array(scores[visual]), _array(view.hidden[0, visual]), view.keep, self.threshold
-            )
-            kept = view.places[torch.as_tensor(chosen, device=visual.device)]
+    def select(self, method: str, point: Point) -> Pruned:
+        """Prune a row as the method's reference says."""
+        view, module = self.view(method, point), methods.load(method)
+        kept, scores = module.reference(view)
+        stays = ~view.visual
+        stays[kept] = True
+        places = np.flatnonzero(stays)
+        index = torch.as_tensor(places, device=point.hidden.device)
+        if METHODS[method].merges:
+            hidden = torch.as_tensor(module.merge(view, places)).to(point.hidden)[None]
         else:
-            kept, scores = rivals.METHODS[method](self, view)
-        keeps = ~visual
-        keeps[kept.to(visual.device)] = True
-        return keeps.nonzero().flatten(), scores
+            hidden = point.hidden[:, index]
+        return Pruned(index, scores, hidden)
+
+    def view(self, method: str, point: Point) -> View:
+        """What a method's reference reads, computed by the model."""
+        needs, hidden = METHODS[method].needs, point.hidden
+        arrays = {name: _array(point.encoder[name]) for name in needs if name in point.encoder}
+        self.probe_logits = 0.0
+        if "gradient" in needs:
+            scores = self.saliency(point.layer, hidden, point.positions, point.visual)
+            arrays["gradient"] = _array(scores)
+        if {"queries", "keys"} & set(needs):
+            queries, keys = self.queries_and_keys(point.layer, hidden, point.positions)
+            arrays |= {"queries": _array(queries), "keys": _array(keys)}
+        if "final_norm" in needs:
+            arrays["final_norm"] = _array(self.text.norm(hidden)[0])
+        return View(
+            layer=point.layer,
+            hidden=_array(hidden[0]),
+            visual=_array(point.visual),
+            keep=point.keep,
+            threshold=self.threshold,
+            seed=point.seed,
+            arrays=arrays,
+        )
+
+    def queries_and_keys(
+        self, layer: int, hidden: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Queries [H, S, D] and keys [G, S, D] of a layer over [1, S, d], rotated."""
+        module = self.text.layers[layer]
+        normal, size = module.input_layernorm(hidden), module.self_attn.head_dim
+        query = module.self_attn.q_proj(normal).unflatten(-1, (-1, size)).transpose(1, 2)
+        key = module.self_attn.k_proj(normal).unflatten(-1, (-1, size)).transpose(1, 2)
+        cos, sin = self.text.rotary_emb(hidden, position_ids=positions)
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        return query[0], key[0]
 
     # ---- prompt to answer -----------------------------------------------------------------------
 
@@ -311,8 +385,8 @@ class Oracle:
         Stages: `vision`, `embed`, `prefill_0`, `select_1`, `prefill_1`, ..., and the first step of
         decoding as `decode_0`, `decode_1`, ... (the same segments, one new token).
         """
-        needed = {name for m in schedule.methods for name in ENCODER_SCORES.get(m, ())}
-        hidden, vision, embed = self.embed(row, sorted(needed))
+        needed = methods.encoder_scores(schedule.methods)
+        hidden, vision, embed = self.embed(row, needed)
         source = embed.inputs["source_index"][0]
         encoder = {name: _per_token(vision.outputs[name], source) for name in needed}
         stages = {"vision": vision, "embed": embed}
@@ -329,8 +403,9 @@ class Oracle:
                 keep = min(counts[i - 1], int(visual.sum()))
                 method = schedule.methods[i - 1]
                 seed = row.seed % SEEDS
-                view = rivals.View(layers.start, hidden, positions, visual, keep, seed, encoder)
-                index, scores = self.select(method, view)
+                point = Point(layers.start, hidden, positions, visual, keep, seed, encoder)
+                pruned = self.select(method, point)
+                index = pruned.index
                 before = _sequence(hidden, positions, visual) | {
                     "keep": np.array([keep]),
                     "width": np.array([len(index)]),
@@ -339,10 +414,7 @@ class Oracle:
                     # No input of the graph: how far a logit's error reaches into the scores.
                     "probe_logits": np.array([self.probe_logits]),
                 }
-                if method in MERGING:
-                    hidden = self._stored(rivals.merge(view, index))
-                else:
-                    hidden = hidden[:, index]
+                hidden = self._stored(pruned.hidden)
                 visual, places, positions = visual[index], places[index], positions[:, index]
                 encoder = {name: value[index] for name, value in encoder.items()}
                 if self.positions == "renumber":
@@ -353,7 +425,7 @@ class Oracle:
                     {"keep_index": _array(index[None])}
                     | {f"{name}_out": value for name, value in after.items()}
                     | {
-                        "saliency": _array(scores[None]).astype(np.float32),
+                        "saliency": pruned.scores[None].astype(np.float32),
                         "converged": np.array([True]),
                     },
                 )
@@ -477,6 +549,8 @@ def _sequence(hidden: Tensor, positions: Tensor, visual: Tensor) -> Tensors:
 
 
 def _array(tensor: Tensor) -> NDArray:
+    if tensor.dtype == torch.bfloat16:  # numpy has none
+        tensor = tensor.float()
     return tensor.detach().cpu().numpy().copy()
 
 

@@ -14,7 +14,6 @@ Tensors = dict[str, NDArray]
 
 # Rows of a batch lie behind each other here instead of side by side.
 _ROWS_OF_FEATURES = ("pixel_values", "image_features")
-_SCORES = {name for names in ENCODER_SCORES.values() for name in names}  # of features, or [1, S]
 # What fills up a shorter row.
 _PADDING = {"keep_index": -1}
 
@@ -57,7 +56,8 @@ def stack_rows(rows: Sequence[dict[str, Stage]]) -> dict[str, Stage]:
 def _stack(name: str, rows: list[NDArray]) -> NDArray:
     if name == "width":
         return np.max(rows, axis=0)
-    if name in _ROWS_OF_FEATURES or (name in _SCORES and rows[0].ndim == 1):
+    per_feature = name in ENCODER_SCORES and rows[0].ndim == 1  # else per token, [1, S]
+    if name in _ROWS_OF_FEATURES or per_feature:
         return np.concatenate(rows)
     shape = np.max([row.shape for row in rows], axis=0)
     padded = [

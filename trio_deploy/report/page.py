@@ -15,7 +15,7 @@ from markupsafe import Markup
 import trio_deploy
 from trio_deploy.report.charts import bars, notes, retention
 from trio_deploy.report.svg import stylesheet
-from trio_deploy.schedule.methods import QUESTION_BLIND
+from trio_deploy.schedule.methods import METHODS
 
 _SIZES = ("wide", "narrow")  # the page's style shows one of them
 _LABELS = 12  # of layers under a chart, at most
@@ -102,7 +102,7 @@ def _tile(label: str, value: str, note: str, tone: str = "") -> dict[str, str]:
 
 def dropped(points: Sequence[Mapping[str, Any]]) -> str:
     """Whether what a picture loses depends on the question: by method, and on what came before."""
-    reads = [point["method"] not in QUESTION_BLIND for point in points]
+    reads = [not METHODS[point["method"]].question_blind for point in points]
     first = reads.index(True) if True in reads else len(points)
     blind, reading = points[:first], points[first:]
     sentences = []

@@ -1,15 +1,12 @@
-"""select_i.onnx: a pruning point, by any of the methods, and the sequence that it leaves.
+"""select_i.onnx: a pruning point by any method, and the sequence after it.
 
-A method (`graphs/rivals.py`; TRIO's own is here) decides which visual tokens stay. What goes in,
-what comes out and how the sequence is put together are the same for all of them.
+The method's module decides which visual tokens stay. Inputs, outputs and how the new sequence is
+put together are the same for all methods.
 
 B rows, S tokens, N of them visual, d hidden size, W width after pruning.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import onnx_ir as ir
 
@@ -18,32 +15,13 @@ from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.graph import Stage
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.values import BOOL, FLOAT, INT64, cast, reduce
-from trio_deploy.schedule.methods import METHODS
-from trio_deploy.selection import rivals
-from trio_deploy.selection.rivals import Choice, Method, Site
-from trio_deploy.selection.saliency import Tokens, saliency
-from trio_deploy.selection.suppression import BLOCK, compact, select
+from trio_deploy.schedule.methods import METHODS, load
+from trio_deploy.selection.ranking import compact
+from trio_deploy.selection.saliency import Tokens
+from trio_deploy.selection.site import Site
+from trio_deploy.selection.suppression import BLOCK
 
 _HUGE = 1e38
-
-
-def trio(op: Any, site: Site) -> Choice:
-    """The greatest gradients of the layer-local loss, near-copies suppressed."""
-    scores = saliency(op, site.d, site.text, site.layer, site.options, site.tokens)
-    kept, converged = select(
-        op,
-        site.d,
-        site.tokens,
-        scores=scores.ranking,
-        keep=site.keep,
-        capacity=site.width,
-        threshold=site.options.threshold,
-        block=site.block,
-    )
-    return Choice(kept, scores.value, finite=scores.ranking, converged=converged)
-
-
-_METHODS: Mapping[str, Method] = {"trio": trio, **rivals.METHODS}
 
 
 def build_select(
@@ -71,8 +49,8 @@ def build_select(
     Raises:
         TrioError: an unknown method.
     """
-    if method not in _METHODS:
-        raise TrioError(f"Unknown pruning method {method!r}: choose from {', '.join(METHODS)}.")
+    if method not in METHODS:
+        raise TrioError(f"unknown pruning method {method!r}: choose from {', '.join(METHODS)}")
     text, d = config.text, options.make_dialect()
     stage = Stage(f"select_before_{layer}", d)
     op = stage.op
@@ -85,7 +63,7 @@ def build_select(
 
     tokens = Tokens.of(op, x, positions, lengths, visual_mask)
     site = Site(stage, d, text, layer, options, tokens, lengths, keep, width, block)
-    choice = _METHODS[method](op, site)
+    choice = load(method).graph(op, site)
     index, lengths_out = compact(op, op.Or(tokens.text, choice.kept), tokens.index, width)
     total = reduce(op, "ReduceSum", choice.finite, [1], keepdims=False)
     converged = op.Less(total, _HUGE)  # false for NaN, too

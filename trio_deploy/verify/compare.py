@@ -1,9 +1,9 @@
 """One stage against the reference: numbers, and whether they hold.
 
 Every stage is fed the reference's own inputs, so that errors do not add up and a wrong stage is
-named. Padding is not compared. A selection is judged in three steps: its scores against the
-reference's; its kept tokens against the reference's; and, since scores closer than the error
-between them may change places, its kept tokens against those that the greedy rule picks from its
+named. Padding is not compared. A selection is compared in three steps: its scores with the
+reference's; its kept tokens with the reference's; and, since scores closer than the error between
+them may change places, its kept tokens with those that the method's rule picks by the selection's
 own scores, which must always agree.
 """
 
@@ -11,18 +11,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trio_deploy.reference.nms import cosines_of, greedy_by_cosines
 from trio_deploy.reference.trace import Stage, Tensors
-from trio_deploy.schedule.methods import MERGING, TIE
-
-# Methods in which one choice follows from another.
-_CHAINED = ("dart", "divprune")
+from trio_deploy.schedule.methods import ENCODER_SCORES, METHODS, load
+from trio_deploy.schedule.view import Selected
 
 Run = Callable[[str, Tensors], Mapping[str, NDArray]]
 """Runs a graph by its name; feeds it does not take are left out."""
@@ -30,7 +26,7 @@ Run = Callable[[str, Tensors], Mapping[str, NDArray]]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What may differ.
+    """Differences that are tolerated.
 
     Attributes:
         relative: max|difference| / max|reference| of any output. Scores are proportional to
@@ -38,7 +34,7 @@ class Tolerance:
             they may differ by this times the largest logit, if that is above 1.
         overlap: share of the kept visual tokens that must be the reference's.
         excluded: share of the visual tokens whose place in the ranking may be within the error;
-            None where the kept tokens are judged by `overlap` alone.
+            None if the kept tokens are compared by `overlap` alone.
         tokens: whether greedy tokens must be the reference's.
     """
 
@@ -61,12 +57,12 @@ class ParityRow:
     """One line of the table.
 
     Attributes:
-        stage: graph, or what else was compared.
+        stage: graph, or what else is compared.
         max_abs, max_rel: of the output with the largest relative difference, `worst`.
         overlap: share of the reference's kept visual tokens that were kept.
         excluded: share of visual tokens whose rank lies within the error.
         tokens_equal: whether greedy tokens are the reference's.
-        problem: what is beyond tolerance; empty where nothing is.
+        problem: what is beyond tolerance, or empty.
     """
 
     stage: str
@@ -93,7 +89,7 @@ def compare_stages(
     separate_decode: bool,
     methods: Sequence[str],
 ) -> list[ParityRow]:
-    """Feed every stage the reference's inputs and compare what comes out.
+    """Feed every stage the reference's inputs and compare its outputs.
 
     Args:
         stages: the reference's tensors of a batch.
@@ -188,54 +184,27 @@ def compare_selection(
     threshold: float,
     method: str = "trio",
 ) -> ParityRow:
-    """Compare scores and kept tokens of a selection, and check that its outputs fit together.
-
-    Where one choice follows from another (`divprune`, `dart`), the scores of a row that chose
-    otherwise cannot be compared, and do not have to be.
-    """
-    inputs, expected = stage.inputs, stage.outputs
-    missing = [key for key in expected if key not in got]
+    """Compare scores and kept tokens of a selection, and check that its outputs fit together."""
+    missing = [key for key in stage.outputs if key not in got]
     if missing:
         return ParityRow(name, problem=f"no output {missing[0]}")
     problems = []
     if not np.all(got["converged"]):
         problems.append("converged: the suppression did not converge")
-    max_abs = max_rel = beyond = 0.0
-    kept = agreeing = doubtful = visual_tokens = 0
-    for b, visual in enumerate(inputs["visual_mask"].astype(bool)):
-        scores = got["saliency"][b].astype(np.float64)
-        reference = expected["saliency"][b].astype(np.float64)
-        if scores[~visual].any():
-            problems.append(f"saliency: row {b} has scores where nothing is visual")
-        chosen = got["keep_index"][b][: int(expected["lengths_out"][b])]
-        own = _visual_set(chosen, visual)
-        theirs = _visual_set(expected["keep_index"][b], visual)
-        twins = _twins(inputs, b)
-        same, meant = (Counter(twins[place] for place in places) for places in (own, theirs))
-        kept, agreeing = kept + len(theirs), agreeing + (same & meant).total()
-        visual_tokens += int(visual.sum())
-        if method not in _CHAINED or same == meant:
-            row_abs, row_rel = difference(scores[visual], reference[visual])
-            max_abs, max_rel = max(max_abs, row_abs), max(max_rel, row_rel)
-            beyond = max(beyond, row_rel / max(1.0, float(inputs["probe_logits"][b])))
-            doubt = tied(scores[visual], reference[visual])
-            doubt &= np.bincount(twins)[twins[visual]] == 1
-            doubtful += int(doubt.sum())
-            if tolerance.excluded is not None and same != meant and not doubt.any():
-                problems.append(
-                    f"keep_index: row {b} keeps other tokens though no scores are within the error"
-                )
-        elif method == "dart" and tolerance.excluded is not None:
-            problems.append(f"keep_index: row {b} keeps other tokens")
-        if not _picks(method, own, scores, inputs["hidden_states"][b], visual, threshold):
-            problems.append(
-                f"keep_index: row {b} does not keep what the rule picks by its saliency"
-            )
-    problems += _misfits(stage, got, tolerance if method in MERGING else None)
-    if not beyond <= tolerance.relative:
+    rows = [
+        _compare_row(b, stage, got, tolerance, threshold, method)
+        for b in range(len(stage.inputs["visual_mask"]))
+    ]
+    problems += [problem for row in rows for problem in row.problems]
+    merged = tolerance if METHODS[method].merges else None
+    problems += _inconsistencies(stage, got, merged)
+    max_abs = max((row.max_abs for row in rows), default=0.0)
+    max_rel = max((row.max_rel for row in rows), default=0.0)
+    if not max((row.beyond for row in rows), default=0.0) <= tolerance.relative:
         problems.insert(0, f"saliency differs by {max_rel:.1e}")
-    overlap = agreeing / kept if kept else 1.0
-    excluded = doubtful / visual_tokens if visual_tokens else 0.0
+    kept, visual = sum(row.kept for row in rows), sum(row.visual for row in rows)
+    overlap = sum(row.agreeing for row in rows) / kept if kept else 1.0
+    excluded = sum(row.doubtful for row in rows) / visual if visual else 0.0
     if tolerance.excluded is None:
         if overlap < tolerance.overlap:
             problems.append(f"keep_index: only {overlap:.1%} of the kept tokens agree")
@@ -246,8 +215,80 @@ def compare_selection(
     )
 
 
+@dataclass(frozen=True)
+class _SelectedRow:
+    """How one row of a selection compares.
+
+    Attributes:
+        max_abs, max_rel: difference of its scores.
+        beyond: max_rel over what an error in the probes' logits explains.
+        kept: visual tokens that the reference keeps.
+        agreeing: how many of them are kept, tokens that cannot be told apart counting as equal.
+        doubtful: visual tokens whose rank lies within the error.
+        visual: visual tokens.
+    """
+
+    problems: list[str]
+    kept: int
+    agreeing: int
+    visual: int
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    beyond: float = 0.0
+    doubtful: int = 0
+
+
+def _compare_row(
+    b: int,
+    stage: Stage,
+    got: Mapping[str, NDArray],
+    tolerance: Tolerance,
+    threshold: float,
+    method: str,
+) -> _SelectedRow:
+    """Compare row `b` of a selection.
+
+    If each choice depends on those before (`Method.sequential`), the scores of a row that chose
+    otherwise cannot be compared: the method's rule decides, or the tokens must be the same.
+    """
+    inputs, expected = stage.inputs, stage.outputs
+    visual = inputs["visual_mask"][b].astype(bool)
+    scores, reference = (side["saliency"][b].astype(np.float64) for side in (got, expected))
+    exact = tolerance.excluded is not None
+    problems = []
+    if scores[~visual].any():
+        problems.append(f"saliency: row {b} has scores where nothing is visual")
+    own = _visual_places(got["keep_index"][b][: int(expected["lengths_out"][b])], visual)
+    theirs = _visual_places(expected["keep_index"][b], visual)
+    alike = _indistinguishable_tokens(inputs, b)
+    mine, meant = Counter(alike[own].tolist()), Counter(alike[theirs].tolist())
+    selected = Selected(own, scores, inputs["hidden_states"][b], visual, threshold)
+    follows = load(method).rule(selected)
+    row = _SelectedRow(problems, len(theirs), (mine & meant).total(), int(visual.sum()))
+    if mine == meant or not METHODS[method].sequential:
+        max_abs, max_rel = difference(scores[visual], reference[visual])
+        doubt = tied(scores[visual], reference[visual])
+        doubt &= np.bincount(alike)[alike[visual]] == 1
+        row = replace(
+            row,
+            max_abs=max_abs,
+            max_rel=max_rel,
+            beyond=max_rel / max(1.0, float(inputs["probe_logits"][b])),
+            doubtful=int(doubt.sum()),
+        )
+        if exact and mine != meant and not doubt.any():
+            problems.append(
+                f"keep_index: row {b} keeps other tokens though no scores are within the error"
+            )
+    elif follows is None and exact:
+        problems.append(f"keep_index: row {b} keeps other tokens")
+    if follows is False:
+        problems.append(f"keep_index: row {b} does not keep what the rule picks by its saliency")
+    return row
+
+
 def difference(got: NDArray, expected: NDArray) -> tuple[float, float]:
-    """max|difference|, and the same over max|expected|; infinite where something is not finite."""
+    """max|difference|, and that over max|expected|; infinite if something is not finite."""
     if expected.size == 0:
         return 0.0, 0.0
     delta = np.abs(got.astype(np.float64) - expected.astype(np.float64)).max()
@@ -258,7 +299,7 @@ def difference(got: NDArray, expected: NDArray) -> tuple[float, float]:
 
 
 def valid_places(key: str, stage: Stage, shape: Sequence[int]) -> NDArray[np.bool_]:
-    """Which entries of an output are no padding, bool of its shape."""
+    """Entries of an output that are not padding, bool of its shape."""
     lengths = stage.inputs.get("lengths")
     if key.startswith("present."):
         axis = 2
@@ -280,9 +321,9 @@ def valid_places(key: str, stage: Stage, shape: Sequence[int]) -> NDArray[np.boo
 def tied(scores: NDArray, reference: NDArray) -> NDArray[np.bool_]:
     """Tokens whose place in the ranking lies within the error, [N].
 
-    A token's error is the difference between its two scores; two tokens may change places where
-    their distance is at most the sum of their errors. What is common to all scores, a factor,
-    changes no rank and is taken out first.
+    A token's error is the difference between its two scores; two tokens may change places if their
+    distance is at most the sum of their errors. A factor common to all scores changes no rank and
+    is divided out first.
     """
     some = scores > 0
     factor = np.median(reference[some] / scores[some]) if some.any() else 1.0
@@ -299,73 +340,32 @@ def tied(scores: NDArray, reference: NDArray) -> NDArray[np.bool_]:
     return doubt
 
 
-def _picks(
-    method: str,
-    own: set[int],
-    scores: NDArray,
-    hidden: NDArray,
-    visual: NDArray,
-    threshold: float,
-) -> bool:
-    """Whether `own` is what a method's rule keeps, given these scores.
-
-    Similarities a rounding away from the threshold may fall either way.
-    """
-    places = np.flatnonzero(visual)
-    if method == "divprune":
-        return _farthest(own, scores, hidden, places)
-    if method in ("dart", "vscan"):  # nothing that scores alone could tell
-        return True
-    if method != "trio":
-        order = places[np.argsort(-scores[places], kind="stable")]
-        return set(order[: len(own)].tolist()) == own
-    cosines = cosines_of(hidden[visual])
-    for margin in (0.0, 1e-6, -1e-6):
-        kept = greedy_by_cosines(scores[visual], cosines, len(own), threshold + margin)
-        if set(places[kept].tolist()) == own:
-            return True
-    return False
-
-
-def _twins(inputs: Mapping[str, NDArray], row: int) -> NDArray[np.int64]:
+def _indistinguishable_tokens(inputs: Mapping[str, NDArray], row: int) -> NDArray[np.int64]:
     """For each token of a row the first that a method cannot tell from it: [S].
 
-    Which of the two is kept may hang on the last bit of a sum.
+    Which of them is kept may depend on the last bit of a sum.
     """
     parts = [inputs["hidden_states"][row], inputs["position_ids"][row][:, None]]
-    parts += [inputs[name][row][:, None] for name in ("prior", "prior_local") if name in inputs]
-    seen: dict[bytes, int] = {}
+    parts += [inputs[name][row][:, None] for name in ENCODER_SCORES if name in inputs]
+    first: dict[bytes, int] = {}
     keys = (b"".join(part[token].tobytes() for part in parts) for token in range(len(parts[0])))
-    return np.array([seen.setdefault(key, token) for token, key in enumerate(keys)], np.int64)
+    return np.array([first.setdefault(key, token) for token, key in enumerate(keys)], np.int64)
 
 
-def _farthest(own: set[int], scores: NDArray, hidden: NDArray, places: NDArray) -> bool:
-    """Whether each of `own`, from the first on, was the farthest from those before it."""
-    if not own or len(own) == len(places):
-        return True
-    cosines = cosines_of(hidden[places])
-    order = sorted(own, key=lambda place: -scores[place])  # it falls from pick to pick
-    gap = np.full(len(places), np.inf)
-    for before, token in pairwise(order):
-        gap = np.minimum(gap, 1 - cosines[np.searchsorted(places, before)])
-        gap[places == before] = -np.inf
-        if gap[places == token] < gap.max() - 2 * TIE:
-            return False
-    return True
+def _visual_places(index: NDArray, visual: NDArray) -> NDArray[np.int64]:
+    """The places of `index` that are visual, ascending."""
+    index = index[index >= 0]
+    return np.unique(index[visual[index]]).astype(np.int64)
 
 
-def _visual_set(index: NDArray, visual: NDArray) -> set[int]:
-    return {int(place) for place in index if place >= 0 and visual[place]}
-
-
-def _misfits(
+def _inconsistencies(
     stage: Stage, got: Mapping[str, NDArray], merged: Tolerance | None = None
 ) -> list[str]:
-    """What is wrong with a selection's other outputs, given the tokens it kept.
+    """Contradictions between a selection's outputs.
 
     Args:
-        merged: how far hidden states may be from the reference's, where they are means; None where
-            they must be those of the tokens kept.
+        merged: how far hidden states may be from the reference's if they are means; None if they
+            must be those of the tokens kept.
     """
     inputs, expected = stage.inputs, stage.outputs
     problems = []

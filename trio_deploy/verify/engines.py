@@ -59,17 +59,19 @@ def compare_engines(
             for corner in CORNERS:
                 for remark, feeds in cases(reference.inputs, profile, corner, threshold):
                     label = f"{stage} [{which}{corner}{remark and ': '}{remark}]"
-                    judge = _Judge(label, feeds, tolerance, threshold, selections.get(stage))
-                    polygraphy.compare(reference, engine, feeds, judge)
-                    rows.append(judge.row)
+                    comparison = _Comparison(
+                        label, feeds, tolerance, threshold, selections.get(stage)
+                    )
+                    polygraphy.compare(reference, engine, feeds, comparison)
+                    rows.append(comparison.row)
     return rows
 
 
-class _Judge:
-    """Compares what two runs gave, as Polygraphy asks for it: output → whether it holds.
+class _Comparison:
+    """Compares the outputs of two runs as Polygraphy asks: output name → whether it holds.
 
     Attributes:
-        row: of the comparison, when it was made.
+        row: the result, once both have run.
     """
 
     def __init__(
@@ -147,13 +149,13 @@ class _Polygraphy:
         reference: Engine,
         engine: Engine,
         feeds: Mapping[str, np.ndarray],
-        judge: _Judge,
+        comparison: _Comparison,
     ) -> None:
-        """Run both on the same inputs and have what they give judged."""
+        """Run both on the same inputs and compare their outputs."""
         runners = [self._runner(reference, "ONNX Runtime"), self._runner(engine, "engine")]
         with self._logger.verbosity(self._logger.CRITICAL):
             results = self._comparator.run(runners, data_loader=[feeds])
-            self._comparator.compare_accuracy(results, compare_func=judge)
+            self._comparator.compare_accuracy(results, compare_func=comparison)
 
 
 def _polygraphy() -> _Polygraphy:

@@ -55,8 +55,8 @@ def answer_with(
     import torch
     from transformers import DynamicCache
 
-    from trio_deploy.reference.nms import greedy_select
     from trio_deploy.reference.oracle import Row
+    from trio_deploy.selection.nms import greedy_select
 
     text, device = inputs.config.text, oracle.model.device
     now = clock(device)

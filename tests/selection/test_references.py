@@ -1,17 +1,18 @@
-"""Each rival keeps what its paper says, on features where that can be seen."""
+"""Each method's reference keeps what its paper says, on features that show it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from trio_deploy.reference import rivals
-from trio_deploy.reference.oracle import Oracle
-from trio_deploy.schedule.methods import PIVOTS, RANDOM_PRIME
+from trio_deploy.reference.encoder_scores import window_order
+from trio_deploy.reference.oracle import Oracle, Point
+from trio_deploy.schedule.methods import METHODS
+from trio_deploy.selection.dart import PIVOTS
+from trio_deploy.selection.random import PRIME
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +34,27 @@ def view(features: np.ndarray, keep: int, layer: int = 0, texts: int = 3, seed: 
     local[visual] = torch.tensor(1 + rng.random(n), dtype=torch.float32)
     encoder = {"prior": prior, "prior_local": local}
     at = torch.arange(len(rows))[None]
-    return rivals.View(layer, torch.tensor(rows)[None], at, visual, keep, seed, encoder)
+    return Point(layer, torch.tensor(rows)[None], at, visual, keep, seed, encoder)
 
 
-def kept(oracle: Oracle, method: str, at: rivals.View) -> list[int]:
+def kept(oracle: Oracle, method: str, at: Point) -> list[int]:
     """Numbers of the visual tokens that stay."""
-    index, scores = oracle.select(method, at)
-    assert scores.shape == at.visual.shape and not scores[~at.visual].any()
-    places = at.places.tolist()
-    return [places.index(i) for i in index.tolist() if at.visual[i]]
+    pruned = oracle.select(method, at)
+    assert pruned.scores.shape == at.visual.shape and not pruned.scores[~at.visual].any()
+    places = places_of(at).tolist()
+    return [places.index(i) for i in pruned.index.tolist() if at.visual[i]]
+
+
+def places_of(at: Point) -> torch.Tensor:
+    """Places of the visual tokens."""
+    return at.visual.nonzero().flatten()
 
 
 def spread(n: int, d: int = 64, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(n, d))
 
 
-@pytest.mark.parametrize("method", rivals.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("keep", [0, 1, 5, 12])
 def test_as_many_as_asked_for_stay(oracle, method, keep):
     at = view(spread(12), keep, layer=1)
@@ -95,7 +101,7 @@ def test_random_is_a_fair_draw_that_depends_on_the_seed_alone(oracle):
 
 
 def test_random_draws_from_more_tokens_than_its_permutation_has(oracle):
-    n = RANDOM_PRIME + 500
+    n = PRIME + 500
     chosen = np.array(kept(oracle, "random", view(np.ones((n, 64)), n // 2, seed=7)))
     assert abs((chosen < 500).sum() - 250) < 70 and abs((chosen >= n - 500).sum() - 250) < 70
 
@@ -107,7 +113,7 @@ def test_random_draws_anew_at_every_layer(oracle):
 
 def test_fastv_is_the_attention_of_the_last_token(oracle):
     at = view(spread(10), 4, layer=2)
-    _, scores = oracle.select("fastv", at)
+    scores = torch.from_numpy(oracle.select("fastv", at).scores)
     model = oracle.model
     layer = oracle.text.layers[2]
     before = layer.self_attn.config._attn_implementation
@@ -136,7 +142,7 @@ def test_topk_gradient_is_trio_without_suppression(oracle):
 
 
 def scanned(prior: list[float], local: list[float], features: np.ndarray, keep: int):
-    """A view with these scores of its visual tokens."""
+    """A row with these scores of its visual tokens."""
     at = view(features, keep)
     for name, values in (("prior", prior), ("prior_local", local)):
         at.encoder[name][at.visual] = torch.tensor(values)
@@ -156,12 +162,11 @@ def test_vscan_takes_half_by_each_scan_and_no_token_twice(oracle):
     assert kept(oracle, "vscan", replace(at, keep=3)) == [0, 1, 3]
 
 
-def test_what_is_dropped_is_averaged_into_the_most_alike_kept_token():
+def test_what_is_dropped_is_averaged_into_the_most_alike_kept_token(oracle):
     features = np.eye(4, 64)[[0, 1, 0, 1, 2, 1]] + 1e-3 * spread(6)
     at = scanned([0.9, 0.8, 0.1, 0.1, 0.1, 0.0], [2.0, 2.0, 1.0, 1.0, 1.0, 0.0], features, 2)
-    index, _ = Oracle.select(SimpleNamespace(), "vscan", at)
-    merged = rivals.merge(at, index)[0]
-    rows, visual = at.hidden[0], at.places
+    merged = oracle.select("vscan", at).hidden[0]
+    rows, visual = at.hidden[0], places_of(at)
     assert torch.equal(merged[0], rows[0]) and torch.equal(merged[3:], rows[7:])  # text
     nearest = torch.nn.functional.cosine_similarity(rows[visual[4]], rows[visual[:2]]).argmax()
     groups = [[0, 2], [1, 3]]  # the last one is a newline: no patch, so it goes nowhere
@@ -173,7 +178,7 @@ def test_what_is_dropped_is_averaged_into_the_most_alike_kept_token():
 @pytest.mark.parametrize("side", [4, 6, 8, 12])
 def test_the_local_scan_goes_round_the_windows(side):
     attention = torch.tensor(spread(2, 1 + side * side)).softmax(-1).float()
-    order = rivals._window_order(attention)
+    order = window_order(attention)
     place = np.arange(side * side)
     window = place // side // 6 * 10 + place % side // 6
     for tile in range(2):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trio_deploy.reference.nms import cosines_of, greedy_by_cosines, greedy_select
+from trio_deploy.selection.nms import cosines_of, greedy_by_cosines, greedy_select
 
 
 def unit(*degrees: float) -> np.ndarray:
