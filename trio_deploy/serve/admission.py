@@ -1,75 +1,68 @@
-"""How much of what clients sent a model holds at once."""
+"""A bound on the memory of all requests that wait or run."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-
-import numpy as np
 
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import request_limits
 from trio_deploy.pipeline.batcher.events import Refused
-from trio_deploy.serve.triton_server.request import nbytes
+from trio_deploy.serve.limits import ServiceLimits
+from trio_deploy.serve.requests import ClientRequest
 
-_PICTURES = ("images", "images_base64")
 
-
-class HeldBytes:
+class Admission:
     """Counts the bytes of requests from their arrival to the end of their answers.
 
-    A picture's file is let go of before that, when it has been prepared; but then its tiles wait in
-    its place, which of a small file can be a thousand times as much. So both count.
+    A picture's file is freed before that, when it has been prepared; but then its tiles take its
+    place, which can be a thousand times as large. So both count.
     """
 
-    def __init__(self, most: int, config: ModelConfig, max_images: int) -> None:
+    def __init__(self, limits: ServiceLimits, config: ModelConfig) -> None:
         """Args:
-        most: bytes, `max_queue_bytes`.
-        config: of the model, which says how large the tiles of a picture are.
-        max_images: more are refused by the checks that follow.
+        config: configuration of the model, which decides how large the tiles of a picture are.
         """
-        self._most = most
+        self._limit = limits.max_queue_bytes
         largest = request_limits(config)
-        self._tiles = 4 * largest.tile_values * largest.tiles
-        self._max_images = max_images
-        self._held = 0
+        self._image_bytes = 4 * largest.tile_values * largest.tiles
+        self._max_images = limits.max_images
+        self._used = 0
         self._lock = threading.Lock()
 
     @property
-    def held(self) -> int:
-        """Bytes at present."""
-        return self._held
+    def used(self) -> int:
+        """Bytes counted at present."""
+        return self._used
 
-    def take(self, tensors: Mapping[str, np.ndarray]) -> int:
-        """Count a request's texts and pictures, base64 as the text that it is, and their tiles.
+    def admit(self, request: ClientRequest) -> int:
+        """Count a request's texts and pictures as they were sent, and the pictures' tiles.
 
         Returns:
-            Their bytes, to be given back once.
+            Their bytes, to be released once.
 
         Raises:
-            Refused: too much is held for these to come to it.
-            TrioError: the request alone is above the limit.
+            Refused: they do not fit beside those of other requests.
+            TrioError: the request alone exceeds the limit.
         """
-        pictures = sum(tensors[name].size for name in _PICTURES if name in tensors)
-        size = sum(nbytes(array) for array in tensors.values())
-        size += min(pictures, self._max_images) * self._tiles
-        if size > self._most:
+        pictures = min(request.pictures, self._max_images)  # the checks that follow refuse more
+        size = request.nbytes + pictures * self._image_bytes
+        if size > self._limit:
             raise TrioError(
                 f"the request needs {size} bytes with its pictures' tiles, but max_queue_bytes is "
-                f"{self._most}"
+                f"{self._limit}"
             )
         with self._lock:
-            if self._held + size > self._most:
+            if self._used + size > self._limit:
                 raise Refused(
                     f"the request needs {size} bytes with its pictures' tiles, and those that wait "
-                    f"or run hold {self._held}, but max_queue_bytes is {self._most}: try again "
+                    f"or run have {self._used}, but max_queue_bytes is {self._limit}: try again "
                     "later"
                 )
-            self._held += size
+            self._used += size
         return size
 
-    def give_back(self, size: int) -> None:
-        """What `take` counted is gone."""
+    def release(self, size: int) -> None:
+        """Stop counting what `admit` counted."""
         with self._lock:
-            self._held -= size
+            self._used -= size

@@ -1,20 +1,19 @@
-"""Parameters of a served model: limits of requests and of the batch."""
+"""Limits of a service: per request, of all requests together, and of the batch."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.pixels import MAX_PIXELS
-from trio_deploy.runtimes.registry import check_options
+from trio_deploy.pipeline.batcher.scheduler import BatcherLimits
 
-# Beyond these a number is a slip of the pen, and would end in a machine without threads or memory.
-_MOST = {
+# A larger number is a typing error, and would exhaust the machine's threads or memory.
+_MAXIMA = {
     "threads": 1024,
     "prefillers": 256,
     "preparers": 256,
@@ -26,37 +25,23 @@ _MOST = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Parameters of a `trio_vlm` model, from the strings of its config.pbtxt.
+class ServiceLimits:
+    """What a service accepts.
 
     Attributes:
-        bundle: its folder, absolute or relative to the model's.
-        runtime, target, provider, precision, threads, low_memory: as in
-            `Pipeline.open`; a target's file may be relative to the model's folder, too.
-        budget: of requests that name none; None is the bundle's own schedule.
-        default_max_tokens: of requests that name none, at most `max_tokens`.
-        max_tokens: of an answer.
-        max_images, max_image_bytes, max_image_pixels: pictures of a request, the bytes of each
-            file, and its pixels once decoded.
-        max_request_pixels: of all pictures of a request.
-        max_queue_bytes: of texts, pictures and their tiles of all requests that wait or run.
-        max_prompt_bytes: of the prompt, or of the messages' JSON.
-        max_prompt_tokens: visual ones included; None is the model's context.
-        max_stop, max_stop_bytes: stop strings of a request, and the length of each.
-        max_timeout_s: the longest deadline, and that of requests that name none.
-        max_rows, max_queue, prefill_rows, prefill_tokens, max_kv_bytes, prefillers, preparers: as
-            in `Batcher`.
-        warm_up: answer questions, within these limits, before the model is ready.
-        watch: end the server when the model's process dies; see `triton/watch.py`.
+        budget: budget of requests that name none; None: the bundle's own schedule.
+        default_max_tokens: tokens of answers to requests that name no number.
+        max_tokens: tokens per answer.
+        max_images: pictures per request.
+        max_image_bytes, max_image_pixels: bytes per picture's file, pixels per decoded picture.
+        max_request_pixels: pixels of all pictures of a request.
+        max_prompt_bytes: bytes of the prompt, or of the messages' JSON.
+        max_stop, max_stop_bytes: stop strings per request, bytes per stop string.
+        max_timeout_s: longest deadline, and the deadline of requests that name none, seconds.
+        max_queue_bytes: bytes of texts, pictures and their tiles of all requests that wait or run.
+        batcher: limits of the batch and its queue.
     """
 
-    bundle: str
-    runtime: str | None = None
-    target: str | None = None
-    provider: str | None = None
-    precision: str | None = None
-    threads: int | None = None
-    low_memory: bool = False
     budget: float | None = None
     default_max_tokens: int = 128
     max_tokens: int = 1024
@@ -65,96 +50,95 @@ class Settings:
     max_image_pixels: int = 25_000_000
     max_request_pixels: int = 100_000_000
     max_prompt_bytes: int = 2**16
-    max_prompt_tokens: int | None = None
     max_stop: int = 8
     max_stop_bytes: int = 256
     max_timeout_s: float = 300.0
-    max_rows: int = 16
-    max_queue: int = 64
     max_queue_bytes: int = 512 * 2**20
-    prefill_rows: int = 4
-    prefill_tokens: int = 4096
-    max_kv_bytes: int | None = None
-    prefillers: int = 0
-    preparers: int = 2
-    warm_up: bool = True
-    watch: bool = True
+    batcher: BatcherLimits = field(default_factory=BatcherLimits)
 
     @classmethod
-    def parse(cls, parameters: Mapping[str, str]) -> Settings:
-        """Read parameters; an empty string is as good as none.
+    def from_settings(cls, values: Mapping[str, Any]) -> ServiceLimits:
+        """Limits from values by name, those of the batcher among them.
 
         Raises:
-            TrioError: an unknown name, a value that is not of its kind or out of range.
+            TrioError: a value is out of range.
         """
-        kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-        unknown = sorted(set(parameters) - set(kinds))
-        if unknown:
-            raise TrioError(
-                f"unknown parameter {unknown[0]!r}: there are {', '.join(sorted(kinds))}"
-            )
-        if not parameters.get("bundle"):
-            raise TrioError("the parameter 'bundle' must name the folder of the bundle")
-        values = {
-            name: _READERS[kinds[name].removesuffix(" | None")](name, value)
-            for name, value in parameters.items()
-            if value != ""
-        }
-        for name, most in _MOST.items():
-            if values.get(name, 0) > most:
-                raise TrioError(f"{name} must be at most {most:g}, got {values[name]}")
-        asked = (field.name for field in dataclasses.fields(RuntimeOptions))
-        check_options(RuntimeOptions(**{name: values[name] for name in asked if name in values}))
-        if values.get("budget", 1.0) > 1.0:
-            raise TrioError(f"budget must be at most 1, got {values['budget']}")
-        if values.get("max_image_pixels", 1) > MAX_PIXELS:
+        own = {name: values[name] for name in setting_kinds(cls) if name in values}
+        batcher = {name: values[name] for name in setting_kinds(BatcherLimits) if name in values}
+        if own.get("budget", 1.0) > 1.0:
+            raise TrioError(f"budget must be at most 1, got {own['budget']}")
+        if own.get("max_image_pixels", 1) > MAX_PIXELS:
             raise TrioError(f"max_image_pixels must be at most {MAX_PIXELS}")
-        tokens = values.get("max_tokens", cls.max_tokens)
-        if values.setdefault("default_max_tokens", min(cls.default_max_tokens, tokens)) > tokens:
+        tokens = own.get("max_tokens", cls.max_tokens)
+        if own.setdefault("default_max_tokens", min(cls.default_max_tokens, tokens)) > tokens:
             raise TrioError(f"default_max_tokens must be at most max_tokens = {tokens}")
-        return cls(**values)
+        return cls(**own, batcher=BatcherLimits(**batcher))
 
 
-def check_settings(parameters: Mapping[str, str]) -> dict[str, str]:
-    """The same parameters, once they are known to be right.
+def setting_kinds(*structs: type) -> dict[str, str]:
+    """Settings that the fields of dataclasses make: kind by name, `str`, `int`, `float` or `bool`.
+
+    Fields of other kinds are left out.
+    """
+    kinds = {
+        each.name: str(each.type).split(" | ")[0]
+        for struct in structs
+        for each in dataclasses.fields(struct)
+    }
+    return {name: kind for name, kind in kinds.items() if kind in _READERS}
+
+
+def read_settings(settings: Mapping[str, str], kinds: Mapping[str, str]) -> dict[str, Any]:
+    """Values of settings given as text; an empty text counts as not given.
+
+    Args:
+        kinds: as from `setting_kinds`.
 
     Raises:
-        TrioError: as `Settings.parse`.
+        TrioError: an unknown name, or a value that is not of its kind or out of range.
     """
-    Settings.parse(parameters)
-    return dict(parameters)
+    unknown = sorted(set(settings) - set(kinds))
+    if unknown:
+        raise TrioError(f"unknown parameter {unknown[0]!r}: there are {', '.join(sorted(kinds))}")
+    values = {
+        name: _READERS[kinds[name]](name, text) for name, text in settings.items() if text != ""
+    }
+    for name, maximum in _MAXIMA.items():
+        if values.get(name, 0) > maximum:
+            raise TrioError(f"{name} must be at most {maximum:g}, got {values[name]}")
+    return values
 
 
-def _text(name: str, value: str) -> str:
-    return value
+def _text(name: str, text: str) -> str:
+    return text
 
 
-def _count(name: str, value: str) -> int:
-    least = 0 if name == "prefillers" else 1
+def _count(name: str, text: str) -> int:
+    minimum = 0 if name == "prefillers" else 1
     try:
-        number = int(value)
+        number = int(text)
     except ValueError:
-        raise TrioError(f"{name} must be a whole number, got {value!r:.40}") from None
-    if not least <= number < 2**63:
-        raise TrioError(f"{name} must be {least} or more, got {value:.40}")
+        raise TrioError(f"{name} must be a whole number, got {text!r:.40}") from None
+    if not minimum <= number < 2**63:
+        raise TrioError(f"{name} must be {minimum} or more, got {text:.40}")
     return number
 
 
-def _number(name: str, value: str) -> float:
+def _number(name: str, text: str) -> float:
     try:
-        number = float(value)
+        number = float(text)
     except ValueError:
-        raise TrioError(f"{name} must be a number, got {value!r:.40}") from None
+        raise TrioError(f"{name} must be a number, got {text!r:.40}") from None
     if not (math.isfinite(number) and number > 0):
-        raise TrioError(f"{name} must be above 0, got {value:.40}")
+        raise TrioError(f"{name} must be above 0, got {text:.40}")
     return number
 
 
-def _flag(name: str, value: str) -> bool:
+def _flag(name: str, text: str) -> bool:
     flags = {"true": True, "false": False}
-    if value.lower() not in flags:
-        raise TrioError(f"{name} must be true or false, got {value!r:.40}")
-    return flags[value.lower()]
+    if text.lower() not in flags:
+        raise TrioError(f"{name} must be true or false, got {text!r:.40}")
+    return flags[text.lower()]
 
 
 _READERS: dict[str, Callable[[str, str], Any]] = {

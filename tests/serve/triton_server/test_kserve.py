@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from trio_deploy.serve.triton_server import metrics
+from trio_deploy.serve import metrics
 
 ROOT = Path(__file__).parents[3]
 SCHEMA = json.loads((Path(__file__).parent / "kserve_schema.json").read_text())
@@ -92,7 +92,7 @@ def queries() -> list[str]:
 def test_it_scales_on_metrics_that_the_model_reports():
     for query in queries():
         names = set(re.findall(r"trio_\w+(?=\{)", query))
-        assert len(names) >= 2 and names <= {*metrics._COUNTERS, *metrics._GAUGES}
+        assert len(names) >= 2 and names <= {*metrics.COUNTERS, *metrics.GAUGES}
     outcomes = set(re.findall(r'outcome=~"([\w|]+)"', queries()[1])[0].split("|"))
     assert outcomes == {"refused", "deadline"} and outcomes <= set(metrics.OUTCOMES)
 

@@ -189,9 +189,9 @@ def test_a_cancelled_stream_ends_within_a_token(load: Callable[..., Any]) -> Non
 def hold(model: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Keep the model's prefills waiting until the event is set."""
     go = threading.Event()
-    prefill = model._batcher._worker._pipeline.prefill
+    prefill = model._service._batcher._worker._pipeline.prefill
     monkeypatch.setattr(
-        model._batcher._worker._pipeline,
+        model._service._batcher._worker._pipeline,
         "prefill",
         lambda *given: go.wait(WAIT_S) and prefill(*given),
     )
@@ -200,7 +200,7 @@ def hold(model: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 def wait_for_prefill(model: Any) -> None:
     """Wait until nothing waits to be prepared or chosen, in one look: requests move in between."""
-    wait_for(lambda: model._batcher.metrics().queued == 0)
+    wait_for(lambda: model._service.metrics().queued == 0)
 
 
 def test_a_waiting_request_is_cancelled_too_and_what_is_too_much_is_refused(
@@ -215,7 +215,7 @@ def test_a_waiting_request_is_cancelled_too_and_what_is_too_much_is_refused(
     assert refused.error() == (TritonError.UNAVAILABLE, refused.error()[1])
     assert "max_queue = 2" in refused.error()[1]
     third.sender.cancel()
-    wait_for(lambda: bool(model._batcher._queue.snapshot().cancelled))
+    wait_for(lambda: bool(model._service._batcher._queue.snapshot().cancelled))
     go.set()
     assert third.error()[0] is TritonError.CANCELLED
     assert len(first.outputs()) == len(second.outputs()) == 2
@@ -226,7 +226,7 @@ def test_deadlines_end_answers(load: Callable[..., Any], monkeypatch: pytest.Mon
     long = Asked({"prompt": texts(QUESTION), "max_tokens": one(2000, "int32")})
 
     def let_it_pass(sender: Sender) -> None:
-        expire(model._batcher)
+        expire(model._service._batcher)
 
     long.sender.on_send = let_it_pass
     model.execute([long])
@@ -271,7 +271,7 @@ def test_our_own_failures_are_internal(
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model._batcher._worker._pipeline, "prefill", fail)
+        patch.setattr(model._service._batcher._worker._pipeline, "prefill", fail)
         code, said = ask(model, prompt=QUESTION).error()
         assert code is TritonError.INTERNAL and "no memory" in said
     assert ask(model, prompt=QUESTION, max_tokens=1).outputs()
@@ -392,9 +392,9 @@ def test_metrics_of_a_model_that_was_unloaded_say_that_nothing_runs(
     model = load()
     before = MetricFamily.FAMILIES["trio_tokens_total"].metrics[-1]
     model._stop.set()
-    model._keeper.join()  # as if it were over just before the last answers
+    model._poller.join()  # as if it were over just before the last answers
     requests = [ask(model, prompt=QUESTION, max_tokens=3) for _ in range(2)]
-    wait_for(lambda: model._batcher.metrics().active > 0 or requests[0].sender.ended.is_set())
+    wait_for(lambda: model._service.metrics().active > 0 or requests[0].sender.ended.is_set())
     model._export()
     model.finalize()
     last = {name: family.metrics[-1].value for name, family in MetricFamily.FAMILIES.items()}
@@ -422,7 +422,7 @@ def test_what_is_held_has_a_bound_in_bytes(
     assert ask(model, prompt=QUESTION, images=picture, max_tokens=2).outputs()
     ask(model, prompt=QUESTION, images=picture, top_p=7.0).error()
     ask(model, prompt=QUESTION, images=picture, budget=0.0001).error()
-    wait_for(lambda: model._held.held == 0)
+    wait_for(lambda: model._service.used_bytes == 0)
     wait_for(lambda: metric_values("trio_requests_total")["refused"] == 1)
 
 
@@ -479,10 +479,10 @@ def test_a_plain_requests_error_keeps_its_code(both: tuple[Any, Any]) -> None:
 def test_a_plain_request_that_is_cancelled_ends_in_the_model(both: tuple[Any, Any]) -> None:
     complete, model = both
     request = ask(complete, prompt=QUESTION, max_tokens=2000)
-    wait_for(lambda: model._batcher.metrics().active == 1)
+    wait_for(lambda: model._service.metrics().active == 1)
     request.sender.cancel()
     assert request.error()[0] is TritonError.CANCELLED
-    wait_for(lambda: model._batcher.metrics().outcomes.get("cancelled") == 1)
+    wait_for(lambda: model._service.metrics().outcomes.get("cancelled") == 1)
 
 
 def test_plain_requests_beyond_the_limit_are_refused(
@@ -533,7 +533,7 @@ def test_a_plain_request_without_a_model_to_ask_is_refused(
     both: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     complete, model = both
-    batcher = model._batcher
+    batcher = model._service._batcher
     prefill = batcher._worker._pipeline.prefill
 
     def until_cancelled(*given: Any) -> Any:

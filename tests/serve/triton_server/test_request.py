@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from tests.support.pictures import make_picture
 from tests.support.tensors import arrays, file, one, text, texts
-from trio_deploy import TrioError
-from trio_deploy.serve.limits import Settings, check_settings
+from trio_deploy import Request, TrioError
+from trio_deploy.serve.limits import ServiceLimits
+from trio_deploy.serve.requests import check_request
 from trio_deploy.serve.triton_server.request import INPUTS, read
 
-LIMITS = Settings(
-    "bundle",
+LIMITS = ServiceLimits(
     max_tokens=32,
     default_max_tokens=16,
     max_images=2,
@@ -34,6 +32,14 @@ LIMITS = Settings(
 
 
 ASKED = {"prompt": texts("what ?")}
+
+
+def checked(
+    tensors: Mapping[str, np.ndarray], parameters: str = "", timeout_us: int = 0
+) -> tuple[Request, float, bool]:
+    """The whole way of a request: the pipeline's, its deadline, and whether it is streamed."""
+    client, stream = read(tensors, parameters, timeout_us)
+    return *check_request(client, LIMITS), stream
 
 
 def test_a_whole_request_is_read() -> None:
@@ -51,35 +57,31 @@ def test_a_whole_request_is_read() -> None:
         "timeout_s": one(2.5, "float64"),
     }
     assert set(tensors) | {"prompt", "images_base64"} == set(INPUTS)
-    question = read(tensors, '{"stream": false}', 0, LIMITS)
-    request = question.request
+    request, timeout_s, stream = checked(tensors, '{"stream": false}')
     assert request.prompt == [{"role": "user", "content": [{"type": "image"}, text("what ?")]}]
     assert (request.max_new_tokens, request.temperature, request.top_p) == (7, 0.5, 0.9)
     assert (request.seed, request.stop, request.budget) == (3, ["ä", "b"], 0.111)
-    assert request.images == [file()] and not question.stream and question.timeout_s == 2.5
+    assert request.images == [file()] and not stream and timeout_s == 2.5
 
 
 def test_what_is_not_said_has_the_models_defaults() -> None:
-    question = read(ASKED, "", 0, Settings("b", budget=0.3, default_max_tokens=9))
-    request = question.request
-    assert (request.max_new_tokens, request.temperature, request.budget) == (9, 0.0, 0.3)
-    assert request.seed is None and question.timeout_s == 300.0 and question.stream
+    request, timeout_s, stream = checked(ASKED)
+    assert (request.max_new_tokens, request.temperature, request.budget) == (16, 0.0, None)
+    assert request.seed is None and timeout_s == 10.0 and stream
 
 
 def test_the_sooner_of_two_deadlines_counts() -> None:
     tensors = ASKED | {"timeout_s": one(2.0, "float64")}
-    assert read(tensors, "", 1_000_000, LIMITS).timeout_s == 1.0
-    assert read(tensors, "", 3_000_000, LIMITS).timeout_s == 2.0
-    assert read(ASKED, "", 99_000_000, LIMITS).timeout_s == 10.0
+    assert checked(tensors, "", 1_000_000)[1] == 1.0
+    assert checked(tensors, "", 3_000_000)[1] == 2.0
+    assert checked(ASKED, "", 99_000_000)[1] == 10.0
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP"])
 def test_pictures_in_base64_are_the_same_pictures(form: str) -> None:
     data = file(form=form)
-    coded = read(ASKED | {"images_base64": texts(base64.b64encode(data))}, "", 0, LIMITS)
-    assert (
-        coded.request.images == read(ASKED | {"images": texts(data)}, "", 0, LIMITS).request.images
-    )
+    coded = checked(ASKED | {"images_base64": texts(base64.b64encode(data))})[0]
+    assert coded.images == checked(ASKED | {"images": texts(data)})[0].images
 
 
 BAD: list[tuple[dict[str, np.ndarray], str]] = [
@@ -149,7 +151,7 @@ BAD: list[tuple[dict[str, np.ndarray], str]] = [
 @pytest.mark.parametrize(("tensors", "message"), BAD, ids=[message for _, message in BAD])
 def test_what_is_wrong_is_named(tensors: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(TrioError, match=message):
-        read(tensors, "", 0, LIMITS)
+        checked(tensors)
 
 
 @pytest.mark.parametrize(
@@ -162,29 +164,7 @@ def test_what_is_wrong_is_named(tensors: dict[str, np.ndarray], message: str) ->
 )
 def test_unknown_parameters_are_named(parameters: str, message: str) -> None:
     with pytest.raises(TrioError, match=message):
-        read(ASKED, parameters, 0, LIMITS)
-
-
-def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
-    out = io.BytesIO()
-    Image.new("1", (30_000, 30_000)).save(out, "PNG")
-    bomb = Settings("b", max_image_bytes=10**7)
-    with pytest.raises(TrioError, match="too large|max_image_pixels"):
-        read(ASKED | {"images": texts(out.getvalue())}, "", 0, bomb)
-
-
-def test_a_jpeg_that_goes_over_its_picture_without_end_is_refused() -> None:
-    out = io.BytesIO()
-    make_picture().save(out, "JPEG", progressive=True)
-    sound, end = out.getvalue()[:-2], b"\xff\xd9"
-    assert out.getvalue().endswith(end)
-    scan = sound[sound.rindex(b"\xff\xda") :]
-    bomb = texts(sound + scan * 200 + end)
-    with pytest.raises(TrioError, match="scans, but at most 100"):
-        read(ASKED | {"images": bomb}, "", 0, Settings("b"))
-    film = sound + end + scan * 200  # behind the picture's end nothing is decoded
-    for data in (sound + scan + end, film, file(form="JPEG")):
-        assert read(ASKED | {"images": texts(data)}, "", 0, Settings("b")).request.images == [data]
+        checked(ASKED, parameters)
 
 
 @given(st.dictionaries(st.sampled_from([*INPUTS, "other"]), arrays, max_size=6), st.integers(0, 9))
@@ -193,67 +173,7 @@ def test_anything_at_all_is_a_question_or_an_error(
     tensors: dict[str, np.ndarray], timeout_us: int
 ) -> None:
     try:
-        request = read(tensors, "", timeout_us, LIMITS).request
+        request = checked(tensors, "", timeout_us)[0]
     except TrioError:
         return
     assert all(isinstance(image, bytes) for image in request.images)
-
-
-@pytest.mark.filterwarnings("ignore")  # Pillow's about what it reads in spite of faults
-@given(st.binary(max_size=400), st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"]))
-@settings(max_examples=200, deadline=None)
-def test_any_bytes_behind_a_pictures_beginning_are_a_picture_or_an_error(
-    tail: bytes, form: str
-) -> None:
-    data = file(form=form)[:40] + tail
-    try:
-        read(ASKED | {"images": texts(data)}, "", 0, LIMITS)
-    except TrioError:
-        return
-
-
-def test_settings_are_read_from_strings() -> None:
-    given = {"bundle": "1/bundle", "max_tokens": "64", "warm_up": "False", "budget": "0.2"}
-    parsed = Settings.parse(given | {"target": ""})
-    assert parsed == Settings(
-        "1/bundle", max_tokens=64, default_max_tokens=64, warm_up=False, budget=0.2
-    )
-    assert check_settings(given) == given
-
-
-@pytest.mark.parametrize("provider", ["cpu", "CUDA", "CUDAExecutionProvider"])
-def test_providers_are_called_as_trio_run_calls_them(provider: str) -> None:
-    given = {"bundle": "b", "runtime": "onnxruntime", "provider": provider}
-    assert Settings.parse(given).provider == provider
-
-
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({}, "'bundle' must name"),
-        ({"bundle": "b", "max_image": "3"}, "unknown parameter 'max_image'"),
-        ({"bundle": "b", "max_rows": "0"}, "max_rows must be 1 or more"),
-        ({"bundle": "b", "max_rows": "1.5"}, "max_rows must be a whole number"),
-        ({"bundle": "b", "prefillers": "-1"}, "prefillers must be 0 or more"),
-        ({"bundle": "b", "budget": "nan"}, "budget must be above 0"),
-        ({"bundle": "b", "budget": "2"}, "budget must be at most 1"),
-        ({"bundle": "b", "warm_up": "yes"}, "warm_up must be true or false"),
-        ({"bundle": "b", "max_image_pixels": "999999999"}, "max_image_pixels must be at most"),
-        ({"bundle": "b", "default_max_tokens": "2000"}, "default_max_tokens must be at most"),
-        ({"bundle": "b", "max_queue_bytes": "0"}, "max_queue_bytes must be 1 or more"),
-        ({"bundle": "b", "max_rows": "5000"}, "max_rows must be at most 4096, got 5000"),
-        ({"bundle": "b", "max_queue": "1000000"}, "max_queue must be at most 65536"),
-        ({"bundle": "b", "threads": "9999"}, "threads must be at most 1024"),
-        ({"bundle": "b", "max_timeout_s": "1e9"}, "max_timeout_s must be at most 86400"),
-        ({"bundle": "b", "provider": "gpu"}, "unknown provider 'gpu'.*: choose cpu, cuda"),
-        ({"bundle": "b", "precision": "fp8"}, "unknown precision 'fp8'"),
-        ({"bundle": "b", "runtime": "tensorflow"}, "unknown runtime 'tensorflow'"),
-        (
-            {"bundle": "b", "runtime": "tensorrt", "threads": "2"},
-            "threads is no option of TensorRT",
-        ),
-    ],
-)
-def test_wrong_settings_are_named(parameters: dict[str, str], message: str) -> None:
-    with pytest.raises(TrioError, match=message):
-        Settings.parse(parameters)

@@ -38,9 +38,9 @@ from trio_deploy.runtimes.mapped_weights import external_tensors
 from trio_deploy.runtimes.registry import load_target, runtime_spec
 from trio_deploy.runtimes.tensorrt.record import RECORD as ENGINES_RECORD
 from trio_deploy.runtimes.tensorrt.record import Record
-from trio_deploy.serve.limits import Settings, check_settings
 from trio_deploy.serve.triton_server.pbtxt import Enum, format_message
 from trio_deploy.serve.triton_server.request import INPUTS, OUTPUTS
+from trio_deploy.serve.triton_server.settings import Settings, check_settings
 
 DEVICES = ("cpu", "gpu")
 #: What the repository was made of; Triton reads folders alone.
@@ -78,7 +78,7 @@ class Options:
         instances: of `NAME_vlm`; each is a process that loads the model.
         stages: write the stages and the ensemble as models too.
         name: prefix of all models' names.
-        settings: parameters of `NAME_vlm`, limits above all; see `triton/limits.py`.
+        settings: parameters of `NAME_vlm`, limits above all; see `settings.py`.
         link: hard-link the bundle's files instead of copying them.
     """
 
@@ -308,12 +308,13 @@ class _Models:
     def add_complete(self) -> None:
         """The model for plain requests, which forwards to the streaming one."""
         name = f"{self._options.name}_vlm_complete"
-        served = Settings.parse(self._settings)
-        most = self._options.instances * (served.max_rows + served.max_queue)
+        limits = Settings.parse(self._settings).limits
+        instances = self._options.instances
+        requests = instances * (limits.batcher.max_rows + limits.batcher.max_queue)
         parameters = {
             "model": f"{self._options.name}_vlm",
-            "max_requests": str(most),
-            "max_bytes": str(self._options.instances * served.max_queue_bytes),
+            "max_requests": str(requests),
+            "max_bytes": str(instances * limits.max_queue_bytes),
         }
         if "watch" in self._settings:
             parameters["watch"] = self._settings["watch"]

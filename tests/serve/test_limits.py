@@ -1,0 +1,66 @@
+"""Limits of a service, from text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trio_deploy import TrioError
+from trio_deploy.pipeline.batcher.scheduler import BatcherLimits
+from trio_deploy.serve.limits import ServiceLimits, read_settings, setting_kinds
+
+KINDS = setting_kinds(ServiceLimits, BatcherLimits)
+
+
+def test_settings_are_the_fields_of_the_limits() -> None:
+    assert KINDS["budget"] == "float" and KINDS["max_kv_bytes"] == "int"
+    assert "batcher" not in KINDS
+
+
+def test_values_are_read_from_text_and_sorted_into_the_limits() -> None:
+    given = {
+        "max_tokens": "64",
+        "budget": "0.2",
+        "max_rows": "3",
+        "prefillers": "0",
+        "max_stop": "",
+    }
+    values = read_settings(given, KINDS)
+    assert values == {"max_tokens": 64, "budget": 0.2, "max_rows": 3, "prefillers": 0}
+    assert ServiceLimits.from_settings(values) == ServiceLimits(
+        max_tokens=64, default_max_tokens=64, budget=0.2, batcher=BatcherLimits(max_rows=3)
+    )
+
+
+def test_without_settings_they_are_the_defaults() -> None:
+    assert ServiceLimits.from_settings({}) == ServiceLimits()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"), [("True", "bool", True), ("false", "bool", False), ("x", "str", "x")]
+)
+def test_flags_and_texts_are_read(text: str, kind: str, value: Any) -> None:
+    assert read_settings({"name": text}, {"name": kind}) == {"name": value}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_image": "3"}, "unknown parameter 'max_image'"),
+        ({"max_rows": "0"}, "max_rows must be 1 or more"),
+        ({"max_rows": "1.5"}, "max_rows must be a whole number"),
+        ({"prefillers": "-1"}, "prefillers must be 0 or more"),
+        ({"budget": "nan"}, "budget must be above 0"),
+        ({"budget": "2"}, "budget must be at most 1"),
+        ({"max_image_pixels": "999999999"}, "max_image_pixels must be at most"),
+        ({"default_max_tokens": "2000"}, "default_max_tokens must be at most"),
+        ({"max_queue_bytes": "0"}, "max_queue_bytes must be 1 or more"),
+        ({"max_rows": "5000"}, "max_rows must be at most 4096, got 5000"),
+        ({"max_queue": "1000000"}, "max_queue must be at most 65536"),
+        ({"max_timeout_s": "1e9"}, "max_timeout_s must be at most 86400"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(TrioError, match=message):
+        ServiceLimits.from_settings(read_settings(settings, KINDS))

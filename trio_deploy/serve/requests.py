@@ -1,0 +1,273 @@
+"""What a client sent, checked and turned into a request of the pipeline.
+
+Pictures come as the bytes of a file and in no other way: no text of a client becomes a path.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trio_deploy.errors import TrioError
+from trio_deploy.families.pixels import image_size
+from trio_deploy.pipeline.chat import Message
+from trio_deploy.pipeline.request import Request
+from trio_deploy.pipeline.sampling import Sampling
+from trio_deploy.serve.limits import ServiceLimits
+
+# A JPEG file may go over all of its picture again and again, with a few bytes per scan: a hundred
+# kilobytes can keep a decoder busy for many seconds. Cameras and tools make about ten scans; a
+# hundred is what libtiff takes.
+_MAX_SCANS = 100
+_JPEG = b"\xff\xd8\xff"
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ClientRequest:
+    """A request as a client sent it, not checked yet; None: not given.
+
+    Attributes:
+        prompt: UTF-8 text of a question.
+        messages: JSON of a conversation, instead of a prompt.
+        images: content of picture files; `images_base64`: the same in base64, instead of them.
+        max_tokens: tokens of the answer.
+        temperature, top_p, seed: sampling.
+        stop: UTF-8 texts that end the answer.
+        budget: average share of visual tokens per layer.
+        timeout_s: seconds until the deadline, as the client asks for it.
+        transport_timeout_s: seconds that the server's protocol allows; the earlier deadline counts.
+    """
+
+    prompt: bytes | None = None
+    messages: bytes | None = None
+    images: Sequence[bytes] | None = None
+    images_base64: Sequence[bytes] | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: Sequence[bytes] | None = None
+    budget: float | None = None
+    timeout_s: float | None = None
+    transport_timeout_s: float | None = None
+
+    @property
+    def pictures(self) -> int:
+        """Number of pictures."""
+        return len(self.images or ()) + len(self.images_base64 or ())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of texts and pictures as they were sent."""
+        lists = (self.images, self.images_base64, self.stop)
+        return (
+            len(self.prompt or b"")
+            + len(self.messages or b"")
+            + sum(len(item) for items in lists for item in items or ())
+        )
+
+
+def check_request(client: ClientRequest, limits: ServiceLimits) -> tuple[Request, float]:
+    """Check a request.
+
+    Returns:
+        The pipeline's request, and seconds until its deadline.
+
+    Raises:
+        TrioError: what is wrong; a limit is called by its name.
+    """
+    for name in ("temperature", "top_p", "budget", "timeout_s"):
+        value = getattr(client, name)
+        if value is not None and not math.isfinite(value):
+            raise TrioError(f"{name} must be a finite number, got {value}")
+    images = _images(client, limits)
+    sampling = Sampling(
+        0.0 if client.temperature is None else client.temperature,
+        1.0 if client.top_p is None else client.top_p,
+        client.seed,
+    )
+    request = Request(
+        _prompt(client, limits),
+        images,
+        max_new_tokens=_max_tokens(client, limits),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        stop=_stop(client, limits),
+        budget=_budget(client, limits),
+    )
+    return request, _timeout(client, limits)
+
+
+def _prompt(client: ClientRequest, limits: ServiceLimits) -> str | list[Message]:
+    given = {"prompt": client.prompt, "messages": client.messages}
+    sent = {name: raw for name, raw in given.items() if raw is not None}
+    if len(sent) != 1:
+        raise TrioError("give either prompt or messages" + (", not both" if sent else ""))
+    ((name, raw),) = sent.items()
+    if len(raw) > limits.max_prompt_bytes:
+        raise TrioError(
+            f"{name} has {len(raw)} bytes, but max_prompt_bytes is {limits.max_prompt_bytes}"
+        )
+    text = _decode(raw, name)
+    return text if name == "prompt" else _messages(text)
+
+
+def _messages(text: str) -> list[Message]:
+    try:
+        messages = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TrioError(f"messages is not JSON: {str(error) or 'nested too deeply'}") from None
+    if not isinstance(messages, list) or not messages:
+        raise TrioError('messages must be a JSON list of {"role": ..., "content": ...}')
+    return [_message(message) for message in messages]
+
+
+def _message(message: Any) -> Message:
+    """Rebuild a message from what a chat template may see, so that nothing else gets there."""
+    if not isinstance(message, dict) or set(message) != {"role", "content"}:
+        raise TrioError('a message must be {"role": ..., "content": ...} and nothing else')
+    content = message["content"]
+    if isinstance(content, list):
+        return {"role": _unicode(message["role"], "role"), "content": [*map(_item, content)]}
+    return {
+        "role": _unicode(message["role"], "role"),
+        "content": _unicode(content, "content (or a list of items)"),
+    }
+
+
+def _item(item: Any) -> dict[str, str]:
+    if isinstance(item, dict) and item.get("type") == "image" and len(item) == 1:
+        return {"type": "image"}
+    if isinstance(item, dict) and item.get("type") == "text" and set(item) == {"type", "text"}:
+        return {"type": "text", "text": _unicode(item["text"], "text")}
+    raise TrioError(
+        'a content item must be {"type": "text", "text": "..."} or {"type": "image"}; pictures '
+        "themselves go into the input images or images_base64"
+    )
+
+
+def _unicode(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise TrioError(f"a message's {what} must be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half a character
+        raise TrioError(f"a message's {what} is not valid Unicode") from None
+    return value
+
+
+def _images(client: ClientRequest, limits: ServiceLimits) -> list[bytes]:
+    if client.images is not None and client.images_base64 is not None:
+        raise TrioError("give either images or images_base64, not both")
+    coded = client.images_base64 is not None
+    files = client.images_base64 if coded else client.images
+    if len(files or ()) > limits.max_images:
+        raise TrioError(f"{len(files or ())} images, but max_images is {limits.max_images}")
+    images, pixels = [], 0
+    for number, data in enumerate(files or ()):
+        size = len(data) // 4 * 3 - data[-2:].count(b"=") if coded else len(data)
+        if size > limits.max_image_bytes:
+            raise TrioError(
+                f"image {number} has {size} bytes, but max_image_bytes is {limits.max_image_bytes}"
+            )
+        image = _decode_base64(number, data) if coded else data
+        pixels += _image_pixels(number, image, limits)
+        if pixels > limits.max_request_pixels:
+            raise TrioError(
+                f"images 0 to {number} have {pixels} pixels, but max_request_pixels is "
+                f"{limits.max_request_pixels} of all images together"
+            )
+        if (scans := _jpeg_scans(image)) > _MAX_SCANS:
+            raise TrioError(
+                f"image {number} is a JPEG file of {scans} scans, but at most {_MAX_SCANS} are "
+                "decoded: save it as a baseline JPEG"
+            )
+        images.append(image)
+    return images
+
+
+def _decode_base64(number: int, data: bytes) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise TrioError(
+            f"image {number} is not base64 (without line breaks or a data: prefix): {error}"
+        ) from None
+
+
+def _image_pixels(number: int, image: bytes, limits: ServiceLimits) -> int:
+    try:
+        width, height = image_size(image)
+    except TrioError as error:
+        raise TrioError(f"image {number}: {error}") from None
+    if width * height > limits.max_image_pixels:
+        raise TrioError(
+            f"image {number} has {width} x {height} pixels, but max_image_pixels is "
+            f"{limits.max_image_pixels}"
+        )
+    return width * height
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """Scans of a JPEG file up to its end (phones append a film to it); 0 for other files."""
+    if not data.startswith(_JPEG):
+        return 0
+    scans, at = 0, 2
+    while (marker := _JPEG_MARKER.search(data, at)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        # A segment begins with its length, these two bytes included; a scan's data comes after its
+        # segment.
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
+
+
+def _max_tokens(client: ClientRequest, limits: ServiceLimits) -> int:
+    tokens = limits.default_max_tokens if client.max_tokens is None else client.max_tokens
+    if not 1 <= tokens <= limits.max_tokens:
+        raise TrioError(f"max_tokens must be 1 to {limits.max_tokens}, got {tokens}")
+    return tokens
+
+
+def _stop(client: ClientRequest, limits: ServiceLimits) -> list[str]:
+    stops = client.stop or ()
+    if len(stops) > limits.max_stop:
+        raise TrioError(f"{len(stops)} stop strings, but max_stop is {limits.max_stop}")
+    for stop in stops:
+        if not 0 < len(stop) <= limits.max_stop_bytes:
+            raise TrioError(
+                f"a stop string has {len(stop)} bytes, but it must have 1 to max_stop_bytes = "
+                f"{limits.max_stop_bytes}"
+            )
+    return [_decode(stop, "stop") for stop in stops]
+
+
+def _budget(client: ClientRequest, limits: ServiceLimits) -> float | None:
+    budget = limits.budget if client.budget is None else client.budget
+    if budget is not None and not 0.0 < budget <= 1.0:
+        raise TrioError(f"budget must be above 0 and at most 1, got {budget}")
+    return budget
+
+
+def _timeout(client: ClientRequest, limits: ServiceLimits) -> float:
+    longest = limits.max_timeout_s
+    timeout = longest if client.timeout_s is None else client.timeout_s
+    if not 0.0 < timeout <= longest:
+        raise TrioError(f"timeout_s must be above 0 and at most max_timeout_s = {longest}")
+    if client.transport_timeout_s is not None:
+        return min(timeout, client.transport_timeout_s)
+    return timeout
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise TrioError(f"{name} is not UTF-8") from None

@@ -1,0 +1,144 @@
+"""What every server needs: checked and admitted requests, answers, metrics, an orderly end.
+
+A server turns what its clients send into a `ClientRequest`, and events into what they get:
+
+>>> service = Service(pipeline, ServiceLimits(max_tokens=256))
+>>> handle = service.submit(ClientRequest(prompt=b"What is this?", images=[file]), on_event)
+>>> service.close(timeout=30.0)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import queue
+import threading
+from collections import Counter
+from dataclasses import replace
+
+from PIL import Image
+
+from trio_deploy.errors import TrioError
+from trio_deploy.pipeline.batcher.batcher import Batcher
+from trio_deploy.pipeline.batcher.events import Cancelled, Event, Handle, OnEvent, Refused
+from trio_deploy.pipeline.batcher.metrics import Metrics
+from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy.pipeline.request import Request
+from trio_deploy.serve.admission import Admission
+from trio_deploy.serve.limits import ServiceLimits
+from trio_deploy.serve.requests import ClientRequest, check_request
+
+
+class Service:
+    """Answers the requests of clients on one pipeline, within limits."""
+
+    def __init__(
+        self, pipeline: Pipeline, limits: ServiceLimits | None = None, *, warm_up: bool = True
+    ) -> None:
+        """Start answering.
+
+        Args:
+            warm_up: answer questions, within the limits, before the first client is served.
+
+        Raises:
+            TrioError: the warm-up failed, or the runtime cannot do what a limit asks for.
+        """
+        self._limits = limits or ServiceLimits()
+        if warm_up:
+            _warm_up(pipeline, self._limits)
+        self._admission = Admission(self._limits, pipeline.bundle.config)
+        self._batcher = Batcher(pipeline, self._limits.batcher)
+        self._rejected: Counter[str] = Counter()
+        self._lock = threading.Lock()  # guards the counter
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the requests that wait or run, as `max_queue_bytes` counts them."""
+        return self._admission.used
+
+    def submit(self, client: ClientRequest, on_event: OnEvent | None = None) -> Handle:
+        """Check a request and have it answered.
+
+        Args:
+            on_event: as in `Batcher.submit`.
+
+        Raises:
+            Refused: too much waits already, or the service is closed: try again later.
+            TrioError: what is wrong with the request.
+        """
+        size = 0
+        try:
+            size = self._admission.admit(client)
+            request, timeout_s = check_request(client, self._limits)
+        except Exception as error:
+            self._admission.release(size)
+            self.count_rejected(error)
+            raise
+
+        def deliver(event: Event) -> None:
+            if event.last:
+                self._admission.release(size)
+            if on_event is not None:
+                on_event(event)
+
+        try:
+            return self._batcher.submit(request, deliver, timeout_s=timeout_s)
+        except BaseException:
+            self._admission.release(size)
+            raise
+
+    def count_rejected(self, error: Exception) -> None:
+        """Count a request that did not become a `ClientRequest`, or that was not accepted."""
+        with self._lock:
+            self._rejected["refused" if isinstance(error, Refused) else "invalid"] += 1
+
+    def metrics(self) -> Metrics:
+        """A snapshot; `outcomes` has the requests that were not admitted, too."""
+        metrics = self._batcher.metrics()
+        with self._lock:
+            return replace(metrics, outcomes=dict(Counter(metrics.outcomes) + self._rejected))
+
+    def close(self, *, timeout: float | None = None) -> bool:
+        """Take no more requests, and finish those submitted.
+
+        Args:
+            timeout: seconds to finish; what is left then is cancelled.
+
+        Returns:
+            Whether every request could finish.
+        """
+        return self._batcher.close(timeout=timeout)
+
+
+def _warm_up(pipeline: Pipeline, limits: ServiceLimits) -> None:
+    """Begin two answers of the default length, with a picture and without.
+
+    Every stage runs then, and limits that no request can keep show. The batcher is one of its own,
+    so that this is not counted; there is no deadline, since the first run takes longer than others.
+
+    Raises:
+        TrioError: there was no answer.
+    """
+    blank = io.BytesIO()
+    Image.new("RGB", (64, 64), (127, 127, 127)).save(blank, "PNG")
+    plain = ClientRequest(prompt=b"what is this?")
+    pictured = replace(plain, images=[blank.getvalue()])
+    with Batcher(pipeline, limits.batcher) as batcher:
+        for client, what in ((pictured, "about a picture"), (plain, "without a picture")):
+            try:
+                Admission(limits, pipeline.bundle.config).admit(client)
+                _begin(batcher, check_request(client, limits)[0])
+            except TrioError as error:
+                raise TrioError(f"the warm-up question {what} failed: {error}") from error
+
+
+def _begin(batcher: Batcher, request: Request) -> None:
+    """Get two tokens of an answer, which takes a decode step."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    handle = batcher.submit(request, events.put)
+    if events.get().last or events.get().last:
+        handle.result()
+        return
+    handle.cancel()
+    with contextlib.suppress(Cancelled):
+        handle.result()
