@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import difflib
 import errno
 import hashlib
 import json
@@ -11,9 +12,11 @@ import math
 import os
 import secrets
 import sys
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import msgspec
 import yaml
 
 from trio_deploy.errors import TrioError
@@ -22,6 +25,7 @@ from trio_deploy.errors import TrioError
 MAX_JSON = 1 << 26
 MAX_YAML = 1 << 20
 
+_T = TypeVar("_T")
 _CHUNK = 1 << 22
 _MAX_DEPTH = 64  # of lists and mappings within each other
 _MAX_VALUES = 4_000_000  # aliases of YAML make a few lines stand for any number
@@ -119,6 +123,61 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         _refuse_repeated([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         return node
+
+
+def convert(raw: Any, kind: type[_T]) -> _T:
+    """Convert plain JSON values to a msgspec struct.
+
+    Raises:
+        TrioError: a key is unknown or missing, or a value is of the wrong kind; names the place.
+    """
+    try:
+        _refuse_unknown(raw, msgspec.inspect.type_info(kind), "")
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        where = _failing_key(raw, kind)
+        raise TrioError(f"one of its values is wrong{where} ({error})") from None
+    except RecursionError:
+        raise TrioError("lists or mappings nest too deeply") from None
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """A suggestion for a message about an unknown name: `; did you mean 'x'?`, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _refuse_unknown(raw: Any, kind: Any, path: str) -> None:
+    """Raises TrioError for a key that a struct has no field for."""
+    if isinstance(kind, msgspec.inspect.UnionType):
+        for each in kind.types:
+            _refuse_unknown(raw, each, path)
+    elif isinstance(kind, msgspec.inspect.StructType) and isinstance(raw, dict):
+        fields = {field.encode_name: field.type for field in kind.fields}
+        for key, value in raw.items():
+            if key not in fields:
+                raise TrioError(f"its key {path}{key} is unknown{nearest_name(key, fields)}")
+            _refuse_unknown(value, fields[key], f"{path}{key}.")
+    elif isinstance(kind, msgspec.inspect.DictType) and isinstance(raw, dict):
+        for key, value in raw.items():
+            _refuse_unknown(value, kind.value_type, f"{path}{key}.")
+    elif isinstance(kind, (msgspec.inspect.VarTupleType, msgspec.inspect.ListType)):
+        for number, value in enumerate(raw if isinstance(raw, list) else ()):
+            _refuse_unknown(value, kind.item_type, f"{path}{number}.")
+
+
+def _failing_key(raw: Any, kind: type) -> str:
+    """Which entry of a mapping is wrong, since msgspec's paths leave out keys of mappings."""
+    hints = get_type_hints(kind)
+    for name, hint in hints.items():
+        value = raw.get(name) if isinstance(raw, dict) else None
+        if get_origin(hint) is dict and isinstance(value, dict):
+            for key, entry in value.items():
+                try:
+                    msgspec.convert(entry, get_args(hint)[1])
+                except msgspec.ValidationError:
+                    return f" in {name}, {key}"
+    return ""
 
 
 def _read_bounded(file: Path, limit: int, remedy: str) -> bytes:

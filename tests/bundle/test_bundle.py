@@ -18,10 +18,11 @@ from trio_deploy.bundle import writer as writer_module
 from trio_deploy.bundle.manifest import (
     MANIFEST,
     FileInfo,
-    GraphInfo,
     Manifest,
     ModelInfo,
+    StageInfo,
     TensorInfo,
+    TensorPlace,
 )
 from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.checkpoint.processor_files import GenerationInfo
@@ -37,13 +38,16 @@ def manifest(**changes) -> Manifest:
         "positions": "renumber",
         "threshold": 0.8,
         "decode": "shared",
-        "graphs": {
-            "embed": GraphInfo(
-                "embed.onnx",
-                (TensorInfo("input_ids", "int64", ("B", "S")),),
-                (TensorInfo("inputs_embeds", "float32", ("B", "S", 64)),),
-            )
-        },
+        "stages": (
+            StageInfo(
+                "embed",
+                "embed",
+                file="embed.onnx",
+                inputs=(TensorInfo("input_ids", "int64", ("B", "S"), "ids"),),
+                outputs=(TensorInfo("inputs_embeds", "float32", ("B", "S", 64), "tokens"),),
+            ),
+        ),
+        "tensors": {},
         "generation": GenerationInfo((2,), 3, 1),
         "files": {},
         "versions": {"trio-deploy": "0"},
@@ -78,7 +82,9 @@ def edit_manifest(target: Path, edit) -> None:
 
 
 def test_the_manifest_survives_json():
-    it = manifest(files={"embed.onnx": FileInfo(5, None)}, budgets={"0.3": [0.25]})
+    place = TensorPlace("weights/w.safetensors", 16, 8, (1, 2), "float32")
+    files = {"embed.onnx": FileInfo(5, None), "weights/w.safetensors": FileInfo(24, None)}
+    it = manifest(files=files, budgets={"0.3": [0.25]}, tensors={"w": place})
     assert Manifest.from_json(json.loads(it.dump())) == it
 
 
@@ -112,7 +118,7 @@ def test_a_budget_that_does_not_suit_the_schedule_is_named(target, budgets, mess
 
 def test_a_written_bundle_loads_and_answers(target):
     it = write_bundle(target)
-    assert it.stages == ["embed"]
+    assert list(it.stages) == ["embed"]
     assert it.graph("embed") == target / "embed.onnx"
     assert it.schedule.layers == (1,)
     assert it.tokens["eos_token"] == "</s>"
@@ -136,15 +142,35 @@ def test_a_damaged_manifest_is_named(target):
         Bundle.load(target)
 
 
+def place(**changes) -> dict[str, object]:
+    """JSON of a tensor's place in the bundle of `write_bundle`."""
+    file = "weights/model.safetensors"
+    return {"file": file, "offset": 4, "nbytes": 4, "shape": [1], "dtype": "float32"} | changes
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (lambda raw: raw.update(schema=99), "schema 99, newer .* upgrade"),
         (lambda raw: raw.pop("schema"), "not the manifest"),
-        (lambda raw: raw.pop("dialect"), "'dialect' is missing"),
-        (lambda raw: raw.update(threshold="much"), "wrong kind"),
-        (lambda raw: raw.update(graphs=[]), "wrong kind"),
+        (lambda raw: raw.pop("dialect"), "missing required field `dialect`"),
+        (lambda raw: raw.update(threshold="much"), "one of its values is wrong .*threshold"),
+        (lambda raw: raw.update(stages={}), "one of its values is wrong .*stages"),
         (lambda raw: raw["files"].pop("embed.onnx"), "not among its files"),
+        (lambda raw: raw.update(dialekt="ort"), "key dialekt is unknown; did you mean 'dialect'"),
+        (
+            lambda raw: raw["stages"][0].update(kinds=1),
+            r"key stages\.0\.kinds is unknown; .*'kind",
+        ),
+        (lambda raw: raw["stages"][0].update(kind="embedding"), r"one of its values .*stages\[0\]"),
+        (lambda raw: raw["stages"].append(raw["stages"][0]), "two stages 'embed'"),
+        (lambda raw: raw["stages"][0].update(tensors=["w"]), "tensor w of embed has no place"),
+        (lambda raw: raw["files"]["tokens.json"].update(size="5"), r"in files, tokens\.json"),
+        (lambda raw: raw.update(tensors={"w": place(file="weights/none")}), "not among its files"),
+        (lambda raw: raw.update(tensors={"w": place(offset=67)}), r"tensor w lies outside"),
+        (lambda raw: raw.update(tensors={"w": place(offset=-1)}), r"tensor w lies outside"),
+        (lambda raw: raw.update(tensors={"w": place(shape=[2])}), r"cannot have 4 bytes"),
+        (lambda raw: raw.update(tensors={"w": place(dtype="int3")}), r"unknown type 'int3'"),
     ],
 )
 def test_an_unusable_manifest_says_why(target, edit, message):
@@ -192,7 +218,7 @@ def test_a_graph_outside_the_folder_is_refused(target):
     write_bundle(target)
 
     def edit(raw):
-        raw["graphs"]["embed"]["file"] = "../embed.onnx"
+        raw["stages"][0]["file"] = "../embed.onnx"
         raw["files"]["../embed.onnx"] = {"size": 5, "sha256": None}
 
     edit_manifest(target, edit)
@@ -231,8 +257,8 @@ def test_seal_records_missing_checksums(target):
         it = manifest(files=dict(writer.files), weights="linked")
         writer.write(MANIFEST, it.dump())
     it = Bundle.load(target, verify=True)
-    assert it.unsealed == ["weights/w.safetensors"]
-    it.seal()
+    assert it.files_without_checksum == ["weights/w.safetensors"]
+    it.record_checksums()
     (target / "weights" / "w.safetensors").write_bytes(b"1235")
     with pytest.raises(TrioError, match=r"w\.safetensors .* is damaged"):
         Bundle.load(target, verify=True)

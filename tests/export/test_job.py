@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -124,8 +125,8 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 def test_a_bundle_holds_all_that_a_runtime_needs(exported):
     again = Bundle.load(exported.path, verify=True)
-    assert again.stages == ["vision", "embed", "prefill_0", "select_1", "prefill_1", "select_2",
-                            "prefill_2"]  # fmt: skip
+    segments = ["prefill_0", "select_1", "prefill_1", "select_2", "prefill_2"]
+    assert list(again.stages) == ["vision", "embed", *segments]
     assert again.manifest.dtype == "float32"
     assert again.manifest.weights == "copied"
     assert again.manifest.decode == "shared"
@@ -139,15 +140,15 @@ def test_a_bundle_holds_all_that_a_runtime_needs(exported):
     assert again.preprocessor
     assert again.tokenizer_path.is_file()
     assert again.config == parse_config(again.manifest.model.config)
-    assert again.unsealed == []
+    assert again.files_without_checksum == []
 
 
 def test_the_manifest_names_inputs_and_outputs_as_the_graphs_do(exported):
-    for stage, info in exported.manifest.graphs.items():
+    for stage, info in exported.stages.items():
         graph = onnx.load(str(exported.graph(stage)), load_external_data=False).graph
         assert [t.name for t in info.inputs] == [v.name for v in graph.input]
         assert [t.name for t in info.outputs] == [v.name for v in graph.output]
-    select = {t.name: t for t in exported.manifest.graphs["select_1"].inputs}
+    select = {t.name: t for t in exported.stages["select_1"].inputs}
     assert select["visual_mask"].dtype == "bool"
     assert select["hidden_states"].dtype == "float32"
     assert select["hidden_states"].shape[-1] == exported.config.text.hidden_size
@@ -160,6 +161,20 @@ def test_graphs_refer_to_the_checkpoints_own_bytes(exported, llava_checkpoint):
         np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
     copied = exported.path / "weights" / "model.safetensors"
     assert sha256_of(copied) == sha256_of(llava_checkpoint / "model.safetensors")
+
+
+def test_the_manifest_places_weights_as_the_graphs_do(exported, tmp_path):
+    exported.check_places()
+    tensors = exported.manifest.tensors
+    assert external(exported).keys() == tensors.keys()
+    one, other = [n for n in tensors if n.endswith("q_proj.weight")][:2]
+    swapped = tensors | {one: tensors[other], other: tensors[one]}
+    manifest = msgspec.structs.replace(exported.manifest, tensors=swapped)
+    with pytest.raises(TrioError, match=rf"disagree on where {re.escape(one)} is stored"):
+        Bundle(exported.path, manifest).check_places()
+    stages = (msgspec.structs.replace(manifest.stages[0], tensors=()), *manifest.stages[1:])
+    with pytest.raises(TrioError, match=r"graph of vision disagree on whether it reads"):
+        Bundle(exported.path, msgspec.structs.replace(manifest, stages=stages)).check_places()
 
 
 def test_no_weight_is_inlined_into_a_graph(exported):
@@ -270,7 +285,7 @@ def test_linked_weights_share_the_checkpoints_bytes(checkpoint, tmp_path, capsys
     linked, source = it.path / "weights" / "model.safetensors", checkpoint / "model.safetensors"
     assert linked.stat().st_ino == source.stat().st_ino
     assert it.manifest.weights == "linked"
-    assert it.unsealed == ["weights/model.safetensors"]
+    assert it.files_without_checksum == ["weights/model.safetensors"]
     assert "none yet of 1" in inspect(it)
     assert "onnx.load and onnx.checker refuse" in capsys.readouterr().err
     ort = pytest.importorskip("onnxruntime")
@@ -288,7 +303,7 @@ def test_linking_follows_symlinks_as_the_hub_cache_has_them(checkpoint, tmp_path
     linked = it.path / "weights" / "model.safetensors"
     assert not linked.is_symlink()
     assert linked.stat().st_ino == blob.stat().st_ino
-    assert it.unsealed == [], "the cache names a blob by its checksum"
+    assert it.files_without_checksum == [], "the cache names a blob by its checksum"
     Bundle.load(it.path, verify=True)
 
 
@@ -712,7 +727,7 @@ def test_other_dialects_export(dialect, llava_checkpoint, tmp_path):
 def test_inspect_says_what_a_bundle_holds(exported):
     text = inspect(exported)
     for piece in ("float32", "dialect ort", "1:0.5, 3:0.25", "select_1.onnx", "keep_index",
-                  "present.1…2.key / .value", "weights"):  # fmt: skip
+                  "present.1.key … present.2.value", "weights"):  # fmt: skip
         assert piece in text, piece
 
 

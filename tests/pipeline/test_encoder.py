@@ -45,7 +45,7 @@ def test_rows_of_a_continuous_batch_give_what_they_give_alone(
     checkpoint: Path, tmp_path: Path, dialect: str, runtime: str
 ) -> None:
     pipeline = opened(checkpoint, tmp_path / "b", dialect, runtime, "0:0.3:vscan,2:0.1")
-    assert pipeline.bundle.stages[:4] == ["vision", "embed", "select_1", "prefill_1"]
+    assert list(pipeline.bundle.stages)[:4] == ["vision", "embed", "select_1", "prefill_1"]
     asked = requests(6)
     alone = [pipeline.generate_batch([request])[0] for request in asked]
     together = pipeline.generate_batch(asked)

@@ -13,10 +13,12 @@ import pytest
 
 from tests.support.small_graphs import OUT, SIZE, write_attention, write_product
 from trio_deploy import TrioError
+from trio_deploy.bundle.manifest import TensorPlace
+from trio_deploy.bundle.schema_1 import external_tensors
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.pipeline.cache import CacheShape, SegmentCache
 from trio_deploy.runtimes import onnxruntime as ort
-from trio_deploy.runtimes.mapped_weights import WeightMap, external_tensors
+from trio_deploy.runtimes.mapped_weights import WeightMap
 from trio_deploy.runtimes.registry import open_engine, open_runtime
 
 RUNTIMES = ["onnxruntime", "openvino"]
@@ -141,14 +143,13 @@ def test_external_tensors_are_found_without_the_onnx_package(tmp_path: Path) -> 
 
 def test_a_graph_cannot_map_files_outside_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
-    path, _ = write_product(tmp_path)
-    tensor = external_tensors(path)["W"]
-    with pytest.raises(TrioError, match="outside"):
-        WeightMap().view(
-            tmp_path / "inside", type(tensor)("../weights/w.bin", 3, (1,), tensor.dtype)
-        )
+    write_product(tmp_path)
+    outside = TensorPlace("../weights/w.bin", 3, 4, (1,), "float32")
+    with pytest.raises(TrioError, match="leaves the bundle"):
+        WeightMap().view(tmp_path / "inside", outside)
+    beyond = TensorPlace("weights/w.bin", 3, 4000, (1000,), "float32")
     with pytest.raises(TrioError, match="too short"):
-        WeightMap().view(tmp_path, type(tensor)("weights/w.bin", 3, (1000,), tensor.dtype))
+        WeightMap().view(tmp_path, beyond)
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60, 90])
@@ -163,7 +164,12 @@ def test_probing_and_low_memory_compute_the_same_on_mapped_weights(tmp_path: Pat
     path, weight = write_product(tmp_path)
     x = np.random.default_rng(1).standard_normal((5, SIZE)).astype(np.float32)
     low = open_runtime(RuntimeOptions(low_memory=True))
-    engines = [open_runtime().open(path, probing=True), low.open(path), low.open(path)]
+    places = external_tensors(path)
+    engines = [
+        open_runtime().open(path, places, probing=True),
+        low.open(path, places),
+        low.open(path, places),
+    ]
     for engine in engines:
         assert np.allclose(engine.run({"x": x})["y"], x @ weight, atol=1e-5)
 
@@ -191,8 +197,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from tests.support.small_graphs import external
+from trio_deploy.bundle.schema_1 import external_tensors
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.runtimes.registry import open_runtime
+
+def load(runtime, name, probing):
+    path = folder / f"{name}.onnx"
+    return runtime.open(path, external_tensors(path), probing=probing)
 
 folder, low = Path(sys.argv[1]), sys.argv[2] == "low"
 size = 2048  # 16 MiB of weights
@@ -216,11 +227,11 @@ def memory():
     return [int(re.search(rf"{key}:\\s+(\\d+)", text)[1]) / 1024 for key in ("RssAnon", "RssFile")]
 
 runtime = open_runtime(RuntimeOptions(threads=1, low_memory=low))
-warm = open_runtime(RuntimeOptions(threads=1)).open(folder / "select.onnx", probing=True)
+warm = load(open_runtime(RuntimeOptions(threads=1)), "select", True)
 warm.run({"x": feeds["select"]})  # code pages, arenas
 before = memory()
 names = ["segment", *3 * ["select"]]
-engines = [runtime.open(folder / f"{name}.onnx", probing=name == "select") for name in names]
+engines = [load(runtime, name, name == "select") for name in names]
 for name, engine in zip(names, engines):
     engine.run({"x": feeds[name]})
 print(*[now - then for now, then in zip(memory(), before)])

@@ -43,7 +43,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, llava_next_checkpoint: Pat
 
 def selection_profile(bundle: Bundle, batch: int, tokens: int, width: int) -> Profile:
     sizes = {"B": batch, "S": tokens}
-    inputs = bundle.manifest.graphs["select_2"].inputs
+    inputs = bundle.stages["select_2"].inputs
     shapes = {
         t.name: Bounds(*[tuple(sizes[d] if isinstance(d, str) else d for d in t.shape)] * 3)
         for t in inputs

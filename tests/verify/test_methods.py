@@ -51,7 +51,7 @@ def test_a_method_agrees_with_the_oracle_inside_the_model_and_at_the_encoder(
     assert bundle.schedule.methods == (method,) * 3
     assert "prefill_0" not in bundle.stages and "select_1" in bundle.stages
     assert all(row.overlap in (None, 1.0) for row in report.rows)
-    outputs = [tensor.name for tensor in bundle.manifest.graphs["vision"].outputs]
+    outputs = [tensor.name for tensor in bundle.stages["vision"].outputs]
     assert outputs == ["image_features", *ENCODER_SCORES.get(method, ())]
 
 
@@ -63,7 +63,7 @@ def test_the_encoder_stage_and_then_trio(dialect, family, checkpoints, tmp_path)
     bundle, _ = checked(
         checkpoints[family], tmp_path / "b", "0:0.16667:vscan,2:0.05556", dialect, target=target
     )
-    assert bundle.stages[:4] == ["vision", "embed", "select_1", "prefill_1"]
+    assert list(bundle.stages)[:4] == ["vision", "embed", "select_1", "prefill_1"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,20 +1,32 @@
-"""The exported folder: its manifest, the checks on loading it, and a writer that leaves no halves.
+"""The exported folder, and the checks on loading it.
 
 A bundle is one self-contained folder without pickles: `manifest.json`, the graphs (`*.onnx`) at the
-top, `weights/*.safetensors` that they point into, `tokenizer.json`, `tokens.json`,
-`preprocessor.json`, `chat_template.jinja`. This module needs nothing beyond the standard library
-and the plain-data parts of the package, so that a device can load a bundle with the runtime alone.
+top, `weights/*.safetensors` that they refer to, `tokenizer.json`, `tokens.json`,
+`preprocessor.json`, `chat_template.jinja`. Loading it needs neither `onnx` nor a runtime.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trio_deploy.bundle.manifest import MANIFEST, WEIGHTS, FileInfo, Manifest
+import msgspec
+
+from trio_deploy.bundle import schema_1
+from trio_deploy.bundle.manifest import (
+    MANIFEST,
+    WEIGHTS,
+    FileInfo,
+    Kind,
+    Manifest,
+    StageInfo,
+    TensorPlace,
+    schema_of,
+)
 from trio_deploy.checkpoint.processor_files import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, TOKENS
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
@@ -37,7 +49,7 @@ class Bundle:
 
         Args:
             verify: also compare checksums, which reads every byte; weights without a recorded
-                checksum (linked ones) are compared by size alone, see `Bundle.seal`.
+                checksum (linked ones) are compared by size alone, see `record_checksums`.
 
         Raises:
             TrioError: no bundle there, a newer schema, a path that leaves the folder, or a file
@@ -52,7 +64,10 @@ class Bundle:
                 f"{root} is not a bundle, since it has no {MANIFEST}: make one with trio-export"
             ) from None
         try:
-            manifest = Manifest.from_json(raw)
+            if schema_of(raw) == 1:
+                manifest = schema_1.upgrade(raw, root)
+            else:
+                manifest = Manifest.from_json(raw)
         except TrioError as error:
             raise TrioError(f"cannot use {file}: {error}") from error
         bundle = cls(root, manifest)
@@ -61,12 +76,6 @@ class Bundle:
 
     def check(self, verify: bool = False) -> None:
         """Compares the folder with the manifest; see `load` for what it raises."""
-        for stage, graph in self.manifest.graphs.items():
-            if graph.file not in self.manifest.files:
-                raise TrioError(
-                    f"{self.path / MANIFEST} is damaged: the graph of {stage}, {graph.file}, is "
-                    "not among its files; export the bundle again"
-                )
         paths = {name: safe_path(self.path, name) for name in self.manifest.files}
         planned = self.manifest.weights == "planned"
         for name, info in self.manifest.files.items():
@@ -90,7 +99,27 @@ class Bundle:
                     "manifest's): copy it again, or export the bundle again"
                 )
 
-    def seal(self) -> Bundle:
+    def check_places(self) -> None:
+        """Compare the places of weights in the manifest with those in the graphs.
+
+        Raises:
+            TrioError: a graph would read a weight elsewhere; names it.
+        """
+        for name, stage in self.stages.items():
+            read = schema_1.external_tensors(self.graph(name))
+            for tensor in sorted(read.keys() ^ set(stage.tensors)):
+                raise TrioError(
+                    f"the manifest of {self.path} and the graph of {name} disagree on whether it "
+                    f"reads {tensor}: export the bundle again"
+                )
+            for tensor, place in read.items():
+                if self.manifest.tensors[tensor] != place:
+                    raise TrioError(
+                        f"the manifest of {self.path} and the graph of {name} disagree on where "
+                        f"{tensor} is stored: export the bundle again"
+                    )
+
+    def record_checksums(self) -> Bundle:
         """Records checksums of weights that have none yet (linked ones), so `verify` covers them.
 
         Returns:
@@ -103,7 +132,7 @@ class Bundle:
         for name, info in files.items():
             if info.sha256 is None and self.manifest.weights != "planned":
                 files[name] = FileInfo(info.size, sha256_of(safe_path(self.path, name)))
-        manifest = replace(self.manifest, files=files)
+        manifest = msgspec.structs.replace(self.manifest, files=files)
         try:
             write_atomically(self.path / MANIFEST, manifest.dump())
         except OSError as error:
@@ -114,7 +143,7 @@ class Bundle:
         return replace(self, manifest=manifest)
 
     @property
-    def unsealed(self) -> list[str]:
+    def files_without_checksum(self) -> list[str]:
         """Files without a recorded checksum."""
         return [name for name, info in self.manifest.files.items() if info.sha256 is None]
 
@@ -144,10 +173,28 @@ class Bundle:
         """
         return for_points(budget, self.config.text.num_layers, self.schedule, self.budgets)
 
-    @property
-    def stages(self) -> list[str]:
-        """Stage names in the order they run (`decode`, where there is one, comes last)."""
-        return list(self.manifest.graphs)
+    @cached_property
+    def stages(self) -> dict[str, StageInfo]:
+        """Stages by name, in the order in which they run (`decode` comes last if there is one)."""
+        return {stage.name: stage for stage in self.manifest.stages}
+
+    def of_kind(self, kind: Kind) -> list[StageInfo]:
+        """The stages of one kind, in order."""
+        return [stage for stage in self.manifest.stages if stage.kind == kind]
+
+    def only(self, kind: Kind) -> StageInfo:
+        """The stage of a kind that a bundle has once.
+
+        Raises:
+            TrioError: it has none, or several.
+        """
+        found = self.of_kind(kind)
+        if len(found) != 1:
+            raise TrioError(
+                f"the bundle {self.path} has {len(found)} stages of kind {kind}, not one: export "
+                "it again"
+            )
+        return found[0]
 
     def graph(self, stage: str) -> Path:
         """The .onnx file of a stage.
@@ -155,11 +202,15 @@ class Bundle:
         Raises:
             TrioError: this bundle has no such stage.
         """
-        if stage not in self.manifest.graphs:
+        if stage not in self.stages:
             raise TrioError(
                 f"the bundle {self.path} has no stage {stage!r}; it has {', '.join(self.stages)}"
             )
-        return safe_path(self.path, self.manifest.graphs[stage].file)
+        return safe_path(self.path, self.stages[stage].file)
+
+    def places(self, stage: str) -> Mapping[str, TensorPlace]:
+        """Where the weights of a stage's graph are stored, by name."""
+        return {name: self.manifest.tensors[name] for name in self.stages[stage].tensors}
 
     def require_weights(self) -> None:
         """Raises TrioError where the bundle was made with --graphs-only and still is."""

@@ -1,9 +1,8 @@
-"""A bundle in words, as `trio inspect` prints it."""
+"""The description of a bundle that `trio inspect` prints."""
 
 from __future__ import annotations
 
 import os
-import re
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import (
@@ -14,10 +13,10 @@ from trio_deploy.files import format_bytes
 
 
 def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) -> str:
-    """A bundle in words: model, schedule, weights; with `interface`, each stage's tensors."""
+    """Describe a bundle: model, schedule, weights; with `interface`, each stage's tensors."""
     it = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     manifest, text = it.manifest, it.config.text
-    graphs = {stage: manifest.files[g.file].size for stage, g in manifest.graphs.items()}
+    graphs = {stage.name: manifest.files[stage.file].size for stage in manifest.stages}
     weights = {n: i for n, i in manifest.files.items() if n.startswith(WEIGHTS + "/")}
     revision = f" at {manifest.model.revision}" if manifest.model.revision else ""
     state = {
@@ -27,6 +26,7 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
     }.get(manifest.weights, manifest.weights)
     others = {f"{known:g}": of for known, of in it.budgets.items() if of != it.schedule}
     place = f"{manifest.runtime}, {manifest.provider}" if manifest.provider else manifest.runtime
+    unchecked = len(it.files_without_checksum)
     lines = [
         f"{it.path}",
         f"model      {manifest.model.name} ({manifest.model.source}{revision})",
@@ -41,32 +41,28 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
         f"threshold {manifest.threshold:g}",
         f"weights    {format_bytes(sum(i.size for i in weights.values()))} in {len(weights)} "
         f"file{'s' if len(weights) != 1 else ''}, {state}",
-        f"checksums  {'of all files' if not it.unsealed else f'none yet of {len(it.unsealed)}'}",
+        f"checksums  {f'none yet of {unchecked}' if unchecked else 'of all files'}",
         f"graphs     {format_bytes(sum(graphs.values()))}",
     ]
-    for stage, graph in manifest.graphs.items():
-        lines.append(f"  {graph.file}  {format_bytes(graphs[stage])}")
+    for stage in manifest.stages:
+        lines.append(f"  {stage.file}  {format_bytes(graphs[stage.name])}")
         if not interface:
             continue
-        for word, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
+        for word, tensors in (("in ", stage.inputs), ("out", stage.outputs)):
             lines.extend(f"    {word} {line}" for line in _tensor_lines(tensors))
     lines.append("made with  " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()))
     return "\n".join(lines)
 
 
 def _tensor_lines(tensors: tuple[TensorInfo, ...]) -> list[str]:
-    """One line a tensor; the many of a KV cache share one."""
+    """One line per tensor; those of a KV cache share one."""
     lines: list[str] = []
-    cache: dict[str, list[int]] = {}
+    caches: dict[str, list[str]] = {}
     for tensor in tensors:
         shape = f"{tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
-        match = re.fullmatch(r"(past|present)\.(\d+)\.(key|value)", tensor.name)
-        if match:
-            cache.setdefault(f"{match[1]}|{shape}", []).append(int(match[2]))
+        if tensor.role == "cache":
+            caches.setdefault(shape, []).append(tensor.name)
         else:
             lines.append(f"{tensor.name}: {shape}")
-    for key, layers in cache.items():
-        kind, shape = key.split("|")
-        span = f"{min(layers)}…{max(layers)}" if min(layers) != max(layers) else f"{layers[0]}"
-        lines.append(f"{kind}.{span}.key / .value: {shape}")
+    lines.extend(f"{names[0]} … {names[-1]}: {shape}" for shape, names in caches.items())
     return lines

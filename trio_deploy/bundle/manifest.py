@@ -1,33 +1,56 @@
-"""manifest.json: what a bundle says of itself."""
+"""manifest.json: the contents of a bundle."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from trio_deploy.checkpoint.processor_files import GenerationInfo
 from trio_deploy.checkpoint.resolve import MANIFEST as MANIFEST
 from trio_deploy.errors import TrioError
+from trio_deploy.files import convert
 from trio_deploy.schedule.schedule import Schedule
 
-SCHEMA = 1
+SCHEMA = 2
 WEIGHTS = "weights"
-ENGINES = "engines"  # of TensorRT, a folder a target, made where they run
+ENGINES = "engines"  # of TensorRT, a folder per target, built on the machine that runs them
+
+Kind = Literal["vision", "embed", "prefill", "select", "decode"]
+"""Task of a stage: `prefill` runs a segment of layers, `select` prunes before one."""
+
+Role = Literal[
+    "image",  # input of the vision tower, fed by its name
+    "features",  # [R,d] image features of the batch
+    "ids",  # int64 [B,S] token ids
+    "source",  # int64 [B,S] where each token's embedding comes from
+    "tokens",  # [B,S,d] embeddings or hidden states
+    "positions",  # int64 [B,S]
+    "lengths",  # int64 [B] valid new tokens per row
+    "past_lengths",  # int64 [B] tokens per row in the cache; [B,segments] in a decode graph
+    "visual",  # bool [B,S]
+    "per_token",  # a value per token (per image row where the vision tower returns it), by its name
+    "cache",  # keys or values of one layer
+    "count",  # int64 [B] visual tokens to keep
+    "width",  # int64 [1] longest row that remains
+    "seed",  # int64 [B]
+    "index",  # int64 [B,W] places of the tokens kept
+    "score",  # f32 [B,S] what a selection ranked tokens by
+    "converged",  # bool [B]
+    "logits",  # f32 [B,V]
+]
+"""Meaning of a graph's input or output, by which the pipeline feeds and reads it."""
 
 
-# --------------------------------------------------------------------------------------- manifest
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """Where the weights come from.
+class ModelInfo(msgspec.Struct, frozen=True):
+    """Origin of the weights.
 
     Attributes:
         name: recipe name, or the checkpoint folder's.
         source: hub id, or the checkpoint folder's name; never a path of the exporting machine.
-        revision: hub commit if known.
-        config: the checkpoint's config.json as it was.
+        revision: hub commit, if known.
+        config: the checkpoint's config.json, unchanged.
     """
 
     name: str
@@ -36,191 +59,231 @@ class ModelInfo:
     config: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """A graph's input or output; a dimension is a size, or the name of a dynamic one."""
+class TensorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An input or output of a graph.
+
+    Attributes:
+        shape: sizes, and names of dynamic dimensions.
+        layer: number of the decoder layer whose cache it is.
+        part: `key` or `value` of a cache.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    role: Role
+    layer: int | None = None
+    part: Literal["key", "value"] | None = None
 
 
-@dataclass(frozen=True)
-class GraphInfo:
-    """One stage: its file in the bundle and what it takes and gives, in the graph's own order."""
+class StageInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One graph of a bundle.
+
+    Attributes:
+        name: unique name, for messages and reports; carries no meaning.
+        index: number of the segment (`prefill`) or of the pruning point (`select`), which precedes
+            the segment of the same number; a segment without layers has no stage.
+        layers: numbers of the decoder layers it runs.
+        method: selection method of a `select`.
+        file: path of the graph in the bundle.
+        inputs, outputs: in the graph's order.
+        tensors: names of the weights it refers to, entries of `Manifest.tensors`.
+    """
+
+    name: str
+    kind: Kind
+    index: int | None = None
+    layers: tuple[int, ...] = ()
+    method: str | None = None
+    file: str = ""
+    inputs: tuple[TensorInfo, ...] = ()
+    outputs: tuple[TensorInfo, ...] = ()
+    tensors: tuple[str, ...] = ()
+
+    def inputs_of(self, role: Role) -> list[TensorInfo]:
+        """Inputs with a role, in order."""
+        return [tensor for tensor in self.inputs if tensor.role == role]
+
+    def outputs_of(self, role: Role) -> list[TensorInfo]:
+        """Outputs with a role, in order."""
+        return [tensor for tensor in self.outputs if tensor.role == role]
+
+    def input_name(self, role: Role) -> str | None:
+        """Name of the only input with a role, None if there is none."""
+        return next((tensor.name for tensor in self.inputs if tensor.role == role), None)
+
+    def output_name(self, role: Role) -> str | None:
+        """Name of the only output with a role, None if there is none."""
+        return next((tensor.name for tensor in self.outputs if tensor.role == role), None)
+
+
+class TensorPlace(msgspec.Struct, frozen=True):
+    """Where a weight is stored.
+
+    Attributes:
+        file: path in the bundle, `weights/….safetensors`.
+        offset: first byte, counted from the start of the file.
+        dtype: `float32`, `float16` or `bfloat16`.
+    """
 
     file: str
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: str
 
 
-@dataclass(frozen=True)
-class FileInfo:
+class FileInfo(msgspec.Struct, frozen=True):
     """Size in bytes, and the checksum; `sha256` is None for linked or still missing weights."""
 
     size: int
     sha256: str | None
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What manifest.json says.
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Contents of manifest.json.
 
     Attributes:
         dtype: float type of hidden states, KV cache and stored weights.
         dialect: `ort`, `onnx` or `primitive`.
         schedule: pruning points as plain JSON, `[{"layer", "keep", "method"}, ...]`.
-        budgets: what the same points keep at budgets that the recipe has schedules for, `{"0.222":
-            [keep, ...], ...}`; none in bundles that were made without a recipe or before these.
-        decode: `shared` (prefill graphs decode too) or `separate` (decode.onnx).
-        weights: `copied`, `linked` (hard links) or `planned` (`trio attach-weights` fills them in).
+        budgets: tokens kept at each pruning point at budgets for which the recipe has schedules,
+            `{"0.222": [keep, ...], ...}`; empty for bundles made without a recipe.
+        decode: `shared` (prefill graphs decode too) or `separate` (a decode graph).
+        stages: in the order in which they run; `decode`, if there is one, comes last.
+        tensors: place of each weight that a graph refers to, by its name.
+        weights: `copied`, `linked` (hard links) or `planned` (`trio attach-weights` adds them).
         target: name of the engines/ file it was exported for, which need not be where it runs;
             `runtime`, `provider` and `precision` are that target's.
         files: every other file of the bundle, by path relative to the bundle, `/` as separator.
     """
 
+    schema: int = SCHEMA
     model: ModelInfo
-    dtype: str
-    dialect: str
-    schedule: list[dict[str, Any]]
-    probe: str
-    positions: str
-    threshold: float
-    decode: str
-    graphs: dict[str, GraphInfo]
-    generation: GenerationInfo
-    files: dict[str, FileInfo]
-    versions: dict[str, str]
-    weights: str
     target: str = "cpu"
     runtime: str = "onnxruntime"
     provider: str | None = None
     precision: str | None = None
-    budgets: dict[str, list[float | int]] = field(default_factory=dict)
-    schema: int = SCHEMA
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; `from_json` is the inverse."""
-
-        def tensors(infos: tuple[TensorInfo, ...]) -> list[dict[str, Any]]:
-            return [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in infos]
-
-        return {
-            "schema": self.schema,
-            "model": {
-                "name": self.model.name,
-                "source": self.model.source,
-                "revision": self.model.revision,
-                "config": self.model.config,
-            },
-            "target": self.target,
-            "runtime": self.runtime,
-            "provider": self.provider,
-            "precision": self.precision,
-            "dtype": self.dtype,
-            "dialect": self.dialect,
-            "schedule": self.schedule,
-            "budgets": self.budgets,
-            "probe": self.probe,
-            "positions": self.positions,
-            "threshold": self.threshold,
-            "decode": self.decode,
-            "graphs": {
-                stage: {
-                    "file": graph.file,
-                    "inputs": tensors(graph.inputs),
-                    "outputs": tensors(graph.outputs),
-                }
-                for stage, graph in self.graphs.items()
-            },
-            "generation": {
-                "eos_token_ids": list(self.generation.eos_token_ids),
-                "pad_token_id": self.generation.pad_token_id,
-                "bos_token_id": self.generation.bos_token_id,
-            },
-            "weights": self.weights,
-            "files": {
-                path: {"size": info.size, "sha256": info.sha256}
-                for path, info in sorted(self.files.items())
-            },
-            "versions": self.versions,
-        }
+    dtype: str
+    dialect: str
+    schedule: list[dict[str, Any]]
+    budgets: dict[str, list[int | float]] = msgspec.field(default_factory=dict)
+    probe: str
+    positions: str
+    threshold: float
+    decode: str
+    stages: tuple[StageInfo, ...]
+    tensors: dict[str, TensorPlace]
+    generation: GenerationInfo
+    weights: str
+    files: dict[str, FileInfo]
+    versions: dict[str, str]
 
     @classmethod
     def from_json(cls, raw: Any) -> Manifest:
-        """Reads what `to_json` wrote.
+        """Read what `dump` wrote.
 
         Raises:
-            TrioError: not an object, a newer schema, a missing key or a value of the wrong kind.
+            TrioError: another schema, a missing or unknown key, a value of the wrong kind, or
+                entries that do not fit together.
         """
-        if not isinstance(raw, dict):
-            raise TrioError("it is not a JSON object")
-        schema = raw.get("schema")
-        if not isinstance(schema, int) or isinstance(schema, bool):
-            raise TrioError('it has no "schema" number: it is not the manifest of a TRIO bundle')
-        if schema > SCHEMA:
-            raise TrioError(
-                f"it has schema {schema}, newer than this trio-deploy understands ({SCHEMA}): "
-                "upgrade trio-deploy, or export the bundle again with this version"
-            )
+        schema = schema_of(raw)
+        if schema != SCHEMA:
+            raise TrioError(f"it has schema {schema}, not {SCHEMA}: export the bundle again")
+        _check_budgets(raw.get("budgets", {}), raw.get("schedule"))
+        manifest = convert(raw, cls)
+        manifest.check()
+        return manifest
 
-        def tensors(items: list[dict[str, Any]]) -> tuple[TensorInfo, ...]:
-            return tuple(
-                TensorInfo(str(t["name"]), str(t["dtype"]), tuple(t["shape"])) for t in items
-            )
+    def check(self) -> None:
+        """Compare entries with each other.
 
-        try:
-            model, generation = raw["model"], raw["generation"]
-            return cls(
-                model=ModelInfo(
-                    str(model["name"]),
-                    str(model["source"]),
-                    model.get("revision"),
-                    dict(model["config"]),
-                ),
-                dtype=str(raw["dtype"]),
-                dialect=str(raw["dialect"]),
-                schedule=[dict(point) for point in raw["schedule"]],
-                probe=str(raw["probe"]),
-                positions=str(raw["positions"]),
-                threshold=float(raw["threshold"]),
-                decode=str(raw["decode"]),
-                graphs={
-                    str(stage): GraphInfo(
-                        str(graph["file"]), tensors(graph["inputs"]), tensors(graph["outputs"])
+        Raises:
+            TrioError: a stage's name occurs twice; a stage refers to a file or tensor that has no
+                entry; a tensor lies outside its file, or its size is not that of its shape.
+        """
+        names = [stage.name for stage in self.stages]
+        for name in names:
+            if names.count(name) > 1:
+                raise TrioError(f"it has two stages {name!r}: export the bundle again")
+        for stage in self.stages:
+            if stage.file not in self.files:
+                raise TrioError(
+                    f"the graph of {stage.name}, {stage.file}, is not among its files: export the "
+                    "bundle again"
+                )
+            for name in stage.tensors:
+                if name not in self.tensors:
+                    raise TrioError(
+                        f"the tensor {name} of {stage.name} has no place: export the bundle again"
                     )
-                    for stage, graph in raw["graphs"].items()
-                },
-                generation=GenerationInfo(
-                    tuple(int(i) for i in generation["eos_token_ids"]),
-                    generation.get("pad_token_id"),
-                    generation.get("bos_token_id"),
-                ),
-                files={
-                    str(path): FileInfo(int(info["size"]), info.get("sha256"))
-                    for path, info in raw["files"].items()
-                },
-                versions={str(k): str(v) for k, v in raw["versions"].items()},
-                weights=str(raw["weights"]),
-                target=str(raw.get("target", "cpu")),
-                runtime=str(raw.get("runtime", "onnxruntime")),
-                provider=raw.get("provider"),
-                precision=raw.get("precision"),
-                budgets=_budgets(raw.get("budgets", {}), raw["schedule"]),
-                schema=schema,
-            )
-        except KeyError as error:
-            raise TrioError(f"its key {error} is missing") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            raise TrioError(f"one of its values is of the wrong kind ({error})") from error
+        for name, place in self.tensors.items():
+            _check_place(name, place, self.files)
 
     def dump(self) -> bytes:
-        """The bytes of manifest.json: deterministic, no dates and no paths of this machine."""
-        return (json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n").encode()
+        """The bytes of manifest.json: deterministic, without dates or paths of this machine.
+
+        Raises:
+            TrioError: a number is not finite.
+        """
+        plain = msgspec.to_builtins(self)
+        plain["files"] = dict(sorted(plain["files"].items()))
+        try:
+            text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
+        except ValueError as error:
+            raise TrioError(f"cannot write {MANIFEST}: {error}") from None
+        return (text + "\n").encode()
 
 
-def _budgets(raw: Any, points: Any) -> dict[str, list[float | int]]:
-    """The manifest's `budgets`, which have to suit its `schedule`.
+def schema_of(raw: Any) -> int:
+    """The schema number of a manifest's JSON.
+
+    Raises:
+        TrioError: not an object, no number, or a newer one than this version reads.
+    """
+    if not isinstance(raw, dict):
+        raise TrioError("it is not a JSON object: export the bundle again")
+    schema = raw.get("schema")
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise TrioError('it has no "schema" number: it is not the manifest of a TRIO bundle')
+    if schema > SCHEMA:
+        raise TrioError(
+            f"it has schema {schema}, newer than this trio-deploy understands ({SCHEMA}): "
+            "upgrade trio-deploy, or export the bundle again with this version"
+        )
+    return schema
+
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def _check_place(name: str, place: TensorPlace, files: dict[str, FileInfo]) -> None:
+    if place.file not in files:
+        raise TrioError(
+            f"the tensor {name} is in {place.file}, which is not among its files: export the "
+            "bundle again"
+        )
+    if place.dtype not in _ITEM_BYTES:
+        raise TrioError(
+            f"the tensor {name} has the unknown type {place.dtype!r}: upgrade trio-deploy"
+        )
+    count = _ITEM_BYTES[place.dtype]
+    for size in place.shape:
+        count *= size
+    if min(place.shape, default=0) < 0 or place.nbytes != count:
+        raise TrioError(
+            f"the tensor {name} of shape {list(place.shape)} cannot have {place.nbytes} bytes: "
+            "export the bundle again"
+        )
+    if place.offset < 0 or place.offset + place.nbytes > files[place.file].size:
+        raise TrioError(
+            f"the tensor {name} lies outside {place.file}, which has "
+            f"{files[place.file].size} bytes: export the bundle again"
+        )
+
+
+def _check_budgets(raw: Any, points: Any) -> None:
+    """Compare `budgets` with `schedule`.
 
     Raises:
         TrioError: which of them is wrong, and how.
@@ -228,7 +291,7 @@ def _budgets(raw: Any, points: Any) -> dict[str, list[float | int]]:
     if not isinstance(raw, dict):
         raise TrioError(f'its "budgets" map budgets to what points keep, but are {raw!r}')
     if not raw:
-        return {}
+        return
     own = Schedule.from_json(points)
     for budget, keeps in raw.items():
         try:
@@ -247,4 +310,3 @@ def _budgets(raw: Any, points: Any) -> dict[str, list[float | int]]:
             own.with_keeps(keeps).validate(num_layers=max(own.layers, default=0) + 1)
         except TrioError as error:
             raise TrioError(f"its budget {budget} is not possible: {error}") from None
-    return dict(raw)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trio_deploy.bundle.manifest import WEIGHTS
+from trio_deploy.bundle.manifest import WEIGHTS, TensorPlace
 from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.checkpoint.safetensors import DTYPES as NUMPY_DTYPES
 from trio_deploy.checkpoint.safetensors import TensorEntry
@@ -39,23 +39,6 @@ _ALIGN = 64
 
 
 @dataclass(frozen=True)
-class WeightRef:
-    """Where a tensor lies in the bundle.
-
-    Attributes:
-        file: path relative to the bundle, `weights/….safetensors`.
-        offset: first byte, counted from the start of the file.
-        dtype: `float32`, `float16` or `bfloat16`.
-    """
-
-    file: str
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
 class Shard:
     """One planned file: its header's bytes and its tensors in the order they follow it."""
 
@@ -67,10 +50,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """A planned layout; `refs` in the order of the files."""
+    """A planned layout; `places` in the order of the files."""
 
     shards: tuple[Shard, ...]
-    refs: dict[str, WeightRef]
+    places: dict[str, TensorPlace]
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +83,7 @@ def plan_layout(
         groups[-1].append(name)
         filled += size
     shards: list[Shard] = []
-    refs: dict[str, WeightRef] = {}
+    places: dict[str, TensorPlace] = {}
     for number, names in enumerate(groups, start=1):
         file = f"{WEIGHTS}/model-{number:05}-of-{len(groups):05}.safetensors"
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -119,9 +102,9 @@ def plan_layout(
         text += b" " * (-(len(text) + 8) % _ALIGN)
         header = struct.pack("<Q", len(text)) + text
         for name, (start, size) in spans.items():
-            refs[name] = WeightRef(file, len(header) + start, size, tuple(shapes[name]), dtype)
+            places[name] = TensorPlace(file, len(header) + start, size, tuple(shapes[name]), dtype)
         shards.append(Shard(file, header, tuple(names), len(header) + end))
-    return Layout(tuple(shards), refs)
+    return Layout(tuple(shards), places)
 
 
 def write_layout(
@@ -144,15 +127,15 @@ def write_layout(
             digest.update(shard.header)
             out.write(shard.header)
             for name in shard.names:
-                for chunk in _converted(name, sources[name], layout.refs[name]):
+                for chunk in _converted(name, sources[name], layout.places[name]):
                     digest.update(chunk)
                     out.write(chunk)
                     progress(len(chunk))
         writer.record(shard.file, digest.hexdigest())
 
 
-def _converted(name: str, entry: TensorEntry, ref: WeightRef) -> Iterable[bytes | memoryview]:
-    source, target = NUMPY_DTYPES[entry.dtype], NUMPY_DTYPES[SAFETENSORS[ref.dtype]]
+def _converted(name: str, entry: TensorEntry, place: TensorPlace) -> Iterable[bytes | memoryview]:
+    source, target = NUMPY_DTYPES[entry.dtype], NUMPY_DTYPES[SAFETENSORS[place.dtype]]
     with entry.file.open("rb") as file:
         file.seek(entry.offset)
         left = entry.nbytes
@@ -178,10 +161,10 @@ def _convert(name: str, values: np.ndarray, target: np.dtype) -> memoryview:
     return narrow.view(np.uint8).data
 
 
-def kept_layout(sources: Mapping[str, TensorEntry]) -> dict[str, WeightRef]:
+def kept_places(sources: Mapping[str, TensorEntry]) -> dict[str, TensorPlace]:
     """References into the checkpoint's own files, as `keep_files` puts them into the bundle."""
     return {
-        name: WeightRef(
+        name: TensorPlace(
             f"{WEIGHTS}/{entry.file.name}",
             entry.offset,
             entry.nbytes,

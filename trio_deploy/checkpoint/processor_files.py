@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from trio_deploy.checkpoint.resolve import Source
 from trio_deploy.checkpoint.safetensors import image_settings, read_object
 from trio_deploy.errors import TrioError
@@ -23,8 +25,7 @@ PREPROCESSOR = "preprocessor.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
-@dataclass(frozen=True)
-class GenerationInfo:
+class GenerationInfo(msgspec.Struct, frozen=True):
     """Token ids that end or fill a sequence."""
 
     eos_token_ids: tuple[int, ...] = ()

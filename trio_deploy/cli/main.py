@@ -107,13 +107,15 @@ def _inspect(args: argparse.Namespace) -> None:
 
     bundle = Bundle.load(args.bundle, verify=args.verify)
     compared = sum(info.sha256 is not None for info in bundle.manifest.files.values())
-    if args.verify and bundle.unsealed and bundle.manifest.weights != "planned":
+    if args.verify:
+        bundle.check_places()
+    if args.verify and bundle.files_without_checksum and bundle.manifest.weights != "planned":
         print(
-            f"trio: nothing to compare {', '.join(bundle.unsealed)} with: no checksum of linked "
-            "weights was recorded until now",
+            f"trio: nothing to compare {', '.join(bundle.files_without_checksum)} with: no "
+            "checksum of linked weights was recorded until now",
             file=sys.stderr,
         )
-        bundle = bundle.seal()
+        bundle = bundle.record_checksums()
     if args.verify and bundle.manifest.weights == "planned":
         print(
             "trio: no weights are there to verify, the other files were: complete the bundle with "

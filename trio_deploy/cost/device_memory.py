@@ -60,7 +60,7 @@ def _graphs(
         separate_decode=separate,
     )
     made = planned_graphs(config, schedule.points, options)
-    return {stage: onnx.load_model_from_string(content) for stage, content in made.items()}
+    return {stage.name: onnx.load_model_from_string(content) for stage, content in made}
 
 
 def planned(

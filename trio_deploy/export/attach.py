@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.bundle.manifest import MANIFEST, WEIGHTS
+from trio_deploy.bundle.manifest import MANIFEST, WEIGHTS, TensorPlace
 from trio_deploy.bundle.weights import (
-    WeightRef,
     link_file,
     plan_layout,
 )
@@ -59,14 +60,19 @@ def attach_weights(
         folder, revision = hub_folder(name, "pass the folder as the checkpoint")
     found = from_folder(folder)
     config = parse_config(found.raw_config)
-    if difference := _difference(old.config, config):
+    if difference := _first_config_difference(old.config, config):
         raise TrioError(
             f"{folder} is not a checkpoint of {old.manifest.model.name}, for which the graphs were "
             f"made: {difference}"
         )
     sources = Checkpoint.from_path(folder).verify(config)
-    layout = plan_layout(_planned_tensors(old, canonical_tensors(config)), old.manifest.dtype)
-    _check_plan(old, layout.refs)
+    used = {
+        name: tuple(shape)
+        for name, shape in canonical_tensors(config).items()
+        if name in old.manifest.tensors
+    }
+    layout = plan_layout(used, old.manifest.dtype)
+    _check_layout_matches(old, layout.places)
     assets = checkpoint_assets(
         folder,
         config,
@@ -77,13 +83,13 @@ def attach_weights(
     files = assets.files
     needed = layout.nbytes + sum(len(content) for content in files.values())
     with BundleWriter(old.path, force=True, needed=needed) as writer:
-        _carry_over(old, writer, skip={MANIFEST, *files})
+        _copy_other_files(old, writer, skip={MANIFEST, *files})
         for relative, content in files.items():
             writer.write(relative, content)
         _write_weights(writer, layout, sources, False, progress)
-        manifest = replace(
+        manifest = msgspec.structs.replace(
             old.manifest,
-            model=replace(
+            model=msgspec.structs.replace(
                 old.manifest.model,
                 config=found.raw_config,
                 revision=revision or old.manifest.model.revision,
@@ -96,62 +102,29 @@ def attach_weights(
     return Bundle.load(old.path)
 
 
-def _difference(planned: Any, given: Any, prefix: str = "") -> str | None:
+def _first_config_difference(planned: Any, given: Any, prefix: str = "") -> str | None:
     """The first field in which two configurations ask for other graphs, in words."""
     for item in fields(planned):
         ours, theirs = getattr(planned, item.name), getattr(given, item.name)
         if ours == theirs or item.name in OUTSIDE_GRAPHS:
             continue
         if hasattr(ours, "__dataclass_fields__") and type(ours) is type(theirs):
-            if inner := _difference(ours, theirs, f"{prefix}{item.name}."):
+            if inner := _first_config_difference(ours, theirs, f"{prefix}{item.name}."):
                 return inner
             continue
         return f"{prefix}{item.name} is {theirs} there and {ours} in the bundle"
     return None
 
 
-def _graph_references(bundle: Bundle) -> dict[str, WeightRef]:
-    """Where the graphs on disk look for each tensor; no weight is read."""
-    import onnx
-
-    refs: dict[str, WeightRef] = {}
-    for stage in bundle.stages:
-        try:
-            proto = onnx.load(str(bundle.graph(stage)), load_external_data=False)
-        except Exception as error:  # protobuf has exception types of its own
-            raise TrioError(
-                f"{bundle.graph(stage)} is damaged ({error}): export the bundle again"
-            ) from error
-        for tensor in proto.graph.initializer:
-            if tensor.data_location != onnx.TensorProto.EXTERNAL:
-                continue
-            place = {item.key: item.value for item in tensor.external_data}
-            refs[tensor.name] = WeightRef(
-                place["location"],
-                int(place["offset"]),
-                int(place["length"]),
-                tuple(tensor.dims),
-                bundle.manifest.dtype,
-            )
-    return refs
-
-
-def _planned_tensors(
-    bundle: Bundle, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
-    used = _graph_references(bundle)
-    return {name: tuple(shape) for name, shape in shapes.items() if name in used}
-
-
-def _check_plan(bundle: Bundle, refs: Mapping[str, WeightRef]) -> None:
-    if _graph_references(bundle) != dict(refs):
+def _check_layout_matches(bundle: Bundle, places: Mapping[str, TensorPlace]) -> None:
+    if bundle.manifest.tensors != dict(places):
         raise TrioError(
             f"the graphs of {bundle.path} expect their weights laid out otherwise than this "
             "version of trio-deploy would: export the graphs again with this version"
         )
 
 
-def _carry_over(old: Bundle, writer: BundleWriter, skip: set[str]) -> None:
+def _copy_other_files(old: Bundle, writer: BundleWriter, skip: set[str]) -> None:
     """Puts the old bundle's files, built engines and recorded outputs among them, into the new."""
     for source in sorted(old.path.rglob("*")):
         relative = source.relative_to(old.path).as_posix()

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+import msgspec
 import onnx_ir as ir
 
-from trio_deploy.bundle.manifest import (
-    GraphInfo,
-    TensorInfo,
-)
-from trio_deploy.bundle.weights import (
-    WeightRef,
-    plan_layout,
-)
+from trio_deploy.bundle.manifest import Kind, StageInfo, TensorInfo, TensorPlace
+from trio_deploy.bundle.roles import tensor_info
+from trio_deploy.bundle.weights import plan_layout
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.names import canonical_tensors
@@ -26,67 +22,84 @@ from trio_deploy.schedule.methods import encoder_scores
 from trio_deploy.schedule.schedule import PruningPoint
 from trio_deploy.selection.stage import build_select
 
-__all__ = ["GraphOptions", "build_graphs", "segments"]
 
+def plan_stages(
+    config: ModelConfig, points: Sequence[PruningPoint], separate_decode: bool
+) -> list[StageInfo]:
+    """Plan the stages of a model in the order in which they run, without their graphs.
 
-def segments(config: ModelConfig, layers: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(index, start, stop) of each prefill_{index}, for pruning before each of `layers`.
-
-    A pruning point before layer 0 leaves no prefill_0: a segment without layers is not written.
+    Names: vision, embed, prefill_0, select_1, prefill_1, …, and decode if `separate_decode`. A
+    pruning point before layer 0 leaves no prefill_0: a segment without layers has no stage.
 
     Raises:
         TrioError: layers that do not increase, or that the model does not have.
     """
     count = config.text.num_layers
+    layers = [point.layer for point in points]
     bounds = [0, *layers, count]
     if any(a >= b for a, b in pairwise(bounds[1:])) or (layers and layers[0] < 0):
         raise TrioError(
-            f"The pruning layers {list(layers)} must increase and lie within 0…{count - 1}."
+            f"the pruning layers {layers} must increase and lie within 0…{count - 1}: choose others"
         )
-    return [(i, a, b) for i, (a, b) in enumerate(pairwise(bounds)) if a < b]
+    stages = [StageInfo("vision", "vision"), StageInfo("embed", "embed")]
+    for index, (start, stop) in enumerate(pairwise(bounds)):
+        if index:
+            method = points[index - 1].method
+            stages.append(StageInfo(f"select_{index}", "select", index, method=method))
+        if start < stop:
+            segment = tuple(range(start, stop))
+            stages.append(StageInfo(f"prefill_{index}", "prefill", index, segment))
+    if separate_decode:
+        stages.append(StageInfo("decode", "decode", layers=tuple(range(count))))
+    return stages
 
 
 def build_graphs(
     config: ModelConfig, points: Sequence[PruningPoint], options: GraphOptions
 ) -> dict[str, ir.Model]:
-    """All stages in the order in which they run, pruning at each of `points`, by its method.
+    """Build the graph of each stage of `plan_stages`, by the stage's name.
 
-    Names: vision, embed, prefill_0, select_1, prefill_1, …, and decode where
-    `options.separate_decode`. Initializers that belong to the checkpoint carry canonical names,
-    shape and dtype, and no data (`const_value` is None); small constants are inline. Pure.
+    Initializers that belong to the checkpoint carry canonical names, shape and dtype, and no data
+    (`const_value` is None); small constants are inline. Pure.
 
     Raises:
         TrioError: layers that do not increase or lie outside the model, or an unknown method.
     """
-    parts = segments(config, [point.layer for point in points])
+    stages = plan_stages(config, points, options.separate_decode)
+    segments = [stage.layers for stage in stages if stage.kind == "prefill"]
     scores = encoder_scores(point.method for point in points)
-    graphs = {
-        "vision": build_vision(config, options, scores),
-        "embed": build_embed(config, options),
-    }
-    for index, start, stop in parts:
-        if index:
-            method = points[index - 1].method
-            graphs[f"select_{index}"] = build_select(config, start, options, method=method)
-        graphs[f"prefill_{index}"] = build_prefill(config, index, start, stop, options)
-    if options.separate_decode:
-        bounds = [(start, stop) for _, start, stop in parts]
-        graphs["decode"] = build_decode(config, bounds, options)
-    return graphs
+
+    def build(stage: StageInfo) -> ir.Model:
+        if stage.kind == "vision":
+            return build_vision(config, options, scores)
+        if stage.kind == "embed":
+            return build_embed(config, options)
+        if stage.kind == "decode":
+            bounds = [(layers[0], layers[-1] + 1) for layers in segments]
+            return build_decode(config, bounds, options)
+        assert stage.index is not None
+        if stage.kind == "select":
+            point = points[stage.index - 1]
+            return build_select(config, point.layer, options, method=point.method)
+        start, stop = stage.layers[0], stage.layers[-1] + 1
+        return build_prefill(config, stage.index, start, stop, options)
+
+    return {stage.name: build(stage) for stage in stages}
 
 
 def planned_graphs(
     config: ModelConfig, points: Sequence[PruningPoint], options: GraphOptions
-) -> dict[str, bytes]:
-    """The graphs of a model by stage, as --graphs-only writes them: weights have places, no data.
+) -> list[tuple[StageInfo, bytes]]:
+    """The graphs of a model as --graphs-only writes them: weights have places, but no data.
 
     Raises:
         TrioError: pruning points that do not suit the model.
     """
     models = build_graphs(config, points, options)
     layout = plan_layout(used_tensors(models, canonical_tensors(config)), options.dtype)
-    infos, contents = serialised(models, layout.refs)
-    return {stage: contents[info.file] for stage, info in infos.items()}
+    stages = plan_stages(config, points, options.separate_decode)
+    described, contents = serialised(stages, models, layout.places)
+    return [(stage, contents[stage.file]) for stage in described]
 
 
 def used_tensors(
@@ -120,30 +133,41 @@ def open_initializers(model: ir.Model) -> list[ir.Value]:
 
 
 def serialised(
-    models: Mapping[str, ir.Model], refs: Mapping[str, WeightRef]
-) -> tuple[dict[str, GraphInfo], dict[str, bytes]]:
-    """What the manifest says of each graph by its stage, and the graphs' files."""
-    infos: dict[str, GraphInfo] = {}
-    contents: dict[str, bytes] = {}
-    for stage, model in models.items():
-        for value in open_initializers(model):
-            ref = refs[str(value.name)]
+    stages: Sequence[StageInfo],
+    models: Mapping[str, ir.Model],
+    places: Mapping[str, TensorPlace],
+) -> tuple[tuple[StageInfo, ...], dict[str, bytes]]:
+    """Serialise graphs whose weights lie at `places`.
+
+    Returns:
+        The stages with their files, inputs, outputs and names of weights, and content by file.
+    """
+    described, contents = [], {}
+    for stage in stages:
+        model = models[stage.name]
+        weights = open_initializers(model)
+        for value in weights:
+            place = places[str(value.name)]
             value.const_value = ir.ExternalTensor(
-                ref.file,
-                ref.offset,
-                ref.nbytes,
-                _ir_dtype(ref.dtype),
-                shape=ir.Shape(ref.shape),
+                place.file,
+                place.offset,
+                place.nbytes,
+                _ir_dtype(place.dtype),
+                shape=ir.Shape(place.shape),
                 name=str(value.name),
             )
-        file = f"{stage}.onnx"
+        file = f"{stage.name}.onnx"
         contents[file] = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
-        infos[stage] = GraphInfo(
-            file,
-            tuple(_tensor_info(value) for value in model.graph.inputs),
-            tuple(_tensor_info(value) for value in model.graph.outputs),
+        described.append(
+            msgspec.structs.replace(
+                stage,
+                file=file,
+                inputs=tuple(_describe(stage.kind, v, True) for v in model.graph.inputs),
+                outputs=tuple(_describe(stage.kind, v, False) for v in model.graph.outputs),
+                tensors=tuple(str(value.name) for value in weights),
+            )
         )
-    return infos, contents
+    return tuple(described), contents
 
 
 def _ir_dtype(dtype: str) -> ir.DataType:
@@ -154,10 +178,10 @@ def _ir_dtype(dtype: str) -> ir.DataType:
     }[dtype]
 
 
-def _tensor_info(value: ir.Value) -> TensorInfo:
+def _describe(kind: Kind, value: ir.Value, is_input: bool) -> TensorInfo:
     dtype = value.dtype
     name = {"FLOAT": "float32"}.get(dtype.name, dtype.name.lower()) if dtype else "unknown"
     shape: list[int | str] = []
     for dim in value.shape or ():
         shape.append(dim if isinstance(dim, int) else str(dim.value or "?"))
-    return TensorInfo(str(value.name), name, tuple(shape))
+    return tensor_info(kind, str(value.name), name, tuple(shape), is_input=is_input)

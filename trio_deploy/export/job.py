@@ -27,7 +27,7 @@ from trio_deploy.bundle.weights import (
     SAFETENSORS,
     Layout,
     keep_files,
-    kept_layout,
+    kept_places,
     plan_layout,
     write_layout,
 )
@@ -42,7 +42,7 @@ from trio_deploy.checkpoint.safetensors import Checkpoint, TensorEntry
 from trio_deploy.config.recipe import Recipe
 from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
-from trio_deploy.export.graphs import build_graphs, serialised, used_tensors
+from trio_deploy.export.graphs import build_graphs, plan_stages, serialised, used_tensors
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.names import canonical_tensors
 from trio_deploy.families.registry import parse_config, request_limits
@@ -156,8 +156,9 @@ def export_model(
             chat_template=found.recipe.chat_template if found.recipe else None,
         )
     layout = None if same else plan_layout(used, dtype)
-    refs = kept_layout(sources) if layout is None else layout.refs
-    graphs, contents = serialised(models, refs)
+    places = kept_places(sources) if layout is None else layout.places
+    planned_stages = plan_stages(config, plan.points, options.separate_decode)
+    stages, contents = serialised(planned_stages, models, places)
     contents |= assets.files
     needed = sum(len(content) for content in contents.values())
     if not (graphs_only or link_weights):
@@ -183,7 +184,8 @@ def export_model(
             positions=options.positions,
             threshold=options.threshold,
             decode="separate" if options.separate_decode else "shared",
-            graphs=graphs,
+            stages=stages,
+            tensors=dict(places),
             generation=assets.generation,
             files=dict(writer.files),
             versions=_versions(),
@@ -250,7 +252,7 @@ def _write_weights(
 ) -> str:
     files = {entry.file for entry in sources.values()}
     if layout is not None:
-        total = sum(ref.nbytes for ref in layout.refs.values())
+        total = sum(ref.nbytes for ref in layout.places.values())
     else:
         total = sum(file.stat().st_size for file in files)
     bar = tqdm(

@@ -84,7 +84,10 @@ class Stages:
         for name in bundle.stages:
             selects = name.startswith("select_")
             self.engines[name] = runtime.open(
-                bundle.graph(name), exact=selects, probing=selects or name == "embed"
+                bundle.graph(name),
+                bundle.places(name),
+                exact=selects,
+                probing=selects or name == "embed",
             )
         self.segments = [name for name in self.engines if name.startswith("prefill_")]
         self.separate = "decode" in self.engines

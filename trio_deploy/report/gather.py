@@ -26,7 +26,7 @@ from trio_deploy.bench.measure import UNPRUNED, BenchOptions, measure
 from trio_deploy.bench.results import PROBES
 from trio_deploy.bench.table import operations, times
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.bundle.manifest import ENGINES, MANIFEST, WEIGHTS
+from trio_deploy.bundle.manifest import ENGINES, MANIFEST, WEIGHTS, StageInfo
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.config.recipe import Recipe, list_recipes
 from trio_deploy.cost.flops import account, vision_flops
@@ -135,12 +135,12 @@ def exported(bundle: Bundle) -> dict[str, Any]:
     ]
     stages = [
         {
-            "name": stage,
+            "name": stage.name,
             "work": _work(stage, bundle),
-            "file": graph.file,
-            "size": format_bytes(manifest.files[graph.file].size),
+            "file": stage.file,
+            "size": format_bytes(manifest.files[stage.file].size),
         }
-        for stage, graph in manifest.graphs.items()
+        for stage in manifest.stages
     ]
     return {
         "name": manifest.model.name,
@@ -174,15 +174,14 @@ def _engines(folder: Path) -> list[dict[str, str]]:
     return found
 
 
-def _work(stage: str, bundle: Bundle) -> str:
-    if stage in _WORK:
-        return _WORK[stage]
-    number = int(stage.rpartition("_")[2])
-    if stage.startswith("select_"):
-        point = bundle.schedule.points[number - 1]
-        return f"chooses visual tokens before layer {point.layer}, by {point.method}"
-    start, stop = bundle.schedule.segments(bundle.config.text.num_layers)[number]
-    return f"layer {start}" if stop == start + 1 else f"layers {start} to {stop - 1}"
+def _work(stage: StageInfo, bundle: Bundle) -> str:
+    if stage.kind in _WORK:
+        return _WORK[stage.kind]
+    if stage.kind == "select" and stage.index is not None:
+        layer = bundle.schedule.points[stage.index - 1].layer
+        return f"chooses visual tokens before layer {layer}, by {stage.method}"
+    first, last = stage.layers[0], stage.layers[-1]
+    return f"layer {first}" if first == last else f"layers {first} to {last}"
 
 
 def schedule(bundle: Bundle) -> dict[str, Any]:

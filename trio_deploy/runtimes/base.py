@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import TensorPlace
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
@@ -142,10 +143,19 @@ class Runtime(Protocol):
         """
         ...
 
-    def open(self, path: Path, *, exact: bool = False, probing: bool = False) -> Engine:
+    def open(
+        self,
+        path: Path,
+        weights: Mapping[str, TensorPlace] | None = None,
+        *,
+        exact: bool = False,
+        probing: bool = False,
+    ) -> Engine:
         """Load a graph.
 
         Args:
+            weights: where the graph's weights are stored, relative to its folder, for runtimes that
+                share them between graphs.
             exact: decisions hang on this graph's numbers: whatever the runtime was told, compute in
                 the graph's own precision all but products with weights.
             probing: a graph whose weights other graphs hold as well (select, embed): refer to

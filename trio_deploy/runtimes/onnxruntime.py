@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import TensorPlace
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target
 from trio_deploy.config.yaml_files import nearest
@@ -35,7 +36,7 @@ from trio_deploy.runtimes.base import (
     TensorSpec,
     check_feeds,
 )
-from trio_deploy.runtimes.mapped_weights import WeightMap, external_tensors
+from trio_deploy.runtimes.mapped_weights import WeightMap
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {
@@ -126,7 +127,14 @@ class OrtRuntime(HostRuntime):
         """See `Runtime.shares_cache`: GroupQueryAttention writes in place and fills any buffer."""
         return dialect == "ort"
 
-    def open(self, path: Path, *, exact: bool = False, probing: bool = False) -> OrtEngine:
+    def open(
+        self,
+        path: Path,
+        weights: Mapping[str, TensorPlace] | None = None,
+        *,
+        exact: bool = False,
+        probing: bool = False,
+    ) -> OrtEngine:
         """Load a graph.
 
         Raises:
@@ -150,7 +158,7 @@ class OrtRuntime(HostRuntime):
         if on_cpu and (probing or self._low_memory):
             if self._low_memory:
                 options.add_session_config_entry("session.disable_prepacking", "1")
-            held = self._share_weights(options, path)
+            held = self._share_weights(options, path.parent, weights or {})
         try:
             session = ort.InferenceSession(str(path), options, providers=[self.provider])
         except Exception as error:  # ONNX Runtime raises many kinds, all meaning this
@@ -163,14 +171,16 @@ class OrtRuntime(HostRuntime):
             )
         return OrtEngine(session, "cpu" if on_cpu else "cuda", held)
 
-    def _share_weights(self, options: Any, path: Path) -> list[Any]:
+    def _share_weights(
+        self, options: Any, folder: Path, weights: Mapping[str, TensorPlace]
+    ) -> list[Any]:
         held = []
-        for name, tensor in external_tensors(path).items():
-            key = (path.parent.resolve(), tensor.file, tensor.offset)
+        for name, place in weights.items():
+            key = (folder.resolve(), place.file, place.offset)
             if key not in self._values:
-                if tensor.dtype == ml_dtypes.bfloat16:
+                if place.dtype == "bfloat16":
                     continue  # no CPU kernels anyway
-                view = self._weights.view(path.parent, tensor)
+                view = self._weights.view(folder, place)
                 self._values[key] = self._ort.OrtValue.ortvalue_from_numpy(view)
             options.add_initializer(name, self._values[key])
             held.append(self._values[key])

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import TensorPlace
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.runtimes.base import (
@@ -63,7 +64,14 @@ class OvRuntime(HostRuntime):
             )
         return False
 
-    def open(self, path: Path, *, exact: bool = False, probing: bool = False) -> OvEngine:
+    def open(
+        self,
+        path: Path,
+        weights: Mapping[str, TensorPlace] | None = None,
+        *,
+        exact: bool = False,
+        probing: bool = False,
+    ) -> OvEngine:
         """Load a graph; with precision bfloat16 its caches, where it has some, are bfloat16 too.
 
         Raises:

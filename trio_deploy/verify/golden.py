@@ -13,6 +13,7 @@ import zipfile
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -75,7 +76,8 @@ def store(bundle: Bundle, reference: Reference) -> Bundle:
     np.savez(content, allow_pickle=False, **{_INDEX: text}, **arrays)
     write_atomically(target, content.getvalue())
     entry = FileInfo(target.stat().st_size, sha256_of(target))
-    manifest = replace(bundle.manifest, files=bundle.manifest.files | {GOLDEN: entry})
+    files = bundle.manifest.files | {GOLDEN: entry}
+    manifest = msgspec.structs.replace(bundle.manifest, files=files)
     write_atomically(bundle.path / MANIFEST, manifest.dump())
     return replace(bundle, manifest=manifest)
 

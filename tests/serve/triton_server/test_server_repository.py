@@ -128,7 +128,7 @@ def test_stages_run_from_their_folders_and_lead_to_the_pipelines_first_token(ser
     positions, lengths, visual = batch.position_ids, batch.lengths, batch.visual_mask
     zero = np.zeros(1, np.int64)
     keeps = iter(bundle.schedule.resolve(prompt.visual_tokens))
-    for stage in bundle.stages[2:]:
+    for stage in list(bundle.stages)[2:]:
         if stage.startswith("select_"):
             keep = np.array([next(keeps)])
             width = lengths - visual.sum() + keep

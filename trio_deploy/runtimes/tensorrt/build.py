@@ -410,7 +410,7 @@ def _fingerprint(
 
 
 def _graph_sha256(bundle: Bundle, stage: str) -> str:
-    known = bundle.manifest.files[bundle.manifest.graphs[stage].file].sha256
+    known = bundle.manifest.files[bundle.stages[stage].file].sha256
     return known or sha256_of(bundle.graph(stage))
 
 

@@ -274,8 +274,8 @@ def profiles(bundle: Bundle, target: Target) -> dict[str, list[Profile]]:
         TrioError: the target's limits do not fit the model.
     """
     inputs = {
-        stage: {tensor.name: tensor.shape for tensor in graph.inputs}
-        for stage, graph in bundle.manifest.graphs.items()
+        stage.name: {tensor.name: tensor.shape for tensor in stage.inputs}
+        for stage in bundle.manifest.stages
     }
     return stage_profiles(inputs, bundle.config, bundle.schedule, target, bundle.budgets)
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.bundle.manifest import ENGINES
+from trio_deploy.bundle.manifest import ENGINES, TensorPlace
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
@@ -145,7 +145,14 @@ class TrtRuntime:
             )
         return dialect == "onnx"
 
-    def open(self, path: Path, *, exact: bool = False, probing: bool = False) -> TrtEngine:
+    def open(
+        self,
+        path: Path,
+        weights: Mapping[str, TensorPlace] | None = None,
+        *,
+        exact: bool = False,
+        probing: bool = False,
+    ) -> TrtEngine:
         """Load the engine of a graph; its precision was settled when it was built.
 
         Raises:
@@ -162,7 +169,7 @@ class TrtRuntime:
                     f"{file} was built from another {path.name} than the bundle's: run "
                     "`trio build` again"
                 )
-            graph = self._bundle.manifest.graphs[stage]
+            graph = self._bundle.stages[stage]
             axes = {tensor.name: tensor.shape for tensor in graph.inputs}
         self._require_whole(file, stage)
         with file.open("rb") as source:

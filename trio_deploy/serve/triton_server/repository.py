@@ -34,7 +34,6 @@ from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
 from trio_deploy.files import read_yaml, safe_path
-from trio_deploy.runtimes.mapped_weights import external_tensors
 from trio_deploy.runtimes.registry import load_target, runtime_spec
 from trio_deploy.runtimes.tensorrt.record import RECORD as ENGINES_RECORD
 from trio_deploy.runtimes.tensorrt.record import Record
@@ -342,14 +341,15 @@ class _Models:
                 self._add_graph(stage)
             else:
                 self._add_plan(stage, plans[stage])
-        self._add_ensemble(plans is not None and plans["embed"].narrow)
+        embed = self._bundle.only("embed").name
+        self._add_ensemble(plans is not None and plans[embed].narrow)
 
     def _add_graph(self, stage: str) -> None:
         name = self._stage_name(stage)
         folder = f"{name}/1/model.onnx"
         graph = self._bundle.graph(stage)
         self._place(graph, f"{folder}/model.onnx", self._options.link)
-        for weights in sorted({tensor.file for tensor in external_tensors(graph).values()}):
+        for weights in sorted({place.file for place in self._bundle.places(stage).values()}):
             placed = self._writer.path(f"{self._options.name}_vlm/{_BUNDLE}/{weights}")
             self._place(placed, f"{folder}/{weights}", link=True)
         self._config(
@@ -378,8 +378,7 @@ class _Models:
 
     def _add_ensemble(self, narrow: bool) -> None:
         """From pixels and token ids to the embeddings that the first segment or selection takes."""
-        vision = self._bundle.manifest.graphs["vision"]
-        embed = self._bundle.manifest.graphs["embed"]
+        vision, embed = self._bundle.only("vision"), self._bundle.only("embed")
         between = {tensor.name for tensor in vision.outputs}
         inputs = (*vision.inputs, *(t for t in embed.inputs if t.name not in between))
         used = {tensor.name for tensor in embed.inputs}
@@ -391,23 +390,23 @@ class _Models:
             {
                 "platform": "ensemble",
                 "max_batch_size": 0,
-                "input": [_tensor(tensor, narrow=narrow) for tensor in inputs],
-                "output": [_tensor(tensor, narrow=narrow) for tensor in outputs],
+                "input": [_stage_tensor(tensor, narrow=narrow) for tensor in inputs],
+                "output": [_stage_tensor(tensor, narrow=narrow) for tensor in outputs],
                 "ensemble_scheduling": {
                     "step": [
                         {
-                            "model_name": self._stage_name(stage),
+                            "model_name": self._stage_name(stage.name),
                             "model_version": -1,
                             "input_map": [
                                 {"key": tensor.name, "value": tensor.name}
-                                for tensor in self._bundle.manifest.graphs[stage].inputs
+                                for tensor in stage.inputs
                             ],
                             "output_map": [
                                 {"key": tensor.name, "value": tensor.name}
-                                for tensor in self._bundle.manifest.graphs[stage].outputs
+                                for tensor in stage.outputs
                             ],
                         }
-                        for stage in ("vision", "embed")
+                        for stage in (vision, embed)
                     ]
                 },
             },
@@ -424,23 +423,29 @@ class _Models:
         max_batch_size stays 0: a stage's rows are a batch already, and Triton's own batching would
         want a second batch axis on [B] tensors and equal lengths, which rows do not have.
         """
-        graph = self._bundle.manifest.graphs[stage]
+        graph = self._bundle.stages[stage]
         return {
             "max_batch_size": 0,
             "input": [
-                _tensor(tensor, narrow=narrow, size=tensor.name in sizes) for tensor in graph.inputs
+                _stage_tensor(tensor, narrow=narrow, size=tensor.name in sizes)
+                for tensor in graph.inputs
             ],
-            "output": [_tensor(tensor, narrow=narrow) for tensor in graph.outputs],
+            "output": [_stage_tensor(tensor, narrow=narrow) for tensor in graph.outputs],
         }
 
     def _stage_warm_up(self, stage: str) -> list[dict[str, Any]] | None:
         """One blank tile for vision; the others take no input that is right for any model."""
-        if stage != "vision":
+        if self._bundle.stages[stage].kind != "vision":
             return None
-        (pixels,) = self._bundle.manifest.graphs[stage].inputs
-        dims = [size if isinstance(size, int) else 1 for size in pixels.shape]
-        blank = {"data_type": Enum(_TYPES[pixels.dtype]), "dims": dims, "zero_data": True}
-        return [_warm_up("one tile", {pixels.name: blank})]
+        blank = {
+            tensor.name: {
+                "data_type": Enum(_TYPES[tensor.dtype]),
+                "dims": [size if isinstance(size, int) else 1 for size in tensor.shape],
+                "zero_data": True,
+            }
+            for tensor in self._bundle.stages[stage].inputs
+        }
+        return [_warm_up("one tile", blank)]
 
     def _instances(self, count: int) -> list[dict[str, Any]]:
         # The runtimes take the first GPU they see, wherever Triton would place an instance.
@@ -472,23 +477,28 @@ def _record(bundle: Bundle, names: Sequence[str]) -> bytes:
 def _vlm_interface() -> dict[str, Any]:
     return {
         "input": [
-            _tensor(TensorInfo(name, kind, (size,)), optional=True)
-            for name, (kind, size) in INPUTS.items()
+            _tensor(name, kind, (size,), optional=True) for name, (kind, size) in INPUTS.items()
         ],
-        "output": [
-            _tensor(TensorInfo(name, kind, (size,))) for name, (kind, size) in OUTPUTS.items()
-        ],
+        "output": [_tensor(name, kind, (size,)) for name, (kind, size) in OUTPUTS.items()],
     }
 
 
+def _stage_tensor(tensor: TensorInfo, narrow: bool = False, size: bool = False) -> dict[str, Any]:
+    dtype = "int32" if narrow and tensor.dtype == "int64" else tensor.dtype
+    return _tensor(tensor.name, dtype, tensor.shape, size=size)
+
+
 def _tensor(
-    tensor: TensorInfo, optional: bool | None = None, narrow: bool = False, size: bool = False
+    name: str,
+    dtype: str,
+    shape: Sequence[int | str],
+    optional: bool | None = None,
+    size: bool = False,
 ) -> dict[str, Any]:
-    kind = "int32" if narrow and tensor.dtype == "int64" else tensor.dtype
     return {
-        "name": tensor.name,
-        "data_type": Enum(_TYPES[kind]),
-        "dims": [size if isinstance(size, int) else -1 for size in tensor.shape],
+        "name": name,
+        "data_type": Enum(_TYPES[dtype]),
+        "dims": [size if isinstance(size, int) else -1 for size in shape],
         "is_shape_tensor": True if size else None,
         "optional": optional,
     }
