@@ -88,7 +88,7 @@ def test_every_mode_comes_out_as_from_transformers(llava_checkpoint: Path, mode)
     ours = preprocessor_of(llava_checkpoint)(image)
     processor = AutoProcessor.from_pretrained(llava_checkpoint).image_processor
     theirs = processor(images=[image], return_tensors="np")["pixel_values"]
-    np.testing.assert_array_equal(ours.pixel_values, theirs)
+    np.testing.assert_array_equal(ours.feeds["pixel_values"], theirs)
 
 
 def test_transparency_is_laid_on_white():

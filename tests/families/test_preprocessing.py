@@ -75,8 +75,8 @@ def test_llava_pixels_and_token_count_equal_transformers(llava, size):
     image = make_picture(*size)
     ours = preprocessor(image)
     theirs = processor.image_processor(images=[image], return_tensors="np")["pixel_values"]
-    np.testing.assert_array_equal(ours.pixel_values, theirs)
-    assert ours.pixel_values.dtype == np.float32
+    np.testing.assert_array_equal(ours.feeds["pixel_values"], theirs)
+    assert ours.feeds["pixel_values"].dtype == np.float32
     assert ours.rows.dtype == np.int64
     assert len(ours.rows) == len(ours.boxes) == _expanded(processor, image)
     assert ours.rows.tolist() == list(range(config.vision.rows_per_tile))
@@ -89,7 +89,7 @@ def test_llava_next_pixels_and_token_count_equal_transformers(llava_next, size):
     image = make_picture(*size)
     ours = preprocessor(image)
     theirs = processor.image_processor(images=[image], return_tensors="np")
-    np.testing.assert_array_equal(ours.pixel_values, theirs["pixel_values"][0])
+    np.testing.assert_array_equal(ours.feeds["pixel_values"], theirs["pixel_values"][0])
     assert ours.size == tuple(theirs["image_sizes"][0])
     assert len(ours.rows) == len(ours.boxes) == _expanded(processor, image)
 
@@ -130,7 +130,7 @@ def test_token_order_equals_pack_image_features(packing_model, size):
     recipe = load_recipe("llava-next-7b")
     config = parse_config(recipe.architecture)
     ours = Preprocessor(recipe.preprocessing, config)(make_picture(*size))
-    tiles, p = len(ours.pixel_values), config.vision.rows_per_tile
+    tiles, p = len(ours.feeds["pixel_values"]), config.vision.rows_per_tile
     numbered = torch.arange(tiles * p, dtype=torch.float64).reshape(tiles, p, 1)
     packed, _ = packing_model.model.pack_image_features(
         [numbered],
@@ -155,7 +155,7 @@ def test_llava_15_has_576_tokens_an_image():
     config = parse_config(recipe.architecture)
     processed = Preprocessor(recipe.preprocessing, config)(make_picture(640, 480))
     assert len(processed.rows) == 576
-    assert processed.pixel_values.shape == (1, 3, 336, 336)
+    assert processed.feeds["pixel_values"].shape == (1, 3, 336, 336)
 
 
 VARIANTS = [
@@ -183,8 +183,8 @@ def test_settings_are_honoured_as_transformers_does(llava, kind, options, size):
     again = Preprocessor.from_json(preprocessor.to_json(), config)
     image = make_picture(*size)
     theirs = processor(images=[image], return_tensors="np")["pixel_values"]
-    np.testing.assert_array_equal(preprocessor(image).pixel_values, theirs)
-    np.testing.assert_array_equal(again(image).pixel_values, theirs)
+    np.testing.assert_array_equal(preprocessor(image).feeds["pixel_values"], theirs)
+    np.testing.assert_array_equal(again(image).feeds["pixel_values"], theirs)
 
 
 def test_next_takes_exact_sizes_too(llava_next):
@@ -197,14 +197,16 @@ def test_next_takes_exact_sizes_too(llava_next):
     image = make_picture(120, 50)
     ours = Preprocessor(theirs.to_dict(), config)(image)
     expected = theirs(images=[image], return_tensors="np")["pixel_values"][0]
-    np.testing.assert_array_equal(ours.pixel_values, expected)
+    np.testing.assert_array_equal(ours.feeds["pixel_values"], expected)
 
 
 def test_old_files_give_sizes_as_numbers(llava):
     config, preprocessor, _ = llava
     old = Preprocessor({"size": 32, "crop_size": 32}, config)
     image = make_picture()
-    np.testing.assert_array_equal(old(image).pixel_values, preprocessor(image).pixel_values)
+    np.testing.assert_array_equal(
+        old(image).feeds["pixel_values"], preprocessor(image).feeds["pixel_values"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -274,5 +276,5 @@ class TestBoxes:
         row = processed.rows[token]
         tile, patch = divmod(int(row), 16)
         y, x = divmod(patch, 4)
-        pixels = processed.pixel_values[tile, 0, y * 8 : y * 8 + 8, x * 8 : x * 8 + 8]
+        pixels = processed.feeds["pixel_values"][tile, 0, y * 8 : y * 8 + 8, x * 8 : x * 8 + 8]
         assert pixels[3:5, 3:5].min() > 1.5

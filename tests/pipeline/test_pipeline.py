@@ -358,7 +358,7 @@ def test_a_bfloat16_bundle_runs_on_openvino_and_is_refused_by_onnx_runtime(
     image = make_picture()
     answer = pipeline.generate(Request(COLOR, [image], max_new_tokens=3))
     assert len(answer.token_ids) >= 1
-    pixels = pipeline.encode(Request(COLOR, [image]))[1][0].pixel_values
+    pixels = pipeline.encode(Request(COLOR, [image]))[1][0].feeds["pixel_values"]
     whole = setup.pipeline("llava", "primitive", runtime="openvino").engine("vision")
     expected = whole.run({"pixel_values": pixels})["image_features"]
     engine = pipeline.engine("vision")
@@ -424,7 +424,7 @@ def test_a_picture_that_requests_share_is_seen_once(
     monkeypatch.setattr(engine, "run", counting)
     together = pipeline.generate_batch(questions)
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
-    assert sum(tiles) == sum(len(a.processed[0].pixel_values) for a in alone[:2])
+    assert sum(tiles) == sum(len(a.processed[0].feeds["pixel_values"]) for a in alone[:2])
 
 
 def test_forced_tokens_are_given_back_with_their_probabilities(setup: Setup) -> None:

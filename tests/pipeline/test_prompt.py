@@ -11,9 +11,10 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from tests.support.checkpoints import BOS, CHAT_TEMPLATE, IMAGE
+from tests.support.checkpoints import BOS, CHAT_TEMPLATE, IMAGE, VOCABULARY
 from tests.support.pictures import make_picture
 from trio_deploy import TrioError
+from trio_deploy.families.base import VISUAL_TOKEN, Layout
 from trio_deploy.pipeline.chat import ChatTemplate
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder, collate
 
@@ -60,7 +61,7 @@ def test_messages_become_the_same_tokens_as_in_transformers(
 
     ours = encoder(checkpoint)
     assert ours.text(messages, count) == text
-    prompt = ours.encode(text, list(image_counts))
+    prompt = ours.encode(text, [VISUAL_TOKEN * count for count in image_counts])
     assert prompt.ids.tolist() == list(expected)
     assert (prompt.ids[prompt.visual] == IMAGE).all()
     assert prompt.visual_tokens == image_counts.sum()
@@ -150,7 +151,9 @@ def test_a_prompt_without_text_is_refused(llava_checkpoint: Path, text: str) -> 
     tokenizer = Tokenizer.from_file(str(llava_checkpoint / "tokenizer.json"))
     tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     with pytest.raises(TrioError, match="no text"):
-        PromptEncoder(tokenizer, IMAGE, TOKENS).encode(text, [16] * text.count("<image>"))
+        PromptEncoder(tokenizer, IMAGE, TOKENS).encode(
+            text, [VISUAL_TOKEN * 16] * text.count("<image>")
+        )
 
 
 TEMPLATES = [
@@ -234,15 +237,20 @@ def test_a_tokenizer_without_the_models_image_token_is_refused(llava_checkpoint:
 def prompt(pattern: str) -> Prompt:
     """A prompt with a visual token for every x."""
     visual = np.array([letter == "x" for letter in pattern])
-    return Prompt(np.where(visual, IMAGE, np.arange(10, 10 + len(pattern))), visual)
+    ids = np.where(visual, IMAGE, np.arange(10, 10 + len(pattern)))
+    return Prompt(ids, visual, np.arange(len(pattern))[None])
+
+
+def layout(rows: list[int], feature_rows: int) -> Layout:
+    """An image whose visual tokens take these of so many feature rows."""
+    boxes = np.zeros((len(rows), 4))
+    return Layout({}, feature_rows, VISUAL_TOKEN * len(rows), np.array(rows), boxes, (1, 1))
 
 
 def test_source_index_numbers_image_rows_over_the_whole_batch() -> None:
-    first, second = np.array([0, 1, -1]), np.array([2, -1])
     batch = collate(
         [prompt("axxxbxxc"), prompt("ab"), prompt("xxa")],
-        [[first, second], [], [second]],
-        [[4, 5], [], [3]],
+        [[layout([0, 1, -1], 4), layout([2, -1], 5)], [], [layout([2, -1], 3)]],
     )
     size, rows = 8, 12
     newline = size + rows
@@ -257,4 +265,22 @@ def test_source_index_numbers_image_rows_over_the_whole_batch() -> None:
 
 def test_visual_tokens_must_fill_their_places() -> None:
     with pytest.raises(TrioError, match="2 visual places"):
-        collate([prompt("xx")], [[np.array([0])]], [[1]])
+        collate([prompt("xx")], [[layout([0], 1)]])
+
+
+def test_several_axes_of_positions_are_kept_apart() -> None:
+    plain, (ids, visual) = prompt("axxb"), (np.arange(3), np.zeros(3, dtype=bool))
+    positions = np.array([[0, 1, 1], [0, 1, 2], [0, 3, 1]])
+    assert (plain.next_position, Prompt(ids, visual, positions).next_position) == (4, 4)
+    batch = collate([Prompt(ids, visual, positions)] * 2, [[], []])
+    assert batch.position_ids.shape == (2, 3, 3)
+    assert (batch.position_ids[1] == positions).all()
+
+
+def test_an_image_may_expand_to_text_and_visual_tokens(llava_checkpoint: Path) -> None:
+    ours = encoder(llava_checkpoint)
+    v = VISUAL_TOKEN
+    prompt = ours.encode("<image> what ?", [f"left {v}{v} right {v}"], rendered=False)
+    words = [VOCABULARY[word] for word in ("left", "right", "what", "?")]
+    assert prompt.ids.tolist() == [BOS, words[0], IMAGE, IMAGE, words[1], IMAGE, *words[2:]]
+    assert prompt.visual.tolist() == [False, False, True, True, False, True, False, False]

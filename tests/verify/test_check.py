@@ -139,7 +139,7 @@ def test_a_budget_a_request_keeps_what_the_oracle_keeps(made):
         for budget in budgets
     ]
     prompt, (picture,) = pipeline.encode(requests[0])
-    row = Row(prompt.ids, picture.pixel_values, [picture.size])
+    row = Row(prompt.ids, picture.feeds["pixel_values"], [picture.size])
     ends = bundle.manifest.generation.eos_token_ids
     for budget, answer in zip(budgets, pipeline.generate_batch(requests), strict=True):
         schedule = bundle.schedule

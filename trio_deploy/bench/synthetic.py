@@ -27,10 +27,11 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.recipe import list_recipes
 from trio_deploy.errors import TrioError
 from trio_deploy.export.job import export_model
+from trio_deploy.families import llava
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.hf_config import CLIP_PREPROCESSING
+from trio_deploy.families.hf_config import clip_processor_files
 from trio_deploy.families.names import canonical_tensors
-from trio_deploy.families.registry import parse_config
+from trio_deploy.families.registry import get_family, parse_config
 from trio_deploy.runtimes.registry import default_target
 
 _DTYPES = {
@@ -130,43 +131,30 @@ class Size:
     def config(self) -> dict[str, Any]:
         """The contents of config.json."""
         full = self.filled()
-        return {
-            "model_type": "llava",
-            "architectures": ["LlavaForConditionalGeneration"],
-            "image_token_index": _IMAGE_TOKEN,
-            "image_seq_length": (full.image // full.patch) ** 2,
-            "projector_hidden_act": "gelu",
-            "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default",
-            "tie_word_embeddings": False,
-            "text_config": {
-                "model_type": "llama",
-                "hidden_size": full.d,
-                "intermediate_size": full.mlp,
-                "num_hidden_layers": full.layers,
-                "num_attention_heads": full.heads,
-                "num_key_value_heads": full.kv_heads,
-                "head_dim": full.d // full.heads,
-                "vocab_size": full.vocab,
-                "max_position_embeddings": full.context,
-                "hidden_act": "silu",
-                "rms_norm_eps": 1e-6,
-                "rope_theta": 10000.0,
-                "tie_word_embeddings": False,
-            },
-            "vision_config": {
-                "model_type": "clip_vision_model",
-                "hidden_size": full.vision_d,
-                "intermediate_size": 2 * full.vision_d,
-                "num_hidden_layers": full.vision_layers,
-                "num_attention_heads": 4,
-                "image_size": full.image,
-                "patch_size": full.patch,
-                "projection_dim": full.vision_d,
-                "hidden_act": "quick_gelu",
-                "layer_norm_eps": 1e-5,
-            },
+        vision = {
+            "hidden_size": full.vision_d,
+            "intermediate_size": 2 * full.vision_d,
+            "num_hidden_layers": full.vision_layers,
+            "num_attention_heads": 4,
         }
+        text = {
+            "hidden_size": full.d,
+            "intermediate_size": full.mlp,
+            "num_hidden_layers": full.layers,
+            "num_attention_heads": full.heads,
+            "num_key_value_heads": full.kv_heads,
+            "head_dim": full.d // full.heads,
+            "vocab_size": full.vocab,
+            "max_position_embeddings": full.context,
+        }
+        return llava.config_json(
+            vision,
+            text,
+            tile=full.image,
+            patch=full.patch,
+            image_token_index=_IMAGE_TOKEN,
+            image_seq_length=(full.image // full.patch) ** 2,
+        )
 
     @property
     def name(self) -> str:
@@ -319,33 +307,22 @@ def _small_files(
     dtype: str,
 ) -> dict[str, Any]:
     """The JSON files of a hub checkpoint, by name."""
-    side = parsed.vision.image_size
-    tiled = bool(parsed.grid_pinpoints)
-    images = preprocessing or {
-        **CLIP_PREPROCESSING,
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": side},
-        "crop_size": {"height": side, "width": side},
-        "do_convert_rgb": True,
-    }
+    files = clip_processor_files(parsed)
+    if preprocessing:
+        files["preprocessor_config.json"] = preprocessing
     special = {
         "unk_token": "<unk>",
         "bos_token": "<s>",
         "eos_token": "</s>",
         "pad_token": "<pad>",
     }
-    processor = "LlavaNextProcessor" if tiled else "LlavaProcessor"
+    architecture = get_family(parsed.family).architecture
+    processor = architecture.replace("ForConditionalGeneration", "Processor")
+    files["processor_config.json"] |= {"processor_class": processor, "image_token": "<image>"}
     return {
+        **files,
         "config.json": config | {"torch_dtype": dtype},
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
-        "preprocessor_config.json": images,
-        "processor_config.json": {
-            "processor_class": processor,
-            "image_token": "<image>",
-            "patch_size": parsed.vision.patch_size,
-            "vision_feature_select_strategy": "default",
-            "num_additional_image_tokens": 1,
-        },
         "chat_template.json": {"chat_template": _TEMPLATE},
         "tokenizer_config.json": {
             **special,

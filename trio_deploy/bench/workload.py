@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.preprocessing import Preprocessor, ProcessedImage
+from trio_deploy.families.base import Layout, ModelConfig
+from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import request_limits
 from trio_deploy.pipeline.chat import Message
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
@@ -84,15 +84,15 @@ class Inputs:
 
     def encode(
         self, messages: Sequence[Message], pictures: Sequence[Image.Image]
-    ) -> tuple[Prompt, list[ProcessedImage]]:
+    ) -> tuple[Prompt, list[Layout]]:
         """Encode a request as the pipeline does, without the check of the model's context."""
         processed = [self._preprocessor(picture) for picture in pictures]
-        return self.prompt(messages, [len(picture.rows) for picture in processed]), processed
+        return self.prompt(messages, [picture.text for picture in processed]), processed
 
-    def prompt(self, messages: Sequence[Message], rows: Sequence[int]) -> Prompt:
-        """The prompt alone, for pictures of `rows` visual tokens each."""
-        text = self._encoder.text(messages, len(rows))
-        return self._encoder.encode(text, list(rows), rendered=self._encoder.has_template)
+    def prompt(self, messages: Sequence[Message], images: Sequence[str]) -> Prompt:
+        """The prompt alone, for pictures that `Layout.text` stands for."""
+        text = self._encoder.text(messages, len(images))
+        return self._encoder.encode(text, images, rendered=self._encoder.has_template)
 
 
 def picture_size(config: ModelConfig) -> tuple[int, int]:
@@ -108,20 +108,20 @@ def fit_prompt(work: Workload, bundle: Bundle, text_tokens: int) -> tuple[Worklo
     """
     inputs = Inputs(bundle)
     _, processed = inputs.encode(work.messages(), work.pictures(0))
-    rows = [len(picture.rows) for picture in processed]
+    images, visual = [p.text for p in processed], sum(len(p.rows) for p in processed)
 
     def count(text: str) -> int:
-        return inputs.prompt(replace(work, prompt=text).messages(), rows).length - sum(rows)
+        return inputs.prompt(replace(work, prompt=text).messages(), images).length - visual
 
     work = replace(work, prompt=prompt_of_length(count, text_tokens))
-    length = sum(rows) + count(work.prompt)
+    length = visual + count(work.prompt)
     if length + work.new_tokens > bundle.config.text.max_positions:
         raise TrioError(
-            f"a prompt of {length} tokens, {sum(rows)} of them visual, and {work.new_tokens} new "
+            f"a prompt of {length} tokens, {visual} of them visual, and {work.new_tokens} new "
             f"tokens exceed the model's context of {bundle.config.text.max_positions}: pass fewer "
             "--images, or with --size a larger context="
         )
-    return work, sum(len(picture.pixel_values) for picture in processed)
+    return work, sum(len(picture.feeds["pixel_values"]) for picture in processed)
 
 
 def prompt_of_length(count: Callable[[str], int], tokens: int) -> str:

@@ -14,6 +14,9 @@ from trio_deploy.families.pixels import ImageSettings
 TILES_AT_ONCE = 8
 """Tiles per run of the vision tower, which bounds its memory."""
 
+VISUAL_TOKEN = "\ufffc"
+"""Stands for the model's image token in `Layout.text`."""
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -122,19 +125,26 @@ OUTSIDE_GRAPHS = frozenset({"max_positions", "image_token_id", "grid_pinpoints"}
 
 @dataclass(frozen=True)
 class Layout:
-    """How one image becomes tiles and visual tokens.
+    """One image as the vision tower and the prompt take it.
 
     Attributes:
-        tiles: uint8 [T, h, w, 3], one entry a run of the vision tower, before normalisation.
-        rows: int64 [n], for each visual token, in order, its feature row among the T*p rows that
-            the tower and projector yield for these tiles; -1 stands for the newline embedding.
-        boxes: float64 [n, 4], x0, y0, x1, y1 in pixels of the image; nan where a token has no
+        feeds: the tower's inputs by name, ready to run; `pixel_values` is float32 [T, 3, h, w],
+            one entry per tile.
+        feature_rows: rows of features that the tower and the connector yield for these feeds.
+        text: what replaces the image's placeholder in the prompt, `VISUAL_TOKEN` written once per
+            visual token.
+        rows: int64 [n], feature row of each visual token, in order; -1 is the newline embedding.
+        boxes: float64 [n, 4], x0, y0, x1, y1 in pixels of the image; nan for tokens without a
             place (newline, class token).
+        size: (height, width) of the image, upright.
     """
 
-    tiles: np.ndarray
+    feeds: dict[str, np.ndarray]
+    feature_rows: int
+    text: str
     rows: np.ndarray
     boxes: np.ndarray
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)

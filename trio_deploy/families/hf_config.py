@@ -149,41 +149,90 @@ def read_clip_llama(
     )
 
 
-def tiny_clip_llama(model_type: str, architecture: str, **top: Any) -> dict[str, Any]:
-    """A config.json of small sizes: 16 patches per tile of 32 pixels, four layers of width 64."""
+def clip_llama_json(
+    architecture: str,
+    vision: Mapping[str, Any],
+    text: Mapping[str, Any],
+    *,
+    tile: int,
+    patch: int,
+    **top: Any,
+) -> dict[str, Any]:
+    """A config.json of a CLIP tower, two linear layers and Llama.
+
+    Args:
+        architecture: transformers' class.
+        vision, text: sizes, in transformers' words, of the tower and of the language model.
+        tile, patch: pixels along one side.
+        top: further keys, `model_type` among them.
+    """
     return {
-        "model_type": model_type,
         "architectures": [architecture],
-        "image_token_index": 4,
+        "projector_hidden_act": "gelu",
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": False,
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 8,
-            "projection_dim": 32,
-        },
         "text_config": {
             "model_type": "llama",
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "vocab_size": 128,
-            "max_position_embeddings": 512,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 3,
-            "initializer_range": 0.2,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            **text,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+            "image_size": tile,
+            "patch_size": patch,
+            "projection_dim": vision["hidden_size"],
+            **vision,
         },
         **top,
+    }
+
+
+def tiny_clip_llama(architecture: str, **top: Any) -> dict[str, Any]:
+    """A config.json of small sizes: 16 patches per tile of 32 pixels, four layers of width 64."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 128,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    }
+    return clip_llama_json(architecture, vision, text, tile=32, patch=8, image_token_index=4, **top)
+
+
+def clip_processor_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """preprocessor_config.json and processor_config.json of a model that comes without them."""
+    side = config.vision.image_size
+    return {
+        "preprocessor_config.json": {
+            **CLIP_PREPROCESSING,
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": side},
+            "crop_size": {"height": side, "width": side},
+            "do_convert_rgb": True,
+        },
+        "processor_config.json": {
+            "patch_size": config.vision.patch_size,
+            "vision_feature_select_strategy": "default" if config.vision.drop_cls else "full",
+            "num_additional_image_tokens": 1,
+        },
     }
 
 

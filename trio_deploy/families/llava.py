@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trio_deploy.families.base import Family, Layout, Limits, ModelConfig
+from trio_deploy.families.base import VISUAL_TOKEN, Family, Layout, Limits, ModelConfig
 from trio_deploy.families.hf_config import (
     CLIP_LLAMA_PREFIXES,
     CLIP_PREPROCESSING,
+    clip_llama_json,
     read_clip_llama,
     tiny_clip_llama,
 )
-from trio_deploy.families.pixels import ImageSettings, fit, grid_boxes
+from trio_deploy.families.pixels import ImageSettings, fit, grid_boxes, normalise
 
 _NAME = "llava"
 _ARCHITECTURE = "LlavaForConditionalGeneration"
@@ -36,7 +37,15 @@ def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) ->
     boxes = view.to_image(grid_boxes(vision.side, vision.side, vision.patch_size), image.size)
     if not vision.drop_cls:
         boxes = np.concatenate([np.full((1, 4), np.nan), boxes])
-    return Layout(tile[None], np.arange(vision.rows_per_tile, dtype=np.int64), boxes)
+    count = vision.rows_per_tile
+    return Layout(
+        feeds={"pixel_values": normalise(tile[None], settings)},
+        feature_rows=count,
+        text=VISUAL_TOKEN * count,
+        rows=np.arange(count, dtype=np.int64),
+        boxes=boxes,
+        size=(image.height, image.width),
+    )
 
 
 def request_limits(config: ModelConfig) -> Limits:
@@ -56,9 +65,18 @@ def read(raw: Mapping[str, Any]) -> ModelConfig:
     return read_clip_llama(raw, _NAME, _DEFAULTS, tie_from_text=True)
 
 
+def config_json(
+    vision: Mapping[str, Any], text: Mapping[str, Any], *, tile: int, patch: int, **top: Any
+) -> dict[str, Any]:
+    """A config.json of any sizes; arguments as of `clip_llama_json`."""
+    return clip_llama_json(
+        _ARCHITECTURE, vision, text, tile=tile, patch=patch, model_type=_NAME, **top
+    )
+
+
 def tiny() -> dict[str, Any]:
     """A config.json of small sizes."""
-    return tiny_clip_llama(_NAME, _ARCHITECTURE)
+    return tiny_clip_llama(_ARCHITECTURE, model_type=_NAME)
 
 
 FAMILY = Family(

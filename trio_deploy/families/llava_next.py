@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trio_deploy.families.base import Family, Layout, Limits, ModelConfig
+from trio_deploy.families.base import VISUAL_TOKEN, Family, Layout, Limits, ModelConfig
 from trio_deploy.families.hf_config import (
     CLIP_LLAMA_PREFIXES,
     CLIP_PREPROCESSING,
     read_clip_llama,
     tiny_clip_llama,
 )
-from trio_deploy.families.pixels import ImageSettings, View, fit, grid_boxes, resize
+from trio_deploy.families.pixels import ImageSettings, View, fit, grid_boxes, normalise, resize
 from trio_deploy.families.tiling import best_canvas, fit_size, unpadded
 
 _NAME = "llava_next"
@@ -72,10 +72,14 @@ def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) ->
 
     base_view = View(0, 0, (tile_size, tile_size))
     base_boxes = base_view.to_image(grid_boxes(side, side, patch), image.size)
+    rows = np.concatenate([np.arange(side * side, dtype=np.int64), rows.reshape(-1)])
     return Layout(
-        tiles,
-        np.concatenate([np.arange(side * side, dtype=np.int64), rows.reshape(-1)]),
-        np.concatenate([base_boxes, boxes.reshape(-1, 4)]),
+        feeds={"pixel_values": normalise(tiles, settings)},
+        feature_rows=len(tiles) * side * side,
+        text=VISUAL_TOKEN * len(rows),
+        rows=rows,
+        boxes=np.concatenate([base_boxes, boxes.reshape(-1, 4)]),
+        size=size,
     )
 
 
@@ -102,8 +106,8 @@ def read(raw: Mapping[str, Any]) -> ModelConfig:
 def tiny() -> dict[str, Any]:
     """A config.json of small sizes."""
     return tiny_clip_llama(
-        _NAME,
         _ARCHITECTURE,
+        model_type=_NAME,
         image_grid_pinpoints=[[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]],
     )
 

@@ -110,7 +110,7 @@ def open_image(source: Any) -> Image.Image:
     )
 
 
-def image_size(data: bytes) -> tuple[int, int]:
+def encoded_size(data: bytes) -> tuple[int, int]:
     """(width, height) of a picture by its file's header, before anything is decoded.
 
     Raises:

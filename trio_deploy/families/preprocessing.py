@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.pixels import ImageSettings, normalise, open_image
+from trio_deploy.families.base import Layout, ModelConfig
+from trio_deploy.families.pixels import ImageSettings, open_image
 from trio_deploy.families.registry import get_family
 
 #: What of a preprocessor_config.json matters; `to_json` keeps these.
@@ -28,25 +26,6 @@ KEYS = (
     "image_std",
     "do_pad",
 )
-
-
-@dataclass(frozen=True)
-class ProcessedImage:
-    """One image, ready for the vision tower.
-
-    Attributes:
-        pixel_values: float32 [T, 3, h, w].
-        size: (height, width) of the image, upright.
-        rows: int64 [n], for each visual token, in order, its feature row among this image's
-            T*p rows; -1 is the newline embedding. n is how many `<image>` tokens it takes.
-        boxes: float64 [n, 4], x0, y0, x1, y1 in pixels of the image; nan for tokens without a
-            place (newline, class token).
-    """
-
-    pixel_values: np.ndarray
-    size: tuple[int, int]
-    rows: np.ndarray
-    boxes: np.ndarray
 
 
 class Preprocessor:
@@ -92,20 +71,13 @@ class Preprocessor:
         """A path, bytes or Pillow image as upright RGB; see `images.open_image`."""
         return open_image(source)
 
-    def __call__(self, image: Any) -> ProcessedImage:
+    def __call__(self, image: Any) -> Layout:
         """Preprocess one image: anything that `open_image` takes.
 
         Raises:
             TrioError: the image cannot be read, or is too long and narrow to be resized.
         """
-        picture = open_image(image)
-        layout = self._family.arrange(picture, self._settings, self._config)
-        return ProcessedImage(
-            pixel_values=normalise(layout.tiles, self._settings),
-            size=(picture.height, picture.width),
-            rows=layout.rows,
-            boxes=layout.boxes,
-        )
+        return self._family.arrange(open_image(image), self._settings, self._config)
 
 
 def _settings(raw: Mapping[str, Any], config: ModelConfig) -> ImageSettings:

@@ -87,7 +87,7 @@ class Running:
         if not self._slots:
             self._slots = list(rows)
             self._caches = prefilled.caches
-            self._places = np.array([row.prompt.length for row in rows], np.int64)
+            self._places = np.array([row.prompt.next_position for row in rows], np.int64)
             self._decoder = None
             self._clear([number for number, row in enumerate(rows) if row.finish])
             return
@@ -104,7 +104,7 @@ class Running:
         for place, (_, row) in zip(free, new, strict=True):
             self._slots += [None] * (place + 1 - len(self._slots))
             self._slots[place] = row
-            self._places[place] = row.prompt.length
+            self._places[place] = row.prompt.next_position
 
     def step(self) -> list[tuple[Row, np.ndarray]]:
         """Feed every row its last token; the logits [V] of its next, valid until the next step.

@@ -23,8 +23,8 @@ class Decoder:
         """Set up for caches of B rows; a number of rows is bound when it is first asked for.
 
         Args:
-            places: int64 [B], the prompts' lengths before any pruning; counted on by each step.
-            positions: `original` continues from the prompt's length, `renumber` from the number
+            places: int64 [B], `Prompt.next_position` of each row; counted on by each step.
+            positions: `original` continues from there, `renumber` from the number
                 of tokens that each segment holds.
         """
         rows, count = len(places), len(caches)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.preprocessing import ProcessedImage
+from trio_deploy.families.base import Layout
 from trio_deploy.pipeline.request import Generation
 
 _PANEL = 336  # longest side of one panel in pixels
@@ -43,7 +43,7 @@ def pruned_before(generation: Generation) -> list[int]:
 
 def draw_kept(
     image: Image.Image,
-    processed: ProcessedImage,
+    processed: Layout,
     kept: Sequence[np.ndarray],
     layers: Sequence[int] | None = None,
 ) -> Image.Image:
@@ -76,7 +76,7 @@ def draw_kept(
 
 
 def kept_panels(
-    image: Image.Image, processed: ProcessedImage, kept: Sequence[np.ndarray]
+    image: Image.Image, processed: Layout, kept: Sequence[np.ndarray]
 ) -> list[Image.Image]:
     """The panels of `draw_kept` by themselves, without captions: all, then each pruning point."""
     scale = _PANEL / max(image.size)
@@ -85,7 +85,7 @@ def kept_panels(
     return [small, *(_dim(small, _lit(processed, tokens, small.size)) for tokens in kept)]
 
 
-def _lit(processed: ProcessedImage, tokens: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _lit(processed: Layout, tokens: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """bool [height, width] of the panel: places that a kept token covers."""
     width, height = size
     scale = np.array([width / processed.size[1], height / processed.size[0]] * 2)

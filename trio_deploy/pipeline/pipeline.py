@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
-from trio_deploy.families.preprocessing import Preprocessor, ProcessedImage
+from trio_deploy.families.base import Layout
+from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.pipeline.batch import Running
 from trio_deploy.pipeline.prefill import Clock, Prefilled, Stages
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder, collate
@@ -30,7 +31,7 @@ from trio_deploy.runtimes.registry import complete_options, open_runtime
 from trio_deploy.schedule.methods import SEEDS
 from trio_deploy.schedule.schedule import Schedule
 
-_Opened = dict[int, tuple[Image.Image, ProcessedImage]]
+_Opened = dict[int, tuple[Image.Image, Layout]]
 """Pictures of a batch by their source's identity: requests about one share it."""
 
 
@@ -106,7 +107,7 @@ class Pipeline:
         """The opened graph of a stage, for those who feed it themselves."""
         return self._stages.engines[stage]
 
-    def encode(self, request: Request) -> tuple[Prompt, list[ProcessedImage]]:
+    def encode(self, request: Request) -> tuple[Prompt, list[Layout]]:
         """What the graphs will see of a request: its tokens and its pictures.
 
         Raises:
@@ -218,12 +219,11 @@ class Pipeline:
         with clock.stage("preprocess"):
             batch = collate(
                 [row.prompt for row in rows],
-                [[image.rows for image in row.processed] for row in rows],
-                [[self._features(image) for image in row.processed] for row in rows],
+                [row.processed for row in rows],
             )
         prefilled = self._stages.prefill(
             batch,
-            [image.pixel_values for row in rows for image in row.processed],
+            [image for row in rows for image in row.processed],
             [np.array(keeps, np.int64) for keeps in zip(*(row.keeps for row in rows), strict=True)],
             np.array([row.limit for row in rows], np.int64),
             clock,
@@ -277,9 +277,7 @@ class Pipeline:
         images = [opened[id(source)][0] for source in sources]
         processed = [opened[id(source)][1] for source in sources]
         rendered = self._encoder.has_template and not request.raw
-        prompt = self._encoder.encode(
-            text, [len(image.rows) for image in processed], rendered=rendered
-        )
+        prompt = self._encoder.encode(text, [image.text for image in processed], rendered=rendered)
         context = self._text.max_positions
         if prompt.length + len(request.forced) > context and prompt.length < context:
             raise TrioError(
@@ -332,9 +330,6 @@ class Pipeline:
                 "1.0: export it with --budget"
             )
         return self.bundle.schedule_at(budget)
-
-    def _features(self, image: ProcessedImage) -> int:
-        return len(image.pixel_values) * self.bundle.config.vision.rows_per_tile
 
 
 def _numbers(requests: Sequence[Request]) -> list[tuple[str, Request]]:

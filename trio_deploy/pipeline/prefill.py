@@ -10,7 +10,7 @@ import numpy as np
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import TILES_AT_ONCE
+from trio_deploy.families.base import TILES_AT_ONCE, Layout
 from trio_deploy.pipeline.cache import CacheShape, Empties, SegmentCache
 from trio_deploy.pipeline.prompt import Batch
 from trio_deploy.runtimes.arrays import concatenate, on_host, to_host
@@ -115,36 +115,42 @@ class Stages:
         names = self.engines[segment].outputs
         return next(name for name in names if not name.startswith("present."))
 
-    def see(self, images: Sequence[np.ndarray]) -> tuple[Array, dict[str, np.ndarray]]:
-        """image_features [R,d] of images [T,3,h,w] each, in order; the same array is seen once.
+    def see(self, images: Sequence[Layout]) -> tuple[Array, dict[str, np.ndarray]]:
+        """image_features [R,d] of images, in order; the tower runs once per distinct image.
 
         And the graph's other outputs f32 [R] by name, which some selections go by.
         """
-        once = list({id(tiles): tiles for tiles in images}.values())
+        once = list({id(image): image for image in images}.values())
         engine = self.engines["vision"]
         scores = [name for name in engine.outputs if name != _FEATURES]
         found: dict[int, dict[str, Array]] = {}
-        for start, stop in _groups([len(tiles) for tiles in once], TILES_AT_ONCE):
-            group = once[start:stop]
-            pixels = np.concatenate(group).astype(engine.inputs["pixel_values"].dtype, copy=False)
-            out = engine.run({"pixel_values": pixels}, host=scores)
-            rows, at = len(out[_FEATURES]) // len(pixels), 0  # rows a tile
-            for tiles in group:
-                end = at + rows * len(tiles)
-                found[id(tiles)] = {name: values[at:end] for name, values in out.items()}
+        for start, stop in _groups(
+            [len(image.feeds["pixel_values"]) for image in once], TILES_AT_ONCE
+        ):
+            group, at = once[start:stop], 0
+            feeds: dict[str, Array] = {
+                name: np.concatenate([image.feeds[name] for image in group]).astype(
+                    spec.dtype, copy=False
+                )
+                for name, spec in engine.inputs.items()
+            }
+            out = engine.run(feeds, host=scores)
+            for image in group:
+                end = at + image.feature_rows
+                found[id(image)] = {name: values[at:end] for name, values in out.items()}
                 at = end
         if not images:
             nothing = {name: np.zeros(0, np.float32) for name in scores}
             return np.zeros((0, self.hidden_size), self.dtype), nothing
-        features = concatenate([found[id(tiles)][_FEATURES] for tiles in images])
+        features = concatenate([found[id(image)][_FEATURES] for image in images])
         return features, {
-            name: np.concatenate([found[id(tiles)][name] for tiles in images]) for name in scores
+            name: np.concatenate([found[id(image)][name] for image in images]) for name in scores
         }
 
     def prefill(
         self,
         batch: Batch,
-        images: Sequence[np.ndarray],
+        images: Sequence[Layout],
         keeps: Sequence[np.ndarray],
         new_tokens: np.ndarray,
         clock: Clock,
@@ -153,7 +159,7 @@ class Stages:
         """Run a batch up to its first logits.
 
         Args:
-            images: pixel values of all images of the batch in order.
+            images: layouts of all images of the batch in order.
             keeps: for each pruning point, int64 [B], visual tokens to keep.
             new_tokens: int64 [B], how many tokens a row may generate; sizes the KV cache.
             seeds: int64 [B], of `random` selections; None is 0 for all.

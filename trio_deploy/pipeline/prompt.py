@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trio_deploy.errors import TrioError
+from trio_deploy.families.base import VISUAL_TOKEN, Layout
 from trio_deploy.pipeline.chat import ChatTemplate, Message
 
 """A chat message in Hugging Face's format: {"role": ..., "content": str or list of items}; an item
@@ -22,15 +23,22 @@ class Prompt:
     Attributes:
         ids: int64 [S]; the image token stands at every visual place.
         visual: bool [S], the visual places.
+        positions: int64 [axes, S], rotary positions along each axis that the model has.
     """
 
     ids: np.ndarray
     visual: np.ndarray
+    positions: np.ndarray
 
     @property
     def length(self) -> int:
         """Number of tokens S."""
         return len(self.ids)
+
+    @property
+    def next_position(self) -> int:
+        """Position of the first generated token, the same along all axes."""
+        return int(self.positions.max(initial=-1)) + 1
 
     @property
     def visual_tokens(self) -> int:
@@ -111,8 +119,11 @@ class PromptEncoder:
         self._check_count(placeholders, images, None if placeholders else advice)
         return self._template.render(prompt)
 
-    def encode(self, text: str, images: Sequence[int], *, rendered: bool = True) -> Prompt:
-        """Tokenise `text` and expand its i-th placeholder to `images[i]` visual tokens.
+    def encode(self, text: str, images: Sequence[str], *, rendered: bool = True) -> Prompt:
+        """Tokenise `text` with the i-th placeholder replaced by `images[i]`, a `Layout.text`.
+
+        Placeholders are replaced in the text, as transformers' processors do, since a tokenizer may
+        join what replaces them with its neighbours.
 
         Special tokens (BOS) are added by the tokenizer's post-processor, except for text that a
         chat template (`rendered`) already began with BOS, as `apply_chat_template` does.
@@ -121,17 +132,19 @@ class PromptEncoder:
             TrioError: placeholders and images differ in number, or there is no text at all.
         """
         begun = rendered and bool(self._bos_token) and text.startswith(self._bos_token or "")
+        first, *rest = text.split(self.image_token)
+        self._check_count(len(rest), len(images))
+        pieces = [first]
+        for image, piece in zip(images, rest, strict=True):
+            pieces += [image.replace(VISUAL_TOKEN, self.image_token), piece]
         ids = np.array(
-            self._tokenizer.encode(text, add_special_tokens=not begun).ids, dtype=np.int64
+            self._tokenizer.encode("".join(pieces), add_special_tokens=not begun).ids,
+            dtype=np.int64,
         )
-        marks = ids == self._image_token_id
-        self._check_count(int(marks.sum()), len(images))
-        repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[marks] = images
-        expanded = np.repeat(ids, repeats)
-        if marks.all():
+        visual = ids == self._image_token_id
+        if visual.all():
             raise TrioError("the prompt has no text: write something to ask")
-        return Prompt(expanded, np.repeat(marks, repeats))
+        return Prompt(ids, visual, np.arange(len(ids), dtype=np.int64)[None])
 
     def answer(self, text: str) -> list[int]:
         """Token ids of an answer's text, without special tokens."""
@@ -212,7 +225,7 @@ class Batch:
     Attributes:
         input_ids: int64 [B,S]; 0 at visual places, whose embedding is never read.
         source_index: int64 [B,S], what `embed` gathers (see `collate`).
-        position_ids: int64 [B,S], counting from 0 in each row.
+        position_ids: int64 [B,S], or [B,axes,S] where the model has several axes; 0 in padding.
         lengths: int64 [B], valid tokens.
         visual_mask: bool [B,S].
     """
@@ -226,17 +239,13 @@ class Batch:
 
 def collate(
     prompts: Sequence[Prompt],
-    image_rows: Sequence[Sequence[np.ndarray]],
-    feature_rows: Sequence[Sequence[int]],
+    images: Sequence[Sequence[Layout]],
 ) -> Batch:
     """Pad prompts and number their image rows over the whole batch.
 
     Args:
         prompts: one a row.
-        image_rows: for each row and image, `ProcessedImage.rows`: the feature row of each visual
-            token inside its image, −1 for image_newline.
-        feature_rows: for each row and image, how many feature rows the image has (tiles times
-            rows a tile).
+        images: layouts of each row's images in order.
 
     `source_index` holds an entry below S for a text embedding of the same row, S + r for feature
     row r of the batch, and S + R (R: all feature rows) for image_newline.
@@ -245,7 +254,7 @@ def collate(
         TrioError: an image's visual tokens do not fill its places in the prompt.
     """
     size = max(prompt.length for prompt in prompts)
-    total = sum(sum(counts) for counts in feature_rows)
+    total = sum(layout.feature_rows for layouts in images for layout in layouts)
     shape = (len(prompts), size)
     input_ids = np.zeros(shape, dtype=np.int64)
     visual_mask = np.zeros(shape, dtype=bool)
@@ -256,9 +265,9 @@ def collate(
         input_ids[row, : prompt.length] = np.where(prompt.visual, 0, prompt.ids)
         visual_mask[row, : prompt.length] = prompt.visual
         sources = []
-        for rows, count in zip(image_rows[row], feature_rows[row], strict=True):
-            sources.append(np.where(rows < 0, size + total, size + first + rows))
-            first += count
+        for layout in images[row]:
+            sources.append(np.where(layout.rows < 0, size + total, size + first + layout.rows))
+            first += layout.feature_rows
         found = np.concatenate(sources) if sources else np.zeros(0, dtype=np.int64)
         if len(found) != prompt.visual_tokens:
             raise TrioError(
@@ -266,5 +275,10 @@ def collate(
             )
         source_index[row, visual_mask[row]] = found
     lengths = np.array([prompt.length for prompt in prompts], dtype=np.int64)
-    position_ids = np.where(place < lengths[:, None], place, 0)
+    axes = len(prompts[0].positions)
+    position_ids = np.zeros((len(prompts), axes, size), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        position_ids[row, :, : prompt.length] = prompt.positions
+    if axes == 1:
+        position_ids = position_ids[:, 0]
     return Batch(input_ids, source_index, position_ids, lengths, visual_mask)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from trio_deploy.families.preprocessing import ProcessedImage
+from trio_deploy.families.base import Layout
 from trio_deploy.pipeline.chat import Message
 from trio_deploy.schedule.schedule import Schedule
 
@@ -101,7 +101,7 @@ class Generation:
     kv_bytes_allocated: int
     schedule: Schedule = field(default_factory=Schedule)
     images: list[Image.Image] = field(default_factory=list, repr=False)
-    processed: list[ProcessedImage] = field(default_factory=list, repr=False)
+    processed: list[Layout] = field(default_factory=list, repr=False)
     first_logits: np.ndarray | None = field(default=None, repr=False)
     logprobs: list[float] = field(default_factory=list)
     greedy: list[bool] = field(default_factory=list)

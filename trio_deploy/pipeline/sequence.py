@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from trio_deploy.families.preprocessing import ProcessedImage
+from trio_deploy.families.base import Layout
 from trio_deploy.pipeline.prompt import Prompt
 from trio_deploy.pipeline.request import Generation, Request
 from trio_deploy.pipeline.sampling import Forced, Sampler, StopScanner, TokenStream
@@ -33,7 +33,7 @@ class Row:
 
     request: Request
     images: list[Image.Image]
-    processed: list[ProcessedImage]
+    processed: list[Layout]
     prompt: Prompt
     limit: int
     schedule: Schedule

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.pixels import image_size
+from trio_deploy.families.pixels import encoded_size
 from trio_deploy.pipeline.chat import Message
 from trio_deploy.pipeline.request import Request
 from trio_deploy.pipeline.sampling import Sampling
@@ -205,7 +205,7 @@ def _decode_base64(number: int, data: bytes) -> bytes:
 
 def _image_pixels(number: int, image: bytes, limits: ServiceLimits) -> int:
     try:
-        width, height = image_size(image)
+        width, height = encoded_size(image)
     except TrioError as error:
         raise TrioError(f"image {number}: {error}") from None
     if width * height > limits.max_image_pixels:

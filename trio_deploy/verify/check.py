@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.checkpoint.resolve import from_folder
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import TILES_AT_ONCE
-from trio_deploy.families.preprocessing import ProcessedImage
+from trio_deploy.families.base import TILES_AT_ONCE, Layout
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.prompt import Prompt, collate
 from trio_deploy.pipeline.request import Request
@@ -270,7 +269,7 @@ def _ask_oracle(
         oracle = Oracle.from_checkpoint(checkpoint, **options)
     rows = []
     for prompt, pictures in _encoded(pipeline, examples):
-        pixels = [picture.pixel_values for picture in pictures]
+        pixels = [picture.feeds["pixel_values"] for picture in pictures]
         rows.append(
             Row(
                 prompt.ids,
@@ -284,9 +283,7 @@ def _ask_oracle(
     return Reference(list(examples), result.stages, tokens)
 
 
-def _encoded(
-    pipeline: Pipeline, examples: Sequence[Example]
-) -> list[tuple[Prompt, list[ProcessedImage]]]:
+def _encoded(pipeline: Pipeline, examples: Sequence[Example]) -> list[tuple[Prompt, list[Layout]]]:
     return [pipeline.encode(Request(e.prompt, e.pictures)) for e in examples]
 
 
@@ -295,12 +292,7 @@ def _compare_inputs(
 ) -> list[ParityRow]:
     """The runtime's batch against transformers' packing, and its prompts against the processor."""
     encoded = _encoded(pipeline, reference.examples)
-    per_tile = pipeline.bundle.config.vision.rows_per_tile
-    batch = collate(
-        [prompt for prompt, _ in encoded],
-        [[picture.rows for picture in pictures] for _, pictures in encoded],
-        [[len(p.pixel_values) * per_tile for p in pictures] for _, pictures in encoded],
-    )
+    batch = collate([prompt for prompt, _ in encoded], [pictures for _, pictures in encoded])
     expected = reference.stages["embed"].inputs
     valid = np.arange(batch.source_index.shape[1]) < batch.lengths[:, None]
     same = np.array_equal(batch.lengths, expected["lengths"]) and np.array_equal(
@@ -316,7 +308,7 @@ def _compare_inputs(
 def _compare_processor(
     pipeline: Pipeline,
     examples: Sequence[Example],
-    encoded: Sequence[tuple[Prompt, list[ProcessedImage]]],
+    encoded: Sequence[tuple[Prompt, list[Layout]]],
     checkpoint: str | Path,
 ) -> list[ParityRow]:
     """Prompts and pixels against those of transformers' processor."""
@@ -341,11 +333,11 @@ def _compare_processor(
             if pixels.ndim == 5:  # images with fewer tiles are padded to the largest
                 pixels = np.concatenate(
                     [
-                        tiles[: len(p.pixel_values)]
+                        tiles[: len(p.feeds["pixel_values"])]
                         for tiles, p in zip(pixels, pictures, strict=True)
                     ]
                 )
-            mine = np.concatenate([picture.pixel_values for picture in pictures])
+            mine = np.concatenate([picture.feeds["pixel_values"] for picture in pictures])
             if mine.shape != pixels.shape:
                 problem = "the pictures have other tiles than transformers' processor gives them"
             else:

@@ -408,7 +408,7 @@ def test_what_is_held_has_a_bound_in_bytes(
 ) -> None:
     """Tiles of pictures that wait included: those of a small file are large."""
     picture = file()
-    tiles = pipeline.prepare(Request(QUESTION, [picture])).processed[0].pixel_values.nbytes
+    tiles = pipeline.prepare(Request(QUESTION, [picture])).processed[0].feeds["pixel_values"].nbytes
     assert tiles > 10 * len(picture)
     model = load(max_queue_bytes=str(2 * (tiles + len(picture) + len(QUESTION)) + 10))
     go = hold(model, monkeypatch)

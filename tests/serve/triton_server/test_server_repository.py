@@ -117,8 +117,8 @@ def test_stages_run_from_their_folders_and_lead_to_the_pipelines_first_token(ser
         }
         return engine.run(none | feeds)
 
-    features = run("vision", pixel_values=image.pixel_values)["image_features"]
-    batch = collate([prompt], [[image.rows]], [[len(features)]])
+    features = run("vision", pixel_values=image.feeds["pixel_values"])["image_features"]
+    batch = collate([prompt], [[image]])
     hidden = run(
         "embed",
         input_ids=batch.input_ids,

@@ -52,7 +52,7 @@ def encode(
     pictures = work.pictures(seed)
     with timed(stages, "preprocess"):
         prompt, processed = inputs.encode(work.messages(), pictures)
-        pixels = np.concatenate([picture.pixel_values for picture in processed])
+        pixels = np.concatenate([picture.feeds["pixel_values"] for picture in processed])
     return prompt, pixels, [(int(p.size[0]), int(p.size[1])) for p in processed]
 
 

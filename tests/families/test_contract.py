@@ -1,0 +1,74 @@
+"""What families keep to themselves, and what each of them promises."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from trio_deploy.families.preprocessing import Preprocessor
+from trio_deploy.families.registry import FAMILIES, parse_config, request_limits
+
+PACKAGE = Path(__file__).parents[2] / "trio_deploy"
+SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "families"]
+
+#: How images become tiles and tiles become tokens.
+GEOMETRY = {"image_size", "patch_size", "rows_per_tile", "grid_pinpoints", "image_newline"}
+WHERE = ("reference/", "graphs/towers.py", "graphs/connectors.py")
+LATER = ("graphs/stages.py",)
+
+
+def names(tree: ast.AST) -> set[str]:
+    """Attributes, keywords, variables and keys that a module mentions."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.keyword | ast.arg):
+            found.add(node.arg or "")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_the_geometry_of_images_is_known_to_families_towers_and_the_reference_alone(path):
+    if path.relative_to(PACKAGE).as_posix().startswith(WHERE + LATER):
+        return
+    assert not names(ast.parse(path.read_text(encoding="utf-8"))) & GEOMETRY
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_nothing_outside_asks_for_a_familys_name(path):
+    if path == PACKAGE / "reference/oracle.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Compare):
+            compared = [ast.unparse(side) for side in (node.left, *node.comparators)]
+            models = any("config.family" in side or "model_type" in side for side in compared)
+            known = any(side.strip("'") in FAMILIES for side in compared)
+            assert not models and not known, ast.unparse(node)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_no_image_brings_more_than_the_family_says(family):
+    from tests.support.pictures import make_picture
+
+    config = parse_config(family.tiny())
+    assert config.family == family.name
+    limits = request_limits(config)
+    side = int((limits.tile_values // 3) ** 0.5)
+    settings = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    preprocessor = Preprocessor(settings, config)
+    largest = preprocessor(make_picture(*limits.picture))
+    assert len(largest.rows) == largest.text.count("\ufffc") == limits.visual_tokens
+    for size in ((64, 64), (200, 40), (33, 170), (1, 90), limits.picture):
+        layout = preprocessor(make_picture(*size))
+        tiles = layout.feeds["pixel_values"]
+        assert len(tiles) <= limits.tiles and len(layout.rows) <= limits.visual_tokens
+        assert tiles[0].size == limits.tile_values
+        assert layout.feature_rows == len(tiles) * limits.tile_rows
+        assert layout.rows.max() < layout.feature_rows and layout.boxes.shape[1] == 4
