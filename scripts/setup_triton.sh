@@ -82,7 +82,7 @@ install() {
     "$folder/bin/python" -m pip --disable-pip-version-check install --quiet --constraint "$pins" "$@"
 }
 # The server itself needs none of nvidia-pytriton's own requirements, which are of its Python side.
-install --editable "${root}[cpu]" 'numpy<2' 'tritonclient[grpc,http]' pytest ||
+install --editable "${root}[cpu,export]" 'numpy<2' 'tritonclient[grpc,http]' pytest ||
     fail "pip could not install trio-deploy for the server (above is why): try again"
 install --no-deps --only-binary :all: nvidia-pytriton ||
     unavailable "pip could not get the wheel of nvidia-pytriton, which holds the Triton server: run \

@@ -1,4 +1,4 @@
-"""The wheel alone, without torch or transformers, exports and runs with the same tokens."""
+"""What a wheel, an sdist and an editable install promise, each in an environment of its own."""
 
 from __future__ import annotations
 
@@ -7,87 +7,202 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
-from trio_deploy import Request
-
 ROOT = Path(__file__).parent.parent
 SCENE = ROOT / "examples" / "scene.png"
+RECORDED = ROOT / "tests" / "fixtures" / "schema_1" / "bundle_ort"
 PROMPT = "what color is the circle?"
+PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+QUICK = "--runs 1 --warm-up 0 --new-tokens 2 --no-memory".split()
 
 
-def run(*command: object, cwd: Path) -> str:
-    """Runs a command outside the checkout, so that only what is installed is found."""
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True
-    )
+def attempt(*command: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command outside the checkout, so that only what is installed is found."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    words = [str(part) for part in command]
+    return subprocess.run(words, cwd=cwd, env=inherited | env, capture_output=True, text=True)
+
+
+def run(*command: object, cwd: Path, **env: str) -> str:
+    done = attempt(*command, cwd=cwd, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def venv(tmp_path_factory):
-    """Scripts folder of a new environment with the wheel and its `cpu` extra, nothing else."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # a copy: building leaves files behind, which the next build takes
-    everywhere = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__")
-    on_top = shutil.ignore_patterns("build", "dist", "out")  # trio_deploy/build is a room
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout, which building and installing may write to."""
+    folder = tmp_path_factory.mktemp("source") / "trio-deploy"
+    left_out = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "out", "dist", "tests")
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    return folder
 
-    def left_out(folder: str, names: list[str]) -> set[str]:
-        return everywhere(folder, names) | (on_top(folder, names) if folder == str(ROOT) else set())
 
-    shutil.copytree(ROOT, source, ignore=left_out)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source, cwd=folder)
-    (wheel,) = folder.glob("*.whl")
-    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
-    scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the sdist, which so holds all that it needs."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source, cwd=folder)
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+def environment(folder: Path, *requirements: object) -> Path:
+    """Return the folder of programs of a new environment with these packages and nothing else."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    programs = folder / ("Scripts" if os.name == "nt" else "bin")
     tested = ROOT / "requirements" / "tested.txt"
-    run(*pip, "--python", scripts / "python", "install", "--no-compile", "-c", tested,
-        f"{wheel}[cpu]", cwd=folder)  # fmt: skip
-    return scripts
+    if requirements:
+        run(*PIP, "--python", programs / "python", "install", "--no-compile", "-c", tested,
+            *requirements, cwd=folder)  # fmt: skip
+    return programs
 
 
-def test_the_base_install_has_neither_torch_nor_transformers(venv, tmp_path):
-    listing = run(sys.executable, "-m", "pip", "--python", venv / "python", "list",
-                  "--format=json", cwd=tmp_path)  # fmt: skip
-    installed = {package["name"].lower() for package in json.loads(listing)}
-    assert "trio-deploy" in installed
-    assert not installed & {"torch", "transformers", "safetensors", "torchvision"}
+@pytest.fixture(scope="module")
+def device(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a device installs: the wheel with `[cpu]`."""
+    return environment(tmp_path_factory.mktemp("device") / "venv", f"{wheel}[cpu]")
 
 
-def test_a_bundle_exported_and_run_there_gives_the_same_tokens(venv, tmp_path):
-    run(venv / "trio-export", "--model", "tiny", "--budget", "0.111", "--out", "bundle",
-        cwd=tmp_path)  # fmt: skip
-    out = run(venv / "trio", "run", "bundle", "--image", SCENE, "--prompt", PROMPT,
+@pytest.fixture(scope="module")
+def workstation(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What exporting takes: the wheel with `[cpu,export]`."""
+    return environment(tmp_path_factory.mktemp("workstation") / "venv", f"{wheel}[cpu,export]")
+
+
+@pytest.fixture(scope="module")
+def bundle(workstation: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the shipped model, exported by an installed wheel."""
+    folder = tmp_path_factory.mktemp("exported")
+    run(workstation / "trio-export", "--model", "tiny", "--budget", "0.111", "--out", "bundle",
+        cwd=folder)  # fmt: skip
+    return folder / "bundle"
+
+
+def installed(programs: Path, cwd: Path) -> set[str]:
+    listing = run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        programs / "python",
+        "list",
+        "--format=json",
+        cwd=cwd,
+    )
+    return {package["name"].lower() for package in json.loads(listing)}
+
+
+def test_no_install_brings_torch_and_a_device_needs_no_onnx(
+    device: Path, workstation: Path, tmp_path: Path
+) -> None:
+    torch = {"torch", "transformers", "safetensors", "torchvision"}
+    assert not installed(workstation, tmp_path) & torch
+    assert not installed(device, tmp_path) & (torch | {"onnx", "onnx-ir", "onnxscript"})
+    assert "trio-deploy" in installed(device, tmp_path)
+
+
+def test_a_bundle_runs_on_a_device_with_the_same_tokens(
+    bundle: Path, device: Path, tmp_path: Path
+) -> None:
+    out = run(device / "trio", "run", bundle, "--image", SCENE, "--prompt", PROMPT,
               "--show", "kept.png", "--json", cwd=tmp_path)  # fmt: skip
     there = json.loads(out)
     assert (tmp_path / "kept.png").stat().st_size > 0
 
-    from trio_deploy import Pipeline
+    from trio_deploy import Pipeline, Request
 
-    here = Pipeline.open(tmp_path / "bundle").generate(Request(PROMPT, [SCENE]))
+    here = Pipeline.open(bundle).generate(Request(PROMPT, [SCENE]))
     assert there["token_ids"] == list(here.token_ids)
     assert there["text"] == here.text
 
 
-def test_measuring_and_the_page_need_no_more_than_that(venv, tmp_path):
-    run(venv / "trio-export", "--model", "tiny", "--out", "bundle", cwd=tmp_path)
-    quick = "--runs 1 --warm-up 0 --new-tokens 2 --no-memory --out figures".split()
-    out = run(venv / "trio", "bench", "bundle", *quick, cwd=tmp_path)
+def test_a_device_checks_inspects_and_plans(bundle: Path, device: Path, tmp_path: Path) -> None:
+    run(device / "trio", "check", RECORDED, "--golden", cwd=tmp_path)
+    assert "verified" in run(device / "trio", "inspect", bundle, "--verify", cwd=tmp_path)
+    out = run(device / "trio", "plan", "--model", "llava-next-7b", "--json", cwd=tmp_path)
+    assert json.loads(out)["model"] == "llava-next-7b"
+
+
+def test_a_device_measures_and_writes_the_page(bundle: Path, device: Path, tmp_path: Path) -> None:
+    out = run(device / "trio", "bench", bundle, *QUICK, "--out", "figures", cwd=tmp_path)
     assert "transformers: torch is not installed" in out
-    assert {path.name for path in tmp_path.glob("figures*")} == {"figures.json", "figures.md"}
-    run(venv / "trio", "report", "bundle", "--bench", "figures.json", "--scenes", "0",
+    assert {"figures.json", "figures.md"} <= {path.name for path in tmp_path.glob("figures*")}
+    run(device / "trio", "report", bundle, "--bench", "figures.json", "--scenes", "0",
         cwd=tmp_path)  # fmt: skip
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Not checked" in page and "data:image/jpeg" in page
 
 
-def test_recipes_and_targets_are_in_the_wheel(venv, tmp_path):
-    for model in ("tiny", "llava-1.5-7b", "llava-next-7b"):
-        out = run(venv / "trio", "plan", "--model", model, "--budget", "0.222", "--json",
-                  cwd=tmp_path)  # fmt: skip
-        assert json.loads(out)["model"] == model
+def test_a_device_evaluates_and_writes_a_triton_repository(
+    bundle: Path, device: Path, tmp_path: Path
+) -> None:
+    run(device / "trio", "eval", bundle, "--scenes", "1", "--budgets", "own", "--out", "eval",
+        cwd=tmp_path)  # fmt: skip
+    assert json.loads((tmp_path / "eval" / "results.json").read_text())["results"]
+    run(device / "trio", "triton", bundle, "--out", "repository", cwd=tmp_path)
+    assert (tmp_path / "repository" / "trio_vlm" / "config.pbtxt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        ("export --model tiny --out b", "export"),
+        ("attach-weights BUNDLE CHECKPOINT", "export"),
+        ("plan --model llava-next-7b --target jetson-orin-nx-16gb", "export"),
+        ("build BUNDLE --target jetson-orin-nx-16gb --dry-run", "export"),
+        ("bench --size d=64,layers=2,vocab=300", "export"),
+        ("eval tiny --scenes 1 --out e", "export"),
+        ("tune tiny --scenes 1 --out t", "export"),
+        ("check BUNDLE", "reference"),
+        ("run BUNDLE --prompt x --runtime openvino", "openvino"),
+    ],
+)
+def test_a_command_without_its_extra_names_it(
+    command: str, extra: str, bundle: Path, device: Path, tmp_path: Path
+) -> None:
+    checkpoint = ROOT / "trio_deploy" / "data" / "tiny"
+    words = [
+        {"BUNDLE": str(bundle), "CHECKPOINT": str(checkpoint)}.get(word, word)
+        for word in command.split()
+    ]
+    done = attempt(device / "trio", *words, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"trio-deploy[{extra}]" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("model", ["tiny", "llava-1.5-7b", "llava-next-7b"])
+def test_recipes_and_targets_are_in_the_wheel(
+    model: str, workstation: Path, tmp_path: Path
+) -> None:
+    out = run(workstation / "trio", "plan", "--model", model, "--budget", "0.222",
+              "--target", "h200", "--json", cwd=tmp_path)  # fmt: skip
+    assert json.loads(out)["model"] == model
+
+
+def test_an_editable_install_sees_a_changed_recipe_and_a_new_one(
+    source: Path, tmp_path: Path
+) -> None:
+    programs = environment(tmp_path / "venv")
+    dependencies = sysconfig.get_path("purelib")  # of the tests' own environment
+    run(*PIP, "--python", programs / "python", "install", "--no-deps", "--no-build-isolation",
+        "--editable", source, cwd=tmp_path, PYTHONPATH=dependencies)  # fmt: skip
+
+    def plan(model: str) -> dict[str, object]:
+        out = run(programs / "trio", "plan", "--model", model, "--budget", "0.111", "--json",
+                  cwd=tmp_path, PYTHONPATH=dependencies)  # fmt: skip
+        return json.loads(out)
+
+    before = plan("tiny")
+    recipe = source / "export" / "tiny.yaml"
+    recipe.write_text(
+        recipe.read_text().replace("{layer: 8, keep: 0.070312}", "{layer: 8, keep: 0.05}")
+    )
+    shutil.copy(recipe, source / "export" / "mine.yaml")
+    assert plan("tiny") != before
+    assert plan("mine")["model"] == "mine"

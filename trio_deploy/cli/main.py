@@ -20,6 +20,16 @@ from trio_deploy.schedule.methods import METHODS
 
 _EXPORT_SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
 _USAGE = 2  # as argparse has it
+# The extra of this package that installs a package which some commands need.
+_EXTRAS = {
+    "onnx": "export",
+    "onnx_ir": "export",
+    "onnxscript": "export",
+    "torch": "reference",
+    "transformers": "reference",
+    "safetensors": "reference",
+    "polygraphy": "tensorrt",
+}
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 _RUNTIME_HELP = "onnxruntime, openvino or tensorrt (default: by the bundle)"
@@ -39,6 +49,16 @@ def _execute(args: argparse.Namespace) -> int:
         if args.debug:
             raise
         print(f"trio: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if args.debug or error.name is None or error.name.split(".")[0] not in _EXTRAS:
+            raise
+        package = error.name.split(".")[0]
+        print(
+            f"trio: this needs the package {package}, which is not installed: "
+            f"pip install 'trio-deploy[{_EXTRAS[package]}]'",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         if args.debug:

@@ -20,7 +20,6 @@ from trio_deploy.checkpoint.resolve import resolve
 from trio_deploy.checkpoint.safetensors import Checkpoint, read_header
 from trio_deploy.config.recipe import Recipe
 from trio_deploy.errors import TrioError
-from trio_deploy.export.job import export_model
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.files import sha256_of
@@ -420,6 +419,8 @@ class Bundles:
         out = self._folder / self._key(configuration)
         if (out / MANIFEST).is_file():
             return Bundle.load(out)
+        from trio_deploy.export.job import export_model  # needs the extra `export`
+
         bundle = export_model(
             self._source.model,
             out,

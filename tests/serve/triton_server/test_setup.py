@@ -88,7 +88,7 @@ def test_a_path_with_spaces_reaches_pip_whole(checkout: Path) -> None:
     set_up(checkout, "nvidia-pytriton")
     given = (checkout / "pip").read_text().splitlines()
     assert given.count(str(checkout / "requirements" / "triton.txt")) == 2
-    assert f"{checkout}[cpu]" in given
+    assert f"{checkout}[cpu,export]" in given
 
 
 def test_a_folder_with_spaces_is_refused_since_triton_cannot_start_models_there(
