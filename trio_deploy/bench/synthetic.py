@@ -26,7 +26,6 @@ from trio_deploy.checkpoint.safetensors import INDEX, SINGLE
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.recipe import list_recipes
 from trio_deploy.errors import TrioError
-from trio_deploy.export.job import export_model
 from trio_deploy.families import llava
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.hf_config import clip_processor_files
@@ -398,6 +397,8 @@ def make_bundle(
         progress=progress,
     )
     target = options.target or default_target(options.runtime)
+    from trio_deploy.export.job import export_model  # needs the extra `export`
+
     bundle = export_model(
         checkpoint,
         folder / f"{checkpoint.name}-{model.dialect or Path(str(target)).stem}",
