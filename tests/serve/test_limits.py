@@ -8,7 +8,7 @@ import pytest
 
 from trio_deploy import TrioError
 from trio_deploy.pipeline.batcher.scheduler import BatcherLimits
-from trio_deploy.serve.limits import ServiceLimits, read_settings, setting_kinds
+from trio_deploy.serve.limits import ServiceLimits, parse_settings, setting_kinds
 
 KINDS = setting_kinds(ServiceLimits, BatcherLimits)
 
@@ -26,7 +26,7 @@ def test_values_are_read_from_text_and_sorted_into_the_limits() -> None:
         "prefillers": "0",
         "max_stop": "",
     }
-    values = read_settings(given, KINDS)
+    values = parse_settings(given, KINDS)
     assert values == {"max_tokens": 64, "budget": 0.2, "max_rows": 3, "prefillers": 0}
     assert ServiceLimits.from_settings(values) == ServiceLimits(
         max_tokens=64, default_max_tokens=64, budget=0.2, batcher=BatcherLimits(max_rows=3)
@@ -41,7 +41,7 @@ def test_without_settings_they_are_the_defaults() -> None:
     ("text", "kind", "value"), [("True", "bool", True), ("false", "bool", False), ("x", "str", "x")]
 )
 def test_flags_and_texts_are_read(text: str, kind: str, value: Any) -> None:
-    assert read_settings({"name": text}, {"name": kind}) == {"name": value}
+    assert parse_settings({"name": text}, {"name": kind}) == {"name": value}
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,4 @@ def test_flags_and_texts_are_read(text: str, kind: str, value: Any) -> None:
 )
 def test_wrong_settings_are_named(settings: dict[str, str], message: str) -> None:
     with pytest.raises(TrioError, match=message):
-        ServiceLimits.from_settings(read_settings(settings, KINDS))
+        ServiceLimits.from_settings(parse_settings(settings, KINDS))

@@ -243,8 +243,8 @@ def _triton(args: argparse.Namespace) -> None:
     from trio_deploy.bundle.bundle import Bundle
     from trio_deploy.serve.triton_server.repository import (
         Options,
+        path_warning,
         read_settings,
-        remark,
         write_repository,
     )
 
@@ -260,7 +260,7 @@ def _triton(args: argparse.Namespace) -> None:
     )
     models = write_repository(Bundle.load(args.bundle), args.out, options, force=args.force)
     print(f"{args.out}: {', '.join(models)}")
-    if said := remark(args.out):
+    if said := path_warning(args.out):
         print(f"trio: {said}", file=sys.stderr)
     print(f"serve it: tritonserver --model-repository {args.out}")
 

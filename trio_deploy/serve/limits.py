@@ -88,7 +88,7 @@ def setting_kinds(*structs: type) -> dict[str, str]:
     return {name: kind for name, kind in kinds.items() if kind in _READERS}
 
 
-def read_settings(settings: Mapping[str, str], kinds: Mapping[str, str]) -> dict[str, Any]:
+def parse_settings(settings: Mapping[str, str], kinds: Mapping[str, str]) -> dict[str, Any]:
     """Values of settings given as text; an empty text counts as not given.
 
     Args:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.waiting import wait_for
 from trio_deploy.serve.triton_server import local_socket
-from trio_deploy.serve.triton_server.local_socket import Ask, LocalClient, LocalServer
+from trio_deploy.serve.triton_server.local_socket import InferRequest, LocalClient, LocalServer
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def name() -> str:
 def serve(name: str) -> Iterator[Callable[..., LocalServer]]:
     servers = []
 
-    def serve(take: Callable[[Any, Ask], None]) -> LocalServer:
+    def serve(take: Callable[[Any, InferRequest], None]) -> LocalServer:
         servers.append(LocalServer(name, take))
         return servers[-1]
 
@@ -39,20 +39,20 @@ def serve(name: str) -> Iterator[Callable[..., LocalServer]]:
 
 
 def asked(client: LocalClient, **tensors: np.ndarray) -> local_socket.Reply:
-    return client.ask(Ask(tensors, "{}", 0), lambda: False)
+    return client.infer(InferRequest(tensors, "{}", 0), lambda: False)
 
 
-def answers(**outputs: np.ndarray) -> Callable[[Any, Ask], None]:
-    return lambda sender, ask: sender.send(outputs, last=True)
+def answers(**outputs: np.ndarray) -> Callable[[Any, InferRequest], None]:
+    return lambda sender, request: sender.send(outputs, last=True)
 
 
 def test_a_request_arrives_and_gets_its_reply_whatever_its_arrays(name, serve) -> None:
     taken = []
 
-    def take(sender: Any, ask: Ask) -> None:
-        taken.append(ask)
+    def take(sender: Any, request: InferRequest) -> None:
+        taken.append(request)
         sender.send({"text": np.array([b"partly"], np.object_)}, last=False)
-        sender.send(ask.tensors, last=True)
+        sender.send(request.tensors, last=True)
 
     serve(take)
     client = LocalClient(name)
@@ -60,7 +60,7 @@ def test_a_request_arrives_and_gets_its_reply_whatever_its_arrays(name, serve) -
     arrays += [np.random.default_rng(0).standard_normal(3_000_000), np.array([True, False])]
     arrays += [np.array(v, np.object_) for v in ([b"\0\xff", b"", bytes(2**20)], [[b"a"], [b"b"]])]
     sent = {str(number): array for number, array in enumerate(arrays)}
-    reply = client.ask(Ask(sent, '{"stream": false}', 1234), lambda: False)
+    reply = client.infer(InferRequest(sent, '{"stream": false}', 1234), lambda: False)
     assert (taken[0].parameters, taken[0].timeout_us) == ('{"stream": false}', 1234)
     assert not reply.error and reply.outputs.keys() == sent.keys()
     for key, array in sent.items():
@@ -69,8 +69,8 @@ def test_a_request_arrives_and_gets_its_reply_whatever_its_arrays(name, serve) -
 
 
 def test_many_at_once_get_each_their_own(name, serve) -> None:
-    def take(sender: Any, ask: Ask) -> None:
-        threading.Timer(0.01, sender.send, ({"y": ask.tensors["x"]},), {"last": True}).start()
+    def take(sender: Any, request: InferRequest) -> None:
+        threading.Timer(0.01, sender.send, ({"y": request.tensors["x"]},), {"last": True}).start()
 
     serve(take)
     client, replies = LocalClient(name), {}
@@ -87,8 +87,8 @@ def test_many_at_once_get_each_their_own(name, serve) -> None:
 
 
 def test_errors_keep_their_code_and_a_failure_is_one(name, serve) -> None:
-    def take(sender: Any, ask: Ask) -> None:
-        if not ask.tensors:
+    def take(sender: Any, request: InferRequest) -> None:
+        if not request.tensors:
             sender.fail("too much", "INVALID_ARG")
         raise ValueError("oh")
 
@@ -101,8 +101,8 @@ def test_errors_keep_their_code_and_a_failure_is_one(name, serve) -> None:
 
 def test_what_is_cancelled_is_given_up_on_both_sides(name, serve) -> None:
     senders: list[Any] = []
-    serve(lambda sender, ask: senders.append(sender))
-    reply = LocalClient(name).ask(Ask({}, "{}", 0), lambda: bool(senders))
+    serve(lambda sender, request: senders.append(sender))
+    reply = LocalClient(name).infer(InferRequest({}, "{}", 0), lambda: bool(senders))
     assert reply.code == "CANCELLED"
     wait_for(senders[0].is_cancelled)
     senders[0].fail("cancelled", "CANCELLED")
@@ -113,7 +113,7 @@ def test_what_is_cancelled_is_given_up_on_both_sides(name, serve) -> None:
 def test_one_that_is_not_cancelled_is_not_taken_for_it(name, serve) -> None:
     seen = []
 
-    def take(sender: Any, ask: Ask) -> None:
+    def take(sender: Any, request: InferRequest) -> None:
         seen.extend(sender.is_cancelled() for _ in range(100))
         sender.send({}, last=True)
 
@@ -125,8 +125,8 @@ def test_one_that_is_not_cancelled_is_not_taken_for_it(name, serve) -> None:
 def test_instances_take_turns_and_what_is_closed_is_not_asked(name, serve) -> None:
     senders: list[Any] = []
 
-    def first(sender: Any, ask: Ask) -> None:
-        if ask.tensors:  # stays open, and keeps the name of what took it
+    def first(sender: Any, request: InferRequest) -> None:
+        if request.tensors:  # stays open, and keeps the name of what took it
             senders.append(sender)
         else:
             sender.send({"n": np.array(0)}, last=True)
@@ -197,8 +197,8 @@ def test_sockets_of_others_are_passed_over(name, serve) -> None:
 
 
 def test_a_process_that_is_none_of_the_servers_is_not_served(name, serve) -> None:
-    taken: list[Ask] = []
-    serve(lambda sender, ask: taken.append(ask))
+    taken: list[InferRequest] = []
+    serve(lambda sender, request: taken.append(request))
     (address,) = local_socket._instances(name)
     script = (
         "import socket, sys\ns = socket.socket(socket.AF_UNIX)\n"
@@ -250,14 +250,14 @@ def test_a_caller_that_says_nothing_or_nonsense_disturbs_nobody(name, serve, mes
 
 
 def test_an_instance_that_hangs_is_not_waited_for(name, serve, monkeypatch) -> None:
-    monkeypatch.setattr(local_socket, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(local_socket, "_TIMEOUT_S", 0.2)
     listening = local_socket._listen(name)
-    with listening, pytest.raises(TimeoutError, match=r"took no request in 0\.2 s"):
+    with listening, pytest.raises(TimeoutError, match=r"received no request within 0\.2 s"):
         asked(LocalClient(name))
     senders: list[Any] = []  # kept, so that nothing hangs up
-    serve(lambda sender, ask: senders.append(sender))
+    serve(lambda sender, request: senders.append(sender))
     with pytest.raises(TimeoutError, match="no answer in time"):
-        LocalClient(name).ask(Ask({}, "{}", 0), lambda: False, timeout_s=0.2)
+        LocalClient(name).infer(InferRequest({}, "{}", 0), lambda: False, timeout_s=0.2)
 
 
 def test_it_goes_on_after_a_request_that_could_not_be_taken(name, serve, monkeypatch) -> None:

@@ -547,7 +547,7 @@ def test_a_plain_request_without_a_model_to_ask_is_refused(
     model.finalize()
     assert waiting.error()[0] is TritonError.CANCELLED
     code, said = ask(complete, prompt=QUESTION).error()
-    assert code is TritonError.UNAVAILABLE and "could not be asked" in said
+    assert code is TritonError.UNAVAILABLE and "could not be reached" in said
 
 
 def test_nothing_is_asked_of_triton_about_a_request_whose_last_response_is_sent(

@@ -105,8 +105,8 @@ def test_nothing_is_left_behind_when_writing_fails(bundle, tmp_path, monkeypatch
     ("options", "message"),
     [
         (Options(device="tpu"), "cpu or gpu"),
-        (Options(instances=0), "1 instance or more"),
-        (Options(name="../x"), "letters of ASCII, digits"),
+        (Options(instances=0), "instances must be 1 or more"),
+        (Options(name="../x"), "ASCII letters, digits"),
         (Options(runtime="tensorflow"), "unknown runtime"),
         (Options(runtime="tensorrt"), "TensorRT does not run on --device cpu: pass --device gpu"),
         (Options(runtime="tensorrt", device="gpu"), "trio build"),
@@ -118,8 +118,8 @@ def test_nothing_is_left_behind_when_writing_fails(bundle, tmp_path, monkeypatch
         (Options(settings={"precision": "int3"}), "no option of ONNX Runtime"),
         (Options(runtime="openvino", settings={"provider": "cpu"}), "no option of OpenVINO"),
         (Options(settings={"precision": "bfloat16"}), "the bundle's own dtype"),
-        (Options(name="é"), "letters of ASCII"),
-        (Options(name="-_"), "letters of ASCII"),
+        (Options(name="é"), "ASCII letters"),
+        (Options(name="-_"), "ASCII letters"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_anything_is_written(
@@ -141,7 +141,7 @@ def test_settings_come_from_a_file_and_from_the_command_line_which_wins(tmp_path
     with pytest.raises(TrioError, match="NAME=VALUE"):
         read_settings(None, ["max_images"])
     file.write_text("max_tokens: [1]\n")
-    with pytest.raises(TrioError, match="one a line"):
+    with pytest.raises(TrioError, match="one name and value per line"):
         read_settings(file, [])
 
 

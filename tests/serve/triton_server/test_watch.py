@@ -79,7 +79,7 @@ def test_a_server_that_ends_when_asked_is_not_killed(
     assert not region.exists()
 
 
-def test_a_model_that_says_goodbye_ends_alone(
+def test_a_model_that_announces_its_end_ends_alone(
     start: Callable[..., subprocess.Popen], region: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = start()
@@ -93,7 +93,7 @@ def test_a_dead_server_takes_the_model_along(
 ) -> None:
     server, model = start(), start(DEAF)
     server.kill()
-    monkeypatch.setattr(watch, "_LOOK_S", 0.01)
+    monkeypatch.setattr(watch, "_POLL_S", 0.01)
     watching(monkeypatch, server.pid, model.pid, None)
     assert model.wait(WAIT_S) == -signal.SIGKILL
     assert not region.exists()

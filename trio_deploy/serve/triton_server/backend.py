@@ -1,4 +1,4 @@
-"""What both models need of Triton's python backend: a request's inputs, and where answers go."""
+"""Triton's python backend as both models use it: inputs of a request, and its responses."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _LOG = logging.getLogger(__name__)
 class TritonSender:
     """Sends to Triton's client, from any thread.
 
-    The server frees what belongs to a request once its last response is there, and looks it up
-    without a check when it is asked whether the request was cancelled: in Triton 2.51 a question
-    that meets or follows the last response ends the whole server with a segmentation fault. So a
-    lock keeps the two apart, and nothing is asked afterwards.
+    The server frees a request's memory once its last response is there, and reads it without a
+    check when it is asked whether the request was cancelled: in Triton 2.51 a query that coincides
+    with or follows the last response ends the whole server with a segmentation fault. So a lock
+    keeps the two apart, and there is no query afterwards.
     """
 
     def __init__(self, request: Any) -> None:
@@ -36,7 +36,7 @@ class TritonSender:
 
     def fail(self, text: str, code: str) -> None:
         """As `sender.Sender.fail`."""
-        # By its name: where Triton looks for auto_complete_config, `pb_utils` has no errors yet.
+        # By name, since `pb_utils` has no errors yet when Triton looks for auto_complete_config.
         error = pb_utils.TritonError(text, getattr(pb_utils.TritonError, code))
         self._send(pb_utils.InferenceResponse(error=error), last=True)
 
@@ -53,11 +53,11 @@ class TritonSender:
             flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
             try:
                 self._sender.send(response, flags=flags)
-            except Exception:  # nothing else can be sent either: the backend has closed it
+            except Exception:  # the backend has closed it: no other response could be sent
                 _LOG.exception("a response could not be sent")
 
 
 def input_arrays(request: Any) -> dict[str, np.ndarray]:
-    """What a request of Triton's holds, by name; arrays of numbers are gone when it is released."""
+    """Inputs of a request by name; arrays of numbers are valid until the request is released."""
     tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in INPUTS}
     return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}

@@ -1,15 +1,15 @@
 """Requests from `trio_vlm_complete` to `trio_vlm`: two processes of one server.
 
-Triton has a way for this, a model that asks another one ("business logic scripting"), but in 2.51
-it is not fit for requests from several threads: a thread of its own drops Python objects without
-the interpreter's lock, which ends the process with a corrupted heap after some thousand requests.
-So the two speak over a Unix socket. Its name is an abstract one, which no file is left of; other
-users and other containers of a network namespace can see such a name, so each side makes sure that
-the other one is a process of the same user and of the same server.
+Triton lets a model call another one ("business logic scripting"), but version 2.51 does not support
+calls from several threads: one of its own threads releases Python objects without the interpreter's
+lock, which crashes the process with a corrupted heap after some thousand requests. So the two
+processes use a Unix socket. Its name is abstract, so that no file is left behind; other users and
+other containers of a network namespace can connect to such a name, so each side checks that the
+other one is a process of the same user and of the same server.
 
-A connection is one request: the caller sends it, hears that it was taken, and gets one reply. If it
-hangs up before that, the request is cancelled. A message is a JSON object and the bytes of its
-arrays: nothing in it is executed.
+A connection carries one request: the caller sends it, gets an acknowledgement, and gets one reply.
+If the caller disconnects before that, the request is cancelled. A message is a JSON object and the
+bytes of its arrays: nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -41,16 +41,22 @@ _LOG = logging.getLogger(__name__)
 _CREDENTIALS = struct.Struct("3i")  # process, user, group: struct ucred of unix(7)
 _TIMEVAL = struct.Struct("ll")
 _LISTENS = b"%08X" % (1 << 16)  # __SO_ACCEPTCON, as /proc/net/unix writes flags
-_WAITING = 128  # connections that may wait to be accepted
-_RECEIVERS = 4  # threads that take requests
-_PATIENCE_S = 10.0  # for the other side's next step
-_LOOK_S = 0.05  # between looks at whether a request was cancelled
-_KNOWN_S = 1.0  # for which the instances of a model are not looked up again
+_BACKLOG = 128  # connections that may wait to be accepted
+_RECEIVERS = 4  # threads that receive requests
+_TIMEOUT_S = 10.0  # for the other side's next step
+_POLL_S = 0.05  # between checks whether a request was cancelled
+_LOOKUP_S = 1.0  # for which the found instances of a model are reused
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A request: input arrays by name, its parameters as JSON, its timeout in µs (0: none)."""
+class InferRequest:
+    """A request of Triton's.
+
+    Attributes:
+        tensors: inputs by name, strings as bytes in an object array.
+        parameters: its parameters as JSON.
+        timeout_us: its timeout, microseconds; 0: none.
+    """
 
     tensors: Mapping[str, np.ndarray]
     parameters: str
@@ -59,7 +65,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer's output arrays by name, or else what is wrong and the name of its code."""
+    """The outputs of a whole answer by name, or else an error and the name of its code."""
 
     outputs: Mapping[str, np.ndarray]
     error: str = ""
@@ -67,15 +73,15 @@ class Reply:
 
 
 class LocalServer:
-    """Takes requests for one instance of a model until `close`."""
+    """Receives requests for one instance of a model until `close`."""
 
-    def __init__(self, model: str, take: Callable[[Sender, Ask], None]) -> None:
+    def __init__(self, model: str, take: Callable[[Sender, InferRequest], None]) -> None:
         """Args:
-        model: its name; instances of the same name share the work.
-        take: called for each request, on one of a few threads: it must not wait for the answer.
+        model: name of the model; instances of the same name share its requests.
+        take: called with each request, from one of a few threads; must not wait for the answer.
 
         Raises:
-            OSError: there is no socket or no thread to be had.
+            OSError: no socket can be opened, or no thread started.
         """
         self._take = take
         self._closing = threading.Event()
@@ -88,42 +94,42 @@ class LocalServer:
             thread.start()
 
     def close(self) -> None:
-        """Take no more requests; those that were taken still get their replies."""
+        """Receive no more requests; those received still get their replies."""
         self._closing.set()
-        with contextlib.suppress(OSError):  # it was closed before
+        with contextlib.suppress(OSError):  # it is closed already
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the threads
         for thread in self._threads:
-            thread.join(_PATIENCE_S)
+            thread.join(_TIMEOUT_S)
         self._socket.close()
 
     def _serve(self) -> None:
         while not self._closing.is_set():
             try:
                 self._receive(Connection(self._socket.accept()[0].detach()))
-            except Exception as error:  # no more files may be opened, say: this must go on
+            except Exception as error:  # such as too many open files: the thread must go on
                 if not self._closing.wait(1.0):
-                    _LOG.error("a request could not be taken: %r", error)
+                    _LOG.error("a request could not be received: %r", error)
 
     def _receive(self, connection: Connection) -> None:
         sender = _LocalSender(connection)
         try:
             _prepare(connection)
-            if not connection.poll(_PATIENCE_S):
+            if not connection.poll(_TIMEOUT_S):
                 raise EOFError
             given, tensors = _read(connection)
             _write(connection, {"taken": True})
-        except (EOFError, OSError, ValueError, KeyError):  # given up, or none of ours
+        except (EOFError, OSError, ValueError, KeyError):  # disconnected, or not of this protocol
             connection.close()
             return
         try:
-            self._take(sender, Ask(tensors, given["parameters"], given["timeout_us"]))
+            self._take(sender, InferRequest(tensors, given["parameters"], given["timeout_us"]))
         except Exception as error:
             _LOG.exception("a request failed")
             sender.fail(f"internal error: {error!r:.200}", "INTERNAL")
 
 
 class LocalClient:
-    """Asks the instances of a model in turn, from any thread."""
+    """Sends requests to the instances of a model in turn, from any thread."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -131,24 +137,29 @@ class LocalClient:
         self._known: list[bytes] = []
         self._known_until = -math.inf
 
-    def ask(self, ask: Ask, is_cancelled: Callable[[], bool], timeout_s: float = math.inf) -> Reply:
-        """The reply to a request, or that it was cancelled.
+    def infer(
+        self,
+        request: InferRequest,
+        is_cancelled: Callable[[], bool],
+        timeout_s: float = math.inf,
+    ) -> Reply:
+        """Send a request and wait for its reply.
 
         Args:
-            is_cancelled: asked again and again until there is a reply.
-            timeout_s: wait so long at most.
+            is_cancelled: polled until there is a reply; once it is true, that is the reply.
+            timeout_s: seconds to wait at most.
 
         Raises:
-            OSError, EOFError: there is no instance that takes it, it ended, or the time is over.
+            OSError, EOFError: no instance takes it, the instance ended, or the time is over.
         """
         until = time.monotonic() + timeout_s
-        with self._connect() as connection:  # hanging up cancels
-            given = {"parameters": ask.parameters, "timeout_us": ask.timeout_us}
-            _write(connection, given, ask.tensors)
-            if not connection.poll(_PATIENCE_S):
-                raise TimeoutError(f"it took no request in {_PATIENCE_S:g} s")
+        with self._connect() as connection:  # disconnecting cancels
+            given = {"parameters": request.parameters, "timeout_us": request.timeout_us}
+            _write(connection, given, request.tensors)
+            if not connection.poll(_TIMEOUT_S):
+                raise TimeoutError(f"it received no request within {_TIMEOUT_S:g} s")
             _read(connection)
-            while not connection.poll(_LOOK_S):
+            while not connection.poll(_POLL_S):
                 if is_cancelled():
                     return Reply({}, "the request was cancelled", "CANCELLED")
                 if time.monotonic() > until:
@@ -161,16 +172,16 @@ class LocalClient:
         for look_again in (False, True):
             if look_again or time.monotonic() > self._known_until:
                 self._known = _instances(self._model)
-                self._known_until = time.monotonic() + _KNOWN_S
+                self._known_until = time.monotonic() + _LOOKUP_S
             known = self._known
             for number in range(len(known)):
-                with contextlib.suppress(OSError):  # it has ended, or is somebody else
+                with contextlib.suppress(OSError):  # it has ended, or is another process
                     return _connect(known[(turn + number) % len(known)])
-        raise ConnectionRefusedError(f"no instance of {self._model} is there")
+        raise ConnectionRefusedError(f"no instance of {self._model} is running")
 
 
 class _LocalSender:
-    """Sends the last response as the reply; there are no others."""
+    """Sends the last response as the reply, and no others."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -185,13 +196,13 @@ class _LocalSender:
 
     def is_cancelled(self) -> bool:
         with self._lock:
-            # There is nothing to read but the end, since the caller sends one message alone.
+            # There is nothing to read but the end, since the caller sends one message only.
             return not self._connection.closed and self._connection.poll()
 
     def _reply(self, reply: Reply) -> None:
         with self._lock:
             if not self._connection.closed:
-                with contextlib.suppress(OSError), self._connection:  # it was given up
+                with contextlib.suppress(OSError), self._connection:  # the caller may be gone
                     said = {"error": reply.error, "code": reply.code}
                     _write(self._connection, said, reply.outputs)
 
@@ -200,7 +211,7 @@ def _listen(model: str) -> socket.socket:
     listening = socket.socket(socket.AF_UNIX)
     try:
         listening.bind(_prefix(model) + secrets.token_hex(8).encode())
-        listening.listen(_WAITING)
+        listening.listen(_BACKLOG)
     except BaseException:
         listening.close()
         raise
@@ -210,7 +221,7 @@ def _listen(model: str) -> socket.socket:
 def _connect(name: bytes) -> Connection:
     connecting = socket.socket(socket.AF_UNIX)
     try:
-        _be_patient(connecting)  # also with one whose queue is full
+        _set_timeouts(connecting)  # for a server whose backlog is full, too
         connecting.connect(name)
     except BaseException:
         connecting.close()
@@ -225,7 +236,7 @@ def _connect(name: bytes) -> Connection:
 
 
 def _instances(model: str) -> list[bytes]:
-    """Names of the sockets at which a model's instances listen."""
+    """Names of the sockets on which a model's instances listen."""
     prefix = b"@" + _prefix(model)[1:]
     found = []
     for line in Path("/proc/net/unix").read_bytes().splitlines():
@@ -237,7 +248,7 @@ def _instances(model: str) -> list[bytes]:
 
 
 def _prefix(model: str) -> bytes:
-    """Of the names of a model's sockets: other servers on the machine have others."""
+    """Prefix of the names of a model's sockets; differs between the servers of a machine."""
     server = os.getppid()
     digest = hashlib.sha256(
         f"{server} {int(process_stat(server)[19])} {model}".encode()
@@ -246,25 +257,27 @@ def _prefix(model: str) -> bytes:
 
 
 def _prepare(connection: Connection) -> None:
-    """Make sure of the other side, and that nothing waits for it for ever.
+    """Check the other side, and set timeouts so that nothing waits for it for ever.
 
     Raises:
-        PermissionError: it is none of this server's processes.
+        PermissionError: it is not one of this server's processes.
     """
     with socket.socket(fileno=os.dup(connection.fileno())) as peer:
         data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         process, user, _ = _CREDENTIALS.unpack(data)
         # A process of another container has no number here: 0.
         if user != os.geteuid() or not process or int(process_stat(process)[1]) != os.getppid():
-            raise PermissionError("the other side of a local connection is none of this server's")
-        _be_patient(peer)
+            raise PermissionError(
+                "the other side of a local connection is not one of this server's processes"
+            )
+        _set_timeouts(peer)
 
 
-def _be_patient(connection: socket.socket) -> None:
-    """Let a message or a connection that gets stuck on its way fail, with BlockingIOError."""
-    patience = _TIMEVAL.pack(int(_PATIENCE_S), int(_PATIENCE_S % 1 * 1e6))
+def _set_timeouts(connection: socket.socket) -> None:
+    """Make a message or a connection that gets stuck fail with BlockingIOError."""
+    timeout = _TIMEVAL.pack(int(_TIMEOUT_S), int(_TIMEOUT_S % 1 * 1e6))
     for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-        connection.setsockopt(socket.SOL_SOCKET, option, patience)
+        connection.setsockopt(socket.SOL_SOCKET, option, timeout)
 
 
 def _write(
@@ -288,7 +301,7 @@ def _write(
 
 
 def _read(connection: Connection) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Raises ValueError or KeyError where it is no message."""
+    """Read fields and arrays of a message; raises ValueError or KeyError if it is malformed."""
     message = json.loads(connection.recv_bytes())
     arrays = {}
     for entry in message["arrays"]:
@@ -296,7 +309,7 @@ def _read(connection: Connection) -> tuple[dict[str, Any], dict[str, np.ndarray]
         if entry["sizes"] is None:
             kind = np.dtype(entry["kind"])
             if kind.hasobject:
-                raise ValueError("an array of objects")
+                raise ValueError("arrays of objects are not accepted")
             array = np.frombuffer(content, kind)
         else:
             ends = [0, *itertools.accumulate(entry["sizes"])]

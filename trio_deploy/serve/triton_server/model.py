@@ -22,7 +22,7 @@ from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.serve.service import Service
 from trio_deploy.serve.triton_server.answer import Answer
 from trio_deploy.serve.triton_server.backend import TritonSender, input_arrays
-from trio_deploy.serve.triton_server.local_socket import Ask, LocalServer
+from trio_deploy.serve.triton_server.local_socket import InferRequest, LocalServer
 from trio_deploy.serve.triton_server.metrics import Exporter
 from trio_deploy.serve.triton_server.request import read
 from trio_deploy.serve.triton_server.sender import Sender
@@ -41,8 +41,8 @@ class TritonPythonModel:
         """Open the bundle.
 
         Raises:
-            TritonModelException: it is broken, or a parameter is wrong; the model does not get
-                ready then.
+            TritonModelException: the bundle is broken or a parameter is wrong, so that the model
+                does not become ready.
         """
         # Threads hand the interpreter over often, so that the model's thread never waits for long.
         sys.setswitchinterval(0.0005)
@@ -65,18 +65,18 @@ class TritonPythonModel:
         self._watch = Watch(args["model_name"]) if settings.watch else None
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Take requests; their responses are sent as answers grow."""
+        """Take requests; their responses are sent by other threads."""
         for request in requests:
             sender = TritonSender(request)
             try:
                 arrays = input_arrays(request)
-                self._take(sender, Ask(arrays, request.parameters(), request.timeout()))
+                self._take(sender, InferRequest(arrays, request.parameters(), request.timeout()))
             except Exception as error:  # nothing that a client sends may end the instance
                 _LOG.exception("a request failed")
                 sender.fail(f"internal error: {error!r:.200}", "INTERNAL")
 
     def finalize(self) -> None:
-        """Answer what was asked, then stop."""
+        """Answer the requests taken, then stop."""
         if self._watch is not None:
             self._watch.close()
         self._local.close()
@@ -84,14 +84,14 @@ class TritonPythonModel:
         self._stop.set()
         self._poller.join()
         try:
-            self._export()  # the server keeps the metrics of models that it has unloaded
+            self._export()  # the server keeps the metrics of unloaded models
         except Exception:
             _LOG.exception("the last metrics were lost")
 
-    def _take(self, sender: Sender, ask: Ask) -> None:
+    def _take(self, sender: Sender, request: InferRequest) -> None:
         answer = Answer(sender, self._answers.discard)
         try:
-            client, stream = read(ask.tensors, ask.parameters, ask.timeout_us)
+            client, stream = read(request.tensors, request.parameters, request.timeout_us)
         except Exception as error:
             self._service.count_rejected(error)
             answer.fail(error)
@@ -108,7 +108,7 @@ class TritonPythonModel:
                         answer.check_cancelled()
                 self._export()
             except Exception:
-                _LOG.exception("looking after requests failed, and goes on")
+                _LOG.exception("polling requests failed, and goes on")
 
     def _export(self) -> None:
         if self._exporter is not None:
@@ -133,6 +133,6 @@ def _exporter(args: Mapping[str, str]) -> Exporter | None:
     labels = {"model": args["model_name"], "version": args["model_version"]}
     try:
         return Exporter(pb_utils, labels)
-    except Exception as error:  # a server may be told to export none
+    except Exception as error:  # the server may be started without metrics
         _LOG.warning("no metrics are exported: %s", error)
         return None

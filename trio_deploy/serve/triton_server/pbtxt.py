@@ -1,6 +1,6 @@
 """Protobuf's text format, as far as a model's config.pbtxt needs it.
 
-Writing it takes no protobuf package; the tests read it back with Triton's own message definition.
+Written without the protobuf package; the tests read it back with Triton's message definition.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from typing import Any
 
 
 class Enum(str):
-    """The name of an enumeration's value, which is written without quotes."""
+    """Name of an enumeration's value, written without quotes."""
 
     __slots__ = ()
 
 
 def format_message(fields: Mapping[str, Any]) -> str:
-    """A message from its fields, in their order.
+    """Format a message from its fields, in their order.
 
     Args:
         fields: a mapping is a message, a sequence a repeated field, anything else a scalar;
-            None leaves a field out.
+            None omits a field.
     """
     return "".join(f"{line}\n" for line in _lines(fields, ""))
 

@@ -1,18 +1,18 @@
-"""Writes a model repository that a stock Triton Inference Server loads.
+"""Write a model repository that a stock Triton Inference Server loads.
 
     repository/
       trio.json                                                            what it was made of
-      trio_vlm/            config.pbtxt, 1/model.py, 1/bundle/             answers, streamed
-      trio_vlm_complete/   config.pbtxt, 1/model.py                        answers, whole
-    and with `stages` each graph as a model of its own, for those who compose:
+      trio_vlm/            config.pbtxt, 1/model.py, 1/bundle/             streamed answers
+      trio_vlm_complete/   config.pbtxt, 1/model.py                        whole answers
+    and with `stages` each graph as a model of its own, for composed pipelines:
       trio_vision/         config.pbtxt, 1/model.onnx/{model.onnx, weights/}  (or 1/model.plan)
       trio_embed/, trio_prefill_0/, trio_select_1/, …
       trio_embeddings/     config.pbtxt                                    vision, then embed
 
-ONNX files refer to their weights by paths below their own folder, and the onnxruntime backend takes
-a folder `model.onnx` with the graph inside as a model of many files (Triton's "model repository",
-ONNX models). So every stage gets such a folder, with hard links to those weight files of the bundle
-that its graph reads.
+ONNX files refer to their weights by paths below their own folder, and the onnxruntime backend loads
+a folder `model.onnx` with the graph inside as a model of several files (Triton's documentation,
+"model repository", ONNX models). So every stage gets such a folder, with hard links to the weight
+files of the bundle that its graph reads.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from trio_deploy.serve.triton_server.request import INPUTS, OUTPUTS
 from trio_deploy.serve.triton_server.settings import Settings, check_settings
 
 DEVICES = ("cpu", "gpu")
-#: What the repository was made of; Triton reads folders alone.
+#: File that says what the repository was made of; Triton reads folders only.
 RECORD = "trio.json"
 
 _BUNDLE = "1/bundle"
-# Models' processes take their names and paths as ASCII.
+# The processes of models read their names and paths as ASCII.
 _NAME = re.compile(r"(?=.*[A-Za-z0-9])[A-Za-z0-9_-]+")
 _TYPES = {
     "bool": "TYPE_BOOL",
@@ -61,7 +61,7 @@ _TYPES = {
 
 
 class RepositoryWriter(BundleWriter):
-    """Writes a model repository the way a bundle is written: whole or not at all."""
+    """Atomic writer of a model repository, like that of a bundle."""
 
     kind = "model repository"
     marker = RECORD
@@ -69,15 +69,15 @@ class RepositoryWriter(BundleWriter):
 
 @dataclass(frozen=True)
 class Options:
-    """How a bundle is to be served.
+    """How to serve a bundle.
 
     Attributes:
-        runtime, target: which engines answer; None takes the bundle's own.
-        device: `cpu` or `gpu`: what instances run on.
-        instances: of `NAME_vlm`; each is a process that loads the model.
-        stages: write the stages and the ensemble as models too.
+        runtime, target: what runs the graphs; None: the bundle's own.
+        device: `cpu` or `gpu`, what instances run on.
+        instances: processes of `NAME_vlm`, each of which loads the model.
+        stages: write the stages and the ensemble as models, too.
         name: prefix of all models' names.
-        settings: parameters of `NAME_vlm`, limits above all; see `settings.py`.
+        settings: parameters of `NAME_vlm`, such as limits; see `settings.py`.
         link: hard-link the bundle's files instead of copying them.
     """
 
@@ -94,14 +94,14 @@ class Options:
 def write_repository(
     bundle: Bundle, out: Path, options: Options | None = None, force: bool = False
 ) -> list[str]:
-    """Writes the repository in a temporary place and moves it to `out` when it is whole.
+    """Write the repository in a temporary folder, and move it to `out` once it is complete.
 
     Returns:
-        The names of its models.
+        Names of its models.
 
     Raises:
-        TrioError: something stands at `out`, an option or setting is wrong, the bundle has no
-            weights, or no engines of the target where TensorRT is to run them.
+        TrioError: `out` exists already, an option or setting is wrong, or the bundle lacks the
+            weights or engines that the runtime needs.
     """
     options = options or Options()
     bundle.require_weights()
@@ -123,24 +123,24 @@ def write_repository(
     return models.names
 
 
-def remark(out: Path) -> str | None:
-    """What a repository's user should know of its place: it may be served from another one."""
-    place = str(out.expanduser().absolute())
-    if place.isascii():
+def path_warning(out: Path) -> str | None:
+    """Why Triton cannot serve a repository from this path; None if it can."""
+    path = str(out.expanduser().absolute())
+    if path.isascii():
         return None
     return (
-        f"Triton's python backend does not load models from {place}, since the path has characters "
+        f"Triton's python backend does not load models from {path}, since the path has characters "
         "beyond ASCII: copy the repository elsewhere before serving it"
     )
 
 
 def read_settings(file: Path | None, assignments: Sequence[str]) -> dict[str, str]:
-    """Parameters of the model from a YAML file of names and values, and from `NAME=VALUE` texts.
+    """Read parameters of the model from a YAML file of names and values and `NAME=VALUE` texts.
 
-    The latter win. Names and values are checked by `write_repository`.
+    The texts override the file. `write_repository` checks names and values.
 
     Raises:
-        TrioError: the file cannot be read, or a text is not of that form.
+        TrioError: the file cannot be read, or a text does not have that form.
     """
     settings: dict[str, str] = {}
     if file is not None:
@@ -149,7 +149,7 @@ def read_settings(file: Path | None, assignments: Sequence[str]) -> dict[str, st
         except FileNotFoundError:
             raise TrioError(f"there is no file {file}: name one that exists") from None
         if not isinstance(raw, dict) or any(isinstance(v, dict | list) for v in raw.values()):
-            raise TrioError(f"{file} must hold names and values, one a line: max_tokens: 512")
+            raise TrioError(f"{file} must have one name and value per line: write max_tokens: 512")
         for name, value in raw.items():
             settings[str(name)] = str(value).lower() if isinstance(value, bool) else str(value)
     for text in assignments:
@@ -165,10 +165,10 @@ def _check_options(options: Options, runtime: str) -> None:
     if options.device not in DEVICES:
         raise TrioError(f"unknown device {options.device!r}: choose cpu or gpu")
     if options.instances < 1:
-        raise TrioError(f"there must be 1 instance or more, got {options.instances}")
+        raise TrioError(f"instances must be 1 or more, got {options.instances}")
     if not _NAME.fullmatch(options.name):
         raise TrioError(
-            f"models cannot be called {options.name!r}_vlm: use letters of ASCII, digits, - and _"
+            f"models cannot be called {options.name!r}_vlm: use ASCII letters, digits, - and _"
         )
     if options.device not in spec.devices:
         raise TrioError(
@@ -180,26 +180,26 @@ def _check_options(options: Options, runtime: str) -> None:
 def _parameters(
     bundle: Bundle, options: Options, runtime: str, target: Target | None
 ) -> dict[str, str]:
-    """Parameters of NAME_vlm: where its bundle is and what runs it, then the caller's settings."""
+    """Parameters of NAME_vlm: its bundle and runtime, then the caller's settings."""
     parameters = {"bundle": _BUNDLE, "runtime": runtime}
     if target is not None:
         parameters["target"] = _target_parameter(options)
     if provider := runtime_spec(runtime).devices[options.device]:
         parameters["provider"] = provider
-    # Not by model_warmup: Triton 2.51 dies where a decoupled model refuses that request, which a
-    # limit or a deadline may make it do.
+    # Not by model_warmup: Triton 2.51 crashes if a decoupled model refuses that request, which
+    # limits and deadlines can cause.
     parameters["warm_up"] = "true"
     clash = sorted(set(options.settings) & {"bundle", "runtime", "target"})
     if clash:
-        raise TrioError(f"{clash[0]} is not a setting: it follows from the options of this command")
+        raise TrioError(f"{clash[0]} is not a setting: use the options of this command")
     return parameters | dict(options.settings)
 
 
 def _target_parameter(options: Options) -> str:
-    """A shipped target's name, or where in the model's folder the user's own file is put.
+    """A shipped target's name, or the path of the user's own file in the model's folder.
 
     Raises:
-        TrioError: Triton could not open the file by its name.
+        TrioError: Triton cannot open a file of that name.
     """
     target = str(options.target)
     if not Path(target).name.isascii():
@@ -211,7 +211,7 @@ def _target_parameter(options: Options) -> str:
 
 
 def _files(bundle: Bundle, runtime: str, target: Target | None) -> Iterable[tuple[str, Path]]:
-    """(path relative to the bundle, file) of what serving needs."""
+    """(path relative to the bundle, file) of every file that serving needs."""
     for name in [MANIFEST, *bundle.manifest.files]:
         yield name, safe_path(bundle.path, name)
     if runtime_spec(runtime).needs_engines:
@@ -228,12 +228,12 @@ def _engines(bundle: Bundle, target: Target | None) -> tuple[Path, Record]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """An engine of TensorRT.
+    """A TensorRT engine.
 
     Attributes:
-        profiles: how many optimisation profiles it has.
-        sizes: inputs whose values are sizes of others, which Triton wants to be told.
-        narrow: whether int64 became int32 in it.
+        profiles: number of optimisation profiles.
+        sizes: shape tensors: inputs whose values are sizes of others; Triton has to be told.
+        narrow: whether its int64 tensors became int32.
     """
 
     file: Path
@@ -243,7 +243,7 @@ class _Plan:
 
 
 def _plans(bundle: Bundle, target: Target | None) -> dict[str, _Plan]:
-    """By stage. Before version 10 TensorRT took int64 for int32."""
+    """Engines by stage. TensorRT before version 10 narrows int64 to int32."""
     folder, record = _engines(bundle, target)
     narrow = int(record.tensorrt.split(".")[0]) < 10
     return {
@@ -258,7 +258,7 @@ def _plans(bundle: Bundle, target: Target | None) -> dict[str, _Plan]:
 
 
 class _Models:
-    """Writes the models one after another into a repository."""
+    """Writes models into a repository."""
 
     def __init__(
         self,
@@ -275,7 +275,7 @@ class _Models:
         self._kind = Enum("KIND_GPU" if options.device == "gpu" else "KIND_CPU")
 
     def add_vlm(self, files: Sequence[tuple[str, Path]]) -> None:
-        """The streaming model, which holds the bundle."""
+        """Add the streaming model, which contains the bundle."""
         name = f"{self._options.name}_vlm"
         bar = tqdm(
             total=sum(path.stat().st_size for _, path in files),
@@ -305,7 +305,7 @@ class _Models:
         )
 
     def add_complete(self) -> None:
-        """The model for plain requests, which forwards to the streaming one."""
+        """Add the model for plain requests, which forwards to the streaming one."""
         name = f"{self._options.name}_vlm_complete"
         limits = Settings.parse(self._settings).limits
         instances = self._options.instances
@@ -324,17 +324,17 @@ class _Models:
                 "backend": "python",
                 "max_batch_size": 0,
                 **_vlm_interface(),
-                # One light process answers any number at once: it waits for the other model.
+                # One small process serves any number at once: it waits for the other model.
                 "instance_group": [{"count": 1, "kind": Enum("KIND_CPU")}],
                 "parameters": _string_parameters(parameters),
             },
         )
 
     def add_stages(self, plans: Mapping[str, _Plan] | None) -> None:
-        """Each stage as a model, and vision + embed as an ensemble.
+        """Add each stage as a model, and vision + embed as an ensemble.
 
         Args:
-            plans: TensorRT engines; without them the graphs are served by ONNX Runtime.
+            plans: TensorRT engines by stage; None: ONNX Runtime serves the graphs.
         """
         for stage in self._bundle.stages:
             if plans is None:
@@ -377,14 +377,14 @@ class _Models:
         )
 
     def _add_ensemble(self, narrow: bool) -> None:
-        """From pixels and token ids to the embeddings that the first segment or selection takes."""
+        """Add an ensemble from pixels and token ids to the first segment's embeddings."""
         vision, embed = self._bundle.only("vision"), self._bundle.only("embed")
         between = {tensor.name for tensor in vision.outputs}
         inputs = (*vision.inputs, *(t for t in embed.inputs if t.name not in between))
         used = {tensor.name for tensor in embed.inputs}
         outputs = (*(t for t in vision.outputs if t.name not in used), *embed.outputs)
         name = f"{self._options.name}_embeddings"
-        self._writer.write(f"{name}/1/.keep", b"")  # object stores forget empty folders
+        self._writer.write(f"{name}/1/.keep", b"")  # object stores drop empty folders
         self._config(
             name,
             {
@@ -421,7 +421,7 @@ class _Models:
         """Tensors as in the stage contract.
 
         max_batch_size stays 0: a stage's rows are a batch already, and Triton's own batching would
-        want a second batch axis on [B] tensors and equal lengths, which rows do not have.
+        need a second batch axis on [B] tensors and equal lengths, which rows do not have.
         """
         graph = self._bundle.stages[stage]
         return {
@@ -434,7 +434,7 @@ class _Models:
         }
 
     def _stage_warm_up(self, stage: str) -> list[dict[str, Any]] | None:
-        """One blank tile for vision; the others take no input that is right for any model."""
+        """One blank tile for vision; no input of the other stages suits every model."""
         if self._bundle.stages[stage].kind != "vision":
             return None
         blank = {
@@ -448,7 +448,7 @@ class _Models:
         return [_warm_up("one tile", blank)]
 
     def _instances(self, count: int) -> list[dict[str, Any]]:
-        # The runtimes take the first GPU they see, wherever Triton would place an instance.
+        # Runtimes use the first visible GPU, wherever Triton would place an instance.
         gpus = [0] if self._kind == "KIND_GPU" else None
         return [{"count": count, "kind": self._kind, "gpus": gpus}]
 

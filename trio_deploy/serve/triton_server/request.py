@@ -1,4 +1,4 @@
-"""Tensors that a client of Triton sent, as a request of the service."""
+"""Inputs of Triton's as a request of the service."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from trio_deploy.errors import TrioError
 from trio_deploy.serve.requests import ClientRequest
 
-#: Inputs of both models by name, all of them optional: (kind, elements); −1 is any number.
+#: Inputs of both models by name, all of them optional: (kind, elements); −1: any number.
 INPUTS: dict[str, tuple[str, int]] = {
     "prompt": ("string", 1),
     "messages": ("string", 1),
@@ -48,7 +48,7 @@ def read(
     Args:
         tensors: inputs by name; strings as Triton gives them, bytes in an object array.
         parameters: the request's own parameters, a JSON object.
-        timeout_us: Triton's timeout of the request, microseconds; 0 is none.
+        timeout_us: Triton's timeout of the request, microseconds; 0: none.
 
     Returns:
         The request, and whether it wants a response per token rather than one for all.

@@ -1,4 +1,4 @@
-"""What takes the responses to one request."""
+"""Where the responses to a request go."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 
 class Sender(Protocol):
-    """Takes responses until the last one; of what is sent after that, nothing goes out."""
+    """Sends responses until the last one, and nothing after that."""
 
     def send(self, outputs: Mapping[str, np.ndarray], *, last: bool) -> None:
-        """Send a response: outputs by name, strings as bytes in an object array."""
+        """Send a response: outputs by name, strings as bytes in object arrays."""
 
     def fail(self, text: str, code: str) -> None:
-        """Send an error as the last response; `code` is the name of one of Triton's."""
+        """Send an error as the last response; `code` is the name of an error code of Triton's."""
 
     def is_cancelled(self) -> bool:
-        """Whether nobody waits for an answer that has not ended."""
+        """Whether the client has cancelled the request; false once the last response is sent."""

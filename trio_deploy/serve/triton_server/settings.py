@@ -9,7 +9,7 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.batcher.scheduler import BatcherLimits
 from trio_deploy.runtimes.registry import check_options
-from trio_deploy.serve.limits import ServiceLimits, read_settings, setting_kinds
+from trio_deploy.serve.limits import ServiceLimits, parse_settings, setting_kinds
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Settings:
         """
         options = setting_kinds(RuntimeOptions)
         kinds = options | setting_kinds(cls, ServiceLimits, BatcherLimits)
-        values = read_settings(parameters, kinds)
+        values = parse_settings(parameters, kinds)
         if "bundle" not in values:
             raise TrioError("the parameter 'bundle' must name the folder of the bundle")
         runtime = RuntimeOptions(**{name: values[name] for name in options if name in values})
