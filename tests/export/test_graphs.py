@@ -12,8 +12,8 @@ from tests.support.transformers_models import model_config
 from trio_deploy import TrioError
 from trio_deploy.export.graphs import build_graphs
 from trio_deploy.families.base import ModelConfig, RopeConfig, TextConfig, VisionConfig
-from trio_deploy.families.names import canonical_tensors
 from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.graphs.weights import canonical_tensors
 from trio_deploy.schedule.methods import METHODS
 from trio_deploy.schedule.schedule import PruningPoint
 

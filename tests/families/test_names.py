@@ -11,8 +11,9 @@ from tests.support.checkpoints import LAYOUTS, make_llava, make_llava_next, read
 from trio_deploy import TrioError
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
-from trio_deploy.families.names import canonical_tensors, map_checkpoint_names
+from trio_deploy.families.names import map_checkpoint_names
 from trio_deploy.families.registry import parse_config
+from trio_deploy.graphs.weights import canonical_tensors
 
 VARIANTS = {
     "gqa": {},

@@ -165,7 +165,7 @@ def test_a_weight_may_be_registered_by_hand_and_from_any_scope() -> None:
     s = stage()
     weight = Weight("image_newline", [48], FLOAT)
     assert weight.into(s.op) is weight.into(s.op)
-    config = replace(CONFIG, family="llava_next", grid_pinpoints=((28, 56),))
+    config = replace(CONFIG, newline=True)
     s.output("y", s.op.Identity(weight), FLOAT, [48])
     assert "image_newline" in s.finish(config).graph.initializers
 
@@ -179,7 +179,7 @@ def test_two_constants_of_one_name_must_be_equal() -> None:
 
 
 def test_weights_of_the_reference_carry_canonical_names() -> None:
-    from trio_deploy.families.names import canonical_tensors
+    from trio_deploy.graphs.weights import canonical_tensors
 
     config = model_config(attention_bias=True, mlp_bias=True)
     text = {n for n in canonical_tensors(config) if n.startswith(("language_model", "lm_head"))}

@@ -13,9 +13,8 @@ from transformers import DynamicCache
 from tests.support.run_graph import Runner, filled
 from tests.support.transformers_models import language_model, model_config, relative, text_weights
 from trio_deploy.families.base import ModelConfig, RopeConfig
-from trio_deploy.graphs.decode import build_decode
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.prefill import build_prefill
+from trio_deploy.graphs.stages import build_decode, build_prefill
 
 SEGMENTS = ((0, 1), (1, 2), (2, 3))
 LENGTHS = (9, 5)

@@ -17,7 +17,7 @@ from tests.support.run_graph import Runner, filled
 from tests.support.selection_cases import batch_of, weights_of
 from tests.support.transformers_models import model_config, relative
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.prefill import build_prefill
+from trio_deploy.graphs.stages import build_prefill
 from trio_deploy.runtimes.base import Engine
 from trio_deploy.runtimes.registry import open_engine
 from trio_deploy.selection.stage import build_select

@@ -28,8 +28,8 @@ from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.errors import TrioError
 from trio_deploy.export.job import _write_weights
 from trio_deploy.families.base import OUTSIDE_GRAPHS
-from trio_deploy.families.names import canonical_tensors
 from trio_deploy.families.registry import parse_config
+from trio_deploy.graphs.weights import canonical_tensors
 
 
 def attach_weights(

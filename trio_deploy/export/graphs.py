@@ -13,11 +13,9 @@ from trio_deploy.bundle.roles import tensor_info
 from trio_deploy.bundle.weights import plan_layout
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.names import canonical_tensors
-from trio_deploy.graphs.decode import build_decode
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.prefill import build_prefill
-from trio_deploy.graphs.stages import build_embed, build_vision
+from trio_deploy.graphs.stages import build_decode, build_embed, build_prefill, build_vision
+from trio_deploy.graphs.weights import canonical_tensors
 from trio_deploy.schedule.methods import encoder_scores
 from trio_deploy.schedule.schedule import PruningPoint
 from trio_deploy.selection.stage import build_select

@@ -44,9 +44,9 @@ from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
 from trio_deploy.export.graphs import build_graphs, plan_stages, serialised, used_tensors
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.names import canonical_tensors
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.graphs.weights import canonical_tensors
 from trio_deploy.runtimes.registry import load_target, runtime_spec
 from trio_deploy.schedule.budget import at_points, choose
 from trio_deploy.schedule.schedule import Schedule

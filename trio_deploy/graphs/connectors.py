@@ -1,19 +1,21 @@
-"""Connectors: features of the tower to rows of the language model."""
+"""Connectors: features of the vision tower to rows of the language model."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.dialects.base import Dialect
-from trio_deploy.graphs.modules import Linear, activation
+from trio_deploy.graphs.modules import Linear, Weight, activation
+from trio_deploy.graphs.values import cast, constant
 
 
 class Projector(nn.Module):
-    """Image features into the language model's space."""
+    """Two linear layers with an activation in between."""
 
     def __init__(self, d: Dialect, config: ModelConfig) -> None:
         name = "multi_modal_projector"
@@ -27,3 +29,19 @@ class Projector(nn.Module):
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
         """[..., h·layers] → [..., d]."""
         return self.linear_2(op, activation(op, self.kind, self.linear_1(op, x)))
+
+
+class Newline(nn.Module):
+    """The learned embedding behind each row of patches; zeros if the family has none."""
+
+    def __init__(self, d: Dialect, config: ModelConfig) -> None:
+        super().__init__("newline")
+        self.d, self.size = d, config.text.hidden_size
+        self.row = Weight("image_newline", [self.size], d.dtype) if config.newline else None
+
+    def forward(self, op: Any) -> ir.Value:
+        """The row, [1, d]."""
+        if self.row is not None:
+            return op.Reshape(self.row, [1, self.size])
+        zero = constant(op, np.zeros(1, np.float32), "zero")
+        return op.Expand(cast(op, zero, self.d.dtype), [1, self.size])

@@ -11,9 +11,9 @@ from onnxscript import GraphBuilder
 
 from trio_deploy import __version__
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.names import canonical_tensors
 from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.values import cast, shape_of, typed
+from trio_deploy.graphs.weights import canonical_tensors
 
 
 class Stage:

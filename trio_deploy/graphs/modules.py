@@ -170,6 +170,11 @@ class Embedding(nn.Module):
         super().__init__(name.rpartition(".")[2])
         self.weight = Weight(f"{name}.weight", [rows, size], d.dtype)
 
+    @classmethod
+    def of_tokens(cls, d: Dialect, text: TextConfig) -> Embedding:
+        """The language model's table of token embeddings."""
+        return cls(d, "language_model.embed_tokens", text.vocab_size, text.hidden_size)
+
     def forward(self, op: Any, index: ir.Value) -> ir.Value:
         """int64 [...] → [..., size]."""
         return op.Gather(self.weight, index, axis=0)

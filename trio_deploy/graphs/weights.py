@@ -1,0 +1,30 @@
+"""The tensors of a checkpoint that graphs use, by canonical name."""
+
+from __future__ import annotations
+
+from trio_deploy.families.base import ModelConfig
+from trio_deploy.graphs.connectors import Newline, Projector
+from trio_deploy.graphs.dialects.primitive import PrimitiveDialect
+from trio_deploy.graphs.modules import DecoderLayer, Embedding, Head, Weight
+from trio_deploy.graphs.towers import ClipTower
+from trio_deploy.graphs.values import FLOAT
+
+
+def canonical_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name each tensor that the graphs use, with its shape in the checkpoint.
+
+    The modules of all stages declare them; weight files of a bundle are laid out in this order.
+    Layers of the vision tower above the last one whose features are read are left out, and so is
+    `lm_head.weight` if the embeddings serve as the head.
+    """
+    d, text = PrimitiveDialect(FLOAT), config.text  # names do not depend on the dialect
+    modules = [
+        ClipTower(d, config.vision),
+        Projector(d, config),
+        Newline(d, config),
+        Embedding.of_tokens(d, text),
+        *(DecoderLayer(d, text, i) for i in range(text.num_layers)),
+        Head(d, text),
+    ]
+    weights = (weight for module in modules for weight in module.parameters())
+    return {weight.canonical: weight.dims for weight in weights if isinstance(weight, Weight)}
