@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.small_graphs import OUT, SIZE, write_attention, write_product
 from trio_deploy import TrioError
-from trio_deploy.bundle.manifest import TensorPlace
+from trio_deploy.bundle.manifest import StageInfo, TensorInfo, TensorPlace
 from trio_deploy.bundle.schema_1 import external_tensors
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.pipeline.cache import CacheShape, SegmentCache
@@ -263,6 +263,17 @@ def test_weights_that_several_graphs_use_are_held_once(
 SHAPE = CacheShape(heads=2, head_dim=8, dtype=np.dtype(np.float32))
 
 
+def _layer(side: str) -> tuple[TensorInfo, ...]:
+    shape = ("B", 2, "C", 8)
+    return (
+        TensorInfo(f"{side}.0.key", "float32", shape, "cache", 0, "key"),
+        TensorInfo(f"{side}.0.value", "float32", shape, "cache", 0, "value"),
+    )
+
+
+SEGMENT = StageInfo("s", "prefill", 0, (0,), inputs=_layer("past"), outputs=_layer("present"))
+
+
 def each(empty: Callable[..., Any]) -> Callable[..., list[Any]]:
     return lambda shapes, dtype: [empty(shape, dtype) for shape in shapes]
 
@@ -280,9 +291,9 @@ def test_a_cache_that_is_too_small_is_refused() -> None:
 
 def test_one_side_is_past_and_present_two_sides_take_turns() -> None:
     single, double = allocate([1], 4, 1), allocate([1], 4, 2)
-    assert single.past(0)["past.0.key"] is single.present(0)["present.0.key"]
-    assert double.past(0)["past.0.key"] is not double.present(0)["present.0.key"]
-    assert double.past(1)["past.0.key"] is double.present(0)["present.0.key"]
+    assert single.past(SEGMENT, 0)["past.0.key"] is single.present(SEGMENT, 0)["present.0.key"]
+    assert double.past(SEGMENT, 0)["past.0.key"] is not double.present(SEGMENT, 0)["present.0.key"]
+    assert double.past(SEGMENT, 1)["past.0.key"] is double.present(SEGMENT, 0)["present.0.key"]
 
 
 def test_bytes_are_counted_as_allocated_and_as_used() -> None:
@@ -297,8 +308,8 @@ def test_bytes_are_counted_as_allocated_and_as_used() -> None:
 def test_fill_leaves_nothing_undefined_behind_the_prompt() -> None:
     cache = allocate([2], 5, 2)
     new = np.ones((1, 2, 2, 8), np.float32)
-    cache.fill({"present.0.key": new, "present.0.value": new})
-    key = cache.past(0)["past.0.key"]
+    cache.fill(SEGMENT, {"present.0.key": new, "present.0.value": new})
+    key = cache.past(SEGMENT, 0)["past.0.key"]
     assert (key[:, :, :2] == 1).all() and (key[:, :, 2:] == 0).all()
 
 
@@ -311,9 +322,9 @@ def test_fill_writes_memory_that_cannot_be_sliced() -> None:
 
     cache = SegmentCache.allocate(range(1), np.array([2]), 5, SHAPE, each(empty), 2)
     new = np.arange(32, dtype=np.float32).reshape(1, 2, 2, 8)
-    cache.fill({"present.0.key": new, "present.0.value": -new})
+    cache.fill(SEGMENT, {"present.0.key": new, "present.0.value": -new})
     for name, sign in (("key", 1), ("value", -1)):
-        block = cache.past(0)[f"past.0.{name}"].numpy()
+        block = cache.past(SEGMENT, 0)[f"past.0.{name}"].numpy()
         assert np.array_equal(block[:, :, :2], sign * new) and (block[:, :, 2:] == 0).all()
 
 
@@ -336,9 +347,9 @@ def test_prefill_and_decode_write_into_one_buffer_in_place(tmp_path: Path) -> No
     prompt |= {"seqlens": (lengths - 1).astype(np.int32), "total": np.array(size, np.int32)}
     none = np.zeros((2, 2, 0, 8), np.float32)
     plain = engine.run(prompt | {"past.0.key": none, "past.0.value": none})
-    y = engine.run(prompt | cache.past(), cache.present())["y"]
+    y = engine.run(prompt | cache.past(SEGMENT), cache.present(SEGMENT))["y"]
     assert np.array_equal(y[0], plain["y"][0]) and np.array_equal(y[1, :4], plain["y"][1, :4])
-    assert np.array_equal(cache.sides[0]["0.key"][:, :, :size], plain["present.0.key"])
+    assert np.array_equal(cache.sides[0][0, "key"][:, :, :size], plain["present.0.key"])
 
     token = feeds(1) | {"seqlens": lengths.astype(np.int32), "total": np.array(7, np.int32)}
     grown = {
@@ -349,7 +360,7 @@ def test_prefill_and_decode_write_into_one_buffer_in_place(tmp_path: Path) -> No
     }
     fresh = engine.run(token | grown)
     y = np.empty((2, 1, 32), np.float32)
-    engine.bind(token | cache.past(), {"y": y, **cache.present()})()
+    engine.bind(token | cache.past(SEGMENT), {"y": y, **cache.present(SEGMENT)})()
     assert np.allclose(y, fresh["y"], atol=1e-6)
-    key = cache.sides[0]["0.key"]
+    key = cache.sides[0][0, "key"]
     assert np.isnan(key[:, :, 7:]).all() and not np.isnan(key[0, :, 6]).any()

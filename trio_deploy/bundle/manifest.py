@@ -108,13 +108,28 @@ class StageInfo(msgspec.Struct, frozen=True, omit_defaults=True):
         """Outputs with a role, in order."""
         return [tensor for tensor in self.outputs if tensor.role == role]
 
-    def input_name(self, role: Role) -> str | None:
-        """Name of the only input with a role, None if there is none."""
-        return next((tensor.name for tensor in self.inputs if tensor.role == role), None)
+    def input_name(self, role: Role) -> str:
+        """Name of the first input with a role.
 
-    def output_name(self, role: Role) -> str | None:
-        """Name of the only output with a role, None if there is none."""
-        return next((tensor.name for tensor in self.outputs if tensor.role == role), None)
+        Raises:
+            TrioError: there is none.
+        """
+        return self._name(self.inputs_of(role), "input", role)
+
+    def output_name(self, role: Role) -> str:
+        """Name of the first output with a role.
+
+        Raises:
+            TrioError: there is none.
+        """
+        return self._name(self.outputs_of(role), "output", role)
+
+    def _name(self, found: list[TensorInfo], side: str, role: Role) -> str:
+        if not found:
+            raise TrioError(
+                f"the stage {self.name} has no {side} with the role {role}: export the bundle again"
+            )
+        return found[0].name
 
 
 class TensorPlace(msgspec.Struct, frozen=True):

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from trio_deploy.bundle.manifest import StageInfo, TensorInfo
 from trio_deploy.errors import TrioError
 from trio_deploy.runtimes.arrays import clear, copy
 from trio_deploy.runtimes.base import Array
+
+_Slot = tuple[int, str]  # layer, and key or value
 
 Empties = Callable[[Sequence[tuple[int, ...]], np.dtype], Sequence[Array]]
 """Uninitialised arrays of shapes and one type, which come and go together."""
@@ -30,7 +33,7 @@ class CacheShape:
 
 @dataclass
 class SegmentCache:
-    """Buffers past.{i} and present.{i} [B,G,C,D] of one segment's layers.
+    """Keys and values [B,G,C,D] of one segment's layers.
 
     With one side, past and present of a layer are the same buffer. With two, step t reads side
     t mod 2 and writes the whole of the other.
@@ -45,7 +48,7 @@ class SegmentCache:
     capacity: int
     lengths: np.ndarray
     shape: CacheShape
-    sides: list[dict[str, Array]] = field(default_factory=list)
+    sides: list[dict[_Slot, Array]] = field(default_factory=list)
     turn: int = 0
 
     @classmethod
@@ -65,7 +68,7 @@ class SegmentCache:
         """
         cache = cls(layers, capacity, lengths.copy(), shape)
         cache.check()
-        names = [f"{i}.{part}" for i in layers for part in ("key", "value")]
+        names: list[_Slot] = [(i, part) for i in layers for part in ("key", "value")]
         cache.sides = [
             dict(zip(names, empties([cache._full] * len(names), shape.dtype), strict=True))
             for _ in range(sides)
@@ -84,18 +87,18 @@ class SegmentCache:
         """Whether rows can be used apart; ONNX Runtime's own values on a GPU offer no parts."""
         return hasattr(next(iter(self.sides[0].values())), "__getitem__")
 
-    def past(self, step: int = 0) -> dict[str, Array]:
-        """Inputs past.{i}.key / .value of a decode step."""
-        return {f"past.{name}": array for name, array in self._side(step).items()}
+    def past(self, stage: StageInfo, step: int = 0) -> dict[str, Array]:
+        """Cache inputs of a stage that are of these layers, by name, at a decode step."""
+        return self._named(stage.inputs_of("cache"), step)
 
-    def present(self, step: int = 0) -> dict[str, Array]:
-        """Outputs present.{i}.key / .value of a decode step."""
-        return {f"present.{name}": array for name, array in self._side(step + 1).items()}
+    def present(self, stage: StageInfo, step: int = 0) -> dict[str, Array]:
+        """Cache outputs of a stage that are of these layers, by name, at a decode step."""
+        return self._named(stage.outputs_of("cache"), step + 1)
 
-    def fill(self, outputs: Mapping[str, Array]) -> None:
-        """Copy what a prefill returned, present.{i} [B,G,S,D], to the front of step 0's past."""
-        for name, array in self._side(0).items():
-            new = outputs[f"present.{name}"]
+    def fill(self, stage: StageInfo, outputs: Mapping[str, Array]) -> None:
+        """Copy the caches [B,G,S,D] that a prefill returned to the front of step 0's past."""
+        for name, array in self._named(stage.outputs_of("cache"), 0).items():
+            new = outputs[name]
             ours = array if self.sliceable else np.empty(self._full, self.shape.dtype)
             copy(ours[:, :, : new.shape[2]], new)
             # A runtime may multiply what lies behind by 0, which must not give NaN.
@@ -155,5 +158,10 @@ class SegmentCache:
         """Shape of a buffer."""
         return (self.rows, self.shape.heads, self.capacity, self.shape.head_dim)
 
-    def _side(self, step: int) -> dict[str, Array]:
+    def _named(self, tensors: Sequence[TensorInfo], step: int) -> dict[str, Array]:
+        side = self._side(step)
+        slots = {tensor.name: (tensor.layer, tensor.part) for tensor in tensors}
+        return {name: side[slot] for name, slot in slots.items() if slot in side}  # type: ignore[index]
+
+    def _side(self, step: int) -> dict[_Slot, Array]:
         return self.sides[step % len(self.sides)]

@@ -35,7 +35,7 @@ class Decoder:
         self._ids = np.zeros((rows, 1), np.int64)
         self._logits: np.ndarray = np.empty((rows, stages.vocab_size), np.float32)
         # [segments, B], either as decode.onnx takes them, seen from the side, or a row a segment.
-        if stages.separate:
+        if stages.decode:
             self._lengths = np.zeros((rows, count), np.int64).T
             self._positions = np.zeros((rows, count), np.int64).T
         else:
@@ -72,7 +72,7 @@ class Decoder:
     def _bind(self, rows: int) -> list[Step]:
         if rows not in self._bound:
             heads = {name: cache.head(rows) for name, cache in self._caches.items()}
-            if self._stages.separate:
+            if self._stages.decode:
                 sides = range(self._stages.sides)
                 steps = [self._bind_decode(rows, heads, side) for side in sides]
             else:
@@ -81,16 +81,21 @@ class Decoder:
         return self._bound[rows]
 
     def _bind_decode(self, rows: int, caches: dict[str, SegmentCache], side: int) -> list[Step]:
-        feeds: dict[str, Array] = {
-            "input_ids": self._ids[:rows],
-            "position_ids": self._positions.T[:rows],
-            "lengths": self._lengths.T[:rows],
-        }
-        into: dict[str, Array] = {"logits": self._logits[:rows]}
+        stage = self._stages.decode
+        assert stage is not None
+        feeds = self._stages.feeds(
+            stage,
+            {
+                "ids": self._ids[:rows],
+                "positions": self._positions.T[:rows],
+                "past_lengths": self._lengths.T[:rows],
+            },
+        )
+        into: dict[str, Array] = {stage.output_name("logits"): self._logits[:rows]}
         for cache in caches.values():
-            feeds |= cache.past(side)
-            into |= cache.present(side)
-        return [self._stages.engines["decode"].bind(feeds, into)]
+            feeds |= cache.past(stage, side)
+            into |= cache.present(stage, side)
+        return [self._stages.engines[stage.name].bind(feeds, into)]
 
     def _bind_segments(self, rows: int, caches: dict[str, SegmentCache]) -> list[list[Step]]:
         stages = self._stages
@@ -99,22 +104,29 @@ class Decoder:
         outputs = [*hidden, self._logits[:rows]]
         nothing = np.zeros((0, stages.hidden_size), stages.dtype)
         zeros, ones = np.zeros((rows, 1), np.int64), np.ones(rows, np.int64)
-        embed = stages.engines["embed"].bind(
-            {"input_ids": self._ids[:rows], "image_features": nothing, "source_index": zeros},
-            {"inputs_embeds": hidden[0]},
+        embed = stages.engines[stages.embed.name].bind(
+            stages.feeds(
+                stages.embed, {"ids": self._ids[:rows], "features": nothing, "source": zeros}
+            ),
+            {stages.embed.output_name("tokens"): hidden[0]},
         )
         sides = []
         for side in range(stages.sides):
             steps = [embed]
             for number, (name, cache) in enumerate(caches.items()):
-                feeds = {
-                    stages.source(name): hidden[number],
-                    "position_ids": self._positions[number][:rows, None],
-                    "lengths": ones,
-                    "past_lengths": self._lengths[number][:rows],
-                    **cache.past(side),
-                }
-                into = {stages.sink(name): outputs[number + 1], **cache.present(side)}
+                stage = stages.info[name]
+                feeds = stages.feeds(
+                    stage,
+                    {
+                        "tokens": hidden[number],
+                        "positions": self._positions[number][:rows, None],
+                        "lengths": ones,
+                        "past_lengths": self._lengths[number][:rows],
+                    },
+                )
+                feeds |= cache.past(stage, side)
+                into = {stages.output_name(name): outputs[number + 1]}
+                into |= cache.present(stage, side)
                 steps.append(stages.engines[name].bind(feeds, into))
             sides.append(steps)
         return sides

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import Role, StageInfo
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import TILES_AT_ONCE, Layout
 from trio_deploy.pipeline.cache import CacheShape, Empties, SegmentCache
 from trio_deploy.pipeline.prompt import Batch
 from trio_deploy.runtimes.arrays import concatenate, on_host, to_host
 from trio_deploy.runtimes.base import Array, Blocks, Engine, HostMoment, Moment, Runtime
-
-_FEATURES = "image_features"
 
 
 @dataclass
@@ -62,7 +61,9 @@ class Stages:
 
     Attributes:
         segments: names of the stages with decoder layers, in order.
-        separate: whether decode.onnx decodes, rather than the segments themselves.
+        info: descriptions of all stages, by name.
+        vision, embed: of the stages that a bundle has once.
+        decode: of the stage that decodes; None where the segments themselves do.
         sides: buffers a cache needs, 1 where a step writes in place.
         layers: numbers of the layers of each segment.
         cache_shape: of the caches.
@@ -81,52 +82,55 @@ class Stages:
         self.sequence, self._moment = runtime.sequence, runtime.moment
         self.concurrent, self.max_rows = runtime.concurrent, runtime.max_rows
         self.engines: dict[str, Engine] = {}
-        for name in bundle.stages:
-            selects = name.startswith("select_")
+        self.info = bundle.stages
+        for name, stage in self.info.items():
+            selects = stage.kind == "select"
             self.engines[name] = runtime.open(
                 bundle.graph(name),
                 bundle.places(name),
                 exact=selects,
-                probing=selects or name == "embed",
+                probing=selects or stage.kind == "embed",
             )
-        self.segments = [name for name in self.engines if name.startswith("prefill_")]
-        self.separate = "decode" in self.engines
+        self.vision, self.embed = bundle.only("vision"), bundle.only("embed")
+        self.segments = [stage.name for stage in bundle.of_kind("prefill")]
+        self.decode = next(iter(bundle.of_kind("decode")), None)
         self.sides = 1 if self._shares_cache else 2
-        self.layers = {name: _layers(self.engines[name]) for name in self.segments}
+        self.layers = {name: list(self.info[name].layers) for name in self.segments}
         text = bundle.config.text
-        dtype = self.engines["embed"].outputs["inputs_embeds"].dtype
+        dtype = self.engines[self.embed.name].outputs[self.embed.output_name("tokens")].dtype
         self.hidden_size, self.vocab_size, self.dtype = text.hidden_size, text.vocab_size, dtype
-        # The engine's own: OpenVINO may hold a cache in fewer bits than hidden states.
-        first = self.segments[0]
-        kept = self.engines[first].outputs[f"present.{self.layers[first][0]}.key"].dtype
-        self.cache_shape = CacheShape(text.num_kv_heads, text.head_dim, kept)
         if [i for name in self.segments for i in self.layers[name]] != list(range(text.num_layers)):
             raise TrioError(
                 "the bundle's segments do not cover the model's layers one by one: export it again"
             )
+        # The engine's own: OpenVINO may hold a cache in fewer bits than hidden states.
+        first = self.info[self.segments[0]]
+        kept = self.engines[first.name].outputs[first.output_name("cache")].dtype
+        self.cache_shape = CacheShape(text.num_kv_heads, text.head_dim, kept)
 
-    def source(self, segment: str) -> str:
-        """The input that takes a segment's tokens: inputs_embeds or hidden_states."""
-        names = self.engines[segment].inputs
-        return "inputs_embeds" if "inputs_embeds" in names else "hidden_states"
+    def output_name(self, segment: str) -> str:
+        """The output that is not a cache: logits, or the hidden states for the next stage."""
+        stage = self.info[segment]
+        role: Role = "logits" if stage.outputs_of("logits") else "tokens"
+        return stage.output_name(role)
 
-    def sink(self, segment: str) -> str:
-        """The output that is not a cache: logits, or the tokens for what comes next."""
-        names = self.engines[segment].outputs
-        return next(name for name in names if not name.startswith("present."))
+    def encode_images(self, images: Sequence[Layout]) -> tuple[Array, dict[str, np.ndarray]]:
+        """Run the vision tower once per distinct image.
 
-    def see(self, images: Sequence[Layout]) -> tuple[Array, dict[str, np.ndarray]]:
-        """image_features [R,d] of images, in order; the tower runs once per distinct image.
+        Args:
+            images: in order.
 
-        And the graph's other outputs f32 [R] by name, which some selections go by.
+        Returns:
+            Image features [R,d] in the same order, and the graph's outputs per image row, f32 [R]
+            each, by name.
         """
         once = list({id(image): image for image in images}.values())
-        engine = self.engines["vision"]
-        scores = [name for name in engine.outputs if name != _FEATURES]
+        engine = self.engines[self.vision.name]
+        first = self.vision.input_name("image")
+        feature_name = self.vision.output_name("features")
+        scores = [tensor.name for tensor in self.vision.outputs_of("per_token")]
         found: dict[int, dict[str, Array]] = {}
-        for start, stop in _groups(
-            [len(image.feeds["pixel_values"]) for image in once], TILES_AT_ONCE
-        ):
+        for start, stop in _groups([len(image.feeds[first]) for image in once], TILES_AT_ONCE):
             group, at = once[start:stop], 0
             feeds: dict[str, Array] = {
                 name: np.concatenate([image.feeds[name] for image in group]).astype(
@@ -142,7 +146,7 @@ class Stages:
         if not images:
             nothing = {name: np.zeros(0, np.float32) for name in scores}
             return np.zeros((0, self.hidden_size), self.dtype), nothing
-        features = concatenate([found[id(image)][_FEATURES] for image in images])
+        features = concatenate([found[id(image)][feature_name] for image in images])
         return features, {
             name: np.concatenate([found[id(image)][name] for image in images]) for name in scores
         }
@@ -171,14 +175,14 @@ class Stages:
         for name, held in self.lengths(batch.lengths, visual, keeps).items():
             self.capacity(name, int((held + new_tokens).max()))  # before anything is computed
         with clock.stage("vision", self._moment):
-            features, scores = self.see(images)
+            features, scores = self.encode_images(images)
         with clock.stage("embed", self._moment):
-            embed = {
-                "input_ids": batch.input_ids,
-                "image_features": features,
-                "source_index": batch.source_index,
-            }
-            hidden = self.engines["embed"].run(embed, host=())["inputs_embeds"]
+            embed = self.feeds(
+                self.embed,
+                {"ids": batch.input_ids, "features": features, "source": batch.source_index},
+            )
+            out = self.engines[self.embed.name].run(embed, host=())
+            hidden = out.pop(self.embed.output_name("tokens"))
         del features, embed
         tokens = _Tokens(
             hidden,
@@ -192,18 +196,18 @@ class Stages:
         del hidden
         chosen: list[_Chosen | None] = []
         caches: dict[str, SegmentCache] = {}
-        for name, engine in self.engines.items():
-            if name.startswith("select_"):
+        for name, stage in self.info.items():
+            if stage.kind == "select":
                 keep, picked = keeps[len(chosen)], None
                 if (keep < tokens.seen).any():
                     with clock.stage(name, self._moment):
-                        picked, tokens = _select(engine, name, tokens, keep)
+                        picked, tokens = self._select(stage, tokens, keep)
                 chosen.append(picked)
-            elif name in self.segments:
+            elif stage.kind == "prefill":
                 with clock.stage(name, self._moment):
                     longest = int((tokens.lengths + new_tokens).max())
                     caches[name] = self.cache(name, tokens.lengths, longest)
-                    tokens.hidden = self._segment(name, caches[name], tokens)
+                    tokens.hidden = self._segment(stage, caches[name], tokens)
         logits = to_host(tokens.hidden)  # here a device is waited for, and not before
         return Prefilled(logits, caches, _origins(chosen, batch.lengths))
 
@@ -216,7 +220,9 @@ class Stages:
             TrioError: it is too small.
         """
         layers = self.layers[name]
-        fixed = self._holder(name).inputs[f"past.{layers[0]}.key"].shape[2]
+        holder = self._holder(name)
+        cache = next(t.name for t in holder.inputs_of("cache") if t.layer == layers[0])
+        fixed = self.engines[holder.name].inputs[cache].shape[2]
         if not isinstance(fixed, int):
             return tokens
         if tokens > fixed:
@@ -239,10 +245,10 @@ class Stages:
             keeps: for each pruning point, visual tokens to keep, [B] each.
         """
         seen, remaining, found = visual, iter(keeps), {}
-        for name in self.engines:
-            if name.startswith("select_"):
+        for name, stage in self.info.items():
+            if stage.kind == "select":
                 seen = np.minimum(next(remaining), seen)
-            elif name in self.segments:
+            elif stage.kind == "prefill":
                 found[name] = length - visual + seen
         return found
 
@@ -253,7 +259,7 @@ class Stages:
             lengths,
             self.capacity(name, tokens),
             self.cache_shape,
-            self._empties(self._holder(name)),
+            self._empties(self.engines[self._holder(name).name]),
             self.sides,
         )
 
@@ -264,33 +270,96 @@ class Stages:
             return engine.empties
         return lambda shapes, dtype: [engine.empty(shape, dtype) for shape in shapes]
 
-    def _holder(self, name: str) -> Engine:
-        """The engine whose steps read a segment's cache."""
-        return self.engines["decode"] if self.separate else self.engines[name]
+    def feeds(
+        self,
+        stage: StageInfo,
+        values: Mapping[Role, Array],
+        per_token: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        """The inputs of a stage by name, without caches.
 
-    def _segment(self, name: str, cache: SegmentCache, tokens: _Tokens) -> Array:
-        """Run a segment and fill its cache; returns what comes next: hidden states or logits."""
-        engine = self.engines[name]
-        feeds: dict[str, Array] = {
-            self.source(name): tokens.hidden,
-            "position_ids": tokens.positions,
+        Args:
+            values: by role.
+            per_token: inputs with the role `per_token`, by name.
+        """
+        taken = self.engines[stage.name].inputs  # an engine may lack an input that nothing reads
+        return {
+            tensor.name: (per_token or {})[tensor.name]
+            if tensor.role == "per_token"
+            else values[tensor.role]
+            for tensor in stage.inputs
+            if tensor.name in taken and tensor.role != "cache"
         }
-        if "lengths" in engine.inputs:  # not where nothing reads them
-            feeds["lengths"] = tokens.lengths
+
+    def _holder(self, name: str) -> StageInfo:
+        """The stage whose steps read a segment's cache."""
+        return self.decode or self.info[name]
+
+    def _segment(self, stage: StageInfo, cache: SegmentCache, tokens: _Tokens) -> Array:
+        """Run a segment and fill its cache; returns hidden states, or logits of the last one."""
+        feeds = self.feeds(
+            stage,
+            {
+                "tokens": tokens.hidden,
+                "positions": tokens.positions,
+                "lengths": tokens.lengths,
+                "past_lengths": np.zeros_like(tokens.lengths),
+            },
+            tokens.per_token,
+        )
         into: Mapping[str, Array] = {}
-        if "past_lengths" in engine.inputs:
-            feeds["past_lengths"] = np.zeros_like(tokens.lengths)
+        if past := stage.inputs_of("cache"):
             if self._shares_cache:
-                feeds |= cache.past()
-                into = cache.present()
+                feeds |= cache.past(stage)
+                into = cache.present(stage)
             else:
                 shape = self.cache_shape
                 none = np.zeros((len(tokens.lengths), shape.heads, 0, shape.head_dim), shape.dtype)
-                feeds |= {key: none for key in engine.inputs if key.startswith("past.")}
-        outputs = engine.run(feeds, into, host=())
+                feeds |= {tensor.name: none for tensor in past}
+        outputs = self.engines[stage.name].run(feeds, into, host=())
         if not into:
-            cache.fill(outputs)
-        return outputs[self.sink(name)]
+            cache.fill(stage, outputs)
+        return outputs[self.output_name(stage.name)]
+
+    def _select(
+        self, stage: StageInfo, tokens: _Tokens, keep: np.ndarray
+    ) -> tuple[_Chosen, _Tokens]:
+        """Prune before a segment; returns what was kept, and the tokens that remain."""
+        seen = np.minimum(keep, tokens.seen)
+        lengths = tokens.lengths - tokens.seen + seen
+        feeds = self.feeds(
+            stage,
+            {
+                "tokens": tokens.hidden,
+                "positions": tokens.positions,
+                "lengths": tokens.lengths,
+                "visual": tokens.visual,
+                "count": keep,
+                "width": np.array([lengths.max()], np.int64),
+                "seed": tokens.seeds,
+            },
+            tokens.per_token,
+        )
+        out = self.engines[stage.name].run(feeds, host=())
+        index, converged = (stage.output_name(role) for role in ("index", "converged"))
+        chosen = _Chosen(stage.name, out[index], lengths, out[converged])
+        if on_host(chosen.converged):
+            chosen.check()
+        per_token = tokens.per_token
+        if per_token:
+            kept = np.maximum(to_host(chosen.index), 0)
+            per_token = {
+                name: np.take_along_axis(values, kept, axis=1) for name, values in per_token.items()
+            }
+        return chosen, replace(
+            tokens,
+            hidden=out[stage.output_name("tokens")],
+            positions=out[stage.output_name("positions")],
+            visual=out[stage.output_name("visual")],
+            lengths=lengths,
+            seen=seen,
+            per_token=per_token,
+        )
 
 
 @dataclass
@@ -304,7 +373,7 @@ class _Tokens:
         lengths: int64 [B], valid tokens.
         seen: int64 [B], visual ones among them.
         seeds: int64 [B], of `random` selections.
-        scores: f32 [B,S] each, by the name of the vision graph's output: what the encoder thinks.
+        per_token: f32 [B,S] each, per-token encoder scores, by the vision graph's output name.
     """
 
     hidden: Array
@@ -313,7 +382,7 @@ class _Tokens:
     lengths: np.ndarray
     seen: np.ndarray
     seeds: np.ndarray
-    scores: dict[str, np.ndarray]
+    per_token: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -336,40 +405,6 @@ class _Chosen:
             "states overflowed in 16-bit floats: export with --dtype float32, or ask with a budget "
             "of 1"
         )
-
-
-def _select(
-    engine: Engine, name: str, tokens: _Tokens, keep: np.ndarray
-) -> tuple[_Chosen, _Tokens]:
-    seen = np.minimum(keep, tokens.seen)
-    lengths = tokens.lengths - tokens.seen + seen
-    feeds: dict[str, Array] = {
-        "hidden_states": tokens.hidden,
-        "position_ids": tokens.positions,
-        "lengths": tokens.lengths,
-        "visual_mask": tokens.visual,
-        "keep": keep,
-        "width": np.array([lengths.max()], np.int64),
-    }
-    own = {"seed": tokens.seeds, **tokens.scores}
-    feeds |= {key: value for key, value in own.items() if key in engine.inputs}
-    out = engine.run(feeds, host=())
-    chosen = _Chosen(name, out["keep_index"], lengths, out["converged"])
-    if on_host(chosen.converged):
-        chosen.check()
-    scores = tokens.scores
-    if scores:
-        index = np.maximum(to_host(chosen.index), 0)
-        scores = {name: np.take_along_axis(of, index, axis=1) for name, of in scores.items()}
-    return chosen, replace(
-        tokens,
-        hidden=out["hidden_states_out"],
-        positions=out["position_ids_out"],
-        visual=out["visual_mask_out"],
-        lengths=lengths,
-        seen=seen,
-        scores=scores,
-    )
 
 
 def _per_token(batch: Batch, rows: np.ndarray) -> np.ndarray:
@@ -396,12 +431,6 @@ def _origins(chosen: Sequence[_Chosen | None], lengths: np.ndarray) -> list[list
             origins = [old[index[b, : choice.lengths[b]]] for b, old in enumerate(origins)]
         kept.append(origins)
     return kept
-
-
-def _layers(engine: Engine) -> list[int]:
-    """Numbers of a segment's layers, from its outputs present.{i}.key."""
-    names = [name.split(".") for name in engine.outputs if name.startswith("present.")]
-    return [int(parts[1]) for parts in names if parts[2] == "key"]
 
 
 def _groups(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:

@@ -222,7 +222,7 @@ def test_engines_of_one_capacity_need_all_of_it(
 ) -> None:
     """TensorRT's that update in place are made for one; a number in a signature stands for it."""
     for segment in pipeline._stages.segments:
-        inputs: Any = pipeline._stages._holder(segment).inputs
+        inputs: Any = pipeline.engine(segment).inputs
         for name, spec in list(inputs.items()):
             if name.startswith("past."):
                 shape = (*spec.shape[:2], 900, *spec.shape[3:])
