@@ -55,7 +55,7 @@ def measured(name: str) -> str:
 
 
 def bars() -> str:
-    """What the project holds itself to beside what was measured, by the nearest rivals."""
+    """What the project holds itself to beside what was measured, by the nearest other methods."""
     close, busy, budgets, smooth = map(loaded, ("close", "busy", "budgets", "smooth"))
     recipe = next(one for one in close.results if one.name == "recipe")
     kept = recipe.overall.retention
@@ -67,13 +67,15 @@ def bars() -> str:
         f"{close.questions:,} questions | {'met' if kept.low >= BAR else '**not met**'} |",
     ]
     kinds: dict[str, Callable[[str], bool]] = {
-        "above every rival in the published shape": lambda name: "@" not in name,
-        "above every rival as it is used (`@0`, `fastv@1`)": lambda name: name[-1].isdigit(),
-        "above every rival in the recipe's own layers and keeps": lambda n: n.endswith("@recipe"),
+        "above every other method in the published shape": lambda name: "@" not in name,
+        "above every other method as it is used (`@0`, `fastv@1`)": lambda n: n[-1].isdigit(),
+        "above every other method in the recipe's own layers and keeps": (
+            lambda name: name.endswith("@recipe")
+        ),
     }
-    rivals = {one.name: (one, results) for results in (busy, close) for one in against(results)}
+    others = {one.name: (one, results) for results in (busy, close) for one in against(results)}
     for what, belongs in kinds.items():
-        group = [entry for name, entry in rivals.items() if belongs(name) and name != "tuned"]
+        group = [entry for name, entry in others.items() if belongs(name) and name != "tuned"]
         level = [entry for entry in group if difference(entry[0]).low <= 0]
         above = [entry for entry in group if difference(entry[0]).low > 0]
         rows += [f"| {what} | {points(*entry)} | **not met**: level |" for entry in level]
@@ -82,13 +84,13 @@ def bars() -> str:
             nearest = min(above, key=lambda entry: difference(entry[0]).value)
             rows.append(f"| {what} | {number}nearest {points(*nearest)} | met |")
     below = [one for one in against(budgets) if one.share > 0.15 and difference(one).high < 0]
-    others = [one for one in against(budgets) if one.share > 0.15]
-    least = min(others, key=lambda one: difference(one).value)
+    large = [one for one in against(budgets) if one.share > 0.15]
+    least = min(large, key=lambda one: difference(one).value)
     rows.append(
-        f"| at 22.2 % and 33.3 %: below no rival beyond the interval | least: "
+        f"| at 22.2 % and 33.3 %: below no other method beyond the interval | least: "
         f"{points(least, budgets)} at {least.share:.1%} | {'**not met**' if below else 'met'} |"
     )
-    tuned = rivals["tuned"]
+    tuned = others["tuned"]
     rows.append(f"| (no bar) the first of `trio tune` | {points(*tuned)} | {verdict(tuned[0])} |")
     for one in against(smooth):
         if one.name in ("divprune@0", "divprune@recipe"):

@@ -52,8 +52,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(source, questions, out) -> Results:
     mixed = named(source, "mixed=0:44:divprune,6:19")
-    rivals, _ = grid(source, ["divprune@0"], [mixed.budget])
-    return run(source, questions, [mixed, *rivals, blind(source)], out)
+    others, _ = grid(source, ["divprune@0"], [mixed.budget])
+    return run(source, questions, [mixed, *others, blind(source)], out)
 
 
 def run(source, questions, configurations, out, **more) -> Results:
@@ -86,14 +86,14 @@ def test_results_are_those_of_the_pipeline(results, questions, source, tmp_path)
 
 
 def test_the_unpruned_model_is_what_everything_is_compared_with(results):
-    whole, mixed, rival, without = results.results
+    whole, mixed, other, without = results.results
     assert (whole.name, whole.share, whole.agreement.value) == ("unpruned", 1.0, 1.0)
     assert whole.overall.kl == pytest.approx(0, abs=1e-4)
     assert whole.overall.retention.value == 1.0
-    assert mixed.behind is None and rival.behind is not None  # the first of its budget
-    assert (mixed.against, rival.against, without.against) == (None, "mixed", None)
-    assert rival.behind.value == pytest.approx(
-        mixed.overall.retention.value - rival.overall.retention.value
+    assert mixed.behind is None and other.behind is not None  # the first of its budget
+    assert (mixed.against, other.against, without.against) == (None, "mixed", None)
+    assert other.behind.value == pytest.approx(
+        mixed.overall.retention.value - other.overall.retention.value
     )
     assert 0.1 < mixed.share < 0.112 and mixed.overall.kl < without.overall.kl
     assert without.overall.accuracy.value < 0.7  # it cannot see
@@ -258,10 +258,10 @@ def test_questions_that_have_an_answer_are_scored_and_counted(source, questions,
         type(q)(**{**q.__dict__, "reference": None}) if n % 3 == 0 else q
         for n, q in enumerate(questions)
     ]
-    rivals = [named(source, "mixed=0:44:divprune,6:19"), named(source, "b=0:40:divprune,6:20")]
-    found = run(source, some, rivals, out)
+    others = [named(source, "mixed=0:44:divprune,6:19"), named(source, "b=0:40:divprune,6:20")]
+    found = run(source, some, others, out)
     known = [q for q in some if q.reference is not None]
-    whole = run(source, known, rivals, out)
+    whole = run(source, known, others, out)
     assert found.scored == len(known) < found.questions
     for one, other in zip(found.results, whole.results, strict=True):
         assert one.overall.accuracy == other.overall.accuracy

@@ -133,9 +133,9 @@ def test_the_headline_is_the_figure_of_the_bundles_own_configuration(page):
 
 
 def test_no_headline_where_the_bundles_own_configuration_was_not_measured(bundle):
-    """The first configuration of an evaluation may be any rival's."""
-    rival = made_up(bundle, ("fastv@1", 0.11, 0.71, Schedule.parse("1:1:fastv")))
-    found = gather._accuracy(rival, bundle)
+    """The first configuration of an evaluation may be of any method."""
+    other = made_up(bundle, ("fastv@1", 0.11, 0.71, Schedule.parse("1:1:fastv")))
+    found = gather._accuracy(other, bundle)
     assert found["headline"] is None and not any(row["own"] for row in found["rows"])
     assert "None of these is this bundle as it is (1:8, 2:4;" in found["without"]
     parts = {

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from trio_deploy.reference.encoder_scores import window_order
 from trio_deploy.reference.oracle import Oracle, Point
 from trio_deploy.schedule.methods import METHODS
 from trio_deploy.selection.dart import PIVOTS
@@ -173,21 +172,3 @@ def test_what_is_dropped_is_averaged_into_the_most_alike_kept_token(oracle):
     groups[int(nearest)].append(4)
     for row, group in zip(merged[1:3], groups, strict=True):
         torch.testing.assert_close(row, rows[visual[group]].mean(0))
-
-
-@pytest.mark.parametrize("side", [4, 6, 8, 12])
-def test_the_local_scan_goes_round_the_windows(side):
-    attention = torch.tensor(spread(2, 1 + side * side)).softmax(-1).float()
-    order = window_order(attention)
-    place = np.arange(side * side)
-    window = place // side // 6 * 10 + place % side // 6
-    for tile in range(2):
-        weights = attention[tile, 1:].numpy()
-        taken = np.argsort(-order[tile].numpy(), kind="stable")
-        count = len(np.unique(window))
-        first = taken[:count]  # the best of each window, the best of all in front
-        assert set(first) == {
-            max(np.flatnonzero(window == w), key=lambda i: weights[i]) for w in np.unique(window)
-        }
-        assert first[0] == weights.argmax()
-        assert (np.diff(weights[first]) <= 0).all()

@@ -187,7 +187,5 @@ class NextLayer:
 
     def keys(self, op: Any) -> Value:
         """Rotated keys of all tokens: [B,G,S,D]."""
-        site, text = self.site, self.site.text
-        k = self.layer.self_attn.k_proj(op, self.normal)
-        k = split_heads(op, k, text.num_kv_heads, text.head_dim)
-        return site.d.rope(op, k, rotary_angles(op, site.d, text, site.tokens.positions))
+        angles = rotary_angles(op, self.site.d, self.site.text, self.site.tokens.positions)
+        return self.layer.self_attn.keys(op, self.normal, angles)
