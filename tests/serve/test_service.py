@@ -89,7 +89,7 @@ def test_what_a_client_does_wrong_is_told_and_counted(service: Service) -> None:
 def test_requests_beyond_the_bytes_are_refused_until_there_is_room(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiles = pipeline.prepare(Request(QUESTION, [file()])).processed[0].pixel_values.nbytes
+    tiles = pipeline.prepare(Request(QUESTION, [file()])).processed[0].feeds["pixel_values"].nbytes
     one = tiles + len(file()) + len(QUESTION)
     service = Service(pipeline, ServiceLimits(max_queue_bytes=2 * one), warm_up=False)
     go = hold(pipeline, monkeypatch)

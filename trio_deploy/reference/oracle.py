@@ -1,45 +1,40 @@
-"""TRIO in PyTorch on transformers' own LLaVA: the reference every graph is checked against.
+"""TRIO in PyTorch on transformers' own models: the reference that every graph is checked against.
 
 It is written to be read from top to bottom, not to be fast: transformers' own vision tower,
-projector, packing of image rows, decoder layers and KV cache; autograd for the saliency; the
-greedy suppression one token after another. Rows of a batch do not touch each other, so a batch is
-a loop over rows and nothing here knows about padding.
+connector, packing of image rows, decoder layers and KV cache (`adapters`); autograd for the
+saliency; the greedy suppression one token after another. The rows of a batch do not depend on each
+other, so a batch is a loop over rows and nothing here knows about padding.
 
 A pruning point (l, k): before decoder layer l runs, keep k visual tokens. The score of a visual
-token v is the norm of d(loss)/d(X[v]), where X is the input of layer l, and the loss asks how sure
-layer l alone, followed by the final norm and the head, is of its own predictions at the last few
-text tokens. How each method chooses is in its own module (selection/), in numpy over arrays that
-the oracle computes.
+token v is the norm of d(loss)/d(X[v]), where X is the input of layer l, and the loss measures how
+certain layer l alone, followed by the final norm and the head, is of its own predictions at the
+last few text tokens. How each method chooses is in its own module (selection/), in numpy over
+arrays that the oracle computes.
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from trio_deploy.checkpoint.resolve import from_folder
 from trio_deploy.errors import TrioError
-from trio_deploy.reference.encoder_scores import encoder_scores
-from trio_deploy.reference.trace import Stage, Tensors, stack_rows
+from trio_deploy.families.registry import parse_config
+from trio_deploy.reference.adapters import adapt, model_class
+from trio_deploy.reference.trace import Stage, Tensors, Trace, stack_rows
 from trio_deploy.schedule import methods
 from trio_deploy.schedule.methods import METHODS, SEEDS
 from trio_deploy.schedule.schedule import Schedule
 from trio_deploy.schedule.view import View
-
-MODEL_CLASSES = {
-    "llava": "LlavaForConditionalGeneration",
-    "llava_next": "LlavaNextForConditionalGeneration",
-}
 
 
 @dataclass(frozen=True)
@@ -99,13 +94,13 @@ class Pruned:
 
 @dataclass(frozen=True)
 class RowResult:
-    """What one row came to.
+    """Result of one row.
 
     Attributes:
         token_ids: generated tokens, an end token included.
-        logits: [steps, V] that each of them was chosen from.
+        logits: [steps, V], what each of them was chosen from.
         kept: at each pruning point the places kept, counted in the original prompt.
-        stages: every stage's tensors, B = 1.
+        stages: tensors of each stage, B = 1, as far as the trace recorded them.
     """
 
     token_ids: list[int]
@@ -116,7 +111,7 @@ class RowResult:
 
 @dataclass(frozen=True)
 class OracleResult:
-    """A batch: its rows, and every stage's tensors padded on the right and put together."""
+    """Results of a batch: its rows, and the tensors of each stage, padded on the right."""
 
     rows: list[RowResult]
     stages: dict[str, Stage]
@@ -128,10 +123,11 @@ class OracleResult:
 
 
 class Oracle:
-    """TRIO around one of transformers' LLaVA models.
+    """TRIO around one of transformers' models.
 
     Args:
-        model: LlavaForConditionalGeneration or LlavaNextForConditionalGeneration.
+        model: of the class that the family names.
+        family: name of the model's family; None takes the model's `model_type`.
         probe: `last` takes the last text tokens as probes, `shifted` those one place before.
         probes: how many of them, P.
         positions: after pruning, `renumber` counts positions from 0 again in every segment of
@@ -145,6 +141,7 @@ class Oracle:
         self,
         model: Any,
         *,
+        family: str | None = None,
         probe: str = "last",
         probes: int = 4,
         positions: str = "renumber",
@@ -155,9 +152,8 @@ class Oracle:
             raise TrioError(f"probe is {probe!r}; use 'last' or 'shifted'")
         if positions not in ("renumber", "original"):
             raise TrioError(f"positions is {positions!r}; use 'renumber' or 'original'")
-        self.model = model.eval()
-        self.text = model.model.language_model
-        self.head = model.lm_head
+        self.adapter = adapt(model, family or model.config.model_type)
+        self.model, self.text, self.head = model, self.adapter.text, self.adapter.head
         self.probe, self.probes = probe, probes
         self.positions, self.threshold = positions, threshold
         self.probe_logits = 0.0
@@ -169,112 +165,67 @@ class Oracle:
     def from_checkpoint(
         cls, path: str | Path, dtype: torch.dtype = torch.float32, **options: Any
     ) -> Oracle:
-        """Load a checkpoint folder with transformers; `options` as for the class.
+        """Load a checkpoint folder with transformers; `options` as of the class.
 
         Raises:
-            TrioError: the model is none that the oracle knows.
+            TrioError: not a checkpoint of a supported family.
         """
-        config = transformers.AutoConfig.from_pretrained(path)
-        model = model_class(config.model_type).from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa"
-        )
-        return cls(model, **options)
+        family = parse_config(from_folder(Path(path)).raw_config).family
+        model = model_class(family).from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        return cls(model, family=family, **options)
 
     # ---- from pictures and words to the first hidden states -------------------------------------
 
     def embed(self, row: Row, scores: Collection[str] = ()) -> tuple[Tensor, Stage, Stage]:
         """Input of layer 0, [1, S, d], and the stages `vision` and `embed`.
 
-        `scores`: which of methods.ENCODER_SCORES `vision` puts out, too.
+        Args:
+            scores: those of methods.ENCODER_SCORES that `vision` puts out as well.
+
+        Raises:
+            TrioError: the prompt's image tokens do not fit its images.
         """
-        model, device = self.model.model, self.model.device
+        device = self.model.device
         ids = torch.as_tensor(row.input_ids, device=device)[None]
-        visual = ids == self.model.config.image_token_id
+        visual = ids == self.adapter.image_token_id
         # The image token may lie outside the table; what stands there is replaced anyway.
         embeds = self.text.embed_tokens(ids.masked_fill(visual, 0))
         source = torch.arange(ids.shape[1], device=device)[None].clone()
         rows = embeds.new_zeros(0, embeds.shape[-1])
-        side = self.model.config.vision_config.image_size
-        pixels = np.zeros((0, 3, side, side), np.float32)
+        pixels: NDArray[np.floating] = np.zeros((0, *self.adapter.tile), np.float32)
         encoder = {name: torch.zeros(0) for name in scores}
         if row.pixel_values is not None:
             pixels = np.asarray(row.pixel_values)
-            # The projector's output is what vision.onnx makes: [T, p, d], before tiles are packed.
-            tiles: list[Tensor] = []
-            hook = model.multi_modal_projector.register_forward_hook(
-                lambda _module, _inputs, output: tiles.append(output)
-            )
-            sizes = torch.tensor([list(size) for size in row.image_sizes])
-            packing = {"image_sizes": sizes} if hasattr(model, "pack_image_features") else {}
-            pixel_values = torch.as_tensor(pixels, device=device, dtype=embeds.dtype)
-            output = model.get_image_features(pixel_values, **packing)
-            hook.remove()
-            packed = torch.cat(list(getattr(output, "pooler_output", output)))
-            if int(visual.sum()) != len(packed):
+            tiles = torch.as_tensor(pixels, device=device, dtype=embeds.dtype)
+            found = self.adapter.features(tiles, row.image_sizes, scores)
+            if int(visual.sum()) != len(found.tokens):
                 raise TrioError(
-                    f"the prompt has {int(visual.sum())} image tokens for {len(packed)} image rows"
+                    f"the prompt has {int(visual.sum())} image tokens for {len(found.tokens)} "
+                    "image rows"
                 )
-            embeds[visual] = packed
-            rows = self._stored(tiles[0].flatten(0, 1))
-            encoder = encoder_scores(model, pixel_values, scores)
-            source[visual] = self._packing_order(tiles[0].shape[:2], sizes, ids.shape[1])
+            embeds[visual] = found.tokens
+            rows, encoder = self._stored(found.rows), found.scores
+            order = found.order.to(device)
+            source[visual] = torch.where(order < 0, order, order + ids.shape[1])
         elif visual.any():
             raise TrioError("the prompt has image tokens but no picture")
         embeds = self._stored(embeds)
         vision = Stage({"pixel_values": pixels}, _arrays({"image_features": rows, **encoder}))
         inputs = _arrays({"input_ids": ids, "image_features": rows, "source_index": source})
-        inputs["lengths"] = np.array([ids.shape[1]])  # no input of the graph: says what is padding
+        inputs["lengths"] = np.array([ids.shape[1]])  # no input of the graph: where padding begins
         return embeds, vision, Stage(inputs, _arrays({"inputs_embeds": embeds}))
 
     def _stored(self, hidden: Tensor) -> Tensor:
         """Rounded to what is stored between stages."""
         return hidden if self.storage is None else hidden.to(self.storage).to(hidden.dtype)
 
-    def _packing_order(self, tiles: torch.Size, sizes: Tensor, length: int) -> Tensor:
-        """Where packing takes each visual token from: S + row, or -1 for a newline.
-
-        Found by letting transformers pack the numbers of the rows instead of the rows.
-        """
-        model, config = self.model.model, self.model.config
-        numbers = torch.arange(tiles.numel(), dtype=torch.float64).reshape(*tiles, 1) + length
-        if not hasattr(model, "pack_image_features"):
-            return numbers.flatten().long()
-        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-        counts = [
-            image_size_to_num_patches(size, config.image_grid_pinpoints, tile)
-            for size in sizes
-            for tile in [config.vision_config.image_size]
-        ]
-        order, _ = model.pack_image_features(
-            numbers.split(counts),
-            sizes,
-            config.vision_feature_select_strategy,
-            image_newline=numbers.new_full((1,), -1.0),
-        )
-        return torch.cat(order).flatten().long()
-
     # ---- decoder layers -------------------------------------------------------------------------
 
     def run_layers(
         self, layers: Iterable[int], hidden: Tensor, positions: Tensor, cache: DynamicCache | None
     ) -> Tensor:
-        """Run decoder layers on [1, S, d].
-
-        No mask is needed: without one, attention is causal for many tokens and sees the whole
-        cache for one. A layer's cache is its own, so segments may differ in length.
-        """
-        rotary = self.text.rotary_emb(hidden, position_ids=positions)
-        for index in layers:
-            hidden = self.text.layers[index](
-                hidden,
-                attention_mask=None,
-                position_embeddings=rotary,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
-        return hidden
+        """Run decoder layers on [1, S, d]; see `Llava.run_layers`."""
+        return self.adapter.run_layers(layers, hidden, positions, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head on [1, n, d], [n, V]."""
@@ -331,7 +282,7 @@ class Oracle:
             scores = self.saliency(point.layer, hidden, point.positions, point.visual)
             arrays["gradient"] = _array(scores)
         if {"queries", "keys"} & set(needs):
-            queries, keys = self.queries_and_keys(point.layer, hidden, point.positions)
+            queries, keys = self.adapter.queries_and_keys(point.layer, hidden, point.positions)
             arrays |= {"queries": _array(queries), "keys": _array(keys)}
         if "final_norm" in needs:
             arrays["final_norm"] = _array(self.text.norm(hidden)[0])
@@ -344,18 +295,6 @@ class Oracle:
             seed=point.seed,
             arrays=arrays,
         )
-
-    def queries_and_keys(
-        self, layer: int, hidden: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Queries [H, S, D] and keys [G, S, D] of a layer over [1, S, d], rotated."""
-        module = self.text.layers[layer]
-        normal, size = module.input_layernorm(hidden), module.self_attn.head_dim
-        query = module.self_attn.q_proj(normal).unflatten(-1, (-1, size)).transpose(1, 2)
-        key = module.self_attn.k_proj(normal).unflatten(-1, (-1, size)).transpose(1, 2)
-        cos, sin = self.text.rotary_emb(hidden, position_ids=positions)
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
-        return query[0], key[0]
 
     # ---- prompt to answer -----------------------------------------------------------------------
 
@@ -378,118 +317,186 @@ class Oracle:
 
     @torch.no_grad()
     def generate_row(
-        self, row: Row, schedule: Schedule, max_new_tokens: int, end_tokens: Collection[int]
+        self,
+        row: Row,
+        schedule: Schedule,
+        max_new_tokens: int,
+        end_tokens: Collection[int],
+        trace: Trace | None = None,
     ) -> RowResult:
-        """Greedy generation for one row, with the tensors of every stage.
+        """Greedy generation for one row.
 
         Stages: `vision`, `embed`, `prefill_0`, `select_1`, `prefill_1`, ..., and the first step of
         decoding as `decode_0`, `decode_1`, ... (the same segments, one new token).
+
+        Args:
+            trace: what to note on the way; None records the tensors of every stage.
         """
+        trace = Trace() if trace is None else trace
         needed = methods.encoder_scores(schedule.methods)
-        hidden, vision, embed = self.embed(row, needed)
-        source = embed.inputs["source_index"][0]
-        encoder = {name: _per_token(vision.outputs[name], source) for name in needed}
-        stages = {"vision": vision, "embed": embed}
+        with trace.stage("vision"):
+            hidden, trace.stages["vision"], trace.stages["embed"] = self.embed(row, needed)
+        source = trace.stages["embed"].inputs["source_index"][0]
+        features = trace.stages["vision"].outputs
         segments = [range(*bounds) for bounds in schedule.segments(len(self.text.layers))]
-        visual = torch.as_tensor(row.input_ids) == self.model.config.image_token_id
-        visual = visual.to(hidden.device)
-        counts = schedule.resolve(int(visual.sum()))
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        places = positions[0]
+        ids = torch.as_tensor(row.input_ids, device=hidden.device)[None]
+        positions = self.adapter.positions(ids)
+        # Under `renumber` every segment continues from its own length.
+        after, own = int(positions.max()) + 1, self.positions == "renumber"
+        point = Point(
+            layer=0,
+            hidden=hidden,
+            positions=positions,
+            visual=ids[0] == self.adapter.image_token_id,
+            keep=0,
+            seed=row.seed % SEEDS,
+            encoder={name: _per_token(features[name], source) for name in needed},
+        )
+        counts = schedule.resolve(int(point.visual.sum()))
+        places, kept = np.arange(len(row.input_ids)), []
         cache = DynamicCache()
-        kept: list[NDArray[np.int64]] = []
+        following = []
         for i, layers in enumerate(segments):
             if i > 0:
-                keep = min(counts[i - 1], int(visual.sum()))
-                method = schedule.methods[i - 1]
-                seed = row.seed % SEEDS
-                point = Point(layers.start, hidden, positions, visual, keep, seed, encoder)
-                pruned = self.select(method, point)
-                index = pruned.index
-                before = _sequence(hidden, positions, visual) | {
-                    "keep": np.array([keep]),
-                    "width": np.array([len(index)]),
-                    "seed": np.array([seed]),
-                    **_arrays({name: value[None] for name, value in encoder.items()}),
-                    # No input of the graph: how far a logit's error reaches into the scores.
-                    "probe_logits": np.array([self.probe_logits]),
-                }
-                hidden = self._stored(pruned.hidden)
-                visual, places, positions = visual[index], places[index], positions[:, index]
-                encoder = {name: value[index] for name, value in encoder.items()}
-                if self.positions == "renumber":
-                    positions = torch.arange(len(index), device=hidden.device)[None]
-                after = _sequence(hidden, positions, visual)
-                stages[f"select_{i}"] = Stage(
-                    before,
-                    {"keep_index": _array(index[None])}
-                    | {f"{name}_out": value for name, value in after.items()}
-                    | {
-                        "saliency": pruned.scores[None].astype(np.float32),
-                        "converged": np.array([True]),
-                    },
-                )
-                kept.append(_array(places))
+                keep = min(counts[i - 1], int(point.visual.sum()))
+                point = replace(point, layer=layers.start, keep=keep)
+                with trace.stage(f"select_{i}"):
+                    point, index = self._prune(f"select_{i}", schedule.methods[i - 1], point, trace)
+                places = places[index]
+                kept.append(places)
+            following.append(len(point.visual) if own and len(layers) else after)
             if len(layers):
-                hidden, stages[f"prefill_{i}"] = self._segment(i, layers, hidden, positions, cache)
-        # Under `renumber` every segment goes on counting from its own length.
-        own = self.positions == "renumber"
-        following = [
-            cache.get_seq_length(layers.start) if own and len(layers) else len(row.input_ids)
-            for layers in segments
-        ]
-        logits = [self.logits(hidden[:, -1:])]
-        tokens = [int(logits[-1].argmax())]
+                with trace.stage(f"prefill_{i}"):
+                    hidden = self._segment(
+                        f"prefill_{i}", layers, point.hidden, point.positions, cache, trace
+                    )
+                point = replace(point, hidden=hidden)
+        with trace.stage(f"prefill_{len(counts)}"):
+            logits = self.logits(point.hidden[:, -1:])
+            token = int(logits.argmax())
         if max_new_tokens == 0:
-            tokens = []
-        while 0 < len(tokens) < max_new_tokens and tokens[-1] not in end_tokens:
-            ids = torch.tensor([[tokens[-1]]], device=hidden.device)
+            return RowResult([], _array(logits), kept, trace.stages)
+        tokens, rest = self._decode(
+            token, max_new_tokens, end_tokens, segments, following, cache, trace
+        )
+        return RowResult(tokens, _array(torch.cat([logits, *rest])), kept, trace.stages)
+
+    def _prune(
+        self, name: str, method: str, point: Point, trace: Trace
+    ) -> tuple[Point, NDArray[np.int64]]:
+        """The row behind a pruning point, and the places [W] in front of it that it kept."""
+        pruned = self.select(method, point)
+        index = pruned.index
+        if self.positions == "renumber":
+            positions = torch.arange(len(index), device=point.hidden.device)[None]
+        else:
+            positions = point.positions[:, index]
+        after = replace(
+            point,
+            hidden=self._stored(pruned.hidden),
+            positions=positions,
+            visual=point.visual[index],
+            encoder={name: value[index] for name, value in point.encoder.items()},
+        )
+        if trace.recording:
+            inputs = _sequence(point) | {
+                "keep": np.array([point.keep]),
+                "width": np.array([len(index)]),
+                "seed": np.array([point.seed]),
+                **_arrays({name: value[None] for name, value in point.encoder.items()}),
+                # No input of the graph: how far a logit's error reaches into the scores.
+                "probe_logits": np.array([self.probe_logits]),
+            }
+            outputs = {f"{key}_out": value for key, value in _sequence(after).items()}
+            outputs |= {
+                "keep_index": _array(index[None]),
+                "saliency": pruned.scores[None].astype(np.float32),
+                "converged": np.array([True]),
+            }
+            trace.stages[name] = Stage(inputs, outputs)
+        return after, _array(index)
+
+    def _decode(
+        self,
+        token: int,
+        max_new_tokens: int,
+        end_tokens: Collection[int],
+        segments: Sequence[range],
+        following: Sequence[int],
+        cache: DynamicCache,
+        trace: Trace,
+    ) -> tuple[list[int], list[Tensor]]:
+        """All tokens, and the logits of those after the first.
+
+        Args:
+            token: the first, from the prefill.
+            following: its position in each segment.
+        """
+        tokens, logits = [token], []
+        while len(tokens) < max_new_tokens and tokens[-1] not in end_tokens:
+            ids = torch.tensor([[tokens[-1]]], device=self.model.device)
             hidden = self.text.embed_tokens(ids)
             for i, layers in enumerate(segments):
-                if len(layers):
-                    at = torch.tensor([[following[i] + len(tokens) - 1]], device=hidden.device)
-                    if len(tokens) == 1:
-                        hidden, stage = self._segment(i, layers, hidden, at, cache)
-                        stage.inputs["input_ids"] = _array(ids)
-                        stages[f"decode_{i}"] = stage
-                    else:
-                        hidden = self.run_layers(layers, hidden, at, cache)
+                if not len(layers):
+                    continue
+                at = torch.tensor([[following[i] + len(tokens) - 1]], device=hidden.device)
+                if len(tokens) == 1 and trace.recording:
+                    name = f"decode_{i}"
+                    hidden = self._segment(name, layers, hidden, at, cache, trace)
+                    trace.stages[name].inputs["input_ids"] = _array(ids)
+                else:
+                    hidden = self.run_layers(layers, hidden, at, cache)
             logits.append(self.logits(hidden[:, -1:]))
             tokens.append(int(logits[-1].argmax()))
-        return RowResult(tokens, _array(torch.cat(logits)), kept, stages)
+        return tokens, logits
 
     def _segment(
-        self, index: int, layers: range, hidden: Tensor, positions: Tensor, cache: DynamicCache
-    ) -> tuple[Tensor, Stage]:
-        """Run one segment and note what its graph would see; a past has room for what is new."""
-        first = index == 0
-        past = cache.get_seq_length(layers.start)
-        new = hidden.shape[1]
-        inputs: Tensors = {
-            "inputs_embeds" if first else "hidden_states": _array(hidden),
-            "position_ids": _array(positions),
-            "lengths": np.array([new]),
-            "past_lengths": np.array([past]),
-        }
-        kind = "key", "value"
-        if past:
-            for i in layers:
-                for name, tensor in zip(kind, _cached(cache, i), strict=True):
-                    room = np.zeros_like(tensor[:, :, :1]).repeat(new, axis=2)
-                    inputs[f"past.{i}.{name}"] = np.concatenate([tensor, room], axis=2)
+        self,
+        name: str,
+        layers: range,
+        hidden: Tensor,
+        positions: Tensor,
+        cache: DynamicCache,
+        trace: Trace,
+    ) -> Tensor:
+        """Run one segment; record what its graph would take and give."""
+        last = layers.stop == len(self.text.layers)
+        inputs = _segment_inputs(name, layers, hidden, positions, cache) if trace.recording else {}
         hidden = self.run_layers(layers, hidden, positions, cache)
-        if layers.stop < len(self.text.layers):
+        if not last:
             hidden = self._stored(hidden)
-        outputs: Tensors = {}
-        if layers.stop == len(self.text.layers):
-            outputs["logits"] = _array(self.logits(hidden[:, -1:]))
-        else:
-            # A graph cannot have an input and an output of one name.
-            outputs["hidden_states" if first else "hidden_states_out"] = _array(hidden)
+        if trace.recording:
+            outputs: Tensors = {}
+            if last:
+                outputs["logits"] = _array(self.logits(hidden[:, -1:]))
+            else:
+                # A graph cannot have an input and an output of one name.
+                given = "hidden_states_out" if "hidden_states" in inputs else "hidden_states"
+                outputs[given] = _array(hidden)
+            for i in layers:
+                for kind, tensor in _cached(cache, i).items():
+                    outputs[f"present.{i}.{kind}"] = tensor
+            trace.stages[name] = Stage(inputs, outputs)
+        return hidden
+
+
+def _segment_inputs(
+    name: str, layers: range, hidden: Tensor, positions: Tensor, cache: DynamicCache
+) -> Tensors:
+    """What a segment's graph takes; a past has room for what is new."""
+    past, new = cache.get_seq_length(layers.start), hidden.shape[1]
+    inputs: Tensors = {
+        "inputs_embeds" if name.endswith("_0") else "hidden_states": _array(hidden),
+        "position_ids": _array(positions),
+        "lengths": np.array([new]),
+        "past_lengths": np.array([past]),
+    }
+    if past:
         for i in layers:
-            for name, tensor in zip(kind, _cached(cache, i), strict=True):
-                outputs[f"present.{i}.{name}"] = tensor
-        return hidden, Stage(inputs, outputs)
+            for kind, tensor in _cached(cache, i).items():
+                room = np.zeros_like(tensor[:, :, :1]).repeat(new, axis=2)
+                inputs[f"past.{i}.{kind}"] = np.concatenate([tensor, room], axis=2)
+    return inputs
 
 
 def proxy_loss(logits: Tensor) -> Tensor:
@@ -504,20 +511,6 @@ def proxy_loss(logits: Tensor) -> Tensor:
     return others.exp().sum(-1).log1p().mean()
 
 
-def model_class(model_type: str) -> Any:
-    """transformers' class for `model_type` of a config.json.
-
-    Raises:
-        TrioError: none that the oracle knows.
-    """
-    if model_type not in MODEL_CLASSES:
-        raise TrioError(
-            f"the reference knows no model of type {model_type!r}, only "
-            + " and ".join(sorted(MODEL_CLASSES))
-        )
-    return getattr(transformers, MODEL_CLASSES[model_type])
-
-
 def _keep_norms_in_float64(model: Any) -> None:
     """transformers' RMSNorm always computes in fp32; in an fp64 model it would be the noisiest."""
 
@@ -530,9 +523,9 @@ def _keep_norms_in_float64(model: Any) -> None:
             module.forward = types.MethodType(forward, module)
 
 
-def _cached(cache: DynamicCache, layer: int) -> tuple[NDArray, NDArray]:
+def _cached(cache: DynamicCache, layer: int) -> Tensors:
     entry: Any = cache.layers[layer]
-    return _array(entry.keys), _array(entry.values)
+    return {"key": _array(entry.keys), "value": _array(entry.values)}
 
 
 def _per_token(rows: NDArray, source: NDArray) -> Tensor:
@@ -543,9 +536,13 @@ def _per_token(rows: NDArray, source: NDArray) -> Tensor:
     return torch.from_numpy(scores)
 
 
-def _sequence(hidden: Tensor, positions: Tensor, visual: Tensor) -> Tensors:
-    named = {"hidden_states": hidden, "position_ids": positions, "visual_mask": visual[None]}
-    return _arrays(named) | {"lengths": np.array([hidden.shape[1]])}
+def _sequence(point: Point) -> Tensors:
+    named = {
+        "hidden_states": point.hidden,
+        "position_ids": point.positions,
+        "visual_mask": point.visual[None],
+    }
+    return _arrays(named) | {"lengths": np.array([point.hidden.shape[1]])}
 
 
 def _array(tensor: Tensor) -> NDArray:

@@ -19,19 +19,21 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import WEIGHTS
 from trio_deploy.checkpoint.safetensors import DTYPES, TensorEntry, read_header
 from trio_deploy.errors import TrioError
-from trio_deploy.families.names import map_checkpoint_names
-from trio_deploy.reference.oracle import model_class
+from trio_deploy.families.names import canonical_name, map_checkpoint_names
+from trio_deploy.families.registry import get_family
+from trio_deploy.reference.adapters import model_class
 
 
 def restore_model(bundle: Bundle, dtype: torch.dtype = torch.float32) -> Any:
     """The bundle's model as transformers' own class, weights widened or narrowed to `dtype`.
 
     Raises:
-        TrioError: the bundle has no weights yet, or a model type the reference does not know.
+        TrioError: the bundle has no weights yet, or transformers does not know the model.
     """
     bundle.require_weights()
     raw = bundle.manifest.model.config
-    architecture = model_class(str(raw.get("model_type")))
+    family = get_family(bundle.config.family)
+    architecture = model_class(family.name)
     entries: dict[str, TensorEntry] = {}
     for file in sorted((bundle.path / WEIGHTS).glob("*.safetensors")):
         entries |= read_header(file)
@@ -40,7 +42,9 @@ def restore_model(bundle: Bundle, dtype: torch.dtype = torch.float32) -> Any:
     names = map_checkpoint_names(bundle.config, entries)
     tensors = {canonical: _mapped(entries[name]) for canonical, name in names.items()}
     config = architecture.config_class.from_dict(raw)
-    state = _state(architecture, config, tensors)
+    with torch.device("meta"):
+        expected = architecture(config).state_dict()
+    state = _state({name: canonical_name(family, name) for name in expected}, expected, tensors)
     silent = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -52,16 +56,19 @@ def restore_model(bundle: Bundle, dtype: torch.dtype = torch.float32) -> Any:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _state(architecture: Any, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _state(
+    names: Mapping[str, str], expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The state dict that the installed transformers expects.
 
     What no graph reads is zero: the vision layers above the one whose features are taken.
+
+    Args:
+        names: canonical name of each name in `expected`.
     """
-    with torch.device("meta"):
-        expected = architecture(config).state_dict()
     state, unread = {}, 0
     for name, parameter in expected.items():
-        canonical = name.removeprefix("model.").replace(".vision_model.", ".")
+        canonical = names[name]
         if canonical == "lm_head.weight" and canonical not in tensors:
             canonical = "language_model.embed_tokens.weight"  # tied
         if canonical in tensors:

@@ -1,8 +1,9 @@
-"""What each stage saw and made: one row's tensors, and rows put together into a padded batch."""
+"""Inputs and outputs of each stage: those of one row, and of a batch of rows, padded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +25,23 @@ class Stage:
 
     inputs: Tensors = field(default_factory=dict)
     outputs: Tensors = field(default_factory=dict)
+
+
+@dataclass
+class Trace:
+    """What is noted while a row is generated.
+
+    Attributes:
+        stages: tensors of each stage by name.
+        recording: whether the tensors of all stages are copied; else `vision` and `embed` alone.
+    """
+
+    stages: dict[str, Stage] = field(default_factory=dict)
+    recording: bool = True
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Entered for as long as a stage runs; a subclass may take the time."""
+        return nullcontext()
 
 
 def stack_rows(rows: Sequence[dict[str, Stage]]) -> dict[str, Stage]:

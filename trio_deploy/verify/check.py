@@ -264,7 +264,7 @@ def _ask_oracle(
         "storage": None if manifest.dtype == "float32" else getattr(torch, manifest.dtype),
     }
     if checkpoint is None:
-        oracle = Oracle(restore_model(bundle), **options)
+        oracle = Oracle(restore_model(bundle), family=bundle.config.family, **options)
     else:
         oracle = Oracle.from_checkpoint(checkpoint, **options)
     rows = []

@@ -13,7 +13,7 @@ TORCH = importlib.util.find_spec("torch") and importlib.util.find_spec("transfor
 
 @pytest.mark.skipif(not TORCH, reason="needs torch and transformers")
 def test_the_oracle_baseline_chooses_what_the_oracle_chooses(random_bundle):
-    """Its loop is written anew without the oracle's notes, so the tokens are compared."""
+    """It generates without recording the stages' tensors, so the tokens are compared."""
     from trio_deploy.bench.contenders.oracle import answer_with
     from trio_deploy.reference.oracle import Oracle, Row
     from trio_deploy.reference.restore import restore_model
@@ -26,9 +26,11 @@ def test_the_oracle_baseline_chooses_what_the_oracle_chooses(random_bundle):
     chosen, logits = [], oracle.logits
     oracle.logits = lambda hidden: chosen.append(int(logits(hidden)[-1].argmax())) or logits(hidden)
     answer = answer_with(oracle, Inputs(random_bundle), work, random_bundle.schedule)
-    answer(5)
+    run = answer(5)
+    assert {"preprocess", "vision", "select_1", "prefill_1"} <= set(run.stages)
+    assert run.first_token_s >= sum(run.stages.values()) * 0.99
     mine = chosen[-work.new_tokens :]
     prompt, (picture,) = Inputs(random_bundle).encode(work.messages(), work.pictures(5))
-    row = Row(prompt.ids, picture.pixel_values, [picture.size])
+    row = Row(prompt.ids, picture.feeds["pixel_values"], [picture.size])
     result = oracle.generate([row], random_bundle.schedule, max_new_tokens=work.new_tokens)
     assert result.token_ids[0] == mine

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -48,75 +49,51 @@ def open_oracle(
 def answer_with(
     oracle: Any, inputs: Inputs, work: Workload, schedule: Schedule
 ) -> Callable[[int], Run]:
-    """The reference's pruning: autograd through a layer for the scores, greedy suppression.
-
-    The oracle's own steps without its notes of every stage's tensors, and by `trio` alone.
-    """
-    import torch
-    from transformers import DynamicCache
-
+    """The oracle's own generation, timed, without the tensors of its stages."""
     from trio_deploy.reference.oracle import Row
-    from trio_deploy.selection.nms import greedy_select
+    from trio_deploy.reference.trace import Trace
 
-    text, device = inputs.config.text, oracle.model.device
-    now = clock(device)
-    segments = schedule.segments(text.num_layers)
-    image_token = inputs.config.image_token_id
+    text, now = inputs.config.text, clock(oracle.model.device)
 
-    @torch.no_grad()
+    class Timed(Trace):
+        """Seconds per stage; `until` is when the last of them ended."""
+
+        until = 0.0
+
+        @contextlib.contextmanager
+        def stage(self, name: str) -> Iterator[None]:
+            with timed(stages_of_run, name, now):
+                yield
+            self.until = now()
+
+    stages_of_run: dict[str, float] = {}
+
     def answer(seed: int) -> Run:
-        stages: dict[str, float] = {}
+        stages_of_run.clear()
         start = time.perf_counter()
-        prompt, pixels, sizes = encode(inputs, work, seed, stages)
-        with timed(stages, "vision", now):
-            hidden, _, _ = oracle.embed(Row(prompt.ids, pixels, sizes))
-        visual = torch.as_tensor(prompt.ids, device=device) == image_token
-        counts = schedule.resolve(prompt.visual_tokens)
-        positions = torch.arange(prompt.length, device=device)[None]
-        cache = DynamicCache()
-        lengths: list[int] = []
-        for number, (first, stop) in enumerate(segments):
-            if number:
-                with timed(stages, f"select_{number}", now):
-                    scores = oracle.saliency(first, hidden, positions, visual)[visual]
-                    chosen = greedy_select(
-                        scores.cpu().numpy(),
-                        hidden[0, visual].float().cpu().numpy(),
-                        counts[number - 1],
-                        oracle.threshold,
-                    )
-                    keeps = ~visual
-                    keeps[visual.nonzero().flatten()[chosen]] = True
-                    index = keeps.nonzero().flatten()
-                hidden, visual, positions = hidden[:, index], visual[index], positions[:, index]
-                if oracle.positions == "renumber":
-                    positions = torch.arange(len(index), device=device)[None]
-            with timed(stages, f"prefill_{number}", now):
-                hidden = oracle.run_layers(range(first, stop), hidden, positions, cache)
-            lengths.append(hidden.shape[1])
-        with timed(stages, f"prefill_{len(counts)}", now):
-            token = oracle.logits(hidden[:, -1:]).argmax(-1)
-        until_first = now() - start
-        for step in range(work.new_tokens - 1):
-            hidden = oracle.text.embed_tokens(token[None])
-            for (first, stop), length in zip(segments, lengths, strict=True):
-                at = length if oracle.positions == "renumber" else prompt.length
-                hidden = oracle.run_layers(
-                    range(first, stop), hidden, torch.tensor([[at + step]], device=device), cache
-                )
-            token = oracle.logits(hidden).argmax(-1)
+        prompt, pixels, sizes = encode(inputs, work, seed, stages_of_run)
+        trace = Timed(recording=False)
+        row = oracle.generate_row(
+            Row(prompt.ids, pixels, sizes), schedule, work.new_tokens, (), trace
+        )
+        until_first = trace.until - start
         later = now() - start - until_first
-        per_layer = [n for n, (a, b) in zip(lengths, segments, strict=True) for _ in range(a, b)]
+        lengths = [prompt.length, *(len(kept) for kept in row.kept)]
+        ranges = [
+            (first, stop, length)
+            for length, (first, stop) in zip(
+                lengths, schedule.segments(text.num_layers), strict=True
+            )
+        ]
+        per_layer = [length for first, stop, length in ranges for _ in range(first, stop)]
         return Run(
-            stages=stages,
+            stages=dict(stages_of_run),
             first_token_s=until_first,
             tokens_per_s=(work.new_tokens - 1) / later if work.new_tokens > 1 else 0.0,
             prompt_tokens=prompt.length,
             visual_tokens=prompt.visual_tokens,
-            keep=counts,
-            layer_ranges=tuple(
-                (a, b, n) for n, (a, b) in zip(lengths, segments, strict=True) if b > a
-            ),
+            keep=schedule.resolve(prompt.visual_tokens),
+            layer_ranges=tuple(entry for entry in ranges if entry[1] > entry[0]),
             kv_bytes=text.kv_bytes(per_layer, oracle.model.dtype.itemsize),
             precision=precision(oracle.model),
         )
