@@ -279,7 +279,7 @@ def _write_weights(folder: Path, layout: Any, dtype: str, seed: int, progress: b
                 out.write(shard.header)
                 for name in shard.names:
                     places[name] = file
-                    left = math.prod(layout.refs[name].shape)
+                    left = math.prod(layout.places[name].shape)
                     while left:
                         count = min(left, _CHUNK)
                         left -= count
