@@ -90,7 +90,9 @@ def test_no_graph_declares_an_input_that_nothing_reads(
 @dialects
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_tensor_of_the_checkpoint_is_used_and_nothing_else(dialect: str, dtype: str) -> None:
-    config = model_config(family="llava_next", grid_pinpoints=((28, 56),), attention_bias=True)
+    config = model_config(
+        family="llava_next", grid_pinpoints=((28, 56),), qkv_bias=True, o_bias=True
+    )
     options = GraphOptions(dialect=dialect, dtype=dtype)
     used = {}
     for model in build_graphs(config, points(1, 2), options).values():

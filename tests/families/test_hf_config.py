@@ -83,7 +83,7 @@ def _agrees_with_transformers(raw: dict) -> None:
     assert t.rms_norm_eps == text.rms_norm_eps
     assert t.rope.theta == text.rope_parameters["rope_theta"]
     assert t.rope.scaling == text.rope_parameters["rope_type"]
-    assert t.attention_bias == getattr(text, "attention_bias", False)
+    assert t.qkv_bias == t.o_bias == getattr(text, "attention_bias", False)
     assert t.mlp_bias == getattr(text, "mlp_bias", False)
     assert t.tie_word_embeddings == theirs.tie_word_embeddings
     v = ours.vision

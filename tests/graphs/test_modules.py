@@ -181,6 +181,6 @@ def test_two_constants_of_one_name_must_be_equal() -> None:
 def test_weights_of_the_reference_carry_canonical_names() -> None:
     from trio_deploy.graphs.weights import canonical_tensors
 
-    config = model_config(attention_bias=True, mlp_bias=True)
+    config = model_config(qkv_bias=True, o_bias=True, mlp_bias=True)
     text = {n for n in canonical_tensors(config) if n.startswith(("language_model", "lm_head"))}
     assert set(text_weights(language_model(config), config)) == text

@@ -24,7 +24,8 @@ MODELS = {
     "grouped": {},
     "llama3-rope, one key a query, biases": {
         "num_kv_heads": 4,
-        "attention_bias": True,
+        "qkv_bias": True,
+        "o_bias": True,
         "mlp_bias": True,
         "rope": RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 64),
     },

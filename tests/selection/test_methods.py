@@ -24,7 +24,7 @@ from trio_deploy.schedule.methods import ARRAYS, METHODS, SEEDS
 from trio_deploy.selection import random
 from trio_deploy.selection.stage import build_select
 
-CONFIG = model_config(attention_bias=True)
+CONFIG = model_config(qkv_bias=True, o_bias=True)
 targets = pytest.mark.parametrize(("dialect", "runtime"), TARGETS)
 methods = pytest.mark.parametrize("method", METHODS)
 

@@ -24,7 +24,8 @@ MODELS = {
     "square projections": {"num_heads": 3, "num_kv_heads": 3},
     "one key for all queries, tied head": {"num_kv_heads": 1, "tie_word_embeddings": True},
     "biases, llama3 rope": {
-        "attention_bias": True,
+        "qkv_bias": True,
+        "o_bias": True,
         "mlp_bias": True,
         "rope": RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 64),
     },

@@ -93,7 +93,7 @@ def language_model(config: ModelConfig, *, mistral: bool = False, seed: int = 0)
         model = MistralForCausalLM(MistralConfig(**shared, sliding_window=None))
     else:
         model = LlamaForCausalLM(
-            LlamaConfig(**shared, attention_bias=text.attention_bias, mlp_bias=text.mlp_bias)
+            LlamaConfig(**shared, attention_bias=text.qkv_bias, mlp_bias=text.mlp_bias)
         )
     return randomise(model)
 

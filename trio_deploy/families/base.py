@@ -77,7 +77,12 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A Llama-shaped language model (Llama, Vicuna, Mistral)."""
+    """A Llama-shaped language model (Llama, Vicuna, Mistral).
+
+    Attributes:
+        qkv_bias, o_bias, mlp_bias: whether the projections to queries, keys and values, the one
+            out of the attention, and those of the MLP have biases.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -89,7 +94,8 @@ class TextConfig:
     max_positions: int
     rms_norm_eps: float
     rope: RopeConfig
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
 

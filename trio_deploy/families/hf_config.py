@@ -372,7 +372,8 @@ def _text(section: Mapping[str, Any], tied: bool) -> TextConfig:
         max_positions=max_positions,
         rms_norm_eps=float(section["rms_norm_eps"]),
         rope=_rope(section),
-        attention_bias=bool(section["attention_bias"]),
+        qkv_bias=bool(section["attention_bias"]),
+        o_bias=bool(section["attention_bias"]),
         mlp_bias=bool(section["mlp_bias"]),
         tie_word_embeddings=tied,
     )

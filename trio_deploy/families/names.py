@@ -122,10 +122,10 @@ def _text_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for i in range(text.num_layers):
         layer = f"language_model.layers.{i}"
         tensors[f"{layer}.input_layernorm.weight"] = (d,)
-        tensors |= _linear(f"{layer}.self_attn.q_proj", queries, d, text.attention_bias)
-        tensors |= _linear(f"{layer}.self_attn.k_proj", keys, d, text.attention_bias)
-        tensors |= _linear(f"{layer}.self_attn.v_proj", keys, d, text.attention_bias)
-        tensors |= _linear(f"{layer}.self_attn.o_proj", d, queries, text.attention_bias)
+        tensors |= _linear(f"{layer}.self_attn.q_proj", queries, d, text.qkv_bias)
+        tensors |= _linear(f"{layer}.self_attn.k_proj", keys, d, text.qkv_bias)
+        tensors |= _linear(f"{layer}.self_attn.v_proj", keys, d, text.qkv_bias)
+        tensors |= _linear(f"{layer}.self_attn.o_proj", d, queries, text.o_bias)
         tensors[f"{layer}.post_attention_layernorm.weight"] = (d,)
         tensors |= _linear(f"{layer}.mlp.gate_proj", m, d, text.mlp_bias)
         tensors |= _linear(f"{layer}.mlp.up_proj", m, d, text.mlp_bias)

@@ -254,11 +254,11 @@ class Attention(nn.Module):
         super().__init__(name.rpartition(".")[2])
         self.d, self.text = d, text
         size, inner = text.hidden_size, text.num_heads * text.head_dim
-        kv, bias = text.num_kv_heads * text.head_dim, text.attention_bias
+        kv, bias = text.num_kv_heads * text.head_dim, text.qkv_bias
         self.q_proj = Linear(d, f"{name}.q_proj", inner, size, bias)
         self.k_proj = Linear(d, f"{name}.k_proj", kv, size, bias)
         self.v_proj = Linear(d, f"{name}.v_proj", kv, size, bias)
-        self.o_proj = Linear(d, f"{name}.o_proj", size, inner, bias)
+        self.o_proj = Linear(d, f"{name}.o_proj", size, inner, text.o_bias)
 
     def forward(self, op: Any, x: ir.Value, window: Window, past: KV | None) -> tuple[ir.Value, KV]:
         """x [B, S, d] → ([B, S, d], present keys and values)."""
