@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trio_deploy import Pipeline, TextStream, TrioError, export_model
+from trio_deploy import Pipeline, RuntimeOptions, TextStream, TrioError, export_model
 from trio_deploy.cli import main as cli
 from trio_deploy.verify.compare import ParityRow
 
@@ -180,14 +180,14 @@ def test_check_records_before_it_checks(monkeypatch):
     from trio_deploy.verify import check as parity
 
     seen = []
-    monkeypatch.setattr(parity, "record", lambda *args, **kwargs: seen.append(("record", kwargs)))
+    monkeypatch.setattr(parity, "record", lambda _, options, **__: seen.append(("record", options)))
     monkeypatch.setattr(
-        parity, "check", lambda *a, **k: seen.append(("check", k)) or parity.Report("", [])
+        parity, "check", lambda _, o, **__: seen.append(("check", o)) or parity.Report("", [])
     )
     assert cli.main("check b --record --runtime onnxruntime --provider cuda".split()) == 0
     assert [name for name, _ in seen] == ["record", "check"]
     for _, options in seen:
-        assert (options["runtime"], options["provider"]) == ("onnxruntime", "cuda")
+        assert options == RuntimeOptions("onnxruntime", provider="cuda")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_verify_of_graphs_alone_says_that_there_are_no_weights(tmp_path, capsys)
 
     export_model("tiny", tmp_path / "b", budget=0.5, graphs_only=True, progress=False)
     assert cli.main(["inspect", str(tmp_path / "b"), "--verify"]) == 0
-    assert "no weights are there to verify" in capsys.readouterr().err
+    assert "there are no weights to verify" in capsys.readouterr().err
 
 
 def test_verify_says_what_it_could_not_compare_and_compares_it_from_then_on(

@@ -11,7 +11,7 @@ import pytest
 from trio_deploy import Pipeline, Request, Schedule, TrioError, evaluate, export_model
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
-from trio_deploy.cli.main import _parser, main
+from trio_deploy.cli.main import main, parser
 from trio_deploy.evaluation import command, configurations
 from trio_deploy.evaluation.ask import Answer, AnswerLog, Measured, checksums
 from trio_deploy.evaluation.configurations import (
@@ -394,7 +394,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def chosen(model: Path | str, options: str) -> list[Configuration]:
     arguments = f"eval {model} --out out {options}".split()
-    return command._configurations(_parser().parse_args(arguments), Source.open(model))
+    return command._configurations(parser().parse_args(arguments), Source.open(model))
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,79 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trio_deploy.bench.measure import BenchOptions, measure, sweep
-from trio_deploy.bench.synthetic import RandomModel, make_bundle
-from trio_deploy.bench.table import to_text, write
-from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.config.options import RuntimeOptions
+from trio_deploy.cli.options import add_runtime_options, list_of, pixels, runtime_options
 from trio_deploy.errors import TrioError
-from trio_deploy.report.charts import bench_chart
+
+if TYPE_CHECKING:
+    from trio_deploy.bench.measure import BenchOptions
+    from trio_deploy.bundle.bundle import Bundle
+
+SUMMARY = "Measure time and memory, against no pruning and others."
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    command.add_argument("bundle", nargs="?", type=Path, help="folder of the bundle")
+    command.add_argument(
+        "--size",
+        help="random weights instead of a bundle: d=1024,layers=16,vocab=32000, or the sizes of a "
+        "recipe",
+    )
+    command.add_argument(
+        "--budget",
+        type=list_of(float),
+        help="shares of visual tokens, comma-separated (default: the bundle's, or 0.111; with "
+        "--sweep 0.111,0.222,0.333); no pruning is always measured too",
+    )
+    command.add_argument("--schedule", help="schedule of the bundle made for --size")
+    command.add_argument(
+        "--images",
+        type=list_of(int),
+        help="number of pictures in the prompt (default: 1; with --sweep 1,2,3,4)",
+    )
+    command.add_argument(
+        "--picture",
+        type=pixels,
+        metavar="WxH",
+        help="size of the pictures (default: the one with most visual tokens)",
+    )
+    command.add_argument(
+        "--text-tokens", type=int, default=64, help="text tokens of the prompt (default: 64)"
+    )
+    command.add_argument(
+        "--new-tokens", type=int, default=32, help="generated tokens per run (default: 32)"
+    )
+    command.add_argument("--runs", type=int, default=5, help="measured runs (default: 5)")
+    command.add_argument(
+        "--warm-up", type=int, default=2, help="runs before them, not measured (default: 2)"
+    )
+    command.add_argument(
+        "--sweep", action="store_true", help="measure every budget at every number of --images"
+    )
+    command.add_argument(
+        "--baselines",
+        type=list_of(str, none="none"),
+        help="transformers, oracle, genai, comma-separated, or none (default: those installed)",
+    )
+    command.add_argument(
+        "--genai-python", metavar="PATH", help="interpreter that has openvino-genai"
+    )
+    command.add_argument(
+        "--checkpoint", metavar="DIR", help="checkpoint of the bundle, for the baseline genai"
+    )
+    command.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    command.add_argument("--dtype", help="float type of random weights (default: float32)")
+    command.add_argument(
+        "--dialect", help="dialect of the bundle made for --size (default: the target's)"
+    )
+    command.add_argument("--cache", type=Path, help="folder to keep random weights in")
+    command.add_argument(
+        "--out", type=Path, metavar="NAME", help="write NAME.json, NAME.md and NAME.svg"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object instead")
+    add_runtime_options(command)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -28,6 +92,10 @@ def run(args: argparse.Namespace) -> None:
         TrioError: neither or both of bundle and --size, an option that does not go with them, or
             what measuring raises.
     """
+    from trio_deploy.bench.measure import BenchOptions, measure, sweep
+    from trio_deploy.bench.table import to_text, write
+    from trio_deploy.report.charts import bench_chart
+
     images = args.images or ([1, 2, 3, 4] if args.sweep else [1])
     if len(images) > 1 and not args.sweep:
         raise TrioError("several numbers of --images are a sweep: pass --sweep, or one number")
@@ -43,9 +111,7 @@ def run(args: argparse.Namespace) -> None:
         warm_up=args.warm_up,
         baselines=args.baselines,
         memory=not args.no_memory,
-        runtime=RuntimeOptions(
-            args.runtime, args.target, args.provider, args.precision, args.threads
-        ),
+        runtime=runtime_options(args),
         checkpoint=args.checkpoint,
         genai_python=args.genai_python,
     )
@@ -62,6 +128,9 @@ def _subject(
     args: argparse.Namespace, options: BenchOptions, stack: contextlib.ExitStack
 ) -> tuple[Bundle, BenchOptions]:
     """The bundle to measure, exported first for --size, and the options for it."""
+    from trio_deploy.bench.synthetic import RandomModel, make_bundle
+    from trio_deploy.bundle.bundle import Bundle
+
     if (args.bundle is None) == (args.size is None):
         raise TrioError("pass either a bundle's folder, or --size for random weights")
     if args.size is None:

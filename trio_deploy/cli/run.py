@@ -1,26 +1,103 @@
-"""What `trio run` says about an answer once it is there."""
+"""`trio run`: answer a prompt about pictures, and say what was kept and how long it took."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
+from trio_deploy.cli.options import add_runtime_options, runtime_options
 from trio_deploy.errors import TrioError
-from trio_deploy.pipeline.draw import draw_generation
-from trio_deploy.pipeline.request import Generation
+
+if TYPE_CHECKING:
+    from trio_deploy.pipeline.request import Generation
+
+SUMMARY = "Answer a prompt about pictures."
 
 EMPTY = "(the model gave an empty answer)"
 
 _MIB = 2**20
-_WORDS = 8  # that a remark names, so that it stays one line
+_WORDS = 8  # maximum number of words in a remark, so that it stays one line
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    command.add_argument("bundle", type=Path, help="folder of the bundle")
+    command.add_argument(
+        "--image", action="append", default=[], type=Path, help="picture; may be repeated"
+    )
+    command.add_argument("--prompt", required=True, help="question about the pictures")
+    command.add_argument(
+        "--budget", type=float, help="average share of visual tokens (default: the bundle's)"
+    )
+    command.add_argument(
+        "--show", type=Path, metavar="PNG", help="draw which visual tokens were kept"
+    )
+    command.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        help="maximum number of generated tokens (default: 128)",
+    )
+    command.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature (default: 0, greedy)"
+    )
+    command.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the most likely tokens of this total probability (default: 1, all)",
+    )
+    command.add_argument("--seed", type=int, help="sampling seed (default: random)")
+    command.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead")
+    add_runtime_options(command)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the answer as it comes, then its figures; with --show draw what was kept."""
+    from trio_deploy.pipeline.pipeline import Pipeline
+    from trio_deploy.pipeline.request import Request
+
+    if not args.prompt.strip():
+        raise TrioError("--prompt has no text: write something to ask")
+    if args.show is not None:
+        if not args.image:
+            raise TrioError("--show draws what was kept of an image: pass one with --image")
+        check_picture_path(args.show)
+    pipeline = Pipeline.open(args.bundle, runtime_options(args))
+    request = Request(
+        args.prompt,
+        args.image,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=args.stop,
+        budget=args.budget,
+    )
+    stream = pipeline.stream(request)
+    for piece in stream:
+        if not args.json:
+            print(piece, end="", flush=True)
+    generation = stream.generation
+    if args.json:
+        print(json.dumps(generation_json(generation), indent=2))
+    else:
+        said = "" if generation.text.strip() else EMPTY
+        print(f"{said}\n\n{generation_text(generation)}")
+    if unknown := pipeline.unknown_words(args.prompt):
+        print(f"trio: {unknown_remark(unknown, pipeline.vocabulary)}", file=sys.stderr)
+    if args.show is not None:
+        save_kept(generation, args.show)
 
 
 def unknown_remark(words: Sequence[str], vocabulary: int) -> str:
-    """One line on the words of a question that a vocabulary of so many tokens lacks."""
+    """A remark on words of a question that the vocabulary lacks; one line."""
     named = ", ".join(map(repr, words[:_WORDS]))
     more = f" and {len(words) - _WORDS} more" if len(words) > _WORDS else ""
     return (
@@ -30,7 +107,7 @@ def unknown_remark(words: Sequence[str], vocabulary: int) -> str:
 
 
 def generation_text(generation: Generation) -> str:
-    """Tokens a layer range, time to first token, tokens a second, KV cache; one line each."""
+    """Tokens per range of layers, time to first token, tokens per second, KV cache."""
     visual = (generation.visual_tokens, *generation.keep_counts)
     text = generation.prompt_tokens - generation.visual_tokens
     lines = [f"{'layers':<12}{'visual':>8}{'all':>8}"]
@@ -53,7 +130,7 @@ def generation_text(generation: Generation) -> str:
 
 
 def generation_json(generation: Generation) -> dict[str, Any]:
-    """The answer and its figures; times in seconds, places counted in the prompt."""
+    """The answer and its figures; times in seconds, positions counted in the prompt."""
     return {
         "text": generation.text,
         "token_ids": [int(token) for token in generation.token_ids],
@@ -75,11 +152,13 @@ def generation_json(generation: Generation) -> dict[str, Any]:
 
 
 def check_picture_path(path: Path) -> None:
-    """Finds what would keep a picture from being written, before an answer is computed for it.
+    """Check that a picture can be written, before an answer is computed for it.
 
     Raises:
         TrioError: no folder to write to, or an ending that stands for no picture format.
     """
+    from PIL import Image
+
     if not path.parent.is_dir():
         raise TrioError(f"--show cannot write {path}: there is no folder {path.parent}")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -97,6 +176,8 @@ def save_kept(generation: Generation, path: Path) -> None:
     Raises:
         TrioError: the prompt had no image, or the file cannot be written.
     """
+    from trio_deploy.pipeline.draw import draw_generation
+
     if not generation.images:
         raise TrioError("--show draws what was kept of an image: pass one with --image")
     sheet = draw_generation(generation)

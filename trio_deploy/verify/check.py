@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.checkpoint.resolve import from_folder
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import TILES_AT_ONCE, Layout
 from trio_deploy.pipeline.pipeline import Pipeline
@@ -64,33 +65,28 @@ class Report:
 
 def check(
     bundle: Bundle | str | Path,
+    options: RuntimeOptions | None = None,
     *,
-    runtime: str | None = None,
     golden: bool = False,
     checkpoint: str | Path | None = None,
     examples: Sequence[Example] | None = None,
-    threads: int | None = None,
-    provider: str | None = None,
-    target: str | None = None,
+    **keywords: Any,
 ) -> Report:
     """Compare a bundle with the oracle; TensorRT's engines with ONNX Runtime too.
 
     Args:
-        runtime: `onnxruntime`, `openvino` or `tensorrt`; None takes the bundle's.
+        options: how the bundle is run.
         golden: compare with what `record` stored, which needs no torch.
         checkpoint: take the oracle's weights, and transformers' own processor, from this
             checkpoint folder; None takes the weights in the bundle.
-        examples: what to ask; None asks `default_examples`.
-        provider: ONNX Runtime's, `cpu` or `cuda`; None takes the bundle's.
-        target: of which engines to check, or whose runtime and options; None takes the bundle's.
+        examples: questions to ask; None: `default_examples`.
+        keywords: fields of `RuntimeOptions`, which replace those of `options`.
 
     Raises:
         TrioError: torch or transformers is missing, or nothing was recorded.
     """
     loaded = _loaded(bundle)
-    pipeline = Pipeline.open(
-        loaded, runtime=runtime, threads=threads, provider=provider, target=target
-    )
+    pipeline = Pipeline.open(loaded, options, **keywords)
     if golden:
         reference, rows = load(loaded), []
     else:
@@ -125,22 +121,22 @@ def check(
 
 def record(
     bundle: Bundle | str | Path,
+    options: RuntimeOptions | None = None,
     *,
-    runtime: str | None = None,
     checkpoint: str | Path | None = None,
     examples: Sequence[Example] | None = None,
-    provider: str | None = None,
+    **keywords: Any,
 ) -> Bundle:
     """Store the oracle's inputs and outputs in the bundle, for `check(golden=True)`.
 
-    `runtime` and `provider` are what this machine opens the bundle with; what is stored is the
-    oracle's.
+    `options` and `keywords` say how this machine opens the bundle, as in `check`; the oracle's
+    values are stored.
 
     Raises:
         TrioError: torch or transformers is missing.
     """
     loaded = _loaded(bundle)
-    pipeline = Pipeline.open(loaded, runtime=runtime, provider=provider)
+    pipeline = Pipeline.open(loaded, options, **keywords)
     return store(loaded, _ask_oracle(loaded, pipeline, examples or default_examples(), checkpoint))
 
 

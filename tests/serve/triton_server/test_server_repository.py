@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from trio_deploy import Bundle, Pipeline, Request, export_model
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.evaluation import scenes
 from trio_deploy.pipeline.prompt import collate
 from trio_deploy.runtimes.registry import open_engine
@@ -29,7 +30,11 @@ onnx = pytest.importorskip("onnx")
 def served(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     bundle = export_model("tiny", folder / "bundle", budget=0.111, dialect=request.param)
-    write_repository(bundle, folder / "models", Options(stages=True, runtime="onnxruntime"))
+    write_repository(
+        bundle,
+        folder / "models",
+        Options(stages=True, runtime=RuntimeOptions(runtime="onnxruntime")),
+    )
     return bundle, folder / "models"
 
 

@@ -31,6 +31,7 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import MANIFEST, TensorInfo
 from trio_deploy.bundle.weights import Progress, place_file
 from trio_deploy.bundle.writer import BundleWriter
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
 from trio_deploy.files import read_yaml, safe_path
@@ -72,7 +73,7 @@ class Options:
     """How to serve a bundle.
 
     Attributes:
-        runtime, target: what runs the graphs; None: the bundle's own.
+        runtime: how the bundle is run; becomes settings of `NAME_vlm`.
         device: `cpu` or `gpu`, what instances run on.
         instances: processes of `NAME_vlm`, each of which loads the model.
         stages: write the stages and the ensemble as models, too.
@@ -81,8 +82,7 @@ class Options:
         link: hard-link the bundle's files instead of copying them.
     """
 
-    runtime: str | None = None
-    target: str | None = None
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     device: str = "cpu"
     instances: int = 1
     stages: bool = False
@@ -105,8 +105,9 @@ def write_repository(
     """
     options = options or Options()
     bundle.require_weights()
-    target = None if options.target is None else load_target(options.target)
-    runtime = options.runtime or (target.runtime if target else bundle.manifest.runtime)
+    asked = options.runtime
+    target = asked.target if isinstance(asked.target, Target | None) else load_target(asked.target)
+    runtime = asked.runtime or (target.runtime if target else bundle.manifest.runtime)
     _check_options(options, runtime)
     settings = check_settings(_parameters(bundle, options, runtime, target))
     files = list(_files(bundle, runtime, target))
@@ -184,8 +185,14 @@ def _parameters(
     parameters = {"bundle": _BUNDLE, "runtime": runtime}
     if target is not None:
         parameters["target"] = _target_parameter(options)
-    if provider := runtime_spec(runtime).devices[options.device]:
-        parameters["provider"] = provider
+    provider = options.runtime.provider or runtime_spec(runtime).devices[options.device]
+    given = {
+        "provider": provider,
+        "precision": options.runtime.precision,
+        "threads": options.runtime.threads,
+        "low_memory": "true" if options.runtime.low_memory else None,
+    }
+    parameters |= {name: str(value) for name, value in given.items() if value is not None}
     # Not by model_warmup: Triton 2.51 crashes if a decoupled model refuses that request, which
     # limits and deadlines can cause.
     parameters["warm_up"] = "true"
@@ -201,7 +208,8 @@ def _target_parameter(options: Options) -> str:
     Raises:
         TrioError: Triton cannot open a file of that name.
     """
-    target = str(options.target)
+    given = options.runtime.target
+    target = given.name if isinstance(given, Target) else str(given)
     if not Path(target).name.isascii():
         raise TrioError(
             f"the target's file is called {Path(target).name!r}, but Triton's python backend opens "
@@ -289,7 +297,7 @@ class _Models:
             for relative, path in files:
                 self._place(path, f"{name}/{_BUNDLE}/{relative}", self._options.link, bar.update)
         if self._settings.get("target", "").startswith("1/"):
-            target = Path(str(self._options.target)).expanduser()
+            target = Path(str(self._options.runtime.target)).expanduser()
             self._writer.write(f"{name}/{self._settings['target']}", target.read_bytes())
         self._writer.write(f"{name}/1/model.py", _model_py("model"))
         self._config(

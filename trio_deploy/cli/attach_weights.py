@@ -1,0 +1,22 @@
+"""`trio attach-weights`: complete a bundle that was exported with --graphs-only."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "Complete a bundle of graphs with weights."
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    command.add_argument("bundle", type=Path, help="folder of the bundle")
+    command.add_argument("checkpoint", type=Path, help="checkpoint folder")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Copy the weights, and print what the bundle holds."""
+    from trio_deploy.bundle.describe import inspect
+    from trio_deploy.export.attach import attach_weights
+
+    print(inspect(attach_weights(args.bundle, args.checkpoint), interface=False))

@@ -1,0 +1,99 @@
+"""`trio build`: build TensorRT engines of a bundle, on the device they run on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trio_deploy.errors import TrioError
+
+if TYPE_CHECKING:
+    from trio_deploy.bundle.bundle import Bundle
+    from trio_deploy.config.target import Target
+
+SUMMARY = "Build TensorRT engines of a bundle, on the device they run on."
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    command.add_argument("bundle", type=Path, help="folder of the bundle")
+    command.add_argument("--target", help="target name or file (default: the bundle's)")
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the graphs against TensorRT's operators and the target's limits; needs no GPU",
+    )
+    command.add_argument(
+        "--tensorrt",
+        metavar="VERSION",
+        help="with --dry-run: version to check for, such as 10.3 (default: the target's)",
+    )
+    command.add_argument(
+        "--stage",
+        action="append",
+        default=[],
+        help="build or check only this stage; may be repeated (default: all)",
+    )
+    command.add_argument("--force", action="store_true", help="rebuild engines that exist")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build engines, or check whether they can be built; 1 if they cannot."""
+    from trio_deploy.bundle.bundle import Bundle
+
+    bundle = Bundle.load(args.bundle)
+    target = _target(bundle, args)
+    if args.dry_run:
+        return _dry_run(bundle, target, args)
+    if args.tensorrt is not None:
+        raise TrioError("--tensorrt is for --dry-run: engines are built by what is installed")
+    _build(bundle, target, args)
+    return 0
+
+
+def _target(bundle: Bundle, args: argparse.Namespace) -> Target:
+    from trio_deploy.config.target import list_targets
+    from trio_deploy.runtimes.registry import load_target
+
+    name = bundle.manifest.target
+    if not args.target and name not in list_targets():
+        raise TrioError(
+            f"{args.bundle} was exported for {name}, which is a target file of your own: pass it "
+            f"again, --target {name}.yaml"
+        )
+    return load_target(args.target or name)
+
+
+def _dry_run(bundle: Bundle, target: Target, args: argparse.Namespace) -> int:
+    from trio_deploy.runtimes.tensorrt.dry_run.rules import dry_run
+
+    if args.force:
+        raise TrioError("--force rebuilds engines, and --dry-run builds none: drop one")
+    report = dry_run(bundle, target, tensorrt=args.tensorrt, stages=args.stage or None)
+    print(json.dumps(report.to_json(), indent=2) if args.json else report.to_text())
+    return 0 if report.passed else 1
+
+
+def _build(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
+    from trio_deploy.runtimes.tensorrt import bindings
+    from trio_deploy.runtimes.tensorrt.build import build_engines, require_buildable
+    from trio_deploy.runtimes.tensorrt.device import Device
+    from trio_deploy.runtimes.tensorrt.first_run import run_once
+    from trio_deploy.runtimes.tensorrt.gpu import this_gpu
+
+    require_buildable(bundle, target, args.stage or None)
+    tensorrt, device = bindings.load(), Device()
+    outcome = build_engines(
+        bundle,
+        target,
+        tensorrt,
+        this_gpu(device),
+        verify=lambda folder, stage: run_once(bundle, tensorrt, folder, stage),
+        stages=args.stage or None,
+        force=args.force,
+        progress=not args.json,
+    )
+    print(json.dumps(outcome.to_json(), indent=2) if args.json else outcome.to_text())

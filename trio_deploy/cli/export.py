@@ -1,0 +1,64 @@
+"""`trio export` and `trio-export`: turn a checkpoint into a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trio_deploy.cli.options import add_schedule
+
+SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    command.add_argument(
+        "--model", required=True, help="recipe name or file, checkpoint folder, or hub id"
+    )
+    command.add_argument("--out", type=Path, required=True, help="folder to write the bundle to")
+    add_schedule(command)
+    command.add_argument("--dtype", help="float32, float16 or bfloat16 (default: the target's)")
+    command.add_argument("--dialect", help="ort, onnx or primitive (default: the target's)")
+    command.add_argument("--target", help="target name or file (default: cpu)")
+    command.add_argument(
+        "--link-weights", action="store_true", help="hard-link the weights instead of copying"
+    )
+    command.add_argument(
+        "--graphs-only", action="store_true", help="write graphs without weights, from a recipe"
+    )
+    command.add_argument(
+        "--positions",
+        help="position ids after pruning: renumber or original (default: the recipe's)",
+    )
+    command.add_argument("--probe", help="probe tokens: last or shifted (default: the recipe's)")
+    command.add_argument(
+        "--threshold",
+        type=float,
+        help="cosine similarity at which a kept token suppresses another (default: the recipe's, "
+        "else 0.8)",
+    )
+    command.add_argument("--force", action="store_true", help="replace an existing bundle")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export, and print what the bundle holds."""
+    from trio_deploy.bundle.describe import inspect
+    from trio_deploy.export.job import export_model
+
+    bundle = export_model(
+        args.model,
+        args.out,
+        budget=args.budget,
+        schedule=args.schedule,
+        method=args.method,
+        dtype=args.dtype,
+        dialect=args.dialect,
+        target=args.target,
+        link_weights=args.link_weights,
+        graphs_only=args.graphs_only,
+        force=args.force,
+        positions=args.positions,
+        probe=args.probe,
+        threshold=args.threshold,
+    )
+    print(inspect(bundle, interface=False))

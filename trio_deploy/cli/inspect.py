@@ -1,0 +1,46 @@
+"""`trio inspect`: show what a bundle holds."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+SUMMARY = "Show what a bundle holds."
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    command.add_argument("bundle", type=Path, help="folder of the bundle")
+    command.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare every file with its sha256; record that of linked weights",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what the bundle holds; with --verify compare its files with their checksums."""
+    from trio_deploy.bundle.bundle import Bundle
+    from trio_deploy.bundle.describe import inspect
+
+    bundle = Bundle.load(args.bundle, verify=args.verify)
+    compared = sum(info.sha256 is not None for info in bundle.manifest.files.values())
+    if args.verify:
+        bundle.check_places()
+    if args.verify and bundle.files_without_checksum and bundle.manifest.weights != "planned":
+        print(
+            f"trio: nothing to compare {', '.join(bundle.files_without_checksum)} with: no "
+            "checksum of linked weights was recorded until now",
+            file=sys.stderr,
+        )
+        bundle = bundle.record_checksums()
+    if args.verify and bundle.manifest.weights == "planned":
+        print(
+            "trio: there are no weights to verify, only the other files were verified: complete "
+            "the bundle with `trio attach-weights`",
+            file=sys.stderr,
+        )
+    print(inspect(bundle))
+    if args.verify:
+        print(f"verified   {compared} of {len(bundle.manifest.files)} files have their checksum")

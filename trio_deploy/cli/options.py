@@ -1,0 +1,90 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from trio_deploy.config.options import RuntimeOptions
+from trio_deploy.runtimes.registry import RUNTIMES, check_options
+from trio_deploy.schedule.methods import METHODS
+
+
+def add_runtime_options(command: argparse.ArgumentParser) -> None:
+    """Options for how bundles are run: the fields of `RuntimeOptions`."""
+    *others, last = RUNTIMES
+    group = command.add_argument_group("how to run")
+    group.add_argument("--runtime", help=f"{', '.join(others)} or {last} (default: the target's)")
+    group.add_argument(
+        "--target",
+        help="name or file of the target, whose runtime and engines are used (default: the "
+        "bundle's, or cpu for a bundle that the command exports)",
+    )
+    group.add_argument(
+        "--provider", help="ONNX Runtime's execution provider: cpu or cuda (default: the target's)"
+    )
+    group.add_argument(
+        "--precision",
+        help="float type OpenVINO computes in: float32 or bfloat16 (default: the target's)",
+    )
+    group.add_argument(
+        "--threads", type=int, help="CPU threads per operator (default: the runtime's choice)"
+    )
+    group.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="keep weights in the page cache alone: less memory, slower decode (ONNX Runtime)",
+    )
+
+
+def runtime_options(args: argparse.Namespace) -> RuntimeOptions:
+    """What the options of `add_runtime_options` say.
+
+    Raises:
+        TrioError: a combination that cannot be had.
+    """
+    options = RuntimeOptions(
+        args.runtime, args.target, args.provider, args.precision, args.threads, args.low_memory
+    )
+    check_options(options)
+    return options
+
+
+def add_schedule(command: argparse.ArgumentParser) -> None:
+    """Options for where, how much and by what method a model is pruned."""
+    choice = command.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--budget", type=float, help="average share of visual tokens per layer (default: 0.111)"
+    )
+    choice.add_argument(
+        "--schedule",
+        help="layer:keep,… with keep as a ratio (1:0.16,10:0.094) or a count (1:92,10:54), each "
+        "with :method if not trio (0:96:divprune,16:32); or the name of one of the recipe's "
+        "schedules",
+    )
+    command.add_argument(
+        "--method",
+        help="method of pruning points that name none (default: trio): " + ", ".join(METHODS),
+    )
+
+
+def list_of(kind: Callable[[str], Any], none: str | None = None) -> Callable[[str], list[Any]]:
+    """A reader of `1,2,3`; the text `none` stands for an empty list."""
+
+    def read(text: str) -> list[Any]:
+        return [] if text == none else [kind(part) for part in text.split(",")]
+
+    read.__name__ = f"comma-separated {kind.__name__}"  # argparse's name for it in an error
+    return read
+
+
+def pixels(text: str) -> tuple[int, int]:
+    """(width, height) of `640x480`."""
+    width, height = map(int, text.lower().split("x"))
+    if min(width, height) < 1:
+        raise ValueError
+    return width, height
+
+
+pixels.__name__ = "WxH"

@@ -1,0 +1,49 @@
+"""`trio plan`: what a budget costs, before anything is exported."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from trio_deploy.cli.options import add_schedule
+
+SUMMARY = "Compute what a budget costs in tokens, operations and KV cache."
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    command.add_argument("--model", required=True, help="recipe name or file, or checkpoint folder")
+    add_schedule(command)
+    command.add_argument(
+        "--visual-tokens",
+        type=int,
+        help="visual tokens of the prompt (default: the maximum of one image, without newlines)",
+    )
+    command.add_argument(
+        "--text-tokens",
+        type=int,
+        default=60,
+        help="text tokens of the prompt (default: 60, as in the paper)",
+    )
+    command.add_argument("--target", help="TensorRT target to fit the model to: name or file")
+    command.add_argument("--dtype", help="float type of the engines (default: the target's)")
+    command.add_argument("--probes", type=int, default=4, help="probe positions (default: 4)")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the plan."""
+    from trio_deploy.cost.plan import plan
+
+    planned = plan(
+        args.model,
+        budget=args.budget,
+        schedule=args.schedule,
+        method=args.method,
+        visual_tokens=args.visual_tokens,
+        text_tokens=args.text_tokens,
+        probes=args.probes,
+        target=args.target,
+        dtype=args.dtype,
+    )
+    print(json.dumps(planned.to_json(), indent=2) if args.json else planned.to_text())

@@ -1,0 +1,77 @@
+"""`trio report`: write one HTML page about a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trio_deploy.cli.options import add_runtime_options, runtime_options
+
+SUMMARY = "Write one HTML page about a bundle."
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    command.add_argument("bundle", type=Path, help="folder of the bundle")
+    command.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)"
+    )
+    command.add_argument(
+        "--bench",
+        type=Path,
+        metavar="JSON",
+        help="figures of `trio bench --out` (default: measure briefly now)",
+    )
+    command.add_argument(
+        "--eval",
+        type=Path,
+        metavar="JSON",
+        help="results.json of `trio eval` (default: ask a few questions now)",
+    )
+    command.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        type=Path,
+        help="image whose kept tokens are drawn; may be repeated (default: generated scenes)",
+    )
+    command.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="question about the --image of the same position; a single one is asked about every "
+        "--image, and several are all asked about a single --image",
+    )
+    command.add_argument(
+        "--scenes",
+        type=int,
+        default=10,
+        help="generated scenes to measure accuracy with, if there is no --eval (default: 10; "
+        "0: none)",
+    )
+    command.add_argument("--no-check", action="store_true", help="skip `trio check`")
+    command.add_argument("--no-bench", action="store_true", help="measure no time now")
+    add_runtime_options(command)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the page, and print where it is."""
+    from trio_deploy.report.report import Wanted, asked_about, write_report
+
+    options = runtime_options(args)
+    page = write_report(
+        args.bundle,
+        args.out,
+        Wanted(
+            bench=args.bench,
+            evaluation=args.eval,
+            asked=asked_about(args.image, args.prompt),
+            check=not args.no_check,
+            measure=not args.no_bench,
+            scenes=args.scenes,
+            runtime=options.runtime,
+            provider=options.provider,
+            threads=options.threads,
+        ),
+    )
+    print(page)
