@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from trio_deploy import RuntimeOptions, Schedule, TrioError
 from trio_deploy.bench.contenders.contenders import Contenders
@@ -132,7 +133,7 @@ def test_a_baseline_that_the_methods_rule_out_is_no_matter_of_installing(
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     points = [replace(point, method="divprune") for point in random_bundle.schedule.points]
-    manifest = replace(random_bundle.manifest, schedule=Schedule(tuple(points)).to_json())
+    manifest = structs.replace(random_bundle.manifest, schedule=Schedule(tuple(points)).to_json())
     other = replace(random_bundle, manifest=manifest)
     _, skipped = list_cases(other, replace(QUICK, baselines=None))
     assert "prunes by trio alone, and this bundle by divprune" in skipped["oracle"]

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from tests.support.pictures import make_picture
 from trio_deploy import Bundle, Schedule, TrioError, export_model
@@ -120,7 +121,7 @@ def test_it_says_what_was_exported_and_what_it_costs(page, bundle):
 
 
 def test_it_says_what_other_budgets_keep_where_the_recipe_does(bundle):
-    manifest = replace(bundle.manifest, budgets={"0.5": [8, 4], "0.7": [12, 8]})
+    manifest = structs.replace(bundle.manifest, budgets={"0.5": [8, 4], "0.7": [12, 8]})
     facts = dict(gather.exported(replace(bundle, manifest=manifest))["facts"])
     assert facts["At a budget of 0.7"] == "1:12, 2:8" and "At a budget of 0.5" not in facts
 
@@ -165,7 +166,7 @@ def test_another_option_is_another_configuration(bundle, options, own):
 
 
 def test_options_that_an_evaluation_does_not_name_are_the_measured_bundles_or_the_models(bundle):
-    ours = replace(bundle, manifest=replace(bundle.manifest, threshold=0.6))
+    ours = replace(bundle, manifest=structs.replace(bundle.manifest, threshold=0.6))
     exported_anew = made_up(ours, ("x", 0.4, 0.9, bundle.schedule))
     assert gather._accuracy(exported_anew, ours)["headline"] is None
     itself = replace(exported_anew, bundle=sha256_of(bundle.path / MANIFEST))

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from tests.support.engines import export_for, make_target, unverified
 from tests.support.fakes.tensorrt import install
@@ -154,7 +155,7 @@ def test_other_weights_make_other_engines(bundle: Bundle, target: Target) -> Non
     files = dict(bundle.manifest.files)
     for name in [name for name in files if name.startswith("weights/")]:
         files[name] = replace(files[name], sha256="0" * 64)
-    other = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    other = replace(bundle, manifest=structs.replace(bundle.manifest, files=files))
     stub = Stub()
     build(other, target, stub)
     assert stub.built == STAGES
@@ -164,7 +165,7 @@ def test_another_graph_makes_another_engine(bundle: Bundle, target: Target) -> N
     build(bundle, target, Stub())
     files = dict(bundle.manifest.files)
     files["select_1.onnx"] = replace(files["select_1.onnx"], sha256="0" * 64)
-    other = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    other = replace(bundle, manifest=structs.replace(bundle.manifest, files=files))
     stub = Stub()
     build(other, target, stub)
     assert stub.built == ["select_1"]

@@ -151,7 +151,7 @@ def test_settings_come_from_a_file_and_from_the_command_line_which_wins(tmp_path
     with pytest.raises(TrioError, match="NAME=VALUE"):
         read_settings(None, ["max_images"])
     file.write_text("max_tokens: [1]\n")
-    with pytest.raises(TrioError, match="one a line"):
+    with pytest.raises(TrioError, match="one name and value per line"):
         read_settings(file, [])
 
 

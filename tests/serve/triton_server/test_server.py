@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
-import dataclasses
 import http.client
 import io
 import json
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -104,7 +104,7 @@ def without_ends(bundle: Bundle, folder: Path) -> Bundle:
     model = copy.deepcopy(bundle.manifest.model)
     model.config["text_config"]["max_position_embeddings"] = 2 * LONG
     info = GenerationInfo((), bundle.manifest.generation.pad_token_id)
-    manifest = dataclasses.replace(bundle.manifest, generation=info, model=model)
+    manifest = msgspec.structs.replace(bundle.manifest, generation=info, model=model)
     (copied / "manifest.json").write_bytes(manifest.dump())
     return Bundle.load(copied)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from msgspec import structs
+
 from trio_deploy.bench.case import Case, Run
 from trio_deploy.bench.workload import Workload
 from trio_deploy.bundle.bundle import Bundle
@@ -20,8 +22,8 @@ def open_pipeline(case: Case) -> Pipeline:
 def without_end_tokens(bundle: Bundle) -> Bundle:
     """The bundle with no end tokens: answers have the length that was asked for."""
     manifest = bundle.manifest
-    endless = replace(manifest.generation, eos_token_ids=())
-    return replace(bundle, manifest=replace(manifest, generation=endless))
+    endless = structs.replace(manifest.generation, eos_token_ids=())
+    return replace(bundle, manifest=structs.replace(manifest, generation=endless))
 
 
 def open_trio(pipeline: Pipeline, case: Case, work: Workload) -> Callable[[int], Run]:
