@@ -131,7 +131,7 @@ def _messages(text: str) -> list[Message]:
 
 
 def _message(message: Any) -> Message:
-    """Rebuild a message from what a chat template may see, so that nothing else gets there."""
+    """Rebuild a message from the fields that chat templates use, and no others."""
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
         raise TrioError('a message must be {"role": ..., "content": ...} and nothing else')
     content = message["content"]

@@ -89,7 +89,7 @@ BAD: list[tuple[dict[str, np.ndarray], str]] = [
     ({**ASKED, "messages": texts("[]")}, "not both"),
     ({"prompt": texts("a", "b")}, "prompt must be one string"),
     ({"prompt": texts(b"\xff")}, "prompt is not UTF-8"),
-    ({"prompt": np.array([3], np.int64)}, "prompt must hold bytes"),
+    ({"prompt": np.array([3], np.int64)}, "prompt must be bytes"),
     ({"prompt": texts("a" * 201)}, "201 bytes, but max_prompt_bytes is 200"),
     ({"messages": texts("{")}, "messages is not JSON"),
     ({"messages": texts("[" * 190)}, "messages is not JSON"),

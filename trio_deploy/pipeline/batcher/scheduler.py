@@ -132,7 +132,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class Wait:
-    """Wait for news, at most until a time on the clock of `State.now`; None: without an end."""
+    """Wait for a change, at most until a time on the clock of `State.now`; None: without an end."""
 
     until: float | None
 
@@ -206,7 +206,7 @@ def _chosen(state: State, limits: BatcherLimits) -> Iterator[int]:
             count >= limits.prefill_rows or (count + 1) * longest > limits.prefill_tokens
         ):
             return
-        # Alone in the batch every request fits: those that do not were turned away before.
+        # Alone in the batch every request fits: larger ones were refused when they were prepared.
         if (
             limits.max_kv_bytes is not None
             and rows + count

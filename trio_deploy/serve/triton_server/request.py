@@ -77,7 +77,7 @@ def _value(name: str, array: np.ndarray) -> Any:
         raise TrioError(f"{name} must be {shape}, got shape {list(array.shape)}")
     values = array.tolist()
     if not all(isinstance(value, bytes) for value in values):
-        raise TrioError(f"{name} must hold bytes, got {array.dtype}")
+        raise TrioError(f"{name} must be bytes, got {array.dtype}")
     return values if count == -1 else values[0]
 
 

@@ -1,0 +1,89 @@
+"""Handles and the thread of listeners, without a batcher."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tests.support.waiting import WAIT_S
+from trio_deploy import TrioError
+from trio_deploy.pipeline.batcher.events import (
+    Cancelled,
+    DeadlinePassed,
+    Event,
+    EventThread,
+    Failed,
+    Handle,
+    failed,
+    outcome,
+)
+
+END = Event(error=Cancelled("the request was cancelled"))
+
+
+def test_events_are_delivered_in_order_and_the_last_one_ends_the_request() -> None:
+    heard: list[Event] = []
+    handle, thread = Handle(heard.append, lambda: None), EventThread()
+    sent = [Event(1, "a"), Event(2, "b"), END]
+    for event in sent:
+        assert not handle.done
+        thread.send(handle, event)
+    with pytest.raises(Cancelled):
+        handle.result(WAIT_S)
+    thread.close()
+    assert heard == sent and handle.done
+
+
+def test_cancelling_wakes_whoever_can_end_the_request() -> None:
+    woken = []
+    handle = Handle(None, lambda: woken.append(1))
+    assert not handle.cancelled
+    handle.cancel()
+    assert handle.cancelled and woken == [1]
+
+
+def test_a_listener_that_raises_cancels_its_request_and_gets_the_last_event_only() -> None:
+    heard: list[Event] = []
+
+    def broken(event: Event) -> None:
+        heard.append(event)
+        raise RuntimeError("client gone")
+
+    handle, thread = Handle(broken, lambda: None), EventThread()
+    for event in (Event(1, "a"), Event(2, "b"), END):
+        thread.send(handle, event)
+    thread.close()
+    assert heard == [Event(1, "a"), END] and handle.cancelled and handle.done
+
+
+def test_listeners_are_at_most_one_step_behind() -> None:
+    go, behind = threading.Event(), threading.Event()
+    handle, thread = Handle(lambda event: go.wait(WAIT_S) and None, lambda: None), EventThread()
+    thread.send(handle, Event(1, "a"))
+    thread.wait_one_step_behind()  # the first step's events may still be under way
+
+    def second_step() -> None:
+        thread.send(handle, Event(2, "b"))
+        thread.wait_one_step_behind()
+        behind.set()
+
+    worker = threading.Thread(target=second_step)
+    worker.start()
+    assert not behind.wait(0.05)
+    go.set()
+    assert behind.wait(WAIT_S)
+    worker.join()
+    thread.close()
+
+
+def test_waiting_for_a_result_has_an_end() -> None:
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.01 s"):
+        Handle(None, lambda: None).result(0.01)
+
+
+def test_errors_are_counted_by_their_kind() -> None:
+    errors = [Cancelled("x"), DeadlinePassed("x"), Failed("x"), TrioError("x")]
+    assert [*map(outcome, errors)] == ["cancelled", "deadline", "failed", "invalid"]
+    assert str(failed(TrioError("out of memory"))) == "out of memory"
+    assert str(failed(RuntimeError("boom"))) == "RuntimeError('boom')"
