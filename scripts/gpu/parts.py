@@ -29,9 +29,11 @@ ROOT = Path(__file__).parent.parent.parent
 #: What the oracle, transformers and the export are made of, by the names they are imported under.
 TORCH_NEEDS = (
     *("torch", "transformers", "safetensors", "numpy", "onnx", "onnx_ir", "onnxscript"),
-    *("onnxruntime", "ml_dtypes", "PIL", "tokenizers", "jinja2", "yaml", "tqdm"),
+    *("onnxruntime", "ml_dtypes", "PIL", "tokenizers", "jinja2", "yaml", "msgspec"),
+    *("huggingface_hub", "tqdm"),
 )
-_COPIED = 1 << 30  # bytes, to measure the bandwidth of memory
+#: Bytes that are copied to measure the bandwidth of memory.
+COPIED = 1 << 30
 #: What a bundle and what is found of it depend on, beside the model's own content.
 _SOURCES = ("trio_deploy/**/*.py", "export/*.yaml")
 #: Beside a bundle: what it was made of, and a name for this one export.
@@ -480,7 +482,7 @@ class Part:
 
 def bandwidth(device: Any) -> float:
     """Bytes a second that a copy within the GPU's memory reads and writes; none of it is kept."""
-    size = min(_COPIED, device.memory()[0] // 4)
+    size = min(COPIED, device.memory()[0] // 4)
     source, target = (device.empty((size,), "bool", "a copy") for _ in range(2))
     best = float("inf")
     for _ in range(10):
