@@ -102,7 +102,8 @@ def _tile(label: str, value: str, note: str, tone: str = "") -> dict[str, str]:
 
 def dropped(points: Sequence[Mapping[str, Any]]) -> str:
     """Whether what a picture loses depends on the question: by method, and on what came before."""
-    reads = [not METHODS[point["method"]].question_blind for point in points]
+    blind_methods = {name for name, method in METHODS.items() if method.question_blind}
+    reads = [point["method"] not in blind_methods for point in points]
     first = reads.index(True) if True in reads else len(points)
     blind, reading = points[:first], points[first:]
     sentences = []
