@@ -18,11 +18,11 @@ from trio_deploy.cost.flops import (
 from trio_deploy.families.base import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.schedule.budget import (
-    at_points,
-    choose,
+    budgets_for_layers,
     default_layers,
     for_budget,
-    for_points,
+    resolve_schedule,
+    schedule_at_budget,
     smallest_budget,
     solve,
 )
@@ -321,43 +321,48 @@ RECIPE = {
 
 
 def test_of_a_recipes_schedules_those_for_budgets_fit_that_have_the_same_layers_and_methods():
-    assert at_points(RECIPE, OWN) == {0.111: OWN, 0.222: RECIPE["0.222"]}
-    assert list(at_points(RECIPE, OWN.with_method("dart"), "dart")) == [0.111, 0.222, 0.3]
-    assert at_points(RECIPE, OWN.with_method("dart")) == {}
-    assert at_points({"0.5": Schedule()}, Schedule()) == {}
+    assert budgets_for_layers(RECIPE, OWN) == {0.111: OWN, 0.222: RECIPE["0.222"]}
+    assert list(budgets_for_layers(RECIPE, OWN.with_method("dart"), "dart")) == [0.111, 0.222, 0.3]
+    assert budgets_for_layers(RECIPE, OWN.with_method("dart")) == {}
+    assert budgets_for_layers({"0.5": Schedule()}, Schedule()) == {}
 
 
 def test_a_budget_that_the_recipe_has_is_the_recipes_and_others_lie_between():
-    budgets = at_points(RECIPE, OWN)
-    assert for_points(0.111, 16, OWN, budgets) == OWN
-    assert for_points(0.222 + 9e-7, 16, OWN, budgets) == RECIPE["0.222"]
-    between = for_points(0.2, 16, OWN, budgets)
+    budgets = budgets_for_layers(RECIPE, OWN)
+    assert schedule_at_budget(0.111, 16, OWN, budgets) == OWN
+    assert schedule_at_budget(0.222 + 9e-7, 16, OWN, budgets) == RECIPE["0.222"]
+    between = schedule_at_budget(0.2, 16, OWN, budgets)
     assert between != solve(0.2, 16, OWN.layers, OWN.methods)
     assert (between.layers, between.methods) == (OWN.layers, OWN.methods)
     for point, low, high in zip(between.points, OWN.points, RECIPE["0.222"].points, strict=True):
         assert low.keep < point.keep < high.keep
-    less, more = for_points(0.05, 16, OWN, budgets), for_points(0.3, 16, OWN, budgets)
+    less, more = (
+        schedule_at_budget(0.05, 16, OWN, budgets),
+        schedule_at_budget(0.3, 16, OWN, budgets),
+    )
     assert less.points[1].keep / less.points[0].keep == pytest.approx(0.07 / 0.2, rel=1e-4)
     assert more.points[1].keep / more.points[0].keep == pytest.approx(0.144 / 0.3, rel=1e-4)
-    assert for_points(1.0, 16, OWN, budgets).resolve(9) == (9, 9)
+    assert schedule_at_budget(1.0, 16, OWN, budgets).resolve(9) == (9, 9)
 
 
 def test_a_budget_is_solved_in_the_published_proportions_where_the_recipe_has_none():
     for budget in (0.111, 0.2, 0.7):
-        assert for_points(budget, 16, OWN, {}) == solve(budget, 16, OWN.layers, OWN.methods)
+        assert schedule_at_budget(budget, 16, OWN, {}) == solve(budget, 16, OWN.layers, OWN.methods)
 
 
 @pytest.mark.parametrize(
     ("num_layers", "budgets"),
     [
-        (16, at_points(RECIPE, OWN)),
+        (16, budgets_for_layers(RECIPE, OWN)),
         (16, {0.2: Schedule.parse("1:64,8:0")}),  # counts, none of them at last
         (16, {0.2: Schedule.parse("1:0,8:0")}),
         (16, {0.01: Schedule.parse("1:0.5,8:0.2"), 0.2: Schedule.parse("1:0.3,8:0.05")}),
         *(
             (
                 parse_config(load_recipe(name).architecture).text.num_layers,
-                at_points(load_recipe(name).schedules, load_recipe(name).schedules["0.111"]),
+                budgets_for_layers(
+                    load_recipe(name).schedules, load_recipe(name).schedules["0.111"]
+                ),
             )
             for name in list_recipes()
         ),
@@ -367,7 +372,7 @@ def test_budgets_beside_a_recipes_are_hit_and_more_budget_keeps_no_less(num_laye
     own = next(iter(budgets.values()))
     floor = smallest_budget(num_layers, own.layers)
     grid = [floor + (1 - floor) * i / 400 for i in range(1, 401)]
-    solved = [for_points(budget, num_layers, own, budgets) for budget in grid]
+    solved = [schedule_at_budget(budget, num_layers, own, budgets) for budget in grid]
     for budget, schedule in zip(grid, solved, strict=True):
         schedule.validate(num_layers, 10**5)
         assert abs(schedule.average(10**5, num_layers) - budget * 10**5) <= 1
@@ -418,12 +423,17 @@ def test_a_solved_schedule_keeps_the_methods_of_its_points():
 
 def test_a_schedule_is_asked_for_by_budget_text_or_name():
     published = {"0.111": PAPER_11, "encoder": Schedule.parse("0:96:divprune,16:32")}
-    assert choose(32, 0.111, published=published) == PAPER_11
-    assert choose(32, 0.111, method="dart", published=published) == PAPER_11.with_method("dart")
-    assert choose(32, schedule="encoder", published=published) == published["encoder"]
-    assert choose(32, schedule="1:5,2:3:random", method="fastv").methods == ("fastv", "random")
+    assert resolve_schedule(32, 0.111, published=published) == PAPER_11
+    assert resolve_schedule(32, 0.111, method="dart", published=published) == PAPER_11.with_method(
+        "dart"
+    )
+    assert resolve_schedule(32, schedule="encoder", published=published) == published["encoder"]
+    assert resolve_schedule(32, schedule="1:5,2:3:random", method="fastv").methods == (
+        "fastv",
+        "random",
+    )
     with pytest.raises(TrioError, match="encoder"):
-        choose(32, schedule="decoder", published=published)
+        resolve_schedule(32, schedule="decoder", published=published)
     assert for_budget(0.2, 32, published).methods == ("trio",) * 3
 
 

@@ -32,7 +32,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config
 from trio_deploy.files import read_json, safe_path, sha256_of, write_atomically
-from trio_deploy.schedule.budget import for_points
+from trio_deploy.schedule.budget import schedule_at_budget
 from trio_deploy.schedule.schedule import Schedule
 
 
@@ -171,7 +171,7 @@ class Bundle:
         Raises:
             TrioError: the graphs cannot reach it.
         """
-        return for_points(budget, self.config.text.num_layers, self.schedule, self.budgets)
+        return schedule_at_budget(budget, self.config.text.num_layers, self.schedule, self.budgets)
 
     @cached_property
     def stages(self) -> dict[str, StageInfo]:

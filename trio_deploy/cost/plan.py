@@ -20,7 +20,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.runtimes.registry import load_target
-from trio_deploy.schedule.budget import at_points, choose, smallest_budget
+from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule, smallest_budget
 from trio_deploy.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ def plan(
     target: str | None = None,
     dtype: str | None = None,
 ) -> Plan:
-    """The cost of `budget` or `schedule` (default: the paper's 11.1 %) on `model`; see `choose`.
+    """The cost of a budget or schedule (default: the paper's 11.1 %) on a model.
+
+    What `budget`, `schedule` and `method` mean: see `resolve_schedule`.
 
     Args:
         model: recipe name or file, checkpoint folder (its config.json is enough), or hub id.
@@ -150,7 +152,7 @@ def plan(
         raise TrioError("token counts must not be negative, and there is at least one probe")
     if visual_tokens is not None:
         tiles = min(tiles, math.ceil(visual / largest.tile_rows))
-    chosen = choose(depth, budget, schedule, method, published)
+    chosen = resolve_schedule(depth, budget, schedule, method, published)
     chosen.validate(depth, visual)
 
     def cost(of: Schedule) -> Cost:
@@ -171,7 +173,7 @@ def plan(
             fit,  # builds graphs, which the arithmetic does not need
         )
 
-        memory = fit(config, chosen, device, at_points(published or {}, chosen, method))
+        memory = fit(config, chosen, device, budgets_for_layers(published or {}, chosen, method))
     return Plan(
         model=name,
         config=config,

@@ -48,7 +48,7 @@ from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.weights import canonical_tensors
 from trio_deploy.runtimes.registry import load_target, runtime_spec
-from trio_deploy.schedule.budget import at_points, choose
+from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule
 from trio_deploy.schedule.schedule import Schedule
 
 _DEFAULTS: dict[str, Any] = {"probe": "last", "positions": "renumber", "threshold": 0.8}
@@ -109,7 +109,7 @@ def export_model(
 
     def planned(found: Source, config: ModelConfig) -> Schedule:
         depth, published = config.text.num_layers, found.recipe.schedules if found.recipe else None
-        plan = choose(depth, budget, schedule, method, published)
+        plan = resolve_schedule(depth, budget, schedule, method, published)
         plan.validate(depth, request_limits(config).visual_tokens)
         return plan
 
@@ -196,7 +196,7 @@ def export_model(
             precision=device.precision,
             budgets={
                 str(known): [point.keep for point in other.points]
-                for known, other in at_points(published, plan, method).items()
+                for known, other in budgets_for_layers(published, plan, method).items()
             },
         )
         writer.write(MANIFEST, manifest.dump())

@@ -10,23 +10,23 @@ from trio_deploy.errors import TrioError
 from trio_deploy.schedule.schedule import _RATIO_DIGITS, _SMALLEST_RATIO, PruningPoint, Schedule
 
 _Shapes = list[tuple[float, list[float]]]
-"""Budgets, rising, and what the points keep at each, in proportion to each other."""
+"""(budget, keep of each point relative to the first), in rising order of budgets."""
 
 DEFAULT_BUDGET = 0.111
-"""Where none is given: the smaller of the published ones."""
+"""Budget if none is given: the smaller of the published ones."""
 
-# The published schedules of the LLaVA family (the authors' code): layers of 32, and what is kept
-# of 576 visual tokens for an average of 64 and of 128.  `solve` generalises these three lines.
+# The published schedules of the LLaVA family (the authors' code): pruning layers of 32, and visual
+# tokens kept of 576 for an average of 64 and of 128.  `solve` generalises these three lines.
 _PUBLISHED_DEPTH = 32
 _PUBLISHED_LAYERS = (1, 10, 15)
 _PUBLISHED_VISUAL = 576
 _PUBLISHED_KEEPS = {64: (92, 54, 22), 128: (218, 128, 54)}
 
-_SAME_BUDGET = 1e-6  # budgets this near to each other are one
+_SAME_BUDGET = 1e-6  # budgets this close to each other count as equal
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
-    """The published pruning layers (1, 10, 15 of 32) at another depth."""
+    """The published pruning layers (1, 10, 15 of 32), scaled to another depth."""
     layers: list[int] = []
     for published in _PUBLISHED_LAYERS:
         scaled = math.floor(published * num_layers / _PUBLISHED_DEPTH + 0.5)
@@ -37,7 +37,7 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
 
 
 def smallest_budget(num_layers: int, layers: Sequence[int]) -> float:
-    """What the layers before the first pruning point alone cost: budgets lie above this."""
+    """The exclusive lower bound of budgets: the share of layers before the first pruning point."""
     return layers[0] / num_layers if layers else 1.0
 
 
@@ -48,27 +48,27 @@ def solve(
     methods: Sequence[str] | None = None,
     like: Mapping[float, Schedule] | None = None,
 ) -> Schedule:
-    """A schedule of the published shape whose average is `budget` times the visual tokens.
+    """Compute a schedule of the published shape that averages to a budget.
 
-    The keeps fall in the proportions that the published schedules have (interpolated between the
-    two of them, and over more or fewer points than three), scaled until the average fits; at large
-    budgets those that reach 1 stay there.  `budget` 1 keeps all.
+    Keeps have the proportions of the published schedules (interpolated between the two of them,
+    and over more or fewer points than three), scaled until the average fits; at large budgets
+    those that reach 1 stay there.  A budget of 1 keeps all.
 
     Args:
-        budget: average visual tokens a layer, as a share of the visual tokens at the start.
+        budget: visual tokens per layer on average, as a share of the prompt's visual tokens.
         num_layers: L.
-        layers: pruning layers, where they are fixed (a bundle's); else the published ones, scaled.
-        methods: of each of the pruning layers; default: `trio`.
-        like: budget → schedule of the same layers, whose proportions replace the published ones;
-            between two of them keeps change evenly.
+        layers: pruning layers if they are fixed (a bundle's); default: the published ones, scaled.
+        methods: method of each pruning layer; default: `trio`.
+        like: schedules of the same layers by budget, whose proportions replace the published ones;
+            keeps are interpolated linearly between two of them.
 
     Raises:
-        TrioError: the budget is not in (0, 1], or below what the first layers cost.
+        TrioError: the budget is not in (0, 1], or below the share of the first layers.
     """
     if not 0 < budget <= 1:
         raise TrioError(
             f"a budget of {budget:g} is not possible: it is the average share of visual tokens "
-            "that a layer sees, above 0 and at most 1"
+            "per layer, above 0 and at most 1"
         )
     layers = default_layers(num_layers) if layers is None else tuple(layers)
     methods = ("trio",) * len(layers) if methods is None else tuple(methods)
@@ -80,7 +80,7 @@ def solve(
             raise TrioError("this bundle or model has no pruning point: only a budget of 1 fits")
         raise TrioError(
             f"a budget of {budget:g} cannot be reached: before the first pruning point, "
-            f"{layers[0]} of {num_layers} layers see every visual token, so it must be above "
+            f"{layers[0]} of {num_layers} layers run on all visual tokens, so it must be above "
             f"{floor:.4g}"
         )
     sizes = [stop - start for start, stop in pairwise((*layers, num_layers))]
@@ -103,16 +103,17 @@ def _schedule(layers: Sequence[int], keeps: Sequence[float], methods: Sequence[s
 def for_budget(
     budget: float | None, num_layers: int, published: Mapping[str, Schedule] | None = None
 ) -> Schedule:
-    """The schedule that a recipe has for this budget ("0.111" → schedule), else the solver's.
+    """The recipe's schedule for a budget if it lists one, else the solver's.
 
-    For a budget that the recipe does not list, the one listed that is nearest gives layers and
-    methods, so that a model's own finding holds between its budgets as well.
+    For a budget that the recipe does not list, layers and methods are those of the nearest one
+    listed, so that what was found for the model also holds between its budgets.
 
     Args:
-        budget: as `solve` takes it; None is `DEFAULT_BUDGET`.
+        budget: as of `solve`; None is `DEFAULT_BUDGET`.
+        published: the recipe's schedules by budget ("0.111") or name.
 
     Raises:
-        TrioError: as `solve`; where it was the default, the message says so.
+        TrioError: as `solve`; the message says if the budget was the default.
     """
     wanted = DEFAULT_BUDGET if budget is None else budget
     published = published or {}
@@ -121,25 +122,27 @@ def for_budget(
         if not listed or wanted <= 0:
             return solve(wanted, num_layers)
         nearest = listed[min(listed, key=lambda known: abs(math.log(known / wanted)))]
-        return for_points(wanted, num_layers, nearest, at_points(published, nearest))
+        return schedule_at_budget(
+            wanted, num_layers, nearest, budgets_for_layers(published, nearest)
+        )
     except TrioError as error:
         if budget is not None:
             raise
         raise TrioError(f"{error} ({wanted:g} is the default: pass another as --budget)") from None
 
 
-def for_points(
+def schedule_at_budget(
     budget: float, num_layers: int, own: Schedule, budgets: Mapping[float, Schedule]
 ) -> Schedule:
-    """What a bundle's pruning points keep at a budget.
+    """A schedule for a budget at given pruning points.
 
-    The recipe's schedule where `budgets` has one, else the solver's in the proportions of those
-    that are nearest, or in the published ones where there are none.
+    The one in `budgets` for this budget, else the solver's in the proportions of the nearest ones,
+    or in the published proportions if `budgets` is empty.
 
     Args:
-        budget: as `solve` takes it.
-        own: the pruning points, of which layers and methods count.
-        budgets: the recipe's schedules at the same points, as `at_points` finds them.
+        budget: as of `solve`.
+        own: the pruning points; only layers and methods are read.
+        budgets: the recipe's schedules at the same points, from `budgets_for_layers`.
 
     Raises:
         TrioError: as `solve`.
@@ -150,16 +153,16 @@ def for_points(
     return solve(budget, num_layers, own.layers, own.methods, budgets)
 
 
-def at_points(
+def budgets_for_layers(
     published: Mapping[str, Schedule], own: Schedule, method: str | None = None
 ) -> dict[float, Schedule]:
-    """A recipe's schedules for budgets that the graphs of `own` can run, smallest budget first.
+    """The recipe's schedules that the graphs of `own` can run, by budget in rising order.
 
-    Those are the ones with the same layers and the same methods in the same order.  A budget of 1
-    is none of them: it keeps all, whatever a recipe says.
+    These have the same layers and the same methods in the same order.  A budget of 1 is left out:
+    it keeps all, whatever a recipe says.
 
     Args:
-        method: of every pruning point, where the caller of `choose` gave one.
+        method: replaces the method of every pruning point, as in `resolve_schedule`.
     """
     found = {}
     for key, schedule in published.items():
@@ -170,20 +173,20 @@ def at_points(
     return dict(sorted(found.items()))
 
 
-def choose(
+def resolve_schedule(
     num_layers: int,
     budget: float | None = None,
     schedule: Schedule | str | None = None,
     method: str | None = None,
     published: Mapping[str, Schedule] | None = None,
 ) -> Schedule:
-    """What a caller asked for.
+    """The schedule that a caller's options stand for.
 
     Args:
-        budget: see `for_budget`; it counts where there is no schedule.
-        schedule: itself, the name of one in `published`, or what `Schedule.parse` reads.
-        method: of every pruning point; in a schedule's text, of those that name none.
-        published: a recipe's schedules.
+        budget: as of `for_budget`; ignored if there is a schedule.
+        schedule: itself, the name of one in `published`, or text for `Schedule.parse`.
+        method: method of every pruning point; in a schedule's text, of points that name none.
+        published: the recipe's schedules by budget or name.
 
     Raises:
         TrioError: as `for_budget` and `Schedule.parse`.
@@ -204,7 +207,7 @@ def choose(
 
 
 def is_budget(key: str) -> bool:
-    """Whether a recipe's schedule is called by its budget rather than by a name."""
+    """Whether the key of a recipe's schedule is a budget rather than a name."""
     return not key[:1].isalpha()
 
 
@@ -213,13 +216,13 @@ def _same_budget(one: float, other: float) -> bool:
 
 
 def _shape(schedule: Schedule) -> list[float]:
-    """How the keeps of a schedule relate to the first one, which may be a count of none."""
+    """Keeps of a schedule relative to the first one, which may be a count of 0."""
     first = schedule.points[0].keep
     return [max(_SMALLEST_RATIO, point.keep / (first or 1)) for point in schedule.points]
 
 
 def _published_shapes(count: int) -> _Shapes:
-    """Those of the published schedules, over `count` points."""
+    """Shapes of the published schedules, stretched to `count` points."""
     shapes = []
     for kept, keeps in sorted(_PUBLISHED_KEEPS.items()):
         places = [i * (len(keeps) - 1) / max(1, count - 1) for i in range(count)]
@@ -233,7 +236,7 @@ def _published_shapes(count: int) -> _Shapes:
 
 
 def _shares(budget: float, shapes: _Shapes) -> list[float]:
-    """How keeps relate to each other at this budget: between the shapes of its neighbours."""
+    """Relative keeps at a budget, interpolated between the two neighbouring shapes."""
     low, few = max((s for s in shapes if s[0] <= budget), default=shapes[0])
     high, many = min((s for s in shapes if s[0] >= budget), default=shapes[-1])
     weight = (budget - low) / (high - low) if high > low else 0.0

@@ -17,7 +17,7 @@ _SMALLEST_RATIO = 10.0**-_RATIO_DIGITS
 
 @dataclass(frozen=True)
 class PruningPoint:
-    """Before `layer` runs, keep `keep` visual tokens: a ratio of N (float) or a count (int)."""
+    """Before `layer` runs, keep `keep` visual tokens: a share of N (float) or a count (int)."""
 
     layer: int
     keep: float | int
@@ -26,7 +26,7 @@ class PruningPoint:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Pruning points in layer order; without points nothing is pruned."""
+    """Pruning points in layer order; without any, nothing is pruned."""
 
     points: tuple[PruningPoint, ...] = ()
 
@@ -39,26 +39,26 @@ class Schedule:
         return tuple(point.method for point in self.points)
 
     def with_method(self, method: str) -> Schedule:
-        """The same layers and keeps, every point by `method`."""
+        """The same layers and keeps with `method` at every point."""
         return Schedule(tuple(replace(point, method=method) for point in self.points))
 
     def with_keeps(self, keeps: Sequence[float | int]) -> Schedule:
-        """The same layers and methods with other keeps, one a point."""
+        """The same layers and methods with other keeps, one per point."""
         points = zip(self.points, keeps, strict=True)
         return Schedule(tuple(replace(point, keep=keep) for point, keep in points))
 
     def segments(self, num_layers: int) -> list[tuple[int, int]]:
-        """Layer ranges [start, stop) between pruning points; entry i is what `prefill_i` runs.
+        """Layer ranges [start, stop) between pruning points; `prefill_i` runs range i.
 
-        A pruning point before layer 0 leaves an empty first range, for which no graph is written.
+        A pruning point before layer 0 leaves an empty first range, which has no graph.
         """
         return list(pairwise((0, *self.layers, num_layers)))
 
     def resolve(self, visual: int) -> tuple[int, ...]:
-        """Visual tokens kept at each point, out of `visual` at the start; never increasing.
+        """Visual tokens kept at each point, out of N = `visual` in the prompt; never increasing.
 
-        A ratio r becomes max(1, floor(r N + 1/2)), a count is capped at N, and of nothing nothing
-        is kept.
+        A ratio r becomes max(1, floor(r N + 1/2)), a count is capped at N; both are 0 if there are
+        no visual tokens.
         """
         kept: list[int] = []
         left = visual
@@ -72,7 +72,7 @@ class Schedule:
         return tuple(kept)
 
     def visual_per_layer(self, visual: int, num_layers: int) -> list[int]:
-        """Visual tokens that each layer sees, [L]."""
+        """Visual tokens in each layer, [L]."""
         counts = (visual, *self.resolve(visual))
         return [
             count
@@ -81,15 +81,15 @@ class Schedule:
         ]
 
     def average(self, visual: int, num_layers: int) -> float:
-        """Visual tokens a layer sees, averaged over the layers: the paper's token budget."""
+        """Visual tokens per layer on average: the paper's token budget."""
         return sum(self.visual_per_layer(visual, num_layers)) / num_layers
 
     def validate(self, num_layers: int, visual: int | None = None) -> None:
-        """Check against a model of `num_layers` and, where known, its number of visual tokens.
+        """Check against a model of `num_layers` and, if given, the number of visual tokens.
 
         Raises:
             TrioError: layers outside the model or not increasing; keeps that increase, exceed
-                what there is, or mix ratios with counts; an unknown method.
+                the visual tokens, or mix ratios with counts; an unknown method.
         """
         for point in self.points:
             if not 0 <= point.layer < num_layers:
@@ -126,7 +126,7 @@ class Schedule:
 
     @classmethod
     def from_json(cls, raw: Any) -> Schedule:
-        """From a list of {"layer", "keep", "method"} (method optional), as recipes store it.
+        """From a list of {"layer", "keep", "method"} (method optional), as in recipes.
 
         Raises:
             TrioError: not such a list.
@@ -157,10 +157,10 @@ class Schedule:
     def parse(cls, text: str, method: str = "trio") -> Schedule:
         """From a command line: `1:0.16,10:0.094,15:0.038`, `1:16%,…` or counts `1:92,10:54,15:22`.
 
-        A point may name its method, `0:96:divprune,16:32`.
+        A point may name its method: `0:96:divprune,16:32`.
 
         Args:
-            method: of the points that name none.
+            method: method of points that name none.
 
         Raises:
             TrioError: the text is not of this form.

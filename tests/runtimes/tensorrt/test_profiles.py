@@ -13,7 +13,7 @@ from trio_deploy.config.target import Limits, Target
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.profiles import Profile, Sizes, profiles
-from trio_deploy.schedule.budget import for_points, solve
+from trio_deploy.schedule.budget import schedule_at_budget, solve
 
 RECIPE = load_recipe("llava-next-7b")
 CONFIG = parse_config(RECIPE.architecture)
@@ -57,7 +57,7 @@ def test_what_a_recipe_keeps_at_a_budget_within_the_limits_fits() -> None:
     sizes = Sizes.of(CONFIG, SCHEDULE, limits, budgets)
     visual, layers = limits.max_visual_tokens, CONFIG.text.num_layers
     asked = [budget / 1000 for budget in range(32, 301)]
-    kept = [for_points(each, layers, SCHEDULE, budgets).resolve(visual) for each in asked]
+    kept = [schedule_at_budget(each, layers, SCHEDULE, budgets).resolve(visual) for each in asked]
     most = [max(point) + limits.max_text_tokens for point in zip(*kept, strict=True)]
     assert [span.max for span in sizes.tokens[1:]] == most
     assert most[2] > limits.max_text_tokens + 0.17 * visual
@@ -98,7 +98,9 @@ def test_capacities_are_what_the_context_lets_a_row_hold_behind_each_point(most:
     budgets = {float(name): RECIPE.schedules[name] for name in ("0.111", "0.222", "0.333")}
     sizes = Sizes.of(CONFIG, SCHEDULE, limits, budgets)
     layers, context = CONFIG.text.num_layers, CONFIG.text.max_positions
-    allowed = [for_points(budget, layers, SCHEDULE, budgets) for budget in (0.05, 0.111, most)]
+    allowed = [
+        schedule_at_budget(budget, layers, SCHEDULE, budgets) for budget in (0.05, 0.111, most)
+    ]
     largest, longest = [0] * 4, [0] * 4
     for text in (1, 100, limits.max_text_tokens):
         for visual in range(0, limits.max_visual_tokens, 64):
