@@ -11,6 +11,7 @@ from trio_deploy import TrioError
 from trio_deploy.bench.synthetic import Size, model_of, write_checkpoint
 from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.families.registry import parse_config
+from trio_deploy.graphs.weights import canonical_tensors
 
 TINY = "d=32,layers=4,vocab=300,mlp=48,heads=2,image=28,patch=14,vision_d=16,vision_layers=2"
 
@@ -63,7 +64,7 @@ def test_a_recipe_gives_its_sizes():
 def test_weights_are_a_whole_checkpoint_and_written_once(tmp_path, dtype):
     _, config, settings = model_of(TINY)
     folder = write_checkpoint(tmp_path / "c", config, settings, dtype=dtype, progress=False)
-    entries = Checkpoint.from_path(folder).verify(parse_config(config))
+    entries = Checkpoint.from_path(folder).verify(canonical_tensors(parse_config(config)))
     assert {entry.dtype for entry in entries.values()} == {"F32" if dtype == "float32" else "BF16"}
     assert not list(tmp_path.glob(".*"))
     before = (folder / "config.json").stat().st_mtime_ns
@@ -74,7 +75,7 @@ def test_weights_are_a_whole_checkpoint_and_written_once(tmp_path, dtype):
 def test_weights_are_as_transformers_initialises_them(tmp_path):
     _, config, settings = model_of(TINY)
     folder = write_checkpoint(tmp_path / "c", config, settings, progress=False)
-    entries = Checkpoint.from_path(folder).verify(parse_config(config))
+    entries = Checkpoint.from_path(folder).verify(canonical_tensors(parse_config(config)))
 
     def values(name):
         entry = entries[name]

@@ -24,6 +24,7 @@ from trio_deploy.checkpoint.safetensors import (
     read_header,
 )
 from trio_deploy.families.registry import parse_config
+from trio_deploy.graphs.weights import canonical_tensors
 
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
 
@@ -109,7 +110,7 @@ def test_a_hugging_face_cache_is_read_through_its_links(sharded: Path, tmp_path:
     assert np.array_equal(
         read_tensor(checkpoint.tensors[QUERY]), read_tensor(original.tensors[QUERY])
     )
-    assert checkpoint.verify(parse_config(checkpoint.config))
+    assert checkpoint.verify(canonical_tensors(parse_config(checkpoint.config)))
     _shard_of(snapshot, QUERY).resolve().unlink()
     with pytest.raises(TrioError, match="link to .*blobs.*does not exist"):
         Checkpoint.from_path(snapshot)
@@ -130,7 +131,7 @@ def test_unused_tensors_may_have_any_type(single: Path):
     tensors["vision_tower.vision_model.embeddings.position_ids"] = np.arange(17)
     save_file(tensors, file)
     checkpoint = Checkpoint.from_path(single)
-    assert checkpoint.verify(parse_config(checkpoint.config))
+    assert checkpoint.verify(canonical_tensors(parse_config(checkpoint.config)))
 
 
 class TestMissing:
@@ -172,7 +173,7 @@ class TestMissing:
         save_file(tensors, file)
         checkpoint = Checkpoint.from_path(single)
         with pytest.raises(TrioError, match="lacks tensor 'language_model.layers.1.self_attn.q"):
-            checkpoint.verify(parse_config(checkpoint.config))
+            checkpoint.verify(canonical_tensors(parse_config(checkpoint.config)))
 
 
 class TestBroken:
@@ -261,7 +262,7 @@ class TestBroken:
 
     def test_file_that_shrinks_while_in_use(self, single: Path, tmp_path: Path):
         checkpoint = Checkpoint.from_path(single)
-        sources = checkpoint.verify(parse_config(checkpoint.config))
+        sources = checkpoint.verify(canonical_tensors(parse_config(checkpoint.config)))
         layout = plan_layout({name: entry.shape for name, entry in sources.items()}, "float16")
         (single / "model.safetensors").write_bytes(b"")
         with pytest.raises(TrioError, match="truncated"), BundleWriter(tmp_path / "b") as writer:
@@ -283,7 +284,7 @@ class TestUnfit:
             single, lambda tensors: tensors.update({QUERY: np.zeros((64, 60), np.float32)})
         )
         with pytest.raises(TrioError, match=rf"'{QUERY}' has shape \[64, 60\].*\[64, 64\]"):
-            checkpoint.verify(parse_config(checkpoint.config))
+            checkpoint.verify(canonical_tensors(parse_config(checkpoint.config)))
 
     @pytest.mark.parametrize("dtype", ["float64", "int8", "uint8"])
     def test_wrong_dtype(self, single: Path, dtype):
@@ -291,14 +292,14 @@ class TestUnfit:
             single, lambda tensors: tensors.update({QUERY: tensors[QUERY].astype(dtype)})
         )
         with pytest.raises(TrioError, match=f"model.safetensors: tensor '{QUERY}' is [FIU]"):
-            checkpoint.verify(parse_config(checkpoint.config))
+            checkpoint.verify(canonical_tensors(parse_config(checkpoint.config)))
 
     def test_mixed_float_types_fit(self, single: Path):
         """A bundle has one type, which all of them are converted to."""
         checkpoint = self._save(
             single, lambda tensors: tensors.update({QUERY: tensors[QUERY].astype(np.float16)})
         )
-        found = checkpoint.verify(parse_config(checkpoint.config))
+        found = checkpoint.verify(canonical_tensors(parse_config(checkpoint.config)))
         assert {entry.dtype for entry in found.values()} == {"F16", "F32"}
 
 

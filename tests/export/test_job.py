@@ -38,8 +38,9 @@ from trio_deploy.export import job as export_module
 from trio_deploy.export.attach import attach_weights
 from trio_deploy.export.graphs import open_initializers
 from trio_deploy.families.names import map_checkpoint_names
-from trio_deploy.families.registry import parse_config
+from trio_deploy.families.registry import family_of, parse_config
 from trio_deploy.files import sha256_of
+from trio_deploy.graphs.weights import canonical_tensors
 from trio_deploy.schedule.budget import solve
 
 SCHEDULE = "1:0.5,3:0.25"
@@ -67,9 +68,8 @@ def external(bundle: Bundle) -> dict[str, np.ndarray]:
 def expected(folder: Path) -> dict[str, np.ndarray]:
     """The checkpoint's tensors under their canonical names."""
     checkpoint = Checkpoint.from_path(folder)
-    config = parse_config(checkpoint.config)
-    mapping = map_checkpoint_names(config, checkpoint.tensors)
-    return {name: read_tensor(checkpoint.tensors[theirs]) for name, theirs in mapping.items()}
+    sources = checkpoint.verify(canonical_tensors(parse_config(checkpoint.config)))
+    return {name: read_tensor(entry) for name, entry in sources.items()}
 
 
 @pytest.fixture(scope="module")
@@ -520,7 +520,7 @@ def poke(folder: Path, name: str, value: float) -> None:
 
 def checkpoint_name(folder: Path, name: str) -> str:
     it = Checkpoint.from_path(folder)
-    return map_checkpoint_names(parse_config(it.config), it.tensors)[name]
+    return map_checkpoint_names(family_of(it.config), it.tensors, [name])[name]
 
 
 def edit_json(path: Path, edit) -> None:

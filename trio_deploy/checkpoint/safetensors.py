@@ -19,8 +19,8 @@ import ml_dtypes
 import numpy as np
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.names import canonical_tensors, map_checkpoint_names
+from trio_deploy.families.names import map_checkpoint_names
+from trio_deploy.families.registry import family_of
 from trio_deploy.files import read_json
 
 SINGLE = "model.safetensors"
@@ -106,20 +106,23 @@ class Checkpoint:
             raise TrioError(f"{folder} is not a checkpoint: it has no config.json.")
         return cls(folder, _weights(folder), config)
 
-    def verify(self, config: ModelConfig) -> dict[str, TensorEntry]:
-        """Check that every tensor the model needs is there, of the right shape and a usable type.
+    def verify(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorEntry]:
+        """Check that the tensors a model needs are there, of the right shape and a usable type.
 
         Types may differ from tensor to tensor: a bundle has one type, and converts to it.
 
+        Args:
+            shapes: canonical name → shape of each tensor that the graphs use.
+
         Returns:
-            canonical name → where the tensor lies, for all of `canonical_tensors(config)`.
+            canonical name → where the tensor lies, in the order of `shapes`.
 
         Raises:
             TrioError: naming the file and the tensor.
         """
-        shapes = canonical_tensors(config)
+        names = map_checkpoint_names(family_of(self.config), self.tensors, shapes)
         found: dict[str, TensorEntry] = {}
-        for canonical, name in map_checkpoint_names(config, self.tensors).items():
+        for canonical, name in names.items():
             entry = self.tensors[name]
             if entry.dtype not in DTYPES:
                 raise TrioError(

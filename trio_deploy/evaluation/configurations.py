@@ -124,10 +124,12 @@ class Source:
                 bundle=bundle,
                 fingerprint=fingerprint(f for name in files if (f := path / name).is_file()),
             )
+        from trio_deploy.graphs.weights import canonical_tensors  # needs onnx-ir, bundles do not
+
         found = resolve(os.fspath(model), weights_needed=True)
         assert found.folder is not None
         config = parse_config(found.raw_config)
-        entries = Checkpoint.from_path(found.folder).verify(config).values()
+        entries = Checkpoint.from_path(found.folder).verify(canonical_tensors(config)).values()
         return cls(
             found.name,
             config,

@@ -65,12 +65,9 @@ def attach_weights(
             f"{folder} is not a checkpoint of {old.manifest.model.name}, for which the graphs were "
             f"made: {difference}"
         )
-    sources = Checkpoint.from_path(folder).verify(config)
-    used = {
-        name: tuple(shape)
-        for name, shape in canonical_tensors(config).items()
-        if name in old.manifest.tensors
-    }
+    shapes = canonical_tensors(config)
+    sources = Checkpoint.from_path(folder).verify(shapes)
+    used = {name: shape for name, shape in shapes.items() if name in old.manifest.tensors}
     layout = plan_layout(used, old.manifest.dtype)
     _check_layout_matches(old, layout.places)
     assets = checkpoint_assets(

@@ -122,7 +122,7 @@ def export_model(
     sources: dict[str, TensorEntry] = {}
     if not graphs_only:
         assert found.folder is not None
-        sources = Checkpoint.from_path(found.folder).verify(config)
+        sources = Checkpoint.from_path(found.folder).verify(canonical_tensors(config))
     dialect = dialect or device.dialect
     options = _options(found.recipe, device, dialect, dtype, positions, probe, threshold)
     readable = runtime_spec(device.runtime).readable_dialects(device)

@@ -45,7 +45,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """
     if not isinstance(raw, Mapping):
         raise TrioError("config.json must hold an object.")
-    family = _family(raw)
+    family = family_of(raw)
     if raw.get("quantization_config"):
         raise TrioError(
             "The checkpoint is quantised (quantization_config in config.json); use the fp32, fp16 "
@@ -58,7 +58,12 @@ def _families() -> str:
     return ", ".join(f"{f.name} ({f.architecture})" for f in FAMILIES.values())
 
 
-def _family(raw: Mapping[str, Any]) -> Family:
+def family_of(raw: Mapping[str, Any]) -> Family:
+    """Find the family that a config.json names.
+
+    Raises:
+        TrioError: it names none that is supported.
+    """
     model_type = raw.get("model_type")
     architectures = raw.get("architectures") or []
     for family in FAMILIES.values():

@@ -7,6 +7,7 @@ are what the reference must use.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -16,10 +17,11 @@ import transformers
 from torch import Tensor
 
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.bundle.manifest import WEIGHTS
-from trio_deploy.checkpoint.safetensors import DTYPES, TensorEntry, read_header
+from trio_deploy.bundle.manifest import TensorPlace
+from trio_deploy.bundle.weights import SAFETENSORS
+from trio_deploy.checkpoint.safetensors import DTYPES
 from trio_deploy.errors import TrioError
-from trio_deploy.families.names import canonical_name, map_checkpoint_names
+from trio_deploy.families.names import canonical_name
 from trio_deploy.families.registry import get_family
 from trio_deploy.reference.adapters import model_class
 
@@ -34,13 +36,8 @@ def restore_model(bundle: Bundle, dtype: torch.dtype = torch.float32) -> Any:
     raw = bundle.manifest.model.config
     family = get_family(bundle.config.family)
     architecture = model_class(family.name)
-    entries: dict[str, TensorEntry] = {}
-    for file in sorted((bundle.path / WEIGHTS).glob("*.safetensors")):
-        entries |= read_header(file)
-    if not entries:
-        raise TrioError(f"the bundle {bundle.path} has no weights: export it again")
-    names = map_checkpoint_names(bundle.config, entries)
-    tensors = {canonical: _mapped(entries[name]) for canonical, name in names.items()}
+    places = bundle.manifest.tensors
+    tensors = {name: _mapped(bundle.path, place) for name, place in places.items()}
     config = architecture.config_class.from_dict(raw)
     with torch.device("meta"):
         expected = architecture(config).state_dict()
@@ -86,10 +83,10 @@ def _state(
     return state
 
 
-def _mapped(entry: TensorEntry) -> Tensor:
-    """A tensor on the file's own pages."""
-    data = np.memmap(entry.file, np.uint8, "c", entry.offset, (entry.nbytes,))
-    array = data.view(DTYPES[entry.dtype]).reshape(entry.shape)
+def _mapped(bundle: Path, place: TensorPlace) -> Tensor:
+    """Map a tensor's bytes in its file."""
+    data = np.memmap(bundle / place.file, np.uint8, "c", place.offset, (place.nbytes,))
+    array = data.view(DTYPES[SAFETENSORS[place.dtype]]).reshape(place.shape)
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
