@@ -29,7 +29,7 @@ def selection(renumber: bool = True) -> Stage:
     index = np.full((2, 5), -1)
     for b, keep in enumerate((3, 1)):
         places = np.flatnonzero(visual[b])
-        kept = places[greedy_select(scores[b][places], hidden[b][places], keep)]
+        kept = places[greedy_select(scores[b][places], hidden[b][places], keep, 0.8)]
         text = np.flatnonzero(~visual[b][: lengths[b]])
         index[b, : len(text) + keep] = np.sort(np.concatenate([text, kept]))
     real = index >= 0

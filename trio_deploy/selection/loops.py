@@ -23,13 +23,17 @@ def loop(
     body: Callable[..., tuple[ir.Value, list[ir.Value]]],
     name: str,
 ) -> list[ir.Value]:
-    """A Loop of at most `trips` rounds that goes on while `body` says so.
+    """Write a Loop of at most `trips` rounds that goes on while its body says so.
 
     Args:
         trips: int64 scalar.
         start: bool scalar, whether the first round runs.
         states: loop-carried values; their types and shapes hold through all rounds.
         body: called once as ``body(op, iteration, *states)``; returns (go on, new states).
+        name: of the graph of the body, and a prefix of its values.
+
+    Returns:
+        The states after the last round.
     """
 
     def trace(inner: Any, iteration: ir.Value, _go: ir.Value, *inside: ir.Value) -> list[ir.Value]:

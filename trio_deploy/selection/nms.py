@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 
 def greedy_select(
-    scores: NDArray[np.floating], features: NDArray[np.floating], keep: int, threshold: float = 0.8
+    scores: NDArray[np.floating], features: NDArray[np.floating], keep: int, threshold: float
 ) -> NDArray[np.int64]:
     """Choose `keep` tokens: the most salient ones that are not near-copies of a chosen one.
 
-    A kept token suppresses every token whose cosine similarity is `threshold` or more. Where fewer
+    A kept token suppresses every token whose cosine similarity is `threshold` or more. If fewer
     than `keep` survive, the best suppressed ones fill up.
 
     Args:
@@ -32,7 +32,7 @@ def greedy_select(
 def greedy_by_cosines(
     scores: NDArray[np.floating], cosines: NDArray[np.floating], keep: int, threshold: float
 ) -> NDArray[np.int64]:
-    """`greedy_select` for cosines [N, N] that are known: quicker where it is asked several times.
+    """`greedy_select` from cosines [N, N], computed once for several thresholds.
 
     Returns:
         The kept indices in ascending order, [min(keep, N)].
@@ -42,7 +42,7 @@ def greedy_by_cosines(
 
 
 def cosines_of(features: NDArray[np.floating]) -> NDArray[np.float64]:
-    """[N, N] of rows [N, d]; a zero row has cosine 0."""
+    """Cosines [N, N] of rows [N, d]; a zero row has cosine 0."""
     rows = _unit(features)
     return rows @ rows.T
 

@@ -21,7 +21,7 @@ from trio_deploy.selection.saliency import Tokens
 from trio_deploy.selection.site import Site
 from trio_deploy.selection.suppression import BLOCK
 
-_HUGE = 1e38
+_HUGE = 1e38  # a sum of scores beyond it is taken for infinite
 
 
 def build_select(
@@ -32,15 +32,15 @@ def build_select(
     method: str = "trio",
     block: int = BLOCK,
 ) -> ir.Model:
-    """Prune before `layer`.
+    """Build the graph that prunes before `layer`.
 
     Inputs: hidden_states [B,S,d], position_ids int64 [B,S], lengths int64 [B], visual_mask bool
-    [B,S], keep int64 [B], width int64 [1]: W, the longest row of the result; and what the method
-    asks for by name (`seed`, `prior`, `prior_local`).
+    [B,S], keep int64 [B], width int64 [1]: W, the longest row of the result; and those that the
+    method reads besides (`seed`, `prior`, `prior_local`).
     Outputs: keep_index int64 [B,W] (ascending, -1 behind a row's end), hidden_states_out [B,W,d],
     position_ids_out int64 [B,W], lengths_out int64 [B], visual_mask_out bool [B,W], saliency f32
-    [B,S] (the method's scores, 0 where not visual), converged bool [B]: false where the row must
-    not be used, because the method did not finish, a score is not finite or `width` is too small.
+    [B,S] (the method's scores, 0 where not visual), converged bool [B]: false if the row must not
+    be used, because the method did not finish, a score is not finite or `width` is too small.
 
     Args:
         method: one of `methods.METHODS`.
