@@ -166,7 +166,7 @@ def test_probing_and_low_memory_compute_the_same_on_mapped_weights(tmp_path: Pat
     low = open_runtime(RuntimeOptions(low_memory=True))
     places = external_tensors(path)
     engines = [
-        open_runtime().open(path, places, probing=True),
+        open_runtime().open(path, places, shares_weights=True),
         low.open(path, places),
         low.open(path, places),
     ]
@@ -201,9 +201,9 @@ from trio_deploy.bundle.schema_1 import external_tensors
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.runtimes.registry import open_runtime
 
-def load(runtime, name, probing):
+def load(runtime, name, shares_weights):
     path = folder / f"{name}.onnx"
-    return runtime.open(path, external_tensors(path), probing=probing)
+    return runtime.open(path, external_tensors(path), shares_weights=shares_weights)
 
 folder, low = Path(sys.argv[1]), sys.argv[2] == "low"
 size = 2048  # 16 MiB of weights

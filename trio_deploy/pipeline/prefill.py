@@ -88,8 +88,8 @@ class Stages:
             self.engines[name] = runtime.open(
                 bundle.graph(name),
                 bundle.places(name),
-                exact=selects,
-                probing=selects or stage.kind == "embed",
+                keep_precision=selects,
+                shares_weights=selects or stage.kind == "embed",
             )
         self.vision, self.embed = bundle.only("vision"), bundle.only("embed")
         self.segments = [stage.name for stage in bundle.of_kind("prefill")]

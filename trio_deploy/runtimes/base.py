@@ -1,4 +1,4 @@
-"""What the pipeline asks of whatever runs a graph."""
+"""The interface of runtimes: engines, which run one graph each, and what can be asked for."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 
 Array = Any
-"""A numpy array, or memory of the engine's own as `Engine.empty` gives it (on a GPU).
+"""A numpy array, or memory of the engine's device from `Engine.empty`.
 
-ONNX Runtime's own memory cannot be sliced; `update_inplace(array)` writes the whole of it.
-TensorRT's (`runtime/cuda.py`) can; `runtime/arrays.py` handles it as it does numpy's.
+ONNX Runtime's device memory cannot be sliced; `update_inplace(array)` writes all of it. TensorRT's
+(`tensorrt/device.py`) can; the functions of `arrays.py` take it as they take numpy arrays.
 """
 
 Step = Callable[[], None]
-"""A bound run: works on the same arrays each time."""
+"""A bound run: works on the same arrays at each call."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TensorSpec:
     """A graph's input or output.
 
     Attributes:
-        shape: sizes; the name of a dynamic axis, or None, where the size is not fixed.
+        shape: sizes; the name of a dynamic axis or None where a size is not fixed.
     """
 
     name: str
@@ -64,27 +64,26 @@ class Engine(Protocol):
 
         Args:
             feeds: every input by name.
-            into: outputs to be written into arrays of the caller's.
-            host: outputs that are needed as numpy arrays, None for all; the others may stay where
-                the engine works, for the engine that is fed with them.
+            into: arrays to write outputs into, by name.
+            host: outputs to return as numpy arrays (None: all); the rest stay on the device.
 
         Returns:
             The outputs that are not in `into`, by name.
 
         Raises:
-            TrioError: inputs are missing, unknown, of the wrong type, or more than it takes.
+            TrioError: inputs are missing, unknown, of a wrong type, or too large.
         """
         ...
 
     def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Step:
-        """A function that runs on these very arrays each time it is called.
+        """A step that runs on these arrays at each call.
 
-        All outputs must be in `into`; the caller changes the inputs in place in between.
+        All outputs must be in `into`; the caller changes inputs in place between calls.
         """
         ...
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
-        """Uninitialised memory that `run` and `bind` take, near the device."""
+        """Uninitialised memory for `run` and `bind`, on the device or quick to reach from it."""
         ...
 
 
@@ -93,7 +92,7 @@ class Blocks(Protocol):
     """An engine whose memory can be cut into arrays."""
 
     def empties(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> Sequence[Array]:
-        """As `Engine.empty`, several arrays that come and go together, in one piece of memory."""
+        """Several arrays of one lifetime in one piece of memory; otherwise as `Engine.empty`."""
         ...
 
 
@@ -101,19 +100,19 @@ class Moment(Protocol):
     """A point in an engine's work."""
 
     def since(self, earlier: Any) -> float:
-        """Seconds from `earlier`, of the same runtime's, to here; may wait until it is reached."""
+        """Seconds since an earlier moment of this runtime; may wait until this one is reached."""
         ...
 
 
 @dataclass(frozen=True)
 class HostMoment:
-    """A `Moment` of the host's clock, for engines that return when they are done."""
+    """A moment of the host's clock, for engines that return when they are done."""
 
     seconds: float
 
     @classmethod
     def now(cls) -> HostMoment:
-        """This moment."""
+        """The current moment."""
         return cls(time.perf_counter())
 
     def since(self, earlier: HostMoment) -> float:
@@ -126,7 +125,7 @@ class Runtime(Protocol):
 
     Attributes:
         concurrent: whether several threads may run its engines at once.
-        max_rows: of a batch, None where engines take any number.
+        max_rows: maximum number of rows per batch; None: any number.
     """
 
     concurrent: bool
@@ -135,8 +134,8 @@ class Runtime(Protocol):
     def shares_cache(self, dialect: str) -> bool:
         """Whether past and present of a layer are one buffer in a decode step.
 
-        A prefill whose graph takes a past fills that buffer as well; any other returns presents
-        of its own. Where it is false, a decode step reads one buffer and writes another.
+        If true, a prefill whose graph takes a past fills that buffer as well, and any other returns
+        a present of its own. If false, a decode step reads one buffer and writes another.
 
         Raises:
             TrioError: this runtime cannot run graphs of this dialect.
@@ -148,32 +147,32 @@ class Runtime(Protocol):
         path: Path,
         weights: Mapping[str, TensorPlace] | None = None,
         *,
-        exact: bool = False,
-        probing: bool = False,
+        keep_precision: bool = False,
+        shares_weights: bool = False,
     ) -> Engine:
         """Load a graph.
 
         Args:
             weights: where the graph's weights are stored, relative to its folder, for runtimes that
                 share them between graphs.
-            exact: decisions hang on this graph's numbers: whatever the runtime was told, compute in
-                the graph's own precision all but products with weights.
-            probing: a graph whose weights other graphs hold as well (select, embed): refer to
-                the file rather than make a rearranged copy.
+            keep_precision: compute all but products with weights in the graph's own precision,
+                whatever the options say, since the graph decides which tokens are kept.
+            shares_weights: whether other graphs use the same weights (select, embed): refer to the
+                file instead of making a rearranged copy.
         """
         ...
 
     def sequence(self, steps: Sequence[Step]) -> Step:
-        """Bound runs, one after another, as one step."""
+        """One step that runs several, one after another."""
         ...
 
     def moment(self) -> Moment:
-        """The point that the engines' work has now."""
+        """The point that the engines' work has reached."""
         ...
 
 
 class HostRuntime:
-    """What runtimes have in common whose engines return when they are done."""
+    """What is common to runtimes whose engines return when they are done."""
 
     concurrent = True
     max_rows: int | None = None
@@ -193,7 +192,7 @@ class HostRuntime:
         return HostMoment.now()
 
 
-def _as_it_is(target: Target) -> Target:
+def _unchanged(target: Target) -> Target:
     return target
 
 
@@ -231,7 +230,7 @@ class RuntimeSpec:
     target_keys: tuple[str, ...] = ()
     devices: Mapping[str, str | None] = field(default_factory=lambda: {"cpu": None})
     needs_engines: bool = False
-    check_target: Callable[[Target], Target] = _as_it_is
+    check_target: Callable[[Target], Target] = _unchanged
     target_dialects: Callable[[Target], tuple[str, ...]] | None = None
 
     def readable_dialects(self, target: Target) -> tuple[str, ...]:
@@ -240,7 +239,7 @@ class RuntimeSpec:
 
 
 def check_feeds(engine: Engine, feeds: Mapping[str, Array]) -> None:
-    """Raises TrioError unless `feeds` has exactly the engine's inputs, of the right types."""
+    """Raise TrioError unless `feeds` has exactly the engine's inputs, of the right types."""
     missing = [name for name in engine.inputs if name not in feeds]
     unknown = [name for name in feeds if name not in engine.inputs]
     if missing or unknown:

@@ -132,8 +132,8 @@ class OrtRuntime(HostRuntime):
         path: Path,
         weights: Mapping[str, TensorPlace] | None = None,
         *,
-        exact: bool = False,
-        probing: bool = False,
+        keep_precision: bool = False,
+        shares_weights: bool = False,
     ) -> OrtEngine:
         """Load a graph.
 
@@ -155,7 +155,7 @@ class OrtRuntime(HostRuntime):
             options.add_session_config_entry("session.use_env_allocators", "1")
             options.enable_mem_pattern = False
         held: list[Any] = []
-        if on_cpu and (probing or self._low_memory):
+        if on_cpu and (shares_weights or self._low_memory):
             if self._low_memory:
                 options.add_session_config_entry("session.disable_prepacking", "1")
             held = self._share_weights(options, path.parent, weights or {})

@@ -69,15 +69,15 @@ class OvRuntime(HostRuntime):
         path: Path,
         weights: Mapping[str, TensorPlace] | None = None,
         *,
-        exact: bool = False,
-        probing: bool = False,
+        keep_precision: bool = False,
+        shares_weights: bool = False,
     ) -> OvEngine:
         """Load a graph; with precision bfloat16 its caches, where it has some, are bfloat16 too.
 
         Raises:
             TrioError: it does not load.
         """
-        precision = "float32" if exact else self._precision
+        precision = "float32" if keep_precision else self._precision
         options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",
@@ -91,7 +91,7 @@ class OvRuntime(HostRuntime):
             model = self._core.read_model(str(path))
             if _sees_all(model):
                 self._passes.split_queries(model)
-            if self._precision == "bfloat16" and exact:
+            if self._precision == "bfloat16" and keep_precision:
                 self._passes.narrow_products(model)
             elif self._precision == "bfloat16":
                 model = self._passes.narrow_caches(model)

@@ -150,8 +150,8 @@ class TrtRuntime:
         path: Path,
         weights: Mapping[str, TensorPlace] | None = None,
         *,
-        exact: bool = False,
-        probing: bool = False,
+        keep_precision: bool = False,
+        shares_weights: bool = False,
     ) -> TrtEngine:
         """Load the engine of a graph; its precision was settled when it was built.
 
