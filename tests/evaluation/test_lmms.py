@@ -132,7 +132,7 @@ def test_the_right_choice_has_the_smallest_loss_which_lmms_eval_picks(model, sce
 
 def test_a_loss_is_the_mean_over_the_tokens_of_the_continuation(model, scene):
     plate = next(q for q in scene.questions if q.kind == "plate")
-    tokens = model.pipeline.tokens(plate.answer)
+    tokens = model.pipeline.tokenize(plate.answer)
     assert len(tokens) > 1
     ((loss, greedy),) = model.loglikelihood([question(plate.text, plate.answer)])
     (given,) = model.pipeline.generate_batch(

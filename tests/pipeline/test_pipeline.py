@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer
 
 from tests.support.checkpoints import EOS
 from tests.support.pictures import make_picture
@@ -224,12 +225,15 @@ def test_end_tokens_stop_the_answer_and_are_not_shown(setup: Setup) -> None:
     pipeline, image = setup.pipeline(), make_picture()
     whole = pipeline.generate(Request(ask(COLOR), [image], max_new_tokens=12)).token_ids
     end = whole[4]
-    ending = copy.copy(pipeline)
-    ending._ends = frozenset({EOS, end})
-    answer = ending.generate(Request(ask(COLOR), [image], max_new_tokens=12))
+    bundle, tokenizer = pipeline.bundle, Tokenizer.from_file(str(pipeline.bundle.tokenizer_path))
+    generation = replace(bundle.manifest.generation, eos_token_ids=(EOS, end))
+    ending = replace(bundle, manifest=replace(bundle.manifest, generation=generation))
+    answer = Pipeline.open(ending, threads=1).generate(
+        Request(ask(COLOR), [image], max_new_tokens=12)
+    )
     assert answer.token_ids == whole[: whole.index(end) + 1]
     assert answer.finish_reason == "stop"
-    assert answer.text == pipeline._encoder.decode(answer.token_ids[:-1])
+    assert answer.text == tokenizer.decode(answer.token_ids[:-1], skip_special_tokens=True)
 
 
 def test_prompts_and_answers_stay_inside_the_models_context(setup: Setup) -> None:
@@ -273,7 +277,7 @@ def test_a_selection_that_did_not_settle_is_an_error(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = setup.pipeline()
-    engine = pipeline._stages.engines["select_2"]
+    engine = pipeline.engine("select_2")
     run = engine.run
     unsettled = {"converged": np.array([True, False])}
     monkeypatch.setattr(engine, "run", lambda feeds, **options: run(feeds, **options) | unsettled)
@@ -358,7 +362,8 @@ def test_a_bfloat16_bundle_runs_on_openvino_and_is_refused_by_onnx_runtime(
     image = make_picture()
     answer = pipeline.generate(Request(COLOR, [image], max_new_tokens=3))
     assert len(answer.token_ids) >= 1
-    pixels = pipeline.encode(Request(COLOR, [image]))[1][0].feeds["pixel_values"]
+    (layout,) = pipeline.prepare(Request(COLOR, [image])).processed
+    pixels = layout.feeds["pixel_values"]
     whole = setup.pipeline("llava", "primitive", runtime="openvino").engine("vision")
     expected = whole.run({"pixel_values": pixels})["image_features"]
     engine = pipeline.engine("vision")

@@ -218,7 +218,7 @@ def test_words_that_the_tokenizer_does_not_know_are_named_as_they_were_written()
     known = PromptEncoder(tokenizer, 1, {"image_token": "<image>"})
     assert known.unknown("A cat?") == []
     assert known.unknown("a Gnu, a cat, a gnat and a Gnu?") == ["Gnu", ",", "gnat", "and"]
-    assert known.vocabulary == 5
+    assert known.vocabulary_size == 5
 
 
 def test_a_tokenizer_without_an_unknown_token_knows_every_word() -> None:

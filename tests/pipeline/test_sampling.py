@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from trio_deploy import TrioError
-from trio_deploy.pipeline.sampling import Sampler, Sampling, StopScanner, TokenStream
+from trio_deploy.pipeline.sampling import Detokenizer, Sampler, Sampling, StopScanner
 
 
 def test_temperature_zero_is_greedy_and_takes_the_first_of_equals() -> None:
@@ -71,7 +71,7 @@ def spaced_tokenizer() -> Tokenizer:
 
 
 def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    texts = TokenStream(lambda part: tokenizer.decode(part, skip_special_tokens=True))
+    texts = Detokenizer(lambda part: tokenizer.decode(part, skip_special_tokens=True))
     return [*[texts.push(token) for token in ids], texts.flush()]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.pictures import make_picture
 from trio_deploy import Pipeline, Request, TextStream, TrioError, export_model
+from trio_deploy.bench.contenders.trio import without_end_tokens
 from trio_deploy.pipeline.cache import SegmentCache
 
 REQUEST = Request("what color is the circle?", make_picture(), max_new_tokens=40)
@@ -16,9 +17,8 @@ REQUEST = Request("what color is the circle?", make_picture(), max_new_tokens=40
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    pipeline = Pipeline.open(export_model("tiny", folder, progress=False), threads=1)
-    pipeline._ends = frozenset()  # so that the answer goes on
-    return pipeline
+    bundle = export_model("tiny", folder, progress=False)
+    return Pipeline.open(without_end_tokens(bundle), threads=1)
 
 
 def caches() -> int:

@@ -278,9 +278,9 @@ def each(empty: Callable[..., Any]) -> Callable[..., list[Any]]:
     return lambda shapes, dtype: [empty(shape, dtype) for shape in shapes]
 
 
-def allocate(lengths: list[int], capacity: int, sides: int) -> SegmentCache:
+def allocate(lengths: list[int], capacity: int, buffer_sets: int) -> SegmentCache:
     return SegmentCache.allocate(
-        range(1), np.array(lengths), capacity, SHAPE, each(np.empty), sides
+        range(1), np.array(lengths), capacity, SHAPE, each(np.empty), buffer_sets
     )
 
 
@@ -289,7 +289,7 @@ def test_a_cache_that_is_too_small_is_refused() -> None:
         allocate([3, 5], 4, 1)
 
 
-def test_one_side_is_past_and_present_two_sides_take_turns() -> None:
+def test_one_set_of_buffers_is_past_and_present_two_sets_alternate() -> None:
     single, double = allocate([1], 4, 1), allocate([1], 4, 2)
     assert single.past(SEGMENT, 0)["past.0.key"] is single.present(SEGMENT, 0)["present.0.key"]
     assert double.past(SEGMENT, 0)["past.0.key"] is not double.present(SEGMENT, 0)["present.0.key"]
@@ -298,8 +298,8 @@ def test_one_side_is_past_and_present_two_sides_take_turns() -> None:
 
 def test_bytes_are_counted_as_allocated_and_as_used() -> None:
     cache = allocate([3, 1], 5, 2)
-    assert cache.allocated == 2 * 2 * 2 * 2 * 5 * 8 * 4
-    assert cache.used(0) == 2 * 2 * 3 * 8 * 4
+    assert cache.allocated_bytes == 2 * 2 * 2 * 2 * 5 * 8 * 4
+    assert cache.used_bytes(0) == 2 * 2 * 3 * 8 * 4
     cache.advance(np.array([True, False]))
     assert cache.lengths.tolist() == [4, 1]
     assert CacheShape(8, 128, np.dtype(ml_dtypes.bfloat16)).nbytes(1) == 2 * 8 * 128 * 2
@@ -334,7 +334,7 @@ def test_prefill_and_decode_write_into_one_buffer_in_place(tmp_path: Path) -> No
     rng = np.random.default_rng(0)
     lengths, size = np.array([6, 4]), 6
     cache = allocate([6, 4], 9, 1)
-    for buffer in cache.sides[0].values():
+    for buffer in cache.buffers[0].values():
         buffer[:] = np.nan
 
     def feeds(count: int, **past: np.ndarray) -> dict[str, np.ndarray]:
@@ -349,7 +349,7 @@ def test_prefill_and_decode_write_into_one_buffer_in_place(tmp_path: Path) -> No
     plain = engine.run(prompt | {"past.0.key": none, "past.0.value": none})
     y = engine.run(prompt | cache.past(SEGMENT), cache.present(SEGMENT))["y"]
     assert np.array_equal(y[0], plain["y"][0]) and np.array_equal(y[1, :4], plain["y"][1, :4])
-    assert np.array_equal(cache.sides[0][0, "key"][:, :, :size], plain["present.0.key"])
+    assert np.array_equal(cache.buffers[0][0, "key"][:, :, :size], plain["present.0.key"])
 
     token = feeds(1) | {"seqlens": lengths.astype(np.int32), "total": np.array(7, np.int32)}
     grown = {
@@ -362,5 +362,5 @@ def test_prefill_and_decode_write_into_one_buffer_in_place(tmp_path: Path) -> No
     y = np.empty((2, 1, 32), np.float32)
     engine.bind(token | cache.past(SEGMENT), {"y": y, **cache.present(SEGMENT)})()
     assert np.allclose(y, fresh["y"], atol=1e-6)
-    key = cache.sides[0][0, "key"]
+    key = cache.buffers[0][0, "key"]
     assert np.isnan(key[:, :, 7:]).all() and not np.isnan(key[0, :, 6]).any()

@@ -138,8 +138,9 @@ def test_a_budget_a_request_keeps_what_the_oracle_keeps(made):
         Request(example.prompt, example.pictures, max_new_tokens=4, budget=budget)
         for budget in budgets
     ]
-    prompt, (picture,) = pipeline.encode(requests[0])
-    row = Row(prompt.ids, picture.feeds["pixel_values"], [picture.size])
+    prepared = pipeline.prepare(requests[0])
+    (picture,) = prepared.processed
+    row = Row(prepared.prompt.ids, picture.feeds["pixel_values"], [picture.size])
     ends = bundle.manifest.generation.eos_token_ids
     for budget, answer in zip(budgets, pipeline.generate_batch(requests), strict=True):
         schedule = bundle.schedule

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         said = "" if generation.text.strip() else EMPTY
         print(f"{said}\n\n{generation_text(generation)}")
     if unknown := pipeline.unknown_words(args.prompt):
-        print(f"trio: {unknown_remark(unknown, pipeline.vocabulary)}", file=sys.stderr)
+        print(f"trio: {unknown_remark(unknown, pipeline.vocabulary_size)}", file=sys.stderr)
     if args.show is not None:
         save_kept(generation, args.show)
 

@@ -103,7 +103,7 @@ class Trio(Lmms):
                 visual, place, task, split = where
                 if callable(wanted):
                     wanted = wanted(self.task_dict[task][split][place])
-                tokens = self.pipeline.tokens(str(wanted))
+                tokens = self.pipeline.tokenize(str(wanted))
                 if not tokens:
                     raise TrioError(f"an empty continuation has no likelihood ({task}, {place})")
                 forced.append(

@@ -1,4 +1,4 @@
-"""Rows that are decoded together: they join after their prefill and leave when they end."""
+"""Sequences that are decoded together: they join after their prefill and leave when they finish."""
 
 from __future__ import annotations
 
@@ -9,53 +9,55 @@ import numpy as np
 from trio_deploy.pipeline.cache import SegmentCache
 from trio_deploy.pipeline.decode import Decoder
 from trio_deploy.pipeline.prefill import Prefilled, Stages
-from trio_deploy.pipeline.sequence import Row
+from trio_deploy.pipeline.sequence import SequenceState
 
 
-class Running:
-    """A batch whose rows come and go.
+class DecodeBatch:
+    """A batch that sequences join and leave between decode steps.
 
-    Its KV caches are those of the prefill whose rows found it empty, taken over as they are. Rows
-    that come later are copied into free places; caches without room are replaced by larger ones
-    (twice the rows, as many tokens as are needed: an engine may be made for no more). They are
-    given back when the last row has left.
+    Sequences that join an empty batch bring their caches, which the batch takes over as they are.
+    Later ones are copied into free rows; caches without room are replaced by larger ones (twice the
+    rows, as many tokens as are needed: an engine may be built for no more). The caches are released
+    when the last sequence leaves.
 
-    Rows stay in front: who leaves makes room for the last one, so that a step computes as many
-    rows as there are answers. Where memory cannot be sliced, all rows are computed, and places
-    stay empty until they are filled again.
+    Rows stay contiguous: the last sequence moves into the row of one that leaves, so that a step
+    computes as many rows as there are sequences. Where memory cannot be sliced, all rows are
+    computed, and a row stays empty until a sequence joins.
 
-    >>> running.join(rows, prefilled)       # rows that have taken their first token
-    >>> while running.rows:
-    ...     for row, logits in running.step():
-    ...         row.take(logits)
-    ...     running.release()
+    >>> batch.join(sequences, prefilled)       # each has its first token
+    >>> while batch.sequences:
+    ...     for sequence, logits in batch.step():
+    ...         sequence.advance(logits)
+    ...     batch.release()
     """
 
-    def __init__(self, stages: Stages, positions: str, pad: int, most: int | None = None) -> None:
-        """An empty batch.
+    def __init__(
+        self, stages: Stages, positions: str, pad_token: int, max_rows: int | None = None
+    ) -> None:
+        """Make an empty batch.
 
         Args:
             positions: as in `Decoder`.
-            pad: the token that empty places are fed with.
-            most: rows that there will be at once; None means any number.
+            pad_token: fed to empty rows.
+            max_rows: most sequences at a time; None: any number.
         """
-        self._most = most
+        self._max_rows = max_rows
         self._stages = stages
         self._positions = positions
-        self._pad = pad
-        self._slots: list[Row | None] = []
+        self._pad_token = pad_token
+        self._rows: list[SequenceState | None] = []
         self._caches: dict[str, SegmentCache] = {}
-        self._places = np.zeros(0, np.int64)
+        self._next_positions = np.zeros(0, np.int64)
         self._decoder: Decoder | None = None
 
     @property
-    def rows(self) -> list[Row]:
-        """Those that go on."""
-        return [row for row in self._slots if row is not None]
+    def sequences(self) -> list[SequenceState]:
+        """Sequences that are still generating."""
+        return [sequence for sequence in self._rows if sequence is not None]
 
     @property
     def kv_bytes(self) -> int:
-        """Keys and values of the rows' tokens; empty places have none."""
+        """Bytes of the keys and values of all sequences' tokens."""
         return sum(
             cache.shape.nbytes(int(cache.lengths.sum())) * len(cache.layers)
             for cache in self._caches.values()
@@ -63,138 +65,154 @@ class Running:
 
     @property
     def kv_bytes_allocated(self) -> int:
-        """All buffers."""
-        return sum(cache.allocated for cache in self._caches.values())
+        """Bytes of all buffers."""
+        return sum(cache.allocated_bytes for cache in self._caches.values())
 
-    def needed(self, rows: Sequence[Row]) -> int:
-        """Bytes of all buffers once these rows have joined as well."""
+    def required_bytes(self, sequences: Sequence[SequenceState]) -> int:
+        """Bytes of all buffers once these sequences have joined."""
         shape = self._stages.cache_shape
-        count, capacities = self._room([(row, self._lengths(row)) for row in rows])
-        return sum(
-            shape.nbytes(count * capacity) * len(self._stages.layers[name]) * self._stages.sides
+        new = [(sequence, self._prefill_lengths(sequence)) for sequence in sequences]
+        rows, capacities = self._required_capacity(new)
+        return self._stages.buffer_sets * sum(
+            shape.nbytes(rows * capacity) * len(self._stages.layers[name])
             for name, capacity in capacities.items()
         )
 
-    def join(self, rows: Sequence[Row], prefilled: Prefilled) -> None:
-        """Take in those rows of a prefilled batch whose first token did not end them.
+    def join(self, sequences: Sequence[SequenceState], prefilled: Prefilled) -> None:
+        """Add the sequences of a prefill that have not finished with their first token.
 
         Raises:
             TrioError: memory of a cache is too small.
         """
-        for number, row in enumerate(rows):
-            if row.finish:
-                _account(row, number, prefilled.caches)
-        if not self._slots:
-            self._slots = list(rows)
+        for number, sequence in enumerate(sequences):
+            if sequence.finish_reason:
+                _record_kv_bytes(sequence, number, prefilled.caches)
+        if not self._rows:
+            self._rows = list(sequences)
             self._caches = prefilled.caches
-            self._places = np.array([row.prompt.next_position for row in rows], np.int64)
+            self._next_positions = np.array(
+                [each.prompt.next_position for each in sequences], np.int64
+            )
             self._decoder = None
-            self._clear([number for number, row in enumerate(rows) if row.finish])
+            self._free([number for number, each in enumerate(sequences) if each.finish_reason])
             return
-        new = [(number, row) for number, row in enumerate(rows) if not row.finish]
+        new = [(number, each) for number, each in enumerate(sequences) if not each.finish_reason]
         if not new:
             return
         lengths = {name: cache.lengths for name, cache in prefilled.caches.items()}
-        self._make_room([(row, [int(x[number]) for x in lengths.values()]) for number, row in new])
-        free = [number for number, row in enumerate(self._slots) if row is None]
-        free += range(len(self._slots), len(self._places))
-        free, taken = free[: len(new)], [number for number, _ in new]
+        self._grow([(each, [int(x[number]) for x in lengths.values()]) for number, each in new])
+        free = [row for row, sequence in enumerate(self._rows) if sequence is None]
+        free += range(len(self._rows), len(self._next_positions))
+        free = free[: len(new)]
         for name, cache in self._caches.items():
-            cache.copy_rows(free, prefilled.caches[name], taken)
-        for place, (_, row) in zip(free, new, strict=True):
-            self._slots += [None] * (place + 1 - len(self._slots))
-            self._slots[place] = row
-            self._places[place] = row.prompt.next_position
+            cache.copy_rows(free, prefilled.caches[name], [number for number, _ in new])
+        for row, (_, sequence) in zip(free, new, strict=True):
+            self._rows += [None] * (row + 1 - len(self._rows))
+            self._rows[row] = sequence
+            self._next_positions[row] = sequence.prompt.next_position
 
-    def step(self) -> list[tuple[Row, np.ndarray]]:
-        """Feed every row its last token; the logits [V] of its next, valid until the next step.
+    def step(self) -> list[tuple[SequenceState, np.ndarray]]:
+        """Feed each sequence its last token; logits [V] of its next, valid until the next step.
 
         Raises:
             TrioError: the runtime failed.
         """
         if self._decoder is None:
-            self._decoder = Decoder(self._stages, self._caches, self._places, self._positions)
-        tokens = np.array([self._pad if row is None else row.ids[-1] for row in self._slots])
-        active = np.array([row is not None for row in self._slots])
+            self._decoder = Decoder(
+                self._stages, self._caches, self._next_positions, self._positions
+            )
+        tokens = np.array(
+            [self._pad_token if each is None else each.token_ids[-1] for each in self._rows]
+        )
+        active = np.array([each is not None for each in self._rows])
         logits = self._decoder.step(tokens, active)
-        return [(row, logits[i]) for i, row in enumerate(self._slots) if row is not None]
+        return [(each, logits[row]) for row, each in enumerate(self._rows) if each is not None]
 
     def release(self) -> None:
-        """Let the rows go that have ended."""
-        ended = [i for i, row in enumerate(self._slots) if row is not None and row.finish]
-        for number in ended:
-            row = self._slots[number]
-            assert row is not None
-            _account(row, number, self._caches)
-        self._clear(ended)
+        """Remove the sequences that have finished."""
+        finished = []
+        for row, sequence in enumerate(self._rows):
+            if sequence is not None and sequence.finish_reason:
+                _record_kv_bytes(sequence, row, self._caches)
+                finished.append(row)
+        self._free(finished)
 
     def reset(self) -> None:
-        """Forget all rows and caches."""
-        self._slots, self._caches = [], {}
-        self._places, self._decoder = np.zeros(0, np.int64), None
+        """Remove all sequences and release the caches."""
+        self._rows, self._caches = [], {}
+        self._next_positions, self._decoder = np.zeros(0, np.int64), None
 
-    def _clear(self, numbers: Sequence[int]) -> None:
-        if not numbers:
+    def _free(self, rows: Sequence[int]) -> None:
+        """Empty these rows, and close the gaps where memory can be sliced."""
+        if not rows:
             return
-        for number in numbers:
-            self._slots[number] = None
-        if not any(row is not None for row in self._slots):
+        for row in rows:
+            self._rows[row] = None
+        if not self.sequences:
             self.reset()
             return
         sliceable = all(cache.sliceable for cache in self._caches.values())
-        while sliceable and None in self._slots:
-            last = self._slots.pop()
+        while sliceable and None in self._rows:
+            last = self._rows.pop()
             if last is not None:
-                self._move(len(self._slots), self._slots.index(None))
-                self._slots[self._slots.index(None)] = last
-        for number in range(len(self._places)):
-            if number >= len(self._slots) or self._slots[number] is None:
-                self._places[number] = 0
+                row = self._rows.index(None)
+                self._move(len(self._rows), row)
+                self._rows[row] = last
+        for row in range(len(self._next_positions)):
+            if row >= len(self._rows) or self._rows[row] is None:
+                self._next_positions[row] = 0
                 for cache in self._caches.values():
-                    cache.lengths[number] = 0
+                    cache.lengths[row] = 0
 
-    def _move(self, source: int, place: int) -> None:
+    def _move(self, source: int, row: int) -> None:
         for cache in self._caches.values():
-            cache.copy_rows([place], cache, [source])
-        self._places[place] = self._places[source]
+            cache.copy_rows([row], cache, [source])
+        self._next_positions[row] = self._next_positions[source]
 
-    def _room(self, new: Sequence[tuple[Row, Sequence[int]]]) -> tuple[int, dict[str, int]]:
-        """Rows and tokens a segment that caches must have, for rows and their lengths there."""
-        count = len(self.rows) + len(new)
-        if self._slots and count > len(self._places):
-            doubled = 1 << (count - 1).bit_length()
-            count = max(count, min(doubled, self._most or doubled))
+    def _required_capacity(
+        self, new: Sequence[tuple[SequenceState, Sequence[int]]]
+    ) -> tuple[int, dict[str, int]]:
+        """Rows, and tokens per row in each segment, that the caches need.
+
+        Args:
+            new: sequences that join, each with its tokens in each segment after the prefill.
+        """
+        rows = len(self.sequences) + len(new)
+        if self._rows and rows > len(self._next_positions):
+            doubled = 1 << (rows - 1).bit_length()
+            rows = max(rows, min(doubled, self._max_rows or doubled))
         capacities = {}
         for column, name in enumerate(self._stages.segments):
-            longest = max((lengths[column] + row.limit for row, lengths in new), default=0)
-            if self._slots:
+            longest = max((lengths[column] + each.max_tokens for each, lengths in new), default=0)
+            if self._rows:
                 longest = max(longest, self._caches[name].capacity)
             capacities[name] = self._stages.capacity(name, longest)
-        return max(count, len(self._places)), capacities
+        return max(rows, len(self._next_positions)), capacities
 
-    def _lengths(self, row: Row) -> list[int]:
+    def _prefill_lengths(self, sequence: SequenceState) -> list[int]:
         """Tokens of the prompt that each segment will hold."""
-        one = np.array([row.prompt.length]), np.array([row.prompt.visual_tokens])
-        held = self._stages.lengths(*one, [np.array([keep]) for keep in row.keeps])
-        return [int(lengths[0]) for lengths in held.values()]
+        length, visual = [sequence.prompt.length], [sequence.prompt.visual_tokens]
+        keeps = [np.array([keep]) for keep in sequence.keep_counts]
+        lengths = self._stages.lengths(np.array(length), np.array(visual), keeps)
+        return [int(each[0]) for each in lengths.values()]
 
-    def _make_room(self, new: Sequence[tuple[Row, Sequence[int]]]) -> None:
-        """Replace the caches by larger ones if rows with these lengths do not fit."""
-        count, capacities = self._room(new)
-        if count == len(self._places) and all(
+    def _grow(self, new: Sequence[tuple[SequenceState, Sequence[int]]]) -> None:
+        """Replace the caches by larger ones if these sequences, as above, do not fit."""
+        rows, capacities = self._required_capacity(new)
+        if rows == len(self._next_positions) and all(
             capacities[name] == cache.capacity for name, cache in self._caches.items()
         ):
             return
-        places = np.zeros(count, np.int64)
-        places[: len(self._places)] = self._places
-        old = list(range(len(self._slots)))
+        positions = np.zeros(rows, np.int64)
+        positions[: len(self._next_positions)] = self._next_positions
+        old = list(range(len(self._rows)))
         larger = {}
         for name, cache in self._caches.items():
-            larger[name] = self._stages.cache(name, np.zeros(count, np.int64), capacities[name])
+            larger[name] = self._stages.cache(name, np.zeros(rows, np.int64), capacities[name])
             larger[name].copy_rows(old, cache, old)
-        self._caches, self._places, self._decoder = larger, places, None
+        self._caches, self._next_positions, self._decoder = larger, positions, None
 
 
-def _account(row: Row, number: int, caches: dict[str, SegmentCache]) -> None:
-    row.kv_bytes = sum(cache.used(number) for cache in caches.values())
-    row.kv_bytes_allocated = sum(cache.allocated for cache in caches.values())
+def _record_kv_bytes(sequence: SequenceState, row: int, caches: dict[str, SegmentCache]) -> None:
+    sequence.kv_bytes = sum(cache.used_bytes(row) for cache in caches.values())
+    sequence.kv_bytes_allocated = sum(cache.allocated_bytes for cache in caches.values())

@@ -1,4 +1,4 @@
-"""Keys and values of a request: one block a segment of layers, allocated once, written in place."""
+"""KV caches: one per segment of layers, allocated once and written in place."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from trio_deploy.runtimes.base import Array
 
 _Slot = tuple[int, str]  # layer, and key or value
 
-Empties = Callable[[Sequence[tuple[int, ...]], np.dtype], Sequence[Array]]
-"""Uninitialised arrays of shapes and one type, which come and go together."""
+Allocate = Callable[[Sequence[tuple[int, ...]], np.dtype], Sequence[Array]]
+"""Makes uninitialised arrays of the given shapes and one dtype, freed together."""
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What is the same for all layers: G key/value heads of size D, and the float type."""
+    """What all layers have in common: G key/value heads of size D, and the dtype."""
 
     heads: int
     head_dim: int
     dtype: np.dtype
 
     def nbytes(self, tokens: int) -> int:
-        """Bytes of keys and values of one layer that holds `tokens` tokens."""
+        """Bytes of keys and values of `tokens` tokens in one layer."""
         return 2 * self.heads * self.head_dim * self.dtype.itemsize * tokens
 
 
@@ -35,21 +35,22 @@ class CacheShape:
 class SegmentCache:
     """Keys and values [B,G,C,D] of one segment's layers.
 
-    With one side, past and present of a layer are the same buffer. With two, step t reads side
-    t mod 2 and writes the whole of the other.
+    With one set of buffers, past and present of a layer are the same array. With two, step t reads
+    set t mod 2 and writes all of the other.
 
     Attributes:
-        capacity: C, tokens a row can hold.
-        lengths: int64 [B], tokens valid in each row.
-        turn: steps done, hence which side the next one reads.
+        capacity: C, tokens that a row has room for.
+        lengths: int64 [B], tokens that each row holds.
+        buffers: one or two sets, each from layer and `key` or `value` to an array.
+        step: decode steps done, which tells the set that the next one reads.
     """
 
     layers: Sequence[int]
     capacity: int
     lengths: np.ndarray
     shape: CacheShape
-    sides: list[dict[_Slot, Array]] = field(default_factory=list)
-    turn: int = 0
+    buffers: list[dict[_Slot, Array]] = field(default_factory=list)
+    step: int = 0
 
     @classmethod
     def allocate(
@@ -58,45 +59,45 @@ class SegmentCache:
         lengths: np.ndarray,
         capacity: int,
         shape: CacheShape,
-        empties: Empties,
-        sides: int,
+        allocate: Allocate,
+        buffer_sets: int,
     ) -> SegmentCache:
-        """Buffers for rows that hold `lengths` tokens after the prefill.
+        """Allocate a cache for rows that hold `lengths` tokens after the prefill.
 
         Raises:
             TrioError: the capacity is too small.
         """
         cache = cls(layers, capacity, lengths.copy(), shape)
-        cache.check()
+        cache._check_capacity()
         names: list[_Slot] = [(i, part) for i in layers for part in ("key", "value")]
-        cache.sides = [
-            dict(zip(names, empties([cache._full] * len(names), shape.dtype), strict=True))
-            for _ in range(sides)
+        cache.buffers = [
+            dict(zip(names, allocate([cache._full] * len(names), shape.dtype), strict=True))
+            for _ in range(buffer_sets)
         ]
         return cache
 
-    def head(self, rows: int) -> SegmentCache:
+    def first_rows(self, count: int) -> SegmentCache:
         """The first rows alone, in the same memory; all rows where it cannot be sliced."""
-        if rows == self.rows or not self.sliceable:
+        if count == self.rows or not self.sliceable:
             return self
-        sides = [{name: array[:rows] for name, array in side.items()} for side in self.sides]
-        return SegmentCache(self.layers, self.capacity, self.lengths[:rows], self.shape, sides)
+        parts = [{slot: array[:count] for slot, array in each.items()} for each in self.buffers]
+        return SegmentCache(self.layers, self.capacity, self.lengths[:count], self.shape, parts)
 
     @property
     def sliceable(self) -> bool:
-        """Whether rows can be used apart; ONNX Runtime's own values on a GPU offer no parts."""
-        return hasattr(next(iter(self.sides[0].values())), "__getitem__")
+        """Whether rows can be used apart; ONNX Runtime's own values on a GPU cannot be sliced."""
+        return hasattr(next(iter(self.buffers[0].values())), "__getitem__")
 
     def past(self, stage: StageInfo, step: int = 0) -> dict[str, Array]:
-        """Cache inputs of a stage that are of these layers, by name, at a decode step."""
+        """Inputs of a stage at a decode step that are caches of these layers, by name."""
         return self._named(stage.inputs_of("cache"), step)
 
     def present(self, stage: StageInfo, step: int = 0) -> dict[str, Array]:
-        """Cache outputs of a stage that are of these layers, by name, at a decode step."""
+        """Outputs of a stage at a decode step that are caches of these layers, by name."""
         return self._named(stage.outputs_of("cache"), step + 1)
 
     def fill(self, stage: StageInfo, outputs: Mapping[str, Array]) -> None:
-        """Copy the caches [B,G,S,D] that a prefill returned to the front of step 0's past."""
+        """Copy a prefill's cache outputs [B,G,S,D] to the front of step 0's past."""
         for name, array in self._named(stage.outputs_of("cache"), 0).items():
             new = outputs[name]
             ours = array if self.sliceable else np.empty(self._full, self.shape.dtype)
@@ -106,31 +107,48 @@ class SegmentCache:
             if ours is not array:
                 array.update_inplace(ours)
 
-    def copy_rows(self, rows: Sequence[int], source: SegmentCache, taken: Sequence[int]) -> None:
-        """Let `rows` hold what rows `taken` of another cache of these layers (or of this) hold.
+    def copy_rows(
+        self, rows: Sequence[int], source: SegmentCache, source_rows: Sequence[int]
+    ) -> None:
+        """Copy rows of a cache of the same layers, which may be this one, into `rows`.
 
         Raises:
             TrioError: the capacity is too small.
         """
-        self.lengths[rows] = source.lengths[taken]
-        self.check()
-        for name, theirs in source._side(source.turn).items():
-            array = self._side(self.turn)[name]
+        lengths = source.lengths[source_rows]
+        self.lengths[rows] = lengths
+        self._check_capacity()
+        for slot, theirs in source._set(source.step).items():
+            array = self._set(self.step)[slot]
             ours = array if self.sliceable else array.numpy()
             theirs = theirs if source.sliceable else theirs.numpy()
-            for row, other, length in zip(rows, taken, source.lengths[taken], strict=True):
+            for row, other, length in zip(rows, source_rows, lengths, strict=True):
                 copy(ours[row : row + 1, :, :length], theirs[other : other + 1, :, :length])
                 clear(ours[row : row + 1, :, length:])  # as in `fill`
             if ours is not array:
                 array.update_inplace(ours)
 
     def advance(self, active: np.ndarray) -> None:
-        """Count the token that a step wrote for each of the first rows, by bool `active`."""
+        """Count the token that a step wrote in each of the first rows where bool `active`."""
         self.lengths[: len(active)] += active
-        self.turn += 1
+        self.step += 1
 
-    def check(self) -> None:
-        """Raises TrioError if a row is longer than the capacity."""
+    @property
+    def rows(self) -> int:
+        """Number of rows B."""
+        return len(self.lengths)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all buffers."""
+        one = self.shape.nbytes(self.rows * self.capacity) * len(self.layers)
+        return one * len(self.buffers)
+
+    def used_bytes(self, row: int) -> int:
+        """Bytes of the tokens that one row holds."""
+        return self.shape.nbytes(int(self.lengths[row])) * len(self.layers)
+
+    def _check_capacity(self) -> None:
         longest = int(self.lengths.max())
         if longest > self.capacity:
             raise TrioError(
@@ -139,29 +157,13 @@ class SegmentCache:
             )
 
     @property
-    def rows(self) -> int:
-        """B."""
-        return len(self.lengths)
-
-    @property
-    def allocated(self) -> int:
-        """Bytes of all buffers."""
-        one = self.shape.nbytes(self.rows * self.capacity) * len(self.layers)
-        return one * len(self.sides)
-
-    def used(self, row: int) -> int:
-        """Bytes of the tokens that one row holds now."""
-        return self.shape.nbytes(int(self.lengths[row])) * len(self.layers)
-
-    @property
     def _full(self) -> tuple[int, ...]:
-        """Shape of a buffer."""
         return (self.rows, self.shape.heads, self.capacity, self.shape.head_dim)
 
     def _named(self, tensors: Sequence[TensorInfo], step: int) -> dict[str, Array]:
-        side = self._side(step)
+        buffers = self._set(step)
         slots = {tensor.name: (tensor.layer, tensor.part) for tensor in tensors}
-        return {name: side[slot] for name, slot in slots.items() if slot in side}  # type: ignore[index]
+        return {name: buffers[slot] for name, slot in slots.items() if slot in buffers}  # type: ignore[index]
 
-    def _side(self, step: int) -> dict[_Slot, Array]:
-        return self.sides[step % len(self.sides)]
+    def _set(self, step: int) -> dict[_Slot, Array]:
+        return self.buffers[step % len(self.buffers)]

@@ -1,4 +1,4 @@
-"""One token after another: everything is bound once, a step changes a few numbers in place."""
+"""Decode one token at a time: everything is bound once, a step changes a few numbers in place."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ class Decoder:
         self,
         stages: Stages,
         caches: dict[str, SegmentCache],
-        places: np.ndarray,
+        next_positions: np.ndarray,
         positions: str,
     ) -> None:
-        """Set up for caches of B rows; a number of rows is bound when it is first asked for.
+        """Set up for caches of B rows; each number of rows is bound on first use.
 
         Args:
-            places: int64 [B], `Prompt.next_position` of each row; counted on by each step.
-            positions: `original` continues from there, `renumber` from the number
-                of tokens that each segment holds.
+            next_positions: int64 [B], `Prompt.next_position` of each row; each step increments
+                those of active rows in place.
+            positions: `original` continues from there, `renumber` from the number of tokens that
+                each segment holds.
         """
-        rows, count = len(places), len(caches)
+        rows, count = len(next_positions), len(caches)
         self._stages = stages
         self._caches = caches
         self._renumber = positions == "renumber"
-        self._place = places
+        self._next_positions = next_positions
         self._ids = np.zeros((rows, 1), np.int64)
         self._logits: np.ndarray = np.empty((rows, stages.vocab_size), np.float32)
-        # [segments, B], either as decode.onnx takes them, seen from the side, or a row a segment.
+        # [segments, B], either as decode.onnx takes them, transposed, or one row per segment.
         if stages.decode:
             self._lengths = np.zeros((rows, count), np.int64).T
             self._positions = np.zeros((rows, count), np.int64).T
@@ -48,8 +49,8 @@ class Decoder:
         """Logits [R,V] of the first R rows after feeding int64 [R] `tokens`.
 
         The array is overwritten by the next step. Rows where bool [R] `active` is false, and those
-        behind the first R, stand still: their token goes to the same slot again and their logits
-        mean nothing.
+        after the first R, do not advance: their token is written to the same slot again, and their
+        logits mean nothing.
 
         Raises:
             TrioError: a cache is full.
@@ -60,27 +61,27 @@ class Decoder:
             if int(cache.lengths.max()) >= cache.capacity:
                 raise TrioError(f"the KV cache is full: it holds {cache.capacity} tokens")
             self._lengths[column] = cache.lengths
-            self._positions[column] = cache.lengths if self._renumber else self._place
-            turn = cache.turn
-        sides = self._bind(rows if self._sliceable else len(self._place))
-        sides[turn % len(sides)]()
-        self._place[:rows] += active
+            self._positions[column] = cache.lengths if self._renumber else self._next_positions
+            step = cache.step
+        steps = self._bind(rows if self._sliceable else len(self._next_positions))
+        steps[step % len(steps)]()
+        self._next_positions[:rows] += active
         for cache in self._caches.values():
             cache.advance(active)
         return self._logits[:rows]
 
     def _bind(self, rows: int) -> list[Step]:
         if rows not in self._bound:
-            heads = {name: cache.head(rows) for name, cache in self._caches.items()}
+            caches = {name: cache.first_rows(rows) for name, cache in self._caches.items()}
             if self._stages.decode:
-                sides = range(self._stages.sides)
-                steps = [self._bind_decode(rows, heads, side) for side in sides]
+                numbers = range(self._stages.buffer_sets)
+                steps = [self._bind_decode(rows, caches, number) for number in numbers]
             else:
-                steps = self._bind_segments(rows, heads)
-            self._bound[rows] = [self._stages.sequence(side) for side in steps]
+                steps = self._bind_segments(rows, caches)
+            self._bound[rows] = [self._stages.sequence(each) for each in steps]
         return self._bound[rows]
 
-    def _bind_decode(self, rows: int, caches: dict[str, SegmentCache], side: int) -> list[Step]:
+    def _bind_decode(self, rows: int, caches: dict[str, SegmentCache], step: int) -> list[Step]:
         stage = self._stages.decode
         assert stage is not None
         feeds = self._stages.feeds(
@@ -93,8 +94,8 @@ class Decoder:
         )
         into: dict[str, Array] = {stage.output_name("logits"): self._logits[:rows]}
         for cache in caches.values():
-            feeds |= cache.past(stage, side)
-            into |= cache.present(stage, side)
+            feeds |= cache.past(stage, step)
+            into |= cache.present(stage, step)
         return [self._stages.engines[stage.name].bind(feeds, into)]
 
     def _bind_segments(self, rows: int, caches: dict[str, SegmentCache]) -> list[list[Step]]:
@@ -110,8 +111,8 @@ class Decoder:
             ),
             {stages.embed.output_name("tokens"): hidden[0]},
         )
-        sides = []
-        for side in range(stages.sides):
+        result = []
+        for step in range(stages.buffer_sets):
             steps = [embed]
             for number, (name, cache) in enumerate(caches.items()):
                 stage = stages.info[name]
@@ -124,9 +125,9 @@ class Decoder:
                         "past_lengths": self._lengths[number][:rows],
                     },
                 )
-                feeds |= cache.past(stage, side)
+                feeds |= cache.past(stage, step)
                 into = {stages.output_name(name): outputs[number + 1]}
-                into |= cache.present(stage, side)
+                into |= cache.present(stage, step)
                 steps.append(stages.engines[name].bind(feeds, into))
-            sides.append(steps)
-        return sides
+            result.append(steps)
+        return result

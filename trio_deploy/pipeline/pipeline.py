@@ -1,9 +1,8 @@
-"""`Pipeline`: a bundle, ready to answer questions about pictures."""
+"""`Pipeline`: an opened bundle that answers requests."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -11,62 +10,44 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from tokenizers import Tokenizer
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.config.options import RuntimeOptions
-from trio_deploy.errors import TrioError
-from trio_deploy.families.base import Layout
-from trio_deploy.families.preprocessing import Preprocessor
-from trio_deploy.pipeline.batch import Running
+from trio_deploy.pipeline.batch import DecodeBatch
 from trio_deploy.pipeline.prefill import Clock, Prefilled, Stages
-from trio_deploy.pipeline.prompt import Prompt, PromptEncoder, collate
+from trio_deploy.pipeline.prepare import RequestPreparer
+from trio_deploy.pipeline.prompt import collate
 from trio_deploy.pipeline.request import Generation, Request
-from trio_deploy.pipeline.sampling import Forced, Sampler, Sampling, StopScanner, TokenStream
-from trio_deploy.pipeline.sequence import Row
+from trio_deploy.pipeline.sequence import SequenceState
 from trio_deploy.pipeline.stream import TextStream
 from trio_deploy.runtimes.base import Engine
 from trio_deploy.runtimes.registry import complete_options, open_runtime
 from trio_deploy.schedule.methods import SEEDS
-from trio_deploy.schedule.schedule import Schedule
-
-_Opened = dict[int, tuple[Image.Image, Layout]]
-"""Pictures of a batch by their source's identity: requests about one share it."""
 
 
 class Pipeline:
-    """Answers questions about pictures from an exported bundle.
+    """Answers questions about images from an exported bundle.
 
     >>> pipeline = Pipeline.open("bundle")
     >>> answer = pipeline.generate(Request("What is this?", "cat.png", budget=0.222))
     >>> answer.text, answer.keep_counts
 
-    A follow-up question is a new prefill: which tokens a picture keeps depends on the question.
+    A follow-up question is a new prefill: which visual tokens are kept depends on the question.
 
     Attributes:
-        precision: the float type that segments' results are rounded to, and what selections
-            multiply with weights; the rest of them keeps the bundle's.
+        bundle: what was opened.
+        precision: float type that the segments' results are rounded to, and in which selections
+            multiply with weights; the rest of a selection is computed in the bundle's type.
     """
 
     def __init__(
-        self,
-        bundle: Bundle,
-        stages: Stages,
-        encoder: PromptEncoder,
-        preprocessor: Preprocessor,
-        precision: str,
+        self, bundle: Bundle, stages: Stages, preparer: RequestPreparer, precision: str
     ) -> None:
         """Use `open`."""
         self.bundle = bundle
         self.precision = precision
         self._stages = stages
-        self._encoder = encoder
-        self._preprocessor = preprocessor
-        self._text = bundle.config.text
-        generation = bundle.manifest.generation
-        self._ends = frozenset(generation.eos_token_ids)
-        self._pad = generation.pad_token_id or 0
+        self._preparer = preparer
 
     @classmethod
     def open(
@@ -88,46 +69,11 @@ class Pipeline:
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(Path(bundle))
         loaded.require_weights()
         options = complete_options(loaded, options)
-        dtype = loaded.manifest.dtype
         stages = Stages(loaded, open_runtime(options, loaded))
-        tokens = {key: token for key, token in loaded.tokens.items() if isinstance(token, str)}
-        try:
-            tokenizer = Tokenizer.from_file(str(loaded.tokenizer_path))
-        except Exception as error:  # tokenizers raises a bare Exception
-            raise TrioError(f"tokenizer.json of the bundle does not load: {error}") from error
-        encoder = PromptEncoder(
-            tokenizer, loaded.config.image_token_id, tokens, loaded.chat_template
-        )
-        preprocessor = Preprocessor.from_json(loaded.preprocessor, loaded.config)
         # Hidden states and cache of a 16-bit bundle are rounded whatever the products are done in.
-        chosen = dtype if dtype != "float32" else options.precision or dtype
-        return cls(loaded, stages, encoder, preprocessor, chosen)
-
-    def engine(self, stage: str) -> Engine:
-        """The opened graph of a stage, for those who feed it themselves."""
-        return self._stages.engines[stage]
-
-    def encode(self, request: Request) -> tuple[Prompt, list[Layout]]:
-        """What the graphs will see of a request: its tokens and its pictures.
-
-        Raises:
-            TrioError: as `generate`.
-        """
-        row = self.prepare(request)
-        return row.prompt, row.processed
-
-    def tokens(self, text: str) -> list[int]:
-        """Token ids of an answer's text, as `Request.forced` takes them."""
-        return self._encoder.answer(text)
-
-    def unknown_words(self, text: str) -> list[str]:
-        """What of a text the model's vocabulary lacks: the model sees that something is there."""
-        return self._encoder.unknown(text)
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens of the tokenizer."""
-        return self._encoder.vocabulary
+        dtype = loaded.manifest.dtype
+        precision = dtype if dtype != "float32" else options.precision or dtype
+        return cls(loaded, stages, RequestPreparer(loaded), precision)
 
     def generate(self, request: Request) -> Generation:
         """Answer one request.
@@ -151,12 +97,10 @@ class Pipeline:
         if not requests:
             return []
         clock = Clock()
-        rows = self._prepare_batch(requests, clock)
-        for _ in self._steps(rows, clock):
+        sequences = self._prepare_batch(requests, clock)
+        for _ in self._decode(sequences, clock):
             pass
-        for row in rows:
-            row.timings = clock.seconds
-        return [row.report() for row in rows]
+        return [_to_generation(sequence, clock) for sequence in sequences]
 
     def stream(self, request: Request) -> TextStream:
         """Answer one request piece by piece; what `generate` raises comes out of the iteration."""
@@ -164,176 +108,116 @@ class Pipeline:
 
     def _pieces(self, request: Request) -> Generator[str, None, Generation]:
         clock = Clock()
-        (row,) = rows = self._prepare_batch([request], clock)
-        with closing(self._steps(rows, clock)) as steps:
+        sequences = self._prepare_batch([request], clock)
+        with closing(self._decode(sequences, clock)) as steps:
             for (piece,) in steps:
                 if piece:
                     yield piece
-        row.timings = clock.seconds
-        return row.report()
+        return _to_generation(sequences[0], clock)
 
-    def _prepare_batch(self, requests: Sequence[Request], clock: Clock) -> list[Row]:
-        opened: _Opened = {}
-        start = time.perf_counter()
+    def _prepare_batch(self, requests: Sequence[Request], clock: Clock) -> list[SequenceState]:
         with clock.stage("preprocess"):
-            return [
-                self._numbered(request, number, opened, start)
-                for number, request in _numbers(requests)
-            ]
+            return self._preparer.prepare_batch(requests)
 
-    def _steps(self, rows: Sequence[Row], clock: Clock) -> Generator[list[str], None, None]:
-        """Prefill and decode until every row has finished; the text each step adds to its rows.
+    def _decode(
+        self, sequences: Sequence[SequenceState], clock: Clock
+    ) -> Generator[list[str], None, None]:
+        """Prefill and decode until all sequences have finished; yields the text of each step.
 
-        Leaves no cache behind when it ends or is closed.
+        The caches are released when it ends or is closed.
         """
-        prefilled = self.prefill(rows, clock)
-        running = self.running()
+        prefilled = self.prefill(sequences, clock)
+        batch = self.decode_batch()
         try:
             with clock.stage("decode"):
-                yield [row.take(of) for row, of in zip(rows, prefilled.logits, strict=True)]
-                running.join(rows, prefilled)
-                del prefilled  # the batch has its caches now
-                while running.rows:
-                    yield [row.take(logits) for row, logits in running.step()]
-                    running.release()
+                yield [
+                    sequence.advance(logits)
+                    for sequence, logits in zip(sequences, prefilled.logits, strict=True)
+                ]
+                batch.join(sequences, prefilled)
+                del prefilled  # its caches are the batch's now
+                while batch.sequences:
+                    yield [sequence.advance(logits) for sequence, logits in batch.step()]
+                    batch.release()
         finally:
-            running.reset()
+            batch.reset()
 
-    def prepare(self, request: Request, before_image: Callable[[], object] | None = None) -> Row:
-        """Open a request's pictures and tokenise its prompt; may be called from any thread.
+    def prepare(
+        self, request: Request, before_image: Callable[[], object] | None = None
+    ) -> SequenceState:
+        """Open a request's images and tokenise its prompt; can be called from any thread.
 
         Args:
-            before_image: called before each picture; what it raises ends the preparing.
+            before_image: called before each image; an exception from it ends the preparation.
 
         Raises:
             TrioError: as `generate`.
         """
-        return self._row(request, {}, time.perf_counter(), before_image)
+        return self._preparer.prepare(request, before_image)
 
-    def prefill(self, rows: Sequence[Row], clock: Clock) -> Prefilled:
-        """Run prepared rows up to their first logits, filling in what they kept.
+    def prefill(self, sequences: Sequence[SequenceState], clock: Clock) -> Prefilled:
+        """Run prepared sequences up to their first logits, and record what each one kept.
 
         Raises:
             TrioError: a selection did not converge.
         """
         with clock.stage("preprocess"):
             batch = collate(
-                [row.prompt for row in rows],
-                [row.processed for row in rows],
+                [each.prompt for each in sequences], [each.processed for each in sequences]
             )
         prefilled = self._stages.prefill(
             batch,
-            [image for row in rows for image in row.processed],
-            [np.array(keeps, np.int64) for keeps in zip(*(row.keeps for row in rows), strict=True)],
-            np.array([row.limit for row in rows], np.int64),
+            [image for each in sequences for image in each.processed],
+            [
+                np.array(counts, np.int64)
+                for counts in zip(*(each.keep_counts for each in sequences), strict=True)
+            ],
+            np.array([each.max_tokens for each in sequences], np.int64),
             clock,
-            np.array([(row.request.seed or 0) % SEEDS for row in rows], np.int64),
+            np.array([(each.request.seed or 0) % SEEDS for each in sequences], np.int64),
         )
-        for number, row in enumerate(rows):
-            row.kept = [kept[number] for kept in prefilled.kept]
-            row.layer_ranges = [
-                (cache.layers[0], cache.layers[-1] + 1, int(cache.lengths[number]))
+        for row, sequence in enumerate(sequences):
+            sequence.kept = [kept[row] for kept in prefilled.kept]
+            sequence.layer_ranges = [
+                (cache.layers[0], cache.layers[-1] + 1, int(cache.lengths[row]))
                 for cache in prefilled.caches.values()
             ]
         return prefilled
 
+    def decode_batch(self, max_rows: int | None = None) -> DecodeBatch:
+        """An empty batch for sequences of this pipeline, at most `max_rows` at a time."""
+        manifest = self.bundle.manifest
+        pad_token = manifest.generation.pad_token_id or 0
+        return DecodeBatch(self._stages, manifest.positions, pad_token, max_rows)
+
+    def engine(self, stage: str) -> Engine:
+        """The opened graph of a stage, to be fed directly."""
+        return self._stages.engines[stage]
+
     @property
     def concurrent(self) -> bool:
-        """Whether several threads may prefill at once, and beside a running batch's steps."""
+        """Whether several threads may prefill at once, and while a batch is decoded."""
         return self._stages.concurrent
 
     @property
     def max_rows(self) -> int | None:
-        """Requests that a batch may have, None where any number will do."""
+        """Most requests per batch; None: any number."""
         return self._stages.max_rows
 
-    def running(self, most: int | None = None) -> Running:
-        """An empty batch for rows of this pipeline, of which there will be `most` at once."""
-        return Running(self._stages, self.bundle.manifest.positions, self._pad, most)
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of an answer's text, as `Request.forced` takes them."""
+        return self._preparer.encoder.answer(text)
 
-    def _numbered(self, request: Request, number: str, opened: _Opened, start: float) -> Row:
-        try:
-            return self._row(request, opened, start)
-        except TrioError as error:
-            raise TrioError(f"{number}{error}") from error
+    def unknown_words(self, text: str) -> list[str]:
+        """Words that the model's vocabulary lacks: the model sees an unknown token for each."""
+        return self._preparer.encoder.unknown(text)
 
-    def _row(
-        self,
-        request: Request,
-        opened: _Opened,
-        start: float,
-        before_image: Callable[[], object] | None = None,
-    ) -> Row:
-        if request.max_new_tokens < 1:
-            raise TrioError(f"max_new_tokens must be 1 or more, got {request.max_new_tokens}")
-        sources = request.image_list
-        text = self._encoder.text(request.prompt, len(sources), raw=request.raw)
-        for source in sources:
-            if before_image is not None:
-                before_image()
-            if id(source) not in opened:
-                image = self._preprocessor.open_image(source)
-                opened[id(source)] = image, self._preprocessor(image)
-        images = [opened[id(source)][0] for source in sources]
-        processed = [opened[id(source)][1] for source in sources]
-        rendered = self._encoder.has_template and not request.raw
-        prompt = self._encoder.encode(text, [image.text for image in processed], rendered=rendered)
-        context = self._text.max_positions
-        if prompt.length + len(request.forced) > context and prompt.length < context:
-            raise TrioError(
-                f"{len(request.forced)} forced tokens after a prompt of {prompt.length} exceed the "
-                f"model's context of {context}: force fewer"
-            )
-        if prompt.length >= context:
-            raise TrioError(
-                f"the prompt has {prompt.length} tokens ({prompt.visual_tokens} of them visual), "
-                f"but the model's context is {context}: shorten the text or pass fewer images"
-            )
-        schedule = self._schedule(request)
-        return Row(
-            request=request,
-            images=images,
-            processed=processed,
-            prompt=prompt,
-            limit=len(request.forced) or min(request.max_new_tokens, context - prompt.length),
-            schedule=schedule,
-            keeps=schedule.resolve(prompt.visual_tokens),
-            sampler=(
-                Forced(request.forced)
-                if request.forced
-                else Sampler(Sampling(request.temperature, request.top_p, request.seed))
-            ),
-            stream=TokenStream(self._encoder.decode),
-            scanner=StopScanner(request.stop_strings),
-            ends=self._ends,
-            start=start,
-        )
-
-    def _schedule(self, request: Request) -> Schedule:
-        schedule, budget = self.bundle.schedule, request.budget
-        if request.keep:
-            if budget is not None or len(request.keep) != len(schedule.points):
-                raise TrioError(
-                    "a request may say what to keep at each of the "
-                    f"{len(schedule.points)} pruning points of the bundle, or a budget"
-                )
-            schedule = schedule.with_keeps(request.keep)
-            schedule.validate(self._text.num_layers)
-            return schedule
-        if budget is None:
-            return schedule
-        if not schedule.layers:
-            if budget == 1.0:
-                return schedule
-            raise TrioError(
-                "this bundle was exported without pruning points, so it has no other budget than "
-                "1.0: export it with --budget"
-            )
-        return self.bundle.schedule_at(budget)
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens that the tokenizer knows."""
+        return self._preparer.encoder.vocabulary_size
 
 
-def _numbers(requests: Sequence[Request]) -> list[tuple[str, Request]]:
-    """Requests with the prefix that names them in an error."""
-    if len(requests) == 1:
-        return [("", requests[0])]
-    return [(f"request {number}: ", request) for number, request in enumerate(requests)]
+def _to_generation(sequence: SequenceState, clock: Clock) -> Generation:
+    sequence.timings = clock.seconds
+    return sequence.to_generation()

@@ -12,7 +12,7 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import Role, StageInfo
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import TILES_AT_ONCE, Layout
-from trio_deploy.pipeline.cache import CacheShape, Empties, SegmentCache
+from trio_deploy.pipeline.cache import Allocate, CacheShape, SegmentCache
 from trio_deploy.pipeline.prompt import Batch
 from trio_deploy.runtimes.arrays import concatenate, on_host, to_host
 from trio_deploy.runtimes.base import Array, Blocks, Engine, HostMoment, Moment, Runtime
@@ -64,7 +64,7 @@ class Stages:
         info: descriptions of all stages, by name.
         vision, embed: of the stages that a bundle has once.
         decode: of the stage that decodes; None where the segments themselves do.
-        sides: buffers a cache needs, 1 where a step writes in place.
+        buffer_sets: sets of buffers per cache: 1 where a step writes in place, else 2.
         layers: numbers of the layers of each segment.
         cache_shape: of the caches.
         concurrent: whether several threads may run the stages at once.
@@ -94,7 +94,7 @@ class Stages:
         self.vision, self.embed = bundle.only("vision"), bundle.only("embed")
         self.segments = [stage.name for stage in bundle.of_kind("prefill")]
         self.decode = next(iter(bundle.of_kind("decode")), None)
-        self.sides = 1 if self._shares_cache else 2
+        self.buffer_sets = 1 if self._shares_cache else 2
         self.layers = {name: list(self.info[name].layers) for name in self.segments}
         text = bundle.config.text
         dtype = self.engines[self.embed.name].outputs[self.embed.output_name("tokens")].dtype
@@ -259,12 +259,12 @@ class Stages:
             lengths,
             self.capacity(name, tokens),
             self.cache_shape,
-            self._empties(self.engines[self._holder(name).name]),
-            self.sides,
+            self._allocator(self.engines[self._holder(name).name]),
+            self.buffer_sets,
         )
 
     @staticmethod
-    def _empties(engine: Engine) -> Empties:
+    def _allocator(engine: Engine) -> Allocate:
         """In one block where the engine's memory can be cut."""
         if isinstance(engine, Blocks):
             return engine.empties

@@ -169,8 +169,8 @@ class PromptEncoder:
         return list(dict.fromkeys(text[start:stop].strip() for start, stop in spans))
 
     @property
-    def vocabulary(self) -> int:
-        """How many tokens the tokenizer has."""
+    def vocabulary_size(self) -> int:
+        """Number of tokens that the tokenizer knows."""
         return self._tokenizer.get_vocab_size()
 
     @property

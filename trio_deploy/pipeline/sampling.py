@@ -98,7 +98,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return behind - np.log(np.exp(behind).sum(axis=-1, keepdims=True))
 
 
-class TokenStream:
+class Detokenizer:
     """Text of a growing list of tokens, a piece at a time.
 
     A piece is the difference between decoding a short window with and without the new token: the

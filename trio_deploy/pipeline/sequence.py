@@ -1,4 +1,4 @@
-"""A request on its way: what it was, how far its answer is, and when it ends."""
+"""State of one sequence: its prompt, its generated tokens, why it finished."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from PIL import Image
 from trio_deploy.families.base import Layout
 from trio_deploy.pipeline.prompt import Prompt
 from trio_deploy.pipeline.request import Generation, Request
-from trio_deploy.pipeline.sampling import Forced, Sampler, StopScanner, TokenStream
+from trio_deploy.pipeline.sampling import Detokenizer, Forced, Sampler, StopScanner
 from trio_deploy.schedule.schedule import Schedule
 
 
 @dataclass(eq=False)
-class Row:
-    """One row of a batch.
+class SequenceState:
+    """One request while it is answered; a row of a batch.
 
     Attributes:
-        limit: tokens that it may generate.
-        schedule: what was asked for, a budget or the bundle's own; `keeps`: how many visual tokens
-            it keeps at each pruning point.
-        ends: tokens that end the answer.
-        start: `time.perf_counter()` when it was asked.
-        finish: why the answer ended; empty while it goes on.
-        timings: seconds a stage, to be filled in.
+        max_tokens: tokens that may be generated.
+        schedule: of the request's budget, or the bundle's own; `keep_counts`: visual tokens to keep
+            at each of its pruning points.
+        end_tokens: tokens that end the answer.
+        started: `time.perf_counter()` when the request was made.
+        token_ids, text: generated so far.
+        finish_reason: empty until the sequence has finished.
+        first_token_s, last_token_s: seconds from `started` to the first and the latest token.
+        timings: seconds per stage, filled in by the caller.
         kept, layer_ranges: as in `Generation`, known after the prefill.
         kv_bytes, kv_bytes_allocated: as in `Generation`, known at the end.
     """
@@ -35,19 +37,19 @@ class Row:
     images: list[Image.Image]
     processed: list[Layout]
     prompt: Prompt
-    limit: int
+    max_tokens: int
     schedule: Schedule
-    keeps: tuple[int, ...]
-    ends: frozenset[int]
+    keep_counts: tuple[int, ...]
+    end_tokens: frozenset[int]
     sampler: Sampler | Forced
-    stream: TokenStream
-    scanner: StopScanner
-    start: float
-    ids: list[int] = field(default_factory=list)
+    detokenizer: Detokenizer
+    stop_scanner: StopScanner
+    started: float
+    token_ids: list[int] = field(default_factory=list)
     text: str = ""
-    finish: str = ""
-    first_s: float = 0.0
-    last_s: float = 0.0
+    finish_reason: str = ""
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
     first_logits: np.ndarray | None = None
     timings: dict[str, float] = field(default_factory=dict)
     kept: list[np.ndarray] = field(default_factory=list)
@@ -55,46 +57,46 @@ class Row:
     kv_bytes: int = 0
     kv_bytes_allocated: int = 0
 
-    def take(self, logits: np.ndarray) -> str:
-        """Pick the next token from logits [V]; the text that it completes.
+    def advance(self, logits: np.ndarray) -> str:
+        """Choose the next token from logits [V]; return the text that it completes.
 
         Raises:
-            TrioError: the logits are not numbers.
+            TrioError: the logits are not finite.
         """
-        if not self.ids:
+        if not self.token_ids:
             self.first_logits = logits.copy()
         token = self.sampler(logits)
-        self.ids.append(token)
-        self.last_s = time.perf_counter() - self.start
-        self.first_s = self.first_s or self.last_s
-        if token in self.ends:
-            return self.end("stop")
-        piece = self._say(self.scanner.push(self.stream.push(token)))
-        if self.scanner.stopped:
-            return piece + self.end("stop")
-        if len(self.ids) >= self.limit:
-            return piece + self.end("length")
+        self.token_ids.append(token)
+        self.last_token_s = time.perf_counter() - self.started
+        self.first_token_s = self.first_token_s or self.last_token_s
+        if token in self.end_tokens:
+            return self.finish("stop")
+        piece = self._append(self.stop_scanner.push(self.detokenizer.push(token)))
+        if self.stop_scanner.stopped:
+            return piece + self.finish("stop")
+        if len(self.token_ids) >= self.max_tokens:
+            return piece + self.finish("length")
         return piece
 
-    def end(self, reason: str) -> str:
-        """End the answer; the text that was held back until now."""
-        self.finish = reason
-        text = self._say(self.scanner.push(self.stream.flush()))
-        text += self._say(self.scanner.flush())
-        if self.scanner.stopped:
-            self.finish = "stop"
+    def finish(self, reason: str) -> str:
+        """End the answer; return the text that was still withheld."""
+        self.finish_reason = reason
+        text = self._append(self.stop_scanner.push(self.detokenizer.flush()))
+        text += self._append(self.stop_scanner.flush())
+        if self.stop_scanner.stopped:
+            self.finish_reason = "stop"
         return text
 
-    def report(self) -> Generation:
-        """The answer as far as it is."""
-        later, seconds = len(self.ids) - 1, self.last_s - self.first_s
+    def to_generation(self) -> Generation:
+        """The answer so far."""
+        later, seconds = len(self.token_ids) - 1, self.last_token_s - self.first_token_s
         forced = self.sampler if isinstance(self.sampler, Forced) else None
         return Generation(
             text=self.text,
-            token_ids=self.ids,
-            finish_reason=self.finish,
+            token_ids=self.token_ids,
+            finish_reason=self.finish_reason,
             timings=dict(self.timings),
-            first_token_s=self.first_s,
+            first_token_s=self.first_token_s,
             tokens_per_s=later / seconds if later > 0 and seconds > 0 else 0.0,
             prompt_tokens=self.prompt.length,
             visual=np.flatnonzero(self.prompt.visual),
@@ -110,7 +112,6 @@ class Row:
             greedy=forced.greedy if forced else [],
         )
 
-    def _say(self, text: str) -> str:
-        if text:
-            self.text += text
+    def _append(self, text: str) -> str:
+        self.text += text
         return text

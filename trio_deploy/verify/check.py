@@ -280,7 +280,8 @@ def _ask_oracle(
 
 
 def _encoded(pipeline: Pipeline, examples: Sequence[Example]) -> list[tuple[Prompt, list[Layout]]]:
-    return [pipeline.encode(Request(e.prompt, e.pictures)) for e in examples]
+    prepared = [pipeline.prepare(Request(e.prompt, e.pictures)) for e in examples]
+    return [(sequence.prompt, sequence.processed) for sequence in prepared]
 
 
 def _compare_inputs(

@@ -19,8 +19,10 @@ from tests.support.batching import expire, unfinished, waiting
 from tests.support.pictures import make_picture
 from tests.support.questions import COLOR, SCHEDULE, alike, ask
 from tests.support.waiting import WAIT_S, wait_for
-from trio_deploy import Batcher, Generation, Pipeline, Request, TrioError, export_model
+from trio_deploy import Batcher, Bundle, Generation, Pipeline, Request, TrioError, export_model
+from trio_deploy.bench.contenders.trio import without_end_tokens
 from trio_deploy.evaluation import scenes
+from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.pipeline.batcher.events import (
     Cancelled,
     DeadlinePassed,
@@ -31,7 +33,7 @@ from trio_deploy.pipeline.batcher.events import (
 )
 from trio_deploy.pipeline.cache import CacheShape, SegmentCache
 from trio_deploy.pipeline.prefill import Clock
-from trio_deploy.pipeline.sequence import Row
+from trio_deploy.pipeline.sequence import SequenceState
 
 SHORT = Request("what color is the circle ?", max_new_tokens=3)
 
@@ -47,9 +49,8 @@ def opened(folder: Path, dialect: str = "ort", runtime: str = "onnxruntime") -> 
     bundle = folder / dialect
     if not bundle.is_dir():
         export_model("tiny", bundle, schedule=SCHEDULE, dialect=dialect, progress=False)
-    pipeline = Pipeline.open(bundle, runtime=runtime, threads=1)
-    pipeline._ends = frozenset()
-    return pipeline
+    endless = without_end_tokens(Bundle.load(bundle))
+    return Pipeline.open(endless, runtime=runtime, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ class Gate:
         self.turns: list[int] = []
         prefill = pipeline.prefill
 
-        def gated(rows: list[Row], clock: Any) -> Any:
+        def gated(rows: list[SequenceState], clock: Any) -> Any:
             self.turns.append(len(rows))
             assert self.open.wait(WAIT_S)
             return prefill(rows, clock)
@@ -198,7 +199,7 @@ def test_a_turn_prefills_no_more_rows_and_tokens_than_it_may(
 
 def test_requests_wait_until_their_keys_and_values_fit(pipeline: Pipeline) -> None:
     request = Request(ask(COLOR), [scenes.generate(0).image], max_new_tokens=20)
-    alone = pipeline.running().needed([pipeline.prepare(request)])
+    alone = pipeline.decode_batch().required_bytes([pipeline.prepare(request)])
     with Batcher(pipeline, max_rows=8, max_kv_bytes=int(2.9 * alone)) as batcher:
         most = 0
 
@@ -227,13 +228,13 @@ def test_engines_of_one_capacity_need_all_of_it(
             if name.startswith("past."):
                 shape = (*spec.shape[:2], 900, *spec.shape[3:])
                 monkeypatch.setitem(inputs, name, replace(spec, shape=shape))
-    running = pipeline.running(2)
+    running = pipeline.decode_batch(2)
     for images in ([], [make_picture()]):
         prompt = ask(COLOR, len(images))
         row = pipeline.prepare(Request(prompt, images, max_new_tokens=3))
-        needed = running.needed([row])
+        needed = running.required_bytes([row])
         prefilled = pipeline.prefill([row], Clock())
-        row.take(prefilled.logits[0])
+        row.advance(prefilled.logits[0])
         running.join([row], prefilled)
         assert running.kv_bytes_allocated == needed
     assert {cache.capacity for cache in running._caches.values()} == {900}
@@ -308,14 +309,14 @@ def test_pictures_of_a_request_that_nobody_waits_for_are_not_all_decoded(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, ended: str
 ) -> None:
     go, opened = threading.Event(), []
-    open_image = pipeline._preprocessor.open_image
+    open_image = Preprocessor.open_image
 
     def slow(source: Any) -> Any:
         opened.append(source)
         assert go.wait(30)
         return open_image(source)
 
-    monkeypatch.setattr(pipeline._preprocessor, "open_image", slow, raising=False)
+    monkeypatch.setattr(Preprocessor, "open_image", staticmethod(slow))
     with Batcher(pipeline) as batcher:
         images = [make_picture(seed=seed) for seed in range(4)]
         handle = batcher.submit(Request(ask(COLOR, len(images)), images))
@@ -432,7 +433,7 @@ def test_a_row_whose_prefill_fails_leaves_the_others_their_answers(
     """Prefilled together they all fail; then each is tried alone."""
     prefill = pipeline.prefill
 
-    def fragile(rows: list[Row], clock: Any) -> Any:
+    def fragile(rows: list[SequenceState], clock: Any) -> Any:
         if any(row.request.max_new_tokens == 7 for row in rows):
             raise TrioError("select_2 found no set of tokens")
         return prefill(rows, clock)
@@ -457,14 +458,14 @@ def test_a_row_whose_prefill_fails_leaves_the_others_their_answers(
 def test_logits_that_are_not_numbers_end_their_row_alone(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = Row.take
+    take = SequenceState.advance
 
-    def broken(row: Row, logits: np.ndarray) -> str:
-        if row.request.seed == 5 and len(row.ids) == 2:
+    def broken(row: SequenceState, logits: np.ndarray) -> str:
+        if row.request.seed == 5 and len(row.token_ids) == 2:
             logits = np.full_like(logits, np.nan)
         return take(row, logits)
 
-    monkeypatch.setattr(Row, "take", broken)
+    monkeypatch.setattr(SequenceState, "advance", broken)
     sound = Request("what is red ?", max_new_tokens=9, seed=4)
     with Batcher(pipeline) as batcher:
         handles = [
@@ -504,7 +505,7 @@ def test_a_prefill_that_gives_nonsense_ends_its_rows_and_not_the_service(
 ) -> None:
     prefill = pipeline.prefill
 
-    def broken(rows: list[Row], clock: Any) -> Any:
+    def broken(rows: list[SequenceState], clock: Any) -> Any:
         prefilled = prefill(rows, clock)
         if fault == "logits":
             return replace(prefilled, logits=prefilled.logits[:0])
@@ -526,7 +527,7 @@ def test_a_prefill_that_gives_nonsense_ends_its_rows_and_not_the_service(
 def test_a_request_that_cannot_be_chosen_ends_alone(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(rows: list[Row]) -> int:
+    def broken(rows: list[SequenceState]) -> int:
         raise RuntimeError("no such segment")
 
     gate = Gate(pipeline, monkeypatch)
@@ -535,7 +536,7 @@ def test_a_request_that_cannot_be_chosen_ends_alone(
         gate.held()
         others = [batcher.submit(SHORT) for _ in range(2)]
         wait_for(lambda: len(waiting(batcher)) == 2)
-        monkeypatch.setattr(batcher._worker._batch, "needed", broken)
+        monkeypatch.setattr(batcher._worker._batch, "required_bytes", broken)
         gate.open.set()
         for handle in others:
             with pytest.raises(Failed, match="no such segment"):
@@ -671,17 +672,17 @@ def test_a_row_copied_between_caches_brings_its_tokens_and_no_other(pipeline: Pi
         return made
 
     source, target = cache(2, [3, 5], 6), cache(3, [0, 0, 0], 8)
-    for side in source.sides:
-        for array in side.values():
+    for buffers in source.buffers:
+        for array in buffers.values():
             array[:] = np.arange(array.size).reshape(array.shape)
-    target.turn = 1
+    target.step = 1
     target.copy_rows([2, 0], source, [1, 0])
     assert target.lengths.tolist() == [3, 0, 5]
-    for name, array in target.sides[1].items():
-        assert np.array_equal(array[2, :, :5], source.sides[0][name][1, :, :5])
-        assert np.array_equal(array[0, :, :3], source.sides[0][name][0, :, :3])
+    for name, array in target.buffers[1].items():
+        assert np.array_equal(array[2, :, :5], source.buffers[0][name][1, :, :5])
+        assert np.array_equal(array[0, :, :3], source.buffers[0][name][0, :, :3])
         assert not array[2, :, 5:].any() and np.isnan(array[1]).all()
-    assert all(np.isnan(array).all() for array in target.sides[0].values())
+    assert all(np.isnan(array).all() for array in target.buffers[0].values())
     with pytest.raises(TrioError, match="holds 2 tokens, but 5 are needed"):
         cache(1, [0], 2).copy_rows([0], source, [1])
 

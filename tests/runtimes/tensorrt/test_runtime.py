@@ -466,7 +466,7 @@ def test_a_budget_beyond_the_caches_of_an_engine_is_refused_before_anything_runs
     pictures = [make_picture(96, 96)] * 2
     asked = Request(ask(COLOR, 2), pictures, max_new_tokens=20)
     assert pipeline.generate_batch([asked])[0].token_ids
-    monkeypatch.setattr(stages, "see", None)
+    monkeypatch.setattr(stages, "encode_images", None)
     with pytest.raises(TrioError, match=r"KV cache of layers 1 to \d.*raise max_budget.*--target"):
         pipeline.generate_batch([replace(asked, budget=1.0)])
 

@@ -110,7 +110,8 @@ def test_stages_run_from_their_folders_and_lead_to_the_pipelines_first_token(ser
     scene = scenes.generate(scenes.TEST_SEEDS[0])
     request = Request(scene.questions[0].text, [scene.image], max_new_tokens=1)
     pipeline = Pipeline.open(bundle, runtime="onnxruntime")
-    prompt, (image,) = pipeline.encode(request)
+    prepared = pipeline.prepare(request)
+    prompt, (image,) = prepared.prompt, prepared.processed
     expected = pipeline.generate_batch([request])[0]
 
     def run(stage: str, **feeds: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from trio_deploy.pipeline.sequence import Row
+from trio_deploy.pipeline.sequence import SequenceState
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class Recorder:
         with self._lock:
             self._add(waits=len(seconds), queue_s=sum(seconds))
 
-    def record_prefill(self, rows: Sequence[Row]) -> None:
+    def record_prefill(self, rows: Sequence[SequenceState]) -> None:
         """Count rows that were prefilled together and have their first token."""
         with self._lock:
             self._add(
                 prefills=1,
                 first_tokens=len(rows),
-                first_token_s=sum(row.first_s for row in rows),
+                first_token_s=sum(row.first_token_s for row in rows),
                 visual_tokens=sum(row.prompt.visual_tokens for row in rows),
                 kept_tokens=sum(_kept_tokens(row) for row in rows),
                 waits=len(rows),
@@ -106,7 +106,7 @@ class Recorder:
         self._metrics = replace(self._metrics, **sums)
 
 
-def _kept_tokens(row: Row) -> int:
+def _kept_tokens(row: SequenceState) -> int:
     """Visual tokens after the last pruning point."""
     kept = row.kept[-1] if row.kept else np.arange(row.prompt.length)
     return int(row.prompt.visual[kept].sum())

@@ -15,7 +15,7 @@ from trio_deploy.pipeline.batcher.metrics import Recorder
 from trio_deploy.pipeline.batcher.scheduler import BatcherLimits, Entry, refusal
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.request import Request
-from trio_deploy.pipeline.sequence import Row
+from trio_deploy.pipeline.sequence import SequenceState
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Job:
     request: Request | None
     handle: Handle
     submitted: float
-    row: Row | None = None
+    row: SequenceState | None = None
     joined: float = 0.0
 
     @property
@@ -106,7 +106,7 @@ class RequestQueue:
                 raise Refused(f"the request cannot be prepared: {error!r:.200}") from error
             self.wake()  # it may have a deadline
 
-    def prepared(self, job: Job, row: Row | None) -> bool:
+    def prepared(self, job: Job, row: SequenceState | None) -> bool:
         """Let a prepared request wait for its prefill.
 
         Args:
@@ -145,7 +145,7 @@ class RequestQueue:
         reason = outcome(event.error) if event.error else ""
         if event.generation is not None:
             reason = event.generation.finish_reason
-        self._recorder.record_outcome(reason, 0 if job.row is None else len(job.row.ids))
+        self._recorder.record_outcome(reason, 0 if job.row is None else len(job.row.token_ids))
         self._events.send(job.handle, event)
 
     def snapshot(self) -> Snapshot:
@@ -210,15 +210,15 @@ class Preparer:
 
     def _prepare(self, job: Job) -> None:
         error: TrioError | None = None
-        row: Row | None = None
+        row: SequenceState | None = None
         request, job.request = job.request, None
         if request is not None and not job.expired:
             try:
                 row = self._pipeline.prepare(request, lambda: _check_wanted(job))
                 # Only drawing needs pictures, and those of all that wait could fill the memory.
                 row.images, row.request = [], replace(request, images=())
-                row.timings["preprocess"] = time.perf_counter() - row.start
-                row.start = job.submitted
+                row.timings["preprocess"] = time.perf_counter() - row.started
+                row.started = job.submitted
                 self._check(row)
             except _NobodyWaits:
                 pass  # the worker finds it among those that wait
@@ -233,14 +233,14 @@ class Preparer:
         elif self._queue.remove([job.entry.key]):
             self._queue.end(job, Event(error=error))
 
-    def _check(self, row: Row) -> None:
+    def _check(self, row: SequenceState) -> None:
         length, limits = row.prompt.length, self._limits
         if limits.max_prompt_tokens is not None and length > limits.max_prompt_tokens:
             raise TrioError(
                 f"the prompt has {length} tokens ({row.prompt.visual_tokens} of them visual), but "
                 f"max_prompt_tokens is {limits.max_prompt_tokens}"
             )
-        needed = self._pipeline.running().needed([row])
+        needed = self._pipeline.decode_batch().required_bytes([row])
         if limits.max_kv_bytes is not None and needed > limits.max_kv_bytes:
             raise TrioError(
                 f"the request needs {needed} bytes of KV cache, but max_kv_bytes is "

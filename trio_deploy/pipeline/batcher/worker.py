@@ -37,7 +37,7 @@ from trio_deploy.pipeline.batcher.scheduler import (
 )
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.prefill import Clock, Prefilled
-from trio_deploy.pipeline.sequence import Row
+from trio_deploy.pipeline.sequence import SequenceState
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ class Worker:
         self._queue = queue
         self._events = events
         self._recorder = recorder
-        self._batch = pipeline.running(limits.max_rows)
-        self._decoding: dict[Row, Job] = {}
+        self._batch = pipeline.decode_batch(limits.max_rows)
+        self._decoding: dict[SequenceState, Job] = {}
         self._prefilling: dict[int, Job] = {}
         self._joined = False
         self._lock = threading.Lock()  # guards the next two, which threads that prefill change
@@ -124,7 +124,7 @@ class Worker:
             if job.row is None:  # it has expired, and is ended before anything is prefilled
                 break
             try:
-                sizes.append(self._batch.needed([*rows, job.row]))
+                sizes.append(self._batch.required_bytes([*rows, job.row]))
             except Exception as error:  # so one bad request cannot fail those before and after it
                 _LOG.exception("computing the KV cache of a request failed")
                 self._queue.remove([job.entry.key])
@@ -161,13 +161,13 @@ class Worker:
             else:
                 self._fail(job, DeadlinePassed("the deadline passed before the first token"))
         cancelled, overdue = set(action.cancelled), set(action.overdue)
-        ended: list[tuple[Row, Event]] = []
+        ended: list[tuple[SequenceState, Event]] = []
         for row, job in self._decoding.items():
             if job.entry.key in cancelled:
-                row.finish = "cancelled"
+                row.finish_reason = "cancelled"
                 ended.append((row, Event(error=_cancelled())))
             elif job.entry.key in overdue:
-                ended.append((row, Event(text=row.end("deadline"))))
+                ended.append((row, Event(text=row.finish("deadline"))))
         if ended:
             self._batch.release()
         for row, event in ended:
@@ -227,7 +227,7 @@ class Worker:
             return [part for job in jobs for part in self._prefill([job])]
         for row in rows:
             prepared = row.timings["preprocess"]
-            row.timings["queue"] = started - row.start - prepared
+            row.timings["queue"] = started - row.started - prepared
             row.timings |= clock.seconds
             row.timings["preprocess"] += prepared
         return [(jobs, prefilled)]
@@ -276,21 +276,21 @@ class Worker:
         self._send(rows, pieces)
         self._events.wait_one_step_behind()
 
-    def _send(self, rows: Sequence[Row], pieces: Sequence[str | Exception]) -> None:
+    def _send(self, rows: Sequence[SequenceState], pieces: Sequence[str | Exception]) -> None:
         """Send each row's token, and the end of the rows that have ended."""
         for row, piece in zip(rows, pieces, strict=True):
             job = self._decoding[row]
             if isinstance(piece, Exception):
                 self._fail(job, failed(piece))
-            elif row.finish:
-                self._finish(row, Event(row.ids[-1], piece))
+            elif row.finish_reason:
+                self._finish(row, Event(row.token_ids[-1], piece))
             else:
-                self._events.send(job.handle, Event(row.ids[-1], piece))
+                self._events.send(job.handle, Event(row.token_ids[-1], piece))
 
-    def _finish(self, row: Row, event: Event) -> None:
+    def _finish(self, row: SequenceState, event: Event) -> None:
         job = self._decoding[row]
         row.timings["decode"] = time.perf_counter() - job.joined
-        event = replace(event, generation=row.report())
+        event = replace(event, generation=row.to_generation())
         del self._decoding[row]
         self._queue.end(job, event)
 
@@ -316,16 +316,16 @@ def _entries(jobs: Iterable[Job]) -> tuple[Entry, ...]:
     return tuple(job.entry for job in jobs)
 
 
-def _rows(jobs: Sequence[Job]) -> list[Row]:
+def _rows(jobs: Sequence[Job]) -> list[SequenceState]:
     return [job.row for job in jobs if job.row is not None]
 
 
-def _take(row: Row, logits: np.ndarray) -> str | Exception:
+def _take(row: SequenceState, logits: np.ndarray) -> str | Exception:
     """Give a row its next token; the text that it completes, or the error that ends the row."""
     try:
-        return row.take(logits)
+        return row.advance(logits)
     except Exception as error:
-        row.finish = "failed"
+        row.finish_reason = "failed"
         return error
 
 

@@ -1,0 +1,165 @@
+"""Prepare requests: open their images, tokenise their prompts, choose their schedules."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from PIL import Image
+from tokenizers import Tokenizer
+
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.errors import TrioError
+from trio_deploy.families.base import Layout
+from trio_deploy.families.preprocessing import Preprocessor
+from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
+from trio_deploy.pipeline.request import ImageSource, Request
+from trio_deploy.pipeline.sampling import Detokenizer, Forced, Sampler, Sampling, StopScanner
+from trio_deploy.pipeline.sequence import SequenceState
+from trio_deploy.schedule.schedule import Schedule
+
+_Opened = dict[int, tuple[Image.Image, Layout]]
+"""Images of a batch by the identity of their source, so that requests can share them."""
+
+
+class RequestPreparer:
+    """Prepares requests for one bundle; can be called from any thread.
+
+    Attributes:
+        encoder: text to tokens and back.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Load tokenizer, chat template and preprocessing settings.
+
+        Raises:
+            TrioError: one of them does not load.
+        """
+        tokens = {key: token for key, token in bundle.tokens.items() if isinstance(token, str)}
+        try:
+            tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
+        except Exception as error:  # tokenizers raises a bare Exception
+            raise TrioError(f"tokenizer.json of the bundle does not load: {error}") from error
+        self.encoder = PromptEncoder(
+            tokenizer, bundle.config.image_token_id, tokens, bundle.chat_template
+        )
+        self._bundle = bundle
+        self._preprocessor = Preprocessor.from_json(bundle.preprocessor, bundle.config)
+        self._end_tokens = frozenset(bundle.manifest.generation.eos_token_ids)
+
+    def prepare(
+        self, request: Request, before_image: Callable[[], object] | None = None
+    ) -> SequenceState:
+        """Prepare one request.
+
+        Args:
+            before_image: called before each image; an exception from it ends the preparation.
+
+        Raises:
+            TrioError: as `Pipeline.generate`.
+        """
+        return self._prepare(request, {}, time.perf_counter(), before_image)
+
+    def prepare_batch(self, requests: Sequence[Request]) -> list[SequenceState]:
+        """Prepare requests that are answered together, each distinct image once.
+
+        Raises:
+            TrioError: as `Pipeline.generate`, naming the request if there are several.
+        """
+        started = time.perf_counter()
+        opened: _Opened = {}
+        sequences = []
+        for number, request in enumerate(requests):
+            try:
+                sequences.append(self._prepare(request, opened, started))
+            except TrioError as error:
+                if len(requests) == 1:
+                    raise
+                raise TrioError(f"request {number}: {error}") from error
+        return sequences
+
+    def _prepare(
+        self,
+        request: Request,
+        opened: _Opened,
+        started: float,
+        before_image: Callable[[], object] | None = None,
+    ) -> SequenceState:
+        if request.max_new_tokens < 1:
+            raise TrioError(f"max_new_tokens must be 1 or more, got {request.max_new_tokens}")
+        sources = request.image_list
+        text = self.encoder.text(request.prompt, len(sources), raw=request.raw)
+        for source in sources:
+            if before_image is not None:
+                before_image()
+            if id(source) not in opened:
+                opened[id(source)] = self._open(source)
+        images, layouts = [], []
+        for source in sources:
+            image, layout = opened[id(source)]
+            images.append(image)
+            layouts.append(layout)
+        rendered = self.encoder.has_template and not request.raw
+        prompt = self.encoder.encode(text, [layout.text for layout in layouts], rendered=rendered)
+        context = self._bundle.config.text.max_positions
+        _check_context(prompt, len(request.forced), context)
+        schedule = self._schedule(request)
+        return SequenceState(
+            request=request,
+            images=images,
+            processed=layouts,
+            prompt=prompt,
+            max_tokens=len(request.forced) or min(request.max_new_tokens, context - prompt.length),
+            schedule=schedule,
+            keep_counts=schedule.resolve(prompt.visual_tokens),
+            sampler=_sampler(request),
+            detokenizer=Detokenizer(self.encoder.decode),
+            stop_scanner=StopScanner(request.stop_strings),
+            end_tokens=self._end_tokens,
+            started=started,
+        )
+
+    def _open(self, source: ImageSource) -> tuple[Image.Image, Layout]:
+        image = self._preprocessor.open_image(source)
+        return image, self._preprocessor(image)
+
+    def _schedule(self, request: Request) -> Schedule:
+        schedule, budget = self._bundle.schedule, request.budget
+        if request.keep:
+            if budget is not None or len(request.keep) != len(schedule.points):
+                raise TrioError(
+                    "a request may say what to keep at each of the "
+                    f"{len(schedule.points)} pruning points of the bundle, or a budget"
+                )
+            schedule = schedule.with_keeps(request.keep)
+            schedule.validate(self._bundle.config.text.num_layers)
+            return schedule
+        if budget is None:
+            return schedule
+        if not schedule.layers:
+            if budget == 1.0:
+                return schedule
+            raise TrioError(
+                "this bundle was exported without pruning points, so it has no other budget than "
+                "1.0: export it with --budget"
+            )
+        return self._bundle.schedule_at(budget)
+
+
+def _check_context(prompt: Prompt, forced: int, context: int) -> None:
+    if prompt.length >= context:
+        raise TrioError(
+            f"the prompt has {prompt.length} tokens ({prompt.visual_tokens} of them visual), "
+            f"but the model's context is {context}: shorten the text or pass fewer images"
+        )
+    if prompt.length + forced > context:
+        raise TrioError(
+            f"{forced} forced tokens after a prompt of {prompt.length} exceed the model's context "
+            f"of {context}: force fewer"
+        )
+
+
+def _sampler(request: Request) -> Sampler | Forced:
+    if request.forced:
+        return Forced(request.forced)
+    return Sampler(Sampling(request.temperature, request.top_p, request.seed))
