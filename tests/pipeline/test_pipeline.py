@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,11 +225,8 @@ def test_end_tokens_stop_the_answer_and_are_not_shown(setup: Setup) -> None:
     whole = pipeline.generate(Request(ask(COLOR), [image], max_new_tokens=12)).token_ids
     end = whole[4]
     bundle, tokenizer = pipeline.bundle, Tokenizer.from_file(str(pipeline.bundle.tokenizer_path))
-    generation = replace(bundle.manifest.generation, eos_token_ids=(EOS, end))
-    ending = replace(bundle, manifest=replace(bundle.manifest, generation=generation))
-    answer = Pipeline.open(ending, threads=1).generate(
-        Request(ask(COLOR), [image], max_new_tokens=12)
-    )
+    ending = Pipeline.open(bundle.with_end_tokens([EOS, end]), threads=1)
+    answer = ending.generate(Request(ask(COLOR), [image], max_new_tokens=12))
     assert answer.token_ids == whole[: whole.index(end) + 1]
     assert answer.finish_reason == "stop"
     assert answer.text == tokenizer.decode(answer.token_ids[:-1], skip_special_tokens=True)

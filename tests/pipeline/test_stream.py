@@ -8,7 +8,6 @@ import pytest
 
 from tests.support.pictures import make_picture
 from trio_deploy import Pipeline, Request, TextStream, TrioError, export_model
-from trio_deploy.bench.contenders.trio import without_end_tokens
 from trio_deploy.pipeline.cache import SegmentCache
 
 REQUEST = Request("what color is the circle?", make_picture(), max_new_tokens=40)
@@ -18,7 +17,7 @@ REQUEST = Request("what color is the circle?", make_picture(), max_new_tokens=40
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
     bundle = export_model("tiny", folder, progress=False)
-    return Pipeline.open(without_end_tokens(bundle), threads=1)
+    return Pipeline.open(bundle.with_end_tokens([]), threads=1)
 
 
 def caches() -> int:

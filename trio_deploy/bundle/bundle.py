@@ -8,7 +8,7 @@ top, `weights/*.safetensors` that they refer to, `tokenizer.json`, `tokens.json`
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -211,6 +211,12 @@ class Bundle:
     def places(self, stage: str) -> Mapping[str, TensorPlace]:
         """Where the weights of a stage's graph are stored, by name."""
         return {name: self.manifest.tensors[name] for name in self.stages[stage].tensors}
+
+    def with_end_tokens(self, token_ids: Sequence[int]) -> Bundle:
+        """The same bundle with other tokens that end an answer; none: only its length does."""
+        manifest = self.manifest
+        generation = msgspec.structs.replace(manifest.generation, eos_token_ids=tuple(token_ids))
+        return replace(self, manifest=msgspec.structs.replace(manifest, generation=generation))
 
     def require_weights(self) -> None:
         """Raises TrioError where the bundle was made with --graphs-only and still is."""

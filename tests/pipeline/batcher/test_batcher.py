@@ -20,7 +20,6 @@ from tests.support.pictures import make_picture
 from tests.support.questions import COLOR, SCHEDULE, alike, ask
 from tests.support.waiting import WAIT_S, wait_for
 from trio_deploy import Batcher, Bundle, Generation, Pipeline, Request, TrioError, export_model
-from trio_deploy.bench.contenders.trio import without_end_tokens
 from trio_deploy.evaluation import scenes
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.pipeline.batcher.events import (
@@ -49,7 +48,7 @@ def opened(folder: Path, dialect: str = "ort", runtime: str = "onnxruntime") -> 
     bundle = folder / dialect
     if not bundle.is_dir():
         export_model("tiny", bundle, schedule=SCHEDULE, dialect=dialect, progress=False)
-    endless = without_end_tokens(Bundle.load(bundle))
+    endless = Bundle.load(bundle).with_end_tokens([])
     return Pipeline.open(endless, runtime=runtime, threads=1)
 
 
@@ -753,4 +752,4 @@ def test_in_a_storm_everyone_gets_their_own_answer_or_what_they_wished(
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
         metrics = batcher.metrics()
     assert metrics.outcomes == outcomes
-    assert not unfinished(batcher) and not batcher._worker._batch.rows
+    assert not unfinished(batcher) and not batcher._worker._batch.sequences

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-
-from msgspec import structs
 
 from trio_deploy.bench.case import Case, Run
 from trio_deploy.bench.workload import Workload
@@ -16,14 +13,7 @@ from trio_deploy.pipeline.request import Generation, Request
 
 def open_pipeline(case: Case) -> Pipeline:
     """Open the bundle of a case without end tokens, so that every run generates as many tokens."""
-    return Pipeline.open(without_end_tokens(Bundle.load(case.bundle)), case.options)
-
-
-def without_end_tokens(bundle: Bundle) -> Bundle:
-    """The bundle with no end tokens: answers have the length that was asked for."""
-    manifest = bundle.manifest
-    endless = structs.replace(manifest.generation, eos_token_ids=())
-    return replace(bundle, manifest=structs.replace(manifest, generation=endless))
+    return Pipeline.open(Bundle.load(case.bundle).with_end_tokens([]), case.options)
 
 
 def open_trio(pipeline: Pipeline, case: Case, work: Workload) -> Callable[[int], Run]:
