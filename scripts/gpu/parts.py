@@ -465,7 +465,7 @@ class Part:
             lambda stage: runtime.open(bundle.graph(stage)),
             TOLERANCES[bundle.manifest.dtype],
             threshold=bundle.manifest.threshold,
-            methods=bundle.schedule.methods,
+            stages=bundle.stages,
         )
 
     def note_rows(self, name: str, rows: Sequence[Any], against: str) -> None:

@@ -99,7 +99,7 @@ def test_engines_compute_what_onnx_runtime_does(built: Built, layout: str, dtype
         lambda stage: runtime.open(bundle.graph(stage)),
         TOLERANCES[dtype],
         threshold=bundle.manifest.threshold,
-        methods=bundle.schedule.methods,
+        stages=bundle.stages,
     )
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]
 

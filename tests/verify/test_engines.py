@@ -95,7 +95,7 @@ def test_a_wrong_engine_fails_and_its_tensor_is_named(
         lambda stage: engines.open(bundle.graph(stage)),
         TOLERANCES["float32"],
         threshold=bundle.manifest.threshold,
-        methods=bundle.schedule.methods,
+        stages=bundle.stages,
     )
     failed = {row.stage: row for row in rows if not row.passed}
     assert {name.split(" ")[0] for name in failed} == {stage}, "the wrong engine alone"
@@ -135,7 +135,7 @@ def test_openvino_is_compared_in_the_same_way(tmp_path: Path, llava_next_checkpo
         lambda stage: openvino.open(bundle.graph(stage)),
         TOLERANCES["float32"],
         threshold=bundle.manifest.threshold,
-        methods=bundle.schedule.methods,
+        stages=bundle.stages,
     )
     assert len(rows) >= 3 * sum(map(len, found.values()))
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]
@@ -146,4 +146,4 @@ def test_without_polygraphy_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     with pytest.raises(
         TrioError, match=r"needs Polygraphy .*pip install 'trio-deploy\[tensorrt\]'"
     ):
-        compare_engines({}, None, None, TOLERANCES["float32"], threshold=0.8, methods=[])
+        compare_engines({}, None, None, TOLERANCES["float32"], threshold=0.8, stages={})

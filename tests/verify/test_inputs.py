@@ -73,7 +73,7 @@ def compared(
         lambda stage: Other(runtime.open(bundle.graph(stage))),
         TOLERANCES["float32"],
         threshold=bundle.manifest.threshold,
-        methods=bundle.schedule.methods,
+        stages=bundle.stages,
     )
     return rows, runs
 
@@ -188,7 +188,7 @@ def test_there_are_ties_and_cosines_on_both_sides_of_the_threshold(
     bundle = bundles("trio")
     profile = selection_profile(bundle, batch, 300, 200)
     inputs = OrtRuntime(threads=1).open(bundle.graph("select_2")).inputs
-    for _, feeds in cases(inputs, profile, "max", THRESHOLD):
+    for _, feeds in cases(bundle.stages["select_2"], inputs, profile, "max", THRESHOLD):
         for b in range(batch):
             rows = feeds["hidden_states"][b][feeds["visual_mask"][b]]
             if not len(rows):

@@ -100,6 +100,11 @@ class StageInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     outputs: tuple[TensorInfo, ...] = ()
     tensors: tuple[str, ...] = ()
 
+    @property
+    def label(self) -> str:
+        """`prefill_1`: what timings and recorded references call the stage, whatever its name."""
+        return self.kind if self.index is None else f"{self.kind}_{self.index}"
+
     def inputs_of(self, role: Role) -> list[TensorInfo]:
         """Inputs with a role, in order."""
         return [tensor for tensor in self.inputs if tensor.role == role]

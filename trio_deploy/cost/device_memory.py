@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import onnx
 
+from trio_deploy.bundle.manifest import StageInfo
 from trio_deploy.config.target import Limits, Target, list_targets
 from trio_deploy.errors import TrioError
 from trio_deploy.export.graphs import planned_graphs
@@ -52,15 +53,16 @@ def fit(
 @lru_cache(maxsize=4)
 def _graphs(
     config: ModelConfig, schedule: Schedule, dialect: str, separate: bool, dtype: str
-) -> dict[str, onnx.ModelProto]:
-    """The graphs of a model, which the same plan asks for again and again."""
+) -> tuple[tuple[StageInfo, ...], dict[str, onnx.ModelProto]]:
+    """The stages of a model and their graphs, which one plan needs several times."""
     options = GraphOptions(
         dialect=dialect,  # type: ignore[arg-type]  # of a checked target
         dtype=dtype,  # type: ignore[arg-type]
         separate_decode=separate,
     )
     made = planned_graphs(config, schedule.points, options)
-    return {stage.name: onnx.load_model_from_string(content) for stage, content in made}
+    graphs = {stage.name: onnx.load_model_from_string(content) for stage, content in made}
+    return tuple(stage for stage, _ in made), graphs
 
 
 def planned(
@@ -75,8 +77,8 @@ def planned(
         TrioError: the target's limits do not suit the model.
     """
     separate = target.decode_layout == "separate"
-    graphs = _graphs(config, schedule, target.dialect, separate, target.dtype)
-    return memory(graphs, config, schedule, target, budgets)
+    stages, graphs = _graphs(config, schedule, target.dialect, separate, target.dtype)
+    return memory(stages, graphs, config, schedule, target, budgets)
 
 
 @dataclass(frozen=True)

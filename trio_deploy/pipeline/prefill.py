@@ -200,11 +200,11 @@ class Stages:
             if stage.kind == "select":
                 keep, picked = keeps[len(chosen)], None
                 if (keep < tokens.seen).any():
-                    with clock.stage(name, self._moment):
+                    with clock.stage(stage.label, self._moment):
                         picked, tokens = self._select(stage, tokens, keep)
                 chosen.append(picked)
             elif stage.kind == "prefill":
-                with clock.stage(name, self._moment):
+                with clock.stage(stage.label, self._moment):
                     longest = int((tokens.lengths + new_tokens).max())
                     caches[name] = self.cache(name, tokens.lengths, longest)
                     tokens.hidden = self._segment(stage, caches[name], tokens)

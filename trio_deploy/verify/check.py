@@ -94,22 +94,23 @@ def check(
         reference = _ask_oracle(loaded, pipeline, asked, checkpoint)
         rows = _compare_inputs(pipeline, reference, checkpoint)
     manifest = loaded.manifest
+    names = {stage.label: name for name, stage in loaded.stages.items()}
     tolerance = TOLERANCES[pipeline.precision]
     rows += compare_stages(
         reference.stages,
-        lambda stage, feeds: _run(pipeline, stage, feeds),
+        lambda stage, feeds: _run(pipeline, names[stage], feeds),
         tolerance,
         threshold=manifest.threshold,
         separate_decode=manifest.decode == "separate",
         methods=loaded.schedule.methods,
     )
-    order = list(loaded.stages)
+    order = list(names)
     rows.sort(key=lambda row: _place(row.stage, order))
     title = (
         f"{manifest.model.name}, {manifest.dialect} graphs in {manifest.dtype}, computed in "
         f"{pipeline.precision}, against {'the recorded reference' if golden else 'the oracle'}"
     )
-    if isinstance(pipeline.engine("embed"), TrtEngine):
+    if isinstance(pipeline.engine(loaded.only("embed").name), TrtEngine):
         if manifest.dtype in ORT.dtypes:
             rows += _compare_engines(pipeline, tolerance)
             title += "; each engine, at the shapes in brackets, against ONNX Runtime"
@@ -191,22 +192,24 @@ def _loaded(bundle: Bundle | str | Path) -> Bundle:
 
 
 def _run(pipeline: Pipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray]:
-    engine = pipeline.engine(stage)
+    engine, info = pipeline.engine(stage), pipeline.bundle.stages[stage]
+    outputs_of = {(t.layer, t.part): t.name for t in info.outputs_of("cache")}
+    presents = {t.name: outputs_of[t.layer, t.part] for t in info.inputs_of("cache")}
     taken = {}
     capacities = {}
     for name, spec in engine.inputs.items():
         taken[name] = np.ascontiguousarray(feeds[name], dtype=spec.dtype)
-        if name.startswith("past.") and isinstance(spec.shape[2], int):
+        if name in presents and isinstance(spec.shape[2], int):
             # an engine of one capacity: the rest is empty
             size = taken[name].shape[2]
             rest = [(0, 0), (0, 0), (0, spec.shape[2] - size), (0, 0)]
             taken[name] = np.pad(taken[name], rest)
-            capacities[name.replace("past", "present", 1)] = size
-    if "pixel_values" in taken:  # as many tiles at once as the pipeline shows
-        tiles = taken["pixel_values"]
+            capacities[presents[name]] = size
+    if info.kind == "vision":  # as many tiles at once as the pipeline shows
+        count = len(taken[info.input_name("image")])
         parts = [
-            engine.run({"pixel_values": tiles[start : start + TILES_AT_ONCE]})
-            for start in range(0, len(tiles), TILES_AT_ONCE)
+            engine.run({name: a[start : start + TILES_AT_ONCE] for name, a in taken.items()})
+            for start in range(0, count, TILES_AT_ONCE)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in engine.outputs}
     outputs = engine.run(taken)
@@ -221,7 +224,7 @@ def _compare_engines(pipeline: Pipeline, tolerance: Tolerance) -> list[ParityRow
         pipeline.engine,
         tolerance,
         threshold=bundle.manifest.threshold,
-        methods=bundle.schedule.methods,
+        stages=bundle.stages,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from trio_deploy.bundle.manifest import StageInfo
 from trio_deploy.errors import TrioError
 from trio_deploy.reference.trace import Stage, Tensors
 from trio_deploy.runtimes.base import Engine
@@ -33,7 +34,7 @@ def compare_engines(
     tolerance: Tolerance,
     *,
     threshold: float,
-    methods: Sequence[str],
+    stages: Mapping[str, StageInfo],
 ) -> list[ParityRow]:
     """Compare stage by stage, at three shapes a profile, on the inputs of `feeds.cases`.
 
@@ -41,26 +42,25 @@ def compare_engines(
         profiles: what the engines were built for, by stage.
         open_reference: opens ONNX Runtime's; dropped before the next is opened.
         threshold: of the greedy suppression.
-        methods: of the pruning points.
+        stages: of the bundle, by name.
 
     Returns:
-        A row a stage, profile and shape; `problem` names the tensor that is beyond tolerance.
+        One row per stage, profile and shape; `problem` names the tensor that is beyond tolerance.
 
     Raises:
         TrioError: Polygraphy is not installed, or an engine fails.
     """
     polygraphy = _polygraphy()
-    selections = {f"select_{i}": method for i, method in enumerate(methods, 1)}
     rows = []
-    for stage, found in profiles.items():
-        reference, engine = open_reference(stage), open_engine(stage)
+    for name, found in profiles.items():
+        stage, reference, engine = stages[name], open_reference(name), open_engine(name)
         for profile in found:
             which = f"{profile.name} " if len(found) > 1 else ""
             for corner in CORNERS:
-                for remark, feeds in cases(reference.inputs, profile, corner, threshold):
-                    label = f"{stage} [{which}{corner}{remark and ': '}{remark}]"
+                for remark, feeds in cases(stage, reference.inputs, profile, corner, threshold):
+                    label = f"{name} [{which}{corner}{remark and ': '}{remark}]"
                     comparison = _Comparison(
-                        label, feeds, tolerance, threshold, selections.get(stage)
+                        label, _context(stage, feeds), tolerance, threshold, stage.method
                     )
                     polygraphy.compare(reference, engine, feeds, comparison)
                     rows.append(comparison.row)
@@ -77,17 +77,17 @@ class _Comparison:
     def __init__(
         self,
         name: str,
-        feeds: Tensors,
+        inputs: Tensors,
         tolerance: Tolerance,
         threshold: float,
         method: str | None,
     ) -> None:
-        self._name, self._feeds = name, feeds
+        self._name, self._inputs = name, inputs
         self._tolerance, self._threshold, self._method = tolerance, threshold, method
         self.row = ParityRow(name, problem="was not compared")
 
     def __call__(self, theirs: Any, ours: Any) -> OrderedDict[str, bool]:
-        trace = Stage(_context(self._feeds), dict(theirs))
+        trace = Stage(self._inputs, dict(theirs))
         if self._method is None:
             self.row = compare_outputs(self._name, trace, dict(ours), self._tolerance)
         else:
@@ -97,15 +97,14 @@ class _Comparison:
         return OrderedDict({self.row.worst or self._name: self.row.passed})
 
 
-def _context(feeds: Tensors) -> dict[str, Any]:
-    """A stage's inputs, with what the comparison goes by."""
+def _context(stage: StageInfo, feeds: Tensors) -> dict[str, Any]:
+    """A stage's inputs, and what else the comparison reads."""
     inputs = dict(feeds)
     if "position_ids" in inputs and "lengths" not in inputs:  # a graph that does not read them
         inputs["lengths"] = np.full(len(inputs["position_ids"]), inputs["position_ids"].shape[1])
-    if "input_ids" in inputs and "lengths" in inputs:  # decode.onnx: one column a segment
-        for name in feeds:
-            if name.startswith("past."):
-                inputs[f"past_lengths.{name.split('.')[1]}"] = feeds["lengths"][:, 0]
+    if stage.kind == "decode":  # one column per segment
+        past = feeds[stage.input_name("past_lengths")][:, 0]
+        inputs |= {f"past_lengths.{layer}": past for layer in stage.layers}
     elif "lengths" in inputs:
         inputs.setdefault("past_lengths", np.zeros_like(inputs["lengths"]))  # a prefill from none
     # How large the probes' logits are is not known here: scores are held to the stricter bound.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trio_deploy.bundle.manifest import StageInfo
 from trio_deploy.runtimes.base import TensorSpec
 from trio_deploy.runtimes.tensorrt.first_run import example_feeds
 from trio_deploy.runtimes.tensorrt.profiles import Profile
@@ -54,7 +55,11 @@ class Row:
 
 
 def cases(
-    inputs: Mapping[str, TensorSpec], profile: Profile, corner: str, threshold: float
+    stage: StageInfo,
+    inputs: Mapping[str, TensorSpec],
+    profile: Profile,
+    corner: str,
+    threshold: float,
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """What to feed a stage at a profile's corner: a remark ("" for the first) and inputs.
 
@@ -64,19 +69,21 @@ def cases(
         inputs: of the graph, as ONNX Runtime has them.
         threshold: of the greedy suppression.
     """
-    feeds = example_feeds(inputs, profile, corner)
+    feeds = example_feeds(stage, inputs, profile, corner)
     random = np.random.default_rng(1)
-    if "keep" in feeds:
+    if stage.kind == "select":
         yield from _selections(feeds, profile, threshold, random)
         return
-    behind = "past_lengths" if np.any(feeds.get("past_lengths", 0)) else "lengths"
+    decodes = any(feeds[tensor.name].any() for tensor in stage.inputs_of("past_lengths"))
+    counted = "past_lengths" if decodes else "lengths"
+    roles = {tensor.name: tensor.role for tensor in stage.inputs}
     for name, array in feeds.items():
-        if name.startswith("past."):  # zeros would hide a wrong attention over them
+        if roles[name] == "cache":  # zeros would hide a wrong attention over them
             feeds[name] = random.standard_normal(array.shape).astype(array.dtype)
-        elif name == "source_index" and len(feeds["image_features"]):
-            rows = len(feeds["image_features"]) + 1  # the last is the newline
+        elif roles[name] == "source" and len(feeds[stage.input_name("features")]):
+            rows = len(feeds[stage.input_name("features")]) + 1  # the last is the newline
             array[:, 1::2] = array.shape[1] + np.arange(array.shape[1] // 2) % rows
-        elif name == behind:  # every second row is shorter
+        elif roles[name] == counted:  # every second row is shorter
             array[1::2] = np.maximum(array[1::2] * 3 // 4, np.minimum(array[1::2], 1))
     yield "", feeds
 

@@ -26,6 +26,8 @@ from tests.support.engines import export_for, make_target, unverified
 from tests.support.fakes.tensorrt import install
 from tests.support.tensorrt_builds import GPU, Stub, build
 from trio_deploy import Bundle, TrioError, export_model
+from trio_deploy.bundle.manifest import StageInfo
+from trio_deploy.bundle.roles import tensor_info
 from trio_deploy.cli.main import main
 from trio_deploy.config.target import Target
 from trio_deploy.runtimes.base import TensorSpec
@@ -154,7 +156,7 @@ def test_other_weights_make_other_engines(bundle: Bundle, target: Target) -> Non
     build(bundle, target, Stub())
     files = dict(bundle.manifest.files)
     for name in [name for name in files if name.startswith("weights/")]:
-        files[name] = replace(files[name], sha256="0" * 64)
+        files[name] = structs.replace(files[name], sha256="0" * 64)
     other = replace(bundle, manifest=structs.replace(bundle.manifest, files=files))
     stub = Stub()
     build(other, target, stub)
@@ -164,7 +166,7 @@ def test_other_weights_make_other_engines(bundle: Bundle, target: Target) -> Non
 def test_another_graph_makes_another_engine(bundle: Bundle, target: Target) -> None:
     build(bundle, target, Stub())
     files = dict(bundle.manifest.files)
-    files["select_1.onnx"] = replace(files["select_1.onnx"], sha256="0" * 64)
+    files["select_1.onnx"] = structs.replace(files["select_1.onnx"], sha256="0" * 64)
     other = replace(bundle, manifest=structs.replace(bundle.manifest, files=files))
     stub = Stub()
     build(other, target, stub)
@@ -566,7 +568,11 @@ def test_a_first_run_takes_inputs_that_mean_something() -> None:
     )
     profile = Profile.from_json(profile.to_json())
     specs = {n: TensorSpec(n, np.dtype(kinds.get(n, "i8")), s) for n, s in shapes.items()}
-    feeds = example_feeds(specs, profile)
+    inputs = tuple(
+        tensor_info("select", name, "float16", shape, is_input=True)
+        for name, shape in shapes.items()
+    )
+    feeds = example_feeds(StageInfo("s", "select", 1, inputs=inputs), specs, profile)
     assert {name: array.shape for name, array in feeds.items()} == shapes
     visual, keep = feeds["visual_mask"].sum(axis=1), feeds["keep"]
     assert (20 - visual + keep == feeds["width"]).all() and (keep < visual).all()
@@ -646,8 +652,10 @@ def test_an_engine_that_gives_no_numbers_fails_its_first_run(
     install(monkeypatch, "10.3.0")
     target, tensorrt = load_target(original / "test-gpu.yaml"), load()
 
-    def without_numbers(inputs: Any, profile: Profile, corner: str) -> dict[str, np.ndarray]:
-        feeds = example_feeds(inputs, profile, corner)
+    def without_numbers(
+        stage: StageInfo, inputs: Any, profile: Profile, corner: str
+    ) -> dict[str, np.ndarray]:
+        feeds = example_feeds(stage, inputs, profile, corner)
         feeds["image_features"][:] = np.nan
         feeds["source_index"][:] = feeds["source_index"].shape[1]  # the first row of the image
         return feeds
@@ -674,10 +682,12 @@ def test_a_first_run_finds_that_the_largest_shapes_do_not_fit(
         peaks[corner] = max(peaks.get(corner, 0), cuda.used())
         return found
 
-    def entering(inputs: Any, profile: Profile, which: str) -> dict[str, np.ndarray]:
+    def entering(
+        stage: StageInfo, inputs: Any, profile: Profile, which: str
+    ) -> dict[str, np.ndarray]:
         nonlocal corner
         corner = f"{profile.name} {which}"
-        return example_feeds(inputs, profile, which)
+        return example_feeds(stage, inputs, profile, which)
 
     monkeypatch.setattr(verify, "example_feeds", entering)
     monkeypatch.setattr(cuda, "cudaMalloc", noting)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import Role, StageInfo
 from trio_deploy.errors import TrioError
 from trio_deploy.runtimes.arrays import to_host
 from trio_deploy.runtimes.base import TensorSpec
@@ -34,7 +35,9 @@ def run_once(bundle: Bundle, tensorrt: TensorRT, folder: Path, stage: str) -> No
         for corner, shapes in _FIRST_RUNS.items():
             where = f"at the {shapes} shapes of the {profile.name} profile"
             try:
-                outputs = engine.run(example_feeds(engine.inputs, profile, corner), host=())
+                outputs = engine.run(
+                    example_feeds(bundle.stages[stage], engine.inputs, profile, corner), host=()
+                )
             except TrioError as error:
                 raise TrioError(
                     f"{where}, which follow from the limits of {runtime.record.target}: {error}"
@@ -46,45 +49,51 @@ def run_once(bundle: Bundle, tensorrt: TensorRT, folder: Path, stage: str) -> No
 
 
 def example_feeds(
-    inputs: Mapping[str, TensorSpec], profile: Profile, corner: str = "opt"
+    stage: StageInfo, inputs: Mapping[str, TensorSpec], profile: Profile, corner: str = "opt"
 ) -> dict[str, np.ndarray]:
-    """Inputs of a profile's shapes whose values a stage can make sense of.
+    """Inputs of a profile's shapes with values that suit the stage.
 
     Floats are small random numbers; a row of a selection starts and ends with text, drops one token
-    at least and keeps what its width has room for; a row of a segment is full.
+    at least and keeps as many as its width has room for; a row of a segment is full.
 
     Args:
-        inputs: of the graph or its engine, which may lack what the graph does not read.
+        inputs: of the graph or its engine, which may lack inputs that the graph does not read.
         corner: which of the profile's shapes, one of `CORNERS`.
     """
     random = np.random.default_rng(0)
     shapes = {name: getattr(bounds, corner) for name, bounds in profile.shapes.items()}
-    tokens = next((shape[1] for name, shape in shapes.items() if name == "position_ids"), 1)
-    capacities = [shape[2] for name, shape in shapes.items() if name.startswith("past.")]
-    capacity = min(capacities, default=0)
+
+    def sizes(role: Role, axis: int) -> list[int]:
+        return [shapes[tensor.name][axis] for tensor in stage.inputs_of(role)]
+
+    tokens = next(iter(sizes("positions", 1)), 1)
+    capacity = min(sizes("cache", 2), default=0)
     width = tokens
-    if "width" in profile.values:
-        width = min(getattr(profile.values["width"], corner)[0], tokens)
+    for tensor in stage.inputs_of("width"):
+        width = min(getattr(profile.values[tensor.name], corner)[0], tokens)
     text = max(1, width // 2)
     visual = np.zeros(tokens, np.bool_)
     visual[1 : tokens - text + 1] = True
-    rows: dict[str, Any] = {
-        "position_ids": np.arange(tokens),
-        "source_index": np.arange(shapes["source_index"][1]) if "source_index" in shapes else None,
-        "visual_mask": visual,
-        "lengths": np.int64(capacity - 1 if "input_ids" in shapes else tokens),
+    rows: dict[Role, Any] = {
+        "positions": np.arange(tokens),
+        "source": np.arange(next(iter(sizes("source", 1)), 1)),
+        "visual": visual,
+        "lengths": np.int64(tokens),
         "past_lengths": np.int64(max(capacity - 1, 0)),
         # If it kept all, its loops would have nothing to do.
-        "keep": np.int64(min(width - text, max(int(visual.sum()) - 1, 0))),
+        "count": np.int64(min(width - text, max(int(visual.sum()) - 1, 0))),
         "width": np.int64(width),
     }
     feeds: dict[str, np.ndarray] = {}
-    for name, spec in inputs.items():
-        shape, dtype = shapes[name], spec.dtype
-        if rows.get(name) is not None:
-            feeds[name] = np.ascontiguousarray(np.broadcast_to(rows[name], shape).astype(dtype))
-        elif dtype.kind in "iub" or name.startswith("past."):
-            feeds[name] = np.zeros(shape, dtype)
+    for tensor in stage.inputs:
+        if tensor.name not in inputs:
+            continue
+        shape, dtype = shapes[tensor.name], inputs[tensor.name].dtype
+        if tensor.role in rows:
+            value = np.broadcast_to(rows[tensor.role], shape).astype(dtype)
+            feeds[tensor.name] = np.ascontiguousarray(value)
+        elif dtype.kind in "iub" or tensor.role == "cache":
+            feeds[tensor.name] = np.zeros(shape, dtype)
         else:
-            feeds[name] = (0.1 * random.standard_normal(shape)).astype(dtype)
+            feeds[tensor.name] = (0.1 * random.standard_normal(shape)).astype(dtype)
     return feeds

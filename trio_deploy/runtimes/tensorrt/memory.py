@@ -10,12 +10,13 @@ All engines work in one scratch buffer, so the largest counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from onnx import ModelProto, TensorProto
 
+from trio_deploy.bundle.manifest import Kind, StageInfo
 from trio_deploy.config.target import Target
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.files import format_bytes
@@ -27,7 +28,6 @@ from trio_deploy.schedule.schedule import Schedule
 CONTEXT_BYTES = 2**29
 
 _GIB = 2**30
-_CACHE = ("past.", "present.")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Memory:
         layout: `separate` or `shared`.
         dialect: of the graphs.
         weights: of each engine.
+        kinds: of the engines' stages.
         cache: keys and values of a full batch, at the schedule's budget where capacity may vary.
         activations: of the engine that needs most, at most.
         fused: the same if every Attention node is one kernel.
@@ -48,6 +49,7 @@ class Memory:
     layout: str
     dialect: str
     weights: dict[str, int]
+    kinds: dict[str, Kind]
     cache: int
     activations: int
     fused: int
@@ -86,6 +88,7 @@ class Memory:
 
 
 def memory(
+    stages: Sequence[StageInfo],
     graphs: Mapping[str, ModelProto],
     config: ModelConfig,
     schedule: Schedule,
@@ -95,28 +98,26 @@ def memory(
     """Memory of a model's graphs on a target, at its limits and with `schedule`.
 
     Args:
-        graphs: by stage, of the target's dialect, without the data of their weights.
+        graphs: by name of the stage, of the target's dialect, without the data of their weights.
         target: its limits bound the sizes; whether graphs share decoding is seen from them.
         budgets: the recipe's schedules at the same pruning points.
 
     Raises:
         TrioError: the target's limits do not fit the model.
     """
-    inputs = {
-        stage: {entry.name: _dims(entry) for entry in model.graph.input}
-        for stage, model in graphs.items()
-    }
     activations = fused = tensors = 0
-    for stage, found in stage_profiles(inputs, config, schedule, target, budgets).items():
-        for profile in found:
+    found = stage_profiles(stages, config, schedule, target, budgets)
+    for stage in stages:
+        graph = graphs[stage.name]
+        for profile in found[stage.name]:
             shapes = {name: bounds.max for name, bounds in profile.shapes.items()}
             values = {name: bounds.max for name, bounds in profile.values.items()}
-            resolved = resolve(graphs[stage], shapes, values)
-            activations = max(activations, activation_bytes(graphs[stage], resolved))
-            whole = activation_bytes(graphs[stage], resolved, split_attention=False)
+            resolved = resolve(graph, shapes, values)
+            activations = max(activations, activation_bytes(graph, resolved))
+            whole = activation_bytes(graph, resolved, split_attention=False)
             fused = max(fused, whole)
-            decodes = stage == "decode" or profile.name == DECODE
-            tensors = max(tensors, _outside(graphs[stage], resolved, decodes))
+            decodes = stage.kind == "decode" or profile.name == DECODE
+            tensors = max(tensors, _outside(stage, resolved, decodes))
     sizes = {
         "sides": 1 if target.dialect == "onnx" else 2,  # steps write in place, or by turns
         "item": 4 if target.dtype == "float32" else 2,
@@ -124,9 +125,10 @@ def memory(
     cache = cache_bytes(config, schedule, target.limits, budgets, **sizes)
     buffers = buffer_bytes(config, schedule, target.limits, budgets, **sizes)
     return Memory(
-        layout="separate" if "decode" in graphs else "shared",
+        layout="separate" if any(s.kind == "decode" for s in stages) else "shared",
         dialect=target.dialect,
         weights={stage: _weights(model) for stage, model in graphs.items()},
+        kinds={stage.name: stage.kind for stage in stages},
         cache=cache,
         activations=activations,
         fused=fused,
@@ -135,11 +137,10 @@ def memory(
     )
 
 
-def _outside(model: ModelProto, resolved: Resolved, decodes: bool) -> int:
-    """Inputs and outputs, without the caches that a decode step goes from and to."""
-    names = [entry.name for entry in (*model.graph.input, *model.graph.output)]
-    if decodes:
-        names = [name for name in names if not name.startswith(_CACHE)]
+def _outside(stage: StageInfo, resolved: Resolved, decodes: bool) -> int:
+    """Bytes of inputs and outputs, without the caches that a decode step reads and writes."""
+    tensors = (*stage.inputs, *stage.outputs)
+    names = [t.name for t in tensors if not (decodes and t.role == "cache")]
     return sum(resolved.tensors[name].nbytes for name in names)
 
 
@@ -152,13 +153,6 @@ def _weights(model: ModelProto) -> int:
         else:
             count += len(tensor.raw_data)
     return count
-
-
-def _dims(entry: Any) -> tuple[int | str, ...]:
-    return tuple(
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param
-        for dim in entry.type.tensor_type.shape.dim
-    )
 
 
 @dataclass(frozen=True)
@@ -217,8 +211,8 @@ class Fit:
         rows: list[tuple[str, list[int]]] = [
             ("weights, about", [each.all_weights for each in self.layouts]),
             ("  vision and embed", [_part(m, "vision", "embed") for m in self.layouts]),
-            ("  segments of layers", [_part(m, "prefill_") for m in self.layouts]),
-            ("  selections", [_part(m, "select_") for m in self.layouts]),
+            ("  segments of layers", [_part(m, "prefill") for m in self.layouts]),
+            ("  selections", [_part(m, "select") for m in self.layouts]),
             ("  decode", [_part(m, "decode") for m in self.layouts]),
             ("KV cache", [each.cache for each in self.layouts]),
             ("activations, at most", [each.activations for each in self.layouts]),
@@ -251,8 +245,8 @@ def _verdict(memory: Memory, usable: int) -> str:
     return "if fused" if memory.total_fused <= usable else "no"
 
 
-def _part(memory: Memory, *prefixes: str) -> int:
-    return sum(size for stage, size in memory.weights.items() if stage.startswith(prefixes))
+def _part(memory: Memory, *kinds: Kind) -> int:
+    return sum(size for stage, size in memory.weights.items() if memory.kinds[stage] in kinds)
 
 
 def _count(count: int, noun: str) -> str:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import StageInfo
 from trio_deploy.config.target import Limits, Target
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import TILES_AT_ONCE, ModelConfig
@@ -273,79 +274,71 @@ def profiles(bundle: Bundle, target: Target) -> dict[str, list[Profile]]:
     Raises:
         TrioError: the target's limits do not fit the model.
     """
-    inputs = {
-        stage.name: {tensor.name: tensor.shape for tensor in stage.inputs}
-        for stage in bundle.manifest.stages
-    }
-    return stage_profiles(inputs, bundle.config, bundle.schedule, target, bundle.budgets)
+    stages = bundle.manifest.stages
+    return stage_profiles(stages, bundle.config, bundle.schedule, target, bundle.budgets)
 
 
 def stage_profiles(
-    inputs: Mapping[str, Mapping[str, Dims]],
+    stages: Sequence[StageInfo],
     config: ModelConfig,
     schedule: Schedule,
     target: Target,
     budgets: Mapping[float, Schedule] | None = None,
 ) -> dict[str, list[Profile]]:
-    """The profiles of graphs.
+    """The profiles of stages, by name.
 
     Args:
-        inputs: stage → input → sizes and names of dynamic axes, as graphs declare them.
         budgets: the recipe's schedules at the same pruning points.
 
     Raises:
         TrioError: the target's limits do not fit the model.
     """
     sizes = Sizes.of(config, schedule, target.limits, budgets)
-    shared = "decode" not in inputs
-    segments = [stage for stage in inputs if stage.startswith("prefill_")]
+    shared = all(stage.kind != "decode" for stage in stages)
+    segment_of = {
+        layer: stage.index or 0
+        for stage in stages
+        if stage.kind == "prefill"
+        for layer in stage.layers
+    }
     found: dict[str, list[Profile]] = {}
-    for stage, tensors in inputs.items():
-        spans = _spans(stage, sizes, segments, target.dialect)
-        if shared and (stage == "embed" or stage in segments):
-            one = Span(1, 1, 1)
-            # One text token a row: no image rows, and the past that it is added to.
-            step = {"S": one, "R": Span(0, 0, 0), "C": _capacity(stage, sizes)}
-            found[stage] = [
-                _profile(PREFILL, tensors, spans),
-                _profile(DECODE, tensors, {**spans, **step}),
+    for stage in stages:
+        spans = _spans(stage, sizes, segment_of, target.dialect)
+        if shared and stage.kind in ("embed", "prefill"):
+            one, none = Span(1, 1, 1), Span(0, 0, 0)
+            # One text token per row: no image rows, and the past that it is added to.
+            capacity = sizes.capacity[stage.index or 0] if stage.kind == "prefill" else none
+            step = {"S": one, "R": none, "C": capacity}
+            found[stage.name] = [
+                _profile(PREFILL, stage, spans, sizes),
+                _profile(DECODE, stage, {**spans, **step}, sizes),
             ]
         else:
-            found[stage] = [_profile(DEFAULT, tensors, spans)]
-        if "width" in tensors:
-            width = sizes.tokens[_index(stage)]
-            values = {"width": Bounds(*((size,) for size in width))}
-            found[stage] = [Profile(p.name, p.shapes, values) for p in found[stage]]
+            found[stage.name] = [_profile(DEFAULT, stage, spans, sizes)]
     return found
 
 
-def _index(stage: str) -> int:
-    return int(stage.rpartition("_")[2])
-
-
-def _capacity(stage: str, sizes: Sizes) -> Span:
-    return sizes.capacity[_index(stage)] if stage.startswith("prefill_") else Span(0, 0, 0)
-
-
-def _spans(stage: str, sizes: Sizes, segments: Sequence[str], dialect: str) -> dict[str, Span]:
+def _spans(
+    stage: StageInfo, sizes: Sizes, segment_of: Mapping[int, int], dialect: str
+) -> dict[str, Span]:
     """Ranges of a stage's dynamic axes, by their names."""
     spans = {"B": sizes.batch, "T": sizes.tiles, "R": sizes.rows, "S": sizes.tokens[0]}
-    if stage.startswith("prefill_"):
-        spans |= {"S": sizes.tokens[_index(stage)], "C": Span(0, 0, 0)}
-    elif stage.startswith("select_"):
+    if stage.kind == "prefill":
+        spans |= {"S": sizes.tokens[stage.index or 0], "C": Span(0, 0, 0)}
+    elif stage.kind == "select":
         # It runs where some row prunes: one visual token and one of text at least.
-        before = sizes.tokens[_index(stage) - 1]
+        before = sizes.tokens[(stage.index or 0) - 1]
         spans["S"] = Span.of(2, before.opt, before.max)
-    elif stage == "decode":
-        for number, segment in enumerate(segments):
-            capacity = sizes.capacity[_index(segment)]
+    elif stage.kind == "decode":
+        for cache in stage.inputs_of("cache"):
+            capacity = sizes.capacity[segment_of[cache.layer or 0]]
             if dialect == "onnx":  # KVCacheUpdate takes a cache of one fixed capacity
                 capacity = Span(capacity.max, capacity.max, capacity.max)
-            spans[f"C{number}"] = capacity
+            spans[str(cache.shape[2])] = capacity
     return spans
 
 
-def _profile(name: str, tensors: Mapping[str, Dims], spans: Mapping[str, Span]) -> Profile:
+def _profile(name: str, stage: StageInfo, spans: Mapping[str, Span], sizes: Sizes) -> Profile:
     def bounds(dims: Dims) -> Bounds:
         return Bounds(
             *(
@@ -354,4 +347,11 @@ def _profile(name: str, tensors: Mapping[str, Dims], spans: Mapping[str, Span]) 
             )
         )
 
-    return Profile(name, {tensor: bounds(dims) for tensor, dims in tensors.items()})
+    return Profile(
+        name,
+        {tensor.name: bounds(tensor.shape) for tensor in stage.inputs},
+        {
+            tensor.name: Bounds(*((size,) for size in sizes.tokens[stage.index or 0]))
+            for tensor in stage.inputs_of("width")
+        },
+    )

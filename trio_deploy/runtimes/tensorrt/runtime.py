@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.bundle.manifest import ENGINES, TensorPlace
+from trio_deploy.bundle.manifest import ENGINES, StageInfo, TensorPlace
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
@@ -47,7 +47,6 @@ _LIMITS = {
     ),
     "W": ("tokens a row after pruning", "max_budget or max_text_tokens"),
 }
-_UNPRUNED = ("embed", "prefill_0", "select_1")  # stages that see the whole prompt
 # Engines that this process has compared with their checksums: file, time of change, checksum.
 _WHOLE: set[tuple[Path, int, str]] = set()
 
@@ -158,10 +157,13 @@ class TrtRuntime:
         Raises:
             TrioError: it is missing, damaged, does not load, or was made of another graph.
         """
-        stage = path.stem
+        info = None
+        if self._bundle is not None:
+            stages = self._bundle.manifest.stages
+            info = next((each for each in stages if each.file == path.name), None)
+        stage = path.stem if info is None else info.name
         file = self.record.check_file(self._folder, stage)
         entry = self.record.stages[stage]
-        axes: dict[str, tuple[int | str, ...]] = {}
         if self._bundle is not None:
             known = self._bundle.manifest.files[path.name].sha256
             if known not in (None, entry.graph_sha256):
@@ -169,8 +171,6 @@ class TrtRuntime:
                     f"{file} was built from another {path.name} than the bundle's: run "
                     "`trio build` again"
                 )
-            graph = self._bundle.stages[stage]
-            axes = {tensor.name: tensor.shape for tensor in graph.inputs}
         self._require_whole(file, stage)
         with file.open("rb") as source:
             plan = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
@@ -183,7 +183,7 @@ class TrtRuntime:
             raise
         except TrioError as error:
             raise TrioError(f"{error}; run `trio build --force` on this machine") from error
-        return TrtEngine(self, stage, engine, entry.profiles, axes)
+        return TrtEngine(self, stage, engine, entry.profiles, info)
 
     def _require_whole(self, file: Path, stage: str) -> None:
         """TensorRT need not survive a damaged engine, so none comes that far."""
@@ -274,12 +274,15 @@ class TrtEngine:
         stage: str,
         engine: Any,
         profiles: Sequence[Profile],
-        axes: Mapping[str, tuple[int | str, ...]],
+        info: StageInfo | None,
     ) -> None:
-        """Use `TrtRuntime.open`; `axes` names the dynamic axes of inputs."""
+        """Use `TrtRuntime.open`; `info` names the dynamic axes of inputs."""
         self.runtime, self.stage, self.trt = runtime, stage, engine
         self.profiles = tuple(profiles)
-        self._axes = axes
+        tensors = () if info is None else (*info.inputs, *info.outputs)
+        self._axes = {tensor.name: tensor.shape for tensor in tensors}
+        self._caches = {tensor.name for tensor in tensors if tensor.role == "cache"}
+        self._pruned = info is not None and (info.index or 0) > (info.kind == "select")
         if engine.num_optimization_profiles != len(self.profiles):
             raise TrioError(
                 f"the engine of {stage} has {engine.num_optimization_profiles} profiles where its "
@@ -398,7 +401,7 @@ class TrtEngine:
 
     def _refusal(self, what: str, axis: str, size: int, least: int, most: int) -> tuple[int, str]:
         meaning, limits = _LIMITS.get(axis, (f"entries of {what}", "a limit"))
-        if axis == "S" and self.stage not in _UNPRUNED:
+        if axis == "S" and self._pruned:
             limits = _LIMITS["W"][1]
         target = self.runtime.record.target
         text = (
@@ -480,7 +483,7 @@ class TrtEngine:
 
     def _presents(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, DeviceArray]:
         """Memory for a segment's new keys and values, which come and go together."""
-        names = [n for n in shapes if n.startswith("present.") and not self._tensors[n].alias]
+        names = [n for n in shapes if n in self._caches and not self._tensors[n].alias]
         if not names:
             return {}
         use = f"keys and values of {self.stage}"

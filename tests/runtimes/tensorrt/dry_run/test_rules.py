@@ -96,7 +96,7 @@ def test_sizes_are_those_that_onnx_runtime_makes(exported: Export) -> None:
         }
         model = read_graph(bundle.graph(stage))
         for profile in found:
-            feeds = example_feeds(specs, profile)
+            feeds = example_feeds(bundle.stages[stage], specs, profile)
             shapes = {name: array.shape for name, array in feeds.items()}
             values = {"width": feeds["width"]} if "width" in feeds else {}
             resolved = resolve(model, shapes, values)
