@@ -26,7 +26,7 @@ $(VENV)/.demo-ready: $(DEPENDENCIES) | $(BIN)/python
 # torch first and by its exact version, so that no later requirement brings another build of it.
 $(VENV)/.test-ready: $(DEPENDENCIES) | $(BIN)/python
 	$(PIP) install --quiet $(TESTED) torch
-	$(PIP) install --quiet $(TESTED) --editable '.[cpu,export,openvino,reference,plots,dev]'
+	$(PIP) install --quiet $(TESTED) --editable '.[cpu,export,openvino,reference,dev]'
 	@touch $@ $(VENV)/.demo-ready
 
 # The Triton server has an environment of its own, since its Python needs numpy < 2. Exit status 3:

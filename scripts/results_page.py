@@ -1,4 +1,4 @@
-"""Bring docs/results.md up to date: its tables and plots are made from what was measured.
+"""Bring docs/results.md up to date: its tables and charts are made from what was measured.
 
     python scripts/results_page.py            # from docs/measurements/{eval,bench}-*.json
     python scripts/results_page.py --bench    # measures the cost anew first: on an idle machine
@@ -19,15 +19,16 @@ from readme_figures import replace
 
 from trio_deploy import export_model, plan
 from trio_deploy.bench.environment import machine_text
-from trio_deploy.bench.table import to_markdown
+from trio_deploy.bench.table import to_markdown, write
 from trio_deploy.cli import main as cli
-from trio_deploy.evaluation.plot import PLOT, draw
 from trio_deploy.evaluation.results import Result, Results
 from trio_deploy.evaluation.statistics import Estimate
+from trio_deploy.report.charts import bench_chart, retention_chart
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
 MEASURED = ROOT / "docs" / "measurements"
+CHART = "retention.svg"
 PLANS = ("llava-1.5-7b", "llava-next-7b")
 EVALUATIONS = ("budgets", "busy", "close", "smooth")
 BENCHES = {
@@ -44,13 +45,13 @@ def loaded(name: str) -> Results:
 
 
 def measured(name: str) -> str:
-    """The tables of docs/measurements/eval-NAME.json; over budgets a plot, too."""
+    """The tables of docs/measurements/eval-NAME.json; over budgets a chart, too."""
     results = loaded(name)
     about = f"Machine: {machine_text(results.machine, None, None)}"
     text = f"{results.to_text()}\n{about}\n"
     if name == "budgets":
-        draw(results, ROOT / "docs" / PLOT)
-        text = f"![retention over budget]({PLOT})\n\n{text}"
+        (ROOT / "docs" / CHART).write_text(retention_chart(results), encoding="utf-8")
+        text = f"![retention over budget]({CHART})\n\n{text}"
     return text
 
 
@@ -126,7 +127,7 @@ def points(one: Result, results: Results) -> str:
 
 
 def bench() -> None:
-    """Measure what the tiny bundle costs: docs/measurements/bench-tiny*.{json,md,png}."""
+    """Measure what the tiny bundle costs: docs/measurements/bench-tiny*.{json,md,svg}."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "tiny"
         export_model("tiny", bundle, progress=False)
@@ -137,9 +138,10 @@ def bench() -> None:
 
 
 def cost(name: str) -> str:
-    """Table and chart of docs/measurements/NAME.json."""
+    """Table and chart of docs/measurements/NAME.json, which are written beside it anew."""
     result = json.loads((MEASURED / f"{name}.json").read_text(encoding="utf-8"))
-    text = to_markdown(result, result["command"], f"measurements/{name}.png")
+    write(result, MEASURED / name, bench_chart(result))
+    text = to_markdown(result, result["command"], f"measurements/{name}.svg")
     _, _, text = text.partition("\n\n")  # the page has its own heading
     if (result["load_before"] or 0) > IDLE:
         text = (

@@ -8,16 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trio_deploy import Pipeline, Request, Schedule, TrioError, evaluate, export_model
+from trio_deploy import (
+    Pipeline,
+    Request,
+    RuntimeOptions,
+    Schedule,
+    TrioError,
+    evaluate,
+    export_model,
+)
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
+from trio_deploy.cli import eval as eval_command
 from trio_deploy.cli.main import main, parser
-from trio_deploy.evaluation import command, configurations
-from trio_deploy.evaluation.ask import Answer, AnswerLog, Measured, checksums
+from trio_deploy.evaluation import configurations
+from trio_deploy.evaluation import evaluate as evaluation
+from trio_deploy.evaluation.ask import Answer, AnswerLog, AskOptions, Measured, checksums
 from trio_deploy.evaluation.configurations import (
     Bundles,
     Configuration,
-    RuntimeOptions,
     Source,
     as_exported,
     blind,
@@ -26,10 +35,10 @@ from trio_deploy.evaluation.configurations import (
     unpruned,
     used,
 )
-from trio_deploy.evaluation.plot import draw
 from trio_deploy.evaluation.questions import Question, scene_questions
 from trio_deploy.evaluation.results import Results, collect
 from trio_deploy.evaluation.scorers import pope
+from trio_deploy.report.charts import retention_chart
 
 ONE_THREAD = RuntimeOptions(threads=1)
 
@@ -57,8 +66,9 @@ def results(source, questions, out) -> Results:
 
 
 def run(source, questions, configurations, out, **more) -> Results:
-    settings = {"options": ONE_THREAD, "max_new_tokens": 8, "data": "scenes", "progress": False}
-    return evaluate(source, questions, configurations, out, **{**settings, **more})
+    asking = {key: more.pop(key) for key in ("runtime", "dtype", "batch") if key in more}
+    options = AskOptions(**{"runtime": ONE_THREAD, **asking}, max_new_tokens=8, progress=False)
+    return evaluate(source, questions, configurations, out, options, **{"data": "scenes", **more})
 
 
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
@@ -201,8 +211,10 @@ def test_a_model_is_known_by_its_content_wherever_it_lies(tmp_path, monkeypatch)
 def test_what_answers_is_named_by_model_target_runtime_and_schedule(source, tmp_path):
     one = named(source, "0:44:divprune,6:19")
 
-    def identity(model: Source = source, what: Configuration = one, **options: str) -> str:
-        return Bundles(model, tmp_path, RuntimeOptions(**options)).identity(what)
+    def identity(
+        model: Source = source, what: Configuration = one, dtype: str | None = None, **options: str
+    ) -> str:
+        return Bundles(model, tmp_path, RuntimeOptions(**options), dtype).identity(what)
 
     target = tmp_path / "mine.yaml"
     text = (Path(__file__).parents[2] / "engines" / "cpu.yaml").read_text(encoding="utf-8")
@@ -214,6 +226,7 @@ def test_what_answers_is_named_by_model_target_runtime_and_schedule(source, tmp_
         identity(what=named(source, "0:44:divprune,6:20")),
         identity(dtype="float16"),
         identity(runtime="openvino"),
+        identity(runtime="openvino", precision="bfloat16"),
         identity(target="cpu-openvino"),
         mine,
         identity(target=str(target)),
@@ -237,8 +250,7 @@ def test_results_are_written_read_and_drawn(results, out, tmp_path):
     assert Results.load(tmp_path / "results.json") == results
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "| mixed | 0:44:divprune, 6:19 |" in text and "| plate |" in text.replace(" | ", " | ")
-    draw(results, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert retention_chart(results).startswith("<svg")
     (tmp_path / "results.json").write_text('{"schema": 99}')
     with pytest.raises(TrioError, match="another version"):
         Results.load(tmp_path / "results.json")
@@ -249,7 +261,7 @@ def test_questions_without_answers_are_judged_by_agreement(source, questions, ou
     found = run(source, unlabelled, [named(source, "mixed=0:44:divprune,6:19")], out)
     assert found.results[1].overall.accuracy is None and found.results[1].behind is None
     assert 0.5 < found.results[1].agreement.value <= 1
-    draw(found, tmp_path / "plot.png")
+    assert "nan" not in retention_chart(found)
     assert "Agreement a kind" in found.to_text()
 
 
@@ -353,7 +365,7 @@ def test_a_model_that_is_never_right_is_judged_by_agreement(source, questions, o
     for one in found.results:
         assert one.overall.accuracy.value == 0
         assert one.overall.retention is None and one.behind is None
-    draw(found, tmp_path / "plot.png")
+    assert "nan" not in retention_chart(found)
     assert "nan" not in found.to_text().lower()
 
 
@@ -394,7 +406,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def chosen(model: Path | str, options: str) -> list[Configuration]:
     arguments = f"eval {model} --out out {options}".split()
-    return command._configurations(parser().parse_args(arguments), Source.open(model))
+    return eval_command.configurations_of(parser().parse_args(arguments), Source.open(model))
 
 
 @pytest.mark.parametrize(
@@ -446,31 +458,24 @@ def stored(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
         results.save(out)
         return results
 
-    monkeypatch.setattr(command, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
 
 
-def test_without_matplotlib_everything_but_the_plot_is_written(
-    results, tmp_path, capsys, monkeypatch
-):
+def test_without_a_plot_everything_else_is_written(results, tmp_path, capsys, monkeypatch):
     stored(results, monkeypatch)
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
-    assert main(f"eval tiny --out {tmp_path} --scenes 1 --json".split()) == 0
+    assert main(f"eval tiny --out {tmp_path} --scenes 1 --no-plot --json".split()) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["questions"] == results.questions
-    assert "no retention.png, for want of matplotlib: pip install" in captured.err
     assert {p.name for p in tmp_path.iterdir()} == {"results.json", "results.md"}
 
 
-def test_a_plot_that_cannot_be_drawn_loses_no_results(results, tmp_path, capsys, monkeypatch):
-    def failing(*_):
-        raise TrioError("cannot write the plot")
-
+def test_a_plot_that_cannot_be_written_loses_no_results(results, tmp_path, capsys, monkeypatch):
     stored(results, monkeypatch)
-    monkeypatch.setattr(command, "draw", failing)
+    (tmp_path / "retention.svg").mkdir()  # no file can take its place
     assert main(f"eval tiny --out {tmp_path} --scenes 1 --json".split()) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["scored"] == results.scored
-    assert "cannot write the plot" in captured.err
+    assert "cannot write" in captured.err and "retention.svg" in captured.err
     assert "wrote results.json, results.md to" in captured.err
 
 
@@ -525,7 +530,7 @@ def test_the_command_evaluates_and_says_what_it_wrote(tmp_path, capsys):
     captured = capsys.readouterr()
     assert status == 0 and "| mixed |" in captured.out
     assert "fastv@2 at 11.1% is left out" in captured.err
-    assert {"results.json", "results.md", "retention.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"results.json", "results.md", "retention.svg"} <= {p.name for p in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -538,8 +543,8 @@ def test_the_command_evaluates_and_says_what_it_wrote(tmp_path, capsys):
             "--scenes and --split belong to generated scenes",
         ),
         ("--scorer foo", "unknown scorer 'foo'"),
-        ("--max-new-tokens 0", "an answer has 1 token or more"),
-        ("--seeds 0", "run once or more"),
+        ("--max-new-tokens 0", "--max-new-tokens must be 1 or more"),
+        ("--seeds 0", "--seeds must be 1 or more"),
         ("--scenes 0", "0 scenes hold no question"),
         ("--first 99999", "no scenes 99999 to 100062 of the test split"),
         ("--methods fastv@2 --budgets 0.111", "nothing is left to measure"),

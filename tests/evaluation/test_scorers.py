@@ -3,13 +3,12 @@
 import pytest
 
 from trio_deploy import TrioError
-from trio_deploy.evaluation.questions import Question
+from trio_deploy.evaluation.questions import Question, require_references
 from trio_deploy.evaluation.scorers import (
     SCORERS,
     get_scorer,
     option,
     pope_summary,
-    require_references,
     yes_or_no,
 )
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trio_deploy import Pipeline, Schedule, TrioError, export_model
+from trio_deploy import Pipeline, RuntimeOptions, Schedule, TrioError, export_model
 from trio_deploy.cli.main import main
-from trio_deploy.evaluation.command import tuned_text
-from trio_deploy.evaluation.configurations import Bundles, RuntimeOptions, Source
+from trio_deploy.cli.tune import tuned_text
+from trio_deploy.evaluation.ask import AskOptions
+from trio_deploy.evaluation.configurations import Bundles, Source
 from trio_deploy.evaluation.questions import scene_questions
 from trio_deploy.evaluation.statistics import Estimate
 from trio_deploy.evaluation.tune import (
@@ -25,7 +26,7 @@ from trio_deploy.evaluation.tune import (
     tune,
 )
 
-ONE_THREAD = RuntimeOptions(threads=1)
+ONE_THREAD = AskOptions(RuntimeOptions(threads=1), batch=10, max_new_tokens=8, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +101,10 @@ def search(source: Source, out: Path):
         scene_questions(2, split="tuning", each=5),
         0.111,
         out,
+        ONE_THREAD,
         space=Space(points=2),
-        options=ONE_THREAD,
-        batch=10,
-        max_new_tokens=8,
         limit=2,
         start=[Schedule.parse("0:0.17:divprune,6:0.07")],
-        progress=False,
     )
 
 
@@ -163,7 +161,7 @@ def test_losses_of_another_model_target_prompt_or_picture_are_not_taken(
 
     def taken(source=source, options=ONE_THREAD, questions=questions) -> bool:
         try:
-            tuner = Tuner(source, questions, out, options, max_new_tokens=8, progress=False)
+            tuner = Tuner(source, questions, out, options)
             tuner.losses(tuned.best)
         except (Asked, KeyError):
             return False
@@ -172,7 +170,7 @@ def test_losses_of_another_model_target_prompt_or_picture_are_not_taken(
     assert taken()
     assert not taken(replace(source, fingerprint="another"))
     assert not taken(options=replace(ONE_THREAD, dtype="float16"))
-    assert not taken(options=replace(ONE_THREAD, runtime="openvino"))
+    assert not taken(options=replace(ONE_THREAD, runtime=RuntimeOptions("openvino", threads=1)))
     assert not taken(questions=[replace(questions[0], prompt="?"), *questions[1:]])
     other = (scene_questions(1, split="tuning", first=10_005)[0].images[0],)
     assert not taken(questions=[replace(questions[0], images=other), *questions[1:]])
@@ -191,7 +189,7 @@ def test_a_search_goes_on_where_it_stopped(searched, source, monkeypatch):
 def test_the_loss_is_the_chance_of_another_answer(source, searched):
     out, tuned = searched
     questions = scene_questions(2, split="tuning", each=5)
-    tuner = Tuner(source, questions, out, ONE_THREAD, max_new_tokens=8, progress=False)
+    tuner = Tuner(source, questions, out, ONE_THREAD)
     losses = tuner.losses(tuned.best)
     assert ((losses >= 0) & (losses <= 1)).all()
     assert losses.mean() == pytest.approx(tuned.ranking[0].loss)

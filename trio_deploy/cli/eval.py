@@ -1,19 +1,240 @@
-"""`trio eval`: ask every configuration every question."""
+"""`trio eval`: ask every configuration every question; the questions of `trio tune`, too."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from trio_deploy.evaluation.options import add_eval
+from trio_deploy.cli.options import add_runtime_options, runtime_options
+from trio_deploy.errors import TrioError
 
+if TYPE_CHECKING:
+    from trio_deploy.evaluation.ask import AskOptions
+    from trio_deploy.evaluation.configurations import Configuration, Source
+    from trio_deploy.evaluation.questions import Question
+
+T = TypeVar("T")
+
+CHART = "retention.svg"
+SCENE_TOKENS = 8  # maximum length of an answer: the longest about a scene has 5
+FILE_TOKENS = 128
+BUDGETS = (0.111, 0.222, 0.333)
+FIRST_SCENE = 10_000  # as evaluation.scenes.FIRST_SCENE, which needs numpy
 SUMMARY = "Measure what pruning keeps of the answers, method by method."
-add_arguments = add_eval
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Options of `trio eval`."""
+    command.add_argument("model", help="folder of a bundle, or what `trio export --model` takes")
+    command.add_argument("--out", type=Path, required=True, help="folder for answers and results")
+    command.add_argument(
+        "--budgets",
+        help="shares of visual tokens, comma-separated, and `own` for a bundle's own schedule "
+        "(default: 0.111,0.222,0.333, of a bundle own,0.111,0.222,0.333)",
+    )
+    command.add_argument(
+        "--methods",
+        help="comma-separated: recipe (the recipe's schedules), trio, divprune, … in the "
+        "published schedule's shape, METHOD@LAYER+LAYER, or METHOD@recipe for the recipe's layers "
+        "and keeps (default: recipe; a bundle has its own)",
+    )
+    command.add_argument(
+        "--schedule",
+        action="append",
+        default=[],
+        metavar="[NAME=]LAYER:KEEP:METHOD,…",
+        help="measure this schedule, before the methods; may be repeated",
+    )
+    command.add_argument("--threshold", help="cosine thresholds τ to compare, comma-separated")
+    command.add_argument("--probe", help="last, shifted or both: last,shifted")
+    command.add_argument("--positions", help="renumber, original or both")
+    command.add_argument(
+        "--seeds", type=int, default=1, help="runs of a random selection to average (default: 1)"
+    )
+    command.add_argument("--blind", action="store_true", help="also ask without the picture")
+    command.add_argument("--no-plot", action="store_true", help="write no chart")
+    add_question_arguments(command, split="test", scenes=64)
+    command.add_argument(
+        "--annotations", type=Path, help="the benchmark's own annotation file, for --questions"
+    )
+    command.add_argument(
+        "--scorer",
+        default="exact",
+        help="scorer for --questions: exact, pope, scienceqa, textvqa or vqav2 (default: exact)",
+    )
+    add_asking_arguments(command)
+    command.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def add_question_arguments(command: argparse.ArgumentParser, split: str, scenes: int) -> None:
+    """Options that say what is asked: generated scenes or a question file."""
+    # Not argparse's defaults, so that one given together with a question file is noticed.
+    command.set_defaults(
+        scene_defaults={"scenes": scenes, "family": "busy", "split": split, "first": FIRST_SCENE}
+    )
+    command.add_argument(
+        "--scenes",
+        type=int,
+        help=f"number of generated pictures, 16 questions each (default: {scenes})",
+    )
+    command.add_argument("--family", help="family of scenes: busy (default) or smooth")
+    command.add_argument("--split", help=f"split of scenes: test or tuning (default: {split})")
+    command.add_argument(
+        "--first", type=int, help=f"first scene of the split (default: {FIRST_SCENE})"
+    )
+    command.add_argument(
+        "--questions", type=Path, metavar="JSONL", help="file of questions, instead of scenes"
+    )
+    command.add_argument("--images", type=Path, help="folder of the questions' pictures")
+    command.add_argument("--append", default="", help="line to add to every question")
+    command.add_argument("--limit", type=int, help="ask only the first LIMIT questions")
+
+
+def add_asking_arguments(command: argparse.ArgumentParser) -> None:
+    """Options that say how bundles are exported and run."""
+    command.add_argument("--batch", type=int, default=16, help="requests per batch (default: 16)")
+    command.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help=f"maximum length of an answer (default: {FILE_TOKENS}, of scenes {SCENE_TOKENS})",
+    )
+    command.add_argument("--dtype", help="float type of exported bundles (default: the target's)")
+    add_runtime_options(command)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, and print the results."""
-    from trio_deploy.evaluation.command import run_eval
+    """Measure what the arguments name, and write and print what was found.
 
-    results = run_eval(args)
+    Raises:
+        TrioError: an option is wrong, or what `evaluate` raises.
+    """
+    from trio_deploy.evaluation.configurations import Source, blind
+    from trio_deploy.evaluation.evaluate import evaluate
+    from trio_deploy.evaluation.results import RESULTS, TABLE
+    from trio_deploy.files import write_atomically
+    from trio_deploy.report.charts import retention_chart
+
+    source = Source.open(args.model)
+    questions, scorer, data, limit = read_questions_of(args)
+    configurations = configurations_of(args, source)
+    if args.blind:
+        configurations.append(blind(source))
+    if not configurations:
+        raise TrioError("nothing is left to measure: pass other --budgets, --methods or --schedule")
+    results = evaluate(
+        source,
+        questions,
+        configurations,
+        args.out,
+        asking_options(args, limit),
+        scorer=scorer,
+        data=data,
+    )
+    written = [RESULTS, TABLE]
+    if not args.no_plot:
+        try:
+            write_atomically(args.out / CHART, retention_chart(results).encode())
+            written.append(CHART)
+        except OSError as error:  # the results are written nevertheless
+            print(f"trio: cannot write {args.out / CHART} ({error.strerror})", file=sys.stderr)
+    print(f"trio: wrote {', '.join(written)} to {args.out}", file=sys.stderr)
     print(json.dumps(results.to_json(), indent=1) if args.json else results.to_text())
+
+
+def read_questions_of(args: argparse.Namespace) -> tuple[list[Question], str, str, int]:
+    """Questions, the scorer's name, the data in words, maximum tokens of an answer.
+
+    Raises:
+        TrioError: an option that does not go with the others, or unreadable questions.
+    """
+    from trio_deploy.evaluation.questions import annotate, read_questions, scene_questions
+    from trio_deploy.evaluation.scorers import get_scorer
+
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise TrioError(f"--max-new-tokens must be 1 or more, not {args.max_new_tokens}")
+    get_scorer(args.scorer)
+    if args.questions is None:
+        theirs = {
+            "--images": args.images,
+            "--annotations": args.annotations,
+            "--append": args.append,
+            "--limit": args.limit is not None,
+            "--scorer": args.scorer != "exact",
+        }
+        if given := [option for option, value in theirs.items() if value]:
+            raise TrioError(
+                f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to --questions FILE"
+            )
+        for name, value in args.scene_defaults.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        found = scene_questions(args.scenes, family=args.family, split=args.split, first=args.first)
+        data = f"{args.family} scenes {args.first} to {args.first + args.scenes - 1} of the "
+        return found, "exact", f"{data}{args.split} seeds", args.max_new_tokens or SCENE_TOKENS
+    if given := [f"--{name}" for name in args.scene_defaults if getattr(args, name) is not None]:
+        raise TrioError(
+            f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to generated scenes, not to "
+            "--questions: leave one of them out"
+        )
+    found = read_questions(args.questions, args.images, append=args.append, limit=args.limit)
+    scorer = args.scorer
+    if args.annotations is not None:
+        found = annotate(found, scorer, args.annotations)
+    return found, scorer, args.questions.name, args.max_new_tokens or FILE_TOKENS
+
+
+def asking_options(args: argparse.Namespace, limit: int) -> AskOptions:
+    """How the arguments say that questions are asked; `limit`: maximum tokens of an answer."""
+    from trio_deploy.evaluation.ask import AskOptions
+
+    return AskOptions(runtime_options(args), args.dtype, args.batch, limit)
+
+
+def configurations_of(args: argparse.Namespace, source: Source) -> list[Configuration]:
+    """Configurations that the arguments name; those that are not possible are said on stderr."""
+    from trio_deploy.evaluation.configurations import OWN, RECIPE, as_exported, grid, named, used
+
+    asked = values(args.budgets, str)
+    if not asked:
+        pruned = source.bundle is not None and source.bundle.schedule.layers
+        asked = [OWN] * bool(pruned) + [f"{budget:g}" for budget in BUDGETS]
+    own = [as_exported(source)] if OWN in asked else []
+    budgets = values(",".join(budget for budget in asked if budget != OWN), float)
+    methods = values(args.methods, str)
+    if not methods and not args.schedule and source.bundle is None:
+        methods = [RECIPE]
+    if args.seeds < 1:
+        raise TrioError(f"--seeds must be 1 or more, not {args.seeds}")
+    found: list[Configuration] = []
+    if methods or source.bundle is not None:
+        found, refused = grid(
+            source,
+            methods,
+            budgets,
+            thresholds=values(args.threshold, float) or [None],
+            probes=values(args.probe, str) or [None],
+            positions=values(args.positions, str) or [None],
+            seeds=range(args.seeds),
+        )
+        for sentence in refused:
+            print(f"trio: {sentence}", file=sys.stderr)
+        # A budget at which a bundle has its own schedule would be asked twice.
+        same = [used(source, one) for one in own]
+        found = own + [one for one in found if used(source, one) not in same]
+    return [named(source, text) for text in args.schedule] + found
+
+
+def values(text: str | None, kind: Callable[[str], T]) -> list[T]:
+    """Read comma-separated values.
+
+    Raises:
+        TrioError: one cannot be read.
+    """
+    try:
+        return [kind(part.strip()) for part in (text or "").split(",") if part.strip()]
+    except ValueError:
+        raise TrioError(f"cannot read {text!r}: write numbers separated by commas") from None

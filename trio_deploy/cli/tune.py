@@ -3,15 +3,109 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trio_deploy.evaluation.options import add_tune
+from trio_deploy.cli.eval import (
+    add_asking_arguments,
+    add_question_arguments,
+    asking_options,
+    read_questions_of,
+    values,
+)
+
+if TYPE_CHECKING:
+    from trio_deploy.evaluation.statistics import Estimate
+    from trio_deploy.evaluation.tune import Tuned
+
 
 SUMMARY = "Search for the schedule that changes answers least; no labels."
-add_arguments = add_tune
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Options of `trio tune`."""
+    command.add_argument("model", help="what `trio export --model` takes")
+    command.add_argument(
+        "--out", type=Path, required=True, help="folder for the search and its result"
+    )
+    command.add_argument(
+        "--budget", type=float, help="average share of visual tokens per layer (default: 0.111)"
+    )
+    command.add_argument(
+        "--methods", default="trio,divprune", help="methods to choose from (default: trio,divprune)"
+    )
+    command.add_argument(
+        "--points", type=int, default=3, help="maximum number of pruning points, 1 to 3"
+    )
+    command.add_argument("--threshold", help="cosine thresholds τ to begin with (default: 0.8)")
+    command.add_argument("--probe", help="last, shifted or both: last,shifted")
+    command.add_argument("--positions", help="renumber, original or both")
+    command.add_argument("--candidates", type=int, help="maximum number of schedules to begin with")
+    command.add_argument(
+        "--start",
+        action="append",
+        default=[],
+        metavar="SCHEDULE",
+        help="a schedule to begin with as well; may be repeated",
+    )
+    add_question_arguments(command, split="tuning", scenes=40)
+    command.set_defaults(scorer="exact", annotations=None)
+    add_asking_arguments(command)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Search, and print the schedules."""
-    from trio_deploy.evaluation.command import run_tune, tuned_text
+    """Search as the arguments say, write the best schedule and print the ranking.
 
-    print(tuned_text(run_tune(args)))
+    Raises:
+        TrioError: an option is wrong, or what `tune` raises.
+    """
+    from trio_deploy.evaluation.configurations import Source
+    from trio_deploy.evaluation.tune import BEST, Space, tune
+    from trio_deploy.schedule.budget import DEFAULT_BUDGET
+    from trio_deploy.schedule.schedule import Schedule
+
+    source = Source.open(args.model)
+    questions, _, _, limit = read_questions_of(args)
+    tuned = tune(
+        source,
+        questions,
+        args.budget if args.budget is not None else DEFAULT_BUDGET,
+        args.out,
+        asking_options(args, limit),
+        space=Space(
+            methods=tuple(values(args.methods, str)),
+            thresholds=tuple(values(args.threshold, float)) or (0.8,),
+            probes=tuple(values(args.probe, str)) or (None,),
+            positions=tuple(values(args.positions, str)) or (None,),
+            points=args.points,
+        ),
+        limit=args.candidates,
+        start=[Schedule.parse(text) for text in args.start],
+    )
+    print(f"trio: wrote {BEST} to {args.out}", file=sys.stderr)
+    print(tuned_text(tuned))
+
+
+def tuned_text(tuned: Tuned, places: Sequence[int] = range(5)) -> str:
+    """The best schedule in the form of a recipe, and a table of the first of the ranking."""
+    lines = [tuned.text, "loss     more than the best            same answer  schedule"]
+    for place in places:
+        if place < len(tuned.ranking):
+            one, more = tuned.ranking[place], tuned.behind[place]
+            apart = "" if place == 0 else f"{more.value:+.4f} ({_interval(more)})"
+            tau = one.configuration.threshold
+            lines.append(
+                f"{one.loss:<8.4f} {apart:<29} {one.agreement:<12.1%} {one.configuration.name}"
+                + ("" if tau is None else f"  τ={tau:g}")
+            )
+    return "\n".join(lines)
+
+
+def _interval(more: Estimate) -> str:
+    from trio_deploy.evaluation.tune import level
+
+    if not more.known:
+        return "–"
+    return "level" if level(more) else f"{more.low:+.4f} to {more.high:+.4f}"

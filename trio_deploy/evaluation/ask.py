@@ -1,9 +1,9 @@
-"""Ask every configuration every question, and keep what was answered, so that a run can go on.
+"""Ask every configuration every question and store the answers, so that a run can be resumed.
 
-Under the output folder: answers/*.jsonl, one file a configuration, a line an answer as it comes,
-and bundles/, what was exported. The file's name is a checksum of what answers (the model's content,
-the options it runs with, the schedule), and a line has one of what was asked (prompt and pictures):
-whatever of these changes is asked again.
+The output folder holds answers/*.jsonl, one file per configuration and one line per answer, and
+bundles/, the exported bundles. A file's name is a checksum of what answers (content of the model,
+options it runs with, schedule), and each line has a checksum of what was asked (prompt and
+pictures): if one of these changes, the question is asked again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluation.configurations import Bundles, Configuration
 from trio_deploy.evaluation.questions import Question
@@ -34,13 +35,36 @@ ANSWERS = "answers"
 
 
 @dataclass(frozen=True)
+class AskOptions:
+    """How questions are asked.
+
+    Attributes:
+        runtime: how bundles are run; bundles of a model are exported for its target, or `cpu`.
+        dtype: float type of exported bundles; None: the target's.
+        batch: requests per batch.
+        max_new_tokens: maximum length of an answer.
+        progress: show progress bars.
+    """
+
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    dtype: str | None = None
+    batch: int = 16
+    max_new_tokens: int = 128
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise TrioError(f"a batch has 1 request or more, not {self.batch}")
+
+
+@dataclass(frozen=True)
 class Answer:
     """One answer of one configuration.
 
     Attributes:
-        score: 0 to 1; None where the question has no reference.
+        score: 0 to 1; None if the question has no reference.
         divergence: KL of the first token's distribution from the unpruned model's, in nats.
-        agrees: whether the answer is the unpruned model's.
+        agrees: whether the answer equals the unpruned model's.
     """
 
     text: str
@@ -60,27 +84,27 @@ class First:
 
 @dataclass
 class Measured:
-    """All answers of a configuration: for each seed, by question, in the questions' order."""
+    """All answers of a configuration: per seed, in the order of the questions."""
 
     configuration: Configuration
     answers: list[list[Answer]]
     seconds: float
 
     def scores(self) -> np.ndarray:
-        """float64 [n], averaged over the seeds; 0 where a question has no reference."""
+        """Scores, float64 [n], averaged over the seeds; 0 if a question has no reference."""
         return np.mean([[a.score or 0.0 for a in run] for run in self.answers], axis=0)
 
     def agreement(self) -> np.ndarray:
-        """float64 [n], averaged over the seeds."""
+        """1 for answers equal to the unpruned model's, float64 [n], averaged over the seeds."""
         return np.mean([[float(a.agrees) for a in run] for run in self.answers], axis=0)
 
     def divergence(self) -> np.ndarray:
-        """float64 [n], averaged over the seeds."""
+        """KL of the first token in nats, float64 [n], averaged over the seeds."""
         return np.mean([[a.divergence for a in run] for run in self.answers], axis=0)
 
 
 class Examiner:
-    """Asks a fixed set of questions.
+    """Ask a fixed set of questions.
 
     >>> examiner = Examiner(questions, get_scorer("exact"), Path("out"))
     >>> reference = examiner.reference(unpruned(source), bundles)
@@ -92,21 +116,17 @@ class Examiner:
         questions: Sequence[Question],
         scorer: Callable[[str, Any], float],
         out: Path,
-        *,
-        batch: int = 16,
-        max_new_tokens: int = 128,
-        progress: bool = True,
+        options: AskOptions | None = None,
     ) -> None:
         """Arguments as in `evaluate`."""
-        if batch < 1:
-            raise TrioError(f"a batch has 1 request or more, not {batch}")
+        options = options or AskOptions()
         self.questions = list(questions)
         self._asked = checksums(self.questions)
         self._scorer = scorer
         self._out = out / ANSWERS
-        self._batch = batch
-        self._limit = max_new_tokens
-        self._progress = progress
+        self._batch = options.batch
+        self._limit = options.max_new_tokens
+        self._progress = options.progress
 
     def reference(self, configuration: Configuration, bundles: Bundles) -> list[First]:
         """The unpruned model's answers."""
@@ -123,7 +143,7 @@ class Examiner:
     def measure(
         self, configuration: Configuration, bundles: Bundles, reference: Sequence[First]
     ) -> Measured:
-        """Ask a configuration what has not been asked yet."""
+        """Answers of a configuration; asks only what has not been asked yet."""
         expected = {q.id: first for q, first in zip(self.questions, reference, strict=True)}
 
         def line(question: Question, generation: Generation) -> dict[str, Any]:
@@ -157,7 +177,7 @@ class Examiner:
         bundles: Bundles,
         more: Callable[[Question, Generation], dict[str, Any]],
     ) -> tuple[list[dict[str, Any]], float]:
-        """A line a question, in order, and the seconds that those asked now took."""
+        """One line per question, in order, and the seconds spent on those asked now."""
         log = AnswerLog(self._out / f"{bundles.identity(configuration)}-{seed}.jsonl")
         asked = {q.id: q for q in self.questions}
         known = {e["id"]: e for e in log.entries if same(e, self._asked, self._limit)}
@@ -214,7 +234,7 @@ class Examiner:
 
 
 class AnswerLog:
-    """A JSON Lines file that is appended to; a line cut short by a crash is dropped."""
+    """A JSON Lines file to append to; a line cut short by a crash is dropped."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -260,7 +280,7 @@ def _logprobs(generation: Generation) -> np.ndarray:
 
 
 def same(entry: dict[str, Any], asked: Mapping[str, str], limit: int) -> bool:
-    """Whether a stored line is about a question as it is asked now; `asked`: see `checksums`."""
+    """Whether a stored line belongs to a question as it is asked now; `asked`: see `checksums`."""
     return (
         entry["id"] in asked
         and entry.get("asked") == asked[entry["id"]]
@@ -269,7 +289,7 @@ def same(entry: dict[str, Any], asked: Mapping[str, str], limit: int) -> bool:
 
 
 def checksums(questions: Sequence[Question]) -> dict[str, str]:
-    """By the question's id: of its prompt and of its pictures' content, wherever they lie.
+    """Checksum of prompt and picture contents by the question's id.
 
     Raises:
         TrioError: a picture cannot be read.
@@ -298,7 +318,7 @@ def checksums(questions: Sequence[Question]) -> dict[str, str]:
 
 
 def batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    """Groups of `size`, questions about one picture next to each other: it is then seen once."""
+    """Groups of `size` with questions about one picture together: it is then encoded once."""
     order: dict[str, list[Question]] = {}
     for question in questions:
         order.setdefault(question.picture, []).append(question)

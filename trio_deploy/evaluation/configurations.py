@@ -1,4 +1,4 @@
-"""What is compared: a schedule, its methods and options, and the bundle that has them."""
+"""What is compared: schedules with their options, and the bundles that have them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from trio_deploy.bundle.manifest import MANIFEST, WEIGHTS
 from trio_deploy.bundle.weights import DTYPES
 from trio_deploy.checkpoint.resolve import resolve
 from trio_deploy.checkpoint.safetensors import Checkpoint, read_header
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.recipe import Recipe
+from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config, request_limits
@@ -45,11 +47,11 @@ class Configuration:
     """One thing to measure.
 
     Attributes:
-        name: as tables and plots call it.
-        schedule: pruning points of a bundle to be exported; None takes the bundle as it is.
-        budget: what was asked for, a share of the visual tokens (1.0: nothing is pruned).
-        threshold, probe, positions: None takes the model's own.
-        seeds: of a random selection; scores are averaged over them.
+        name: name in tables and charts.
+        schedule: pruning points of a bundle to be exported; None: the bundle as it is.
+        budget: share of visual tokens that was asked for (1.0: nothing is pruned).
+        threshold, probe, positions: options of the selection; None: the model's own.
+        seeds: seeds of a random selection; scores are averaged over them.
         blind: ask without the picture.
     """
 
@@ -76,7 +78,7 @@ class Configuration:
 
     @property
     def key(self) -> str:
-        """Short name of what is measured, whatever it is called."""
+        """Checksum of what is measured, independent of its name."""
         what = self.to_json()
         for incidental in ("name", "seeds") + (("budget",) if self.schedule is not None else ()):
             del what[incidental]
@@ -89,14 +91,14 @@ def _digest(what: Any) -> str:
 
 @dataclass
 class Source:
-    """A bundle as it is, or a model of which a bundle is exported for each schedule.
+    """A bundle as it is, or a model of which a bundle is exported per schedule.
 
     Attributes:
-        name: of the model, for reports.
-        config: of the model.
-        bundle: the bundle, where there is one already.
-        dtypes: the float types of the checkpoint's weights.
-        fingerprint: of the content, wherever it lies: answers are kept by it.
+        name: the model's name, for reports.
+        config: the model's configuration.
+        bundle: the bundle, if there is one already.
+        dtypes: float types of the checkpoint's weights.
+        fingerprint: checksum of the content, independent of its path; answers are stored by it.
     """
 
     name: str
@@ -109,7 +111,7 @@ class Source:
 
     @classmethod
     def open(cls, model: str | os.PathLike[str]) -> Source:
-        """A bundle's folder, a recipe, a checkpoint's folder or a hub id.
+        """Open a bundle's folder, a recipe, a checkpoint's folder or a hub id.
 
         Raises:
             TrioError: it is none of them.
@@ -145,15 +147,15 @@ class Source:
 
     @property
     def visual(self) -> int:
-        """The most visual tokens that one picture takes."""
+        """Maximum number of visual tokens of one picture."""
         return request_limits(self.config).visual_tokens
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """Of the content of files, told apart by their names: the folder they lie in does not matter.
+    """Checksum of names and contents of files, independent of their folder.
 
-    Large weight files would take minutes: of those, the header, and of every tensor the first, the
-    middle and the last bytes are read.
+    Of large weight files, which would take minutes, only the header and the first, middle and last
+    bytes of every tensor are read.
     """
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
@@ -174,19 +176,19 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def _of_checkpoint(folder: Path, recipe: Recipe | None) -> str:
-    """Of what a bundle is exported from: weights, configuration, tokenizer, a recipe's settings."""
+    """Checksum of an export's inputs: weights, configuration, tokenizer, the recipe's settings."""
     files = [f for f in folder.iterdir() if f.suffix in _EXPORTED and f.is_file()]
     settings = {} if recipe is None else {**asdict(recipe), "checkpoint": None, "description": ""}
     return _digest([fingerprint(files), json.dumps(settings, sort_keys=True, default=str)])
 
 
 def unpruned(source: Source) -> Configuration:
-    """What everything is compared with."""
+    """The unpruned model, which everything is compared with."""
     return Configuration(UNPRUNED, None if source.bundle else Schedule(), 1.0)
 
 
 def used(source: Source, configuration: Configuration) -> Schedule:
-    """The schedule that answers: a bundle as it is gets the budget's at its own layers."""
+    """The schedule in effect: for a bundle as it is, the budget's at the bundle's own layers."""
     if configuration.schedule is not None:
         return configuration.schedule
     if configuration.budget == 1 or source.bundle is None:
@@ -214,7 +216,7 @@ def _own_name(schedule: Schedule) -> str:
 
 
 def blind(source: Source) -> Configuration:
-    """How far one gets without seeing the picture."""
+    """The unpruned model asked without the picture."""
     return Configuration(BLIND, None if source.bundle else Schedule(), 1.0, blind=True)
 
 
@@ -228,18 +230,18 @@ def grid(
     positions: Sequence[str | None] = (None,),
     seeds: Sequence[int] = (0,),
 ) -> tuple[list[Configuration], list[str]]:
-    """Every method at every budget with every option, and what cannot be had.
+    """Every method at every budget with every option, and what is not possible.
 
     Args:
-        methods: a bundle has its own, so none may be given there. Else `recipe` (the recipe's
-            schedule for the budget), or a method of pruning: by itself in the published schedule's
-            shape, with layers (`divprune@0`, `trio@1+5+8`) before those, its keeps solved, with
-            `@recipe` in the recipe's schedule.
-        budgets: shares of the visual tokens that a layer sees on average.
-        seeds: for a random selection.
+        methods: none for a bundle, which has its own. Else `recipe` (the recipe's schedule for the
+            budget) or a selection method: alone in the published schedule's shape, with layers
+            (`divprune@0`, `trio@1+5+8`) before those with solved keeps, with `@recipe` in the
+            recipe's schedule.
+        budgets: average shares of visual tokens per layer.
+        seeds: seeds of a random selection.
 
     Returns:
-        The configurations, and a sentence for each that the model cannot do.
+        The configurations, and a sentence for each that is not possible on the model.
 
     Raises:
         TrioError: an unknown method, or options and methods for a bundle, which has its own.
@@ -286,7 +288,7 @@ def _seeded(schedule: Schedule) -> bool:
 def _at_budgets(
     source: Source, name: str, budgets: Sequence[float]
 ) -> tuple[list[Configuration], list[str]]:
-    """A bundle at each budget, and a sentence for each that it cannot reach."""
+    """A bundle at each budget, and a sentence for each budget that it cannot reach."""
     found: list[Configuration] = []
     refused: list[str] = []
     for budget in budgets:
@@ -301,7 +303,7 @@ def _at_budgets(
 
 
 def named(source: Source, text: str) -> Configuration:
-    """From `NAME=SCHEDULE` or `SCHEDULE`, a schedule as `Schedule.parse` reads it.
+    """Read `NAME=SCHEDULE` or `SCHEDULE`, a schedule in the form of `Schedule.parse`.
 
     Raises:
         TrioError: the schedule is not possible on this model, or the model is a bundle.
@@ -318,7 +320,7 @@ def named(source: Source, text: str) -> Configuration:
 
 
 def _parse(text: str) -> tuple[str, list[int] | str | None]:
-    """A method and, where it is said, its layers or that the recipe says them."""
+    """A method and its layers, `recipe` for those of the recipe, or None if none are named."""
     kind, at, places = text.partition("@")
     if kind != RECIPE and kind not in METHODS:
         raise TrioError(
@@ -342,35 +344,37 @@ def _schedule(source: Source, kind: str, layers: list[int] | str | None, budget:
     return schedule
 
 
-@dataclass(frozen=True)
-class RuntimeOptions:
-    """How bundles are exported and run; None leaves a choice to the target."""
-
-    target: str = "cpu"
-    dtype: str | None = None
-    runtime: str | None = None
-    provider: str | None = None
-    threads: int | None = None
-
-
 class Bundles:
-    """Bundles of one model for many schedules, exported when first asked for.
+    """Bundles of one model for many schedules, exported on first use.
 
-    They lie under `folder` for the next run, and share one copy of the weights: hard links to the
-    checkpoint where the float type is the same, else to the first bundle's.
+    They stay under `folder` for the next run and share one copy of the weights: hard links to the
+    checkpoint if the float type is the same, else to the first bundle's.
     """
 
-    def __init__(self, source: Source, folder: Path, options: RuntimeOptions) -> None:
+    def __init__(
+        self,
+        source: Source,
+        folder: Path,
+        options: RuntimeOptions | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        """`options`: how bundles are run; `dtype`: float type of exported ones."""
+        options = options or RuntimeOptions()
         self._source = source
         self._folder = folder
         self._options = options
-        # What a target's file says, not where it lies.
-        self._target = [json.dumps(asdict(load_target(options.target)), default=str), options.dtype]
+        self._dtype = dtype
+        if isinstance(options.target, Target):
+            raise TrioError("an evaluation exports for a target's name or file: pass one of them")
+        self._target_name = options.target or "cpu"
+        self._device = load_target(self._target_name)
+        # The contents of a target's file, not its path.
+        self._target = [json.dumps(asdict(self._device), default=str), dtype]
         self._open: tuple[str, Pipeline] | None = None
         self._shapes: dict[str, Configuration] = {}
 
     def pipeline(self, configuration: Configuration) -> Pipeline:
-        """Ready to answer; the one before it is let go.
+        """Open the pipeline of a configuration; the previous one is closed.
 
         Raises:
             TrioError: what exporting or opening raises.
@@ -379,24 +383,20 @@ class Bundles:
         if self._open is None or self._open[0] != key:
             self._open = None
             options = self._options
-            self._open = (
-                key,
-                Pipeline.open(
-                    self.bundle(configuration),
-                    runtime=options.runtime,
-                    threads=options.threads,
-                    provider=options.provider,
-                ),
-            )
+            if self._source.bundle is None:  # it was exported for the target
+                options = replace(options, target=None)
+            self._open = (key, Pipeline.open(self.bundle(configuration), options))
         return self._open[1]
 
     def identity(self, configuration: Configuration) -> str:
-        """Short name of what answers: the model's content, options, configuration, this version."""
-        run = [self._target, self._options.runtime, self._options.provider]
+        """Checksum of what answers: model content, options, configuration, package version."""
+        options = self._options
+        run = [self._target, options.runtime, options.provider]
+        run += [options.precision] if options.precision else []
         return _digest([self._source.fingerprint, *run, configuration.key, __version__])
 
     def shape(self, configuration: Configuration) -> str:
-        """Short name of what the bundle's graphs depend on: all but how many tokens are kept."""
+        """Checksum of what the bundle's graphs depend on: everything except the numbers kept."""
         assert configuration.schedule is not None
         points = configuration.schedule.points
         places = [(point.layer, point.method) for point in points]
@@ -404,7 +404,7 @@ class Bundles:
         return _digest([places, *chosen])
 
     def shaped(self, configuration: Configuration) -> Pipeline:
-        """A pipeline that serves the configuration if requests say what to `keep`."""
+        """A pipeline that answers for the configuration if requests pass `keep`."""
         like = self._shapes.setdefault(self.shape(configuration), configuration)
         return self.pipeline(like)
 
@@ -415,7 +415,7 @@ class Bundles:
         return _digest([self._source.fingerprint, self._target, what, __version__])
 
     def bundle(self, configuration: Configuration) -> Bundle:
-        """The configuration's bundle, exported if it is not there yet."""
+        """The configuration's bundle, exported if it does not exist yet."""
         if self._source.bundle is not None:
             return self._source.bundle
         out = self._folder / self._key(configuration)
@@ -430,8 +430,8 @@ class Bundles:
             threshold=configuration.threshold,
             probe=configuration.probe,
             positions=configuration.positions,
-            target=self._options.target,
-            dtype=self._options.dtype,
+            target=self._target_name,
+            dtype=self._dtype,
             link_weights=self._linkable(),
             progress=False,
         )
@@ -439,11 +439,11 @@ class Bundles:
         return bundle
 
     def _linkable(self) -> bool:
-        dtype = self._options.dtype or load_target(self._options.target).dtype
+        dtype = self._dtype or self._device.dtype
         return self._source.dtypes == {dtype}
 
     def _share(self, bundle: Bundle) -> None:
-        """Make weights that another bundle here has too hard links to those."""
+        """Replace weights that another bundle here has too by hard links to those."""
         others = [p for p in sorted(self._folder.iterdir()) if (p / MANIFEST).is_file()]
         for other in (p for p in others if p != bundle.path):
             known = Bundle.load(other).manifest.files
@@ -452,7 +452,7 @@ class Bundles:
                 if not name.startswith(f"{WEIGHTS}/") or info.sha256 is None or same != info:
                     continue
                 spare = bundle.path / f"{name}.linked"
-                with suppress(OSError):  # a file system without hard links keeps its copy
+                with suppress(OSError):  # without hard links the copy stays
                     os.link(other / name, spare)
                     spare.replace(bundle.path / name)
             return

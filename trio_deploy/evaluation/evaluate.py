@@ -1,15 +1,22 @@
-"""What pruning keeps of a model's answers: questions, scores, comparisons, best schedules."""
+"""Evaluate configurations: what pruning keeps of a model's answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from trio_deploy.evaluation.configurations import Configuration, RuntimeOptions, Source
-    from trio_deploy.evaluation.questions import Question
-    from trio_deploy.evaluation.results import Results
+from trio_deploy.bench.environment import machine
+from trio_deploy.evaluation.ask import AskOptions, Examiner
+from trio_deploy.evaluation.configurations import (
+    BUNDLES,
+    Bundles,
+    Configuration,
+    Source,
+    unpruned,
+)
+from trio_deploy.evaluation.questions import Question, require_references
+from trio_deploy.evaluation.results import Results, collect
+from trio_deploy.evaluation.scorers import get_scorer
 
 
 def evaluate(
@@ -17,51 +24,38 @@ def evaluate(
     questions: Sequence[Question],
     configurations: Sequence[Configuration],
     out: Path,
+    options: AskOptions | None = None,
     *,
     scorer: str = "exact",
-    options: RuntimeOptions | None = None,
-    batch: int = 16,
-    max_new_tokens: int = 128,
     data: str = "",
-    progress: bool = True,
 ) -> Results:
-    """Ask every configuration every question, beside the unpruned model.
+    """Ask the unpruned model and every configuration every question.
 
-    Answers are kept under `out` as they come: the same call after an interrupt goes on where it
-    stopped, and one with more questions or configurations asks those alone.
+    Answers are stored under `out` as they come: the same call after an interrupt goes on where it
+    stopped, and one with more questions or configurations asks only those.
 
     Args:
         configurations: the first one of each budget (within half a percentage point) is what the
             others are compared with.
         scorer: see `scorers`; questions without a reference count for agreement and KL alone.
-        batch: requests at a time.
-        max_new_tokens: an answer's length at most.
-        data: says in the report what was asked.
+        data: description of the questions, for the report.
 
     Raises:
         TrioError: what exporting or running raises; before anything is asked, a reference that
             does not fit the scorer.
     """
-    from trio_deploy.bench.environment import machine
-    from trio_deploy.evaluation.ask import Examiner
-    from trio_deploy.evaluation.configurations import BUNDLES, Bundles, RuntimeOptions, unpruned
-    from trio_deploy.evaluation.results import collect
-    from trio_deploy.evaluation.scorers import get_scorer, require_references
-
-    options = options or RuntimeOptions()
+    options = options or AskOptions()
     score = get_scorer(scorer)
     require_references(questions, score)
-    bundles = Bundles(source, out / BUNDLES, options)
-    examiner = Examiner(
-        questions, score, out, batch=batch, max_new_tokens=max_new_tokens, progress=progress
-    )
+    bundles = Bundles(source, out / BUNDLES, options.runtime, options.dtype)
+    examiner = Examiner(questions, score, out, options)
     whole = unpruned(source)
     reference = examiner.reference(whole, bundles)
     measured = [
         examiner.measure(configuration, bundles, reference)
         for configuration in (whole, *configurations)
     ]
-    about: dict[str, Any] = machine(options.threads)
+    about = machine(options.runtime.threads)
     results = collect(source, questions, measured, data=data, scorer=scorer, machine=about)
     results.save(out)
     return results

@@ -1,4 +1,4 @@
-"""A bundle as a model of lmms-eval, so that any of its benchmarks runs on one.
+"""A bundle as a model of lmms-eval, for all of its benchmarks.
 
     pip install lmms-eval trio-deploy
     lmms-eval --model trio --model_args bundle=out/b,budget=0.111 --tasks pope --batch_size 8
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.request import Request
@@ -24,11 +26,11 @@ else:
 
 N = TypeVar("N", int, float)
 
-_MAX_NEW_TOKENS = 1024  # as lmms-eval's own LLaVA does where a task does not say
+_MAX_NEW_TOKENS = 1024  # as lmms-eval's own LLaVA if a task sets none
 
 
 class Trio(Lmms):
-    """Answers lmms-eval's requests by a pruned bundle, greedily unless a task asks otherwise."""
+    """Answer lmms-eval's requests with a pruned bundle, greedily unless a task asks otherwise."""
 
     is_simple = True
 
@@ -36,46 +38,40 @@ class Trio(Lmms):
         self,
         bundle: str | os.PathLike[str] = "",
         budget: float | None = None,
-        runtime: str | None = None,
-        target: str | None = None,
-        provider: str | None = None,
-        threads: int | None = None,
         batch_size: int | str = 1,
-        **unknown: Any,
+        **options: Any,
     ) -> None:
-        """`--model_args` of lmms-eval.
+        """Take `--model_args` of lmms-eval.
 
         Args:
-            bundle: its folder.
-            budget: share of visual tokens a layer sees; None takes the bundle's schedule.
-            batch_size: requests at a time.
+            bundle: folder of the bundle.
+            budget: average share of visual tokens per layer; None: the bundle's schedule.
+            batch_size: requests per batch.
+            options: fields of `RuntimeOptions`.
 
         Raises:
             TrioError: no bundle, an option that is not known, or what loading raises.
         """
         super().__init__()
         # lmms-eval passes these to every model; here the bundle and its target decide.
-        for ours in ("device", "max_batch_size", "pretrained"):
-            unknown.pop(ours, None)
-        if unknown:
+        for name in ("device", "max_batch_size", "pretrained"):
+            options.pop(name, None)
+        known = [field.name for field in fields(RuntimeOptions)]
+        if unknown := set(options) - set(known):
             raise TrioError(
-                f"unknown model argument {min(unknown)!r}: known are bundle, budget, runtime, "
-                "target, provider, threads"
+                f"unknown model argument {min(unknown)!r}: known are bundle, budget, "
+                f"{', '.join(known)}"
             )
         if not bundle:
-            raise TrioError("say which bundle: --model_args bundle=FOLDER")
-        self.pipeline = Pipeline.open(
-            bundle,
-            runtime=runtime,
-            target=target,
-            provider=provider,
-            threads=None if threads is None else _number("threads", threads, int),
-        )
+            raise TrioError("no bundle is named: pass --model_args bundle=FOLDER")
+        if options.get("threads") is not None:
+            options["threads"] = _number("threads", options["threads"], int)
+        self.pipeline = Pipeline.open(bundle, RuntimeOptions(**options))
         self.budget = None if budget is None else _number("budget", budget, float)
         self.batch_size = _number("batch_size", batch_size, int)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Texts; arguments of an instance: (context, settings, doc_to_visual, id, task, split)."""
+        """Generated texts; arguments per instance: (context, settings, visual, id, task, split)."""
         answers: list[str] = []
         for group in _groups(requests, self.batch_size):
             answers += [given.text for given in self.pipeline.generate_batch(
@@ -84,9 +80,9 @@ class Trio(Lmms):
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(mean negative log-likelihood a token, whether greedy decoding would give all) each.
+        """(mean negative log-likelihood per token, whether greedy decoding gives all) per request.
 
-        A loss, of which the smallest is the best: lmms-eval takes the argmin over a question's
+        A loss, the smallest is the best: lmms-eval takes the argmin over a question's
         choices (lmms_eval/api/task.py, `process_results`), since its own models return the mean
         cross-entropy loss of the continuation's tokens.
 
@@ -121,7 +117,7 @@ class Trio(Lmms):
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not possible: which tokens a picture keeps depends on the question."""
+        """Not supported: which tokens of a picture are kept depends on the question."""
         raise TrioError("benchmarks of several rounds are not supported: run those of one round")
 
     def _request(
@@ -148,7 +144,7 @@ class Trio(Lmms):
 
 
 def _number(name: str, value: Any, kind: type[N]) -> N:
-    """lmms-eval hands over what it cannot read as a number as text."""
+    """Read a number; lmms-eval passes what it cannot read as text."""
     try:
         return kind(value)
     except ValueError:
@@ -161,7 +157,7 @@ def _groups(requests: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def manifest() -> Any:
-    """What the entry point tells lmms-eval."""
+    """The entry point of lmms-eval: this model's name and class."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="trio", simple_class_path=f"{__name__}.{Trio.__name__}")

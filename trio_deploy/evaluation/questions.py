@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ from PIL import Image
 
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluation import scenes
-from trio_deploy.evaluation.options import FIRST_SCENE
-from trio_deploy.evaluation.scorers import SCORERS
 
 FAMILIES = ("busy", "smooth")
 SPLITS = {"test": scenes.TEST_SEEDS, "tuning": scenes.TUNING_SEEDS}
@@ -51,7 +49,7 @@ def scene_questions(
     *,
     family: str = "busy",
     split: str = "test",
-    first: int = FIRST_SCENE,
+    first: int = scenes.FIRST_SCENE,
     each: int = 16,
 ) -> list[Question]:
     """Questions about generated scenes, `each` a scene; the same for the same arguments.
@@ -223,7 +221,6 @@ def annotate(questions: Sequence[Question], scorer: str, source: Path) -> list[Q
             f"the scorer {scorer} has no annotation file: put `answer` into the question file, or "
             f"choose {', '.join(readers)}"
         )
-    assert set(readers) < set(SCORERS)
     try:
         found = readers[scorer](questions, source)
     except OSError as error:
@@ -277,3 +274,17 @@ def _vqav2(questions: Sequence[Question], source: Path) -> list[Any]:
     annotations = json.loads(source.read_text(encoding="utf-8"))["annotations"]
     known = {str(a["question_id"]): [x["answer"] for x in a["answers"]] for a in annotations}
     return [known[q.id] for q in questions]
+
+
+def require_references(questions: Sequence[Question], score: Callable[[str, Any], float]) -> None:
+    """Check every reference before anything is asked.
+
+    Raises:
+        TrioError: one does not fit the scorer; the error names the question.
+    """
+    for question in questions:
+        if question.reference is not None:
+            try:
+                score("", question.reference)
+            except TrioError as error:
+                raise TrioError(f"question {question.id}: {error}") from None

@@ -28,6 +28,8 @@ PATCH = 12  # digits are drawn into one patch of the tiny VLM each
 TRAIN_SEEDS = range(0, 1_000_000)
 TUNING_SEEDS = range(1_000_000, 1_100_000)
 TEST_SEEDS = range(2_000_000, 2_100_000)
+FIRST_SCENE = 10_000
+"""First scene of a split to ask about: model card, README and tests ask about earlier ones."""
 
 COLOURS = {
     "red": (214, 32, 38),

@@ -21,12 +21,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trio_deploy.errors import TrioError
-
-if TYPE_CHECKING:
-    from trio_deploy.evaluation.questions import Question
 
 _ANNOTATORS = 10
 _ENOUGH = 3  # annotators who agree make an answer fully right
@@ -179,20 +176,6 @@ def get_scorer(name: str) -> Callable[[str, Any], float]:
     if name not in SCORERS:
         raise TrioError(f"unknown scorer {name!r}: choose one of {', '.join(SCORERS)}")
     return SCORERS[name]
-
-
-def require_references(questions: Sequence[Question], score: Callable[[str, Any], float]) -> None:
-    """Look at every reference before anything is asked.
-
-    Raises:
-        TrioError: one does not fit the scorer; the error names the question.
-    """
-    for question in questions:
-        if question.reference is not None:
-            try:
-                score("", question.reference)
-            except TrioError as error:
-                raise TrioError(f"question {question.id}: {error}") from None
 
 
 def pope_summary(said: Sequence[str], labels: Sequence[str]) -> dict[str, float]:

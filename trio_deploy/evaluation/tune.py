@@ -1,23 +1,22 @@
-"""Find the schedule and the options under which a model's answers change least, without labels.
+"""Search for the schedule and options under which a model's answers change least, without labels.
 
-What is minimised is the probability that sampling would give another answer than the unpruned
-model's greedy one, averaged over calibration questions: 1 − Π p(token), each token's probability
-after the ones before it. It counts the whole answer and stays between 0 and 1, so that neither a
-first token nor one hopeless question decides; where the probabilities are extreme it is the share
-of answers that change.
+The loss is the probability that sampling gives another answer than the unpruned model's greedy one,
+averaged over calibration questions: 1 − Π p(token), each token's probability after the ones before
+it. It covers the whole answer and lies between 0 and 1, so neither a first token nor one hard
+question dominates; if the probabilities are extreme it is the share of answers that change.
 
-Candidates begin coarse: one, two or three pruning points, at the start of the language model and
-across its depth, by each of the methods, keeps in a few proportions. All are asked a few questions
-(64 or more: with fewer, one hard question decides). The better third, joined by neighbours of the
-best (a point moved, the proportions changed, a method, τ or the probe exchanged), is asked three
-times as many, and so on (successive halving, Jamieson and Talwalkar 2016); the last third is asked
-everything.
+The first candidates are coarse: one, two or three pruning points, at the start of the language
+model and across its depth, by each of the methods, keeps in a few proportions. All are asked a few
+questions (64 or more: with fewer, one hard question decides). The better third, joined by
+neighbours of the best (a point moved, the proportions changed, a method, τ or the probe exchanged),
+is asked three times as many, and so on (successive halving, Jamieson and Talwalkar 2016); the last
+third is asked every question.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -28,12 +27,11 @@ import yaml
 from tqdm import tqdm
 
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluation.ask import AnswerLog, batches, checksums, same
+from trio_deploy.evaluation.ask import AnswerLog, AskOptions, batches, checksums, same
 from trio_deploy.evaluation.configurations import (
     BUNDLES,
     Bundles,
     Configuration,
-    RuntimeOptions,
     Source,
     unpruned,
 )
@@ -51,25 +49,25 @@ _LOG = "tuning.jsonl"
 _REFERENCE = "unpruned.jsonl"
 
 _RATIO_DIGITS = 6
-_SURVIVE = 3  # one in so many goes on, to be asked so many times as much
-_FEWEST = 4  # that go on, where there are as many
-_PARENTS = 3  # whose neighbours join
-_FIRST = 64  # questions of the first round, or up to three times as many: fewer are a lottery
-_DEPTHS = (0.2, 0.35, 0.5, 0.65)  # of a second point, as a share of the layers
-_FALLS = (0.65, 0.45, 0.3)  # what a later point keeps of the one before
-_STEP = 1.25  # by which a neighbour's keeps differ
+_REDUCTION = 3  # one in three candidates survives a round and is asked three times as much
+_MIN_SURVIVORS = 4
+_PARENTS = 3  # candidates whose neighbours join
+_FIRST = 64  # minimum number of questions of the first round: with fewer, chance decides
+_DEPTHS = (0.2, 0.35, 0.5, 0.65)  # places of a second point, as shares of the layers
+_FALLS = (0.65, 0.45, 0.3)  # shares that a later point keeps of the one before
+_STEP = 1.25  # factor between the keeps of neighbours
 _TAU_STEP = 0.1
 
 
 @dataclass(frozen=True)
 class Space:
-    """What a search may choose from.
+    """What a search chooses from.
 
     Attributes:
-        methods: of the pruning points.
-        thresholds: cosines τ to begin with; neighbours move in steps of 0.1.
-        probes, positions: those to try; None keeps the model's own.
-        points: pruning points at most.
+        methods: selection methods of the pruning points.
+        thresholds: cosine thresholds τ to begin with; neighbours move in steps of 0.1.
+        probes, positions: values to try; None: the model's own.
+        points: maximum number of pruning points.
     """
 
     methods: tuple[str, ...] = ("trio", "divprune")
@@ -88,7 +86,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A schedule by its shape, from which the budget makes keeps.
+    """The shape of a schedule; the budget determines the keeps.
 
     Attributes:
         points: (layer, weight, method); keeps are proportional to the weights.
@@ -102,7 +100,7 @@ class Candidate:
 
 @dataclass
 class Ranked:
-    """A candidate with what it lost so far; `loss` and `agreement` over `asked` questions."""
+    """A candidate with its mean `loss` and `agreement` over the first `asked` questions."""
 
     configuration: Configuration
     loss: float
@@ -116,10 +114,10 @@ class Tuned:
     """The result of a search.
 
     Attributes:
-        ranking: best first, all of them asked every question.
+        ranking: finalists, best first, all of them asked every question.
         loss: of the best, on the questions that it was chosen by.
         rounds: (schedules, questions that each of them was asked or more), fewest questions first.
-        behind: how much more each of the ranking loses than the best, paired.
+        behind: for each of the ranking, its loss minus that of the best, paired.
         text: the best in the form of a recipe.
     """
 
@@ -132,7 +130,7 @@ class Tuned:
 
     @property
     def tried(self) -> int:
-        """Schedules that were asked anything."""
+        """Number of schedules that were asked anything."""
         return self.rounds[0][0]
 
     @property
@@ -141,18 +139,18 @@ class Tuned:
 
     @property
     def level(self) -> list[Ranked]:
-        """Others of the ranking that cannot be told apart from the best."""
+        """Other finalists that do not differ from the best beyond the interval."""
         pairs = zip(self.ranking[1:], self.behind[1:], strict=True)
         return [one for one, more in pairs if level(more)]
 
 
 def level(more: Estimate) -> bool:
-    """Whether a difference from the best may be none: its interval includes 0, or there is none."""
+    """Whether a difference may be 0: its interval includes 0, or there is no interval."""
     return not more.known or more.low <= 0 <= more.high
 
 
 def realise(candidate: Candidate, budget: float, layers: int, visual: int) -> Configuration | None:
-    """The candidate's schedule whose average is the budget or just below; None if there is none.
+    """The candidate's schedule with an average at or just below the budget; None if impossible.
 
     Keeps are whole tokens of `visual`, stored as ratios.
     """
@@ -198,7 +196,7 @@ def realise(candidate: Candidate, budget: float, layers: int, visual: int) -> Co
 
 
 def coarse(space: Space, budget: float, layers: int) -> list[Candidate]:
-    """Where a search begins."""
+    """The first candidates of a search."""
     shapes: list[list[tuple[int, float]]] = [[(0, 1.0)]]
     first = default_layers(layers)[0]
     shapes.append([(first, 1.0)])
@@ -230,7 +228,7 @@ def coarse(space: Space, budget: float, layers: int) -> list[Candidate]:
 
 
 def neighbours(candidate: Candidate, space: Space, layers: int) -> Iterator[Candidate]:
-    """Candidates that differ in one thing."""
+    """Candidates that differ in one property."""
     points = candidate.points
     step = max(1, layers // 32)
     for place, (layer, weight, method) in enumerate(points):
@@ -265,44 +263,41 @@ def neighbours(candidate: Candidate, space: Space, layers: int) -> Iterator[Cand
 
 
 class Tuner:
-    """Asks candidates calibration questions; what was asked before is not asked again."""
+    """Ask candidates calibration questions, each once."""
 
     def __init__(
         self,
         source: Source,
         questions: Sequence[Question],
         out: Path,
-        options: RuntimeOptions,
-        *,
-        batch: int = 16,
-        max_new_tokens: int = 128,
-        progress: bool = True,
+        options: AskOptions | None = None,
     ) -> None:
         """Arguments as in `tune`."""
+        options = options or AskOptions()
         if source.bundle is not None:
             raise TrioError(
                 "a bundle's schedule is settled: pass the model that it was exported from"
             )
         self._source = source
-        # Spread over the pictures, so that the first few questions are about many of them.
+        # Shuffled, so that the first few questions are about many pictures.
         order = np.random.default_rng(0).permutation(len(questions))
         self.questions = [questions[place] for place in order]
         self._asked = checksums(self.questions)
-        self._bundles = Bundles(source, out / BUNDLES, options)
-        self._batch = batch
-        self._limit = max_new_tokens
-        self._progress = progress
+        self._bundles = Bundles(source, out / BUNDLES, options.runtime, options.dtype)
+        self._batch = options.batch
+        self._limit = options.max_new_tokens
+        self._progress = options.progress
         self._log = AnswerLog(out / _LOG)
-        # By what answers (model, target, schedule …) and what is asked (prompt, pictures).
+        # By checksums of what answers (model, target, schedule …) and what is asked.
         self._losses: dict[tuple[str, str], tuple[float, bool]] = {
             (entry["candidate"], entry["id"]): (entry["loss"], entry["agrees"])
             for entry in self._log.entries
-            if same(entry, self._asked, max_new_tokens)
+            if same(entry, self._asked, self._limit)
         }
         self._answers = self._reference(AnswerLog(out / _REFERENCE))
 
     def _reference(self, log: AnswerLog) -> dict[str, list[int]]:
-        """Tokens of the unpruned model's answers, by question."""
+        """Tokens of the unpruned model's answers by question id."""
         whole = self._bundles.identity(unpruned(self._source))
         known = {
             entry["id"]: entry["tokens"]
@@ -336,10 +331,10 @@ class Tuner:
     def rank(
         self, candidates: dict[str, tuple[Configuration, Candidate]], asked: int
     ) -> list[Ranked]:
-        """Ask each candidate the first `asked` questions; best first."""
+        """Ask each candidate the first `asked` questions; ranked, best first."""
         questions = self.questions[:asked]
         ranked = []
-        # Those that differ in keeps alone share a bundle: one after the other.
+        # Candidates that differ only in keeps share a bundle: ask them one after the other.
         order = sorted(candidates.values(), key=lambda one: self._bundles.shape(one[0]))
         missing = sum(
             (self._bundles.identity(configuration), q.id) not in self._losses
@@ -361,7 +356,7 @@ class Tuner:
         return sorted(ranked, key=lambda one: one.loss)
 
     def losses(self, configuration: Configuration) -> np.ndarray:
-        """Of all questions, float64 [n]; they must have been asked."""
+        """Losses on all questions, float64 [n]; they must have been asked."""
         key = self._bundles.identity(configuration)
         return np.array([self._losses[(key, q.id)][0] for q in self.questions])
 
@@ -407,29 +402,103 @@ class Tuner:
         return tqdm(total=total, desc=label, unit="q", disable=None if self._progress else True)
 
 
+class Search:
+    """Successive halving over candidates: each round asks fewer schedules more questions.
+
+    Attributes:
+        ranked: candidates of the last round, best first.
+    """
+
+    def __init__(self, tuner: Tuner, space: Space, budget: float, source: Source) -> None:
+        self._tuner, self._space, self._budget = tuner, space, budget
+        self._layers, self._visual = source.layers, source.visual
+        self._known: dict[str, tuple[Configuration, Candidate]] = {}
+        self._asked: dict[int, set[str]] = {}
+        self.ranked: list[Ranked] = []
+
+    def begin(self, limit: int | None, start: Sequence[Schedule]) -> list[str]:
+        """Keys of the first candidates: coarse ones, `limit` of them evenly taken, and `start`."""
+        found = self._add(coarse(self._space, self._budget, self._layers))
+        if limit is not None and limit < len(found):
+            places = np.linspace(0, len(found) - 1, limit).round().astype(int)
+            found = [found[place] for place in places]
+        space = self._space
+        found += self._add(
+            Candidate(
+                tuple((p.layer, float(p.keep), p.method) for p in schedule.points),
+                space.thresholds[0],
+                space.probes[0],
+                space.positions[0],
+            )
+            for schedule in start
+        )
+        return list(dict.fromkeys(found))
+
+    def run(self, keys: Sequence[str]) -> None:
+        """Ask in rounds; the last one asks every question."""
+        total = len(self._tuner.questions)
+        for number, asked in enumerate(_rungs(total)):
+            if self.ranked:
+                keys = self._survivors(joined=asked < total or number == 1)
+            self.ranked = self._tuner.rank({key: self._known[key] for key in keys}, asked)
+            self._asked.setdefault(asked, set()).update(keys)
+
+    def rounds(self) -> list[tuple[int, int]]:
+        """(schedules, questions that each was asked or more), fewest questions first."""
+        for fewer, more in reversed(list(pairwise(self._asked))):
+            self._asked[fewer] |= self._asked[more]
+        return [(len(keys), asked) for asked, keys in self._asked.items()]
+
+    def _survivors(self, *, joined: bool) -> list[str]:
+        """Keys of the better third, `joined` by neighbours of the best."""
+        survivors = self.ranked[: max(_MIN_SURVIVORS, len(self.ranked) // _REDUCTION)]
+        keys = [one.configuration.key for one in survivors]
+        if joined:
+            parents = [one.candidate for one in survivors[:_PARENTS]]
+            keys += self._add(
+                near for one in parents for near in neighbours(one, self._space, self._layers)
+            )
+        return list(dict.fromkeys(keys))
+
+    def _add(self, candidates: Iterable[Candidate]) -> list[str]:
+        """Keys of the candidates that the budget can have, each once."""
+        keys = []
+        for candidate in candidates:
+            configuration = realise(candidate, self._budget, self._layers, self._visual)
+            if configuration is not None:
+                self._known.setdefault(configuration.key, (configuration, candidate))
+                keys.append(configuration.key)
+        return list(dict.fromkeys(keys))
+
+
+def _rungs(total: int) -> list[int]:
+    """Questions of each round; two rounds ask the first number, neighbours join in between."""
+    rungs = [total]
+    while rungs[0] > _REDUCTION * _FIRST:
+        rungs.insert(0, math.ceil(rungs[0] / _REDUCTION))
+    return [rungs[0], *rungs]
+
+
 def tune(
     source: Source,
     questions: Sequence[Question],
     budget: float,
     out: Path,
+    options: AskOptions | None = None,
     *,
     space: Space | None = None,
-    options: RuntimeOptions | None = None,
-    batch: int = 16,
-    max_new_tokens: int = 128,
     limit: int | None = None,
     start: Sequence[Schedule] = (),
-    progress: bool = True,
 ) -> Tuned:
-    """Search for the schedule of this budget; the same call after an interrupt goes on.
+    """Search for the schedule of a budget; the same call after an interrupt goes on.
 
     Args:
-        questions: for calibration; references are not looked at.
-        budget: visual tokens a layer on average, as a share of all.
-        out: a folder for bundles and what was asked; `schedule.yaml` there is the result in the
-            form of a recipe.
-        limit: candidates to begin with at most, evenly taken.
-        start: schedules to begin with besides; scaled to the budget.
+        questions: questions for calibration; references are not used.
+        budget: average share of visual tokens per layer.
+        out: folder for bundles, what was asked, and the result in the form of a recipe,
+            `schedule.yaml`.
+        limit: maximum number of candidates to begin with, evenly taken.
+        start: schedules to begin with as well, scaled to the budget.
 
     Raises:
         TrioError: the budget cannot be reached, or what exporting and running raises.
@@ -439,75 +508,23 @@ def tune(
         raise TrioError(f"a budget of {budget:g} is not possible: it is above 0 and at most 1")
     if limit is not None and limit < 1:
         raise TrioError(f"a search begins with 1 candidate or more, not {limit}")
-    tuner = Tuner(
-        source,
-        questions,
-        out,
-        options or RuntimeOptions(),
-        batch=batch,
-        max_new_tokens=max_new_tokens,
-        progress=progress,
-    )
-    layers, visual = source.layers, source.visual
-    known: dict[str, tuple[Configuration, Candidate]] = {}
-
-    def add(candidates: Sequence[Candidate]) -> list[str]:
-        keys = []
-        for candidate in candidates:
-            configuration = realise(candidate, budget, layers, visual)
-            if configuration is not None:
-                known.setdefault(configuration.key, (configuration, candidate))
-                keys.append(configuration.key)
-        return keys
-
-    begin = list(dict.fromkeys(add(coarse(space, budget, layers))))
-    if limit is not None and limit < len(begin):
-        places = np.linspace(0, len(begin) - 1, limit).round().astype(int)
-        begin = [begin[place] for place in places]
-    begin += add(
-        [
-            Candidate(
-                tuple((p.layer, float(p.keep), p.method) for p in schedule.points),
-                space.thresholds[0],
-                space.probes[0],
-                space.positions[0],
-            )
-            for schedule in start
-        ]
-    )
-    alive = list(dict.fromkeys(begin))
-    if not alive:
+    tuner = Tuner(source, questions, out, options)
+    search = Search(tuner, space, budget, source)
+    first = search.begin(limit, start)
+    if not first:
         raise TrioError(
             f"no schedule of this model reaches a budget of {budget:g}: pass a larger one, or a "
             "method that may prune before layer 0"
         )
-    total = len(tuner.questions)
-    rungs = [total]
-    while rungs[0] > _SURVIVE * _FIRST:
-        rungs.insert(0, math.ceil(rungs[0] / _SURVIVE))
-    rungs.insert(0, rungs[0])  # the best of the first round get neighbours before more is asked
-    ranked: list[Ranked] = []
-    rounds: dict[int, set[str]] = {}
-    for turn, asked in enumerate(rungs):
-        if ranked:
-            survivors = ranked[: max(_FEWEST, len(ranked) // _SURVIVE)]
-            alive = [one.configuration.key for one in survivors]
-            if asked < total or turn == 1:  # the last round only decides
-                parents = [one.candidate for one in survivors[:_PARENTS]]
-                alive += add([near for one in parents for near in neighbours(one, space, layers)])
-            alive = list(dict.fromkeys(alive))
-        ranked = tuner.rank({key: known[key] for key in alive}, asked)
-        rounds.setdefault(asked, set()).update(alive)
-    for fewer, more in reversed(list(pairwise(rounds))):
-        rounds[fewer] |= rounds[more]
-    losses = [tuner.losses(one.configuration) for one in ranked]
+    search.run(first)
+    losses = [tuner.losses(one.configuration) for one in search.ranked]
     bootstrap = Bootstrap([q.picture for q in tuner.questions])
     tuned = Tuned(
         budget,
-        ranked,
+        search.ranked,
         bootstrap.mean(losses[0]),
-        [(len(keys), asked) for asked, keys in rounds.items()],
-        [bootstrap.difference(one, losses[0], np.ones(total)) for one in losses],
+        search.rounds(),
+        [bootstrap.difference(one, losses[0], np.ones(len(losses[0]))) for one in losses],
     )
     tuned.text = recipe_text(tuned)
     out.mkdir(parents=True, exist_ok=True)
@@ -516,7 +533,7 @@ def tune(
 
 
 def recipe_text(tuned: Tuned) -> str:
-    """The best schedule in the form of a recipe, to be put into one."""
+    """The best schedule in the form of a recipe."""
     best = tuned.best
     assert best.schedule is not None
     loss = tuned.loss
@@ -526,7 +543,7 @@ def recipe_text(tuned: Tuned) -> str:
         f"# {loss.value:.4f}"
         + (f" ({loss.low:.4f} to {loss.high:.4f})" if loss.known else "")
         + f", and the same answer came {tuned.ranking[0].agreement:.1%} of the time:",
-        "# on the questions that it was chosen by. On others it will be worse; trio eval tells.",
+        "# on the questions that it was chosen by. On others it will be worse: see trio eval.",
     ]
     others = len(tuned.ranking) - 1
     if others and not loss.known:

@@ -28,14 +28,15 @@ from trio_deploy.bench.table import operations, times
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import ENGINES, MANIFEST, WEIGHTS, StageInfo
 from trio_deploy.checkpoint.resolve import load_recipe
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.recipe import Recipe, list_recipes
 from trio_deploy.cost.flops import account, vision_flops
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluation import scenes
+from trio_deploy.evaluation.ask import AskOptions
 from trio_deploy.evaluation.configurations import (
     BLIND,
     Configuration,
-    RuntimeOptions,
     Source,
     as_exported,
     grid,
@@ -365,10 +366,8 @@ def _ask_scenes(bundle: Bundle, count: int, options: RuntimeOptions, progress: b
             scene_questions(count),
             configurations,
             Path(folder),
-            options=options,
-            max_new_tokens=16,
+            AskOptions(options, max_new_tokens=16, progress=progress),
             data="generated scenes of the test split",
-            progress=progress,
         )
 
 
