@@ -562,9 +562,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bundle", type=Path)
     args = parser.parse_args(arguments)
     if args.part == "golden":
+        from trio_deploy.config.options import RuntimeOptions
         from trio_deploy.verify import check as parity
 
-        parity.record(args.bundle, runtime="onnxruntime")
+        parity.record(args.bundle, RuntimeOptions("onnxruntime"))
         return 0
     result = Result(args.result)
     try:

@@ -454,7 +454,7 @@ def test_a_bundle_in_a_recipes_schedule_is_asked_once_at_that_budget(tmp_path):
 def stored(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     """`trio eval` finds these results, whatever it is asked."""
 
-    def evaluate(source, questions, configurations, out, **_):
+    def evaluate(source, questions, configurations, out, options, **_):
         results.save(out)
         return results
 

@@ -145,7 +145,7 @@ def test_a_loss_is_the_mean_over_the_tokens_of_the_continuation(model, scene):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({}, "say which bundle"), ({"bundle": "b", "colour": 1}, "unknown model argument 'colour'")],
+    [({}, "no bundle is named"), ({"bundle": "b", "colour": 1}, "unknown model argument 'colour'")],
 )
 def test_wrong_arguments_are_one_clear_error(adapter, arguments, message):
     with pytest.raises(TrioError, match=message):

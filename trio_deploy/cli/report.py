@@ -55,23 +55,22 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the page, and print where it is."""
-    from trio_deploy.report.report import Wanted, asked_about, write_report
+    """Write the page, and print its path.
 
-    options = runtime_options(args)
-    page = write_report(
-        args.bundle,
-        args.out,
-        Wanted(
-            bench=args.bench,
-            evaluation=args.eval,
-            asked=asked_about(args.image, args.prompt),
-            check=not args.no_check,
-            measure=not args.no_bench,
-            scenes=args.scenes,
-            runtime=options.runtime,
-            provider=options.provider,
-            threads=options.threads,
-        ),
+    Raises:
+        TrioError: pictures and questions do not match, or what `write_report` raises.
+    """
+    from trio_deploy.report.examples import asked_about
+    from trio_deploy.report.gather import ReportOptions
+    from trio_deploy.report.report import write_report
+
+    options = ReportOptions(
+        bench=args.bench,
+        evaluation=args.eval,
+        asked=asked_about(args.image, args.prompt),
+        check=not args.no_check,
+        measure=not args.no_bench,
+        scenes=args.scenes,
+        runtime=runtime_options(args),
     )
-    print(page)
+    print(write_report(args.bundle, args.out, options))

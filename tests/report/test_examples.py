@@ -1,0 +1,29 @@
+"""Questions on the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trio_deploy import TrioError
+from trio_deploy.report.examples import SCENES, asked_about, default_questions
+
+
+def test_questions_and_pictures_go_together():
+    a, b = Path("a.png"), Path("b.png")
+    assert [(q.images, q.prompt) for q in asked_about([a, b], ["x"])] == [((a,), "x"), ((b,), "x")]
+    assert [q.prompt for q in asked_about([a], ["x", "y"])] == ["x", "y"]
+    assert asked_about([], []) == []
+    for images, prompts in (([a], []), ([], ["x"]), ([a, b, a], ["x", "y"])):
+        with pytest.raises(TrioError, match="do not go together"):
+            asked_about(images, prompts)
+
+
+def test_the_default_questions_are_about_the_test_split():
+    from trio_deploy.evaluation.scenes import TEST_SEEDS
+
+    asked = default_questions()
+    assert len(asked) == 4 and asked[0].images == asked[1].images
+    assert asked[0].prompt != asked[1].prompt and all(q.truth for q in asked)
+    assert all(seed in TEST_SEEDS for seed, _, _ in SCENES)

@@ -1,0 +1,193 @@
+"""Measured figures on the page, read from what `trio bench`, `trio eval` and `trio check` wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from trio_deploy.bench.environment import machine_text
+from trio_deploy.bench.measure import SCHEMA, UNPRUNED
+from trio_deploy.bench.table import times
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import MANIFEST
+from trio_deploy.checkpoint.resolve import load_recipe
+from trio_deploy.config.recipe import Recipe, list_recipes
+from trio_deploy.errors import TrioError
+from trio_deploy.evaluation.configurations import BLIND
+from trio_deploy.evaluation.configurations import UNPRUNED as ALL_TOKENS
+from trio_deploy.evaluation.results import Result, Results
+from trio_deploy.files import sha256_of
+from trio_deploy.report.charts import Retention
+
+_MIB = 2**20
+
+
+def parity(file: Path) -> dict[str, Any]:
+    """The comparison with the reference, from the JSON of `trio check --json`."""
+    report = json.loads(file.read_text(encoding="utf-8"))
+    rows = [
+        {
+            "stage": row["stage"],
+            "relative": _relative(row["max_rel"]),
+            "kept": "" if row["overlap"] is None else f"{row['overlap']:.1%}",
+            "tokens": {None: "", True: "equal", False: "differ"}[row["tokens_equal"]],
+            "passed": row["passed"],
+            "problem": row["problem"],
+        }
+        for row in report["rows"]
+    ]
+    passed = sum(row["passed"] for row in rows)
+    return {"title": report["title"], "rows": rows, "passed": passed}
+
+
+def _relative(difference: float | None) -> str:
+    if difference is None:
+        return "inf"  # JSON has no such number
+    return f"{difference:.1e}" if difference else "0"
+
+
+def cost(bundle: Bundle, file: Path, *, quick: bool) -> dict[str, Any]:
+    """Measured time and memory, from a file of `trio bench`; `quick`: of few runs.
+
+    Raises:
+        TrioError: the file is none of `trio bench`, or of another model.
+    """
+    result = read_bench(file, bundle)
+    cases = result["cases"]
+    best = next((case for case in cases[1:] if case["kind"] == "trio"), cases[0])
+    table = [
+        {
+            "name": case["name"],
+            "first": f"{case['first_token_s']['median']:.3f}",
+            "spread": f"{case['first_token_s']['q1']:.3f} – {case['first_token_s']['q3']:.3f}",
+            "prefill": times(case["against_unpruned"]["prefill"]),
+            "limit": times(case["against_unpruned"]["flops_limit"]),
+            "speed": f"{case['tokens_per_s']['median']:.1f}" if case["tokens_per_s"] else "",
+            "kv": f"{case['kv_bytes'] / _MIB:.1f}" if case["kv_bytes"] else "",
+            "peak": f"{case['peak_mib']:.0f}" if case["peak_mib"] else "",
+        }
+        for case in cases
+    ]
+    return {
+        "result": result,
+        "table": table,
+        "work": result["workload"],
+        "machine": machine_text(result["machine"], result["load_before"], result["load_after"]),
+        "prefill_ratio": best["against_unpruned"]["prefill"] if best["name"] != UNPRUNED else None,
+        "quick": quick,
+    }
+
+
+def read_bench(file: Path, bundle: Bundle) -> dict[str, Any]:
+    """Read what `trio bench --out` wrote about this bundle's model.
+
+    Raises:
+        TrioError: it cannot be read, is something else, or of another model.
+    """
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if result["schema"] != SCHEMA or not result["cases"]:
+            raise KeyError("schema")
+        name = result["model"]["name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrioError(
+            f"{file} holds no measurements of trio bench: write them with "
+            "`trio bench BUNDLE --out NAME` and pass NAME.json"
+        ) from error
+    _same_model(file, str(name), bundle)
+    return dict(result)
+
+
+def accuracy(bundle: Bundle, file: Path, *, quick: bool) -> dict[str, Any]:
+    """Retained accuracy, from the results.json of `trio eval`; `quick`: of few questions.
+
+    Raises:
+        TrioError: the file is none of `trio eval`, or of another model.
+    """
+    results = Results.load(file)
+    _same_model(file, results.model, bundle)
+    return {**summarise(results, bundle), "quick": quick}
+
+
+def summarise(results: Results, bundle: Bundle) -> dict[str, Any]:
+    """Rows, chart and headline of an evaluation, with the bundle's own configuration marked."""
+    rows: list[dict[str, Any]] = []
+    pruned = [result for result in results.results if result.name not in (ALL_TOKENS, BLIND)]
+    own = next((result for result in pruned if _is_bundles(result, results, bundle)), None)
+    for result in results.results:
+        one, kept = result.overall, result.overall.retention
+        said = [str(result.schedule)] if result.schedule and result.schedule.points else []
+        said += [f"{key} {value}" for key, value in result.options.items()]
+        rows.append(
+            {
+                "name": result.name,
+                "own": result is own,
+                "schedule": ", ".join(said),
+                "share": f"{result.share:.1%}",
+                "accuracy": f"{one.accuracy.value:.1%}" if one.accuracy else "",
+                "retention": f"{kept.value:.1%}" if kept else "",
+                "interval": ""
+                if kept is None or math.isnan(kept.low) or kept.low == kept.high
+                else f"{kept.low:.1%} – {kept.high:.1%}",
+                "agreement": f"{result.agreement.value:.1%}",
+                "kl": f"{one.kl:.3f}",
+            }
+        )
+    return {
+        "model": results.model,
+        "data": results.data,
+        "questions": results.questions,
+        "pictures": results.pictures,
+        "rows": rows,
+        "chart": Retention.of(results, first=own.name if own else None),
+        "scored": bool(results.results and results.results[0].overall.retention),
+        "headline": (own.overall.retention.value, own.share)
+        if own and own.overall.retention
+        else None,
+        "without": _without(bundle) if own is None and bundle.schedule.points else "",
+    }
+
+
+def _is_bundles(result: Result, results: Results, bundle: Bundle) -> bool:
+    """Whether a result is that of the bundle as it is: its schedule and its options.
+
+    A result names the options that were asked for. The others are the measured bundle's own or, if
+    bundles were exported for the evaluation, the model's defaults.
+    """
+    if result.schedule != bundle.schedule:
+        return False
+    manifest = bundle.manifest
+    ours = {
+        "threshold": manifest.threshold,
+        "probe": manifest.probe,
+        "positions": manifest.positions,
+    }
+    if results.bundle not in ("", sha256_of(bundle.path / MANIFEST)):
+        return False
+    if not results.bundle:
+        known = manifest.model.name in list_recipes()
+        defaults = load_recipe(manifest.model.name) if known else Recipe
+        unnamed = {key: getattr(defaults, key) for key in ours}
+    else:
+        unnamed = ours
+    return {**unnamed, **result.options} == ours
+
+
+def _without(bundle: Bundle) -> str:
+    """The note for an evaluation without the bundle's own configuration."""
+    manifest = bundle.manifest
+    return (
+        f"None of these is this bundle as it is ({bundle.schedule}; probe {manifest.probe}, "
+        f"positions {manifest.positions}, threshold {manifest.threshold:g}), so nothing here says "
+        "how many right answers it keeps: `trio eval` of the bundle's folder does."
+    )
+
+
+def _same_model(file: Path, name: str, bundle: Bundle) -> None:
+    if name != bundle.manifest.model.name:
+        raise TrioError(
+            f"{file} is about {name}, not about {bundle.manifest.model.name}: pass the figures of "
+            "this bundle's model"
+        )
