@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 
+import msgspec
+
 from tests.support.page import Page
 from tests.support.pictures import make_picture
 from trio_deploy import Bundle
@@ -15,7 +17,7 @@ from trio_deploy.report.report import write_report
 
 
 def test_it_says_what_other_budgets_keep_where_the_recipe_does(bundle):
-    manifest = replace(bundle.manifest, budgets={"0.5": [8, 4], "0.7": [12, 8]})
+    manifest = msgspec.structs.replace(bundle.manifest, budgets={"0.5": [8, 4], "0.7": [12, 8]})
     facts = dict(exported(replace(bundle, manifest=manifest))["facts"])
     assert facts["At a budget of 0.7"] == "1:12, 2:8" and "At a budget of 0.5" not in facts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from tests.support.page import Page
@@ -54,7 +55,7 @@ def test_another_option_is_another_configuration(bundle, options, own):
 
 
 def test_options_that_an_evaluation_does_not_name_are_the_measured_bundles_or_the_models(bundle):
-    ours = replace(bundle, manifest=replace(bundle.manifest, threshold=0.6))
+    ours = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, threshold=0.6))
     exported_anew = results_of(ours.manifest.model.name, ("x", 0.4, 0.9, bundle.schedule))
     assert summarise(exported_anew, ours)["headline"] is None
     itself = replace(exported_anew, bundle=sha256_of(bundle.path / MANIFEST))

@@ -79,13 +79,9 @@ def answers(pipeline: Pipeline, asked: Sequence[Asked]) -> dict[str, Any]:
     shown = []
     for question in asked:
         pruned, whole = (
-            pipeline.generate_batch(
-                [
-                    Request(
-                        question.prompt, question.images, max_new_tokens=_NEW_TOKENS, budget=budget
-                    )
-                ]
-            )[0]
+            pipeline.generate(
+                Request(question.prompt, question.images, max_new_tokens=_NEW_TOKENS, budget=budget)
+            )
             for budget in (None, 1.0)
         )
         shown.append(
