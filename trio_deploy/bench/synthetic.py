@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from trio_deploy.bench.environment import machine
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.bundle.weights import plan_layout
+from trio_deploy.bundle.weights import Layout, plan_layout
 from trio_deploy.checkpoint.resolve import resolve
 from trio_deploy.checkpoint.safetensors import INDEX, SINGLE
 from trio_deploy.config.options import RuntimeOptions
@@ -260,7 +260,7 @@ def _hub_name(name: str) -> str:
     return name
 
 
-def _write_weights(folder: Path, layout: Any, dtype: str, seed: int, progress: bool) -> None:
+def _write_weights(folder: Path, layout: Layout, dtype: str, seed: int, progress: bool) -> None:
     rng = np.random.default_rng(seed)
     target = _DTYPES[dtype]
     places: dict[str, str] = {}
