@@ -1,11 +1,22 @@
-"""A look into a batcher's queue, and deadlines that pass without a clock."""
+"""What tests of batching share: a pipeline, requests, a gate, and a look into the queue."""
 
 from __future__ import annotations
 
+import functools
+import threading
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from trio_deploy import Batcher
+import pytest
+
+from tests.support.pictures import make_picture
+from tests.support.questions import COLOR, SCHEDULE, ask
+from tests.support.waiting import WAIT_S, wait_for
+from trio_deploy import Batcher, Bundle, Pipeline, Request, export_model
+from trio_deploy.evaluation import scenes
 from trio_deploy.pipeline.batcher.queue import Job
+from trio_deploy.pipeline.sequence import SequenceState
 
 
 def waiting(batcher: Batcher) -> list[Job]:
@@ -23,3 +34,57 @@ def expire(batcher: Batcher) -> None:
     for job in unfinished(batcher):
         job.entry = replace(job.entry, deadline=0.0)
     batcher._queue.wake()
+
+
+SHORT = Request("what color is the circle ?", max_new_tokens=3)
+
+
+@functools.cache
+def opened(folder: Path, dialect: str = "ort", runtime: str = "onnxruntime") -> Pipeline:
+    """The shipped model, without an end token, so that its answers are as long as they may."""
+    bundle = folder / dialect
+    if not bundle.is_dir():
+        export_model("tiny", bundle, schedule=SCHEDULE, dialect=dialect, progress=False)
+    endless = Bundle.load(bundle).with_end_tokens([])
+    return Pipeline.open(endless, runtime=runtime, threads=1)
+
+
+def mixed(count: int) -> list[Request]:
+    """Requests that differ in everything in which they may differ."""
+    requests = []
+    for number in range(count):
+        scene = scenes.generate(number)
+        images: list[Any] = [[scene.image], [], [make_picture(60, 90, number)] * 2][number % 3]
+        requests.append(
+            Request(
+                ask(COLOR if number % 2 else "what shape is red ?", len(images)),
+                images,
+                max_new_tokens=1 + number * 7 % 12,
+                temperature=(0.0, 1.0)[number % 2],
+                top_p=0.9,
+                seed=number,
+                stop=["a", "is"] if number % 5 == 4 else (),
+                budget=(None, 0.15, 1.0, 0.5)[number % 4],
+            )
+        )
+    return requests
+
+
+class Gate:
+    """Holds a pipeline's prefills up until it is opened."""
+
+    def __init__(self, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Event()
+        self.turns: list[int] = []
+        prefill = pipeline.prefill
+
+        def gated(rows: list[SequenceState], clock: Any) -> Any:
+            self.turns.append(len(rows))
+            assert self.open.wait(WAIT_S)
+            return prefill(rows, clock)
+
+        monkeypatch.setattr(pipeline, "prefill", gated)
+
+    def held(self) -> None:
+        """Wait until a prefill is held up."""
+        wait_for(lambda: bool(self.turns))

@@ -1,4 +1,4 @@
-"""Handles and the thread of listeners, without a batcher."""
+"""Handles and the thread of listeners, alone and in a batcher."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import threading
 
 import pytest
 
+from tests.support.batching import SHORT
+from tests.support.questions import COLOR, alike, ask
 from tests.support.waiting import WAIT_S
-from trio_deploy import TrioError
+from trio_deploy import Batcher, Pipeline, Request, TrioError
+from trio_deploy.evaluation import scenes
 from trio_deploy.pipeline.batcher.events import (
     Cancelled,
     DeadlinePassed,
@@ -87,3 +90,59 @@ def test_errors_are_counted_by_their_kind() -> None:
     assert [*map(outcome, errors)] == ["cancelled", "deadline", "failed", "invalid"]
     assert str(failed(TrioError("out of memory"))) == "out of memory"
     assert str(failed(RuntimeError("boom"))) == "RuntimeError('boom')"
+
+
+def test_events_are_the_answer_in_pieces(batcher: Batcher) -> None:
+    events: list[Event] = []
+    request = Request(ask(COLOR), [scenes.generate(3).image], max_new_tokens=9)
+    answer = batcher.submit(request, events.append).result(WAIT_S)
+    assert [event.token_id for event in events] == answer.token_ids
+    assert "".join(event.text for event in events) == answer.text
+    assert [event.last for event in events] == [False] * 8 + [True]
+    assert events[-1].generation is answer and answer.finish_reason == "length"
+    assert {"queue", "preprocess", "vision", "prefill_0", "decode"} <= set(answer.timings)
+    assert answer.first_token_s > 0 and all(seconds >= 0 for seconds in answer.timings.values())
+
+
+@pytest.mark.parametrize("prefillers", [0, 2])
+def test_cancelling_is_heeded_within_a_token(pipeline: Pipeline, prefillers: int) -> None:
+    with Batcher(pipeline, prefillers=prefillers) as batcher:
+        events: list[Event] = []
+        handle: list[Handle] = []
+        known = threading.Event()
+
+        def listen(event: Event) -> None:
+            events.append(event)
+            known.wait(WAIT_S)
+            if len(events) == 3:
+                handle[0].cancel()
+
+        long = Request(ask(COLOR), [scenes.generate(0).image], max_new_tokens=150)
+        other = batcher.submit(long)
+        handle.append(batcher.submit(long, listen))
+        known.set()
+        with pytest.raises(Cancelled):
+            handle[0].result(WAIT_S)
+        assert len(events) <= 3 + 1 + 1, "one more token, and the end"
+        assert alike(other.result(WAIT_S), pipeline.generate_batch([long])[0])
+        handle[0].cancel()  # again, and too late: nothing happens
+        metrics = batcher.metrics()
+        assert metrics.outcomes == {"cancelled": 1, "length": 1}
+        assert metrics.tokens - len(other.result(0).token_ids) in (3, 4)
+
+
+def test_a_listener_that_raises_loses_its_request_alone(
+    pipeline: Pipeline, batcher: Batcher
+) -> None:
+    heard: list[Event] = []
+
+    def broken(event: Event) -> None:
+        heard.append(event)
+        raise RuntimeError("client gone")
+
+    one = batcher.submit(Request(SHORT.prompt, max_new_tokens=200), broken)
+    two = batcher.submit(SHORT)
+    with pytest.raises(Cancelled):
+        one.result(WAIT_S)
+    assert [event.last for event in heard] == [False, True], "it may have things to put away"
+    assert alike(two.result(WAIT_S), pipeline.generate_batch([SHORT])[0])

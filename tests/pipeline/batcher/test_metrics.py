@@ -1,7 +1,19 @@
-"""Counters and gauges of a batcher, without one."""
+"""Counters and gauges, alone and in a batcher."""
 
 from __future__ import annotations
 
+import time
+
+import pytest
+
+from tests.support.batching import SHORT, Gate, waiting
+from tests.support.waiting import wait_for
+from trio_deploy import Batcher, Pipeline, Request
+from trio_deploy.pipeline.batcher.events import (
+    Cancelled,
+    DeadlinePassed,
+    Refused,
+)
 from trio_deploy.pipeline.batcher.metrics import Metrics, Recorder
 
 
@@ -35,3 +47,36 @@ def test_a_snapshot_does_not_change_any_more() -> None:
     before = recorder.snapshot(0)
     recorder.record_outcome("stop")
     assert before.outcomes == {"stop": 1}
+
+
+def test_waiting_in_vain_counts_as_waiting(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the average would fall as more give up; what is refused at once has not waited."""
+    gate = Gate(pipeline, monkeypatch)
+    with Batcher(pipeline, max_rows=1, max_queue=3) as batcher:
+        running = batcher.submit(SHORT)
+        gate.held()
+        cancelled, late = batcher.submit(SHORT), batcher.submit(SHORT, timeout_s=0.3)
+        bad = batcher.submit(Request("?", [b"no picture"]))
+        wait_for(lambda: bad.done)
+        served = batcher.submit(SHORT)
+        with pytest.raises(Refused):
+            batcher.submit(SHORT)
+        wait_for(lambda: len(waiting(batcher)) == 3)
+        time.sleep(0.3)
+        cancelled.cancel()
+        assert batcher.metrics().waits == 0
+        gate.open.set()
+        for handle in (running, served):
+            handle.result(30)
+        for handle in (cancelled, late):
+            with pytest.raises((Cancelled, DeadlinePassed)):
+                handle.result(30)
+    metrics = batcher.metrics()
+    assert metrics.outcomes == {"length": 2, "cancelled": 1, "deadline": 1} | {
+        "invalid": 1,
+        "refused": 1,
+    }
+    assert metrics.waits == 4
+    assert metrics.queue_s > 3 * 0.25  # all but the first; preparing is left out

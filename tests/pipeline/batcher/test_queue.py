@@ -1,4 +1,4 @@
-"""Requests on their way through the queue."""
+"""Requests in the queue, alone and in a batcher; bad ones are told why and fail no other."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from typing import Any
 
 import pytest
 
-from tests.support.waiting import WAIT_S
-from trio_deploy import Request
-from trio_deploy.pipeline.batcher.events import Cancelled, Event, EventThread, Handle, Refused
+from tests.support.batching import SHORT, Gate, expire, mixed, unfinished, waiting
+from tests.support.pictures import make_picture
+from tests.support.questions import COLOR, alike, ask
+from tests.support.waiting import WAIT_S, wait_for
+from trio_deploy import Batcher, Pipeline, Request, TrioError
+from trio_deploy.families.preprocessing import Preprocessor
+from trio_deploy.pipeline.batcher.events import (
+    Cancelled,
+    DeadlinePassed,
+    Event,
+    EventThread,
+    Handle,
+    Refused,
+)
 from trio_deploy.pipeline.batcher.metrics import Recorder
 from trio_deploy.pipeline.batcher.queue import Job, RequestQueue
 from trio_deploy.pipeline.batcher.scheduler import BatcherLimits, Entry
@@ -42,7 +53,7 @@ def queue() -> Iterator[Queue]:
 
 
 def row(tokens: int) -> Any:
-    return SimpleNamespace(prompt=SimpleNamespace(length=tokens), ids=[1, 2])
+    return SimpleNamespace(prompt=SimpleNamespace(length=tokens), token_ids=[1, 2])
 
 
 def test_a_request_is_prepared_waits_and_is_taken_out(queue: Queue) -> None:
@@ -114,3 +125,130 @@ def test_waiting_ends_with_a_change_or_a_deadline(queue: Queue) -> None:
     assert time.perf_counter() >= started + 0.02
     threading.Timer(0.01, queue.wake).start()
     queue.wait(None)
+
+
+def test_what_waits_beyond_the_queue_is_refused_and_the_others_are_answered(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(pipeline, monkeypatch)
+    with Batcher(pipeline, max_rows=1, max_queue=2) as batcher:
+        running = batcher.submit(SHORT)
+        gate.held()
+        waiting = [batcher.submit(SHORT), batcher.submit(SHORT)]
+        with pytest.raises(Refused, match="max_queue = 2"):
+            batcher.submit(SHORT)
+        assert batcher.metrics().queued == 2
+        gate.open.set()
+        assert len({handle.result(WAIT_S).text for handle in [running, *waiting]}) == 1
+        assert batcher.metrics().outcomes == {"refused": 1, "length": 3}
+    with pytest.raises(Refused, match="shutting down"):
+        batcher.submit(SHORT)
+
+
+def test_requests_that_no_thread_has_prepared_are_cancelled_and_overdue_too(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, prepare = threading.Event(), pipeline.prepare
+    monkeypatch.setattr(pipeline, "prepare", lambda *given: go.wait(60) and prepare(*given))
+    with Batcher(pipeline, preparers=1) as batcher:
+        stuck, late = batcher.submit(SHORT), batcher.submit(SHORT, timeout_s=0.01)
+        with pytest.raises(DeadlinePassed):
+            late.result(WAIT_S)
+        stuck.cancel()
+        with pytest.raises(Cancelled):
+            stuck.result(WAIT_S)
+        assert batcher.metrics().queued == 0
+        go.set()
+        assert len(batcher.submit(SHORT).result(WAIT_S).token_ids) == 3
+        assert batcher.metrics().outcomes == {"deadline": 1, "cancelled": 1, "length": 1}
+
+
+@pytest.mark.parametrize("ended", ["cancelled", "deadline"])
+def test_pictures_of_a_request_that_nobody_waits_for_are_not_all_decoded(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, ended: str
+) -> None:
+    go, opened = threading.Event(), []
+    open_image = Preprocessor.open_image
+
+    def slow(source: Any) -> Any:
+        opened.append(source)
+        assert go.wait(30)
+        return open_image(source)
+
+    monkeypatch.setattr(Preprocessor, "open_image", staticmethod(slow))
+    with Batcher(pipeline) as batcher:
+        images = [make_picture(seed=seed) for seed in range(4)]
+        handle = batcher.submit(Request(ask(COLOR, len(images)), images))
+        wait_for(lambda: bool(opened))
+        if ended == "cancelled":
+            handle.cancel()
+        else:
+            expire(batcher)
+        with pytest.raises(Cancelled if ended == "cancelled" else DeadlinePassed):
+            handle.result(30)
+        go.set()
+    assert len(opened) == 1
+    assert batcher.metrics().outcomes == {ended: 1}
+
+
+def test_a_request_that_waits_holds_no_picture(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoded ones are large: those of a full queue would fill the memory."""
+    gate = Gate(pipeline, monkeypatch)
+    with Batcher(pipeline, max_rows=1) as batcher:
+        batcher.submit(SHORT)
+        gate.held()
+        handle = batcher.submit(Request(ask(COLOR), [make_picture()], max_new_tokens=1))
+        wait_for(lambda: len(waiting(batcher)) == 1)
+        (job,) = waiting(batcher)
+        assert job.row is not None and not job.row.images and not job.row.request.images
+        assert job.request is None
+        gate.open.set()
+        assert handle.result(WAIT_S).visual_tokens == 256
+
+
+BAD: list[tuple[Request, str]] = [
+    (Request(ask(COLOR), [b"no picture"]), "picture"),
+    (Request(ask(COLOR), []), "placeholder"),
+    (Request(ask(COLOR), [make_picture()], budget=0.0001), "budget"),
+    (Request("?", temperature=float("nan")), "temperature"),
+    (Request("word " * 4000), "context"),
+]
+
+
+def test_a_bad_request_is_told_why_and_no_other_feels_it(
+    pipeline: Pipeline, batcher: Batcher
+) -> None:
+    good = [batcher.submit(request) for request in mixed(4)]
+    bad = [(batcher.submit(request), message) for request, message in BAD]
+    for handle, message in bad:
+        with pytest.raises(TrioError, match=message) as caught:
+            handle.result(WAIT_S)
+        assert type(caught.value) is TrioError
+    for request, handle in zip(mixed(4), good, strict=True):
+        assert alike(handle.result(WAIT_S), pipeline.generate_batch([request])[0])
+    assert batcher.metrics().outcomes["invalid"] == len(BAD)
+
+
+def test_a_prompt_above_the_limit_is_refused_by_its_name(pipeline: Pipeline) -> None:
+    with (
+        Batcher(pipeline, max_prompt_tokens=30) as batcher,
+        pytest.raises(TrioError, match=r"256 of them visual.*max_prompt_tokens is 30"),
+    ):
+        batcher.submit(Request(ask(COLOR), [make_picture()])).result(WAIT_S)
+
+
+def test_a_request_that_no_thread_can_prepare_is_refused(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*given: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Batcher(pipeline) as batcher:
+        with monkeypatch.context() as patch:
+            patch.setattr(batcher._preparer._pool, "submit", none)
+            with pytest.raises(Refused, match="new thread"):
+                batcher.submit(SHORT)
+        assert batcher.metrics().queued == 0 and not unfinished(batcher)
+        assert alike(batcher.submit(SHORT).result(WAIT_S), pipeline.generate_batch([SHORT])[0])

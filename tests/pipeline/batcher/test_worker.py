@@ -1,0 +1,236 @@
+"""The worker carries out what the scheduler decides; one bad request harms no other."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.batching import SHORT, Gate, expire, waiting
+from tests.support.questions import COLOR, alike, ask
+from tests.support.waiting import WAIT_S, wait_for
+from trio_deploy import Batcher, Pipeline, Request, TrioError
+from trio_deploy.evaluation import scenes
+from trio_deploy.pipeline.batcher.events import (
+    Cancelled,
+    DeadlinePassed,
+    Event,
+    Failed,
+)
+from trio_deploy.pipeline.sequence import SequenceState
+
+
+def test_a_turn_prefills_no_more_rows_and_tokens_than_it_may(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = Request(ask(COLOR), [scenes.generate(0).image], max_new_tokens=1)
+    length = pipeline.prepare(picture).prompt.length
+    gate = Gate(pipeline, monkeypatch)
+    with Batcher(pipeline, max_rows=8, prefill_rows=3, prefill_tokens=2 * length) as batcher:
+        first = batcher.submit(SHORT)
+        gate.held()
+        handles = [batcher.submit(SHORT) for _ in range(4)]
+        wait_for(lambda: len(waiting(batcher)) == 4)
+        handles += [batcher.submit(picture) for _ in range(3)]
+        wait_for(lambda: len(waiting(batcher)) == 7)
+        gate.open.set()
+        for handle in [first, *handles]:
+            handle.result(WAIT_S)
+    # Three short ones; the fourth with one picture, for it is padded to that; the other two.
+    assert gate.turns == [1, 3, 2, 2]
+
+
+def test_requests_wait_until_their_keys_and_values_fit(pipeline: Pipeline) -> None:
+    request = Request(ask(COLOR), [scenes.generate(0).image], max_new_tokens=20)
+    alone = pipeline.decode_batch().required_bytes([pipeline.prepare(request)])
+    with Batcher(pipeline, max_rows=8, max_kv_bytes=int(2.9 * alone)) as batcher:
+        most = 0
+
+        def look(event: Event) -> None:
+            nonlocal most
+            most = max(most, batcher._worker._batch.kv_bytes_allocated)
+
+        handles = [batcher.submit(request, look) for _ in range(9)]
+        expected = pipeline.generate_batch([request])[0]
+        assert all(alike(handle.result(WAIT_S), expected) for handle in handles)
+        assert alone <= most <= 2.9 * alone
+    with (
+        Batcher(pipeline, max_kv_bytes=alone - 1) as batcher,
+        pytest.raises(TrioError, match="max_kv_bytes"),
+    ):
+        batcher.submit(request).result(WAIT_S)
+
+
+def test_a_waiting_request_can_be_cancelled_and_overdue(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(pipeline, monkeypatch)
+    with Batcher(pipeline, max_rows=1) as batcher:
+        running = batcher.submit(SHORT)
+        gate.held()
+        cancelled, late = batcher.submit(SHORT), batcher.submit(SHORT, timeout_s=0.01)
+        served = batcher.submit(SHORT, timeout_s=600)
+        cancelled.cancel()
+        time.sleep(0.02)
+        gate.open.set()
+        with pytest.raises(Cancelled):
+            cancelled.result(WAIT_S)
+        with pytest.raises(DeadlinePassed):
+            late.result(WAIT_S)
+        assert served.result(WAIT_S).token_ids == running.result(WAIT_S).token_ids
+
+
+def test_a_deadline_ends_an_answer_with_what_there_is(pipeline: Pipeline) -> None:
+    request = Request(ask(COLOR), [scenes.generate(0).image], max_new_tokens=2000)
+    whole = pipeline.generate_batch([Request(request.prompt, request.images, 60)])[0]
+    with Batcher(pipeline) as batcher:
+        started = threading.Event()
+        handle = batcher.submit(request, lambda event: started.set(), timeout_s=600)
+        assert started.wait(WAIT_S)
+        expire(batcher)
+        answer = handle.result(WAIT_S)
+    assert answer.finish_reason == "deadline" and answer.kv_bytes > 0
+    known = min(len(answer.token_ids), len(whole.token_ids))
+    assert known > 0 and answer.token_ids[:known] == whole.token_ids[:known]
+
+
+def test_a_row_whose_prefill_fails_leaves_the_others_their_answers(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefilled together they all fail; then each is tried alone."""
+    prefill = pipeline.prefill
+
+    def fragile(rows: list[SequenceState], clock: Any) -> Any:
+        if any(row.request.max_new_tokens == 7 for row in rows):
+            raise TrioError("select_2 found no set of tokens")
+        return prefill(rows, clock)
+
+    gate = Gate(pipeline, monkeypatch)
+    with Batcher(pipeline) as batcher:
+        first = batcher.submit(SHORT)
+        gate.held()
+        monkeypatch.setattr(pipeline, "prefill", fragile)
+        requests = [Request("what is red ?", max_new_tokens=count) for count in (6, 7, 8)]
+        handles = [batcher.submit(request) for request in requests]
+        wait_for(lambda: len(waiting(batcher)) == 3)
+        gate.open.set()
+        first.result(WAIT_S)
+        with pytest.raises(Failed, match="select_2"):
+            handles[1].result(WAIT_S)
+        for number in (0, 2):
+            alone = pipeline.generate_batch([requests[number]])[0]
+            assert alike(handles[number].result(WAIT_S), alone)
+
+
+def test_logits_that_are_not_numbers_end_their_row_alone(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = SequenceState.advance
+
+    def broken(row: SequenceState, logits: np.ndarray) -> str:
+        if row.request.seed == 5 and len(row.token_ids) == 2:
+            logits = np.full_like(logits, np.nan)
+        return take(row, logits)
+
+    monkeypatch.setattr(SequenceState, "advance", broken)
+    sound = Request("what is red ?", max_new_tokens=9, seed=4)
+    with Batcher(pipeline) as batcher:
+        handles = [
+            batcher.submit(request)
+            for request in (sound, Request("what is red ?", max_new_tokens=9, seed=5), sound)
+        ]
+        with pytest.raises(Failed, match="not finite"):
+            handles[1].result(WAIT_S)
+        expected = pipeline.generate_batch([sound])[0]
+        for handle in (handles[0], handles[2]):
+            assert alike(handle.result(WAIT_S), expected)
+
+
+@pytest.mark.parametrize("prefillers", [0, 1])
+@pytest.mark.parametrize("name", ["step", "join", "release"])
+def test_a_failing_batch_ends_its_rows_and_not_the_service(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, name: str, prefillers: int
+) -> None:
+    def broken(*given: Any) -> Any:
+        raise TrioError("ONNX Runtime failed: out of memory")
+
+    with Batcher(pipeline, prefillers=prefillers) as batcher:
+        with monkeypatch.context() as patch:
+            patch.setattr(batcher._worker._batch, name, broken)
+            handles = [batcher.submit(SHORT) for _ in range(6)]
+            for handle in handles:
+                with pytest.raises(Failed, match="out of memory"):
+                    handle.result(WAIT_S)
+        assert alike(batcher.submit(SHORT).result(WAIT_S), pipeline.generate_batch([SHORT])[0])
+        assert batcher.metrics().outcomes == {"failed": 6, "length": 1}
+
+
+@pytest.mark.parametrize("prefillers", [0, 1])
+@pytest.mark.parametrize("fault", ["logits", "timings"])
+def test_a_prefill_that_gives_nonsense_ends_its_rows_and_not_the_service(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, fault: str, prefillers: int
+) -> None:
+    prefill = pipeline.prefill
+
+    def broken(rows: list[SequenceState], clock: Any) -> Any:
+        prefilled = prefill(rows, clock)
+        if fault == "logits":
+            return replace(prefilled, logits=prefilled.logits[:0])
+        for row in rows:
+            row.timings.clear()
+        return prefilled
+
+    with Batcher(pipeline, prefillers=prefillers) as batcher:
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "prefill", broken)
+            handles = [batcher.submit(SHORT) for _ in range(6)]
+            for handle in handles:
+                with pytest.raises(Failed):
+                    handle.result(WAIT_S)
+        assert alike(batcher.submit(SHORT).result(WAIT_S), pipeline.generate_batch([SHORT])[0])
+        assert batcher.metrics().outcomes == {"failed": 6, "length": 1}
+
+
+def test_a_request_that_cannot_be_chosen_ends_alone(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(rows: list[SequenceState]) -> int:
+        raise RuntimeError("no such segment")
+
+    gate = Gate(pipeline, monkeypatch)
+    with Batcher(pipeline, max_kv_bytes=10**9) as batcher:
+        first = batcher.submit(SHORT)
+        gate.held()
+        others = [batcher.submit(SHORT) for _ in range(2)]
+        wait_for(lambda: len(waiting(batcher)) == 2)
+        monkeypatch.setattr(batcher._worker._batch, "required_bytes", broken)
+        gate.open.set()
+        for handle in others:
+            with pytest.raises(Failed, match="no such segment"):
+                handle.result(WAIT_S)
+        assert alike(first.result(WAIT_S), pipeline.generate_batch([SHORT])[0])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_prefill_that_no_thread_is_started_for_is_done_once(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """A pool that cannot start a thread keeps the work, which another of its threads may do."""
+    with Batcher(pipeline, prefillers=1) as batcher:
+        submit = batcher._worker._prefill_pool.submit
+
+        def none(*given: Any) -> None:
+            if late:
+                submit(*given)
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(batcher._worker._prefill_pool, "submit", none)
+        expected = pipeline.generate_batch([SHORT])[0]
+        for handle in [batcher.submit(SHORT) for _ in range(5)]:
+            assert alike(handle.result(WAIT_S), expected)
+        assert batcher.metrics().outcomes == {"length": 5}
+        assert batcher.metrics().first_tokens == 5 and batcher._worker._prefills == 0

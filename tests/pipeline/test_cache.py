@@ -1,0 +1,40 @@
+"""Rows copied between KV caches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trio_deploy import TrioError
+from trio_deploy.pipeline.cache import CacheShape, SegmentCache
+
+
+def test_a_row_copied_between_caches_brings_its_tokens_and_no_other() -> None:
+    shape = CacheShape(2, 4, np.dtype(np.float32))
+
+    def cache(rows: int, lengths: list[int], capacity: int) -> SegmentCache:
+        made = SegmentCache.allocate(
+            [0],
+            np.array(lengths),
+            capacity,
+            shape,
+            lambda shapes, dtype: [np.full(each, np.nan, dtype) for each in shapes],
+            2,
+        )
+        assert made.rows == rows
+        return made
+
+    source, target = cache(2, [3, 5], 6), cache(3, [0, 0, 0], 8)
+    for buffers in source.buffers:
+        for array in buffers.values():
+            array[:] = np.arange(array.size).reshape(array.shape)
+    target.step = 1
+    target.copy_rows([2, 0], source, [1, 0])
+    assert target.lengths.tolist() == [3, 0, 5]
+    for name, array in target.buffers[1].items():
+        assert np.array_equal(array[2, :, :5], source.buffers[0][name][1, :, :5])
+        assert np.array_equal(array[0, :, :3], source.buffers[0][name][0, :, :3])
+        assert not array[2, :, 5:].any() and np.isnan(array[1]).all()
+    assert all(np.isnan(array).all() for array in target.buffers[0].values())
+    with pytest.raises(TrioError, match="holds 2 tokens, but 5 are needed"):
+        cache(1, [0], 2).copy_rows([0], source, [1])
