@@ -17,7 +17,7 @@ from trio_deploy.graphs.graph import Stage
 from trio_deploy.graphs.modules import Embedding, Linear, RMSNorm, Weight, activation
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.rope import inverse_frequencies, rotary_angles
-from trio_deploy.graphs.values import FLOAT, INT64, constant, running_sum
+from trio_deploy.graphs.values import FLOAT, INT64, constant
 
 DIALECTS = ("ort", "onnx", "primitive")
 dialects = pytest.mark.parametrize("dialect", DIALECTS)
@@ -109,7 +109,7 @@ def test_unknown_activation_is_an_error() -> None:
 def test_a_running_sum_counts_exactly_up_to_each_place(dialect: str, length: int) -> None:
     s = stage(dialect)
     flags = s.input("flags", FLOAT, ["B", "L"])
-    s.output("sums", running_sum(s.op, flags), FLOAT, ["B", "L"])
+    s.output("sums", s.d.running_sum(s.op, flags), FLOAT, ["B", "L"])
     array = np.random.default_rng(0).integers(0, 2, (3, length)).astype(np.float32)
     out = run(s.finish(CONFIG), {}, {"flags": array})
     assert np.array_equal(out["sums"], np.cumsum(array, 1))

@@ -271,6 +271,11 @@ class Attention(nn.Module):
         k = split_heads(op, self.k_proj(op, x), self.text.num_kv_heads, self.text.head_dim)
         return self.d.rope(op, k, angles)
 
+    def queries(self, op: Any, x: ir.Value, angles: Angles) -> ir.Value:
+        """Compute rotated queries: [B, S, d] → [B, H, S, D]."""
+        q = split_heads(op, self.q_proj(op, x), self.text.num_heads, self.text.head_dim)
+        return self.d.rope(op, q, angles)
+
     def forward_probes(
         self,
         op: Any,

@@ -22,7 +22,6 @@ FLOAT_TYPES = {
 }
 
 _TINY = 1e-37  # below it a gradient counts as zero
-_RUN = 128  # places that `running_sum` adds up at a time
 
 
 # --------------------------------------------------------------------------------------------
@@ -116,26 +115,3 @@ def scaled_product(
         return product(g)
     total = op.Max(reduce(op, "ReduceSum", op.Abs(g), range(1, len(shape_of(g)))), _TINY)
     return op.Mul(cast(op, product(cast(op, op.Div(g, total), dtype)), FLOAT), total)
-
-
-def running_sum(op: Any, flags: ir.Value) -> ir.Value:
-    """How many of `flags` hold up to each place: f32 0 or 1 [B,L] → f32 [B,L].
-
-    TensorRT before 10.15 turns CumSum into a loop of L steps; so in opset 17 it is done with a
-    triangle: within blocks, then over the blocks. Every product is exact, in bfloat16 too.
-    """
-    if op.version > 17:
-        return op.CumSum(flags, 1)
-    batch, length = dim(op, flags, 0), dim(op, flags, 1)
-    blocks = op.Div(op.Add(length, _RUN - 1), _RUN)
-    missing = op.Concat(batch, op.Sub(op.Mul(blocks, _RUN), length), axis=0)
-    padding = op.ConstantOfShape(missing, value=ir.tensor(np.zeros(1, np.float32)))
-    table = op.Concat(batch, blocks, [_RUN], axis=0)
-    flags = op.Reshape(op.Concat(flags, padding, axis=1), table)
-    inside = op.MatMul(flags, constant(op, np.triu(np.ones((_RUN, _RUN), np.float32)), "run"))
-    totals = op.Slice(inside, [_RUN - 1], [_RUN], [2])  # [B,blocks,1]
-    number = op.Range(0, op.Squeeze(blocks, [0]), 1)
-    before = op.Less(op.Unsqueeze(number, [0]), op.Unsqueeze(number, [1]))
-    offsets = op.MatMul(op.Cast(before, to=FLOAT), totals)
-    sums = op.Reshape(op.Add(inside, offsets), op.Concat(batch, [-1], axis=0))
-    return op.Slice(sums, [0], length, [1])

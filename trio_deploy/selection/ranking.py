@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trio_deploy.graphs.values import FLOAT, INT64, cast, constant, dim, reduce, running_sum
+from trio_deploy.graphs.dialects.base import Dialect
+from trio_deploy.graphs.values import FLOAT, INT64, cast, constant, dim, reduce
 from trio_deploy.selection.loops import any_of, loop
 
 NO_CANDIDATE = -1.0
@@ -24,7 +25,9 @@ def filled(op: Any, shape: ir.Value, value: Any) -> ir.Value:
     return op.ConstantOfShape(shape, value=ir.tensor(np.array([value])))
 
 
-def compact(op: Any, mask: ir.Value, index: ir.Value, width: ir.Value) -> tuple[ir.Value, ir.Value]:
+def compact(
+    op: Any, d: Dialect, mask: ir.Value, index: ir.Value, width: ir.Value
+) -> tuple[ir.Value, ir.Value]:
     """The places where `mask` [B,S] holds, ascending, -1 behind: int64 [B,W]; their number [B].
 
     By cumulative sum and scatter: a TopK over all kept tokens would be too long for TensorRT.
@@ -33,7 +36,7 @@ def compact(op: Any, mask: ir.Value, index: ir.Value, width: ir.Value) -> tuple[
     index = op.Expand(index, shape)
     flags = cast(op, mask, FLOAT)
     # A token that stays goes to its rank, any other to a place of its own behind the W columns.
-    rank = op.Cast(op.Sub(running_sum(op, flags), 1.0), to=INT64)
+    rank = op.Cast(op.Sub(d.running_sum(op, flags), 1.0), to=INT64)
     slot = op.Where(mask, rank, op.Add(index, width))
     size = op.Concat(dim(op, mask, 0), op.Add(dim(op, mask, 1), width), axis=0)
     packed = op.ScatterElements(filled(op, size, np.int64(-1)), slot, index, axis=1)
@@ -42,7 +45,13 @@ def compact(op: Any, mask: ir.Value, index: ir.Value, width: ir.Value) -> tuple[
 
 
 def greatest(
-    op: Any, score: ir.Value, among: ir.Value, count: ir.Value, block: int, name: str = "ranks"
+    op: Any,
+    d: Dialect,
+    score: ir.Value,
+    among: ir.Value,
+    count: ir.Value,
+    block: int,
+    name: str = "ranks",
 ) -> ir.Value:
     """Mark the `count` f32 [B,1] greatest of `score` f32 [B,S] ≥ 0 among the tokens of `among`.
 
@@ -63,7 +72,7 @@ def greatest(
     def take_block(
         op: Any, turn: ir.Value, left: ir.Value, chosen: ir.Value
     ) -> tuple[ir.Value, list[ir.Value]]:
-        best, index = next_best(op, left, block)
+        best, index = next_best(op, d, left, block)
         start = op.Mul(op.Cast(turn, to=FLOAT), float(block))
         taken = op.And(op.GreaterOrEqual(best, 0.0), op.Less(op.Add(ranks, start), count))
         taken = op.Cast(taken, to=FLOAT)
@@ -77,7 +86,9 @@ def greatest(
     return op.Greater(op.Slice(chosen, [0], length, [1]), 0.5)
 
 
-def largest(op: Any, score: ir.Value, among: ir.Value, count: int) -> tuple[ir.Value, ir.Value]:
+def largest(
+    op: Any, d: Dialect, score: ir.Value, among: ir.Value, count: int
+) -> tuple[ir.Value, ir.Value]:
     """Find the `count` greatest of `score` [B,S] ≥ 0 among the tokens of `among`, descending.
 
     Returns:
@@ -87,11 +98,11 @@ def largest(op: Any, score: ir.Value, among: ir.Value, count: int) -> tuple[ir.V
     shape = op.Concat(dim(op, score, 0), [count], axis=0)
     padding = filled(op, shape, np.float32(_PADDING))
     padded = op.Concat(op.Where(among, score, NO_CANDIDATE), padding, axis=1)
-    best, index = next_best(op, padded, count)
+    best, index = next_best(op, d, padded, count)
     return op.Min(index, op.Sub(dim(op, score, 1), 1)), op.GreaterOrEqual(best, 0.0)
 
 
-def next_best(op: Any, score: ir.Value, block: int) -> tuple[ir.Value, ir.Value]:
+def next_best(op: Any, d: Dialect, score: ir.Value, block: int) -> tuple[ir.Value, ir.Value]:
     """The M greatest of each row, descending, and their indices: both [B,M].
 
     Ties go to the lower index whatever the runtime's TopK does about them (OpenVINO's and
@@ -101,10 +112,10 @@ def next_best(op: Any, score: ir.Value, block: int) -> tuple[ir.Value, ir.Value]
     least = op.Slice(values, [block - 1], [block], [1])  # [B,1]
     above, level = op.Greater(score, least), op.Equal(score, least)
     left = op.Sub(float(block), reduce(op, "ReduceSum", op.Cast(above, to=FLOAT), [1]))
-    turn = running_sum(op, op.Cast(level, to=FLOAT))
+    turn = d.running_sum(op, op.Cast(level, to=FLOAT))
     inside = op.Or(above, op.And(level, op.LessOrEqual(turn, left)))  # exactly M per row
     columns = op.Range(0, op.Squeeze(dim(op, score, 1), [0]), 1)
-    index, _ = compact(op, inside, columns, constant(op, np.array([block]), f"block_{block}"))
+    index, _ = compact(op, d, inside, columns, constant(op, np.array([block]), f"block_{block}"))
     value = op.GatherElements(score, index, axis=1)
     mine, other = op.Unsqueeze(value, [2]), op.Unsqueeze(value, [1])
     tied_before = op.And(op.Equal(other, mine), earlier(op, block))

@@ -39,7 +39,6 @@ from trio_deploy.graphs.values import (
     dim,
     over_power_of_two,
     reduce,
-    running_sum,
     shape_of,
 )
 
@@ -120,10 +119,10 @@ class Probes:
     weight: ir.Value
 
     @classmethod
-    def of(cls, op: Any, options: GraphOptions, tokens: Tokens) -> Probes:
+    def of(cls, op: Any, d: Dialect, options: GraphOptions, tokens: Tokens) -> Probes:
         """Probe p is the text token with p more behind it, or p + 1 if `probe` is `shifted`."""
         text = op.Cast(tokens.text, to=FLOAT)
-        behind = op.Sub(reduce(op, "ReduceSum", text, [1]), running_sum(op, text))
+        behind = op.Sub(reduce(op, "ReduceSum", text, [1]), d.running_sum(op, text))
         shift = 1 if options.probe == "shifted" else 0
         wanted = np.arange(options.probes, dtype=np.float32)[None, :, None] + shift
         hit = op.Equal(op.Unsqueeze(behind, [1]), constant(op, wanted, "probes"))
@@ -200,7 +199,7 @@ def saliency(
     op: Any, d: Dialect, text: TextConfig, layer: int, options: GraphOptions, tokens: Tokens
 ) -> Saliency:
     """Compute the saliency at the input of `layer`; registers its weights and the head's."""
-    loss, probes = LocalLoss(d, text, layer), Probes.of(op, options, tokens)
+    loss, probes = LocalLoss(d, text, layer), Probes.of(op, d, options, tokens)
     gradient = loss.backward(op, loss.forward(op, tokens, probes), probes.weight)
     norm = loss.layer.input_layernorm.backward_norm(op, tokens.squares, gradient.dn, gradient.along)
     ranking = op.Where(tokens.visual, op.Squeeze(norm, [2]), 0.0)

@@ -26,7 +26,6 @@ from trio_deploy.graphs.values import (
     dim,
     merge_heads,
     reduce,
-    split_heads,
 )
 from trio_deploy.selection.choice import Choice, Value
 from trio_deploy.selection.loops import any_of, loop
@@ -65,7 +64,6 @@ class Site:
     constant = staticmethod(constant)
     dim = staticmethod(dim)
     loop = staticmethod(loop)
-    largest = staticmethod(largest)
     merge_heads = staticmethod(merge_heads)
     reduce = staticmethod(reduce)
 
@@ -126,7 +124,14 @@ class Site:
         Args:
             name: of the loop, unique in the graph.
         """
-        return greatest(op, score, among, count, self.block, name)
+        return greatest(op, self.d, score, among, count, self.block, name)
+
+    def largest(self, op: Any, score: Value, among: Value, count: int) -> tuple[Value, Value]:
+        """Find the `count` greatest of `score` [B,S] ≥ 0 among the tokens of `among`, descending.
+
+        Returns their indices int64 [B,count], and which of them exist, bool [B,count].
+        """
+        return largest(op, self.d, score, among, count)
 
     def suppress(self, op: Any, score: Value) -> tuple[Value, Value]:
         """Suppress near-copies greedily by falling score f32 [B,S], not negative.
@@ -182,8 +187,7 @@ class NextLayer:
         flat = op.Reshape(self.normal, [-1, text.hidden_size])
         rows = op.Gather(flat, op.Add(place, site.tokens.offset), axis=0)  # [B,P,d]
         positions = op.GatherElements(site.tokens.positions, place, axis=1)
-        q = split_heads(op, self.layer.self_attn.q_proj(op, rows), text.num_heads, text.head_dim)
-        return site.d.rope(op, q, rotary_angles(op, site.d, text, positions))
+        return self.layer.self_attn.queries(op, rows, rotary_angles(op, site.d, text, positions))
 
     def keys(self, op: Any) -> Value:
         """Rotated keys of all tokens: [B,G,S,D]."""

@@ -64,7 +64,7 @@ def build_select(
     tokens = Tokens.of(op, x, positions, lengths, visual_mask)
     site = Site(stage, d, text, layer, options, tokens, lengths, keep, width, block)
     choice = load(method).graph(op, site)
-    index, lengths_out = compact(op, op.Or(tokens.text, choice.kept), tokens.index, width)
+    index, lengths_out = compact(op, d, op.Or(tokens.text, choice.kept), tokens.index, width)
     total = reduce(op, "ReduceSum", choice.finite, [1], keepdims=False)
     converged = op.Less(total, _HUGE)  # false for NaN, too
     if choice.converged is not None:

@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trio_deploy.graphs.dialects.base import Dialect
-from trio_deploy.graphs.values import FLOAT, INT64, cast, constant, dim, reduce, running_sum
+from trio_deploy.graphs.values import FLOAT, INT64, cast, constant, dim, reduce
 from trio_deploy.selection.loops import any_of, loop
 from trio_deploy.selection.ranking import NO_CANDIDATE, earlier, filled
 from trio_deploy.selection.saliency import Tokens
@@ -192,7 +192,7 @@ class Suppression:
         """Add the best suppressed tokens up to the budget: bool [B,S]."""
         kept = op.Greater(survivors.status, 0.5)
         suppressed = op.And(ranks.candidates, op.Not(kept))
-        turn = running_sum(op, op.Cast(suppressed, to=FLOAT))
+        turn = self.d.running_sum(op, op.Cast(suppressed, to=FLOAT))
         missing = op.Sub(ranks.need, survivors.count)
         filling = op.And(suppressed, op.LessOrEqual(turn, missing))
         picked = op.Cast(op.Or(kept, filling), to=FLOAT)

@@ -188,3 +188,7 @@ class Dialect(ABC):
         rank = reduce(op, "ReduceSum", op.Where(ahead, 1.0, 0.0), [2], keepdims=False)
         rank = op.Cast(rank, to=INT64)
         return op.ScatterElements(rank, rank, op.Expand(index, op.Shape(rank)), axis=1)
+
+    def running_sum(self, op: Any, flags: ir.Value) -> ir.Value:
+        """Count the ones of `flags` f32 [B, L] up to and including each place: f32 [B, L]."""
+        return op.CumSum(flags, 1)

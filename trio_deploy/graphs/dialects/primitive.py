@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from trio_deploy.families.base import TextConfig
@@ -12,6 +13,7 @@ from trio_deploy.graphs.dialects.base import KV, Angles, Dialect, Past, Window
 from trio_deploy.graphs.values import (
     FLOAT,
     cast,
+    constant,
     dim,
     dtype_of,
     last_two_swapped,
@@ -23,6 +25,7 @@ from trio_deploy.graphs.values import (
 )
 
 _HIDDEN = -1e30  # additive mask
+_RUN = 128  # places that `running_sum` adds up at a time
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,27 @@ class PrimitiveDialect(Dialect):
         # By arithmetic: TensorRT computes no sizes with comparisons.
         filler = op.Min(op.Max(op.Sub(new, capacity), 0), 1)
         return CacheWindow(angles, mask, written, filler)
+
+    def running_sum(self, op: Any, flags: ir.Value) -> ir.Value:
+        """Sum by a triangle: within blocks, then over the blocks.
+
+        TensorRT before 10.15 turns CumSum into a loop of L steps. Every product here is exact, in
+        bfloat16 too.
+        """
+        batch, length = dim(op, flags, 0), dim(op, flags, 1)
+        blocks = op.Div(op.Add(length, _RUN - 1), _RUN)
+        missing = op.Concat(batch, op.Sub(op.Mul(blocks, _RUN), length), axis=0)
+        padding = op.ConstantOfShape(missing, value=ir.tensor(np.zeros(1, np.float32)))
+        table = op.Concat(batch, blocks, [_RUN], axis=0)
+        flags = op.Reshape(op.Concat(flags, padding, axis=1), table)
+        triangle = constant(op, np.triu(np.ones((_RUN, _RUN), np.float32)), "run")
+        inside = op.MatMul(flags, triangle)
+        totals = op.Slice(inside, [_RUN - 1], [_RUN], [2])  # [B, blocks, 1]
+        number = op.Range(0, op.Squeeze(blocks, [0]), 1)
+        before = op.Less(op.Unsqueeze(number, [0]), op.Unsqueeze(number, [1]))
+        offsets = op.MatMul(op.Cast(before, to=FLOAT), totals)
+        sums = op.Reshape(op.Add(inside, offsets), op.Concat(batch, [-1], axis=0))
+        return op.Slice(sums, [0], length, [1])
 
 
 def _additive_mask(op: Any, hidden: ir.Value) -> ir.Value:
