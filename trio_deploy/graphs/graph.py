@@ -17,7 +17,7 @@ from trio_deploy.graphs.weights import canonical_tensors
 
 
 class Stage:
-    """Inputs, outputs and final checks of one graph; `op` writes nodes into it."""
+    """One graph under construction: inputs, outputs and final checks; `op` writes nodes into it."""
 
     def __init__(self, name: str, d: Dialect) -> None:
         self.d = d
@@ -33,7 +33,7 @@ class Stage:
     def output(
         self, name: str, value: ir.Value, dtype: ir.DataType, shape: Sequence[int | str]
     ) -> None:
-        """Declare an output with its full type (cast where the value has another)."""
+        """Declare an output with its full type; a value of another type is cast."""
         value = cast(self.op, value, dtype)
         if value.producer() is None or value.is_graph_output():
             value = self.op.Identity(value)
@@ -41,11 +41,11 @@ class Stage:
         self._builder.add_output(value, name)
 
     def finish(self, config: ModelConfig) -> ir.Model:
-        """The model, after checking that no weight was lost on the way.
+        """Check the graph and return it as a model.
 
         Raises:
-            RuntimeError: a value is used that nobody makes, or an initializer without data is
-                not a tensor of the checkpoint with that shape.
+            RuntimeError: a node reads a value that no node or input provides, or an initializer
+                without data is not a tensor of the model's modules with that shape.
         """
         graph = self._graph
         _check_values(graph, set())
@@ -54,7 +54,7 @@ class Stage:
             if value.const_value is None and expected.get(name) != tuple(shape_of(value)):
                 raise RuntimeError(
                     f"{graph.name}: initializer {name} {shape_of(value)} is not a tensor of the "
-                    f"checkpoint, which has {expected.get(name)}"
+                    f"model, whose modules have {expected.get(name)}"
                 )
         for node in graph.all_nodes():
             node.metadata_props.clear()

@@ -1,17 +1,20 @@
-"""Building blocks of every stage, in three dialects.
+"""Building blocks of every stage, in any dialect.
 
-The blocks are `onnxscript.nn` modules that read like the PyTorch code. Three things differ from
-plain onnxscript.nn, because its ways of going wrong are silent:
+The blocks are `onnxscript.nn` modules with the structure of the PyTorch code; each holds the
+`Dialect` that writes its operators. Two things differ from plain onnxscript.nn, which would go
+wrong without a message:
 
-* A `Weight` carries its canonical name from the start and registers itself under exactly that
-  name, whichever module calls it and however deep. Using a module in a second graph, or two
-  modules for one name in one graph, raises.
-* `Linear` computes `x @ W.T` and, in `backward`, `x @ W` from one un-transposed initializer.
-* Operators without an ONNX schema get their output types here, since later constants take their
-  type from their neighbours.
+* A `Weight` has its canonical name from the start and registers itself under exactly that name,
+  whichever module calls it and however deep. Using a module in a second graph, or two modules for
+  one name in one graph, raises.
+* `Linear` computes x Wᵀ and, in `backward`, x W from one un-transposed initializer.
 
-A `Dialect` travels with every module. Shapes in docstrings: B rows, S tokens, d hidden size,
-H query heads, G key/value heads, D head size, C capacity of the KV cache.
+Some modules have the backward pass that the saliency needs; methods with `probes` or `few_rows` in
+their names take P rows per batch row, which is few.
+
+Shapes in docstrings: B rows, S tokens, d hidden size,
+H query heads, G key/value heads, R = H/G,
+D head size, m inner size of the MLP, C capacity of the KV cache.
 """
 
 from __future__ import annotations
@@ -38,12 +41,9 @@ from trio_deploy.graphs.values import (
     split_heads,
 )
 
-# --------------------------------------------------------------------------------------------
-# Modules with weights
-
 
 class Weight(nn.Parameter):
-    """A checkpoint tensor under its canonical name; its data come later, from the exporter."""
+    """A tensor of the checkpoint under its canonical name, without data: the exporter adds them."""
 
     def __init__(self, name: str, shape: Sequence[int], dtype: ir.DataType) -> None:
         super().__init__(shape, dtype=dtype, name=name)
@@ -69,7 +69,7 @@ class Weight(nn.Parameter):
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b with W [out, in] as the checkpoint has it."""
+    """y = x Wᵀ + b with W [out, in] as in the checkpoint."""
 
     def __init__(
         self, d: Dialect, name: str, out_features: int, in_features: int, bias: bool = False
@@ -164,7 +164,7 @@ class LayerNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table [rows, size]."""
+    """A table of vectors, [rows, size]."""
 
     def __init__(self, d: Dialect, name: str, rows: int, size: int) -> None:
         super().__init__(name.rpartition(".")[2])
@@ -181,7 +181,7 @@ class Embedding(nn.Module):
 
 
 def activation(op: Any, kind: str, x: ir.Value) -> ir.Value:
-    """`silu`, `quick_gelu`, `gelu` (erf) or `gelu_pytorch_tanh` / `gelu_new`.
+    """Apply `silu`, `quick_gelu`, `gelu` (erf) or `gelu_pytorch_tanh` / `gelu_new`.
 
     Raises:
         TrioError: any other activation.
@@ -197,11 +197,7 @@ def activation(op: Any, kind: str, x: ir.Value) -> ir.Value:
         cubic = op.Add(x, op.Mul(op.Mul(op.Mul(x, x), x), 0.044715))
         tanh = op.Tanh(op.Mul(cubic, math.sqrt(2.0 / math.pi)))
         return op.Mul(op.Mul(x, 0.5), op.Add(tanh, 1.0))
-    raise TrioError(f"The activation {kind!r} is not supported; use silu, quick_gelu or gelu.")
-
-
-# --------------------------------------------------------------------------------------------
-# Layers of the language model
+    raise TrioError(f"activation {kind!r} is not supported: use silu, quick_gelu or gelu")
 
 
 #: Attention weights of about 1/S, times this, stay normal numbers in fp16.
@@ -419,9 +415,9 @@ class DecoderLayer(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm and vocabulary projection.
+    """Final norm and projection to the vocabulary.
 
-    A model with tied embeddings has no lm_head.weight: pass its embedding table where the same
+    A model with tied embeddings has no lm_head.weight: pass its table of embeddings if the same
     graph uses it already.
     """
 

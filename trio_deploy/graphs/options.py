@@ -1,4 +1,4 @@
-"""What a caller chooses about the graphs of a bundle."""
+"""Options of the graphs of a bundle."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from trio_deploy.graphs.values import FLOAT_TYPES
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """How the stages are written.
+    """Dialect, float type, decode layout, and how select graphs choose tokens.
 
     Attributes:
         dialect: a name in `dialects/table.py`: `ort` (ONNX Runtime), `onnx` (opset 23 and 24) or
             `primitive` (opset 17).
         dtype: float type of weights, hidden states and the KV cache.
-        probe: the probe positions end at the last valid token (`last`) or one before (`shifted`).
-        probes: how many positions are probed at most.
-        positions: what a kept token's position is afterwards: its old one or its new index.
-        threshold: cosine similarity from which a kept token suppresses another.
-        separate_decode: write decode.onnx. The `onnx` dialect always has it: its prefill graphs
-            take no past.
+        probe: whether the probes end at the last text token (`last`) or one before (`shifted`).
+        probes: number of probes per row at most.
+        positions: position of a kept token: as before (`original`) or its new index (`renumber`).
+        threshold: cosine similarity at and above which a kept token suppresses another.
+        separate_decode: whether to write decode.onnx; always true for a dialect whose prefill
+            graphs take no past.
     """
 
     dialect: str = "ort"
@@ -44,12 +44,12 @@ class GraphOptions:
         ):
             value = getattr(self, name)
             if value not in allowed:
-                raise TrioError(f"Unknown {name} {value!r}: choose one of {', '.join(allowed)}.")
+                raise TrioError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
         if self.probes < 1:
-            raise TrioError(f"probes must be at least 1, not {self.probes}.")
+            raise TrioError(f"probes must be at least 1, not {self.probes}")
         if DIALECTS[self.dialect].always_decodes_apart and not self.separate_decode:
             object.__setattr__(self, "separate_decode", True)
 
     def make_dialect(self, *, decode: bool = False) -> Dialect:
-        """The dialect of one graph; `decode`: it is decode.onnx."""
+        """Make the dialect of one graph; `decode` says that it is decode.onnx."""
         return DIALECTS[self.dialect](FLOAT_TYPES[self.dtype], decode=decode)

@@ -14,14 +14,14 @@ from trio_deploy.graphs.values import FLOAT, cast, constant
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """float32 [D/2], as transformers' `ROPE_INIT_FUNCTIONS` computes them.
+    """Compute the frequencies as transformers' `ROPE_INIT_FUNCTIONS` does, float32 [D/2].
 
     Raises:
         TrioError: a scaling other than `default`, `linear` and `llama3`.
     """
     exponent = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
-    # Powers rounded to fp32 but once, as torch's are: numpy's fp32 power is off by a last digit for
-    # a tenth of them, and 2900 positions on an angle is off by 2e-4.
+    # Powers are rounded to fp32 only once, as in torch: numpy's fp32 power is off by a last digit
+    # for a tenth of them, and at position 2900 an angle is then off by 2e-4.
     powers = np.power(np.float64(rope.theta), exponent.astype(np.float64)).astype(np.float32)
     inverse = np.float32(1.0) / powers
     if rope.scaling == "default":
@@ -39,13 +39,15 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
         scaled = np.where(wavelength > low, inverse / rope.factor, inverse)
         scaled = np.where((wavelength >= high) & (wavelength <= low), blend, scaled)
         return scaled.astype(np.float32)
-    raise TrioError(f"The rotary scaling {rope.scaling!r} is not supported.")
+    raise TrioError(
+        f"rotary scaling {rope.scaling!r} is not supported: use default, linear or llama3"
+    )
 
 
 def rotary_angles(
     op: Any, d: Dialect, text: TextConfig, positions: ir.Value, dtype: ir.DataType | None = None
 ) -> Angles:
-    """Angles of int64 positions [B, S]: computed in fp32, handed over in `dtype` (the graph's)."""
+    """Compute the angles of int64 positions [B, S] in fp32; cast them to `dtype` (the graph's)."""
     frequency = constant(op, inverse_frequencies(text.rope, text.head_dim), "inv_freq")
     angle = op.Mul(op.Cast(op.Unsqueeze(positions, [-1]), to=FLOAT), frequency)
     dtype = dtype or d.dtype

@@ -1,4 +1,4 @@
-"""Small operations on values of a graph, and the types that inference cannot know."""
+"""Small operations on values of a graph; types that shape inference cannot know."""
 
 from __future__ import annotations
 
@@ -24,12 +24,8 @@ FLOAT_TYPES = {
 _TINY = 1e-37  # below it a gradient counts as zero
 
 
-# --------------------------------------------------------------------------------------------
-# Values and types
-
-
 def typed(value: ir.Value, dtype: ir.DataType, shape: Sequence[Any] | None) -> ir.Value:
-    """Declare what inference cannot know; returns `value`."""
+    """Declare the type and shape of a value that inference cannot know; return it."""
     value.type = ir.TensorType(dtype)
     if shape is not None:
         value.shape = ir.Shape(shape)
@@ -37,26 +33,26 @@ def typed(value: ir.Value, dtype: ir.DataType, shape: Sequence[Any] | None) -> i
 
 
 def dtype_of(value: ir.Value) -> ir.DataType:
-    """The element type, which must be known."""
+    """Element type, which must be known."""
     if value.type is None:
         raise RuntimeError(f"the type of {value.name} is not known")
     return value.type.dtype
 
 
 def shape_of(value: ir.Value) -> list[Any]:
-    """The dimensions (ints, symbols or None), whose number must be known."""
+    """Dimensions (ints, symbols or None), whose number must be known."""
     if value.shape is None:
         raise RuntimeError(f"the shape of {value.name} is not known")
     return list(value.shape)
 
 
 def cast(op: Any, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Cast unless the value has that type already."""
+    """Cast, unless the value has that type already."""
     return value if dtype_of(value) == dtype else op.Cast(value, to=dtype)
 
 
 def constant(op: Any, array: np.ndarray, name: str) -> ir.Value:
-    """A small constant array as an initializer `const.<name>`, shared by equal names."""
+    """Add a small array as the initializer `const.<name>`, once per name."""
     full = f"const.{name}"
     graph = op.builder.root.graph
     known = graph.initializers.get(full)
@@ -70,24 +66,24 @@ def constant(op: Any, array: np.ndarray, name: str) -> ir.Value:
 def reduce(
     op: Any, kind: str, value: ir.Value, axes: Sequence[int], *, keepdims: bool = True
 ) -> ir.Value:
-    """ReduceSum, ReduceMean, ReduceMax …: the axes became an input in opset 13 or 18."""
+    """Reduce by ReduceSum, ReduceMean, …: the axes became an input in opset 13 or 18."""
     if kind == "ReduceSum" or op.version >= 18:
         return getattr(op, kind)(value, list(axes), keepdims=int(keepdims))
     return getattr(op, kind)(value, axes=list(axes), keepdims=int(keepdims))
 
 
 def dim(op: Any, value: ir.Value, axis: int) -> ir.Value:
-    """The size of one axis, int64 [1]."""
+    """Size of one axis, int64 [1]."""
     return op.Shape(value, start=axis, end=axis + 1)
 
 
 def split_heads(op: Any, x: ir.Value, heads: int, head_dim: int) -> ir.Value:
-    """[B, S, N·D] → [B, N, S, D]."""
+    """Split the last axis into heads: [B, S, N·D] → [B, N, S, D]."""
     return op.Transpose(op.Reshape(x, [0, 0, heads, head_dim]), perm=[0, 2, 1, 3])
 
 
 def merge_heads(op: Any, x: ir.Value) -> ir.Value:
-    """[B, N, S, D] → [B, S, N·D]."""
+    """Join heads: [B, N, S, D] → [B, S, N·D]."""
     _, heads, _, head_dim = shape_of(x)
     return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, int(heads) * int(head_dim)])
 
