@@ -100,7 +100,7 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
     if checkpoint is not None:
         architecture, preprocessing = architecture or {}, preprocessing or {}
     if not isinstance(architecture, dict) or not isinstance(preprocessing, dict):
-        raise TrioError(f"{file}: `architecture` and `preprocessing` must be mappings.")
+        raise TrioError(f"{file}: `architecture` and `preprocessing` must be mappings")
     return Recipe(
         name=file.stem,
         file=file,
@@ -128,14 +128,14 @@ def recipe_name(hub_id: str) -> str | None:
 def _threshold(file: Path, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise TrioError(
-            f"{file}: threshold must be a cosine similarity above 0 and at most 1, not {value!r}."
+            f"{file}: threshold must be a cosine similarity above 0 and at most 1, not {value!r}"
         )
     return float(value)
 
 
 def _schedules(file: Path, raw: Any) -> dict[str, Schedule]:
     if not isinstance(raw, dict):
-        raise TrioError(f"{file}: `schedules` must map budgets to lists of pruning points.")
+        raise TrioError(f"{file}: `schedules` must map budgets to lists of pruning points")
     schedules = {}
     for budget, points in raw.items():
         try:
@@ -144,7 +144,7 @@ def _schedules(file: Path, raw: Any) -> dict[str, Schedule]:
         except (TypeError, ValueError):
             raise TrioError(
                 f"{file}: the budget {budget!r} in `schedules` must be a share above 0 and at "
-                "most 1, or a name that begins with a letter."
+                "most 1, or a name that begins with a letter"
             ) from None
         try:
             schedules[str(budget)] = Schedule.from_json(points)
@@ -162,5 +162,5 @@ def _checkpoint(file: Path, raw: Mapping[str, Any]) -> Path | None:
     else:
         folder = file.parent / Path(value).expanduser()
     if not folder.is_dir():
-        raise TrioError(f"{file}: there is no checkpoint folder at {folder}.")
+        raise TrioError(f"{file}: there is no checkpoint folder at {folder}")
     return folder

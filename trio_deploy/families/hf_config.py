@@ -1,4 +1,4 @@
-"""config.json of a checkpoint, in either style, to `ModelConfig`."""
+"""Shared readers of config.json: both styles, and transformers' defaults for missing keys."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig, RopeConfig, TextConfig, VisionConfig
 
-#: Activations that the graphs can write down.
+#: Activations that the graphs can express.
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh", "gelu_new")
 
 
-#: The layouts of CLIP + Llama checkpoints: 4.52 and later put `model.` in front of all but the
-#: head, older ones kept the language model as a model of its own, 5.x dropped `vision_model`.
+#: Name layouts of CLIP + Llama checkpoints: transformers 4.52 and later put `model.` in front of
+#: all but the head, older releases kept the language model as a separate model, 5.x has no
+#: `vision_model`.
 CLIP_LLAMA_PREFIXES = (
     ("model.", ""),
     ("vision_tower.vision_model.", "vision_tower."),
@@ -21,7 +22,7 @@ CLIP_LLAMA_PREFIXES = (
     ("language_model.model.", "language_model."),
 )
 
-#: CLIP ViT-L/14 at 336 pixels, which LLaVA takes where config.json has no `vision_config`.
+#: CLIP ViT-L/14 at 336 pixels, the tower if config.json has no `vision_config`.
 CLIP_LARGE_336 = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -32,7 +33,7 @@ CLIP_LARGE_336 = {
     "patch_size": 14,
 }
 
-#: What transformers' CLIP image processor does unless told otherwise.
+#: Defaults of transformers' CLIP image processor.
 CLIP_PREPROCESSING = {
     "do_resize": True,
     "size": {"shortest_edge": 224},
@@ -126,8 +127,8 @@ def read_clip_llama(
     )
     if tiled and not vision.drop_cls:
         raise TrioError(
-            f"vision_feature_select_strategy 'full' does not work with the tiles of {family}; "
-            "only 'default' does."
+            f"config.json: vision_feature_select_strategy 'full' does not work with the tiles of "
+            f"{family}: only 'default' does"
         )
     tied = bool(top["tie_word_embeddings"])
     text = _text(text_raw, tied or (tie_from_text and bool(text_raw["tie_word_embeddings"])))
@@ -135,7 +136,7 @@ def read_clip_llama(
     if not isinstance(image_token_id, int) or not 0 <= image_token_id < text.vocab_size:
         raise TrioError(
             f"config.json: image_token_index {image_token_id} lies outside the vocabulary of "
-            f"{text.vocab_size}."
+            f"{text.vocab_size}"
         )
     return ModelConfig(
         family=family,
@@ -237,7 +238,7 @@ def clip_processor_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
 
 
 def _given(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys that have a value; null means the default."""
+    """Keys with a value; null means the default."""
     return {key: value for key, value in section.items() if value is not None}
 
 
@@ -248,17 +249,17 @@ def _section(
     defaults: Mapping[str, Mapping[str, Any]],
     absent: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A sub-configuration over the defaults of its model type; `absent`: where there is none."""
+    """A sub-configuration over the defaults of its model type, or over `absent` if missing."""
     section = raw.get(name)
     if section is None:
         section = absent
     if not isinstance(section, Mapping):
-        raise TrioError(f"config.json: {name} must be an object.")
+        raise TrioError(f"config.json: {name} must be an object")
     model_type = section.get("model_type", model_type)
     if model_type not in defaults:
         raise TrioError(
-            f"config.json: {name} is of type {model_type!r}, which is not supported; "
-            f"{', '.join(defaults)} {'are' if len(defaults) > 1 else 'is'}."
+            f"config.json: {name} is of type {model_type!r}, which is not supported: "
+            f"{', '.join(defaults)} {'are' if len(defaults) > 1 else 'is'}"
         )
     merged = {"model_type": model_type, **defaults[model_type], **_given(section)}
     if "sliding_window" in section:
@@ -271,14 +272,14 @@ def _count(section: Mapping[str, Any], key: str) -> int:
     if isinstance(value, (list, tuple)) and len(set(value)) == 1:
         value = value[0]  # square sizes may be given as a pair
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise TrioError(f"config.json: {key} must be a positive whole number, not {value!r}.")
+        raise TrioError(f"config.json: {key} must be a positive whole number, not {value!r}")
     return value
 
 
 def _activation(name: Any, key: str) -> str:
     if name not in ACTIVATIONS:
         raise TrioError(
-            f"config.json: {key} {name!r} is not supported; {', '.join(ACTIVATIONS)} are."
+            f"config.json: {key} {name!r} is not supported: {', '.join(ACTIVATIONS)} are"
         )
     return str(name)
 
@@ -290,15 +291,15 @@ def _vision(section: Mapping[str, Any], top: Mapping[str, Any]) -> VisionConfig:
     if image_size < patch_size or hidden_size % num_heads:
         raise TrioError(
             "config.json: vision_config needs an image_size of at least one patch and a "
-            "hidden_size that its heads divide."
+            "hidden_size that its heads divide"
         )
     if section["num_channels"] != 3:
-        raise TrioError("config.json: only vision towers with num_channels 3 are supported.")
+        raise TrioError("config.json: only vision towers with num_channels 3 are supported")
     strategy = top["vision_feature_select_strategy"]
     if strategy not in ("default", "full"):
         raise TrioError(
             f"config.json: vision_feature_select_strategy {strategy!r} is neither 'default' nor "
-            "'full'."
+            "'full'"
         )
     return VisionConfig(
         hidden_size=hidden_size,
@@ -322,11 +323,11 @@ def _feature_layers(raw: Any, num_layers: int) -> tuple[int, ...]:
         if isinstance(layer, bool) or not isinstance(layer, int) or not -states <= layer < states:
             raise TrioError(
                 f"config.json: vision_feature_layer {layer!r} does not exist in a tower of "
-                f"{num_layers} layers."
+                f"{num_layers} layers"
             )
         resolved.append(layer % states)
     if not resolved:
-        raise TrioError("config.json: vision_feature_layer is empty.")
+        raise TrioError("config.json: vision_feature_layer is empty")
     return tuple(resolved)
 
 
@@ -334,14 +335,14 @@ def _text(section: Mapping[str, Any], tied: bool) -> TextConfig:
     if section["hidden_act"] != "silu":
         raise TrioError(
             f"config.json: hidden_act {section['hidden_act']!r} of the language model is not "
-            "supported; silu is."
+            "supported: silu is"
         )
     max_positions = _count(section, "max_position_embeddings")
     window = section["sliding_window"]
     if window is not None and window < max_positions:
         raise TrioError(
             f"config.json: sliding-window attention ({window} of {max_positions} positions) is "
-            "not supported. Where the model was trained without it, set sliding_window to null."
+            "not supported: set sliding_window to null if the model was trained without it"
         )
     hidden_size, num_heads = _count(section, "hidden_size"), _count(section, "num_attention_heads")
     num_kv_heads = num_heads
@@ -349,18 +350,18 @@ def _text(section: Mapping[str, Any], tied: bool) -> TextConfig:
         num_kv_heads = _count(section, "num_key_value_heads")
     if num_heads % num_kv_heads:
         raise TrioError(
-            f"config.json: {num_heads} attention heads cannot share {num_kv_heads} key/value heads."
+            f"config.json: {num_heads} attention heads cannot share {num_kv_heads} key/value heads"
         )
     if section["head_dim"] is not None:
         head_dim = _count(section, "head_dim")
     elif hidden_size % num_heads:
         raise TrioError(
-            f"config.json: hidden_size {hidden_size} is not divisible by {num_heads} heads."
+            f"config.json: hidden_size {hidden_size} is not divisible by {num_heads} heads"
         )
     else:
         head_dim = hidden_size // num_heads
     if head_dim % 2:
-        raise TrioError(f"config.json: head_dim {head_dim} is odd; rotary embeddings need pairs.")
+        raise TrioError(f"config.json: head_dim {head_dim} is odd: rotary embeddings need pairs")
     return TextConfig(
         hidden_size=hidden_size,
         intermediate_size=_count(section, "intermediate_size"),
@@ -383,12 +384,12 @@ def _rope(section: Mapping[str, Any]) -> RopeConfig:
     """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
     parameters = section.get("rope_parameters") or section.get("rope_scaling") or {}
     if not isinstance(parameters, Mapping):
-        raise TrioError("config.json: rope_parameters (or rope_scaling) must be an object.")
+        raise TrioError("config.json: rope_parameters (or rope_scaling) must be an object")
     theta = float(parameters.get("rope_theta", section["rope_theta"]))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     partial = parameters.get("partial_rotary_factor", section.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise TrioError(f"config.json: partial_rotary_factor {partial} is not supported; 1 is.")
+        raise TrioError(f"config.json: partial_rotary_factor {partial} is not supported: 1 is")
     try:
         if kind == "default":
             return RopeConfig(theta)
@@ -404,9 +405,9 @@ def _rope(section: Mapping[str, Any]) -> RopeConfig:
                 original_max_positions=int(parameters["original_max_position_embeddings"]),
             )
     except KeyError as error:
-        raise TrioError(f"config.json: rope type {kind!r} needs {error.args[0]!r}.") from None
+        raise TrioError(f"config.json: rope type {kind!r} needs {error.args[0]!r}") from None
     raise TrioError(
-        f"config.json: rope type {kind!r} is not supported; default, linear and llama3 are."
+        f"config.json: rope type {kind!r} is not supported: default, linear and llama3 are"
     )
 
 
@@ -415,15 +416,15 @@ def _pinpoints(raw: Any, vision: VisionConfig) -> tuple[tuple[int, int], ...]:
         pinpoints = tuple((int(height), int(width)) for height, width in raw)
     except (TypeError, ValueError):
         raise TrioError(
-            "config.json: image_grid_pinpoints must be a list of [height, width] pairs."
+            "config.json: image_grid_pinpoints must be a list of [height, width] pairs"
         ) from None
     tile = vision.image_size
     for height, width in pinpoints:
         if height < tile or width < tile or height % tile or width % tile:
             raise TrioError(
                 f"config.json: the canvas {[height, width]} in image_grid_pinpoints is not made "
-                f"of whole {tile}-pixel tiles."
+                f"of whole {tile}-pixel tiles"
             )
     if not pinpoints:
-        raise TrioError("config.json: image_grid_pinpoints is empty.")
+        raise TrioError("config.json: image_grid_pinpoints is empty")
     return pinpoints

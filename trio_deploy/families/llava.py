@@ -1,4 +1,4 @@
-"""LLaVA-1.5: one tile an image, resized and cropped; its patches row by row are the tokens."""
+"""LLaVA-1.5: one tile per image, resized and cropped; its patches row by row are the tokens."""
 
 from __future__ import annotations
 

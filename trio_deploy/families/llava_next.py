@@ -1,9 +1,9 @@
 """LLaVA-NeXT: the whole image as one tile, and the image on the best-fitting canvas cut into tiles.
 
-The canvas' patches are read row by row across tiles, without the rows or columns that are padding
-only, and a newline embedding ends each row. Rounding follows transformers'
-`select_best_resolution`, `get_patch_output_size` and `unpad_image` to the letter, since the number
-of visual tokens depends on it.
+The canvas' patches are read row by row across tiles, without rows and columns of padding only, and
+a newline embedding ends each row. Rounding follows transformers' `select_best_resolution`,
+`get_patch_output_size` and `unpad_image` exactly, since the number of visual tokens depends on
+it.
 """
 
 from __future__ import annotations

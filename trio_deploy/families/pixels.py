@@ -21,26 +21,26 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trio_deploy.errors import TrioError
 
-#: Largest picture that is decoded, and largest one made by resizing, in pixels. This is Pillow's
-#: own warning threshold (a quarter of a GiB as RGB); nothing here needs more, and a small file
-#: that unpacks to more is an attack or a mistake.
+#: Most pixels of a picture that is decoded or made by resizing. This is Pillow's own warning
+#: threshold (a quarter of a GiB as RGB); nothing here needs more, and a small file that unpacks to
+#: more is an attack or a mistake.
 MAX_PIXELS = 89_478_485
 
-#: What is decoded, in Pillow's names. Not all that Pillow knows: for some it starts a program
-#: (Ghostscript for EPS), which a picture from a stranger shall not do.
+#: Formats that are decoded, in Pillow's names. Not all that Pillow knows: for some it starts a
+#: program (Ghostscript for EPS), which an untrusted picture must not do.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What preprocessor_config.json asks for, with every default filled in.
+    """The settings of preprocessor_config.json, defaults filled in.
 
     Attributes:
         size: `shortest` side, or exact (height, width); None: no resizing.
         crop: (height, width) of the central crop; None: no cropping.
         resample: Pillow's number of the resampling filter.
         scale: factor on 0…255 pixel values; None: none.
-        mean, std: a channel, after scaling; None: no normalisation.
+        mean, std: per channel, after scaling; None: no normalisation.
         pad_to_square: whether the image is first padded to a square in the mean colour.
     """
 
@@ -56,7 +56,7 @@ class ImageSettings:
     def base_size(self) -> tuple[int, int]:
         """(height, width) of the overview tile of any-resolution models."""
         if self.size is None:
-            raise TrioError("The image settings have no size, which any-resolution tiling needs.")
+            raise TrioError("the image settings have no size: any-resolution tiling needs one")
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
@@ -80,7 +80,7 @@ class View:
 
 
 def open_image(source: Any) -> Image.Image:
-    """Read a picture as RGB, upright, the way a viewer shows it.
+    """Read a picture as upright RGB, as a viewer shows it.
 
     EXIF rotation is applied; transparency is laid on white (as transformers does); palettes, CMYK
     and greys become RGB; 16-bit greys are scaled to 8 bits rather than clipped.
@@ -89,7 +89,7 @@ def open_image(source: Any) -> Image.Image:
         source: a path, the bytes of a file, or a Pillow image.
 
     Raises:
-        TrioError: not a picture in one of `FORMATS`, a corrupt one, one with a zero side, or one
+        TrioError: not a picture in one of `FORMATS`, a damaged one, one without pixels, or one
             with more than `MAX_PIXELS`.
     """
     if isinstance(source, Image.Image):
@@ -99,19 +99,19 @@ def open_image(source: Any) -> Image.Image:
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if not path.is_file():
-            raise TrioError(f"There is no image file at {path}.")
+            raise TrioError(f"there is no image file at {path}")
         try:
             with path.open("rb") as file:
                 return _decode(file, str(path))
         except OSError as error:
-            raise TrioError(f"{path} cannot be read: {error.strerror or error}.") from error
+            raise TrioError(f"{path} cannot be read: {error.strerror or error}") from error
     raise TrioError(
-        f"An image must be a path, bytes or a Pillow image, not {type(source).__name__}."
+        f"an image must be a path, bytes or a Pillow image, not {type(source).__name__}"
     )
 
 
 def encoded_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of a picture by its file's header, before anything is decoded.
+    """(width, height) from a picture file's header, without decoding it.
 
     Raises:
         TrioError: not a picture in one of `FORMATS` but ICO, whose header need not tell the size
@@ -126,14 +126,14 @@ def resize(image: Image.Image, size: tuple[int, int], settings: ImageSettings) -
     """Scale to (height, width) with the settings' filter."""
     if size[0] * size[1] > MAX_PIXELS:
         raise TrioError(
-            f"An image of {image.width} x {image.height} pixels is too long and narrow: resized "
-            f"for the model it would have {size[1]} x {size[0]}. Crop it first."
+            f"an image of {image.width} x {image.height} pixels is too long and narrow: resized "
+            f"for the model it would have {size[1]} x {size[0]}; crop it first"
         )
     return image.resize((size[1], size[0]), resample=Image.Resampling(settings.resample))
 
 
 def fit(image: Image.Image, settings: ImageSettings) -> tuple[np.ndarray, View]:
-    """Pad to a square, resize and crop as CLIP's processor does, whichever of these are asked for.
+    """Pad to a square, resize and crop as CLIP's processor does, as far as the settings say.
 
     Returns:
         uint8 [h, w, 3], and where the image lies on it.
@@ -144,8 +144,8 @@ def fit(image: Image.Image, settings: ImageSettings) -> tuple[np.ndarray, View]:
         side = max(width, height)
         if side * side > MAX_PIXELS:
             raise TrioError(
-                f"An image of {width} x {height} pixels is too long and narrow to pad to a "
-                "square. Crop it first."
+                f"an image of {width} x {height} pixels is too long and narrow to pad to a "
+                "square: crop it first"
             )
         background = tuple(int(x * 255) for x in settings.mean or (0.0, 0.0, 0.0))
         square = Image.new("RGB", (side, side), background)
@@ -167,7 +167,7 @@ def fit(image: Image.Image, settings: ImageSettings) -> tuple[np.ndarray, View]:
 def normalise(tiles: np.ndarray, settings: ImageSettings) -> np.ndarray:
     """uint8 [T, h, w, 3] → float32 [T, 3, h, w], scaled and normalised.
 
-    Each of the 256 values is computed once a channel, exactly as transformers computes every
+    Each of the 256 values is computed once per channel, exactly as transformers computes every
     pixel: scaled in float64, rounded to float32, normalised in float32.
     """
     values: np.ndarray = np.arange(256, dtype=np.float64)
@@ -238,25 +238,25 @@ def _opened(file: Any, name: str, formats: Sequence[str]) -> Iterator[Image.Imag
         raise _bomb(name, "it is far too large") from None
     except UnidentifiedImageError:  # whose words name Python's file object
         raise TrioError(
-            f"{name} cannot be read as a picture: it is broken, or of no format that is read "
-            f"({', '.join(known)})."
+            f"{name} cannot be read as a picture: it is damaged or not in a supported format "
+            f"({', '.join(known)})"
         ) from None
     except Exception as error:  # a decoder may raise anything on a broken file
-        raise TrioError(f"{name} cannot be read as a picture: {error}.") from error
+        raise TrioError(f"{name} cannot be read as a picture: {error}") from error
 
 
 def _check_size(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width < 1 or height < 1:
-        raise TrioError(f"{name} has no pixels: it is {width} x {height}.")
+        raise TrioError(f"{name} has no pixels: it is {width} x {height}")
     if width * height > MAX_PIXELS:
         raise _bomb(name, f"it has {width} x {height} pixels")
 
 
 def _bomb(name: str, why: str) -> TrioError:
     return TrioError(
-        f"{name} is refused as a decompression bomb: {why}, and at most {MAX_PIXELS} pixels are "
-        "decoded. Scale it down first."
+        f"{name} is refused as a decompression bomb: {why}, but at most {MAX_PIXELS} pixels are "
+        "decoded: scale it down first"
     )
 
 
@@ -272,7 +272,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
     except Exception as error:  # lazily decoded images fail here
-        raise TrioError(f"{name} cannot be read as a picture: {error}.") from error
+        raise TrioError(f"{name} cannot be read as a picture: {error}") from error
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:

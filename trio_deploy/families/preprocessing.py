@@ -1,4 +1,4 @@
-"""From a picture to the vision tower's input and the order of the visual tokens."""
+"""Image preprocessing of a checkpoint: preprocessor_config.json, and images by it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trio_deploy.families.base import Layout, ModelConfig
 from trio_deploy.families.pixels import ImageSettings, open_image
 from trio_deploy.families.registry import get_family
 
-#: What of a preprocessor_config.json matters; `to_json` keeps these.
+#: Keys of preprocessor_config.json that are read; `to_json` keeps these.
 KEYS = (
     "do_resize",
     "size",
@@ -59,7 +59,7 @@ class Preprocessor:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], config: ModelConfig) -> Preprocessor:
-        """Same as the constructor; the counterpart of `to_json`."""
+        """Same as the constructor; the inverse of `to_json`."""
         return cls(raw, config)
 
     def to_json(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Preprocessor:
 
     @staticmethod
     def open_image(source: Any) -> Image.Image:
-        """A path, bytes or Pillow image as upright RGB; see `images.open_image`."""
+        """A path, bytes or Pillow image as upright RGB; see `pixels.open_image`."""
         return open_image(source)
 
     def __call__(self, image: Any) -> Layout:
@@ -93,7 +93,7 @@ def _settings(raw: Mapping[str, Any], config: ModelConfig) -> ImageSettings:
             pad_to_square=bool(raw["do_pad"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise TrioError(f"The image preprocessing settings are malformed: {error}.") from None
+        raise TrioError(f"the image preprocessing settings are malformed: {error}") from None
     yields = settings.crop
     if yields is None and not isinstance(settings.size, int):
         yields = settings.size
@@ -101,18 +101,18 @@ def _settings(raw: Mapping[str, Any], config: ModelConfig) -> ImageSettings:
         yields = (settings.size, settings.size)
     if yields != (side, side):
         raise TrioError(
-            f"The image preprocessing settings give images of {yields or 'no fixed size'}, but "
-            f"the vision tower takes {side} x {side}."
+            f"the image preprocessing settings give images of {yields or 'no fixed size'}, but "
+            f"the vision tower takes {side} x {side}"
         )
     return settings
 
 
 def _check_canvases(raw: Any, config: ModelConfig) -> None:
-    """The processor cuts tiles, the model orders them: both must know the same canvases."""
+    """Compare the processor's canvases with the model's, which orders its tiles by them."""
     if [list(pair) for pair in raw] != [list(pair) for pair in config.grid_pinpoints]:
         raise TrioError(
-            "image_grid_pinpoints of the image preprocessing settings and of config.json differ; "
-            "they must be the same."
+            "image_grid_pinpoints of the image preprocessing settings and of config.json differ: "
+            "make them equal"
         )
 
 

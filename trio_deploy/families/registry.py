@@ -19,9 +19,7 @@ def get_family(name: str) -> Family:
         TrioError: there is none.
     """
     if name not in FAMILIES:
-        raise TrioError(
-            f"Model family {name!r} is not supported; the supported ones are {_families()}."
-        )
+        raise TrioError(f"model family {name!r} is not supported: use one of {_families()}")
     return FAMILIES[name]
 
 
@@ -44,12 +42,12 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
             that makes no sense.
     """
     if not isinstance(raw, Mapping):
-        raise TrioError("config.json must hold an object.")
+        raise TrioError("config.json must hold an object")
     family = family_of(raw)
     if raw.get("quantization_config"):
         raise TrioError(
-            "The checkpoint is quantised (quantization_config in config.json); use the fp32, fp16 "
-            "or bf16 checkpoint it was made from."
+            "the checkpoint is quantised (quantization_config in config.json): use the fp32, fp16 "
+            "or bf16 checkpoint it was made from"
         )
     return family.read(raw)
 
@@ -73,7 +71,6 @@ def family_of(raw: Mapping[str, Any]) -> Family:
             return family
     found = model_type or ", ".join(map(str, architectures)) or "no model_type"
     raise TrioError(
-        f"config.json describes {found!r}, which is not supported; the supported families are "
-        f"{_families()}. (Checkpoints in the original LLaVA format have converted twins on the "
-        "hub under llava-hf.)"
+        f"config.json describes {found!r}, which is not supported: use one of {_families()}; "
+        "checkpoints in the original LLaVA format have converted copies on the hub under llava-hf"
     )

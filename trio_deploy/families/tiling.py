@@ -1,4 +1,4 @@
-"""Any-resolution tiling: the canvas for a picture, its scaled size, the patches that show it."""
+"""Any-resolution tiling: the canvas for an image, its scaled size, the patches that show it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 
 def best_canvas(size: tuple[int, int], canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (height, width) canvas that shows most of an image of (height, width) `size`.
+    """The (height, width) canvas with the most effective pixels for an image of `size`.
 
-    Most effective pixels first, fewest wasted ones second, the earlier canvas on a tie.
+    Of equals the one with the fewest wasted pixels, then the earlier one.
     """
     height, width = size
-    best, most, least_waste = canvases[0], 0, math.inf
+    best, most_effective, least_waste = canvases[0], 0, math.inf
     for canvas_height, canvas_width in canvases:
         scale = min(canvas_width / width, canvas_height / height)
         effective = min(int(width * scale) * int(height * scale), width * height)
         waste = canvas_height * canvas_width - effective
-        if effective > most or (effective == most and waste < least_waste):
-            best, most, least_waste = (canvas_height, canvas_width), effective, waste
+        if effective > most_effective or (effective == most_effective and waste < least_waste):
+            best, most_effective, least_waste = (canvas_height, canvas_width), effective, waste
     return best
 
 
