@@ -4,6 +4,7 @@ Where tower, connector and language model are known (a CLIP tower, two linear la
 here), a family is one file, `families/<name>.py`, that ends in a `FAMILY`:
 
 - `read` turns config.json into a `ModelConfig` and refuses what the graphs cannot do;
+- `settings` reads preprocessor_config.json, as far as `arrange` needs it;
 - `prefixes` turn the names in its checkpoints into the canonical ones of the graphs' modules;
 - `arrange` makes of an image the tower's inputs, the text that stands for the image (each
   `VISUAL_TOKEN` in it becomes one visual token), and which feature row each visual token takes;
@@ -39,9 +40,9 @@ from safetensors.torch import load_file, save_file
 from tests.support.pictures import make_picture
 from trio_deploy import Bundle, Pipeline, Request, check, export_model
 from trio_deploy.families.base import VISUAL_TOKEN, Family, Layout, Limits, ModelConfig
+from trio_deploy.families.clip_images import clip_settings
 from trio_deploy.families.hf_config import (
     CLIP_LLAMA_PREFIXES,
-    CLIP_PREPROCESSING,
     read_clip_llama,
     tiny_clip_llama,
 )
@@ -107,7 +108,7 @@ FAMILY = Family(
         ("words.", "language_model."),
         *CLIP_LLAMA_PREFIXES,  # transformers' own names, by which the oracle loads the weights
     ),
-    preprocessing=CLIP_PREPROCESSING,
+    settings=clip_settings,
     read=lambda raw: read_clip_llama(raw, "halves", _DEFAULTS),
     arrange=arrange,
     request_limits=request_limits,

@@ -28,7 +28,7 @@ from trio_deploy.config.recipe import list_recipes
 from trio_deploy.errors import TrioError
 from trio_deploy.families import llava
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.hf_config import clip_processor_files
+from trio_deploy.families.clip_images import clip_processor_files
 from trio_deploy.families.registry import get_family, parse_config
 from trio_deploy.graphs.weights import canonical_tensors
 from trio_deploy.runtimes.registry import default_target

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trio_deploy.families.pixels import ImageSettings
-
 TILES_AT_ONCE = 8
 """Tiles per run of the vision tower, which bounds its memory."""
 
@@ -51,7 +49,7 @@ class VisionConfig:
 
     def describe(self) -> str:
         """The tower in a few words, for reports."""
-        return f"{self.num_layers} layers, {self.image_size} pixels a tile"
+        return f"{self.num_layers} layers, {self.image_size} pixels per tile"
 
     def tile_flops(self) -> int:
         """Multiply-adds of the tower per tile, up to the last layer whose features are read."""
@@ -106,7 +104,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A vision-language model of the LLaVA kind.
+    """A vision-language model: tower, connector and language model.
 
     Attributes:
         family: name in `families.registry.FAMILIES`.
@@ -181,8 +179,8 @@ class Family:
         architecture: transformers' class of its checkpoints.
         prefixes: (prefix in a checkpoint, canonical prefix), applied one after another to each
             tensor name; between them they undo the layouts that checkpoints come in.
-        preprocessing: preprocessor_config.json keys that may be missing, with the values that
-            transformers' image processor of this family has.
+        settings: preprocessor_config.json to the keys that are read, transformers' defaults filled
+            in, and to what `arrange` takes. Raises TrioError on what does not fit the model.
         read: config.json to sizes and options. Raises TrioError on what is not supported.
         arrange: tiles and token order of an upright RGB image.
         request_limits: the most that one image brings, for profiles, plans, admission, benchmarks.
@@ -193,9 +191,9 @@ class Family:
     name: str
     architecture: str
     prefixes: tuple[tuple[str, str], ...]
-    preprocessing: Mapping[str, Any]
+    settings: Callable[[Mapping[str, Any], ModelConfig], tuple[dict[str, Any], Any]]
     read: Callable[[Mapping[str, Any]], ModelConfig]
-    arrange: Callable[[Image.Image, ImageSettings, ModelConfig], Layout]
+    arrange: Callable[[Image.Image, Any, ModelConfig], Layout]
     request_limits: Callable[[ModelConfig], Limits]
     reference: str
     tiny: Callable[[], dict[str, Any]]

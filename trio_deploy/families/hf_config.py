@@ -33,21 +33,6 @@ CLIP_LARGE_336 = {
     "patch_size": 14,
 }
 
-#: Defaults of transformers' CLIP image processor.
-CLIP_PREPROCESSING = {
-    "do_resize": True,
-    "size": {"shortest_edge": 224},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": 224, "width": 224},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "do_pad": False,
-}
-
 TEXT_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
         "vocab_size": 32000,
@@ -216,25 +201,6 @@ def tiny_clip_llama(architecture: str, **top: Any) -> dict[str, Any]:
         "pad_token_id": 3,
     }
     return clip_llama_json(architecture, vision, text, tile=32, patch=8, image_token_index=4, **top)
-
-
-def clip_processor_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
-    """preprocessor_config.json and processor_config.json of a model that comes without them."""
-    side = config.vision.image_size
-    return {
-        "preprocessor_config.json": {
-            **CLIP_PREPROCESSING,
-            "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": side},
-            "crop_size": {"height": side, "width": side},
-            "do_convert_rgb": True,
-        },
-        "processor_config.json": {
-            "patch_size": config.vision.patch_size,
-            "vision_feature_select_strategy": "default" if config.vision.drop_cls else "full",
-            "num_additional_image_tokens": 1,
-        },
-    }
 
 
 def _given(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from trio_deploy.families.base import VISUAL_TOKEN, Family, Layout, Limits, ModelConfig
+from trio_deploy.families.clip_images import clip_settings
 from trio_deploy.families.hf_config import (
     CLIP_LLAMA_PREFIXES,
-    CLIP_PREPROCESSING,
     clip_llama_json,
     read_clip_llama,
     tiny_clip_llama,
@@ -83,7 +83,7 @@ FAMILY = Family(
     name=_NAME,
     architecture=_ARCHITECTURE,
     prefixes=CLIP_LLAMA_PREFIXES,
-    preprocessing=CLIP_PREPROCESSING,
+    settings=clip_settings,
     read=read,
     arrange=arrange,
     request_limits=request_limits,
