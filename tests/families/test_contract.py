@@ -69,3 +69,21 @@ def test_no_image_brings_more_than_the_family_says(family):
         assert tiles[0].size == limits.tile_values
         assert layout.feature_rows == len(tiles) * limits.tile_rows
         assert layout.rows.max() < layout.feature_rows and layout.boxes.shape[1] == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_transformers_model_has_the_weights_that_the_graphs_read(family):
+    """Under the names and in the shapes of the modules, once the prefixes are undone."""
+    torch = pytest.importorskip("torch")
+    from trio_deploy.families.names import map_checkpoint_names
+    from trio_deploy.graphs.weights import canonical_tensors
+    from trio_deploy.reference.adapters import ADAPTERS, model_class
+
+    raw = family.tiny()
+    architecture = model_class(family.name)
+    with torch.device("meta"):
+        state = architecture(architecture.config_class.from_dict(raw)).state_dict()
+    shapes = canonical_tensors(parse_config(raw))
+    names = map_checkpoint_names(family, state, shapes)
+    assert {name: tuple(state[given].shape) for name, given in names.items()} == shapes
+    assert family.reference in ADAPTERS

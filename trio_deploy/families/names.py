@@ -27,23 +27,23 @@ def map_checkpoint_names(
     for name in names:
         if ".lora_" in name or ".base_layer." in name:
             raise TrioError(
-                f"The checkpoint holds an unmerged LoRA adapter (tensor {name!r}); merge it "
-                "first, e.g. with PEFT's merge_and_unload(), and save the result."
+                f"the checkpoint holds an unmerged LoRA adapter (tensor {name!r}): merge it "
+                "first, e.g. with PEFT's merge_and_unload(), and save the result"
             )
         canonical = canonical_name(family, name)
         if canonical not in wanted:
             continue
         if canonical in found:
             raise TrioError(
-                f"The checkpoint has {canonical!r} twice: as {found[canonical]!r} and {name!r}."
+                f"the checkpoint has {canonical!r} twice: as {found[canonical]!r} and {name!r}"
             )
         found[canonical] = name
     missing = [name for name in wanted if name not in found]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise TrioError(
-            f"The checkpoint lacks tensor {missing[0]!r}{more}; config.json and the weights do "
-            "not belong together, or the download is incomplete."
+            f"the checkpoint lacks tensor {missing[0]!r}{more}: config.json and the weights do "
+            "not belong together, or the download is incomplete"
         )
     return {name: found[name] for name in wanted}
 
