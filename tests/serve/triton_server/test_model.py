@@ -1,14 +1,10 @@
-"""The served models, with a stand-in for Triton: what a client sends, and what it gets."""
+"""`trio_vlm` with a stand-in for Triton: what a client sends, and what it gets."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,93 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.batching import expire, unfinished
+from tests.support.batching import expire
 from tests.support.fakes import triton as fake_utils
-from tests.support.fakes.triton import Asked, MetricFamily, Sender, TritonError
-from tests.support.questions import SCHEDULE
+from tests.support.fakes.triton import Asked, Sender, TritonError, arguments
 from tests.support.tensors import arrays, file, one, text, texts
+from tests.support.triton_models import QUESTION, ask, hold, served_pipeline, wait_for_prefill
 from tests.support.waiting import WAIT_S, wait_for
-from trio_deploy import Pipeline, Request, export_model
+from trio_deploy import Pipeline, Request
 from trio_deploy.serve.triton_server.request import INPUTS
-
-QUESTION = "what color is the circle ?"
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped model, told that a token ends answers which it does not give."""
-    folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    export_model("tiny", folder, schedule=SCHEDULE, progress=False)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["generation"]["eos_token_ids"] = [60]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipeline(bundle: Path) -> Pipeline:
-    return Pipeline.open(bundle, threads=1)
-
-
-@pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, ModuleType]]:
-    """The modules of `trio_vlm` and `trio_vlm_complete`, imported with the stand-in."""
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake_utils.module())
-    names = tuple(
-        f"trio_deploy.serve.triton_server.{name}" for name in ("model", "complete", "backend")
-    )
-    switch = sys.getswitchinterval()
-    model, complete, _ = (importlib.import_module(name) for name in names)
-    yield model, complete
-    sys.setswitchinterval(switch)
-    for name in names:
-        del sys.modules[name]
-
-
-def arguments(folder: Path, name: str = "trio_vlm", **parameters: str) -> dict[str, str]:
-    config = {"parameters": {name: {"string_value": v} for name, v in parameters.items()}}
-    return {
-        "model_config": json.dumps(config),
-        "model_repository": str(folder),
-        "model_name": name,
-        "model_version": "1",
-    }
-
-
-@pytest.fixture
-def load(modules: tuple[ModuleType, ModuleType], bundle: Path) -> Iterator[Callable[..., Any]]:
-    loaded = []
-
-    def load(**parameters: str) -> Any:
-        model = modules[0].TritonPythonModel()
-        given = {
-            "bundle": bundle.name,
-            "threads": "1",
-            "warm_up": "false",
-            "watch": "false",
-        } | parameters
-        model.initialize(arguments(bundle.parent, **given))
-        loaded.append(model)
-        return model
-
-    yield load
-    for model in loaded:
-        model.finalize()
-
-
-def ask(
-    model: Any, parameters: dict[str, Any] | None = None, timeout: int = 0, **inputs: Any
-) -> Asked:
-    """Send a request; plain values become tensors of the kind that the input has."""
-    tensors = {}
-    for name, value in inputs.items():
-        if not isinstance(value, np.ndarray):
-            kind = INPUTS[name][0]
-            value = texts(value) if kind == "string" else one(value, kind)
-        tensors[name] = value
-    request = Asked(tensors, parameters, timeout)
-    model.execute([request])
-    return request
 
 
 def test_an_answer_is_streamed_token_by_token(load: Callable[..., Any], pipeline: Pipeline) -> None:
@@ -186,23 +103,6 @@ def test_a_cancelled_stream_ends_within_a_token(load: Callable[..., Any]) -> Non
     assert len(request.sender.responses) <= 3 + 2 + 1
 
 
-def hold(model: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Keep the model's prefills waiting until the event is set."""
-    go = threading.Event()
-    prefill = model._service._batcher._worker._pipeline.prefill
-    monkeypatch.setattr(
-        model._service._batcher._worker._pipeline,
-        "prefill",
-        lambda *given: go.wait(WAIT_S) and prefill(*given),
-    )
-    return go
-
-
-def wait_for_prefill(model: Any) -> None:
-    """Wait until nothing waits to be prepared or chosen, in one look: requests move in between."""
-    wait_for(lambda: model._service.metrics().queued == 0)
-
-
 def test_a_waiting_request_is_cancelled_too_and_what_is_too_much_is_refused(
     load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,7 +171,7 @@ def test_our_own_failures_are_internal(
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model._service._batcher._worker._pipeline, "prefill", fail)
+        patch.setattr(served_pipeline(model), "prefill", fail)
         code, said = ask(model, prompt=QUESTION).error()
         assert code is TritonError.INTERNAL and "no memory" in said
     assert ask(model, prompt=QUESTION, max_tokens=1).outputs()
@@ -327,13 +227,6 @@ def test_a_model_warms_up_and_takes_tritons_own_parameters(load: Callable[..., A
     assert ask(model, prompt=QUESTION, max_tokens=1).outputs()
 
 
-def metric_values(name: str) -> dict[str, float]:
-    """Of the model loaded last, by outcome."""
-    metrics = MetricFamily.FAMILIES[name].metrics
-    assert all(m.labels["model"] == "trio_vlm" and m.labels["version"] == "1" for m in metrics)
-    return {m.labels.get("outcome", ""): m.value for m in metrics}
-
-
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
@@ -362,47 +255,6 @@ def test_a_model_may_take_no_longer_than_a_deadline_for_its_warm_up(
     assert "deadline" in ask(model, prompt=QUESTION).error()[1]
 
 
-def test_metrics_count_what_happened(load: Callable[..., Any]) -> None:
-    model = load()
-    ask(model, prompt=QUESTION, images=file(), max_tokens=4).outputs()
-    ask(model, prompt=QUESTION, max_tokens=3).outputs()
-    ask(model, prompt=QUESTION, top_p=7.0).error()
-    ask(model, prompt=QUESTION, images=b"nothing").error()
-
-    values = metric_values
-    # All at once, since they are brought up to date one after the other, and again and again.
-    expected = {
-        "trio_tokens_total": 7,
-        "trio_visual_tokens_total": 256,
-        "trio_first_token_seconds_count": 2,
-        "trio_rows_active": 0,
-        "trio_queue_length": 0,
-        "trio_kv_bytes": 0,
-    }
-    wait_for(lambda: {name: values(name)[""] for name in expected} == expected)
-    wait_for(lambda: [values("trio_requests_total")[n] for n in ("length", "invalid")] == [2, 2])
-    wait_for(lambda: 256 > values("trio_kept_tokens_total")[""] > 0)
-    wait_for(lambda: values("trio_first_token_seconds_sum")[""] > 0)
-    assert MetricFamily.FAMILIES["trio_kv_bytes"].kind == "gauge"
-
-
-def test_metrics_of_a_model_that_was_unloaded_say_that_nothing_runs(
-    load: Callable[..., Any],
-) -> None:
-    model = load()
-    before = MetricFamily.FAMILIES["trio_tokens_total"].metrics[-1]
-    model._stop.set()
-    model._poller.join()  # as if it were over just before the last answers
-    requests = [ask(model, prompt=QUESTION, max_tokens=3) for _ in range(2)]
-    wait_for(lambda: model._service.metrics().active > 0 or requests[0].sender.ended.is_set())
-    model._export()
-    model.finalize()
-    last = {name: family.metrics[-1].value for name, family in MetricFamily.FAMILIES.items()}
-    assert before.value == last["trio_tokens_total"] == 6
-    gauges = ("queue_length", "rows_active", "kv_bytes", "kv_bytes_allocated")
-    assert [last[f"trio_{name}"] for name in gauges] == [0, 0, 0, 0]
-
-
 def test_what_is_held_has_a_bound_in_bytes(
     load: Callable[..., Any], pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,17 +275,7 @@ def test_what_is_held_has_a_bound_in_bytes(
     ask(model, prompt=QUESTION, images=picture, top_p=7.0).error()
     ask(model, prompt=QUESTION, images=picture, budget=0.0001).error()
     wait_for(lambda: model._service.used_bytes == 0)
-    wait_for(lambda: metric_values("trio_requests_total")["refused"] == 1)
-
-
-def test_a_server_without_metrics_serves_without(
-    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none(*given: Any, **named: Any) -> None:
-        raise fake_utils.TritonModelException("metrics are not enabled")
-
-    monkeypatch.setattr(sys.modules["triton_python_backend_utils"].MetricFamily, "__init__", none)
-    assert ask(load(), prompt=QUESTION, max_tokens=1).outputs()
+    wait_for(lambda: model._service.metrics().outcomes["refused"] == 1)
 
 
 def test_stopping_answers_what_was_asked(load: Callable[..., Any]) -> None:
@@ -443,139 +285,6 @@ def test_stopping_answers_what_was_asked(load: Callable[..., Any]) -> None:
     assert all(len(request.outputs(0)) == 5 for request in requests)
     code, said = ask(model, prompt=QUESTION).error()
     assert code is TritonError.UNAVAILABLE and "shutting down" in said
-
-
-@pytest.fixture
-def both(
-    load: Callable[..., Any], modules: tuple[ModuleType, ModuleType]
-) -> Iterator[tuple[Any, Any]]:
-    """`trio_vlm_complete`, and the `trio_vlm` that it asks."""
-    name = f"trio_vlm_{uuid.uuid4().hex}"  # tests beside this one serve models, too
-    model = load(name=name, max_tokens="2000")
-    complete = modules[1].TritonPythonModel()
-    limits = {"max_requests": "3", "max_bytes": "60000"}
-    complete.initialize(arguments(Path(), model=name, watch="false", **limits))
-    yield complete, model
-    complete.finalize()
-
-
-def test_a_plain_request_gets_one_whole_answer(both: tuple[Any, Any], pipeline: Pipeline) -> None:
-    requests = [ask(both[0], prompt=QUESTION, images=file(), max_tokens=n) for n in (3, 4, 5)]
-    for number, request in enumerate(requests, start=3):
-        (response,) = request.outputs()
-        expected = pipeline.generate(Request(QUESTION, [file()], max_new_tokens=number))
-        assert response["token_ids"] == expected.token_ids
-        assert response["text"] == [expected.text.encode()] and response["timings"]
-
-
-def test_a_plain_requests_error_keeps_its_code(both: tuple[Any, Any]) -> None:
-    code, said = ask(both[0], prompt=QUESTION, max_tokens=0).error()
-    assert code is TritonError.INVALID_ARG and "max_tokens must be 1 to 2000" in said
-    code, said = ask(both[0], {"tempo": 1}, prompt=QUESTION).error()
-    assert code is TritonError.INVALID_ARG and "unknown parameter 'tempo'" in said
-    assert ask(both[0], prompt=QUESTION, images=b"?").error()[0] is TritonError.INVALID_ARG
-
-
-def test_a_plain_request_that_is_cancelled_ends_in_the_model(both: tuple[Any, Any]) -> None:
-    complete, model = both
-    request = ask(complete, prompt=QUESTION, max_tokens=2000)
-    wait_for(lambda: model._service.metrics().active == 1)
-    request.sender.cancel()
-    assert request.error()[0] is TritonError.CANCELLED
-    wait_for(lambda: model._service.metrics().outcomes.get("cancelled") == 1)
-
-
-def test_plain_requests_beyond_the_limit_are_refused(
-    both: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    complete, model = both
-    go = hold(model, monkeypatch)
-    requests = [ask(complete, prompt=QUESTION, max_tokens=1) for _ in range(4)]
-    code, said = requests[3].error()
-    assert code is TritonError.UNAVAILABLE and "max_requests = 3" in said
-    go.set()
-    assert all(request.outputs() for request in requests[:3])
-
-
-def test_plain_requests_hold_no_more_bytes_than_they_may(
-    both: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    complete, model = both
-    go = hold(model, monkeypatch)
-    first = ask(complete, prompt=QUESTION, images=file() + bytes(50_000), max_tokens=1)
-    code, said = ask(complete, prompt=QUESTION, images=file() + bytes(10_000)).error()
-    assert code is TritonError.UNAVAILABLE and "max_bytes is 60000" in said
-    small = ask(complete, prompt=QUESTION, max_tokens=1)
-    go.set()
-    assert first.outputs() and small.outputs()
-    assert ask(complete, prompt=QUESTION, images=bytes(70_000)).error()[0] is (
-        TritonError.INVALID_ARG
-    ), "one that is too large by itself is judged by its limits"
-
-
-def test_a_plain_request_for_which_there_is_no_thread_is_answered(
-    both: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    complete, _ = both
-
-    def none(*given: Any) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(complete._pool, "submit", none)
-        code, said = ask(complete, prompt=QUESTION).error()
-        assert code is TritonError.INTERNAL and "new thread" in said
-    assert not complete._open
-    assert ask(complete, prompt=QUESTION, max_tokens=1).outputs()
-
-
-def test_a_plain_request_without_a_model_to_ask_is_refused(
-    both: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    complete, model = both
-    batcher = model._service._batcher
-    prefill = batcher._worker._pipeline.prefill
-
-    def until_cancelled(*given: Any) -> Any:
-        wait_for(lambda: len(batcher._queue.snapshot().cancelled) == len(unfinished(batcher)))
-        return prefill(*given)
-
-    monkeypatch.setattr(batcher._worker._pipeline, "prefill", until_cancelled)
-    monkeypatch.setattr("trio_deploy.serve.triton_server.model._DRAIN_S", 0.2)
-    waiting = ask(complete, prompt=QUESTION, max_tokens=2000)
-    wait_for(lambda: bool(unfinished(batcher)))
-    model.finalize()
-    assert waiting.error()[0] is TritonError.CANCELLED
-    code, said = ask(complete, prompt=QUESTION).error()
-    assert code is TritonError.UNAVAILABLE and "could not be reached" in said
-
-
-def test_nothing_is_asked_of_triton_about_a_request_whose_last_response_is_sent(
-    modules: tuple[ModuleType, ModuleType],
-) -> None:
-    """Triton 2.51 dies of it (segmentation fault)."""
-    request = Asked()
-    sender = sys.modules["trio_deploy.serve.triton_server.backend"].TritonSender(request)
-    assert not sender.is_cancelled()
-    request.sender.cancel()
-    assert sender.is_cancelled()
-    looks, go = threading.Event(), threading.Event()
-    request.sender.on_look = lambda: looks.set() or go.wait(WAIT_S)
-    asking = threading.Thread(target=sender.is_cancelled)
-    asking.start()
-    assert looks.wait(WAIT_S)
-    sending = threading.Thread(target=sender.send, args=({"text": texts("a")},), kwargs={"last": 1})
-    sending.start()
-    sending.join(0.1)
-    assert not request.sender.ended.is_set(), "the last response did not wait for the question"
-    go.set()
-    sending.join()
-    asking.join()
-    assert not sender.is_cancelled()
-    assert not request.sender.crashed
-    sender.send({"text": texts("b")}, last=True)
-    sender.fail("too late", "INTERNAL")
-    assert [response["text"] for response in request.outputs()] == [[b"a"]]
 
 
 @given(

@@ -11,6 +11,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -191,3 +192,14 @@ def module() -> ModuleType:
         setattr(made, value.__name__, value)
     made.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL  # type: ignore[attr-defined]
     return made
+
+
+def arguments(folder: Path, name: str = "trio_vlm", **parameters: str) -> dict[str, str]:
+    """What Triton passes to a model's `initialize`."""
+    config = {"parameters": {name: {"string_value": v} for name, v in parameters.items()}}
+    return {
+        "model_config": json.dumps(config),
+        "model_repository": str(folder),
+        "model_name": name,
+        "model_version": "1",
+    }
