@@ -72,6 +72,11 @@ def reduce(
     return getattr(op, kind)(value, axes=list(axes), keepdims=int(keepdims))
 
 
+def filled(op: Any, shape: ir.Value, value: Any) -> ir.Value:
+    """Make a tensor of `shape` int64 [rank] in which every entry is one numpy scalar."""
+    return op.ConstantOfShape(shape, value=ir.tensor(np.array([value])))
+
+
 def dim(op: Any, value: ir.Value, axis: int) -> ir.Value:
     """Size of one axis, int64 [1]."""
     return op.Shape(value, start=axis, end=axis + 1)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from trio_deploy.graphs.dialects.base import Dialect
-from trio_deploy.graphs.values import FLOAT, INT64, cast, constant, dim, reduce
-from trio_deploy.selection.loops import any_of, loop
+from trio_deploy.graphs.loops import any_of, loop
+from trio_deploy.graphs.values import FLOAT, INT64, cast, constant, dim, filled, reduce
+from trio_deploy.selection.choice import Value
 
 NO_CANDIDATE = -1.0
 """Score of a token that cannot be chosen."""
@@ -20,14 +20,7 @@ _PADDING = -2.0  # of the M columns that make every TopK long enough
 _TAKEN = -3.0  # of what a block has taken: below the padding, so it is not taken again
 
 
-def filled(op: Any, shape: ir.Value, value: Any) -> ir.Value:
-    """A tensor of `shape` int64 [rank] full of one numpy scalar."""
-    return op.ConstantOfShape(shape, value=ir.tensor(np.array([value])))
-
-
-def compact(
-    op: Any, d: Dialect, mask: ir.Value, index: ir.Value, width: ir.Value
-) -> tuple[ir.Value, ir.Value]:
+def compact(op: Any, d: Dialect, mask: Value, index: Value, width: Value) -> tuple[Value, Value]:
     """The places where `mask` [B,S] holds, ascending, -1 behind: int64 [B,W]; their number [B].
 
     By cumulative sum and scatter: a TopK over all kept tokens would be too long for TensorRT.
@@ -47,12 +40,12 @@ def compact(
 def greatest(
     op: Any,
     d: Dialect,
-    score: ir.Value,
-    among: ir.Value,
-    count: ir.Value,
+    score: Value,
+    among: Value,
+    count: Value,
     block: int,
     name: str = "ranks",
-) -> ir.Value:
+) -> Value:
     """Mark the `count` f32 [B,1] greatest of `score` f32 [B,S] ≥ 0 among the tokens of `among`.
 
     Ties go to the lower index. M ranks are taken at a time.
@@ -69,9 +62,7 @@ def greatest(
     left = op.Concat(op.Where(among, score, NO_CANDIDATE), padding, axis=1)  # [B,S+M]
     ranks = op.Range(0.0, float(block), 1.0)
 
-    def take_block(
-        op: Any, turn: ir.Value, left: ir.Value, chosen: ir.Value
-    ) -> tuple[ir.Value, list[ir.Value]]:
+    def take_block(op: Any, turn: Value, left: Value, chosen: Value) -> tuple[Value, list[Value]]:
         best, index = next_best(op, d, left, block)
         start = op.Mul(op.Cast(turn, to=FLOAT), float(block))
         taken = op.And(op.GreaterOrEqual(best, 0.0), op.Less(op.Add(ranks, start), count))
@@ -86,9 +77,7 @@ def greatest(
     return op.Greater(op.Slice(chosen, [0], length, [1]), 0.5)
 
 
-def largest(
-    op: Any, d: Dialect, score: ir.Value, among: ir.Value, count: int
-) -> tuple[ir.Value, ir.Value]:
+def largest(op: Any, d: Dialect, score: Value, among: Value, count: int) -> tuple[Value, Value]:
     """Find the `count` greatest of `score` [B,S] ≥ 0 among the tokens of `among`, descending.
 
     Returns:
@@ -102,7 +91,7 @@ def largest(
     return op.Min(index, op.Sub(dim(op, score, 1), 1)), op.GreaterOrEqual(best, 0.0)
 
 
-def next_best(op: Any, d: Dialect, score: ir.Value, block: int) -> tuple[ir.Value, ir.Value]:
+def next_best(op: Any, d: Dialect, score: Value, block: int) -> tuple[Value, Value]:
     """The M greatest of each row, descending, and their indices: both [B,M].
 
     Ties go to the lower index whatever the runtime's TopK does about them (OpenVINO's and
@@ -127,6 +116,6 @@ def next_best(op: Any, d: Dialect, score: ir.Value, block: int) -> tuple[ir.Valu
     )
 
 
-def earlier(op: Any, block: int) -> ir.Value:
+def earlier(op: Any, block: int) -> Value:
     """The mask of j before i, bool [1,M,M]."""
     return constant(op, np.tril(np.ones((1, block, block), np.bool_), -1), f"before_{block}")

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.dialects.base import Dialect
@@ -41,6 +40,7 @@ from trio_deploy.graphs.values import (
     reduce,
     shape_of,
 )
+from trio_deploy.selection.choice import Value
 
 _HIDDEN = -1e30  # additive mask; its exponential is zero in fp32
 
@@ -59,19 +59,17 @@ class Tokens:
         index: int64 [S], 0…S-1.
     """
 
-    x: ir.Value
-    positions: ir.Value
-    visual: ir.Value
-    text: ir.Value
-    squares: ir.Value
-    flat: ir.Value
-    offset: ir.Value
-    index: ir.Value
+    x: Value
+    positions: Value
+    visual: Value
+    text: Value
+    squares: Value
+    flat: Value
+    offset: Value
+    index: Value
 
     @classmethod
-    def of(
-        cls, op: Any, x: ir.Value, positions: ir.Value, lengths: ir.Value, visual: ir.Value
-    ) -> Tokens:
+    def of(cls, op: Any, x: Value, positions: Value, lengths: Value, visual: Value) -> Tokens:
         """Derive from the inputs of a select graph: lengths int64 [B], visual bool [B,S]."""
         batch, length = dim(op, x, 0), dim(op, x, 1)
         index = op.Range(0, op.Squeeze(length, [0]), 1)
@@ -98,8 +96,8 @@ class Saliency:
         ranking: the same times a power of two per row, so that they do not.
     """
 
-    value: ir.Value
-    ranking: ir.Value
+    value: Value
+    ranking: Value
 
 
 @dataclass(frozen=True)
@@ -114,9 +112,9 @@ class Probes:
         weight: f32 [B,P], share in the row's loss; sums to 1.
     """
 
-    place: ir.Value
-    rows: ir.Value
-    weight: ir.Value
+    place: Value
+    rows: Value
+    weight: Value
 
     @classmethod
     def of(cls, op: Any, d: Dialect, options: GraphOptions, tokens: Tokens) -> Probes:
@@ -147,9 +145,9 @@ class Activations:
 
     attention: ProbeAttention
     gates: Gates
-    middle: ir.Value
-    last: ir.Value
-    logits: ir.Value
+    middle: Value
+    last: Value
+    logits: Value
 
 
 class LocalLoss:
@@ -181,7 +179,7 @@ class LocalLoss:
         logits = self.head.lm_head.few_rows(op, self.head.norm(op, last))
         return Activations(attention, gates, middle, last, cast(op, logits, FLOAT))
 
-    def backward(self, op: Any, done: Activations, weight: ir.Value) -> InputGradient:
+    def backward(self, op: Any, done: Activations, weight: Value) -> InputGradient:
         """Compute the gradient behind the layer's first norm, in fp32 between the products.
 
         `weight` is f32 [B,P], the probes' shares in the loss.
@@ -207,7 +205,7 @@ def saliency(
     return Saliency(op.Mul(ranking, scale), ranking)
 
 
-def _loss_gradient(op: Any, text: TextConfig, logits: ir.Value, weight: ir.Value) -> ir.Value:
+def _loss_gradient(op: Any, text: TextConfig, logits: Value, weight: Value) -> Value:
     """Compute (softmax - onehot(argmax)) · weight for logits [B,P,V] and weight [B,P].
 
     The label's entry is minus the sum of the others: p - 1 would cancel where p is near 1. Of tied

@@ -15,6 +15,7 @@ from typing import Any
 from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.graph import Stage
+from trio_deploy.graphs.loops import any_of, loop
 from trio_deploy.graphs.modules import DecoderLayer, RMSNorm
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.rope import rotary_angles
@@ -28,7 +29,6 @@ from trio_deploy.graphs.values import (
     reduce,
 )
 from trio_deploy.selection.choice import Choice, Value
-from trio_deploy.selection.loops import any_of, loop
 from trio_deploy.selection.ranking import greatest, largest
 from trio_deploy.selection.saliency import Saliency, Tokens, saliency
 from trio_deploy.selection.suppression import NORM_FLOOR, Suppression

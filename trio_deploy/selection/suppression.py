@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from trio_deploy.graphs.dialects.base import Dialect
-from trio_deploy.graphs.values import FLOAT, INT64, cast, constant, dim, reduce
-from trio_deploy.selection.loops import any_of, loop
-from trio_deploy.selection.ranking import NO_CANDIDATE, earlier, filled
+from trio_deploy.graphs.loops import any_of, loop
+from trio_deploy.graphs.values import FLOAT, INT64, cast, constant, dim, filled, reduce
+from trio_deploy.selection.choice import Value
+from trio_deploy.selection.ranking import NO_CANDIDATE, earlier
 from trio_deploy.selection.saliency import Tokens
 
 BLOCK = 256
@@ -48,12 +48,12 @@ class _Ranks:
         need: f32 [B,1], tokens to choose, 0 where the row keeps all it has.
     """
 
-    tokens: ir.Value
-    candidates: ir.Value
-    blocks: ir.Value
-    available: ir.Value
-    prunes: ir.Value
-    need: ir.Value
+    tokens: Value
+    candidates: Value
+    blocks: Value
+    available: Value
+    prunes: Value
+    need: Value
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class _Survivors:
         converged: f32 [B,1], 1 if every fixed point was reached.
     """
 
-    status: ir.Value
-    count: ir.Value
-    converged: ir.Value
+    status: Value
+    count: Value
+    converged: Value
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class Suppression:
 
     d: Dialect
     tokens: Tokens
-    keep: ir.Value
-    capacity: ir.Value
+    keep: Value
+    capacity: Value
     threshold: float
     block: int = BLOCK
 
-    def select(self, op: Any, scores: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def select(self, op: Any, scores: Value) -> tuple[Value, Value]:
         """Choose by scores f32 [B,S], not negative.
 
         Returns:
@@ -102,7 +102,7 @@ class Suppression:
         kept = op.And(self.tokens.visual, op.Or(chosen, op.Not(ranks.prunes)))
         return kept, op.Greater(op.Squeeze(survivors.converged, [1]), 0.5)
 
-    def order(self, op: Any, scores: ir.Value) -> _Ranks:
+    def order(self, op: Any, scores: Value) -> _Ranks:
         """Rank the tokens by falling score."""
         tokens, block = self.tokens, self._ranks_at_once
         length = dim(op, tokens.x, 1)
@@ -133,7 +133,7 @@ class Suppression:
         slots = op.Unsqueeze(op.Cast(op.Range(0, op.Squeeze(capacity, [0]), 1), to=FLOAT), [0])
         before = earlier(op, block)
 
-        def full(width: ir.Value, value: Any) -> ir.Value:
+        def full(width: Value, value: Any) -> Value:
             return filled(op, op.Concat(batch, width, axis=0), value)
 
         one = constant(op, np.array([1]), "one")
@@ -146,12 +146,12 @@ class Suppression:
 
         def take_block(
             op: Any,
-            iteration: ir.Value,
-            status: ir.Value,
-            buffer: ir.Value,
-            count: ir.Value,
-            converged: ir.Value,
-        ) -> tuple[ir.Value, list[ir.Value]]:
+            iteration: Value,
+            status: Value,
+            buffer: Value,
+            count: Value,
+            converged: Value,
+        ) -> tuple[Value, list[Value]]:
             mine = op.Add(columns, op.Mul(iteration, block))
             candidate = op.Gather(ranks.candidates, mine, axis=1)  # [B,M]
             # No candidate: any token, it never counts.
@@ -188,7 +188,7 @@ class Suppression:
         status, _, count, converged = loop(op, trips, first, start, take_block, "blocks")
         return _Survivors(status, count, converged)
 
-    def fill_up(self, op: Any, ranks: _Ranks, survivors: _Survivors) -> ir.Value:
+    def fill_up(self, op: Any, ranks: _Ranks, survivors: _Survivors) -> Value:
         """Add the best suppressed tokens up to the budget: bool [B,S]."""
         kept = op.Greater(survivors.status, 0.5)
         suppressed = op.And(ranks.candidates, op.Not(kept))
@@ -204,8 +204,8 @@ class Suppression:
         return max(self.block // 2, 1) if self.d.resizes_in_loops else self.block
 
     def _similar(
-        self, op: Any, norms: ir.Value, buffer: ir.Value, token: ir.Value, compared: ir.Value
-    ) -> ir.Value:
+        self, op: Any, norms: Value, buffer: Value, token: Value, compared: Value
+    ) -> Value:
         """Compare a block's tokens [B,M] with the first `compared` of the kept and one another.
 
         Returns:
@@ -222,9 +222,7 @@ class Suppression:
         return op.GreaterOrEqual(dots, bound)
 
 
-def _fixed_point(
-    op: Any, alive: ir.Value, conflict: ir.Value, block: int
-) -> tuple[ir.Value, ir.Value]:
+def _fixed_point(op: Any, alive: Value, conflict: Value, block: int) -> tuple[Value, Value]:
     """Suppress greedily among `alive` [B,M] in rank order; conflict [B,M,M]: j suppresses i.
 
     Returns:
@@ -232,8 +230,8 @@ def _fixed_point(
     """
 
     def settle(
-        op: Any, _iteration: ir.Value, kept: ir.Value, _changed: ir.Value
-    ) -> tuple[ir.Value, list[ir.Value]]:
+        op: Any, _iteration: Value, kept: Value, _changed: Value
+    ) -> tuple[Value, list[Value]]:
         hits = op.Squeeze(op.MatMul(conflict, op.Unsqueeze(kept, [2])), [2])
         after = op.Mul(alive, op.Cast(op.Less(hits, 0.5), to=FLOAT))
         changed = reduce(op, "ReduceSum", op.Abs(op.Sub(after, kept)), [1])
@@ -251,6 +249,6 @@ def _fixed_point(
     return kept, changed
 
 
-def _greatest_count(op: Any, count: ir.Value) -> ir.Value:
+def _greatest_count(op: Any, count: Value) -> Value:
     """The greatest entry of `count` f32 [B,1], int64 [1]."""
     return op.Reshape(op.Cast(op.ReduceMax(count), to=INT64), [1])
