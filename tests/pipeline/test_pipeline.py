@@ -342,7 +342,7 @@ def test_the_picture_dims_what_was_dropped(setup: Setup) -> None:
     strip = pixels[: pixels.shape[0] // 2, : panels * 344]
     lit = [(strip[8:200, 8 + 344 * i : 344 * (i + 1)] > 200).mean() for i in range(panels)]
     assert lit[0] > 0.99 > lit[1] > lit[2] > 0
-    with pytest.raises(TrioError, match="no picture"):
+    with pytest.raises(TrioError, match="no image"):
         draw_generation(setup.pipeline().generate(Request("what ?", max_new_tokens=1)))
 
 

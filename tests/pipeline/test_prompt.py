@@ -263,8 +263,8 @@ def test_source_index_numbers_image_rows_over_the_whole_batch() -> None:
     assert batch.position_ids[1].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
 
 
-def test_visual_tokens_must_fill_their_places() -> None:
-    with pytest.raises(TrioError, match="2 visual places"):
+def test_prompt_and_images_must_agree_in_visual_tokens() -> None:
+    with pytest.raises(TrioError, match="the prompt has 2 visual tokens, its images have 1"):
         collate([prompt("xx")], [[layout([0], 1)]])
 
 

@@ -1,4 +1,4 @@
-"""What a pruned model still sees: the picture, dropped patches dimmed, a panel a pruning point."""
+"""Draw which visual tokens were kept: dropped patches dimmed, one panel per pruning point."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _PAPER, _INK = (255, 255, 255), (30, 30, 30)
 
 
 def draw_generation(generation: Generation) -> Image.Image:
-    """All pictures of an answer, one row of panels each.
+    """Draw all images of an answer, one row of panels each.
 
     Raises:
-        TrioError: the prompt had no picture.
+        TrioError: the prompt had no image.
     """
     if not generation.images:
-        raise TrioError("there is no picture to draw: the prompt was text alone")
+        raise TrioError("there is no image to draw: the prompt is text alone")
     strips = [
         draw_kept(image, processed, generation.kept_of_image(number), pruned_before(generation))
         for number, (image, processed) in enumerate(
@@ -36,7 +36,7 @@ def draw_generation(generation: Generation) -> Image.Image:
 
 
 def pruned_before(generation: Generation) -> list[int]:
-    """For each pruning point of an answer, the layer it stood before."""
+    """For each pruning point of an answer, the layer that it precedes."""
     starts = [start for start, _, _ in generation.layer_ranges]
     return starts[len(starts) - len(generation.kept) :]
 
@@ -47,15 +47,15 @@ def draw_kept(
     kept: Sequence[np.ndarray],
     layers: Sequence[int] | None = None,
 ) -> Image.Image:
-    """One picture in panels: as it came, then what each pruning point kept.
+    """Draw one image in panels: as it is, then what each pruning point kept.
 
-    A place is lit if any token that covers it was kept; with LLaVA-NeXT every place is covered
-    twice, by a token of the whole picture and by one of a tile.
+    A pixel is bright if any token that covers it was kept; with LLaVA-NeXT every pixel is covered
+    twice, by a token of the whole image and by one of a tile.
 
     Args:
         image: upright RGB, as `Preprocessor.open_image` gives it.
-        kept: for each pruning point, which of the picture's own visual tokens went on.
-        layers: for each pruning point, the layer it stands before; for the captions.
+        kept: for each pruning point, which of the image's own visual tokens were kept.
+        layers: for each pruning point, the layer that it precedes; for the captions.
     """
     total = len(processed.rows)
     whole, *pruned = kept_panels(image, processed, kept)
@@ -78,7 +78,7 @@ def draw_kept(
 def kept_panels(
     image: Image.Image, processed: Layout, kept: Sequence[np.ndarray]
 ) -> list[Image.Image]:
-    """The panels of `draw_kept` by themselves, without captions: all, then each pruning point."""
+    """The panels of `draw_kept` without captions: the image, then each pruning point."""
     scale = _PANEL / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
@@ -86,7 +86,7 @@ def kept_panels(
 
 
 def _lit(processed: Layout, tokens: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """bool [height, width] of the panel: places that a kept token covers."""
+    """Pixels of the panel that a kept token covers, bool [height, width]."""
     width, height = size
     scale = np.array([width / processed.size[1], height / processed.size[0]] * 2)
     lit = np.zeros((height, width), np.bool_)
@@ -98,7 +98,7 @@ def _lit(processed: Layout, tokens: np.ndarray, size: tuple[int, int]) -> np.nda
 
 
 def _dim(image: Image.Image, lit: np.ndarray) -> Image.Image:
-    """Places that are not lit, darker and without colour."""
+    """Make pixels that are not lit darker and grey."""
     colours = np.asarray(image, np.float32)
     grey = colours.mean(axis=2, keepdims=True) * _DIMMED
     return Image.fromarray(np.where(lit[..., None], colours, grey).astype(np.uint8), "RGB")

@@ -20,7 +20,7 @@ from trio_deploy.runtimes.base import Array, Blocks, Engine, HostMoment, Moment,
 
 @dataclass
 class Clock:
-    """How long stages take."""
+    """Seconds that stages take."""
 
     _spans: list[tuple[str, Moment, Moment]] = field(default_factory=list)
 
@@ -33,7 +33,7 @@ class Clock:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By stage."""
+        """Seconds per stage, in the order in which they first ran."""
         seconds: dict[str, float] = {}
         for name, start, stop in self._spans:
             seconds[name] = seconds.get(name, 0.0) + stop.since(start)
@@ -42,13 +42,13 @@ class Clock:
 
 @dataclass
 class Prefilled:
-    """What a prefill leaves behind.
+    """Result of a prefill.
 
     Attributes:
         logits: float32 [B,V], of each row's next token.
-        caches: by segment stage.
-        kept: for each pruning point and row, the places in the row's original prompt (text and
-            visual) that went on.
+        caches: by name of the segment.
+        kept: for each pruning point and row, which tokens (text and visual) of the row's original
+            prompt were kept.
     """
 
     logits: np.ndarray
@@ -60,15 +60,16 @@ class Stages:
     """Opened engines of a bundle, and its prefill.
 
     Attributes:
-        segments: names of the stages with decoder layers, in order.
+        engines: by name of the stage, in the order in which they run.
         info: descriptions of all stages, by name.
-        vision, embed: of the stages that a bundle has once.
-        decode: of the stage that decodes; None where the segments themselves do.
+        segments: names of the stages with decoder layers, in order.
+        vision, embed: descriptions of the stages that a bundle has once.
+        decode: description of the stage that decodes; None where the segments themselves do.
         buffer_sets: sets of buffers per cache: 1 where a step writes in place, else 2.
-        layers: numbers of the layers of each segment.
-        cache_shape: of the caches.
+        layers: numbers of each segment's layers.
+        cache_shape: what the caches of all layers have in common.
         concurrent: whether several threads may run the stages at once.
-        max_rows: of a batch, None where any number will do.
+        max_rows: most rows per batch; None: any number.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
@@ -109,7 +110,7 @@ class Stages:
         self.cache_shape = CacheShape(text.num_kv_heads, text.head_dim, kept)
 
     def output_name(self, segment: str) -> str:
-        """The output that is not a cache: logits, or the hidden states for the next stage."""
+        """Output that is not a cache: hidden states, or logits of the last segment."""
         stage = self.info[segment]
         role: Role = "logits" if stage.outputs_of("logits") else "tokens"
         return stage.output_name(role)
@@ -165,15 +166,16 @@ class Stages:
         Args:
             images: layouts of all images of the batch in order.
             keeps: for each pruning point, int64 [B], visual tokens to keep.
-            new_tokens: int64 [B], how many tokens a row may generate; sizes the KV cache.
-            seeds: int64 [B], of `random` selections; None is 0 for all.
+            new_tokens: int64 [B], most tokens that each row generates; sizes the KV cache.
+            seeds: int64 [B], of `random` selections; None: 0 for all.
 
         Raises:
-            TrioError: a selection did not converge, or an engine takes less.
+            TrioError: a selection did not converge, or the request exceeds what an engine was built
+                for.
         """
         visual = batch.visual_mask.sum(axis=1)
-        for name, held in self.lengths(batch.lengths, visual, keeps).items():
-            self.capacity(name, int((held + new_tokens).max()))  # before anything is computed
+        for name, lengths in self.lengths(batch.lengths, visual, keeps).items():
+            self.capacity(name, int((lengths + new_tokens).max()))  # before anything is computed
         with clock.stage("vision", self._moment):
             features, scores = self.encode_images(images)
         with clock.stage("embed", self._moment):
@@ -194,41 +196,41 @@ class Stages:
             {name: _per_token(batch, rows) for name, rows in scores.items()},
         )
         del hidden
-        chosen: list[_Chosen | None] = []
+        selections: list[_Selection | None] = []
         caches: dict[str, SegmentCache] = {}
         for name, stage in self.info.items():
             if stage.kind == "select":
-                keep, picked = keeps[len(chosen)], None
-                if (keep < tokens.seen).any():
+                keep, selection = keeps[len(selections)], None
+                if (keep < tokens.visual_counts).any():
                     with clock.stage(stage.label, self._moment):
-                        picked, tokens = self._select(stage, tokens, keep)
-                chosen.append(picked)
+                        selection, tokens = self._select(stage, tokens, keep)
+                selections.append(selection)
             elif stage.kind == "prefill":
                 with clock.stage(stage.label, self._moment):
                     longest = int((tokens.lengths + new_tokens).max())
                     caches[name] = self.cache(name, tokens.lengths, longest)
                     tokens.hidden = self._segment(stage, caches[name], tokens)
-        logits = to_host(tokens.hidden)  # here a device is waited for, and not before
-        return Prefilled(logits, caches, _origins(chosen, batch.lengths))
+        logits = to_host(tokens.hidden)  # waits for the device, for the first time
+        return Prefilled(logits, caches, _kept(selections, batch.lengths))
 
     def capacity(self, name: str, tokens: int) -> int:
-        """Tokens a row that a segment's cache has room for when `tokens` are asked for.
+        """Capacity of a segment's cache for rows of `tokens` tokens.
 
-        An engine that updates in place takes one capacity only.
+        An engine that updates the cache in place takes one capacity only.
 
         Raises:
-            TrioError: it is too small.
+            TrioError: that is too small.
         """
         layers = self.layers[name]
-        holder = self._holder(name)
-        cache = next(t.name for t in holder.inputs_of("cache") if t.layer == layers[0])
-        fixed = self.engines[holder.name].inputs[cache].shape[2]
+        stage = self._decode_stage(name)
+        cache = next(t.name for t in stage.inputs_of("cache") if t.layer == layers[0])
+        fixed = self.engines[stage.name].inputs[cache].shape[2]
         if not isinstance(fixed, int):
             return tokens
         if tokens > fixed:
             raise TrioError(
-                f"the request needs {tokens} tokens a row in the KV cache of layers {layers[0]} to "
-                f"{layers[-1]}, and decode was built for {fixed}: ask for a lower budget, less "
+                f"the request needs {tokens} tokens per row in the KV cache of layers {layers[0]} "
+                f"to {layers[-1]}, and decode was built for {fixed}: ask for a lower budget, less "
                 "text or fewer new tokens, or raise max_budget, max_text_tokens or max_new_tokens "
                 "in a copy of the target's file (with max_budget 1.0 nothing need be pruned) and "
                 "run `trio build` again with it as --target"
@@ -238,34 +240,34 @@ class Stages:
     def lengths(
         self, length: np.ndarray, visual: np.ndarray, keeps: Sequence[np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Tokens of prompts that each segment holds, int64 [B].
+        """Tokens of each prompt that each segment computes, int64 [B] by name of the segment.
 
         Args:
-            length, visual: tokens of each prompt, and visual ones among them, [B] each.
+            length, visual: all tokens and visual tokens of each prompt, [B] each.
             keeps: for each pruning point, visual tokens to keep, [B] each.
         """
-        seen, remaining, found = visual, iter(keeps), {}
+        visual_counts, remaining, lengths = visual, iter(keeps), {}
         for name, stage in self.info.items():
             if stage.kind == "select":
-                seen = np.minimum(next(remaining), seen)
+                visual_counts = np.minimum(next(remaining), visual_counts)
             elif stage.kind == "prefill":
-                found[name] = length - visual + seen
-        return found
+                lengths[name] = length - visual + visual_counts
+        return lengths
 
     def cache(self, name: str, lengths: np.ndarray, tokens: int) -> SegmentCache:
-        """A segment's cache for rows of int64 [B] `lengths`, with room for `tokens` a row."""
+        """Allocate a segment's cache: int64 [B] `lengths` now, room for `tokens` per row."""
         return SegmentCache.allocate(
             self.layers[name],
             lengths,
             self.capacity(name, tokens),
             self.cache_shape,
-            self._allocator(self.engines[self._holder(name).name]),
+            self._allocator(self.engines[self._decode_stage(name).name]),
             self.buffer_sets,
         )
 
     @staticmethod
     def _allocator(engine: Engine) -> Allocate:
-        """In one block where the engine's memory can be cut."""
+        """The engine's own, in one block where its memory can be divided."""
         if isinstance(engine, Blocks):
             return engine.empties
         return lambda shapes, dtype: [engine.empty(shape, dtype) for shape in shapes]
@@ -291,8 +293,8 @@ class Stages:
             if tensor.name in taken and tensor.role != "cache"
         }
 
-    def _holder(self, name: str) -> StageInfo:
-        """The stage whose steps read a segment's cache."""
+    def _decode_stage(self, name: str) -> StageInfo:
+        """The stage whose decode steps read a segment's cache."""
         return self.decode or self.info[name]
 
     def _segment(self, stage: StageInfo, cache: SegmentCache, tokens: _Tokens) -> Array:
@@ -323,10 +325,10 @@ class Stages:
 
     def _select(
         self, stage: StageInfo, tokens: _Tokens, keep: np.ndarray
-    ) -> tuple[_Chosen, _Tokens]:
-        """Prune before a segment; returns what was kept, and the tokens that remain."""
-        seen = np.minimum(keep, tokens.seen)
-        lengths = tokens.lengths - tokens.seen + seen
+    ) -> tuple[_Selection, _Tokens]:
+        """Prune at one point; returns what was selected, and the tokens that remain."""
+        visual_counts = np.minimum(keep, tokens.visual_counts)
+        lengths = tokens.lengths - tokens.visual_counts + visual_counts
         feeds = self.feeds(
             stage,
             {
@@ -342,36 +344,36 @@ class Stages:
         )
         out = self.engines[stage.name].run(feeds, host=())
         index, converged = (stage.output_name(role) for role in ("index", "converged"))
-        chosen = _Chosen(stage.name, out[index], lengths, out[converged])
-        if on_host(chosen.converged):
-            chosen.check()
+        selection = _Selection(stage.name, out[index], lengths, out[converged])
+        if on_host(selection.converged):
+            selection.require_converged()
         per_token = tokens.per_token
         if per_token:
-            kept = np.maximum(to_host(chosen.index), 0)
+            kept = np.maximum(to_host(selection.index), 0)
             per_token = {
                 name: np.take_along_axis(values, kept, axis=1) for name, values in per_token.items()
             }
-        return chosen, replace(
+        return selection, replace(
             tokens,
             hidden=out[stage.output_name("tokens")],
             positions=out[stage.output_name("positions")],
             visual=out[stage.output_name("visual")],
             lengths=lengths,
-            seen=seen,
+            visual_counts=visual_counts,
             per_token=per_token,
         )
 
 
 @dataclass
 class _Tokens:
-    """What goes through the layers; lengths and counts are the host's whatever the runtime.
+    """Tokens of a batch between two stages; lengths and counts are always on the host.
 
     Attributes:
         hidden: [B,S,d]; after the last segment logits [B,V].
         positions: int64 [B,S].
         visual: bool [B,S].
         lengths: int64 [B], valid tokens.
-        seen: int64 [B], visual ones among them.
+        visual_counts: int64 [B], visual tokens.
         seeds: int64 [B], of `random` selections.
         per_token: f32 [B,S] each, per-token encoder scores, by the vision graph's output name.
     """
@@ -380,55 +382,55 @@ class _Tokens:
     positions: Array
     visual: Array
     lengths: np.ndarray
-    seen: np.ndarray
+    visual_counts: np.ndarray
     seeds: np.ndarray
     per_token: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """What a selection kept: keep_index int64 [B,W], the first `lengths` entries of each row."""
+class _Selection:
+    """Result of a select stage: index int64 [B,W], of which `lengths` entries per row are valid."""
 
     stage: str
     index: Array
     lengths: np.ndarray
     converged: Array
 
-    def check(self) -> None:
-        """Raises TrioError if a row was not settled."""
+    def require_converged(self) -> None:
+        """Raise TrioError if a row did not converge."""
         converged = to_host(self.converged)
         if converged.all():
             return
         rows = ", ".join(str(row) for row in np.flatnonzero(~converged))
         raise TrioError(
-            f"{self.stage} found no set of tokens for row {rows}, most likely since the hidden "
+            f"{self.stage} found no set of tokens for row {rows}, most likely because the hidden "
             "states overflowed in 16-bit floats: export with --dtype float32, or ask with a budget "
             "of 1"
         )
 
 
 def _per_token(batch: Batch, rows: np.ndarray) -> np.ndarray:
-    """The encoder's scores [R] where the tokens of a batch come from, f32 [B,S].
+    """Per-token encoder scores, f32 [B,S], from scores [R] per feature row.
 
-    0 for text, and for image_newline, which shows nothing of a picture.
+    0 for text, and for image_newline, which shows no part of the image.
     """
     row = batch.source_index - batch.source_index.shape[1]
     scores = np.append(rows, np.float32(0))[np.maximum(row, 0)]
     return np.where(batch.visual_mask, scores, np.float32(0))
 
 
-def _origins(chosen: Sequence[_Chosen | None], lengths: np.ndarray) -> list[list[np.ndarray]]:
-    """`Prefilled.kept`; None stands for a pruning point where no row pruned.
+def _kept(selections: Sequence[_Selection | None], lengths: np.ndarray) -> list[list[np.ndarray]]:
+    """`Prefilled.kept`; None stands for a pruning point where no row prunes.
 
     Raises:
         TrioError: a selection did not converge.
     """
     origins, kept = [np.arange(length) for length in lengths], []
-    for choice in chosen:
-        if choice is not None:
-            choice.check()
-            index = to_host(choice.index)
-            origins = [old[index[b, : choice.lengths[b]]] for b, old in enumerate(origins)]
+    for selection in selections:
+        if selection is not None:
+            selection.require_converged()
+            index = to_host(selection.index)
+            origins = [old[index[b, : selection.lengths[b]]] for b, old in enumerate(origins)]
         kept.append(origins)
     return kept
 

@@ -1,4 +1,4 @@
-"""From messages and images to token ids, visual places and the index that `embed` gathers by."""
+"""Turn messages and images into token ids, positions and the index that `embed` gathers by."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import VISUAL_TOKEN, Layout
 from trio_deploy.pipeline.chat import ChatTemplate, Message
 
-"""A chat message in Hugging Face's format: {"role": ..., "content": str or list of items}; an item
-is {"type": "image"} or {"type": "text", "text": ...}."""
-
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request, tokenised, every image's placeholder expanded to its visual tokens.
+    """One tokenised prompt, each image placeholder expanded to the image's text and visual tokens.
 
     Attributes:
-        ids: int64 [S]; the image token stands at every visual place.
-        visual: bool [S], the visual places.
+        ids: int64 [S]; the image token's id where `visual`.
+        visual: bool [S], whether each token is a visual one.
         positions: int64 [axes, S], rotary positions along each axis that the model has.
     """
 
@@ -47,7 +44,7 @@ class Prompt:
 
 
 class PromptEncoder:
-    """Text to token ids, as transformers' processors do it."""
+    """Tokenises prompts as transformers' processors do."""
 
     def __init__(
         self,
@@ -78,11 +75,11 @@ class PromptEncoder:
         self._template = ChatTemplate(template, tokens) if template else None
 
     def text(self, prompt: str | Sequence[Message], images: int, *, raw: bool = False) -> str:
-        """The prompt's full text, one placeholder an image.
+        """The prompt's full text, one placeholder per image.
 
-        A plain string is put into a user message behind the images, or, where the checkpoint has
-        no chat template or `raw` is set, taken as it is; if it names no placeholder then, the
-        images go in front.
+        A plain string becomes a user message after the images; where the checkpoint has no chat
+        template or `raw` is set, it is taken as it is, with the images in front if it has no
+        placeholder.
 
         Raises:
             TrioError: messages without a chat template, or placeholders that do not match the
@@ -151,9 +148,10 @@ class PromptEncoder:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def unknown(self, text: str) -> list[str]:
-        """What of a text the tokenizer maps to its unknown token, each once, in order.
+        """Parts of a text that the tokenizer maps to its unknown token, each once, in order.
 
-        Whole words of a word-level vocabulary; of one that falls back to bytes, nothing.
+        With a word-level vocabulary these are whole words; with one that falls back to bytes there
+        are none.
         """
         if self._unknown_id is None:
             return []
@@ -179,7 +177,7 @@ class PromptEncoder:
         return self._template is not None
 
     def decode(self, ids: list[int]) -> str:
-        """Text of generated tokens, special ones left out."""
+        """Text of generated tokens, without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _check_count(self, placeholders: int, images: int, advice: str | None = None) -> None:
@@ -220,10 +218,10 @@ def _contents(message: Message) -> tuple[int, list[str]]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of different lengths, padded on the right.
+    """Prompts of different lengths, padded on the right.
 
     Attributes:
-        input_ids: int64 [B,S]; 0 at visual places, whose embedding is never read.
+        input_ids: int64 [B,S]; 0 for visual tokens, whose embedding is never read.
         source_index: int64 [B,S], what `embed` gathers (see `collate`).
         position_ids: int64 [B,S], or [B,axes,S] where the model has several axes; 0 in padding.
         lengths: int64 [B], valid tokens.
@@ -241,17 +239,17 @@ def collate(
     prompts: Sequence[Prompt],
     images: Sequence[Sequence[Layout]],
 ) -> Batch:
-    """Pad prompts and number their image rows over the whole batch.
+    """Pad prompts and number their feature rows over the whole batch.
 
     Args:
-        prompts: one a row.
+        prompts: one per row.
         images: layouts of each row's images in order.
 
     `source_index` holds an entry below S for a text embedding of the same row, S + r for feature
     row r of the batch, and S + R (R: all feature rows) for image_newline.
 
     Raises:
-        TrioError: an image's visual tokens do not fill its places in the prompt.
+        TrioError: a prompt and its images differ in the number of visual tokens.
     """
     size = max(prompt.length for prompt in prompts)
     total = sum(layout.feature_rows for layouts in images for layout in layouts)
@@ -271,7 +269,8 @@ def collate(
         found = np.concatenate(sources) if sources else np.zeros(0, dtype=np.int64)
         if len(found) != prompt.visual_tokens:
             raise TrioError(
-                f"row {row}: {prompt.visual_tokens} visual places for {len(found)} visual tokens"
+                f"row {row}: the prompt has {prompt.visual_tokens} visual tokens, its images have "
+                f"{len(found)}"
             )
         source_index[row, visual_mask[row]] = found
     lengths = np.array([prompt.length for prompt in prompts], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""A question to a pipeline, and its answer."""
+"""A request to a pipeline, and its answer."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ ImageSource = Image.Image | str | os.PathLike[str] | bytes
 
 @dataclass(frozen=True)
 class Request:
-    """One question.
+    """One question and how to answer it.
 
     Attributes:
-        prompt: the question, or a whole conversation as messages in Hugging Face's format.
+        prompt: the question, or a whole conversation as messages in Hugging Face's format:
+            {"role": ..., "content": str or list of items}, an item being {"type": "image"} or
+            {"type": "text", "text": ...}.
         images: one for each image the prompt names, alone or in a sequence; Pillow image, path or
             file content.
-        max_new_tokens: the answer's length at most; the model's context may end it earlier.
-        temperature, top_p, seed: see `Sampling`; temperature 0 is greedy. The seed is that of
-            `random` pruning points too, 0 where there is none.
+        max_new_tokens: most tokens to generate; the model's context may end the answer earlier.
+        temperature: 0 chooses the most likely token; above 0 the logits are divided by it.
+        top_p: sample from the smallest set of tokens whose probabilities reach this sum.
+        seed: sampling seed (None: random); also that of `random` pruning points (None: 0).
         stop: one or more strings that end the answer, themselves left out.
-        budget: visual tokens a layer on average, as a share of all (1.0 prunes nothing), see
-            `Bundle.schedule_at`; None takes the bundle's own schedule.
+        budget: average share of visual tokens per layer (1.0 prunes nothing), see
+            `Bundle.schedule_at`; None: the bundle's own schedule.
         raw: take a prompt string as it is, without the chat template.
-        keep: for each pruning point of the bundle what to keep, as a schedule says it (ratios or
-            counts), in place of a budget.
-        forced: tokens to answer with instead of choosing any; `Generation.logprobs` says how
-            likely they were.
+        keep: ratio or count of visual tokens to keep at each pruning point of the bundle, instead
+            of a budget.
+        forced: token ids of the answer, instead of choosing any; `Generation.logprobs` has their
+            probabilities.
     """
 
     prompt: str | Sequence[Message]
@@ -64,27 +67,28 @@ class Request:
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer, and what it took.
+    """An answer, and how it was made.
 
     Attributes:
         text: the answer, without special tokens and stop string.
-        token_ids: the generated tokens, an end token included.
+        token_ids: generated tokens, including an end token.
         finish_reason: `stop` (an end token or stop string) or `length`.
-        timings: seconds a stage (`preprocess`, `vision`, `embed`, `prefill_i`, `select_i`,
+        timings: seconds per stage (`preprocess`, `vision`, `embed`, `prefill_i`, `select_i`,
             `decode`), of the whole batch.
-        first_token_s: from the call to the first token.
-        tokens_per_s: of the tokens after the first; 0 where there is only one.
-        prompt_tokens: length of the prompt, visual tokens included, before pruning.
-        visual: int64, places of the visual tokens in the prompt.
-        kept: for each pruning point, int64 places of the prompt (text and visual) that went on.
+        first_token_s: seconds from the call to the first token.
+        tokens_per_s: rate of the tokens after the first; 0 if there is only one.
+        prompt_tokens: tokens of the prompt before pruning, text and visual.
+        visual: int64, indices of the visual tokens in the prompt.
+        kept: for each pruning point, int64 indices of the prompt's tokens (text and visual) that
+            were kept.
         layer_ranges: (first layer, stop layer, tokens of the prompt there) of each segment.
-        schedule: pruning points and what was to be kept at each, as the request's budget asked.
-        kv_bytes: keys and values of this row's tokens at the end.
-        kv_bytes_allocated: all buffers of the batch.
-        images: the pictures, upright RGB, and `processed`: their tokens and where they lie.
+        schedule: pruning points and what to keep at each, at the request's budget.
+        kv_bytes: bytes of the keys and values of this sequence's tokens at the end.
+        kv_bytes_allocated: bytes of all KV caches of the batch.
+        images: the images, upright RGB; `processed`: their visual tokens and what each one shows.
         first_logits: float [V], from which the first token was chosen.
-        logprobs: of forced tokens, natural logarithms of their probabilities; `greedy`: whether
-            each was the likeliest.
+        logprobs: natural logarithms of the forced tokens' probabilities; `greedy`: whether each was
+            the most likely.
     """
 
     text: str
@@ -108,21 +112,21 @@ class Generation:
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens of the prompt before pruning."""
+        """Number of visual tokens before pruning."""
         return len(self.visual)
 
     @property
     def keep_counts(self) -> list[int]:
-        """Visual tokens that went on at each pruning point."""
+        """Number of visual tokens kept at each pruning point."""
         return [len(tokens) for tokens in self.kept_visual]
 
     @property
     def kept_visual(self) -> list[np.ndarray]:
-        """For each pruning point, numbers 0 … visual_tokens−1 of the visual tokens that went on."""
+        """For each pruning point, the kept visual tokens, numbered from 0 to visual_tokens − 1."""
         return [np.flatnonzero(np.isin(self.visual, kept)) for kept in self.kept]
 
     def kept_of_image(self, image: int) -> list[np.ndarray]:
-        """For each pruning point, which of the image's own visual tokens went on."""
+        """For each pruning point, which of one image's own visual tokens were kept."""
         counts = [len(processed.rows) for processed in self.processed]
         start = sum(counts[:image])
         return [

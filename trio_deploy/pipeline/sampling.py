@@ -1,4 +1,4 @@
-"""Choosing the next token, turning tokens into text as they come, and knowing when to stop."""
+"""Choose the next token, turn tokens into text as they come, and stop at a stop string."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trio_deploy.errors import TrioError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request picks its tokens.
+    """How one request chooses its tokens.
 
     Attributes:
-        temperature: 0 picks the most likely token; above 0 the logits are divided by it first.
+        temperature: 0 chooses the most likely token; above 0 the logits are divided by it first.
         top_p: draw from the smallest set of tokens whose probabilities reach this sum.
         seed: of this request's own generator, so that a request gives the same tokens alone and
             in a batch; None draws a fresh one.
@@ -72,11 +72,11 @@ class Sampler:
 
 
 class Forced:
-    """Takes given tokens instead of choosing, and notes how likely each one was.
+    """Takes given tokens instead of choosing, and records their probabilities.
 
     Attributes:
-        logprobs: of the tokens so far, natural logarithms of their probabilities.
-        greedy: whether each was the likeliest.
+        logprobs: natural logarithms of the probabilities of the tokens so far.
+        greedy: whether each was the most likely.
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
@@ -99,7 +99,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class Detokenizer:
-    """Text of a growing list of tokens, a piece at a time.
+    """Turns a growing list of tokens into text, piece by piece.
 
     A piece is the difference between decoding a short window with and without the new token: the
     window carries the context that sentencepiece's leading spaces depend on, and text that ends in
@@ -122,7 +122,7 @@ class Detokenizer:
         return now[len(before) :]
 
     def flush(self) -> str:
-        """What is left at the end, an unfinished character included."""
+        """The remaining text, including an unfinished character."""
         before, now = self._window()
         self._start = self._done = len(self._ids)
         return now[len(before) :]
@@ -133,38 +133,38 @@ class Detokenizer:
 
 
 class StopScanner:
-    """Cuts text at the first stop string, holding back what might be the beginning of one."""
+    """Cuts text at the first stop string, withholding what may be the beginning of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         if any(not stop for stop in stops):
             raise TrioError("a stop string must not be empty")
         self._stops = tuple(stops)
-        self._held = ""
+        self._withheld = ""
         self.stopped = False
 
     def push(self, text: str) -> str:
         """The text that is safe to show; after a stop string, nothing more."""
         if self.stopped:
             return ""
-        self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        self._withheld += text
+        found = [at for stop in self._stops if (at := self._withheld.find(stop)) >= 0]
         if found:
             self.stopped = True
             return self._release(min(found))
-        return self._release(len(self._held) - self._risky())
+        return self._release(len(self._withheld) - self._possible_stop())
 
     def flush(self) -> str:
-        """What was held back, once no more text can come."""
-        return "" if self.stopped else self._release(len(self._held))
+        """The withheld text, once no more can come."""
+        return "" if self.stopped else self._release(len(self._withheld))
 
     def _release(self, count: int) -> str:
-        text, self._held = self._held[:count], self._held[count:]
+        text, self._withheld = self._withheld[:count], self._withheld[count:]
         return text
 
-    def _risky(self) -> int:
+    def _possible_stop(self) -> int:
         """Length of the longest tail that begins a stop string."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-size:]) for stop in self._stops):
+        for size in range(min(longest, len(self._withheld)), 0, -1):
+            if any(stop.startswith(self._withheld[-size:]) for stop in self._stops):
                 return size
         return 0
