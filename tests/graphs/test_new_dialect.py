@@ -8,13 +8,15 @@
 2. Override the operators in which it differs. A method gets `op`, which writes nodes, and values
    whose types and shapes are known; an operator without an ONNX schema declares its result with
    `typed`. `prefill_window` and `decode_window` prepare what `attention` of every layer reads.
-3. Enter the class in graphs/dialects/table.py, and its name with the runtimes that read it.
+3. Enter the class in graphs/dialects/table.py, and its name in the `dialects` of the RuntimeSpec of
+   each runtime that reads it.
 
 Nothing else changes: `trio export --dialect NAME` writes all stages, selection included.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,10 @@ import pytest
 
 from tests.conftest import make_picture
 from trio_deploy import Pipeline, Request, export_model
-from trio_deploy.config import target
 from trio_deploy.graphs.dialects.primitive import PrimitiveDialect
 from trio_deploy.graphs.dialects.table import DIALECTS
 from trio_deploy.graphs.values import dtype_of, shape_of, typed
+from trio_deploy.runtimes import onnxruntime
 
 SCHEDULE = "0:0.9:divprune,1:0.7,2:0.4:fastv"
 
@@ -55,7 +57,9 @@ def test_a_dialect_of_its_own_exports_and_answers_as_the_one_it_resembles(
     llava_next_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(DIALECTS, "einsum", EinsumDialect)
-    monkeypatch.setitem(target.DIALECTS, "onnxruntime", ("ort", "onnx", "primitive", "einsum"))
+    known = onnxruntime.RUNTIME
+    reads = replace(known, dialects=(*known.dialects, "einsum"))
+    monkeypatch.setattr(onnxruntime, "RUNTIME", reads)
     answers = {}
     for dialect in ("primitive", "einsum"):
         bundle = export_model(

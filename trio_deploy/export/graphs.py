@@ -15,6 +15,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.stages import build_decode, build_embed, build_prefill, build_vision
+from trio_deploy.graphs.values import FLOAT_TYPES
 from trio_deploy.graphs.weights import canonical_tensors
 from trio_deploy.schedule.methods import encoder_scores
 from trio_deploy.schedule.schedule import PruningPoint
@@ -150,7 +151,7 @@ def serialised(
                 place.file,
                 place.offset,
                 place.nbytes,
-                _ir_dtype(place.dtype),
+                FLOAT_TYPES[place.dtype],
                 shape=ir.Shape(place.shape),
                 name=str(value.name),
             )
@@ -166,14 +167,6 @@ def serialised(
             )
         )
     return tuple(described), contents
-
-
-def _ir_dtype(dtype: str) -> ir.DataType:
-    return {
-        "float32": ir.DataType.FLOAT,
-        "float16": ir.DataType.FLOAT16,
-        "bfloat16": ir.DataType.BFLOAT16,
-    }[dtype]
 
 
 def _describe(kind: Kind, value: ir.Value, is_input: bool) -> TensorInfo:
