@@ -34,6 +34,7 @@ from trio_deploy.bundle.describe import inspect
 from trio_deploy.checkpoint import resolve as source_module
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
+from trio_deploy.config.options import ExportOptions, SelectionOptions
 from trio_deploy.export import job as export_module
 from trio_deploy.export.attach import attach_weights
 from trio_deploy.export.graphs import open_initializers
@@ -429,7 +430,7 @@ def full_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("step", ["_copy", "keep_files", "_write_weights"])
+@pytest.mark.parametrize("step", ["_copy", "keep_files", "write_weights"])
 def test_an_interrupt_leaves_no_half_bundle_and_a_rerun_works(
     step, checkpoint, tmp_path, monkeypatch
 ):
@@ -745,3 +746,11 @@ def test_what_a_recipe_rules_out_is_said_before_weights_are_downloaded(tmp_path,
         ):
             with pytest.raises(TrioError, match=words):
                 export_model(model, tmp_path / "b", **wrong)
+
+
+def test_options_are_an_object_or_keywords_and_keywords_win(tmp_path):
+    options = ExportOptions(budget=0.5, graphs_only=True, selection=SelectionOptions(threshold=0.7))
+    made = export_model("tiny", tmp_path / "b", options, threshold=0.6, progress=False)
+    assert made.manifest.threshold == 0.6 and made.manifest.weights == "planned"
+    again = export_model("tiny", tmp_path / "b", options, force=True, progress=False)
+    assert again.manifest.threshold == 0.7

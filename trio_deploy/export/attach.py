@@ -26,7 +26,7 @@ from trio_deploy.checkpoint.resolve import (
 )
 from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.errors import TrioError
-from trio_deploy.export.job import _write_weights
+from trio_deploy.export.job import write_weights
 from trio_deploy.families.base import OUTSIDE_GRAPHS
 from trio_deploy.families.registry import parse_config
 from trio_deploy.graphs.weights import canonical_tensors
@@ -83,7 +83,7 @@ def attach_weights(
         _copy_other_files(old, writer, skip={MANIFEST, *files})
         for relative, content in files.items():
             writer.write(relative, content)
-        _write_weights(writer, layout, sources, False, progress)
+        write_weights(writer, layout, sources, False, progress)
         manifest = msgspec.structs.replace(
             old.manifest,
             model=msgspec.structs.replace(

@@ -1,7 +1,7 @@
-"""From a model's name or folder to a bundle: graphs written, weights copied, linked or converted.
+"""Export a model as a bundle: resolve, plan, build, lay out, write.
 
-Needs config.json and the headers of the .safetensors files to build the graphs, and never holds a
-weight in memory: neither torch nor transformers takes part.
+Graphs are built from config.json and the headers of the .safetensors files. Weights are copied,
+linked or converted in chunks of 16 MiB; neither torch nor transformers is needed.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from tqdm import tqdm
 
 from trio_deploy.bundle.bundle import Bundle
@@ -21,6 +23,7 @@ from trio_deploy.bundle.manifest import (
     FileInfo,
     Manifest,
     ModelInfo,
+    TensorPlace,
 )
 from trio_deploy.bundle.weights import (
     DTYPES,
@@ -32,13 +35,14 @@ from trio_deploy.bundle.weights import (
     write_layout,
 )
 from trio_deploy.bundle.writer import BundleWriter
-from trio_deploy.checkpoint.processor_files import checkpoint_assets, planned_assets
+from trio_deploy.checkpoint.processor_files import Assets, checkpoint_assets, planned_assets
 from trio_deploy.checkpoint.resolve import (
     Source,
     described,
     resolve,
 )
 from trio_deploy.checkpoint.safetensors import Checkpoint, TensorEntry
+from trio_deploy.config.options import ExportOptions, SelectionOptions
 from trio_deploy.config.recipe import Recipe
 from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
@@ -51,156 +55,234 @@ from trio_deploy.runtimes.registry import load_target, runtime_spec
 from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule
 from trio_deploy.schedule.schedule import Schedule
 
-_DEFAULTS: dict[str, Any] = {"probe": "last", "positions": "renumber", "threshold": 0.8}
+_SELECTION_FIELDS = frozenset(field.name for field in fields(SelectionOptions))
+_DEFAULTS = SelectionOptions(probe="last", positions="renumber", threshold=0.8)
 
 
 def export_model(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    options: ExportOptions | None = None,
     *,
-    budget: float | None = None,
-    schedule: Schedule | str | None = None,
-    method: str | None = None,
-    dtype: str | None = None,
-    dialect: str | None = None,
-    target: str | os.PathLike[str] | None = None,
-    link_weights: bool = False,
-    graphs_only: bool = False,
-    force: bool = False,
-    positions: str | None = None,
-    probe: str | None = None,
-    threshold: float | None = None,
     progress: bool = True,
+    **keywords: Any,
 ) -> Bundle:
-    """Exports a model as a bundle, wholly or not at all.
+    """Export a model as a bundle, completely or not at all.
 
     Args:
         model: recipe name or file, checkpoint folder, or hub id.
-        out: the bundle's folder; must not exist unless `force`.
-        budget: average share of visual tokens a layer sees; default 0.111. The recipe's schedule
-            for it where the recipe has one, else the solver's.
-        schedule: pruning points instead of a budget, as `Schedule.parse` reads them, or the name
-            of one of the recipe's schedules.
-        method: selection method of every pruning point, or of those that the schedule's text names
-            none for; default: trio, or what the recipe says.
-        dtype: float32, float16 or bfloat16; default: what the target says.
-        dialect: ort, onnx or primitive; default: the target's.
-        target: name or file of an engines/ target; default cpu.
-        link_weights: hard-link the checkpoint's files, so that no weight byte is written.
-        graphs_only: write graphs for a planned layout of weights, which `attach_weights` fills.
-        force: replace a bundle that stands at `out`, once the new one is whole.
-        positions, probe, threshold: `renumber`/`original`, `last`/`shifted`, cosine τ; default:
-            the recipe's, else renumber, last, 0.8.
-        progress: show a bar for the weights and remarks on stderr.
+        out: the bundle's folder; must not exist unless `options.force`.
+        options: what the export makes of the model.
+        progress: show a progress bar for weights, and notes on stderr.
+        keywords: fields of `ExportOptions` and `SelectionOptions`, which replace those of
+            `options`.
 
     Raises:
-        TrioError: any of the inputs is wrong, or the disk too full; nothing is left at `out`.
+        TrioError: an input is wrong, or the disk is too full; nothing is left at `out`.
     """
-    if budget is not None and schedule is not None:
+    target = Path(out)
+    job = resolve_job(os.fspath(model), target, _merge(options or ExportOptions(), keywords))
+    models = build_graphs(job.config, job.schedule.points, job.graphs)
+    weights = lay_out_weights(job, models)
+    write_bundle(job, models, weights, target, progress)
+    return Bundle.load(out)
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """An export whose inputs have been found and checked.
+
+    Attributes:
+        options: as given, with dtype and dialect filled in.
+        schedule: the pruning points.
+        graphs: how the graphs are written.
+        checkpoint: canonical name → tensor of the checkpoint; empty for `graphs_only`.
+    """
+
+    options: ExportOptions
+    target: Target
+    source: Source
+    config: ModelConfig
+    schedule: Schedule
+    graphs: GraphOptions
+    checkpoint: Mapping[str, TensorEntry]
+
+    @property
+    def assets(self) -> Assets:
+        """Tokenizer, preprocessing, chat template and token ids of the model."""
+        found, recipe = self.source, self.source.recipe
+        if self.options.graphs_only:
+            return planned_assets(found, self.config)
+        assert found.folder is not None
+        return checkpoint_assets(
+            found.folder,
+            self.config,
+            found.raw_config,
+            preprocessing=recipe.preprocessing if recipe else None,
+            chat_template=recipe.chat_template if recipe else None,
+        )
+
+    @property
+    def budgets(self) -> dict[str, list[float | int]]:
+        """`Manifest.budgets`: those of the recipe's schedules that these graphs can run."""
+        published = self.source.recipe.schedules if self.source.recipe else {}
+        suitable = budgets_for_layers(published, self.schedule, self.options.method)
+        return {
+            str(budget): [point.keep for point in other.points]
+            for budget, other in suitable.items()
+        }
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """Where the weights of a bundle will lie.
+
+    Attributes:
+        layout: files of our own; None: the checkpoint's files are kept whole.
+        sources: the checkpoint's tensors that graphs use, by canonical name.
+        places: by canonical name.
+    """
+
+    layout: Layout | None
+    sources: Mapping[str, TensorEntry]
+    places: Mapping[str, TensorPlace]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        if self.layout is not None:
+            return self.layout.nbytes
+        return sum(file.stat().st_size for file in {e.file for e in self.sources.values()})
+
+
+def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
+    """Find the model, the target and the pruning points, and check that they fit together.
+
+    Raises:
+        TrioError: they do not; names the option to change.
+    """
+    if options.budget is not None and options.schedule is not None:
         raise TrioError("pass either --budget or --schedule: both say how many tokens are kept")
-    if graphs_only and link_weights:
+    if options.graphs_only and options.link_weights:
         raise TrioError("--graphs-only writes no weights, so leave out --link-weights")
-    BundleWriter(Path(out), force).refuse_existing()  # before anything that takes time
-    device = load_target(str(target) if target is not None else "cpu")
-    dtype = dtype or device.dtype
+    BundleWriter(out, options.force).refuse_existing()  # before anything that takes time
+    target = load_target(str(options.target) if options.target is not None else "cpu")
+    dtype = options.dtype or target.dtype
     if dtype not in SAFETENSORS:
         raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(SAFETENSORS)}")
-    _refuse_unless_it_runs(dtype, device)
+    _refuse_unless_it_runs(dtype, target)
+    if (ahead := described(model)) is not None:  # before weights are downloaded
+        plan_schedule(ahead, parse_config(ahead.raw_config), options)
+    source = resolve(model, weights_needed=not options.graphs_only)
+    config = parse_config(source.raw_config)
+    schedule = plan_schedule(source, config, options)
+    checkpoint: Mapping[str, TensorEntry] = {}
+    if not options.graphs_only:
+        assert source.folder is not None
+        checkpoint = Checkpoint.from_path(source.folder).verify(canonical_tensors(config))
+    options = replace(options, dtype=dtype, dialect=options.dialect or target.dialect)
+    graphs = _graph_options(source.recipe, target, options)
+    _refuse_unreadable(graphs.dialect, target)
+    return ExportJob(options, target, source, config, schedule, graphs, checkpoint)
 
-    def planned(found: Source, config: ModelConfig) -> Schedule:
-        depth, published = config.text.num_layers, found.recipe.schedules if found.recipe else None
-        plan = resolve_schedule(depth, budget, schedule, method, published)
-        plan.validate(depth, request_limits(config).visual_tokens)
-        return plan
 
-    if (ahead := described(os.fspath(model))) is not None:  # before weights are downloaded
-        planned(ahead, parse_config(ahead.raw_config))
-    found = resolve(os.fspath(model), weights_needed=not graphs_only)
-    config = parse_config(found.raw_config)
-    plan = planned(found, config)
-    published = found.recipe.schedules if found.recipe else {}
-    sources: dict[str, TensorEntry] = {}
-    if not graphs_only:
-        assert found.folder is not None
-        sources = Checkpoint.from_path(found.folder).verify(canonical_tensors(config))
-    dialect = dialect or device.dialect
-    options = _options(found.recipe, device, dialect, dtype, positions, probe, threshold)
-    readable = runtime_spec(device.runtime).readable_dialects(device)
-    if dialect not in readable:
-        raise TrioError(
-            f"{device.runtime}{f' {device.tensorrt}' if device.tensorrt else ''}, the runtime of "
-            f"the target {device.name}, does not read graphs in the {dialect} dialect: choose "
-            f"{' or '.join(readable)}"
-        )
-    models = build_graphs(config, plan.points, options)
-    used = used_tensors(models, canonical_tensors(config))
-    sources = {name: sources[name] for name in used} if sources else {}
-    same = bool(sources) and all(DTYPES[e.dtype] == dtype for e in sources.values())
-    if link_weights and not same:
-        has = sorted({DTYPES[e.dtype] for e in sources.values()})
+def plan_schedule(source: Source, config: ModelConfig, options: ExportOptions) -> Schedule:
+    """Choose the pruning points.
+
+    Raises:
+        TrioError: they do not suit the model.
+    """
+    depth, published = config.text.num_layers, source.recipe.schedules if source.recipe else None
+    schedule = resolve_schedule(depth, options.budget, options.schedule, options.method, published)
+    schedule.validate(depth, request_limits(config).visual_tokens)
+    return schedule
+
+
+def lay_out_weights(job: ExportJob, models: Mapping[str, ir.Model]) -> WeightPlan:
+    """Decide whether the checkpoint's files are kept, and where each weight will lie.
+
+    Raises:
+        TrioError: weights are to be linked that have to be converted.
+    """
+    dtype = job.graphs.dtype
+    used = used_tensors(models, canonical_tensors(job.config))
+    sources = {name: job.checkpoint[name] for name in used} if job.checkpoint else {}
+    same = bool(sources) and all(DTYPES[entry.dtype] == dtype for entry in sources.values())
+    if job.options.link_weights and not same:
+        has = sorted({DTYPES[entry.dtype] for entry in sources.values()})
         hint = f"pass --dtype {has[0]} or " if len(has) == 1 else ""
         raise TrioError(
             f"--link-weights cannot make {dtype} out of the checkpoint's {', '.join(has)}: "
             f"{hint}leave --link-weights out"
         )
-    # Everything that can be wrong with the small files is found before the weights are copied.
-    if graphs_only:
-        assets = planned_assets(found, config)
-    else:
-        assert found.folder is not None
-        assets = checkpoint_assets(
-            found.folder,
-            config,
-            found.raw_config,
-            preprocessing=found.recipe.preprocessing if found.recipe else None,
-            chat_template=found.recipe.chat_template if found.recipe else None,
-        )
-    layout = None if same else plan_layout(used, dtype)
-    places = kept_places(sources) if layout is None else layout.places
-    planned_stages = plan_stages(config, plan.points, options.separate_decode)
-    stages, contents = serialised(planned_stages, models, places)
+    if same:
+        return WeightPlan(None, sources, kept_places(sources))
+    layout = plan_layout(used, dtype)
+    return WeightPlan(layout, sources, layout.places)
+
+
+def write_bundle(
+    job: ExportJob,
+    models: Mapping[str, ir.Model],
+    weights: WeightPlan,
+    out: Path,
+    progress: bool,
+) -> None:
+    """Write graphs, small files, weights and the manifest.
+
+    Raises:
+        TrioError: the small files are incomplete, or the disk is too full.
+    """
+    options, target, source = job.options, job.target, job.source
+    assets = job.assets  # all that can be wrong with them is found before weights are copied
+    planned = plan_stages(job.config, job.schedule.points, job.graphs.separate_decode)
+    stages, contents = serialised(planned, models, weights.places)
     contents |= assets.files
     needed = sum(len(content) for content in contents.values())
-    if not (graphs_only or link_weights):
-        kept = {entry.file for entry in sources.values()}
-        needed += layout.nbytes if layout else sum(file.stat().st_size for file in kept)
-    with BundleWriter(Path(out), force=force, needed=needed) as writer:
+    if not (options.graphs_only or options.link_weights):
+        needed += weights.nbytes
+    with BundleWriter(out, force=options.force, needed=needed) as writer:
         for name, content in contents.items():
             writer.write(name, content)
-        weights = "copied"
-        if graphs_only:
-            assert layout is not None
-            weights = "planned"
-            for shard in layout.shards:
+        if options.graphs_only:
+            assert weights.layout is not None
+            state = "planned"
+            for shard in weights.layout.shards:
                 writer.files[shard.file] = FileInfo(shard.size, None)
         else:
-            weights = _write_weights(writer, layout, sources, link_weights, progress)
+            state = write_weights(
+                writer, weights.layout, weights.sources, options.link_weights, progress
+            )
         manifest = Manifest(
-            model=ModelInfo(found.name, found.source, found.revision, found.raw_config),
-            dtype=dtype,
-            dialect=options.dialect,
-            schedule=plan.to_json(),
-            probe=options.probe,
-            positions=options.positions,
-            threshold=options.threshold,
-            decode="separate" if options.separate_decode else "shared",
+            model=ModelInfo(source.name, source.source, source.revision, source.raw_config),
+            dtype=job.graphs.dtype,
+            dialect=job.graphs.dialect,
+            schedule=job.schedule.to_json(),
+            probe=job.graphs.probe,
+            positions=job.graphs.positions,
+            threshold=job.graphs.threshold,
+            decode="separate" if job.graphs.separate_decode else "shared",
             stages=stages,
-            tensors=dict(places),
+            tensors=dict(weights.places),
             generation=assets.generation,
             files=dict(writer.files),
             versions=_versions(),
-            weights=weights,
-            target=device.name,
-            runtime=device.runtime,
-            provider=device.provider,
-            precision=device.precision,
-            budgets={
-                str(known): [point.keep for point in other.points]
-                for known, other in budgets_for_layers(published, plan, method).items()
-            },
+            weights=state,
+            target=target.name,
+            runtime=target.runtime,
+            provider=target.provider,
+            precision=target.precision,
+            budgets=job.budgets,
         )
         writer.write(MANIFEST, manifest.dump())
-    return Bundle.load(out)
+
+
+def _merge(options: ExportOptions, keywords: Mapping[str, Any]) -> ExportOptions:
+    """Options with fields replaced; those of `SelectionOptions` go to `selection`."""
+    own = {name: value for name, value in keywords.items() if name not in _SELECTION_FIELDS}
+    selection = {name: value for name, value in keywords.items() if name in _SELECTION_FIELDS}
+    options = replace(options, **own)
+    return replace(options, selection=replace(options.selection, **selection))
 
 
 def _refuse_unless_it_runs(dtype: str, device: Target) -> None:
@@ -217,42 +299,46 @@ def _refuse_unless_it_runs(dtype: str, device: Target) -> None:
     )
 
 
-def _options(
-    recipe: Recipe | None,
-    device: Target,
-    dialect: str,
-    dtype: str,
-    positions: str | None,
-    probe: str | None,
-    threshold: float | None,
-) -> GraphOptions:
-    given = {"positions": positions, "probe": probe, "threshold": threshold}
-    values = dict(_DEFAULTS)
-    for key, value in given.items():
-        if value is not None:
-            values[key] = value
-        elif recipe is not None:
-            values[key] = getattr(recipe, key)
+def _refuse_unreadable(dialect: str, target: Target) -> None:
+    """Raises TrioError where the target's runtime does not read graphs in this dialect."""
+    readable = runtime_spec(target.runtime).readable_dialects(target)
+    if dialect not in readable:
+        raise TrioError(
+            f"{target.runtime}{f' {target.tensorrt}' if target.tensorrt else ''}, the runtime of "
+            f"the target {target.name}, does not read graphs in the {dialect} dialect: choose "
+            f"{' or '.join(readable)}"
+        )
+
+
+def _graph_options(recipe: Recipe | None, target: Target, options: ExportOptions) -> GraphOptions:
+    """How the graphs are written: as given, else as the recipe says, else the default."""
+    values: dict[str, Any] = {}
+    for name in ("probe", "positions", "threshold"):
+        given = getattr(options.selection, name)
+        values[name] = given if given is not None else getattr(recipe or _DEFAULTS, name)
+    if options.selection.probes is not None:
+        values["probes"] = options.selection.probes
     if not 0 < values["threshold"] <= 1:
         raise TrioError(f"the threshold is {values['threshold']}, but cosines lie in (0, 1]")
     return GraphOptions(
-        dialect=dialect,
-        dtype=dtype,  # type: ignore[arg-type]
-        separate_decode=device.decode_layout == "separate",
+        dialect=str(options.dialect),
+        dtype=options.dtype,  # type: ignore[arg-type]
+        separate_decode=target.decode_layout == "separate",
         **values,
     )
 
 
-def _write_weights(
+def write_weights(
     writer: BundleWriter,
     layout: Layout | None,
     sources: Mapping[str, TensorEntry],
     link: bool,
     progress: bool,
 ) -> str:
+    """Write weights into a bundle, with a progress bar; returns `Manifest.weights`."""
     files = {entry.file for entry in sources.values()}
     if layout is not None:
-        total = sum(ref.nbytes for ref in layout.places.values())
+        total = sum(place.nbytes for place in layout.places.values())
     else:
         total = sum(file.stat().st_size for file in files)
     bar = tqdm(
@@ -269,17 +355,17 @@ def _write_weights(
             return "copied"
         kept = keep_files(writer, files, link, bar.update)
     if link and kept.linked:
-        _remark(
+        _print_note(
             progress,
             "weights are hard links, no weight byte was written: ONNX Runtime takes them, "
             "onnx.load and onnx.checker refuse hard-linked data (load_external_data=False)",
         )
     if link and kept.linked < len(files):
-        _remark(progress, "the file system refused hard links here, so weights were copied")
+        _print_note(progress, "the file system refused hard links here, so weights were copied")
     return "linked" if kept.linked else "copied"
 
 
-def _remark(show: bool, text: str) -> None:
+def _print_note(show: bool, text: str) -> None:
     if show:
         print(f"trio: {text}", file=sys.stderr)
 
