@@ -216,7 +216,7 @@ class Oracle:
         return embeds, vision, Stage(inputs, _arrays({"inputs_embeds": embeds}))
 
     def _stored(self, hidden: Tensor) -> Tensor:
-        """Rounded to what is stored between stages."""
+        """Round to the type that is stored between stages."""
         return hidden if self.storage is None else hidden.to(self.storage).to(hidden.dtype)
 
     # ---- decoder layers -------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from trio_deploy.schedule.methods import ENCODER_SCORES
 
 Tensors = dict[str, NDArray]
 
-# Rows of a batch lie behind each other here instead of side by side.
+# Concatenated over the rows of a batch instead of stacked.
 _ROWS_OF_FEATURES = ("pixel_values", "image_features")
-# What fills up a shorter row.
+# Padding of shorter rows; 0 for the rest.
 _PADDING = {"keep_index": -1}
 
 
@@ -29,7 +29,7 @@ class Stage:
 
 @dataclass
 class Trace:
-    """What is noted while a row is generated.
+    """What is recorded while a row is generated.
 
     Attributes:
         stages: tensors of each stage by name.
@@ -40,15 +40,15 @@ class Trace:
     recording: bool = True
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        """Entered for as long as a stage runs; a subclass may take the time."""
+        """Context in which a stage runs; a subclass may measure its time."""
         return nullcontext()
 
 
 def stack_rows(rows: Sequence[dict[str, Stage]]) -> dict[str, Stage]:
     """Stages of a batch from the stages of its rows (each with B = 1), padded on the right.
 
-    `source_index` of a row counts its own image rows from its own S, and names the newline -1;
-    here both are moved to where the batch has them (see `embed` in the design of the stages).
+    `source_index` of a row counts its own feature rows from its own S and has -1 for the newline;
+    both are moved to their places in the batch (see `pipeline.prompt.collate`).
     """
     features = [row["vision"].outputs["image_features"].shape[0] for row in rows]
     length = max(row["embed"].inputs["input_ids"].shape[1] for row in rows)
