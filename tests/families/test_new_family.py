@@ -184,7 +184,8 @@ def bundle(families, llava_checkpoint, tmp_path_factory) -> Bundle:
 def test_it_answers_and_its_image_is_text_and_visual_tokens(bundle):
     pipeline = Pipeline.open(bundle, threads=2)
     request = Request("what is this ?", [make_picture(90, 40)], max_new_tokens=3)
-    prompt, (image,) = pipeline.encode(request)
+    prepared = pipeline.prepare(request)
+    prompt, (image,) = prepared.prompt, prepared.processed
     visual = np.flatnonzero(prompt.visual)
     assert len(visual) == 32 and visual[16] - visual[15] == 2, "a word stands between the halves"
     assert image.feeds["pixel_values"].shape[0] == 2

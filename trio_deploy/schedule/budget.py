@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from trio_deploy.errors import TrioError
-from trio_deploy.schedule.schedule import _RATIO_DIGITS, _SMALLEST_RATIO, PruningPoint, Schedule
+from trio_deploy.schedule.schedule import RATIO_DIGITS, SMALLEST_RATIO, PruningPoint, Schedule
 
 _Shapes = list[tuple[float, list[float]]]
 """(budget, keep of each point relative to the first), in rising order of budgets."""
@@ -91,7 +91,7 @@ def solve(
     ]
     shares = _shares(budget, shapes or _published_shapes(len(layers)))
     keeps = _water_fill(shares, sizes, budget * num_layers - layers[0])
-    ratios = [min(1.0, max(_SMALLEST_RATIO, round(keep, _RATIO_DIGITS))) for keep in keeps]
+    ratios = [min(1.0, max(SMALLEST_RATIO, round(keep, RATIO_DIGITS))) for keep in keeps]
     return _schedule(layers, ratios, methods)
 
 
@@ -218,7 +218,7 @@ def _same_budget(one: float, other: float) -> bool:
 def _shape(schedule: Schedule) -> list[float]:
     """Keeps of a schedule relative to the first one, which may be a count of 0."""
     first = schedule.points[0].keep
-    return [max(_SMALLEST_RATIO, point.keep / (first or 1)) for point in schedule.points]
+    return [max(SMALLEST_RATIO, point.keep / (first or 1)) for point in schedule.points]
 
 
 def _published_shapes(count: int) -> _Shapes:

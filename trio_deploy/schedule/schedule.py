@@ -11,8 +11,8 @@ from typing import Any
 from trio_deploy.errors import TrioError
 from trio_deploy.schedule.methods import METHODS
 
-_RATIO_DIGITS = 6  # a stored ratio is exact to one token in half a million
-_SMALLEST_RATIO = 10.0**-_RATIO_DIGITS
+RATIO_DIGITS = 6  # a stored ratio is exact to one token in half a million
+SMALLEST_RATIO = 10.0**-RATIO_DIGITS
 
 
 @dataclass(frozen=True)
