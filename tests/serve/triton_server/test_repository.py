@@ -13,7 +13,6 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Limits
 from trio_deploy.runtimes.tensorrt.profiles import Bounds, Profile
 from trio_deploy.runtimes.tensorrt.record import Gpu, Record, StageRecord
-from trio_deploy.serve.triton_server.pbtxt import Enum, format_message
 from trio_deploy.serve.triton_server.repository import (
     RECORD,
     Options,
@@ -234,19 +233,6 @@ def test_the_record_names_the_models(bundle, tmp_path):
     models = write_repository(bundle, tmp_path / "out", Options(name="cat", stages=True))
     assert json.loads((tmp_path / "out" / RECORD).read_text())["models"] == models
     assert {"cat_vlm", "cat_vlm_complete", "cat_vision", "cat_embeddings"} <= set(models)
-
-
-def test_text_format_quotes_strings_and_leaves_enumerations_bare():
-    message = {
-        "name": 'a"\\\n',
-        "kind": Enum("KIND_CPU"),
-        "dims": [-1, 3],
-        "none": None,
-        "on": True,
-    }
-    assert format_message({"m": [message, {}]}) == (
-        'm {\n  name: "a\\"\\\\\\n"\n  kind: KIND_CPU\n  dims: [-1, 3]\n  on: true\n}\nm {\n}\n'
-    )
 
 
 def test_a_place_that_the_server_cannot_load_from_is_warned_of(bundle, tmp_path, capsys):
