@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -45,6 +46,19 @@ def test_public_names_are_what_their_modules_define():
     scenes = import_module("trio_deploy.evaluation.scenes")  # sets `trio_deploy.evaluation`
     assert trio_deploy.evaluation.scenes is scenes
     assert callable(trio_deploy.evaluate)
+
+
+def test_type_checkers_find_names_where_they_are_imported_from():
+    tree = ast.parse(Path(trio_deploy.__file__).read_text(encoding="utf-8"))
+    known = {
+        alias.name: node.module
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert known == trio_deploy._MODULES and sorted(known) == sorted(trio_deploy.__all__)
 
 
 def test_all_names_can_be_imported_at_once():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trio_deploy import files
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError, files
 from trio_deploy.files import read_json, read_yaml
 
 READERS = {"json": read_json, "yaml": read_yaml}

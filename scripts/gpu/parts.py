@@ -294,8 +294,8 @@ class Part:
 
     def run_times(self) -> None:
         """Times of the 7B model, and the bounds on them."""
+        from trio_deploy import RuntimeOptions
         from trio_deploy.bench.measure import UNPRUNED, BenchOptions, measure
-        from trio_deploy.config.options import RuntimeOptions
 
         bundle, _ = self.large()
         options = BenchOptions(
@@ -562,7 +562,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bundle", type=Path)
     args = parser.parse_args(arguments)
     if args.part == "golden":
-        from trio_deploy.config.options import RuntimeOptions
+        from trio_deploy import RuntimeOptions
         from trio_deploy.verify import check as parity
 
         parity.record(args.bundle, RuntimeOptions("onnxruntime"))

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from trio_deploy import TrioError
 from trio_deploy.bench.measure import BenchOptions, list_cases
 from trio_deploy.bench.peak_memory import peak_memory, peak_mib
 from trio_deploy.bench.workload import Workload
-from trio_deploy.errors import TrioError
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from trio_deploy import RuntimeOptions
 from trio_deploy.bench.synthetic import RandomModel, make_bundle
 from trio_deploy.cli import main as cli
 from trio_deploy.cli.bench import shown_command
-from trio_deploy.config.options import RuntimeOptions
 
 
 @pytest.fixture(scope="module")

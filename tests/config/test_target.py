@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from trio_deploy import TrioError
 from trio_deploy.config.target import list_targets, target_folder
-from trio_deploy.errors import TrioError
 from trio_deploy.runtimes.registry import load_target, runtime_spec
 from trio_deploy.runtimes.tensorrt.target import dialects_of_version
 

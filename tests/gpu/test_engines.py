@@ -145,7 +145,7 @@ def test_a_damaged_engine_is_refused_and_the_process_lives(built: Built, tmp_pat
     file.write_bytes(content)
     program = f"""
 from trio_deploy.errors import TrioError
-from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy import Pipeline
 try:
     Pipeline.open({str(bundle.path)!r}, "tensorrt")
 except TrioError as error:

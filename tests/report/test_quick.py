@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from trio_deploy import RuntimeOptions, TrioError
+from trio_deploy import Report, RuntimeOptions, TrioError
 from trio_deploy.report import figures, gather, quick
 from trio_deploy.report.gather import ReportOptions
-from trio_deploy.verify.check import Report
 from trio_deploy.verify.compare import ParityRow
 
 OPTIONS = RuntimeOptions(threads=1, low_memory=True)

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from tests.support.small_graphs import OUT, SIZE, write_attention, write_product
-from trio_deploy import TrioError
+from trio_deploy import RuntimeOptions, TrioError
 from trio_deploy.bundle.manifest import StageInfo, TensorInfo, TensorPlace
 from trio_deploy.bundle.schema_1 import external_tensors
-from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.pipeline.cache import CacheShape, SegmentCache
 from trio_deploy.runtimes import onnxruntime as ort
 from trio_deploy.runtimes.mapped_weights import WeightMap

@@ -10,9 +10,8 @@ import pytest
 
 from tests.support.engines import KINDS, build, export_for, make_target
 from tests.support.fakes.tensorrt import Simulation, install
-from trio_deploy import Bundle, TrioError, check
+from trio_deploy import Bundle, RuntimeOptions, TrioError, check
 from trio_deploy.cli import main as cli
-from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.runtimes.onnxruntime import OrtRuntime
 from trio_deploy.runtimes.openvino import OvRuntime
 from trio_deploy.runtimes.registry import load_target, open_runtime

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_deploy.errors import TrioError
+from trio_deploy import TrioError
 from trio_deploy.pipeline.batcher.scheduler import (
     Action,
     BatcherLimits,

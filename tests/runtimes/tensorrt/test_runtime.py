@@ -24,8 +24,7 @@ from tests.support.engines import KINDS, build, export_for, make_target
 from tests.support.fakes.tensorrt import Driver, Simulation, install
 from tests.support.pictures import make_picture
 from tests.support.waiting import WAIT_S
-from trio_deploy import Bundle, Pipeline, Request, TrioError
-from trio_deploy.config.options import RuntimeOptions
+from trio_deploy import Bundle, Pipeline, Request, RuntimeOptions, TrioError
 from trio_deploy.files import sha256_of
 from trio_deploy.runtimes import arrays
 from trio_deploy.runtimes.registry import open_runtime

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trio_deploy import Bundle, TrioError, export_model
+from trio_deploy import Bundle, RuntimeOptions, TrioError, export_model
 from trio_deploy.cli.main import main
-from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Limits
 from trio_deploy.runtimes.tensorrt.profiles import Bounds, Profile
 from trio_deploy.runtimes.tensorrt.record import Gpu, Record, StageRecord

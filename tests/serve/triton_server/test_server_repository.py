@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trio_deploy import Bundle, Pipeline, Request, export_model
-from trio_deploy.config.options import RuntimeOptions
+from trio_deploy import Bundle, Pipeline, Request, RuntimeOptions, export_model
 from trio_deploy.evaluation import scenes
 from trio_deploy.pipeline.prompt import collate
 from trio_deploy.runtimes.registry import open_engine
