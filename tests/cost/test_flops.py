@@ -67,11 +67,11 @@ def test_saliency_costs_the_share_of_a_layer_that_was_derived():
     assert share == pytest.approx(0.157, abs=2e-3)
 
 
-def test_the_honest_count_has_the_third_mlp_matrix_and_the_selection():
+def test_the_full_count_has_the_third_mlp_matrix_and_the_selection():
     pruned, full = cost(PAPER_11, 576, 0), cost(NOTHING, 576, 0)
     assert full.selection == 0
     assert full.layers - full.paper == 32 * 576 * 4096 * 11008
-    assert pruned.honest == pruned.layers + pruned.saliency + pruned.similarity + pruned.lm_head
+    assert pruned.prefill == pruned.layers + pruned.saliency + pruned.similarity + pruned.lm_head
     assert 0 < pruned.selection < 3 * layer_flops(576, VICUNA)
 
 

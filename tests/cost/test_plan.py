@@ -59,13 +59,13 @@ def test_every_recipe_has_a_plan_within_half_a_token_a_layer(model, budget):
     planned = plan(model, budget=budget)
     share = planned.cost.average / planned.visual
     assert share == pytest.approx(budget, abs=max(0.01, 0.6 / planned.visual))
-    assert planned.cost.honest < planned.unpruned.honest
+    assert planned.cost.prefill < planned.unpruned.prefill
     assert planned.to_text()
 
 
 def test_text_only_prompts_have_nothing_to_prune():
     planned = plan("llava-1.5-7b", visual_tokens=0, text_tokens=10)
-    assert planned.cost.honest == planned.unpruned.honest
+    assert planned.cost.prefill == planned.unpruned.prefill
     assert planned.cost.selection == 0
     assert planned.to_text()
 

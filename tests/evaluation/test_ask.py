@@ -256,13 +256,13 @@ def test_results_are_written_read_and_drawn(results, out, tmp_path):
         Results.load(tmp_path / "results.json")
 
 
-def test_questions_without_answers_are_judged_by_agreement(source, questions, out, tmp_path):
+def test_questions_without_answers_are_scored_by_agreement(source, questions, out, tmp_path):
     unlabelled = [type(q)(**{**q.__dict__, "reference": None}) for q in questions]
     found = run(source, unlabelled, [named(source, "mixed=0:44:divprune,6:19")], out)
     assert found.results[1].overall.accuracy is None and found.results[1].behind is None
     assert 0.5 < found.results[1].agreement.value <= 1
     assert "nan" not in retention_chart(found)
-    assert "Agreement a kind" in found.to_text()
+    assert "Agreement by kind" in found.to_text()
 
 
 def test_questions_that_have_an_answer_are_scored_and_counted(source, questions, out):
@@ -358,7 +358,7 @@ def test_pope_is_reported_by_category_and_over_all_seeds(source, tmp_path):
     assert "| 0:0.2:random | 20.0% | mean |" in found.to_text().replace("19.9%", "20.0%")
 
 
-def test_a_model_that_is_never_right_is_judged_by_agreement(source, questions, out, tmp_path):
+def test_a_model_that_is_never_right_is_scored_by_agreement(source, questions, out, tmp_path):
     wrong = [type(q)(**{**q.__dict__, "reference": "a unicorn"}) for q in questions]
     two = [named(source, "a=0:44:divprune,6:19"), named(source, "b=0:44:divprune,6:19")]
     found = run(source, wrong, two, out)

@@ -141,8 +141,8 @@ def test_vqav2_is_joined_by_question(tmp_path, pictures):
     ("content", "message"),
     [
         ("", "no questions"),
-        ("{", r"q\.jsonl, line 1: it is no JSON .*; write a question a line"),
-        ('{"question_id": 1, "text": "?"}\n\nWhat is this?\n', r"q\.jsonl, line 3: it is no JSON"),
+        ("{", r"q\.jsonl, line 1: it is not JSON .*; write a question per line"),
+        ('{"question_id": 1, "text": "?"}\n\nWhat is this?\n', r"q\.jsonl, line 3: it is not JSON"),
         ("[1]", r"q\.jsonl, question 1: it must be an object"),
         ("[1,\n", r"q\.jsonl, line 2: the JSON list cannot be read"),
         ('{"text": "?"}', r"q\.jsonl, line 1: it needs question_id"),
@@ -165,9 +165,9 @@ def test_a_question_file_that_is_none_is_named(tmp_path, pictures):
         read_questions(tmp_path / "none.jsonl")
     with pytest.raises(TrioError, match=r"cannot be read \(Is a directory\): pass a JSON Lines"):
         read_questions(tmp_path)
-    with pytest.raises(TrioError, match="are no text: pass a JSON Lines file"):
+    with pytest.raises(TrioError, match="are not text: pass a JSON Lines file"):
         read_questions(next(pictures.iterdir()))
-    with pytest.raises(TrioError, match="folder .*gone is not there"):
+    with pytest.raises(TrioError, match="--images .*gone is not a folder"):
         read_questions(tmp_path / "none.jsonl", tmp_path / "gone")
     with pytest.raises(TrioError, match="a limit of 0 leaves no question"):
         read_questions(tmp_path / "none.jsonl", limit=0)

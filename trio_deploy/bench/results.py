@@ -111,7 +111,7 @@ def cost_of(run: Run, bundle: Bundle) -> Cost:
 def flops_json(cost: Cost, vision: int) -> dict[str, int]:
     """Multiply-adds; `prefill` is the sum of the next four, `vision` is not part of it."""
     return {
-        "prefill": cost.honest,
+        "prefill": cost.prefill,
         "layers": cost.layers,
         "saliency": cost.saliency,
         "suppression_at_most": cost.similarity,

@@ -1,4 +1,4 @@
-"""`trio plan --target`: whether a model fits a device as TensorRT engines, or what makes it fit."""
+"""Whether a model fits a device as TensorRT engines, and what would make it fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trio_deploy.runtimes.tensorrt.memory import Fit, Memory, memory
 from trio_deploy.runtimes.tensorrt.target import target_dialects
 from trio_deploy.schedule.schedule import Schedule
 
-_SMALL_TEXT, _SMALL_ANSWER = 256, 128  # tokens that a question and a short answer need
+_SMALL_TEXT, _SMALL_ANSWER = 256, 128  # tokens of a question and of a short answer
 
 
 def fit(
@@ -29,7 +29,7 @@ def fit(
     target: Target,
     budgets: Mapping[float, Schedule] | None = None,
 ) -> Fit:
-    """Memory of both decode layouts on a target, and advice where its own does not fit.
+    """Memory of both decode layouts on a target, and advice if its own does not fit.
 
     Args:
         budgets: the recipe's schedules at the same pruning points, which requests may ask for.
@@ -71,7 +71,7 @@ def planned(
     target: Target,
     budgets: Mapping[float, Schedule] | None,
 ) -> Memory:
-    """What a model takes of a target's memory with the target's decode layout.
+    """Memory of a model on a target, with the target's decode layout.
 
     Raises:
         TrioError: the target's limits do not suit the model.
@@ -90,7 +90,7 @@ class _Model:
     budgets: Mapping[float, Schedule] | None
 
     def memory(self, target: Target) -> Memory:
-        """What it takes of a target's memory."""
+        """Memory of the model on a target."""
         return planned(self.config, self.schedule, target, self.budgets)
 
 
@@ -102,13 +102,13 @@ def _other_layout(target: Target) -> Target:
 
 
 def _advice(model: _Model, result: Fit) -> Iterator[str]:
-    """What would make it fit, the least change first."""
+    """Changes that would make it fit, the smallest first."""
     target, usable = result.target, result.usable
     assert usable is not None
     if result.fits_if_fused:
         yield (
-            "it fits if TensorRT makes every Attention node one kernel, and not if it splits one "
-            "up, which it may where no such kernel takes a type, head size or mask"
+            "it fits if TensorRT runs every Attention node as one kernel, and not if it splits "
+            "one, which it may if no such kernel takes the type, head size or mask"
         )
     best, layout = target, ""
     if result.layouts[1].total < result.layouts[0].total:
@@ -142,14 +142,14 @@ def _advice(model: _Model, result: Fit) -> Iterator[str]:
         )
     room = usable - (min(each.total for each in result.layouts) - weights)
     if room > 0:
-        yield f"beside what requests take here, {format_bytes(room)} are left for weights"
+        yield f"requests at these limits leave {format_bytes(room)} for weights"
     other = _smallest_target(model, target.dtype, weights)
     if other is not None:
-        yield f"the smallest of the targets that it fits is {other}"
+        yield f"the smallest target that fits it is {other}"
 
 
 def _smaller(limits: Limits) -> Iterator[dict[str, int]]:
-    """Limits lowered one after another."""
+    """Limits lowered one after the other."""
     changes: dict[str, int] = {}
     for name, least in (
         ("max_batch", 1),
@@ -163,7 +163,7 @@ def _smaller(limits: Limits) -> Iterator[dict[str, int]]:
 
 
 def _smallest_target(model: _Model, dtype: str, weights: int) -> str | None:
-    """The shipped target with the least memory that the model fits, None where there is none."""
+    """The shipped target with the least memory that fits the model; None if there is none."""
     known = [load_target(name) for name in list_targets()]
     sized = [
         (t.usable_gib, t) for t in known if t.tensorrt is not None and t.usable_gib is not None

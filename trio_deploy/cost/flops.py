@@ -1,4 +1,4 @@
-"""Where visual tokens are pruned, how many are kept, and what that costs.
+"""Operations and KV cache of a schedule, by counting.
 
 Notation (docs/architecture.md): L layers, N visual tokens at the start, hidden size d, MLP size m,
 H query heads and G key/value heads of size D, vocabulary V, P probe positions.  A *pruning point*
@@ -6,7 +6,7 @@ H query heads and G key/value heads of size D, vocabulary V, P probe positions. 
 
 Operations are counted as multiply-adds, one each, as the paper's formula does; a product of dense
 matrices counts in full, the masked half of causal attention included.  Norms, activations, softmax
-and RoPE are left out.
+and RoPE are not counted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trio_deploy.schedule.methods import PointSizes, load
 from trio_deploy.schedule.schedule import Schedule
 
 SUPPRESSION_BLOCK = 256
-"""M, the ranks that suppression works through at a time."""
+"""M, ranks per block of the suppression."""
 
 
 def paper_layer_flops(n: int, d: int, m: int) -> int:
@@ -64,12 +64,12 @@ def _widths(text: TextConfig) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one prefill costs; multiply-adds, and bytes at the end of it.
+    """Cost of one prefill: multiply-adds, and bytes at the end of it.
 
     Attributes:
         ranges: (start, stop, visual tokens, all tokens) of each layer range.
-        average: visual tokens a layer, averaged over the layers.
-        paper: the paper's formula over visual tokens alone, selection free of charge.
+        average: visual tokens per layer, averaged over the layers.
+        paper: the paper's formula, over visual tokens alone and without selection.
         layers: all layers over all tokens, text included.
         saliency: the scores of all pruning points that prune: TRIO's probes, others' attention.
         similarity: their comparisons of tokens: TRIO's suppression, at worst; others' cosines.
@@ -90,8 +90,8 @@ class Cost:
         return self.saliency + self.similarity
 
     @property
-    def honest(self) -> int:
-        """Everything the language model's prefill computes."""
+    def prefill(self) -> int:
+        """The whole prefill of the language model: layers, selection and logits."""
         return self.layers + self.selection + self.lm_head
 
 
@@ -109,8 +109,8 @@ def account(
 
     Args:
         item_bytes: bytes of one number in the KV cache.
-        probes: P, probe positions a pruning point.
-        block: M, ranks that suppression works through at a time.
+        probes: P, probe positions per pruning point.
+        block: M, ranks per block of the suppression.
     """
     per_layer = schedule.visual_per_layer(visual, text.num_layers)
     counts = (visual, *schedule.resolve(visual))

@@ -1,4 +1,4 @@
-"""`trio plan`: what a schedule costs, against no pruning and beside the paper's own figures."""
+"""Cost of a schedule against no pruning, and next to the paper's own figures: `trio plan`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from trio_deploy.checkpoint.resolve import resolve
+from trio_deploy.config.options import ExportOptions
+from trio_deploy.config.target import Target
 from trio_deploy.config.yaml_files import DTYPES
 from trio_deploy.cost.flops import (
     Cost,
@@ -31,12 +33,12 @@ PAPER_BUDGET = 0.111
 
 _MIB = 2**20
 _HALF_BYTES = 2  # KV caches are compared in 16-bit floats, as in the paper
-_SAME = 0.01  # figures within 1 % of the paper's are not remarked upon
+_SAME = 0.01  # figures within 1 % of the paper's need no note
 
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A figure of the paper: pruned (at its 11.1 % budget) and unpruned."""
+    """A figure of the paper, pruned (at its budget of 11.1 %) and unpruned."""
 
     label: str
     pruned: float
@@ -46,7 +48,7 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule's cost on one model; `cost` with, `unpruned` without pruning."""
+    """Cost of a schedule on one model; `cost` with, `unpruned` without pruning."""
 
     model: str
     config: ModelConfig
@@ -62,7 +64,7 @@ class Plan:
     fit: Fit | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Counts of multiply-adds and bytes; the paper's figures under `paper`, in their units."""
+        """Multiply-adds and bytes; the paper's figures under `paper`, in their units."""
         return {
             "model": self.model,
             "visual_tokens": self.visual,
@@ -98,7 +100,7 @@ class Plan:
         ours, full = self.cost, self.unpruned
         rows: list[tuple[str, float, float, str]] = [
             ("FLOPs by the paper's formula", ours.paper, full.paper, ""),
-            ("FLOPs of the prefill, all counted", ours.honest, full.honest, ""),
+            ("FLOPs of the prefill, all counted", ours.prefill, full.prefill, ""),
             ("  layers", ours.layers, full.layers, ""),
             ("  scores of tokens", ours.saliency, full.saliency, ""),
             ("  comparisons of tokens, at most", ours.similarity, full.similarity, ""),
@@ -118,64 +120,54 @@ class Plan:
 
 def plan(
     model: str,
+    options: ExportOptions | None = None,
     *,
-    budget: float | None = None,
-    schedule: str | Schedule | None = None,
-    method: str | None = None,
     visual_tokens: int | None = None,
     text_tokens: int = 60,
     probes: int = 4,
-    target: str | None = None,
-    dtype: str | None = None,
+    **keywords: Any,
 ) -> Plan:
-    """The cost of a budget or schedule (default: the paper's 11.1 %) on a model.
-
-    What `budget`, `schedule` and `method` mean: see `resolve_schedule`.
+    """Cost of a model at a budget or schedule (default: the paper's 11.1 %).
 
     Args:
         model: recipe name or file, checkpoint folder (its config.json is enough), or hub id.
-        visual_tokens: N; default the most that one image takes (rows of newlines not counted).
-        target: name or file of a target with TensorRT: whether engines fit its memory.
-        dtype: of the engines; default the target's.
+        options: budget, schedule, method, target and dtype are used, as in `export_model`; a
+            target with TensorRT adds whether the engines fit its memory.
+        visual_tokens: visual tokens of the prompt; None: the maximum of one image, without
+            newlines.
+        text_tokens: text tokens of the prompt.
+        probes: number of probe positions per pruning point.
+        keywords: fields of `ExportOptions`, which replace those of `options`.
 
     Raises:
         TrioError: unknown model, impossible budget or schedule, or counts below 0.
     """
+    options = replace(options or ExportOptions(), **keywords)
     found = resolve(model, weights_needed=False)
-    name, config = found.name, parse_config(found.raw_config)
-    published = found.recipe.schedules if found.recipe else None
-    depth = config.text.num_layers
-    largest = request_limits(config)
-    tiles = largest.tiles
-    visual = tiles * largest.tile_rows if visual_tokens is None else visual_tokens
+    config = parse_config(found.raw_config)
+    published = found.recipe.schedules if found.recipe else {}
+    visual, tiles = _visual_tokens(config, visual_tokens)
     if visual < 0 or text_tokens < 0 or probes < 1:
-        raise TrioError("token counts must not be negative, and there is at least one probe")
-    if visual_tokens is not None:
-        tiles = min(tiles, math.ceil(visual / largest.tile_rows))
-    chosen = resolve_schedule(depth, budget, schedule, method, published)
+        raise TrioError("token counts must not be negative, and probes must be 1 or more")
+    depth = config.text.num_layers
+    chosen = resolve_schedule(
+        depth, options.budget, options.schedule, options.method, published or None
+    )
     chosen.validate(depth, visual)
 
     def cost(of: Schedule) -> Cost:
         return account(config.text, of, visual, text_tokens, probes=probes, item_bytes=_HALF_BYTES)
 
     pruned, unpruned = cost(chosen), cost(Schedule())
-    paper = _paper_rows(name)
-    device = load_target(target) if target is not None else None
-    if dtype is not None:
-        if device is None:
-            raise TrioError("--dtype is of the engines on a --target: pass one")
-        if dtype not in DTYPES:
-            raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-        device = replace(device, dtype=dtype)
-    memory = None
+    paper = _paper_rows(found.name)
+    device, memory = _device(options), None
     if device is not None:
-        from trio_deploy.cost.device_memory import (
-            fit,  # builds graphs, which the arithmetic does not need
-        )
+        # Builds graphs, which the arithmetic does not need.
+        from trio_deploy.cost.device_memory import fit
 
-        memory = fit(config, chosen, device, budgets_for_layers(published or {}, chosen, method))
+        memory = fit(config, chosen, device, budgets_for_layers(published, chosen, options.method))
     return Plan(
-        model=name,
+        model=found.name,
         config=config,
         schedule=chosen,
         visual=visual,
@@ -188,6 +180,27 @@ def plan(
         notes=_notes(config, chosen, visual, text_tokens, pruned, unpruned, paper),
         fit=memory,
     )
+
+
+def _visual_tokens(config: ModelConfig, asked: int | None) -> tuple[int, int]:
+    """Visual tokens and tiles of a prompt: those asked for, or the maximum of one image."""
+    largest = request_limits(config)
+    if asked is None:
+        return largest.tiles * largest.tile_rows, largest.tiles
+    return asked, min(largest.tiles, math.ceil(asked / largest.tile_rows))
+
+
+def _device(options: ExportOptions) -> Target | None:
+    """The target whose memory is planned, with the float type that was asked for."""
+    dtype = options.dtype
+    if options.target is None:
+        if dtype is not None:
+            raise TrioError("--dtype is the float type of engines: pass their --target, too")
+        return None
+    if dtype is not None and dtype not in DTYPES:
+        raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    device = load_target(options.target)
+    return device if dtype is None else replace(device, dtype=dtype)
 
 
 def _paper_rows(name: str) -> tuple[PaperRow, ...]:
@@ -213,7 +226,7 @@ def _notes(
     unpruned: Cost,
     paper: tuple[PaperRow, ...],
 ) -> tuple[str, ...]:
-    """What the figures mean, and where they and the paper's differ."""
+    """Notes: what the figures mean, and where they differ from the paper's."""
     text = config.text
     notes = [
         "FLOPs are multiply-adds; the paper's formula takes visual tokens alone, two of three MLP "
@@ -223,16 +236,16 @@ def _notes(
     if largest.visual_tokens > largest.tiles * largest.tile_rows:
         notes.append(
             "Visual tokens are those of the tiles, as the paper counts them; a prompt has one "
-            "newline more a row of the tiled image: --visual-tokens takes the exact number."
+            "newline more per row of the tiled image: --visual-tokens takes the exact number."
         )
     if visual + text_tokens > text.max_positions:
         notes.append(
             f"A prompt of {visual} visual and {text_tokens} text tokens is longer than the model's "
-            f"context of {text.max_positions} tokens: the runtime refuses it."
+            f"context of {text.max_positions} tokens and will be rejected."
         )
     if schedule.layers:
         notes.append(
-            f"With a first pruning point before layer {schedule.layers[0]}, budgets lie above "
+            f"With a first pruning point before layer {schedule.layers[0]}, a budget must exceed "
             f"{smallest_budget(text.num_layers, schedule.layers):.3f}."
         )
     share = pruned.average / visual if visual else 1.0
@@ -266,7 +279,7 @@ def _flops_note(
     return [
         f"The paper gives {row.pruned:g} T pruned and {row.unpruned:g} T unpruned; its formula "
         f"gives {ours:#.3g} T and {full:.4g} T here, and {probed:#.3g} T with one whole layer's "
-        "forward a probe."
+        "forward pass per probe."
     ]
 
 
@@ -277,8 +290,8 @@ def _kv_note(row: PaperRow, config: ModelConfig, pruned: Cost, unpruned: Cost) -
     per_token = config.text.kv_bytes([1] * config.text.num_layers, _HALF_BYTES) / _MIB
     return [
         f"The paper gives {row.pruned:g} MiB pruned and {row.unpruned:g} MiB unpruned: "
-        f"{row.pruned / per_token:.0f} and {row.unpruned / per_token:.0f} tokens a layer, against "
-        f"{ours / per_token:.0f} and {full / per_token:.0f} here."
+        f"{row.pruned / per_token:.0f} and {row.unpruned / per_token:.0f} tokens per layer, "
+        f"against {ours / per_token:.0f} and {full / per_token:.0f} here."
     ]
 
 
@@ -310,7 +323,7 @@ def _cost_json(cost: Cost) -> dict[str, Any]:
         "average": cost.average,
         "flops": {
             "paper_formula": cost.paper,
-            "prefill": cost.honest,
+            "prefill": cost.prefill,
             "layers": cost.layers,
             "saliency": cost.saliency,
             "suppression_at_most": cost.similarity,

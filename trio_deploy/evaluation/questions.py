@@ -1,4 +1,4 @@
-"""What is asked: generated scenes, or a question file in LLaVA's format with its annotations."""
+"""Questions: about generated scenes, or from a file in LLaVA's format with its annotations."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Question:
     """One question about pictures.
 
     Attributes:
-        id: of its own in its set; answers are resumed and compared by it.
-        images: what the pipeline takes; requests that pass one object share its preparation.
-        picture: names the pictures, for statistics: questions about one are not independent.
-        kind: results are also given a kind.
-        reference: what the scorer compares with; None where the answer is not known.
+        id: unique in its set; answers are resumed and compared by it.
+        images: pictures for the pipeline; requests with the same object share its preparation.
+        picture: name of the pictures, for statistics: questions about one are not independent.
+        kind: kind of question; results are also reported per kind.
+        reference: what the scorer compares with; None if the answer is not known.
     """
 
     id: str
@@ -52,10 +52,10 @@ def scene_questions(
     first: int = scenes.FIRST_SCENE,
     each: int = 16,
 ) -> list[Question]:
-    """Questions about generated scenes, `each` a scene; the same for the same arguments.
+    """Questions about generated scenes, `each` per scene; the same for the same arguments.
 
     Args:
-        count: scenes.
+        count: number of scenes.
         family: `busy`, or `smooth`: few objects on plain ground, where diversity alone finds them.
         split: `test` or `tuning`, whose seeds are disjoint and disjoint from training's.
         first: the first scene's place in the split.
@@ -93,7 +93,7 @@ def scene_questions(
 def read_questions(
     file: Path, images: Path | None = None, *, append: str = "", limit: int | None = None
 ) -> list[Question]:
-    """A question file as LLaVA's evaluation takes them.
+    """Read a question file of LLaVA's evaluation.
 
     Either JSON Lines with `question_id`, `text`, `image` (a name, or a list of them) and, where
     known, `category` and `answer`, `answers` or `label`; or a JSON list with `id`, `image` and
@@ -101,8 +101,8 @@ def read_questions(
 
     Args:
         images: the folder that picture names are relative to.
-        append: added to every question on a line of its own.
-        limit: take the first so many.
+        append: line to add to every question.
+        limit: maximum number of questions.
 
     Raises:
         TrioError: the file cannot be read, lacks something, or names a picture that is not there;
@@ -111,7 +111,7 @@ def read_questions(
     if limit is not None and limit < 1:
         raise TrioError(f"a limit of {limit} leaves no question: it must be 1 or more")
     if images is not None and not images.is_dir():
-        raise TrioError(f"the pictures' folder {images} is not there, or no folder")
+        raise TrioError(f"--images {images} is not a folder: pass the one with the pictures")
     questions = []
     for where, entry in _entries(file)[:limit]:
         if not isinstance(entry, dict):
@@ -139,7 +139,7 @@ def read_questions(
             )
         )
     if not questions:
-        raise TrioError(f"{file} holds no questions: write one a line, {_EXAMPLE}")
+        raise TrioError(f"{file} holds no questions: write one per line, {_EXAMPLE}")
     # A batch prepares a picture once if its questions pass the same object.
     shared: dict[tuple[Image.Image | Path, ...], tuple[Image.Image | Path, ...]] = {}
     seen: Counter[str] = Counter()
@@ -153,7 +153,7 @@ def read_questions(
 
 
 def _entries(file: Path) -> list[tuple[str, Any]]:
-    """What the file holds, each with the words for where it stands."""
+    """Entries of the file, each with its place in words."""
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
@@ -162,7 +162,7 @@ def _entries(file: Path) -> list[tuple[str, Any]]:
         ) from None
     except UnicodeDecodeError:
         raise TrioError(
-            f"the questions {file} are no text: pass a JSON Lines file, {_EXAMPLE} a line"
+            f"the questions {file} are not text: pass a JSON Lines file of lines like {_EXAMPLE}"
         ) from None
     if text.lstrip().startswith("["):
         try:
@@ -180,8 +180,8 @@ def _entries(file: Path) -> list[tuple[str, Any]]:
                 found.append((where, json.loads(line)))
         except json.JSONDecodeError as error:
             raise TrioError(
-                f"{where}: it is no JSON ({error.msg} at column {error.colno}); write a question a "
-                f"line, {_EXAMPLE}"
+                f"{where}: it is not JSON ({error.msg} at column {error.colno}); write a "
+                f"question per line, {_EXAMPLE}"
             ) from None
     return found
 
@@ -204,7 +204,7 @@ def _picture(where: str, folder: Path, name: Any) -> Path:
 
 
 def annotate(questions: Sequence[Question], scorer: str, source: Path) -> list[Question]:
-    """The questions with references from a benchmark's own annotation file.
+    """Add references from a benchmark's own annotation file.
 
     - `pope`: a folder with coco_pope_{category}.json, whose lines follow the questions of the
       category in order, or one such file.

@@ -1,4 +1,4 @@
-"""What was measured, in numbers: JSON to go on with, a table to read, a plot to look at."""
+"""Results of an evaluation: statistics, results.json and the tables of results.md."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ SAME_BUDGET = 0.005  # configurations nearer than this are compared with one ano
 
 @dataclass(frozen=True)
 class KindResult:
-    """Of the questions of one kind.
+    """Results on the questions of one kind.
 
-    Accuracy and retention are of the questions that have a reference, None where none has,
-    retention also where the unpruned model is never right.
+    Accuracy and retention cover the questions that have a reference, and are None if none has;
+    retention also if the unpruned model is never right.
     """
 
     questions: int
@@ -60,15 +60,15 @@ class KindResult:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one configuration.
+    """Results of one configuration.
 
     Attributes:
-        budget: what was asked for; `share`: visual tokens a layer really sees, of all.
-        agreement: share of answers that are the unpruned model's, with its interval.
+        budget: share that was asked for; `share`: the actual average share per layer.
+        agreement: share of answers equal to the unpruned model's, with its interval.
         kl: mean divergence of the first token's distribution, in nats.
         behind: retention of the run's first configuration of about this budget minus this one's;
             `against`: the name of that configuration.
-        extra: what a benchmark reports beside accuracy, by category.
+        extra: further figures of a benchmark, by category.
     """
 
     name: str
@@ -118,14 +118,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Results:
-    """Of one evaluation.
+    """Results of one evaluation.
 
     Attributes:
-        model: its name; `data`: what was asked, in words; `machine`: where (JSON).
-        questions, pictures: how many; `scored`: questions that have a reference.
+        model: its name; `data`: description of the questions; `machine`: where (JSON).
+        questions, pictures: their numbers; `scored`: questions that have a reference.
         results: the unpruned model first.
-        bundle: checksum of the measured bundle's manifest; empty where bundles were exported from a
-            model for this, and by earlier versions.
+        bundle: checksum of the measured bundle's manifest; empty if bundles were exported from a
+            model, and in files of earlier versions.
     """
 
     model: str
@@ -154,7 +154,7 @@ class Results:
 
     @classmethod
     def load(cls, file: Path) -> Results:
-        """From what `save` wrote.
+        """Read what `save` wrote.
 
         Raises:
             TrioError: it cannot be read, or is of another version.
@@ -201,9 +201,9 @@ class Results:
         if len(kinds) > 1:
             lines += [
                 "",
-                "Accuracy a kind of question:"
+                "Accuracy by kind of question:"
                 if self.results[0].overall.accuracy
-                else "Agreement a kind of question:",
+                else "Agreement by kind of question:",
                 "",
                 "| configuration | tokens | " + " | ".join(kinds) + " |",
                 "|---|---|" + "---|" * len(kinds),
@@ -231,7 +231,7 @@ class Results:
                     )
         lines += [
             "",
-            "Tokens: visual tokens that a layer sees on average, of all. In brackets 95 %",
+            "Tokens: average share of the visual tokens per layer. In brackets 95 %",
             "intervals over pictures (docs/evaluation.md), none (–) with fewer than 10. First −",
             "this: retention of the first configuration whose budget lies within half a point of",
             "this one's, minus this one's, in points. KL: of the first token's distribution from",
@@ -248,7 +248,7 @@ class Results:
 
 
 def _from_first(raw: dict[str, Any]) -> dict[str, Any]:
-    """Results of schema 1 in today's form, without their intervals: near 100 % they were wrong."""
+    """Results of schema 1 in the present form, without intervals: near 100 % they were wrong."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, list):
@@ -276,7 +276,7 @@ def collect(
     scorer: str,
     machine: dict[str, Any],
 ) -> Results:
-    """Statistics of what was answered; the unpruned model comes first in `measured`."""
+    """Statistics of the answers; the unpruned model comes first in `measured`."""
     bootstrap = Bootstrap([question.picture for question in questions])
     known = np.array([question.reference is not None for question in questions])
     kinds = {
@@ -345,7 +345,7 @@ def _defined(estimate: Estimate) -> Estimate | None:
 
 
 def _by_definition(estimate: Estimate) -> Estimate:
-    """What the unpruned model keeps of itself needs no interval."""
+    """An estimate that is exact, such as the unpruned model's retention of itself."""
     return Estimate(estimate.value, estimate.value, estimate.value)
 
 
@@ -357,7 +357,7 @@ def _same_budget(one: Measured, other: Measured) -> bool:
 def _extra(
     scorer: str, questions: Sequence[Question], one: Measured
 ) -> dict[str, dict[str, float]]:
-    """What a benchmark reports beside accuracy, by category, and the mean over these."""
+    """Further figures of a benchmark by category, and their mean."""
     categories = sorted({q.kind for q in questions if q.reference is not None})
     if scorer != "pope" or not categories:
         return {}
@@ -401,7 +401,7 @@ def _percent(estimate: Estimate | None) -> str:
 
 
 def range_text(estimate: Estimate | None) -> str:
-    """A share and its interval, a dash where that cannot be given; nothing where there is none."""
+    """A share and its interval, a dash if there is no interval; empty if there is no share."""
     if estimate is None or math.isnan(estimate.value):
         return ""
     if not estimate.known:
@@ -412,7 +412,7 @@ def range_text(estimate: Estimate | None) -> str:
 
 
 def points_text(estimate: Estimate | None) -> str:
-    """A difference of shares and its interval, in points."""
+    """A difference of shares and its interval, in percentage points."""
     if estimate is None:
         return ""
     if not estimate.known:

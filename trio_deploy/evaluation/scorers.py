@@ -1,4 +1,4 @@
-"""How right an answer is, 0 to 1, by the published protocol of each benchmark.
+"""Scores of answers, 0 to 1, by the published protocol of each benchmark.
 
 - `exact`: the answer is the reference, blanks at the ends aside.
 - `vqav2`: Goyal et al. 2017 as in GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py
@@ -14,7 +14,7 @@
 - `pope`: Li et al. 2023 as in LLaVA's llava/eval/eval_pope.py (haotian-liu/LLaVA, commit 4241f08):
   of the first sentence, `no` if a word is No, no or not, else `yes`.
 
-LLaVA writes answers down without blanks at the ends, and so they are judged here.
+LLaVA stores answers without blanks at the ends; they are scored so here.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import Any
 from trio_deploy.errors import TrioError
 
 _ANNOTATORS = 10
-_ENOUGH = 3  # annotators who agree make an answer fully right
+_ENOUGH = 3  # matching annotators for a score of 1
 _LETTERS = "ABCDE"
 
-# Both evaluators know these, each with one apostrophe left out at a time (wont, she'dve, shed've).
+# Both evaluators repair these, with one apostrophe missing at a time (wont, she'dve, shed've).
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've
@@ -54,11 +54,11 @@ _ARTICLES = ("a", "an", "the")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _INNER_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_PERIODS = 32  # as many are taken out at most: both pass a flag where `re.sub` takes a count
+_PERIODS = 32  # maximum number removed: both pass a flag where `re.sub` takes a count
 
 
 def _punctuation(text: str) -> str:
-    """Marks next to a blank vanish, others become one; all vanish where a comma parts digits."""
+    """Drop marks next to a blank, replace others by one; drop all if a comma separates digits."""
     out = text
     grouped = _INNER_COMMA.search(text) is not None
     for mark in _PUNCTUATION:
@@ -97,8 +97,8 @@ def textvqa(text: str, reference: Any) -> float:
     answers = _annotators("textvqa", reference)
     if len(answers) != _ANNOTATORS:
         raise TrioError(
-            f"textvqa takes {_ANNOTATORS} annotators' answers a question, got {len(answers)}: use "
-            "the scorer vqav2 or exact"
+            f"textvqa takes {_ANNOTATORS} annotators' answers per question, got {len(answers)}: "
+            "use the scorer vqav2 or exact"
         )
     return _soft(_m4c(text), [_m4c(answer) for answer in answers])
 
@@ -117,7 +117,7 @@ def _annotators(scorer: str, reference: Any) -> list[str]:
 
 
 def scienceqa(text: str, reference: Any) -> float:
-    """Whether the option's letter is the reference's ("A" to "E")."""
+    """1 if the option's letter is the reference's ("A" to "E"), else 0."""
     letter = str(reference).strip().upper()
     if len(letter) != 1 or letter not in _LETTERS:
         raise TrioError(f"scienceqa needs the right option's letter, A to E, not {reference!r:.60}")
@@ -125,7 +125,7 @@ def scienceqa(text: str, reference: Any) -> float:
 
 
 def option(text: str) -> str:
-    """The letter that an answer chooses, "" where it chooses none."""
+    """The letter that an answer chooses; "" if it chooses none."""
     text = text.strip()
     if len(text) == 1 and text in _LETTERS:
         return text
@@ -137,7 +137,7 @@ def option(text: str) -> str:
 
 
 def pope(text: str, reference: Any) -> float:
-    """Whether yes or no is said rightly."""
+    """1 if yes or no is the label, else 0."""
     label = str(reference).strip().lower()
     if label not in ("yes", "no"):
         raise TrioError(f"pope needs yes or no as each question's label, not {reference!r:.60}")
@@ -145,13 +145,13 @@ def pope(text: str, reference: Any) -> float:
 
 
 def yes_or_no(text: str) -> str:
-    """What an answer of any length comes down to."""
+    """`yes` or `no` for an answer of any length."""
     words = text.strip().split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
 def exact(text: str, reference: Any) -> float:
-    """Whether the answer is the reference (or one of them)."""
+    """1 if the answer is the reference (or one of them), else 0."""
     known = reference if isinstance(reference, list) else [reference]
     if not known or any(isinstance(one, (dict, list)) or one is None for one in known):
         raise TrioError(f"exact needs an answer, or a list of them, not {reference!r:.60}")
@@ -179,9 +179,9 @@ def get_scorer(name: str) -> Callable[[str, Any], float]:
 
 
 def pope_summary(said: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Precision, recall and F1 of `yes`, and how often it is said, as POPE reports them.
+    """Precision, recall and F1 of `yes`, and its frequency, as POPE reports them.
 
-    LLaVA's eval_pope.py gives them a category; papers quote the mean F1 of the three.
+    LLaVA's eval_pope.py gives them per category; papers quote the mean F1 of the three.
     """
     both = sum(s == "yes" == label for s, label in zip(said, labels, strict=True))
     yes, true = said.count("yes"), labels.count("yes")

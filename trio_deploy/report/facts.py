@@ -147,7 +147,7 @@ def arithmetic(bundle: Bundle) -> dict[str, Any]:
     ours, full = cost(bundle.schedule), cost(Schedule())
     tower = vision_flops(config, largest.tiles)
     rows = [
-        ("Prefill of the language model", ours.honest, full.honest),
+        ("Prefill of the language model", ours.prefill, full.prefill),
         ("– in its layers", ours.layers, full.layers),
         ("– in selecting", ours.selection, 0),
         ("Vision tower", tower, tower),
@@ -168,6 +168,6 @@ def arithmetic(bundle: Bundle) -> dict[str, Any]:
         "rows": table,
         "visual": visual,
         "text": _TEXT_TOKENS,
-        "flops_ratio": full.honest / ours.honest,
+        "flops_ratio": full.prefill / ours.prefill,
         "kv_ratio": full.kv_bytes / ours.kv_bytes,
     }

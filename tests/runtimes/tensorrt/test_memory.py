@@ -51,7 +51,7 @@ def test_seven_billion_halves_fit_where_they_do_and_not_on_a_nano_or_nx(
     for name in ("jetson-orin-nano-8gb", "jetson-orin-nx-16gb"):
         first, *_, last = seven_billion[name].advice
         assert "the weights alone take 15 GiB" in first and "quantised" in first
-        assert last == "the smallest of the targets that it fits is l4"
+        assert last == "the smallest target that fits it is l4"
     assert seven_billion["l4"].advice == ()
 
 
@@ -144,7 +144,7 @@ def test_attention_counts_as_split_up_and_is_shown_fused_too() -> None:
     between = (own.total + own.total_fused) / 2 / _GIB
     unsure = fit(config, schedule, replace(a100, memory_gib=between + a100.reserved_gib))
     assert unsure.fits is False and unsure.fits_if_fused is True
-    assert "fits if TensorRT makes every Attention node one kernel" in unsure.advice[0]
+    assert "fits if TensorRT runs every Attention node as one kernel" in unsure.advice[0]
     text = unsure.to_text()
     assert text.count("  if attention is fused") == 2
     assert re.search(r"^fits +if fused", text, re.MULTILINE)
