@@ -39,7 +39,9 @@ def model() -> Any:
 @cache
 def oracle() -> Oracle:
     lm = model()
+    vision = SimpleNamespace(image_size=32)
     whole = SimpleNamespace(
+        config=SimpleNamespace(model_type="llava", image_token_id=0, vision_config=vision),
         model=SimpleNamespace(language_model=lm.model),
         lm_head=lm.lm_head,
         parameters=lm.parameters,
