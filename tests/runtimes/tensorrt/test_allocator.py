@@ -58,18 +58,18 @@ def test_hundreds_of_requests_of_all_lengths_stay_within_the_bound(device: Devic
     request(device, 500, 2928, 256)
     largest = cuda.used()
     device.release()
-    device.most = int(SLACK * largest)
+    device.cache_limit = int(SLACK * largest)
     taken = []
     for each in lengths(400):
         request(device, *each)
         taken.append(cuda.used())
-        assert device.kept == cuda.used(), "nothing is in use"
-    assert max(taken) <= device.most
+        assert device.cached_bytes == cuda.used(), "nothing is in use"
+    assert max(taken) <= device.cache_limit
 
 
 def test_requests_of_one_length_ask_for_nothing_new(device: Device) -> None:
     cuda = cuda_of(device)
-    device.most = 64 * MIB
+    device.cache_limit = 64 * MIB
     for each in lengths(20):
         request(device, *each)
     request(device, 300, 2928, 64)
@@ -81,7 +81,7 @@ def test_requests_of_one_length_ask_for_nothing_new(device: Device) -> None:
 
 def test_one_request_beyond_the_bound_is_kept_for_its_like(device: Device) -> None:
     cuda = cuda_of(device)
-    device.most = MIB
+    device.cache_limit = MIB
     request(device, 500, 2928, 256)
     largest = cuda.used()
     for each in lengths(10):
@@ -90,7 +90,7 @@ def test_one_request_beyond_the_bound_is_kept_for_its_like(device: Device) -> No
 
 
 def test_a_device_that_was_full_is_not_filled_again_by_spare_blocks(device: Device) -> None:
-    device.most = MIB
+    device.cache_limit = MIB
     request(device, 500, 2928, 256)
     device.release()
     request(device, 10, 576, 16)
@@ -116,7 +116,7 @@ def test_the_smallest_block_that_will_do_is_taken(device: Device) -> None:
 
 
 def test_what_was_not_asked_for_the_longest_goes_first(device: Device) -> None:
-    device.most = 64 * MIB
+    device.cache_limit = 64 * MIB
     old, used = (device.empty((size * MIB,), np.uint8) for size in (30, 20))
     place = used.address
     del old
@@ -140,7 +140,7 @@ def test_arrays_of_one_block_keep_it_together(device: Device) -> None:
 
 def test_nothing_is_freed_while_a_stream_is_recorded(device: Device) -> None:
     cuda, arrays = cuda_of(device), [device.empty((4 * MIB,), np.uint8) for _ in range(4)]
-    device.most = 0
+    device.cache_limit = 0
     device._blocks._peak = 0  # as if nothing had ever been needed
 
     def work() -> None:

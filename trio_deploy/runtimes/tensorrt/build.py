@@ -1,9 +1,9 @@
-"""`trio build`: engines of a bundle's graphs, one after another, in `engines/<target>/`.
+"""Build TensorRT engines of a bundle's graphs, one after another, in `engines/<target>/`.
 
-An engine appears under its name when it is whole, and the record with it; a build that was
-interrupted goes on at the next engine. An engine whose graph, weights, profiles, TensorRT or GPU
-are no longer what it was made of is made again. An engine counts when its first run has come to an
-end: one whose first run ended the process is on record as not verified, and is tried once more.
+An engine and its record are written atomically, so an interrupted build continues with the next
+engine. An engine is rebuilt if its graph, weights, profiles, TensorRT or GPU have changed. It is
+verified once its first run has ended: an engine whose first run ended the process is recorded as
+not verified, and is tried once more.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ LOG = "build.log"
 LOCK = ".lock"
 
 _GIB = 2**30
-#: How much of a target's memory a GPU may lack: what firmware and error correction take.
+#: Least share of a target's memory that a GPU must have: firmware and error correction take some.
 _MEMORY_SHARE = 0.85
 _LOGGED = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")  # VERBOSE takes hundreds of megabytes
 
 
 class Builder(Protocol):
-    """What is asked of TensorRT here; `build/adapter.py` has it."""
+    """The part of TensorRT that a build needs; see `bindings.TensorRT`."""
 
     version: str
 
@@ -63,17 +63,17 @@ class Builder(Protocol):
         log: Log | None = None,
         progress: Progress | None = None,
     ) -> Built:
-        """Make an engine of a graph."""
+        """Build an engine of a graph."""
         ...
 
 
 Verify = Callable[[Path, str], None]
-"""Loads the engine of a stage in a folder and runs it once; raises TrioError where that fails."""
+"""Loads the engine of a stage in a folder and runs it once; raises TrioError if that fails."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a build did: `built` now, `kept` from an earlier one."""
+    """Result of a build: the stages built now, and those kept from an earlier build."""
 
     folder: Path
     record: Record
@@ -81,7 +81,7 @@ class Outcome:
     kept: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The folder, what was built and kept, and the record."""
+        """Folder, stages built and kept, and the record."""
         return {
             "folder": str(self.folder),
             "built": list(self.built),
@@ -102,7 +102,7 @@ class Outcome:
 
 
 def require_buildable(bundle: Bundle, target: Target, stages: Sequence[str] | None = None) -> None:
-    """What can be said without a GPU, a driver or TensorRT, which are asked for afterwards.
+    """Check what can be checked without a GPU, a driver or TensorRT.
 
     Raises:
         TrioError: the target runs something else, no TensorRT reads the bundle's graphs, a stage
@@ -127,67 +127,68 @@ def build_engines(
     force: bool = False,
     progress: bool = True,
 ) -> Outcome:
-    """Build the engines of a bundle that are not there yet.
+    """Build the engines that a bundle lacks.
 
     Args:
-        tensorrt: of `build.adapter.load`.
-        gpu: the one to build on, which TensorRT takes too.
-        verify: called for every engine as soon as it is built; one that fails is thrown away. One
-            that an earlier build did not get to verify is verified now, and built again where that
-            fails.
-        stages: only these.
-        force: also those that are there.
+        tensorrt: the builder, from `bindings.load`.
+        gpu: the GPU to build on.
+        verify: called for every engine as soon as it is built; an engine that fails is deleted. An
+            engine that an earlier build could not verify is verified now, and rebuilt if it fails.
+        stages: stages to build; None: all.
+        force: rebuild engines that exist.
         progress: show a bar on stderr.
 
     Raises:
         TrioError: the bundle has no weights or does not suit TensorRT, the GPU is not the target's,
-            another build is at work in the folder, the disk is too full, or an engine cannot be
+            another build is running in the folder, the disk is too full, or an engine cannot be
             built or run.
     """
     require_buildable(bundle, target, stages)
     _require_gpu(target, gpu)
     require_dialect(bundle.manifest.dialect, tensorrt.version, str(bundle.path))
     wanted = _chosen(bundle, stages)
-    found = profiles(bundle, target)
     folder = bundle.path / ENGINES / target.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrioError(f"cannot write to {folder}: {error.strerror}") from error
+    job = _Job(bundle, target, tensorrt, gpu, folder, profiles(bundle, target), verify)
     with _locked(folder):
-        return _make(
-            bundle, target, tensorrt, gpu, folder, wanted, found, verify, force=force, bar=progress
-        )
+        return _make(job, wanted, force=force, progress=progress)
 
 
-def _make(
-    bundle: Bundle,
-    target: Target,
-    tensorrt: Builder,
-    gpu: Gpu,
-    folder: Path,
-    wanted: Sequence[str],
-    found: Mapping[str, Sequence[Profile]],
-    verify: Verify,
-    *,
-    force: bool,
-    bar: bool,
-) -> Outcome:
-    """`build_engines` in a folder that is locked."""
-    record = _record(folder, bundle, target, tensorrt.version, gpu)
-    prints = {stage: _fingerprint(bundle, stage, found[stage], target, record) for stage in wanted}
+@dataclass(frozen=True)
+class _Job:
+    """What engines are made of, on what, and where; see `build_engines`."""
+
+    bundle: Bundle
+    target: Target
+    tensorrt: Builder
+    gpu: Gpu
+    folder: Path
+    profiles: Mapping[str, Sequence[Profile]]
+    verify: Verify
+
+
+def _make(job: _Job, wanted: Sequence[str], *, force: bool, progress: bool) -> Outcome:
+    """Build, in the locked folder of a job, the wanted stages that it lacks."""
+    bundle, folder = job.bundle, job.folder
+    record = _record(job)
+    prints = {stage: _fingerprint(job, stage, record) for stage in wanted}
     missing = [
         stage for stage in wanted if force or not _is_built(folder, record, stage, prints[stage])
     ]
     _require_space(bundle, folder, missing)
-    # What is stale must not be run beside what is new, should this build be interrupted.
+    # Stale engines must not run together with new ones if this build is interrupted.
     kept = {name: entry for name, entry in record.stages.items() if name not in missing}
     record = replace(record, stages=kept)
     _save(record, folder)
     for leftover in folder.glob(".*.engine.*"):
         leftover.unlink(missing_ok=True)
     made: list[str] = []
-    shown = tqdm(total=len(wanted), unit="engine", desc="engines", disable=None if bar else True)
+    shown = tqdm(
+        total=len(wanted), unit="engine", desc="engines", disable=None if progress else True
+    )
     with shown, _log(folder / LOG) as log:
         for stage in wanted:
             if stage not in missing and record.stages[stage].verified:
@@ -195,20 +196,18 @@ def _make(
                 continue
             if stage not in missing:
                 try:
-                    record = _verified(record, folder, stage, verify, log, shown)
+                    record = _verified(job, record, stage, log, shown)
                     shown.update()
                     continue
                 except TrioError as error:
                     log("WARNING", f"{stage} of an earlier build does not run: {error}")
                     record = record.without_stage(stage)
-            entry = _build(
-                bundle, stage, found[stage], target, tensorrt, folder, prints[stage], log, shown
-            )
+            entry = _build(job, stage, prints[stage], log, shown)
             made.append(stage)
             record = record.with_stage(stage, entry)
             _save(record, folder)
             try:
-                record = _verified(record, folder, stage, verify, log, shown)
+                record = _verified(job, record, stage, log, shown)
             except TrioError as error:
                 raise TrioError(
                     f"the engine of {stage} was built, but does not run: {error}"
@@ -222,38 +221,27 @@ def _make(
     )
 
 
-def _verified(
-    record: Record, folder: Path, stage: str, verify: Verify, log: Log, bar: Any
-) -> Record:
-    """The record after an engine's first run. What fails it is thrown away.
+def _verified(job: _Job, record: Record, stage: str, log: Log, bar: Any) -> Record:
+    """Run an engine for the first time and record that; delete an engine that fails.
 
-    A run may be interrupted or end the process (out of memory, a crash): the record on disk then
-    says that it has not been.
+    The run may be interrupted or end the process (out of memory, a crash): the record on disk then
+    says that the engine has not been verified.
     """
     bar.set_postfix_str(f"{stage}: first run")
     log("INFO", f"==== {stage}: first run")
     try:
-        verify(folder, stage)
+        job.verify(job.folder, stage)
     except Exception:
-        _drop(folder, record, stage)
+        _delete(job.folder, record, stage)
         raise
     record = record.with_verified(stage)
-    _save(record, folder)
+    _save(record, job.folder)
     return record
 
 
-def _build(
-    bundle: Bundle,
-    stage: str,
-    found: Sequence[Profile],
-    target: Target,
-    tensorrt: Builder,
-    folder: Path,
-    fingerprint: str,
-    log: Log,
-    bar: Any,
-) -> StageRecord:
-    """One engine under its name, and the timing cache that its build leaves."""
+def _build(job: _Job, stage: str, fingerprint: str, log: Log, bar: Any) -> StageRecord:
+    """Build one engine, and write it and the timing cache of its build."""
+    found, tensorrt, target = job.profiles[stage], job.tensorrt, job.target
 
     def tell(phase: str, done: int, steps: int) -> None:
         bar.set_postfix_str(f"{stage}: {phase} {done}/{steps}")
@@ -262,24 +250,24 @@ def _build(
     log("INFO", f"==== {stage}: {len(found)} profile(s), TensorRT {tensorrt.version}")
     for profile in found:
         log("INFO", f"profile {json.dumps(profile.to_json())}")
-    cache = folder / TIMING_CACHE
+    cache = job.folder / TIMING_CACHE
     workspace = None if target.workspace_gib is None else int(target.workspace_gib * _GIB)
     start = time.monotonic()
     built = tensorrt.build(
-        bundle.graph(stage),
+        job.bundle.graph(stage),
         found,
         workspace=workspace,
-        dtype=bundle.manifest.dtype,
+        dtype=job.bundle.manifest.dtype,
         timing_cache=cache.read_bytes() if cache.is_file() else b"",
         log=log,
         progress=tell,
     )
     seconds = time.monotonic() - start
     file = f"{stage}.engine"
-    write_whole(folder / file, built.plan)
+    write_whole(job.folder / file, built.plan)
     try:
         write_atomically(cache, built.timing_cache)
-    except OSError as error:  # it saves the next build time; the engine needs it no more
+    except OSError as error:  # only the next build would need it
         log("WARNING", f"{TIMING_CACHE} is not kept: {error.strerror}")
     digest = hashlib.sha256(built.plan).hexdigest()
     log("INFO", f"==== {stage}: {len(built.plan)} bytes in {seconds:.1f} s")
@@ -287,7 +275,7 @@ def _build(
         file=file,
         sha256=digest,
         bytes=len(built.plan),
-        graph_sha256=_graph_sha256(bundle, stage),
+        graph_sha256=_graph_sha256(job.bundle, stage),
         fingerprint=fingerprint,
         profiles=tuple(found),
         seconds=round(seconds, 1),
@@ -295,7 +283,7 @@ def _build(
 
 
 def write_whole(path: Path, content: memoryview | bytes) -> None:
-    """Writes a file beside its place and moves it there.
+    """Write a file atomically.
 
     Raises:
         TrioError: the disk is full.
@@ -330,7 +318,7 @@ def _require_gpu(target: Target, gpu: Gpu) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other builds out of a folder; the lock goes with the process that holds it.
+    """Keep other builds out of a folder; the lock ends with the process.
 
     Raises:
         TrioError: another build is at work there, or the folder cannot be written to.
@@ -345,10 +333,10 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise TrioError(
-                    f"another `trio build` is at work in {folder}: wait until it is done, and run "
-                    "this one again for what it leaves out"
+                    f"another `trio build` is running in {folder}: wait until it is done, and run "
+                    "this one again for what is missing"
                 ) from None
-            # A file system without locks: all is as it was without them.
+            # A file system without locks: go on without one.
         yield
 
 
@@ -363,45 +351,44 @@ def _save(record: Record, folder: Path) -> None:
 
 def _chosen(bundle: Bundle, stages: Sequence[str] | None) -> list[str]:
     for stage in stages or ():
-        bundle.graph(stage)  # names the stages there are
+        bundle.graph(stage)  # its error lists the stages
     return [stage for stage in bundle.stages if stages is None or stage in stages]
 
 
-def _record(folder: Path, bundle: Bundle, target: Target, version: str, gpu: Gpu) -> Record:
-    """The folder's record where it is of this GPU, TensorRT and bundle, else an empty one."""
-    manifest = bundle.manifest
+def _record(job: _Job) -> Record:
+    """The folder's record if it is of this GPU, TensorRT and bundle, else an empty one."""
+    manifest, folder = job.bundle.manifest, job.folder
     fresh = Record(
-        target=target.name,
-        tensorrt=version,
-        gpu=gpu,
+        target=job.target.name,
+        tensorrt=job.tensorrt.version,
+        gpu=job.gpu,
         dialect=manifest.dialect,
         dtype=manifest.dtype,
         decode_layout=manifest.decode,
-        limits=target.limits,
+        limits=job.target.limits,
     )
     try:
         known = Record.load(folder)
-    except TrioError:  # none yet, or damaged: all engines are made
+    except TrioError:  # none yet, or damaged: all engines are built
         return fresh
-    if not known.gpu.same_kind(gpu):
-        # TensorRT may not tell these GPUs apart, and would take times of one for the other's.
+    if not known.gpu.same_kind(job.gpu):
+        # TensorRT may not tell these GPUs apart, and would use timings of one for the other.
         (folder / TIMING_CACHE).unlink(missing_ok=True)
         return fresh
-    same = replace(known, limits=fresh.limits, gpu=gpu, stages={})
+    same = replace(known, limits=fresh.limits, gpu=job.gpu, stages={})
     return replace(fresh, stages=known.stages) if same == fresh else fresh
 
 
-def _fingerprint(
-    bundle: Bundle, stage: str, found: Sequence[Profile], target: Target, record: Record
-) -> str:
-    """What an engine is made of: its graph, weights, profiles, and who makes it."""
+def _fingerprint(job: _Job, stage: str, record: Record) -> str:
+    """Checksum of what an engine is made of: graph, weights, profiles, TensorRT and GPU."""
+    bundle = job.bundle
     weights = _weight_files(bundle, stage)
     files = bundle.manifest.files
     parts = {
         "graph": _graph_sha256(bundle, stage),
         "weights": {name: _identity(bundle, name, files) for name in weights},
-        "profiles": [profile.to_json() for profile in found],
-        "workspace_gib": target.workspace_gib,
+        "profiles": [profile.to_json() for profile in job.profiles[stage]],
+        "workspace_gib": job.target.workspace_gib,
         "dtype": record.dtype,
         "tensorrt": record.tensorrt,
         "gpu": [record.gpu.name, record.gpu.compute_capability],
@@ -415,7 +402,7 @@ def _graph_sha256(bundle: Bundle, stage: str) -> str:
 
 
 def _identity(bundle: Bundle, name: str, files: Mapping[str, Any]) -> list[Any]:
-    """Checksum of a file of weights, or size and time of change where none was recorded."""
+    """Checksum of a weight file, or size and modification time if none was recorded."""
     info = files[name]
     if info.sha256 is not None:
         return [info.sha256]
@@ -433,7 +420,7 @@ def _weight_files(bundle: Bundle, stage: str) -> list[str]:
 
 
 def weight_bytes(bundle: Bundle, stage: str) -> int:
-    """Bytes of the weights that a graph refers to: about the size of its engine."""
+    """Bytes of the weights of a graph: about the size of its engine."""
     return sum(
         int(entry.value)
         for tensor in read_graph(bundle.graph(stage)).graph.initializer
@@ -463,14 +450,14 @@ def _require_space(bundle: Bundle, folder: Path, missing: Sequence[str]) -> None
         )
 
 
-def _drop(folder: Path, record: Record, stage: str) -> None:
+def _delete(folder: Path, record: Record, stage: str) -> None:
     (folder / record.stages[stage].file).unlink(missing_ok=True)
     _save(record.without_stage(stage), folder)
 
 
 @contextmanager
 def _log(file: Path) -> Iterator[Log]:
-    """Appends what the builder says; warnings and errors of a whole build stay in one file."""
+    """Append the builder's messages to a file."""
     with file.open("a", encoding="utf-8") as out:
         yield _Lines(out)
 
@@ -483,6 +470,6 @@ class _Lines:
     def __call__(self, severity: str, message: str) -> None:
         if severity in _LOGGED:
             seconds = time.monotonic() - self._start
-            with suppress(OSError):  # a full disk, which what needs room on it will say
+            with suppress(OSError):  # a full disk, which will be reported by what needs it
                 self._out.write(f"[{seconds:9.2f}] {severity:<7} {message.rstrip()}\n")
                 self._out.flush()

@@ -1,8 +1,7 @@
 """A GPU's memory, its one stream and CUDA graphs, over cuda-python.
 
-All work of a pipeline is put on one stream, so what runs later sees what ran earlier, and memory
-that is given back may be given out again at once. Memory given back is kept for the next request,
-up to a bound (`runtime/pool.py`).
+All work of a pipeline is on one stream, so later work reads what earlier work wrote, and freed
+memory can be reused at once. It is cached for the next request, up to a limit (`allocator.py`).
 """
 
 from __future__ import annotations
@@ -195,12 +194,12 @@ class Device:
         self._blocks = Pool(self.freeing("cudaFree"), self.memory()[1] // 4)
         self._pinned = Pool(self.freeing("cudaFreeHost"), _PINNED)
         self._staging: _Staging | None = None
-        # Whatever is in use keeps the device, so that by then all memory is spare.
+        # Memory in use keeps the device alive, so all memory is cached by then.
         for pool in (self._blocks, self._pinned):
             weakref.finalize(self, pool.release).atexit = False
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """A function of the CUDA runtime; returns what it gives beside its status.
+        """Call a function of the CUDA runtime; return its results without the status.
 
         Raises:
             TrioError: it failed.
@@ -211,11 +210,11 @@ class Device:
         return values[0] if values else None
 
     def own(self, holder: object, destroy: str, handle: Any) -> None:
-        """Call `destroy` on `handle` when `holder` is gone."""
+        """Call `destroy` on `handle` when `holder` is deleted."""
         weakref.finalize(holder, getattr(self._cuda, destroy), handle).atexit = False
 
     def freeing(self, free: str) -> Callable[[Sequence[int]], None]:
-        """What frees memory that the stream may still work on; does not keep this device."""
+        """A function that frees memory the stream may still use; keeps no reference to self."""
         cuda, stream = self._cuda, self.stream
 
         def action(addresses: Sequence[int]) -> None:
@@ -226,21 +225,21 @@ class Device:
         return action
 
     @property
-    def most(self) -> int:
-        """Bytes up to which memory is kept for the next request, beside what is in use."""
-        return self._blocks.most
+    def cache_limit(self) -> int:
+        """Maximum bytes in use and cached together; see `allocator.Pool`."""
+        return self._blocks.cache_limit
 
-    @most.setter
-    def most(self, nbytes: int) -> None:
-        self._blocks.most = nbytes
+    @cache_limit.setter
+    def cache_limit(self, nbytes: int) -> None:
+        self._blocks.cache_limit = nbytes
 
     @property
-    def kept(self) -> int:
-        """Bytes that are kept for the next request."""
-        return self._blocks.kept
+    def cached_bytes(self) -> int:
+        """Bytes of freed memory that are cached for the next request."""
+        return self._blocks.cached_bytes
 
     def memory(self) -> tuple[int, int]:
-        """Free and all bytes; what is kept for the next request counts as taken."""
+        """Free and total bytes; cached memory counts as used."""
         status, free, total = self._cuda.cudaMemGetInfo()
         if int(status) != 0:
             raise TrioError(f"cudaMemGetInfo failed: {self._reason(status)}")
@@ -432,7 +431,7 @@ class Device:
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         pools = (self._blocks, self._pinned)
         for pool in pools:  # a finalizer may run any time, and freeing would spoil what is recorded
-            pool.held = True
+            pool.recording = True
         try:
             self.call("cudaStreamBeginCapture", self.stream, mode)
             try:
@@ -444,7 +443,7 @@ class Device:
             graph = self.call("cudaStreamEndCapture", self.stream)
         finally:
             for pool in pools:
-                pool.held = False
+                pool.recording = False
         try:
             return Graph(self, self.call("cudaGraphInstantiate", graph, 0))
         finally:

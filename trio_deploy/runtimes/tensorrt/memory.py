@@ -119,7 +119,7 @@ def memory(
             decodes = stage.kind == "decode" or profile.name == DECODE
             tensors = max(tensors, _outside(stage, resolved, decodes))
     sizes = {
-        "sides": 1 if target.dialect == "onnx" else 2,  # steps write in place, or by turns
+        "buffers": 1 if target.dialect == "onnx" else 2,  # steps write in place, or by turns
         "item": 4 if target.dtype == "float32" else 2,
     }
     cache = cache_bytes(config, schedule, target.limits, budgets, **sizes)

@@ -210,14 +210,14 @@ def cache_bytes(
     limits: Limits,
     budgets: Mapping[float, Schedule] | None,
     *,
-    sides: int,
+    buffers: int,
     item: int,
 ) -> int:
     """Bytes of the KV caches of a full batch at the limits.
 
     Args:
         budgets: the recipe's schedules at the same pruning points.
-        sides: 1 where a cache is updated in place, with the one capacity that the largest budget
+        buffers: 1 where a cache is updated in place, with the one capacity that the largest budget
             asks for; 2 where steps go from one to another, as large as `schedule` asks for.
         item: bytes of an entry.
 
@@ -226,7 +226,7 @@ def cache_bytes(
     """
     text = config.text
     capacities = [span.max for span in Sizes.of(config, schedule, limits, budgets).capacity]
-    if sides > 1:
+    if buffers > 1:
         others, visual = _answered(config, limits)
         capacities = [others + kept for kept in (visual, *schedule.resolve(visual))]
     lengths = [
@@ -236,7 +236,7 @@ def cache_bytes(
         )
         for _ in range(start, stop)
     ]
-    return text.kv_bytes(lengths, item) * limits.max_batch * sides
+    return text.kv_bytes(lengths, item) * limits.max_batch * buffers
 
 
 def buffer_bytes(
@@ -245,7 +245,7 @@ def buffer_bytes(
     limits: Limits,
     budgets: Mapping[float, Schedule] | None,
     *,
-    sides: int,
+    buffers: int,
     item: int,
 ) -> int:
     """Bytes that the runtime keeps for buffers at most, unless a request took more.
@@ -256,7 +256,7 @@ def buffer_bytes(
     text, sizes = config.text, Sizes.of(config, schedule, limits, budgets)
     largest = request_limits(config)
     hidden, rows = text.hidden_size * item, limits.max_batch
-    cache = cache_bytes(config, schedule, limits, budgets, sides=sides, item=item)
+    cache = cache_bytes(config, schedule, limits, budgets, buffers=buffers, item=item)
     pixels = largest.tile_values * item
     stages = [
         sizes.tiles.max * (pixels + largest.tile_rows * hidden),

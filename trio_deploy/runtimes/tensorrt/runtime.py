@@ -124,14 +124,14 @@ class TrtRuntime:
         self._folder, self._bundle = folder, bundle
         self._scratch: Any = None
         self._scratch_size, self._scratch_needed = 0, 1
-        self._most = self.device.most
+        self._cache_limit = self.device.cache_limit
         if bundle is not None:
-            self._most = self.device.most = buffer_bytes(
+            self._cache_limit = self.device.cache_limit = buffer_bytes(
                 bundle.config,
                 bundle.schedule,
                 self.record.limits,
                 bundle.budgets,
-                sides=1 if self.record.dialect == "onnx" else 2,
+                buffers=1 if self.record.dialect == "onnx" else 2,
                 item=4 if self.record.dtype == "float32" else 2,
             )
 
@@ -238,7 +238,7 @@ class TrtRuntime:
             size = self._scratch_needed
             self._scratch = self.device.block(size, "the engines' intermediate results")
             self._scratch_size = size
-            self.device.most = self._most + size  # it is never spare
+            self.device.cache_limit = self._cache_limit + size  # it is never cached
         return self._scratch, self._scratch_size
 
 
