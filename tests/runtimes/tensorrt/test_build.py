@@ -345,7 +345,7 @@ def test_a_second_build_into_a_folder_is_refused_while_the_first_is_at_work(
     def meanwhile(folder: Path, stage: str) -> None:
         half = folder / ".prefill_0.engine.1-aa"  # of the first one
         half.write_bytes(b"half")
-        with pytest.raises(TrioError, match="another `trio build` is at work in .*test-gpu: wait"):
+        with pytest.raises(TrioError, match="another `trio build` is running in .*test-gpu: wait"):
             build(bundle, target, Stub())
         assert half.is_file()
         seen.append(stage)
