@@ -14,7 +14,7 @@ from trio_deploy.cli import main as cli
 from trio_deploy.cli.options import runtime_options
 from trio_deploy.runtimes.registry import RUNTIMES
 
-RUN_BUNDLES = ("run", "check", "bench", "report", "triton")
+RUN_BUNDLES = ("run", "check", "eval", "bench", "report", "tune", "triton")
 
 # Options and arguments of each command before the commands became files of their own.
 BEFORE = {
