@@ -1,7 +1,7 @@
-"""Arrays of the host's (numpy) and of a device's, handled alike.
+"""Functions over numpy arrays and arrays in device memory.
 
-A device's array can be sliced without steps, `array[:n]` or `array[a:b, :, :n]`, and knows the
-device that its entries are copied with (`runtime/cuda.py`).
+A device array can be sliced without steps, `array[:n]` or `array[a:b, :, :n]`, and its `device`
+copies its entries (`tensorrt/device.py`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from trio_deploy.runtimes.base import Array
 
 
 def on_host(array: Array) -> bool:
-    """Whether it is numpy's."""
+    """Whether an array is a numpy array."""
     return isinstance(array, np.ndarray)
 
 
 def to_host(array: Array) -> np.ndarray:
-    """The entries as numpy's; waits for a device."""
+    """The entries as a numpy array; waits for the device."""
     return array if on_host(array) else array.device.download(array)
 
 
 def copy(target: Array, source: Array) -> None:
-    """Copy entries between arrays, or parts of arrays, of one shape, wherever they are."""
+    """Copy entries between two arrays of one shape, each on the host or a device."""
     if on_host(target):
         target[...] = to_host(source)
     elif on_host(source):
@@ -47,7 +47,7 @@ def clear(array: Array) -> None:
 
 
 def concatenate(parts: Sequence[Array]) -> Array:
-    """Arrays of one kind in a row along the first axis."""
+    """Concatenate arrays of one dtype along the first axis."""
     if len(parts) == 1:
         return parts[0]
     if all(on_host(part) for part in parts):

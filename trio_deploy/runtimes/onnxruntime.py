@@ -1,11 +1,11 @@
 """ONNX Runtime.
 
-How weights stay in memory once (measured, docs/measurements): a segment's session rearranges its
-matrices ("prepacking") into private memory and gives the file mapping back, so layers that only
-segments use are held once. Select and embed graphs use tensors that segments hold too: they run on
-the file's pages, mapped once for all of them, which the page cache owns and may drop; rearranged is
-what a select graph multiplies all its rows with, the key projection, and nothing else. With
-`low_memory` all sessions run on the file's pages, and nothing private is held at all.
+How weights are in memory only once (measured, docs/measurements): a segment's session copies its
+matrices into private memory, rearranged ("prepacking"), and unmaps the file, so layers that only
+segments use are in memory once. Select and embed graphs use the same tensors as segments: they
+read the file's pages, mapped once for all of them, which the page cache owns and may evict; a
+select graph rearranges only the key projection, which it multiplies all its rows with. With
+`low_memory` all sessions read the file's pages, and no weight is in private memory.
 """
 
 from __future__ import annotations
@@ -74,16 +74,16 @@ def installed_twice() -> bool:
 
 @functools.cache
 def _share_arena(ort: Any) -> None:
-    """One CPU arena for all sessions of this process that ask for it."""
+    """Register one CPU arena for all sessions of this process that ask for it."""
     kind = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR
     memory = ort.OrtMemoryInfo("Cpu", kind, 0, ort.OrtMemType.DEFAULT)
-    # An application may have registered one already, which then serves.
+    # If an application has registered one already, that one is used.
     with contextlib.suppress(Exception):
         ort.create_and_register_allocator(memory, None)
 
 
 class OrtRuntime(HostRuntime):
-    """Sessions with common options, sharing mapped weights; see `open_runtime`."""
+    """Opens sessions with common options and shared weights; see `registry.open_runtime`."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class OrtRuntime(HostRuntime):
         self._threads = threads
         self._low_memory = low_memory
         self._weights = WeightMap()
-        # A mapped tensor is one OrtValue for all sessions, which do not keep it alive themselves.
+        # One OrtValue per mapped tensor for all sessions, which do not keep it alive themselves.
         self._values: dict[tuple[Path, str, int], Any] = {}
 
     def _check_available(self) -> None:
@@ -154,11 +154,11 @@ class OrtRuntime(HostRuntime):
             # what the first run of each new prompt length made the arena hold.
             options.add_session_config_entry("session.use_env_allocators", "1")
             options.enable_mem_pattern = False
-        held: list[Any] = []
+        shared: list[Any] = []
         if on_cpu and (shares_weights or self._low_memory):
             if self._low_memory:
                 options.add_session_config_entry("session.disable_prepacking", "1")
-            held = self._share_weights(options, path.parent, weights or {})
+            shared = self._share_weights(options, path.parent, weights or {})
         try:
             session = ort.InferenceSession(str(path), options, providers=[self.provider])
         except Exception as error:  # ONNX Runtime raises many kinds, all meaning this
@@ -169,12 +169,12 @@ class OrtRuntime(HostRuntime):
                 f"{self.provider} was asked for, but ONNX Runtime fell back to {', '.join(used)}; "
                 "its log says why (for CUDA: the CUDA and cuDNN libraries it needs)"
             )
-        return OrtEngine(session, "cpu" if on_cpu else "cuda", held)
+        return OrtEngine(session, "cpu" if on_cpu else "cuda", shared)
 
     def _share_weights(
         self, options: Any, folder: Path, weights: Mapping[str, TensorPlace]
     ) -> list[Any]:
-        held = []
+        shared = []
         for name, place in weights.items():
             key = (folder.resolve(), place.file, place.offset)
             if key not in self._values:
@@ -183,17 +183,17 @@ class OrtRuntime(HostRuntime):
                 view = self._weights.view(folder, place)
                 self._values[key] = self._ort.OrtValue.ortvalue_from_numpy(view)
             options.add_initializer(name, self._values[key])
-            held.append(self._values[key])
-        return held
+            shared.append(self._values[key])
+        return shared
 
 
 class OrtEngine:
     """One session."""
 
-    def __init__(self, session: Any, device: str, held: list[Any]) -> None:
+    def __init__(self, session: Any, device: str, shared: list[Any]) -> None:
         self._session = session
         self._device = device
-        self._held = held
+        self._shared = shared
         self._ort = _onnxruntime()
         self.inputs = _specs(session.get_inputs())
         self.outputs = _specs(session.get_outputs())
@@ -205,7 +205,7 @@ class OrtEngine:
         *,
         host: Collection[str] | None = None,
     ) -> dict[str, Array]:
-        """See `Engine.run`; all that is not in `into` is the host's."""
+        """See `Engine.run`; outputs that are not in `into` are on the host."""
         check_feeds(self, feeds)
         into = into or {}
         binding, _ = self._binding(feeds, into)
@@ -242,7 +242,7 @@ class OrtEngine:
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for name, array in into.items():
-            # One value for one buffer: a cache's present is its past.
+            # One value per buffer: the present of a cache may be its past.
             known = next((values[other] for other in feeds if feeds[other] is array), None)
             binding.bind_ortvalue_output(name, known or self._value(array, "cpu"))
         return binding, values
@@ -262,7 +262,7 @@ class OrtEngine:
 
 
 class _Step:
-    """A bound run, and the arrays whose memory it works on, which it does not own."""
+    """A bound run, and references to the arrays whose memory it uses."""
 
     def __init__(
         self,
@@ -287,7 +287,7 @@ def _specs(args: list[Any]) -> dict[str, TensorSpec]:
 
 
 def _numpy(value: Any) -> np.ndarray:
-    """The value's own memory where ONNX Runtime lends it, else a copy."""
+    """The value as a numpy array, without a copy where ONNX Runtime allows it."""
     return value.numpy()
 
 

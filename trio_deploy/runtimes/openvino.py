@@ -1,8 +1,8 @@
-"""OpenVINO, which reads the `primitive` graphs; on CPUs with AMX it computes in bfloat16.
+"""OpenVINO, which reads `primitive` graphs; CPUs with AMX or AVX512-BF16 also run in bfloat16.
 
 Select graphs compute in float32, since bfloat16 similarities would move tokens across the
-threshold; with precision bfloat16 only their products with weights are narrowed. Weights are mapped
-from the bundle's files.
+threshold; with precision bfloat16 only their products with weights are in bfloat16. Weights are
+mapped from the bundle's files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 class OvRuntime(HostRuntime):
-    """Compiled models with common options; see `open_runtime`."""
+    """Compiles graphs with common options; see `registry.open_runtime`."""
 
     def __init__(self, *, threads: int | None = None, precision: str = "float32") -> None:
         try:
@@ -56,7 +56,7 @@ class OvRuntime(HostRuntime):
             )
 
     def shares_cache(self, dialect: str) -> bool:
-        """See `Runtime.shares_cache`: the `primitive` cache is rewritten as a whole each step."""
+        """See `Runtime.shares_cache`: each step rewrites the whole `primitive` cache."""
         if dialect != "primitive":
             raise TrioError(
                 f"OpenVINO reads the primitive dialect, but this bundle is in {dialect!r}: "
@@ -72,7 +72,7 @@ class OvRuntime(HostRuntime):
         keep_precision: bool = False,
         shares_weights: bool = False,
     ) -> OvEngine:
-        """Load a graph; with precision bfloat16 its caches, where it has some, are bfloat16 too.
+        """Load a graph; with precision bfloat16 its caches, if any, are bfloat16 too.
 
         Raises:
             TrioError: it does not load.
@@ -89,7 +89,7 @@ class OvRuntime(HostRuntime):
             options["INFERENCE_NUM_THREADS"] = self._threads
         try:
             model = self._core.read_model(str(path))
-            if _sees_all(model):
+            if _reads_whole_prompts(model):
                 self._passes.split_queries(model)
             if self._precision == "bfloat16" and keep_precision:
                 self._passes.narrow_products(model)
@@ -120,15 +120,14 @@ class OvEngine:
         *,
         host: Collection[str] | None = None,
     ) -> dict[str, Array]:
-        """See `Engine.run`; all outputs are the host's."""
+        """See `Engine.run`; all outputs are on the host."""
         check_feeds(self, feeds)
         into = into or {}
-        # A request of its own: it keeps the output tensors that it was given, and nobody writes to
-        # those it makes again, so that results need not be copied.
+        # A new request per run: nothing writes to its outputs again, so results are not copied.
         request = self._bound(feeds, into)
         self._infer(request)
         names = [name for name in self.outputs if name not in into]
-        # OpenVINO hands bfloat16 over as if it were float16.
+        # OpenVINO returns bfloat16 as float16.
         return {
             name: request.get_tensor(name).data.view(self.outputs[name].dtype) for name in names
         }
@@ -150,10 +149,9 @@ class OvEngine:
         return request
 
     def _tensor(self, array: np.ndarray) -> Any:
-        """A tensor on the array's own memory.
+        """A tensor that shares the array's memory.
 
-        `array` is a view in the port's type, since numpy has two int64 types and OpenVINO knows one
-        of them.
+        `array` must be a view in the port's type: numpy has two int64 types, OpenVINO one of them.
         """
         ov = self._openvino
         if array.dtype == ml_dtypes.bfloat16:
@@ -169,7 +167,7 @@ class OvEngine:
 
 
 class _Step:
-    """A bound request, and the arrays whose memory it works on, which it does not own."""
+    """A bound request, and references to the arrays whose memory it uses."""
 
     def __init__(self, request: Any, arrays: dict[str, Array]) -> None:
         self._request = request
@@ -180,8 +178,8 @@ class _Step:
         self._request.wait()
 
 
-def _sees_all(model: Any) -> bool:
-    """Whether a graph is the segment before any pruning, which works on whole prompts."""
+def _reads_whole_prompts(model: Any) -> bool:
+    """Whether a graph is the segment before any pruning."""
     return any(port.get_any_name() == "inputs_embeds" for port in model.inputs)
 
 
@@ -193,7 +191,7 @@ def _specs(ports: list[Any]) -> dict[str, TensorSpec]:
             None if size.is_dynamic else size.get_length() for size in port.get_partial_shape()
         )
         kind = port.get_element_type()
-        # numpy has no bfloat16 of its own, and OpenVINO's `to_dtype` says float16.
+        # numpy has no bfloat16, and OpenVINO's `to_dtype` returns float16 for it.
         bfloat = kind.get_type_name() == "bf16"
         dtype = np.dtype(ml_dtypes.bfloat16 if bfloat else kind.to_dtype())
         specs[name] = TensorSpec(name, dtype, shape)

@@ -1,7 +1,7 @@
-"""What OpenVINO's CPU plugin does faster than it reads the `primitive` dialect.
+"""Passes over `primitive` graphs that make OpenVINO's CPU plugin faster.
 
-Each pass changes a model that was read and is not compiled yet; none changes what is computed but
-for rounding. Shapes: B rows, S new tokens, P = max(C, S) slots of the cache.
+Each pass changes a model before it is compiled; results change by rounding only.
+Shapes: B rows, S new tokens, P = max(C, S) slots of the cache.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-_PARTS = 4  # of a prompt's queries: 5/8 of the scores are computed instead of all
+_PARTS = 4  # parts of a prompt's queries: 5/8 of the scores are computed instead of all
 _END = np.iinfo(np.int64).max  # of a slice
-_HUGE = 3e38  # a bound that no finite bfloat16 number of a model meets
+_HUGE = 3e38  # a bound that no bfloat16 activation reaches
 
 _Cut = Callable[[Any, int], Any]
 """Cuts a range out of a value along an axis."""
@@ -33,11 +33,11 @@ class Passes:
         self._op, self._type, self._ports = opset13, Type, PrePostProcessor
 
     def narrow_products(self, model: Any) -> None:
-        """Products with a weight of the checkpoint in bfloat16; all else stays in float32.
+        """Compute products with weights of the checkpoint in bfloat16, all else in float32.
 
-        For select graphs. Products of two activations are left alone: the backward pass through
-        attention subtracts what is nearly equal, and similarities are compared with a threshold.
-        So are the bodies of Loops.
+        For select graphs. Products of two activations stay in float32: the backward pass through
+        attention subtracts nearly equal numbers, and similarities are compared with a threshold.
+        Bodies of Loops stay unchanged, too.
         """
         for product in _of_kind(model, "MatMul"):
             left, right = (product.input_value(i) for i in range(2))
@@ -48,7 +48,7 @@ class Passes:
                 _replace(product, self._op.convert(y, "f32"))
 
     def narrow_caches(self, model: Any) -> Any:
-        """The model with past.* and present.* in bfloat16, as attention reads them."""
+        """The model with past.* and present.* in bfloat16, as attention computes with them."""
         changed = self._ports(model)
         for ports, prefix, of in (
             (model.inputs, "past.", changed.input),
@@ -60,9 +60,9 @@ class Passes:
         return changed.build()
 
     def unfuse_mlps(self, model: Any) -> None:
-        """A no-op behind each up_proj, so that its layer's MLP is not made one operator.
+        """Insert a no-op after each up_proj, so that a layer's MLP is not fused to one operator.
 
-        With one thread that operator ends the process (SIGFPE in OpenVINO 2026.4, bfloat16).
+        With one thread the fused operator ends the process (SIGFPE in OpenVINO 2026.4, bfloat16).
         """
         for product in _of_kind(model, "MatMul"):
             if _constant(product.input_value(1)).get_friendly_name().endswith("up_proj.weight"):
@@ -72,20 +72,20 @@ class Passes:
                     user.replace_source_output(same.output(0))
 
     def split_queries(self, model: Any) -> None:
-        """Causal attention a part of the queries at a time, each with the keys that it can see.
+        """Split causal attention into parts of the queries, each with the keys it attends to.
 
-        softmax(q kᵀ + mask) v over all keys spends half of its time on what the mask hides. In
-        prefill (P = S) the queries up to the i-th see the first i slots at most. In decode (S = 1)
+        softmax(q kᵀ + mask) v over all keys spends half of its time on masked scores. In prefill
+        (P = S) the first i queries attend to the first i slots at most. In decode (S = 1)
         the last part has the query and all slots, and the others are empty.
         """
         op = self._op
         shared: dict[str, list[tuple[_Cut, _Cut, Any]]] = {}
         for product in _of_kind(model, "MatMul"):
-            softmax = _behind_cast(product.input_value(0))
+            softmax = _before_cast(product.input_value(0))
             masked = softmax.input_value(0).get_node()
             if softmax.get_type_name() != "Softmax" or masked.get_type_name() != "Add":
                 continue
-            scores, mask = _behind_cast(masked.input_value(0)), masked.input_value(1)
+            scores, mask = _before_cast(masked.input_value(0)), masked.input_value(1)
             q, transpose = scores.input_value(0), scores.input_value(1).get_node()
             k, v = transpose.input_value(0), product.input_value(1)
             name = mask.get_node().get_friendly_name()
@@ -101,10 +101,10 @@ class Passes:
             _replace(product, op.concat(parts, 2))
 
     def _parts(self, mask: Any) -> list[tuple[_Cut, _Cut, Any]]:
-        """For each part what cuts out its queries and its slots, and its own mask."""
+        """Per part: functions that cut out its queries and its slots, and its mask."""
         op = self._op
         size = op.gather(op.shape_of(mask, "i64"), _at(2), np.int64(0))
-        size = op.divide(size, _at(_PARTS))  # the last part takes what is left over, too
+        size = op.divide(size, _at(_PARTS))  # the last part also takes the remainder
         starts = [op.multiply(size, _at(number)) for number in range(_PARTS)]
         parts: list[tuple[_Cut, _Cut, Any]] = []
         for start, stop in pairwise(starts):
@@ -117,10 +117,10 @@ class Passes:
         return self._op.slice(value, start, stop, _at(1), _at(axis))
 
     def _from_the_right(self, product: Any) -> None:
-        """x W in bfloat16 for (Wᵀ xᵀ)ᵀ, as graphs write it for a square W.
+        """Replace (Wᵀ xᵀ)ᵀ, as graphs write x W for a square W, by x W in bfloat16.
 
-        They do because OpenVINO takes the packing of W for that of Wᵀ where both are one constant;
-        a copy of W with memory of its own is safe.
+        Graphs do so because OpenVINO confuses the packings of W and Wᵀ if both are one constant;
+        a copy of W with its own memory is safe.
         """
         # Rounded here, since OpenVINO truncates; then handed over as float32, which it copies. A
         # Tensor of bfloat16 would share memory that is freed when this function returns.
@@ -154,13 +154,13 @@ def _of_kind(model: Any, kind: str) -> list[Any]:
 
 
 def _constant(value: Any) -> Any:
-    """The node that makes a value, but for a Transpose: a Constant where it is a weight."""
+    """The node that produces a value, skipping a Transpose: a Constant for a weight."""
     node = value.get_node()
     return node.input_value(0).get_node() if node.get_type_name() == "Transpose" else node
 
 
-def _behind_cast(value: Any) -> Any:
-    """The node that makes a value, but for a Convert."""
+def _before_cast(value: Any) -> Any:
+    """The node that produces a value, skipping a Convert."""
     node = value.get_node()
     return node.input_value(0).get_node() if node.get_type_name() == "Convert" else node
 

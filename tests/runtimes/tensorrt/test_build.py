@@ -714,4 +714,4 @@ def test_what_is_for_building_alone_is_said(
 ) -> None:
     command = ["build", str(bundle.path), "--target", str(original / "test-gpu.yaml"), "--dry-run"]
     assert main([*command, "--force"]) == 1
-    assert "--force builds engines again" in capsys.readouterr().err
+    assert "--force rebuilds engines" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """TensorRT 8.6, 10.x and 11.x behind one interface: every difference between them is here.
 
-What was read off the bindings of 8.6.1, 10.0, 10.3, 10.15, 11.0 and 11.4 (docs/tensorrt.md;
-`tests/build/test_adapter.py` compares this file with any bindings that are installed):
+Read from the bindings of 8.6.1, 10.0, 10.3, 10.15, 11.0 and 11.4 (docs/tensorrt.md;
+`tests/runtimes/tensorrt/test_bindings.py` compares this file with any bindings that are installed):
 
 =====================================  ======================================================
 `EXPLICIT_BATCH`                       needed in 8.6, the only mode in 10, gone in 11
