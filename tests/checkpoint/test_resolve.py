@@ -12,8 +12,8 @@ from trio_deploy.export.attach import attach_weights
 @pytest.fixture(autouse=True)
 def offline(tmp_path, monkeypatch):
     """An empty Hugging Face cache, and no way to the hub."""
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
 
 

@@ -31,7 +31,6 @@ from tests.support.waiting import WAIT_S
 from trio_deploy import Bundle, Schedule, TrioError, export_model
 from trio_deploy.bundle import weights as weights_module
 from trio_deploy.bundle.describe import inspect
-from trio_deploy.checkpoint import resolve as source_module
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.config.options import ExportOptions, SelectionOptions
@@ -119,9 +118,18 @@ def checkpoint(llava_checkpoint, tmp_path) -> Path:
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty Hugging Face cache, and no way to the hub."""
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
+
+
+def snapshot_of(cache: Path, checkpoint: Path) -> Path:
+    """A checkpoint in the Hugging Face cache as org/name, whose branch main is commit abc."""
+    repository = cache / "models--org--name"
+    snapshot = Path(shutil.copytree(checkpoint, repository / "snapshots" / "abc"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    return snapshot
 
 
 def test_a_bundle_holds_all_that_a_runtime_needs(exported):
@@ -614,21 +622,17 @@ def test_a_hub_model_out_of_reach_says_how_to_pass_a_folder(model, otherwise, ca
 
 
 def test_a_hub_model_is_found_in_the_local_cache(cache, llava_checkpoint, tmp_path):
-    repository = cache / "models--org--name"
-    shutil.copytree(llava_checkpoint, repository / "snapshots" / "abc")
-    (repository / "snapshots" / "half").mkdir()
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc")
+    snapshot = snapshot_of(cache, llava_checkpoint)
+    (snapshot.parent / "half").mkdir()
     it = export_model("org/name", tmp_path / "b", schedule=SCHEDULE, progress=False)
     assert it.manifest.model.name == "org/name"
     assert it.manifest.model.revision == "abc"
 
 
-def test_a_half_downloaded_snapshot_is_not_taken(cache, llava_checkpoint):
-    snapshot = cache / "models--org--name" / "snapshots" / "abc"
-    shutil.copytree(llava_checkpoint, snapshot)
-    (snapshot / "model.safetensors").unlink()
-    assert source_module._cached("org/name") is None
+def test_a_half_downloaded_snapshot_is_not_taken(cache, llava_checkpoint, tmp_path):
+    (snapshot_of(cache, llava_checkpoint) / "model.safetensors").unlink()
+    with pytest.raises(TrioError, match="local cache has no complete copy"):
+        export_model("org/name", tmp_path / "b", schedule=SCHEDULE, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -636,12 +640,10 @@ def test_a_half_downloaded_snapshot_is_not_taken(cache, llava_checkpoint):
     ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": []}}'],
 )
 def test_a_snapshot_with_a_damaged_index_is_not_taken(index, cache, llava_checkpoint, tmp_path):
-    snapshot = cache / "models--org--name" / "snapshots" / "abc"
-    shutil.copytree(llava_checkpoint, snapshot)
+    snapshot = snapshot_of(cache, llava_checkpoint)
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors.index.json").write_text(index)
-    assert source_module._cached("org/name") is None
-    with pytest.raises(TrioError, match="local cache has no whole copy"):
+    with pytest.raises(TrioError, match="local cache has no complete copy"):
         export_model("org/name", tmp_path / "b", schedule=SCHEDULE, progress=False)
 
 

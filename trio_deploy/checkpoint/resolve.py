@@ -29,7 +29,12 @@ _RECIPE = (
 )
 _NO_RECIPE = "pass the folder as --model FOLDER, or a recipe's name as --model"
 
-_UNREACHED = {"LocalEntryNotFoundError", "RepositoryNotFoundError"}
+_UNREACHED = {
+    "LocalEntryNotFoundError",
+    "IncompleteSnapshotError",
+    "RepositoryNotFoundError",
+    "OfflineModeIsEnabled",
+}
 
 
 @dataclass(frozen=True)
@@ -159,33 +164,8 @@ def from_folder(folder: Path) -> Source:
     return Source(name, name, None, raw, folder, None)
 
 
-def _cache_folder() -> Path:
-    if explicit := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(explicit).expanduser()
-    if home := os.environ.get("HF_HOME"):
-        return Path(home).expanduser() / "hub"
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(cache).expanduser() / "huggingface" / "hub"
-
-
-def _cached(hub_id: str) -> tuple[Path, str] | None:
-    """The snapshot of `main`, or else the newest whole one, in the Hugging Face cache."""
-    repository = _cache_folder() / ("models--" + hub_id.replace("/", "--"))
-    snapshots = repository / "snapshots"
-    if not snapshots.is_dir():
-        return None
-    order = sorted(snapshots.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    main = repository / "refs" / "main"
-    if main.is_file():
-        wanted = main.read_text().strip()
-        order.sort(key=lambda path: path.name != wanted)
-    for folder in order:
-        if _is_whole(folder):
-            return folder, folder.name
-    return None
-
-
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
+    """Whether a snapshot has config.json and all weights; downloads of a model may be partial."""
     if not (folder / "config.json").is_file():
         return False
     if (folder / SINGLE).is_file():
@@ -200,29 +180,34 @@ def _is_whole(folder: Path) -> bool:
 
 
 def hub_folder(hub_id: str, advice: str) -> tuple[Path, str | None]:
-    """A checkpoint folder for a hub id: from the local cache, else downloaded where possible.
+    """Find a hub id's checkpoint in the local cache, else download it.
 
-    `advice` says what to do with a folder that was downloaded elsewhere.
+    Args:
+        advice: what to do with a folder that was downloaded elsewhere.
+
+    Returns:
+        The folder, and its commit.
 
     Raises:
         TrioError: neither worked; says how to download it elsewhere and pass the folder.
     """
-    if found := _cached(hub_id):
-        return found
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        reason = "the local cache has no whole copy, and huggingface_hub is not installed"
-    else:
+    from huggingface_hub import snapshot_download
+
+    cause = "it is incomplete on the hub"
+    for cache_only in (True, False):
         try:
-            folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-            return folder, folder.name
-        except Exception as error:
+            folder = Path(
+                snapshot_download(hub_id, allow_patterns=_HUB_FILES, local_files_only=cache_only)
+            )
+        except Exception as error:  # of many kinds, of the hub's client and of what it is built on
             kind = type(error).__name__
             cause = "no network, or no such repository" if kind in _UNREACHED else kind
-            reason = f"the local cache has no whole copy, and the download failed: {cause}"
+            continue
+        if _is_complete(folder):
+            return folder, folder.name
     here = f"the folder {hub_id} does not exist; " if Path(hub_id).parent.is_dir() else ""
     raise TrioError(
-        f"{here}cannot get {hub_id} from the Hugging Face hub ({reason}): run "
-        f"`hf download {hub_id} --local-dir FOLDER` on a machine with access and {advice}"
+        f"{here}cannot get {hub_id} from the Hugging Face hub (the local cache has no complete "
+        f"copy, and the download failed: {cause}): run `hf download {hub_id} --local-dir FOLDER` "
+        f"on a machine with access and {advice}"
     )
