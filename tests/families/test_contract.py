@@ -87,3 +87,17 @@ def test_transformers_model_has_the_weights_that_the_graphs_read(family):
     names = map_checkpoint_names(family, state, shapes)
     assert {name: tuple(state[given].shape) for name, given in names.items()} == shapes
     assert family.reference in ADAPTERS
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_a_random_checkpoint_of_every_family_passes_check(family, tmp_path):
+    pytest.importorskip("torch")
+    from tests.support.checkpoints import make_tiny
+    from trio_deploy import check, export_model
+    from trio_deploy.verify.check import format_report
+    from trio_deploy.verify.examples import default_examples
+
+    checkpoint = make_tiny(tmp_path / "checkpoint", family)
+    bundle = export_model(checkpoint, tmp_path / "bundle", schedule="2:0.4", progress=False)
+    report = check(bundle, examples=default_examples()[:1], threads=2)
+    assert report.passed, format_report(report)

@@ -48,8 +48,11 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from trio_deploy.checkpoint.safetensors import DTYPES, TensorEntry, image_settings
+from trio_deploy.families.base import Family
+from trio_deploy.families.clip_images import clip_processor_files
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import parse_config
+from trio_deploy.reference.adapters import model_class
 
 LAYOUTS = ("5.x", "4.52", "hub")
 
@@ -237,6 +240,20 @@ def make_llava_next(
     return _save(model, processor, folder, layout, dtype, shards)
 
 
+def make_tiny(folder: Path, family: Family) -> Path:
+    """Write a random checkpoint of the sizes that a family gives in `tiny`; returns the folder."""
+    raw = family.tiny()
+    architecture = model_class(family.name)
+    torch.manual_seed(0)
+    model = architecture(architecture.config_class.from_dict(raw))
+    _make_lively(model)
+    model.eval().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    for name, content in clip_processor_files(parse_config(raw)).items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
 def relay_weights(tensors: dict[str, Any], layout: str) -> dict[str, Any]:
     """The same tensors under another layout's names (`tensors`: as save_pretrained wrote them)."""
     if layout == "5.x":
@@ -362,6 +379,23 @@ def _save(
         raise ValueError(f"layout {layout!r} is none of {LAYOUTS}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    _make_lively(model)
+    model.eval().to(getattr(torch, dtype)).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+    raw = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(relay_config(raw, layout), indent=2))
+    tensors = relay_weights(load_file(weights_file), layout)
+    weights_file.unlink()
+    _write_shards(tensors, folder, shards)
+    if layout != "5.x":
+        _split_processor(folder)
+    return folder
+
+
+def _make_lively(model: torch.nn.Module) -> None:
+    """Weights of a size at which a mistake shows, and the tokenizer's special tokens."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norm scales off one and biases off zero, so that a forgotten one shows.
@@ -378,18 +412,6 @@ def _save(
                 parameter.normal_(0.0, 0.5)
     generation = model.generation_config
     generation.bos_token_id, generation.eos_token_id, generation.pad_token_id = BOS, [EOS], PAD
-    model.eval().to(getattr(torch, dtype)).save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-    raw = json.loads(config_file.read_text())
-    config_file.write_text(json.dumps(relay_config(raw, layout), indent=2))
-    tensors = relay_weights(load_file(weights_file), layout)
-    weights_file.unlink()
-    _write_shards(tensors, folder, shards)
-    if layout != "5.x":
-        _split_processor(folder)
-    return folder
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], folder: Path, shards: int) -> None:
