@@ -14,7 +14,7 @@ from tests.support.transformers_models import language_model, model_config, rela
 from trio_deploy import TrioError
 from trio_deploy.families.base import RopeConfig
 from trio_deploy.graphs.graph import Stage
-from trio_deploy.graphs.modules import Embedding, Linear, RMSNorm, Weight, activation
+from trio_deploy.graphs.modules import MLP, Embedding, Linear, RMSNorm, Weight, activation
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.rope import inverse_frequencies, rotary_angles
 from trio_deploy.graphs.values import FLOAT, INT64, constant
@@ -113,6 +113,61 @@ def test_a_running_sum_counts_exactly_up_to_each_place(dialect: str, length: int
     array = np.random.default_rng(0).integers(0, 2, (3, length)).astype(np.float32)
     out = run(s.finish(CONFIG), {}, {"flags": array})
     assert np.array_equal(out["sums"], np.cumsum(array, 1))
+
+
+@dialects
+def test_backward_of_a_norm_and_its_length_equal_autograd(dialect: str) -> None:
+    s = stage(dialect)
+    x, g = s.input("x", FLOAT, ["B", 3, 48]), s.input("g", FLOAT, ["B", 3, 48])
+    squares, along = s.input("squares", FLOAT, ["B", 3, 1]), s.input("along", FLOAT, ["B", 3, 1])
+    norm = RMSNorm(s.d, "language_model.norm", 48, 1e-5)
+    s.output("back", norm.backward(s.op, x, g), FLOAT, ["B", 3, 48])
+    s.output("length", norm.backward_norm(s.op, squares, g, along), FLOAT, ["B", 3, 1])
+    rng = np.random.default_rng(0)
+    weight, rows, upper = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((48,), (2, 3, 48), (2, 3, 48))
+    )
+    leaf = torch.tensor(rows, requires_grad=True)
+    y = leaf * torch.rsqrt(leaf.pow(2).mean(-1, keepdim=True) + 1e-5) * torch.tensor(weight)
+    y.backward(torch.tensor(upper))
+    feeds = {
+        "x": rows,
+        "g": upper,
+        "squares": (rows**2).sum(-1, keepdims=True),
+        "along": (y.detach().numpy() * upper).sum(-1, keepdims=True),
+    }
+    out = run(s.finish(CONFIG), {"language_model.norm.weight": weight}, feeds)
+    expected = leaf.grad.numpy()
+    assert relative(out["back"], expected) < 1e-5
+    assert relative(out["length"], np.linalg.norm(expected, axis=-1, keepdims=True)) < 1e-4
+
+
+@dialects
+def test_backward_of_the_mlp_equals_autograd(dialect: str) -> None:
+    s = stage(dialect)
+    text, name = CONFIG.text, "language_model.layers.0.mlp"
+    size, inner = text.hidden_size, text.intermediate_size
+    x, g = s.input("x", FLOAT, ["B", 3, size]), s.input("g", FLOAT, ["B", 3, size])
+    mlp = MLP(s.d, name, text)
+    y, gates = mlp.forward_probes(s.op, x)
+    s.output("y", y, FLOAT, ["B", 3, size])
+    s.output("back", mlp.backward_probes(s.op, gates, g), FLOAT, ["B", 3, size])
+    rng = np.random.default_rng(0)
+    gate, up = (rng.standard_normal((inner, size)).astype(np.float32) * 0.2 for _ in range(2))
+    down = rng.standard_normal((size, inner)).astype(np.float32) * 0.2
+    rows, upper = (rng.standard_normal((2, 3, size)).astype(np.float32) for _ in range(2))
+    leaf = torch.tensor(rows, requires_grad=True)
+    hidden = torch.nn.functional.silu(leaf @ torch.tensor(gate).T) * (leaf @ torch.tensor(up).T)
+    expected = hidden @ torch.tensor(down).T
+    expected.backward(torch.tensor(upper))
+    weights = {
+        f"{name}.gate_proj.weight": gate,
+        f"{name}.up_proj.weight": up,
+        f"{name}.down_proj.weight": down,
+    }
+    out = run(s.finish(CONFIG), weights, {"x": rows, "g": upper})
+    assert relative(out["y"], expected.detach().numpy()) < 1e-5
+    assert relative(out["back"], leaf.grad.numpy()) < 1e-4
 
 
 @pytest.mark.parametrize("dialect", ["ort", "primitive"])
