@@ -144,10 +144,9 @@ def test_a_damaged_engine_is_refused_and_the_process_lives(built: Built, tmp_pat
     content[64:4096] = bytes(len(content[64:4096]))
     file.write_bytes(content)
     program = f"""
-from trio_deploy.errors import TrioError
-from trio_deploy import Pipeline
+from trio_deploy import Pipeline, TrioError
 try:
-    Pipeline.open({str(bundle.path)!r}, "tensorrt")
+    Pipeline.open({str(bundle.path)!r}, runtime="tensorrt")
 except TrioError as error:
     print(error)
 """
