@@ -122,7 +122,7 @@ class ChatTemplate:
 
 
 def _plain(value: Any) -> Any:
-    """JSON types only: whatever else a message carries is named, not handed to the template."""
+    """Reduce a message to JSON types; any other value becomes the name of its type."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, str):
