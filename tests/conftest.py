@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.support.bundles import Bundles, made_once, shared_folder
+from tests.support.pictures import make_picture
+
 try:
     import hypothesis
 except ImportError:  # in the Triton server's environment, whose tests do without
@@ -24,7 +27,6 @@ else:
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
     hypothesis.settings.load_profile("trio")
-from tests.support.pictures import make_picture
 
 # Nothing in a test may reach for the network, and two threads are enough for models this small.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,29 +34,42 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session")
-def llava_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run share."""
+    return shared_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def bundles(shared: Path) -> Bundles:
+    """Bundles by model and options, each exported once for the whole run; do not change them."""
+    return Bundles(shared)
+
+
+@pytest.fixture(scope="session")
+def llava_checkpoint(shared: Path) -> Path:
     """LLaVA-1.5 with grouped queries (4 heads, 2 key/value heads), 16 visual tokens, fp32."""
     from tests.support.checkpoints import make_llava
 
-    return make_llava(tmp_path_factory.mktemp("checkpoints") / "llava")
+    return made_once(shared / "llava", make_llava)
 
 
 @pytest.fixture(scope="session")
-def llava_next_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llava_next_checkpoint(shared: Path) -> Path:
     """LLaVA-NeXT, tiles of 32 pixels, up to 88 visual tokens with newlines, fp32."""
     from tests.support.checkpoints import make_llava_next
 
-    return make_llava_next(tmp_path_factory.mktemp("checkpoints") / "llava_next")
+    return made_once(shared / "llava_next", make_llava_next)
 
 
 @pytest.fixture(scope="session")
-def llava_mistral_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llava_mistral_checkpoint(shared: Path) -> Path:
     """LLaVA-NeXT on Mistral, hub layout and old configuration style, three shards, fp32."""
     from tests.support.checkpoints import make_llava_next
 
-    return make_llava_next(
-        tmp_path_factory.mktemp("checkpoints") / "mistral", mistral=True, layout="hub", shards=3
-    )
+    def make(folder: Path) -> Path:
+        return make_llava_next(folder, mistral=True, layout="hub", shards=3)
+
+    return made_once(shared / "mistral", make)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trio_deploy import Generation, Pipeline, Request, export_model
+from tests.support.bundles import Bundles
+from trio_deploy import Generation, Pipeline, Request
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.evaluation import scenes
 
@@ -69,15 +70,12 @@ def test_answers_held_out_scenes(parts: tuple) -> None:
     assert math.fsum(right) / len(right) >= 0.9
 
 
-def test_a_budget_of_the_recipe_is_the_same_exported_or_asked_for(tmp_path: Path) -> None:
+def test_a_budget_of_the_recipe_is_the_same_exported_or_asked_for(bundles: Bundles) -> None:
     scene = scenes.generate(scenes.TEST_SEEDS[6000])
     questions = [question.text for question in scene.questions[:4]]
 
     def answers(exported: float, asked: float | None) -> list[Generation]:
-        bundle = export_model(
-            "tiny", tmp_path / f"{exported}-{asked}", budget=exported, progress=False
-        )
-        pipeline = Pipeline.open(bundle, threads=1)
+        pipeline = Pipeline.open(bundles.path("tiny", budget=exported), threads=1)
         return pipeline.generate_batch(
             [Request(question, [scene.image], budget=asked) for question in questions]
         )
@@ -90,12 +88,12 @@ def test_a_budget_of_the_recipe_is_the_same_exported_or_asked_for(tmp_path: Path
             assert ours.schedule == theirs.schedule == load_recipe("tiny").schedules[f"{budget}"]
 
 
-def test_every_kind_reaches_its_bound_unpruned_through_the_runtime(tmp_path: Path) -> None:
+def test_every_kind_reaches_its_bound_unpruned_through_the_runtime(bundles: Bundles) -> None:
     bounds = dict.fromkeys(("color", "shape", "exists", "count"), 0.95) | {
         "digit": 0.90,
         "plate": 0.80,
     }
-    pipeline = Pipeline.open(export_model("tiny", tmp_path / "b", progress=False), threads=1)
+    pipeline = Pipeline.open(bundles.path("tiny"), threads=1)
     right: dict[str, list[bool]] = {kind: [] for kind in scenes.KINDS}
     for seed in scenes.TEST_SEEDS[6000:6015]:
         scene = scenes.generate(seed)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trio_deploy import Request, TrioError, export_model
+from trio_deploy import Request, TrioError
 from trio_deploy.evaluation import scenes
 
 ROOT = Path(__file__).parent.parent.parent
@@ -71,9 +71,8 @@ def scene() -> scenes.Scene:
 
 
 @pytest.fixture(scope="module")
-def model(adapter, scene, tmp_path_factory) -> Any:
-    bundle = tmp_path_factory.mktemp("lmms") / "b"
-    export_model("tiny", bundle, schedule="0:0.4,6:0.2", progress=False)
+def model(adapter, scene, bundles) -> Any:
+    bundle = bundles.path("tiny", schedule="0:0.4,6:0.2")
     found = adapter.Trio.create_from_arg_string(
         f"bundle={bundle},budget=1.0,threads=1", {"batch_size": 4, "device": None}
     )

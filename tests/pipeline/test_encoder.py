@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.bundles import Bundles
 from tests.support.checkpoints import make_llava_next
 from tests.support.waiting import WAIT_S
-from trio_deploy import Batcher, Pipeline, Request, export_model
+from trio_deploy import Batcher, Pipeline, Request
 from trio_deploy.pipeline.prefill import _per_token
 from trio_deploy.pipeline.prompt import Batch
 from trio_deploy.verify.examples import default_examples, picture
@@ -22,8 +23,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llava_next(tmp_path_factory.mktemp("encoder") / "checkpoint")
 
 
-def opened(checkpoint: Path, out: Path, dialect: str, runtime: str, schedule: str) -> Pipeline:
-    export_model(checkpoint, out, schedule=schedule, dialect=dialect, progress=False)
+def opened(
+    checkpoint: Path, bundles: Bundles, dialect: str, runtime: str, schedule: str
+) -> Pipeline:
+    out = bundles.path(checkpoint, schedule=schedule, dialect=dialect)
     return Pipeline.open(out, runtime=runtime, threads=1)
 
 
@@ -42,9 +45,9 @@ def requests(count: int) -> list[Request]:
 
 @pytest.mark.parametrize(("dialect", "runtime"), KINDS)
 def test_rows_of_a_continuous_batch_give_what_they_give_alone(
-    checkpoint: Path, tmp_path: Path, dialect: str, runtime: str
+    checkpoint: Path, bundles: Bundles, dialect: str, runtime: str
 ) -> None:
-    pipeline = opened(checkpoint, tmp_path / "b", dialect, runtime, "0:0.3:vscan,2:0.1")
+    pipeline = opened(checkpoint, bundles, dialect, runtime, "0:0.3:vscan,2:0.1")
     assert list(pipeline.bundle.stages)[:4] == ["vision", "embed", "select_1", "prefill_1"]
     asked = requests(6)
     alone = [pipeline.generate_batch([request])[0] for request in asked]
@@ -58,11 +61,11 @@ def test_rows_of_a_continuous_batch_give_what_they_give_alone(
         assert one.layer_ranges[0][0] == 0
 
 
-def test_a_later_point_goes_by_the_encoder_too(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_later_point_goes_by_the_encoder_too(checkpoint: Path, bundles: Bundles) -> None:
     """The scores follow the tokens that an earlier point kept."""
     schedule = "0:0.5:cls-attention,2:0.2:cls-attention"
-    twice = opened(checkpoint, tmp_path / "a", "ort", "onnxruntime", schedule)
-    once = opened(checkpoint, tmp_path / "b", "ort", "onnxruntime", "0:0.2:cls-attention")
+    twice = opened(checkpoint, bundles, "ort", "onnxruntime", schedule)
+    once = opened(checkpoint, bundles, "ort", "onnxruntime", "0:0.2:cls-attention")
     asked = [Request("read this", (picture(200, 300, 3),), max_new_tokens=1)]
     assert twice.generate_batch(asked)[0].kept[1].tolist() == (
         once.generate_batch(asked)[0].kept[0].tolist()

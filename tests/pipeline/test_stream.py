@@ -6,17 +6,17 @@ import gc
 
 import pytest
 
+from tests.support.bundles import Bundles
 from tests.support.pictures import make_picture
-from trio_deploy import Pipeline, Request, TextStream, TrioError, export_model
+from trio_deploy import Bundle, Pipeline, Request, TextStream, TrioError
 from trio_deploy.pipeline.cache import SegmentCache
 
 REQUEST = Request("what color is the circle?", make_picture(), max_new_tokens=40)
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    bundle = export_model("tiny", folder, progress=False)
+def pipeline(bundles: Bundles) -> Pipeline:
+    bundle = Bundle.load(bundles.path("tiny"))
     return Pipeline.open(bundle.with_end_tokens([]), threads=1)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from tests.support.batching import waiting
+from tests.support.bundles import Bundles
 from tests.support.questions import SCHEDULE
 from tests.support.tensors import file
 from tests.support.waiting import WAIT_S, wait_for
-from trio_deploy import Pipeline, Request, TrioError, export_model
+from trio_deploy import Pipeline, Request, TrioError
 from trio_deploy.pipeline.batcher.events import Cancelled, DeadlinePassed, Event, Refused
 from trio_deploy.pipeline.batcher.scheduler import BatcherLimits
 from trio_deploy.serve.limits import ServiceLimits
@@ -42,10 +43,10 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+def pipeline(tmp_path_factory: pytest.TempPathFactory, bundles: Bundles) -> Pipeline:
     """The shipped model, told that a token ends answers which it does not give."""
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    export_model("tiny", folder, schedule=SCHEDULE, progress=False)
+    bundles.copy(folder, "tiny", schedule=SCHEDULE)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["generation"]["eos_token_ids"] = [60]
     (folder / "manifest.json").write_text(json.dumps(manifest))

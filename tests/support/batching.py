@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import threading
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.bundles import Bundles
 from tests.support.pictures import make_picture
 from tests.support.questions import COLOR, SCHEDULE, ask
 from tests.support.waiting import WAIT_S, wait_for
-from trio_deploy import Batcher, Bundle, Pipeline, Request, export_model
+from trio_deploy import Batcher, Bundle, Pipeline, Request
 from trio_deploy.evaluation import scenes
 from trio_deploy.pipeline.batcher.queue import Job
 from trio_deploy.pipeline.sequence import SequenceState
@@ -40,13 +40,10 @@ SHORT = Request("what color is the circle ?", max_new_tokens=3)
 
 
 @functools.cache
-def opened(folder: Path, dialect: str = "ort", runtime: str = "onnxruntime") -> Pipeline:
-    """The shipped model, without an end token, so that its answers are as long as they may."""
-    bundle = folder / dialect
-    if not bundle.is_dir():
-        export_model("tiny", bundle, schedule=SCHEDULE, dialect=dialect, progress=False)
-    endless = Bundle.load(bundle).with_end_tokens([])
-    return Pipeline.open(endless, runtime=runtime, threads=1)
+def opened(bundles: Bundles, dialect: str = "ort", runtime: str = "onnxruntime") -> Pipeline:
+    """Open the shipped model without end tokens, so that its answers are as long as they may."""
+    bundle = Bundle.load(bundles.path("tiny", schedule=SCHEDULE, dialect=dialect))
+    return Pipeline.open(bundle.with_end_tokens([]), runtime=runtime, threads=1)
 
 
 def mixed(count: int) -> list[Request]:

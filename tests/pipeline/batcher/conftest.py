@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.support.batching import opened
+from tests.support.bundles import Bundles
 from trio_deploy import Batcher, Pipeline
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tiny")
-
-
-@pytest.fixture(scope="session")
-def pipeline(folder: Path) -> Pipeline:
-    return opened(folder)
+def pipeline(bundles: Bundles) -> Pipeline:
+    return opened(bundles)
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import gc
 import threading
 import time
 import weakref
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.support.batching import mixed, opened, unfinished
+from tests.support.bundles import Bundles
 from tests.support.pictures import make_picture
 from tests.support.questions import COLOR, alike, ask
 from tests.support.waiting import WAIT_S, wait_for
@@ -31,9 +31,9 @@ KINDS = [("ort", "onnxruntime"), ("onnx", "onnxruntime"), ("primitive", "openvin
 @pytest.mark.parametrize("prefillers", [0, 2])
 @pytest.mark.parametrize(("dialect", "runtime"), KINDS)
 def test_rows_that_join_at_any_time_give_what_they_give_alone(
-    folder: Path, dialect: str, runtime: str, prefillers: int
+    bundles: Bundles, dialect: str, runtime: str, prefillers: int
 ) -> None:
-    pipeline = opened(folder, dialect, runtime)
+    pipeline = opened(bundles, dialect, runtime)
     requests = mixed(14)
     with Batcher(pipeline, max_rows=5, prefill_rows=2, prefillers=prefillers) as batcher:
         handles = []
@@ -109,7 +109,7 @@ def test_threads_for_prefills_need_a_runtime_that_several_may_call(
 
 
 def test_caches_that_cannot_be_sliced_are_filled_by_row_too(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU ONNX Runtime's own values cannot; here those on the CPU stand in for them."""
     from trio_deploy.runtimes.onnxruntime import OrtEngine
@@ -117,7 +117,7 @@ def test_caches_that_cannot_be_sliced_are_filled_by_row_too(
     def empty(engine: OrtEngine, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         return engine._ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, "cpu", 0)
 
-    pipeline = opened(folder)
+    pipeline = opened(bundles)
     expected = [pipeline.generate_batch([request])[0] for request in mixed(8)]
     monkeypatch.setattr(OrtEngine, "empty", empty)
     with Batcher(pipeline, max_rows=3, prefill_rows=2) as batcher:

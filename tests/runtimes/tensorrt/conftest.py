@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 
+from tests.support.bundles import Bundles
 from tests.support.exported import Export
-from trio_deploy import Bundle, export_model
+from trio_deploy import Bundle
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
+def exported(bundles: Bundles) -> Export:
     """`exported(model, target, …)` as `export` has it; do not change what it returns."""
 
     @cache
     def make(model: str, target: str, **options: object) -> Bundle:
-        folder: Path = tmp_path_factory.mktemp("exported") / "bundle"
-        return export_model(model, folder, target=target, progress=False, **options)  # type: ignore[arg-type]
+        return Bundle.load(bundles.path(model, target=target, **options))
 
     return make

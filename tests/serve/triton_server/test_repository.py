@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
+<<<<<<< HEAD
 from trio_deploy import Bundle, RuntimeOptions, TrioError, export_model
+=======
+from tests.support.bundles import Bundles
+from trio_deploy import Bundle, TrioError, export_model
+>>>>>>> 44d0cdc (Tests: each bundle and checkpoint is made once for the whole run, workers share them)
 from trio_deploy.cli.main import main
 from trio_deploy.config.target import Limits
 from trio_deploy.runtimes.tensorrt.profiles import Bounds, Profile
@@ -21,8 +26,8 @@ from trio_deploy.serve.triton_server.repository import (
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_model("tiny", tmp_path_factory.mktemp("bundle") / "tiny", budget=0.111)
+def bundle(bundles: Bundles) -> Bundle:
+    return Bundle.load(bundles.path("tiny", budget=0.111))
 
 
 def files(folder: Path) -> set[str]:

@@ -30,8 +30,9 @@ import pytest
 from PIL import Image
 
 from scripts.triton_server import HOST, PROGRAM, TritonServer
+from tests.support.bundles import Bundles
 from tests.support.pictures import make_picture
-from trio_deploy import Bundle, Pipeline, Request, export_model
+from trio_deploy import Bundle, Pipeline, Request
 from trio_deploy.checkpoint.processor_files import GenerationInfo
 from trio_deploy.cli.main import main
 from trio_deploy.evaluation import scenes
@@ -116,9 +117,9 @@ def png(image: Image.Image) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def running(tmp_path_factory: pytest.TempPathFactory, bundles: Bundles) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("server")
-    bundle = export_model("tiny", folder / "tiny", budget=0.111)
+    bundle = Bundle.load(bundles.path("tiny", budget=0.111))
     endless = without_ends(bundle, folder)
     write_repository(bundle, folder / "models", Options(link=True))
     few = {"max_rows": "2", "max_queue": "2", "max_tokens": str(LONG)}

@@ -11,7 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+<<<<<<< HEAD
 from trio_deploy import Bundle, Pipeline, Request, RuntimeOptions, export_model
+=======
+from tests.support.bundles import Bundles
+from trio_deploy import Bundle, Pipeline, Request
+from trio_deploy.config.options import RuntimeOptions
+>>>>>>> 44d0cdc (Tests: each bundle and checkpoint is made once for the whole run, workers share them)
 from trio_deploy.evaluation import scenes
 from trio_deploy.pipeline.prompt import collate
 from trio_deploy.runtimes.registry import open_engine
@@ -26,9 +32,11 @@ onnx = pytest.importorskip("onnx")
 
 
 @pytest.fixture(scope="module", params=["ort", "primitive"])
-def served(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
+def served(
+    request, tmp_path_factory: pytest.TempPathFactory, bundles: Bundles
+) -> tuple[Bundle, Path]:
     folder = tmp_path_factory.mktemp(request.param)
-    bundle = export_model("tiny", folder / "bundle", budget=0.111, dialect=request.param)
+    bundle = Bundle.load(bundles.path("tiny", budget=0.111, dialect=request.param))
     write_repository(
         bundle,
         folder / "models",
