@@ -7,12 +7,8 @@ from pathlib import Path
 
 import pytest
 
-<<<<<<< HEAD
-from trio_deploy import Bundle, RuntimeOptions, TrioError, export_model
-=======
 from tests.support.bundles import Bundles
-from trio_deploy import Bundle, TrioError, export_model
->>>>>>> 44d0cdc (Tests: each bundle and checkpoint is made once for the whole run, workers share them)
+from trio_deploy import Bundle, RuntimeOptions, TrioError, export_model
 from trio_deploy.cli.main import main
 from trio_deploy.config.target import Limits
 from trio_deploy.runtimes.tensorrt.profiles import Bounds, Profile

@@ -11,13 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-<<<<<<< HEAD
-from trio_deploy import Bundle, Pipeline, Request, RuntimeOptions, export_model
-=======
 from tests.support.bundles import Bundles
-from trio_deploy import Bundle, Pipeline, Request
-from trio_deploy.config.options import RuntimeOptions
->>>>>>> 44d0cdc (Tests: each bundle and checkpoint is made once for the whole run, workers share them)
+from trio_deploy import Bundle, Pipeline, Request, RuntimeOptions
 from trio_deploy.evaluation import scenes
 from trio_deploy.pipeline.prompt import collate
 from trio_deploy.runtimes.registry import open_engine
