@@ -69,7 +69,7 @@ def _tiles(parts: Mapping[str, Any]) -> list[dict[str, str]]:
     schedule, arithmetic = parts["schedule"], parts["arithmetic"]
     tiles = [
         _tile(
-            "Visual tokens a layer",
+            "Visual tokens per layer",
             f"{100 * schedule['share']:.1f} %",
             f"{schedule['average']:.1f} of {schedule['visual']} on average",
         ),

@@ -1,7 +1,7 @@
-"""Is a bundle right? Stage by stage and end to end against the oracle, or its recorded answers.
+"""Compare a bundle with the oracle, or its recorded tensors, stage by stage and end to end.
 
-torch and transformers are imported where the oracle is asked, not with this module: a recorded
-reference is compared on devices that have neither.
+torch and transformers are imported only to run the oracle: a recorded reference can be compared on
+devices that have neither.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from trio_deploy.verify.golden import Reference, load, store
 __all__ = ["Example", "ParityRow", "Report", "check", "format_report", "record"]
 
 NEW_TOKENS = 12
-"""Tokens that are generated and compared a row."""
+"""Number of tokens that are generated and compared per request."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Report:
 
     Attributes:
         title: what was compared with what.
-        rows: one a stage, then one a generated answer.
+        rows: one per stage, then one per generated answer.
     """
 
     title: str
@@ -77,8 +77,8 @@ def check(
     Args:
         options: how the bundle is run.
         golden: compare with what `record` stored, which needs no torch.
-        checkpoint: take the oracle's weights, and transformers' own processor, from this
-            checkpoint folder; None takes the weights in the bundle.
+        checkpoint: folder with the oracle's weights and transformers' own processor; None: the
+            weights in the bundle.
         examples: questions to ask; None: `default_examples`.
         keywords: fields of `RuntimeOptions`, which replace those of `options`.
 
@@ -229,7 +229,7 @@ def _compare_engines(pipeline: Pipeline, tolerance: Tolerance) -> list[ParityRow
 
 
 def _place(stage: str, order: list[str]) -> tuple[int, int]:
-    """Where a row stands: inputs first, stages as they run, then the decoding steps."""
+    """Sort key of a row: inputs first, stages in the order they run, then decoding steps."""
     name = stage.removesuffix(" (decode)")
     if name not in order:
         return (0, 0)
@@ -242,7 +242,7 @@ def _ask_oracle(
     examples: Sequence[Example],
     checkpoint: str | Path | None,
 ) -> Reference:
-    """Run the oracle on what the runtime makes of the examples."""
+    """Run the oracle on the examples as the runtime encodes them."""
     if checkpoint is not None:  # before transformers takes a wrong path for a name on the hub
         from_folder(Path(checkpoint))
     try:
@@ -290,7 +290,7 @@ def _encoded(pipeline: Pipeline, examples: Sequence[Example]) -> list[tuple[Prom
 def _compare_inputs(
     pipeline: Pipeline, reference: Reference, checkpoint: str | Path | None
 ) -> list[ParityRow]:
-    """The runtime's batch against transformers' packing, and its prompts against the processor."""
+    """Compare the batch with transformers' packing, and prompts with its processor."""
     encoded = _encoded(pipeline, reference.examples)
     batch = collate([prompt for prompt, _ in encoded], [pictures for _, pictures in encoded])
     expected = reference.stages["embed"].inputs
@@ -311,7 +311,7 @@ def _compare_processor(
     encoded: Sequence[tuple[Prompt, list[Layout]]],
     checkpoint: str | Path,
 ) -> list[ParityRow]:
-    """Prompts and pixels against those of transformers' processor."""
+    """Compare prompts and pixels with those of transformers' processor."""
     import transformers
 
     processor = transformers.AutoProcessor.from_pretrained(checkpoint, backend="pil")
@@ -350,7 +350,7 @@ def _compare_processor(
 def _compare_answers(
     pipeline: Pipeline, reference: Reference, tolerance: Tolerance
 ) -> list[ParityRow]:
-    """Greedy answers of the whole pipeline, as one batch and the first row alone."""
+    """Compare greedy answers of the whole pipeline: one batch, and the first request alone."""
     requests = [
         Request(e.prompt, e.pictures, max_new_tokens=NEW_TOKENS) for e in reference.examples
     ]

@@ -1,8 +1,8 @@
 """Engines against ONNX Runtime on the same inputs, run and compared by NVIDIA's Polygraphy.
 
-The oracle's inputs are a few prompts; here every engine is run at the least, the typical and the
-largest shapes of each of its profiles, which it was tuned for one by one, and a selection with
-tokens that suppress each other there.
+The oracle's inputs are a few prompts; here every engine runs at the minimum, typical and maximum
+shapes of each of its profiles, which it was tuned for one by one, and a selection with tokens that
+suppress each other.
 """
 
 from __future__ import annotations

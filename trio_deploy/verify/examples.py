@@ -1,4 +1,4 @@
-"""What a check asks: pictures that are no squares, prompts of different lengths in a batch."""
+"""Requests of a check: pictures that are not square, prompts of different lengths."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def default_examples() -> list[Example]:
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    """A gradient with noise and shapes on it, RGB: no two patches alike, some nearly so."""
+    """An RGB gradient with noise and shapes: no two patches are equal, some nearly are."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     pixels = np.stack([x * 255 / width, y * 255 / height, 128 + 0 * x], axis=-1)

@@ -1,4 +1,4 @@
-"""The reference's answers kept in the bundle, so that a device without torch can be checked.
+"""The reference's tensors and answers in the bundle, for checks on devices without torch.
 
 One file without pickles, `golden/reference.npz`: the pictures, every stage's inputs and outputs
 (equal arrays once), and a JSON text with prompts, tokens and where each array belongs.
@@ -31,12 +31,12 @@ _INDEX = "index"
 
 @dataclass(frozen=True)
 class Reference:
-    """What the oracle says about a batch.
+    """The oracle's tensors and answers for a batch.
 
     Attributes:
-        examples: the batch.
-        stages: every stage's tensors.
-        tokens: greedy tokens of each row, an end token included.
+        examples: the requests of the batch.
+        stages: tensors by stage.
+        tokens: greedy tokens per request, an end token included.
     """
 
     examples: list[Example]
@@ -83,7 +83,7 @@ def store(bundle: Bundle, reference: Reference) -> Bundle:
 
 
 def load(bundle: Bundle) -> Reference:
-    """What `store` wrote.
+    """Read what `store` wrote.
 
     Raises:
         TrioError: nothing was recorded, or the file is damaged.

@@ -1,8 +1,8 @@
-"""What engines are fed when they are compared: values that take every path through their graphs.
+"""Inputs for comparing engines: values that take every path through their graphs.
 
 Independent random hidden states have cosines near zero: no token suppresses another, and the loops
-of a selection have nothing to do. Here visual tokens come in groups of near-copies, and rows differ
-in what they ask for (`ROWS`).
+of a selection end at once. Here visual tokens come in groups of near-copies, and rows differ in
+what they keep (`ROWS`).
 
 B rows, S tokens, W width after pruning, d hidden size.
 """
@@ -24,7 +24,7 @@ from trio_deploy.schedule.methods import SEEDS
 ROWS = ("fill", "cut", "padded", "whole")
 """Rows of a selection: more is kept than survives the suppression, so that it fills up; less, so
 that it ends early; a padded row that fills up; a row that keeps all it has, however much it may."""
-_TRIVIAL = 8  # tokens, below which one row is like another
+_TRIVIAL = 8  # tokens, below which all kinds of rows are alike
 _CHAIN = 6  # tokens in which each suppresses the next and not the one behind it
 _STEP = 1.4  # from one token of a group to the next: its norm, by which its gradient falls
 _JITTER = 0.01  # radians between tokens at one place of a chain
@@ -49,7 +49,7 @@ class Row:
 
     @property
     def kept(self) -> int:
-        """Tokens behind the pruning point."""
+        """Tokens after the pruning point."""
         seen = int(self.visual.sum())
         return self.length - seen + min(self.keep, seen)
 
