@@ -38,14 +38,14 @@ from trio_deploy.schedule.schedule import Schedule
 
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded bundle. Everything that a runtime without torch needs is reached from here."""
+    """A loaded bundle: its folder, manifest, graphs and small files."""
 
     path: Path
     manifest: Manifest
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], verify: bool = False) -> Bundle:
-        """Reads the manifest and checks the folder against it.
+        """Read the manifest and check the folder against it.
 
         Args:
             verify: also compare checksums, which reads every byte; weights without a recorded
@@ -75,7 +75,7 @@ class Bundle:
         return bundle
 
     def check(self, verify: bool = False) -> None:
-        """Compares the folder with the manifest; see `load` for what it raises."""
+        """Compare the folder with the manifest; raises as `load` does."""
         paths = {name: safe_path(self.path, name) for name in self.manifest.files}
         planned = self.manifest.weights == "planned"
         for name, info in self.manifest.files.items():
@@ -120,7 +120,7 @@ class Bundle:
                     )
 
     def record_checksums(self) -> Bundle:
-        """Records checksums of weights that have none yet (linked ones), so `verify` covers them.
+        """Record checksums of weights that have none yet (linked ones), so `verify` covers them.
 
         Returns:
             The bundle with the new manifest, which has also been written.
@@ -154,12 +154,12 @@ class Bundle:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The pruning points the graphs were cut at, with the budget they default to."""
+        """The pruning points of the graphs, with their default budget."""
         return Schedule.from_json(self.manifest.schedule)
 
     @cached_property
     def budgets(self) -> dict[float, Schedule]:
-        """The recipe's schedules that these graphs can run, by their budgets."""
+        """The recipe's schedules that these graphs can run, by budget."""
         return {
             float(budget): self.schedule.with_keeps(keeps)
             for budget, keeps in self.manifest.budgets.items()

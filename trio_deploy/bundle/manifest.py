@@ -274,7 +274,8 @@ def schema_of(raw: Any) -> int:
     return schema
 
 
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+#: Bytes per element of the types that weights may have.
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def _check_place(name: str, place: TensorPlace, files: dict[str, FileInfo]) -> None:
@@ -283,11 +284,11 @@ def _check_place(name: str, place: TensorPlace, files: dict[str, FileInfo]) -> N
             f"the tensor {name} is in {place.file}, which is not among its files: export the "
             "bundle again"
         )
-    if place.dtype not in _ITEM_BYTES:
+    if place.dtype not in ITEM_BYTES:
         raise TrioError(
             f"the tensor {name} has the unknown type {place.dtype!r}: upgrade trio-deploy"
         )
-    count = _ITEM_BYTES[place.dtype]
+    count = ITEM_BYTES[place.dtype]
     for size in place.shape:
         count *= size
     if min(place.shape, default=0) < 0 or place.nbytes != count:

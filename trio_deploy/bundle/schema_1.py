@@ -12,7 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trio_deploy.bundle.manifest import SCHEMA, Kind, Manifest, StageInfo, TensorInfo, TensorPlace
+import msgspec
+
+from trio_deploy.bundle.manifest import (
+    ITEM_BYTES,
+    SCHEMA,
+    Kind,
+    Manifest,
+    StageInfo,
+    TensorInfo,
+    TensorPlace,
+)
 from trio_deploy.bundle.roles import tensor_info
 from trio_deploy.errors import TrioError
 from trio_deploy.files import safe_path
@@ -20,7 +30,6 @@ from trio_deploy.files import safe_path
 _GRAPH, _INITIALIZER = 7, 5
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL = 1, 2, 8, 13
 _DTYPES = {1: "float32", 10: "float16", 16: "bfloat16"}
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def upgrade(raw: dict[str, Any], folder: Path) -> Manifest:
@@ -71,8 +80,6 @@ def external_tensors(graph: Path) -> dict[str, TensorPlace]:
 
 
 def _plain(struct: StageInfo | TensorPlace) -> dict[str, Any]:
-    import msgspec
-
     return dict(msgspec.to_builtins(struct))
 
 
@@ -130,7 +137,7 @@ def _external(tensor: memoryview) -> dict[str, TensorPlace]:
     if not entries or kind not in _DTYPES:
         return {}
     dtype = _DTYPES[kind]
-    nbytes = math.prod(shape) * _ITEM_BYTES[dtype]
+    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     offset = int(entries.get("offset", "0"))
     return {name: TensorPlace(entries["location"], offset, nbytes, tuple(shape), dtype)}
 

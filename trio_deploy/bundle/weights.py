@@ -1,4 +1,4 @@
-"""A bundle's weights: where each tensor lies in `weights/`, and how the bytes get there.
+"""Layout of a bundle's weight files, and how they are written.
 
 Two layouts exist. *Kept*: the checkpoint's own .safetensors files, whole, copied or hard-linked.
 *Planned*: files of our own, whose offsets follow from names, shapes and dtype alone, so that graphs
@@ -29,7 +29,7 @@ from trio_deploy.checkpoint.safetensors import TensorEntry
 from trio_deploy.errors import TrioError
 
 Progress = Callable[[int], object]
-"""Called with a number of bytes that have been dealt with since the last call."""
+"""Called with the number of bytes processed since the last call."""
 
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DTYPES = {code: name for name, code in SAFETENSORS.items()}
@@ -40,7 +40,7 @@ _ALIGN = 64
 
 @dataclass(frozen=True)
 class Shard:
-    """One planned file: its header's bytes and its tensors in the order they follow it."""
+    """One planned file: its header's bytes and its tensors in the order of their data."""
 
     file: str
     header: bytes
@@ -64,7 +64,7 @@ class Layout:
 def plan_layout(
     shapes: Mapping[str, tuple[int, ...]], dtype: str, shard_bytes: int = _SHARD
 ) -> Layout:
-    """Lays tensors out in safetensors files, deterministically.
+    """Lay tensors out in safetensors files, deterministically.
 
     Args:
         shapes: canonical name → shape; the order is kept.
@@ -113,7 +113,7 @@ def write_layout(
     sources: Mapping[str, TensorEntry],
     progress: Progress = lambda count: None,
 ) -> None:
-    """Fills a planned layout from a checkpoint, tensor by tensor, converting where dtypes differ.
+    """Write a planned layout from a checkpoint, converting tensors whose dtypes differ.
 
     Memory stays at a few chunks of 16 MiB whatever the tensors' sizes.
 
@@ -177,7 +177,7 @@ def kept_places(sources: Mapping[str, TensorEntry]) -> dict[str, TensorPlace]:
 
 @dataclass(frozen=True)
 class Kept:
-    """What `keep_files` did: how many files it hard-linked, and the bytes it wrote itself."""
+    """Result of `keep_files`: number of files hard-linked, and bytes written."""
 
     linked: int
     written: int
@@ -189,7 +189,7 @@ def keep_files(
     link: bool,
     progress: Progress = lambda count: None,
 ) -> Kept:
-    """Puts whole checkpoint files into `weights/`: hard links, reflinks, or copies, hashed.
+    """Put whole checkpoint files into `weights/`: as hard links, reflinks or copies.
 
     A linked file gets a checksum only where its name in the Hugging Face cache is one.
 
@@ -217,7 +217,7 @@ def keep_files(
 
 
 def link_file(source: Path, target: Path) -> bool:
-    """Makes a hard link to what `source` is in the end; False where the file system does not."""
+    """Hard-link a file, links resolved; False if the file system refuses."""
     refusals = (
         errno.EPERM,
         errno.EXDEV,
@@ -239,7 +239,7 @@ def link_file(source: Path, target: Path) -> bool:
 def place_file(
     source: Path, target: Path, link: bool, progress: Progress = lambda count: None
 ) -> None:
-    """Puts a file at `target`: by a hard link if wanted, else by sharing blocks, else by copying.
+    """Put a file at `target`: by a hard link if asked for, else by a reflink, else by a copy.
 
     Where the file system has no hard links, or `target` is on another one, it is copied.
     """

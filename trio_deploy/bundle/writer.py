@@ -1,4 +1,4 @@
-"""An atomic writer of bundles: the folder stands whole, or not at all."""
+"""An atomic writer of bundles: the folder appears complete, or not at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trio_deploy.files import exchange, exists, format_bytes, fsync, is_empty_fo
 
 @dataclass
 class BundleWriter:
-    """Writes a bundle into a temporary folder beside the target and moves it there when whole.
+    """Writes a bundle into a temporary folder beside the target and moves it there when complete.
 
     Used as a context manager: leaving it normally moves the folder, leaving it by any exception
     (an interrupt included) removes what was written and keeps what stood at the target. A run that
@@ -107,7 +107,7 @@ class BundleWriter:
             raise self._too_full() from error
 
     def require_space(self, left: int) -> None:
-        """Checks that `left` more bytes can be written.
+        """Check that `left` more bytes can be written.
 
         Raises:
             TrioError: they cannot; says how many bytes the whole bundle needs and how many were

@@ -35,12 +35,14 @@ class GenerationInfo(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Assets:
+    """Small files by name in the bundle, and token ids."""
+
     files: dict[str, bytes]
     generation: GenerationInfo
 
 
 def planned_assets(found: Source, config: ModelConfig) -> Assets:
-    """Without a checkpoint: the recipe's preprocessing, and ids from the configuration."""
+    """Small files of a bundle without weights: the recipe's preprocessing and template."""
     files: dict[str, bytes] = {}
     raw: Mapping[str, Any] | None = None
     if found.recipe is not None:
@@ -63,7 +65,7 @@ def checkpoint_assets(
     preprocessing: Mapping[str, Any] | None,
     chat_template: str | None,
 ) -> Assets:
-    """Everything of a checkpoint folder but graphs and weights, in the bundle's own form.
+    """Read all of a checkpoint folder but its weights, in the bundle's own form.
 
     Args:
         preprocessing, chat_template: a recipe's or an earlier bundle's, for a folder without.
@@ -96,7 +98,7 @@ def _json_bytes(value: Any) -> bytes:
 
 
 def _chat_template(folder: Path) -> str | None:
-    """The template from wherever a transformers release put it, newest place first."""
+    """The chat template from any of the places of transformers' releases, newest first."""
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")

@@ -38,7 +38,7 @@ def attach_weights(
     *,
     progress: bool = True,
 ) -> Bundle:
-    """Completes a bundle that was exported with --graphs-only; it changes wholly or not at all.
+    """Add weights to a bundle that was exported with --graphs-only, completely or not at all.
 
     Args:
         bundle: the bundle or its folder.
@@ -100,7 +100,7 @@ def attach_weights(
 
 
 def _first_config_difference(planned: Any, given: Any, prefix: str = "") -> str | None:
-    """The first field in which two configurations ask for other graphs, in words."""
+    """Describe the first field in which two configurations need different graphs."""
     for item in fields(planned):
         ours, theirs = getattr(planned, item.name), getattr(given, item.name)
         if ours == theirs or item.name in OUTSIDE_GRAPHS:
@@ -122,7 +122,7 @@ def _check_layout_matches(bundle: Bundle, places: Mapping[str, TensorPlace]) -> 
 
 
 def _copy_other_files(old: Bundle, writer: BundleWriter, skip: set[str]) -> None:
-    """Puts the old bundle's files, built engines and recorded outputs among them, into the new."""
+    """Copy the old bundle's other files, such as built engines and recorded outputs."""
     for source in sorted(old.path.rglob("*")):
         relative = source.relative_to(old.path).as_posix()
         if not source.is_file() or relative in skip or relative.startswith(WEIGHTS + "/"):
