@@ -49,16 +49,16 @@ class Recipe:
     """What export needs to know about a model, apart from its weights.
 
     Attributes:
-        name: the file's name without its ending.
-        file: where the recipe stands.
-        hub_id: of the checkpoint on the Hugging Face hub, where it is there.
-        checkpoint: a local checkpoint folder, where the recipe names one.
-        architecture: a config.json with every size written out; empty where the recipe leaves it
-            to its checkpoint, as `preprocessing` may be.
-        schedules: budget, as the recipe writes it ("0.111"), or a name → schedule.
-        probe: `last` or `shifted`, which positions the proxy loss looks at.
-        positions: `renumber` or `original`, position ids after pruning.
-        threshold: cosine similarity from which a kept token suppresses another.
+        name: name of the file without its ending.
+        file: path of the recipe.
+        hub_id: id of the checkpoint on the Hugging Face hub; None if it is not there.
+        checkpoint: local checkpoint folder; None if the recipe names none.
+        architecture: a config.json with every size written out; empty if the recipe leaves it to
+            its checkpoint, as it may leave `preprocessing`.
+        schedules: budget, as written in the recipe ("0.111"), or a name → schedule.
+        probe: positions of the proxy loss, `last` or `shifted`.
+        positions: position ids after pruning, `renumber` or `original`.
+        threshold: cosine similarity at which a kept token suppresses another.
         preprocessing: a preprocessor_config.json.
         chat_template: Jinja, for checkpoints that come without one.
     """

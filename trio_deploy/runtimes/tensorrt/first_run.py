@@ -1,4 +1,4 @@
-"""The first run of an engine: it loads, has room for its largest shapes, gives finite numbers."""
+"""The first run of an engine: it must load, fit its largest shapes and give finite numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trio_deploy.runtimes.tensorrt.profiles import Profile
 from trio_deploy.runtimes.tensorrt.runtime import TrtRuntime
 
 CORNERS = ("min", "opt", "max")
-"""The shapes that a profile names: least, typical and largest."""
+"""The shapes of a profile: smallest, typical and largest."""
 _FIRST_RUNS = {"opt": "typical", "max": "largest"}
 
 
@@ -51,7 +51,7 @@ def run_once(bundle: Bundle, tensorrt: TensorRT, folder: Path, stage: str) -> No
 def example_feeds(
     stage: StageInfo, inputs: Mapping[str, TensorSpec], profile: Profile, corner: str = "opt"
 ) -> dict[str, np.ndarray]:
-    """Inputs of a profile's shapes with values that suit the stage.
+    """Inputs in a profile's shapes, with values that suit the stage.
 
     Floats are small random numbers; a row of a selection starts and ends with text, drops one token
     at least and keeps as many as its width has room for; a row of a segment is full.

@@ -1,4 +1,4 @@
-"""Which GPU this is: also what tells Jetsons apart that CUDA calls by one name, and its drivers."""
+"""Identify the GPU: its drivers, and the kind of Jetson, which CUDA's name does not tell."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ JETSON_LINUX = Path("/etc/nv_tegra_release")
 
 
 def this_gpu(device: Device) -> Gpu:
-    """The GPU of a device, as `record.json` has it."""
+    """The GPU of a device, as in `record.json`."""
     _, total = device.memory()
     return Gpu(
         name=device.name,

@@ -1,8 +1,8 @@
 """Optimisation profiles: which shapes an engine is built for, from the schedule and the limits.
 
-A profile admits what requests within a target's limits can bring about and no more: behind a
-pruning point there are at most as many tokens as the largest allowed budget keeps, a KV cache holds
-what its segment sees and what may be generated. What lies beyond is refused when it is asked for.
+A profile covers exactly the shapes reachable within the target's limits: after a pruning point
+there are at most as many tokens as the largest allowed budget keeps, and a KV cache has room for
+its segment's tokens and the generated ones. Larger requests are rejected.
 
 B rows, S tokens, T tiles, R image rows of a batch, C capacity of a KV cache, W width after pruning.
 """
@@ -217,9 +217,9 @@ def cache_bytes(
 
     Args:
         budgets: the recipe's schedules at the same pruning points.
-        buffers: 1 where a cache is updated in place, with the one capacity that the largest budget
-            asks for; 2 where steps go from one to another, as large as `schedule` asks for.
-        item: bytes of an entry.
+        buffers: 1 if a cache is updated in place, with the one capacity that the largest budget
+            needs; 2 if each step writes the other buffer, as large as `schedule` needs.
+        item: bytes per entry.
 
     Raises:
         TrioError: the limits do not fit the model.
@@ -248,10 +248,10 @@ def buffer_bytes(
     buffers: int,
     item: int,
 ) -> int:
-    """Bytes that the runtime keeps for buffers at most, unless a request took more.
+    """Maximum bytes of buffers that the runtime keeps, unless a request needed more.
 
-    KV caches, and inputs and outputs of the stage that has most, in blocks that may be larger than
-    what they are used for (`SLACK`). Arguments as of `cache_bytes`.
+    KV caches, and inputs and outputs of the stage with the largest ones, in blocks that may be
+    larger than needed (`SLACK`). Arguments as for `cache_bytes`.
     """
     text, sizes = config.text, Sizes.of(config, schedule, limits, budgets)
     largest = request_limits(config)

@@ -1,4 +1,4 @@
-"""record.json: what a folder of engines holds, and on which GPU and TensorRT it was built."""
+"""record.json: the engines of a folder, and the GPU and TensorRT they were built on."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ class Gpu:
     l4t: str = ""
 
     def same_kind(self, other: Gpu) -> bool:
-        """Whether an engine may move between them; what one of them does not say is no matter."""
+        """Whether an engine may move between two GPUs; facts that one of them lacks are ignored."""
         return self._same_module(other) and (
             None in (self.multiprocessors, other.multiprocessors)
             or self.multiprocessors == other.multiprocessors
         )
 
     def slowed_down(self, other: Gpu) -> bool:
-        """Whether they are one kind of Jetson with more or fewer multiprocessors switched on."""
+        """Whether two GPUs are one kind of Jetson with different active multiprocessors."""
         return bool(self.model and other.model) and (
             self._same_module(other) and not self.same_kind(other)
         )
 
     def to_text(self) -> str:
-        """For messages: its name, and what tells it from others of that name."""
+        """Name for messages, with what distinguishes it from other GPUs of that name."""
         about = [f"compute capability {self.compute_capability}"]
         if self.multiprocessors is not None:
             about.append(f"{self.multiprocessors} multiprocessors")
@@ -107,7 +107,7 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """What record.json says; `stages` grows as engines are built."""
+    """Content of record.json; `stages` grows as engines are built."""
 
     target: str
     tensorrt: str
@@ -153,27 +153,27 @@ class Record:
             raise TrioError(f"{file} is damaged ({error}): run `trio build` again") from error
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as record.json has them."""
+        """JSON values, as in record.json."""
         raw = asdict(self)
         for name, stage in self.stages.items():
             raw["stages"][name]["profiles"] = [profile.to_json() for profile in stage.profiles]
         return raw
 
     def save(self, folder: Path) -> None:
-        """Write record.json, wholly or not at all."""
+        """Write record.json atomically."""
         content = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
         write_atomically(folder / RECORD, content.encode())
 
     def with_stage(self, name: str, stage: StageRecord) -> Record:
-        """The record with one more engine."""
+        """A copy with one more engine."""
         return replace(self, stages={**self.stages, name: stage})
 
     def with_verified(self, name: str) -> Record:
-        """The record with an engine that has had its first run."""
+        """A copy in which an engine has had its first run."""
         return self.with_stage(name, replace(self.stages[name], verified=True))
 
     def without_stage(self, name: str) -> Record:
-        """The record without an engine."""
+        """A copy without an engine."""
         return replace(self, stages={n: entry for n, entry in self.stages.items() if n != name})
 
     def require_same(self, gpu: Gpu, tensorrt: str) -> None:
@@ -241,7 +241,7 @@ class Record:
 
 
 def _module(model: str) -> str:
-    """A Jetson's module, from what its device tree calls the board that it is mounted on."""
+    """The module of a Jetson, from the name of its board in the device tree."""
     words = model.lower().replace("-", " ").split()
     return " ".join(word for word in words if word not in _NOT_THE_MODULE)
 
@@ -261,7 +261,7 @@ def _stage(raw: dict[str, Any]) -> StageRecord:
 
 
 def _file_name(name: Any) -> str:
-    """A file of the folder itself: a record must not lead out of it."""
+    """The path of a file directly in the folder; a record must not name others."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
         raise ValueError(f"{name!r} is not the name of a file")
     return name
