@@ -25,7 +25,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from tests.conftest import make_picture
+from tests.support.pictures import make_picture
 from trio_deploy import Pipeline, Request, export_model
 from trio_deploy.graphs.dialects.primitive import PrimitiveDialect
 from trio_deploy.graphs.dialects.table import DIALECTS
