@@ -503,7 +503,7 @@ def _decode_bytes(bundle: Any) -> int:
         table = 2 * text.vocab_size * text.hidden_size  # of float16
         table *= not text.tie_word_embeddings  # the head's own weights, then
         return int(weight_bytes(bundle, "decode") - table)
-    segments = [stage for stage in bundle.stages if stage.startswith("prefill_")]
+    segments = [stage.name for stage in bundle.of_kind("prefill")]
     return sum(weight_bytes(bundle, stage) for stage in segments)
 
 
