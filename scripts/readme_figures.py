@@ -41,7 +41,7 @@ def picture(pipeline: Pipeline, question: str, budget: float) -> str:
 
 
 def accuracy(folder: Path, budgets: tuple[float, ...]) -> str:
-    """Right answers of the tiny model to the questions of examples/README.md, one column per budget.
+    """Right answers of the tiny model to the questions of examples/README.md, per budget.
 
     A bundle is exported for each budget, in `folder`.
     """
