@@ -16,7 +16,7 @@ import pytest
 from scripts import gpu_check
 from scripts.gpu import parts
 from scripts.gpu.report import judge
-from tests.support.fakes.tensorrt import install
+from tests.support.fakes.tensorrt.install import install
 
 ROOT = Path(__file__).parents[2]
 SIZE = "d=64,layers=4,vocab=300,image=56,vision_d=32,vision_layers=2,context=512"

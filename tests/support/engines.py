@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support.fakes.tensorrt import Simulation
+from tests.support.fakes.tensorrt.install import Simulation
 from trio_deploy import Bundle, export_model
 from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.bindings import load

@@ -22,7 +22,7 @@ import pytest
 sys.path[0] = str(Path(__file__).parents[2])
 
 from scripts.gpu import parts  # noqa: E402
-from tests.support.fakes.tensorrt import install  # noqa: E402
+from tests.support.fakes.tensorrt.install import install  # noqa: E402
 
 parts.COPIED = 1 << 20  # numpy copies what a GPU would
 wanted = json.loads(os.environ["SIMULATED"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.engines import KINDS, build, export_for, make_target
-from tests.support.fakes.tensorrt import Simulation, install
+from tests.support.fakes.tensorrt.install import Simulation, install
 from trio_deploy import Bundle, RuntimeOptions, TrioError, check
 from trio_deploy.cli import main as cli
 from trio_deploy.runtimes.onnxruntime import OrtRuntime

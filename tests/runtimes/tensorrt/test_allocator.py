@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.fakes.tensorrt import Cuda, install
+from tests.support.fakes.tensorrt.cuda import Cuda
+from tests.support.fakes.tensorrt.install import install
 from trio_deploy import TrioError
 from trio_deploy.runtimes.tensorrt import device as room
 from trio_deploy.runtimes.tensorrt.allocator import SLACK

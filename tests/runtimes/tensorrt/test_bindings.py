@@ -23,7 +23,7 @@ import pytest
 from onnx import TensorProto as T
 from onnx import helper
 
-from tests.support.fakes.tensorrt import Simulation, install
+from tests.support.fakes.tensorrt.install import Simulation, install
 from trio_deploy import TrioError
 from trio_deploy.runtimes.tensorrt.bindings import Bounds, TensorRT, load
 

@@ -1,7 +1,7 @@
 """Builds that are resumed, redone, refused and logged; the first run of what was built.
 
 TensorRT is a stand-in here: one that makes bytes for the builder's own logic, and the simulated one
-(`tests/support/fakes/tensorrt.py`) for the whole of `trio build`.
+(`tests/support/fakes/tensorrt/`) for the whole of `trio build`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 from msgspec import structs
 
 from tests.support.engines import export_for, make_target, unverified
-from tests.support.fakes.tensorrt import install
+from tests.support.fakes.tensorrt.install import install
 from tests.support.tensorrt_builds import GPU, Stub, build
 from trio_deploy import Bundle, TrioError, export_model
 from trio_deploy.bundle.manifest import StageInfo

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.fakes.tensorrt import install
+from tests.support.fakes.tensorrt.install import install
 from trio_deploy.runtimes.tensorrt import gpu
 from trio_deploy.runtimes.tensorrt.device import Device
 from trio_deploy.runtimes.tensorrt.record import Gpu

@@ -1,6 +1,6 @@
 """The TensorRT runtime on a simulated TensorRT and CUDA: what the pipeline does around engines.
 
-`tests/support/fakes/tensorrt.py` acts TensorRT out with ONNX Runtime. That the real one builds and
+`tests/support/fakes/tensorrt/` acts TensorRT out with ONNX Runtime. That the real one builds and
 runs these engines is for `tests/gpu` to show, on a GPU.
 """
 
@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 
 from tests.support.engines import KINDS, build, export_for, make_target
-from tests.support.fakes.tensorrt import Driver, Simulation, install
+from tests.support.fakes.tensorrt.cuda import Driver
+from tests.support.fakes.tensorrt.install import Simulation, install
 from tests.support.pictures import make_picture
 from tests.support.waiting import WAIT_S
 from trio_deploy import Bundle, Pipeline, Request, RuntimeOptions, TrioError

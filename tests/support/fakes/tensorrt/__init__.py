@@ -1,0 +1,1 @@
+"""TensorRT, CUDA and the driver, simulated on a CPU."""

@@ -1,0 +1,118 @@
+"""TensorRT and CUDA simulated on a CPU, to test what runs around them. No proof of TensorRT itself.
+
+What is true of the real ones and enforced here, beyond what `cuda.py` says:
+
+* Scratch memory is overwritten by every run.
+* While a stream is recorded a context's first run with a new shape is an error.
+* Shapes must lie within the profile; every tensor needs an address, empty ones too; outputs that
+  are inputs in place must have their address, all others must not overlap an input; inputs whose
+  values make shapes are read from the host when shapes are inferred.
+* An input that no node reads is none of the engine's.
+* Each version has the names that its bindings have (`tests/runtimes/tensorrt/tensorrt_api.json`)
+  and the types: before TensorRT 10 int64 is int32.
+
+Engines compute with ONNX Runtime on the graph that they were "built" from.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+
+from tests.support.fakes.tensorrt.build import (
+    Builder,
+    IBuilderConfig,
+    ILogger,
+    IOptimizationProfile,
+    IProgressMonitor,
+    ITimingCache,
+)
+from tests.support.fakes.tensorrt.cuda import Cuda, Driver
+from tests.support.fakes.tensorrt.engine import ICudaEngine, IExecutionContext, Runtime
+from tests.support.fakes.tensorrt.network import (
+    ILayer,
+    INetworkDefinition,
+    ITensor,
+    OnnxParser,
+    ParserError,
+)
+from tests.support.fakes.tensorrt.versions import Simulated, add_enumerations
+from trio_deploy.runtimes.tensorrt import device
+
+#: Classes that a program constructs.
+_CONSTRUCTED = (ILogger, Builder, OnnxParser, Runtime)
+#: Classes whose objects a program gets without constructing them.
+_MET = (
+    INetworkDefinition,
+    IBuilderConfig,
+    IOptimizationProfile,
+    ICudaEngine,
+    IExecutionContext,
+    ParserError,
+    ITimingCache,
+    ITensor,
+    ILayer,
+)
+
+
+class Simulation:
+    """What `install` put in place.
+
+    Attributes:
+        tensorrt, cuda: the modules.
+    """
+
+    def __init__(self, tensorrt: Any, cuda: Cuda) -> None:
+        self.tensorrt, self.cuda = tensorrt, cuda
+
+
+def make(version: str, cuda: Cuda) -> types.ModuleType:
+    """Make a module `tensorrt` of a version.
+
+    Beside TensorRT's names it has:
+        spoiled: graph name → output that its engine gets wrong.
+        needs: graph name → bytes of scratch memory without which no tactic takes one of its nodes.
+        says: (severity, message) that every build logs before anything else.
+        last: network and configuration of the last build.
+        met: classes whose objects a program gets without constructing them.
+    """
+    trt: Any = types.ModuleType("tensorrt")
+    trt.__version__ = version
+    trt.spoiled, trt.needs, trt.says = {}, {}, []
+    simulated = Simulated(version, trt, cuda)
+    add_enumerations(trt, simulated.release)
+    constructed = _CONSTRUCTED if simulated.old else (*_CONSTRUCTED, IProgressMonitor)
+    simulated.classes = {kind.__name__: simulated.bind(kind) for kind in (*constructed, *_MET)}
+    for kind in constructed:
+        setattr(trt, kind.__name__, simulated.classes[kind.__name__])
+    trt.met = tuple(simulated.classes[kind.__name__] for kind in _MET)
+    return trt
+
+
+def install(
+    monkeypatch: pytest.MonkeyPatch,
+    version: str = "10.3.0",
+    *,
+    gpu: str = "NVIDIA H200",
+    capability: tuple[int, int] = (9, 0),
+    memory: int = 2 << 30,
+    multiprocessors: int = 132,
+    old_cuda_python: bool = False,
+) -> Simulation:
+    """Let `import tensorrt` and cuda-python find the simulated ones for the time of a test."""
+    cuda = Cuda(name=gpu, capability=capability, total=memory, multiprocessors=multiprocessors)
+    tensorrt = make(version, cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
+    package, bindings = types.ModuleType("cuda"), types.ModuleType("cuda.bindings")
+    package.__path__, bindings.__path__ = [], []
+    monkeypatch.setitem(sys.modules, "cuda", package)
+    if old_cuda_python:
+        monkeypatch.setitem(sys.modules, "cuda.cudart", cuda)
+    else:
+        monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+    monkeypatch.setattr(device, "load_driver", Driver)
+    return Simulation(tensorrt, cuda)
