@@ -34,42 +34,42 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all workers of this run share."""
     return shared_folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def bundles(shared: Path) -> Bundles:
+def bundles(run_folder: Path) -> Bundles:
     """Bundles by model and options, each exported once for the whole run; do not change them."""
-    return Bundles(shared)
+    return Bundles(run_folder)
 
 
 @pytest.fixture(scope="session")
-def llava_checkpoint(shared: Path) -> Path:
+def llava_checkpoint(run_folder: Path) -> Path:
     """LLaVA-1.5 with grouped queries (4 heads, 2 key/value heads), 16 visual tokens, fp32."""
     from tests.support.checkpoints import make_llava
 
-    return made_once(shared / "llava", make_llava)
+    return made_once(run_folder / "llava", make_llava)
 
 
 @pytest.fixture(scope="session")
-def llava_next_checkpoint(shared: Path) -> Path:
+def llava_next_checkpoint(run_folder: Path) -> Path:
     """LLaVA-NeXT, tiles of 32 pixels, up to 88 visual tokens with newlines, fp32."""
     from tests.support.checkpoints import make_llava_next
 
-    return made_once(shared / "llava_next", make_llava_next)
+    return made_once(run_folder / "llava_next", make_llava_next)
 
 
 @pytest.fixture(scope="session")
-def llava_mistral_checkpoint(shared: Path) -> Path:
+def llava_mistral_checkpoint(run_folder: Path) -> Path:
     """LLaVA-NeXT on Mistral, hub layout and old configuration style, three shards, fp32."""
     from tests.support.checkpoints import make_llava_next
 
     def make(folder: Path) -> Path:
         return make_llava_next(folder, mistral=True, layout="hub", shards=3)
 
-    return made_once(shared / "mistral", make)
+    return made_once(run_folder / "mistral", make)
 
 
 @pytest.fixture
