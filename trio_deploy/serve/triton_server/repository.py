@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import trio_deploy
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.bundle.manifest import MANIFEST, TensorInfo
+from trio_deploy.bundle.manifest import MANIFEST, StageInfo
 from trio_deploy.bundle.weights import Progress, place_file
 from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.config.options import RuntimeOptions
@@ -38,8 +38,15 @@ from trio_deploy.files import read_yaml, safe_path
 from trio_deploy.runtimes.registry import load_target, runtime_spec
 from trio_deploy.runtimes.tensorrt.record import RECORD as ENGINES_RECORD
 from trio_deploy.runtimes.tensorrt.record import Record
-from trio_deploy.serve.triton_server.pbtxt import Enum, format_message
-from trio_deploy.serve.triton_server.request import INPUTS, OUTPUTS
+from trio_deploy.serve.triton_server.config_files import (
+    EngineTraits,
+    complete_config,
+    engine_config,
+    ensemble_config,
+    graph_config,
+    streaming_config,
+)
+from trio_deploy.serve.triton_server.pbtxt import format_message
 from trio_deploy.serve.triton_server.settings import Settings, check_settings
 
 DEVICES = ("cpu", "gpu")
@@ -49,16 +56,6 @@ RECORD = "trio.json"
 _BUNDLE = "1/bundle"
 # The processes of models read their names and paths as ASCII.
 _NAME = re.compile(r"(?=.*[A-Za-z0-9])[A-Za-z0-9_-]+")
-_TYPES = {
-    "bool": "TYPE_BOOL",
-    "int32": "TYPE_INT32",
-    "int64": "TYPE_INT64",
-    "float16": "TYPE_FP16",
-    "float32": "TYPE_FP32",
-    "float64": "TYPE_FP64",
-    "bfloat16": "TYPE_BF16",
-    "string": "TYPE_STRING",
-}
 
 
 class RepositoryWriter(BundleWriter):
@@ -234,32 +231,18 @@ def _engines(bundle: Bundle, target: Target | None) -> tuple[Path, Record]:
     return folder, Record.load(folder)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A TensorRT engine.
-
-    Attributes:
-        profiles: number of optimisation profiles.
-        sizes: shape tensors: inputs whose values are sizes of others; Triton has to be told.
-        narrow: whether its int64 tensors became int32.
-    """
-
-    file: Path
-    profiles: int
-    sizes: frozenset[str]
-    narrow: bool
-
-
-def _plans(bundle: Bundle, target: Target | None) -> dict[str, _Plan]:
-    """Engines by stage. TensorRT before version 10 narrows int64 to int32."""
+def _plans(bundle: Bundle, target: Target | None) -> dict[str, tuple[Path, EngineTraits]]:
+    """Engines of TensorRT by stage. Before version 10 it narrows int64 to int32."""
     folder, record = _engines(bundle, target)
     narrow = int(record.tensorrt.split(".")[0]) < 10
     return {
-        stage: _Plan(
+        stage: (
             record.check_file(folder, stage),
-            len(entry.profiles),
-            frozenset(name for profile in entry.profiles for name in profile.values),
-            narrow,
+            EngineTraits(
+                len(entry.profiles),
+                frozenset(name for profile in entry.profiles for name in profile.values),
+                narrow,
+            ),
         )
         for stage, entry in record.stages.items()
     }
@@ -280,7 +263,6 @@ class _Models:
         self._bundle = bundle
         self._options = options
         self._settings = settings
-        self._kind = Enum("KIND_GPU" if options.device == "gpu" else "KIND_CPU")
 
     def add_vlm(self, files: Sequence[tuple[str, Path]]) -> None:
         """Add the streaming model, which contains the bundle."""
@@ -301,15 +283,7 @@ class _Models:
             self._writer.write(f"{name}/{self._settings['target']}", target.read_bytes())
         self._writer.write(f"{name}/1/model.py", _model_py("model"))
         self._config(
-            name,
-            {
-                "backend": "python",
-                "max_batch_size": 0,
-                **_vlm_interface(),
-                "model_transaction_policy": {"decoupled": True},
-                "instance_group": self._instances(self._options.instances),
-                "parameters": _string_parameters(self._settings),
-            },
+            name, streaming_config(self._settings, self._options.device, self._options.instances)
         )
 
     def add_complete(self) -> None:
@@ -326,139 +300,46 @@ class _Models:
         if "watch" in self._settings:
             parameters["watch"] = self._settings["watch"]
         self._writer.write(f"{name}/1/model.py", _model_py("complete"))
-        self._config(
-            name,
-            {
-                "backend": "python",
-                "max_batch_size": 0,
-                **_vlm_interface(),
-                # One small process serves any number at once: it waits for the other model.
-                "instance_group": [{"count": 1, "kind": Enum("KIND_CPU")}],
-                "parameters": _string_parameters(parameters),
-            },
-        )
+        self._config(name, complete_config(parameters))
 
-    def add_stages(self, plans: Mapping[str, _Plan] | None) -> None:
+    def add_stages(self, plans: Mapping[str, tuple[Path, EngineTraits]] | None) -> None:
         """Add each stage as a model, and vision + embed as an ensemble.
 
         Args:
             plans: TensorRT engines by stage; None: ONNX Runtime serves the graphs.
         """
-        for stage in self._bundle.stages:
+        for stage in self._bundle.manifest.stages:
             if plans is None:
                 self._add_graph(stage)
             else:
-                self._add_plan(stage, plans[stage])
-        embed = self._bundle.only("embed").name
-        self._add_ensemble(plans is not None and plans[embed].narrow)
+                self._add_plan(stage, *plans[stage.name])
+        embed = self._bundle.only("embed")
+        self._add_ensemble(embed, plans is not None and plans[embed.name][1].narrow)
 
-    def _add_graph(self, stage: str) -> None:
+    def _add_graph(self, stage: StageInfo) -> None:
         name = self._stage_name(stage)
         folder = f"{name}/1/model.onnx"
-        graph = self._bundle.graph(stage)
+        graph = self._bundle.graph(stage.name)
         self._place(graph, f"{folder}/model.onnx", self._options.link)
-        for weights in sorted({place.file for place in self._bundle.places(stage).values()}):
+        for weights in sorted({place.file for place in self._bundle.places(stage.name).values()}):
             placed = self._writer.path(f"{self._options.name}_vlm/{_BUNDLE}/{weights}")
             self._place(placed, f"{folder}/{weights}", link=True)
-        self._config(
-            name,
-            {
-                "backend": "onnxruntime",
-                **self._stage_interface(stage),
-                "instance_group": self._instances(1),
-                "model_warmup": self._stage_warm_up(stage),
-            },
-        )
+        self._config(name, graph_config(stage, self._options.device))
 
-    def _add_plan(self, stage: str, plan: _Plan) -> None:
+    def _add_plan(self, stage: StageInfo, plan: Path, traits: EngineTraits) -> None:
         name = self._stage_name(stage)
-        self._place(plan.file, f"{name}/1/model.plan", self._options.link)
-        (group,) = self._instances(1)
-        group["profile"] = [str(profile) for profile in range(plan.profiles)]
-        self._config(
-            name,
-            {
-                "platform": "tensorrt_plan",
-                **self._stage_interface(stage, plan.narrow, plan.sizes),
-                "instance_group": [group],
-            },
-        )
+        self._place(plan, f"{name}/1/model.plan", self._options.link)
+        self._config(name, engine_config(stage, traits, self._options.device))
 
-    def _add_ensemble(self, narrow: bool) -> None:
+    def _add_ensemble(self, embed: StageInfo, narrow: bool) -> None:
         """Add an ensemble from pixels and token ids to the first segment's embeddings."""
-        vision, embed = self._bundle.only("vision"), self._bundle.only("embed")
-        between = {tensor.name for tensor in vision.outputs}
-        inputs = (*vision.inputs, *(t for t in embed.inputs if t.name not in between))
-        used = {tensor.name for tensor in embed.inputs}
-        outputs = (*(t for t in vision.outputs if t.name not in used), *embed.outputs)
         name = f"{self._options.name}_embeddings"
         self._writer.write(f"{name}/1/.keep", b"")  # object stores drop empty folders
-        self._config(
-            name,
-            {
-                "platform": "ensemble",
-                "max_batch_size": 0,
-                "input": [_stage_tensor(tensor, narrow=narrow) for tensor in inputs],
-                "output": [_stage_tensor(tensor, narrow=narrow) for tensor in outputs],
-                "ensemble_scheduling": {
-                    "step": [
-                        {
-                            "model_name": self._stage_name(stage.name),
-                            "model_version": -1,
-                            "input_map": [
-                                {"key": tensor.name, "value": tensor.name}
-                                for tensor in stage.inputs
-                            ],
-                            "output_map": [
-                                {"key": tensor.name, "value": tensor.name}
-                                for tensor in stage.outputs
-                            ],
-                        }
-                        for stage in (vision, embed)
-                    ]
-                },
-            },
-        )
+        steps = [(self._stage_name(s), s) for s in (self._bundle.only("vision"), embed)]
+        self._config(name, ensemble_config(steps, narrow))
 
-    def _stage_name(self, stage: str) -> str:
-        return f"{self._options.name}_{stage}"
-
-    def _stage_interface(
-        self, stage: str, narrow: bool = False, sizes: Collection[str] = ()
-    ) -> dict[str, Any]:
-        """Tensors as in the stage contract.
-
-        max_batch_size stays 0: a stage's rows are a batch already, and Triton's own batching would
-        need a second batch axis on [B] tensors and equal lengths, which rows do not have.
-        """
-        graph = self._bundle.stages[stage]
-        return {
-            "max_batch_size": 0,
-            "input": [
-                _stage_tensor(tensor, narrow=narrow, size=tensor.name in sizes)
-                for tensor in graph.inputs
-            ],
-            "output": [_stage_tensor(tensor, narrow=narrow) for tensor in graph.outputs],
-        }
-
-    def _stage_warm_up(self, stage: str) -> list[dict[str, Any]] | None:
-        """One blank tile for vision; no input of the other stages suits every model."""
-        if self._bundle.stages[stage].kind != "vision":
-            return None
-        blank = {
-            tensor.name: {
-                "data_type": Enum(_TYPES[tensor.dtype]),
-                "dims": [size if isinstance(size, int) else 1 for size in tensor.shape],
-                "zero_data": True,
-            }
-            for tensor in self._bundle.stages[stage].inputs
-        }
-        return [_warm_up("one tile", blank)]
-
-    def _instances(self, count: int) -> list[dict[str, Any]]:
-        # Runtimes use the first visible GPU, wherever Triton would place an instance.
-        gpus = [0] if self._kind == "KIND_GPU" else None
-        return [{"count": count, "kind": self._kind, "gpus": gpus}]
+    def _stage_name(self, stage: StageInfo) -> str:
+        return f"{self._options.name}_{stage.name}"
 
     def _place(
         self, source: Path, relative: str, link: bool, progress: Progress = lambda count: None
@@ -480,48 +361,6 @@ def _record(bundle: Bundle, names: Sequence[str]) -> bytes:
         "models": list(names),
     }
     return (json.dumps(record, indent=1) + "\n").encode()
-
-
-def _vlm_interface() -> dict[str, Any]:
-    return {
-        "input": [
-            _tensor(name, kind, (size,), optional=True) for name, (kind, size) in INPUTS.items()
-        ],
-        "output": [_tensor(name, kind, (size,)) for name, (kind, size) in OUTPUTS.items()],
-    }
-
-
-def _stage_tensor(tensor: TensorInfo, narrow: bool = False, size: bool = False) -> dict[str, Any]:
-    dtype = "int32" if narrow and tensor.dtype == "int64" else tensor.dtype
-    return _tensor(tensor.name, dtype, tensor.shape, size=size)
-
-
-def _tensor(
-    name: str,
-    dtype: str,
-    shape: Sequence[int | str],
-    optional: bool | None = None,
-    size: bool = False,
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "data_type": Enum(_TYPES[dtype]),
-        "dims": [size if isinstance(size, int) else -1 for size in shape],
-        "is_shape_tensor": True if size else None,
-        "optional": optional,
-    }
-
-
-def _string_parameters(values: Mapping[str, str]) -> list[dict[str, Any]]:
-    return [{"key": name, "value": {"string_value": value}} for name, value in values.items()]
-
-
-def _warm_up(name: str, inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "batch_size": 1,
-        "inputs": [{"key": key, "value": value} for key, value in inputs.items()],
-    }
 
 
 def _model_py(module: str) -> bytes:
