@@ -16,11 +16,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
 from trio_deploy.bench.environment import machine
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.bundle.weights import Layout, plan_layout
+from trio_deploy.bundle.weights import Layout, byte_bar, plan_layout
 from trio_deploy.checkpoint.resolve import resolve
 from trio_deploy.checkpoint.safetensors import INDEX, SINGLE
 from trio_deploy.config.options import RuntimeOptions
@@ -264,15 +263,7 @@ def _write_weights(folder: Path, layout: Layout, dtype: str, seed: int, progress
     rng = np.random.default_rng(seed)
     target = _DTYPES[dtype]
     places: dict[str, str] = {}
-    bar = tqdm(
-        total=layout.nbytes,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        desc="random weights",
-        disable=None if progress else True,
-    )
-    with bar:
+    with byte_bar(layout.nbytes, "random weights", progress) as bar:
         for shard in layout.shards:
             file = SINGLE if len(layout.shards) == 1 else Path(shard.file).name
             with (folder / file).open("wb") as out:

@@ -19,8 +19,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from trio_deploy.bundle.manifest import WEIGHTS, TensorPlace
 from trio_deploy.bundle.writer import BundleWriter
@@ -36,6 +38,18 @@ DTYPES = {code: name for name, code in SAFETENSORS.items()}
 _CHUNK = 1 << 24
 _SHARD = 4_000_000_000  # below the 4 GiB that FAT file systems can hold in a file
 _ALIGN = 64
+
+
+def byte_bar(total: int, title: str, shown: bool = True) -> Any:
+    """Return a progress bar of bytes, shown on a terminal; its `update` is a `Progress`."""
+    return tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        desc=title,
+        disable=None if shown else True,
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from tqdm import tqdm
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import (
@@ -29,6 +28,7 @@ from trio_deploy.bundle.weights import (
     DTYPES,
     SAFETENSORS,
     Layout,
+    byte_bar,
     keep_files,
     kept_places,
     plan_layout,
@@ -341,15 +341,7 @@ def write_weights(
         total = sum(place.nbytes for place in layout.places.values())
     else:
         total = sum(file.stat().st_size for file in files)
-    bar = tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        desc="weights",
-        disable=None if progress else True,
-    )
-    with bar:
+    with byte_bar(total, "weights", progress) as bar:
         if layout is not None:
             write_layout(writer, layout, sources, bar.update)
             return "copied"

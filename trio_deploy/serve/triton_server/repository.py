@@ -24,12 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import trio_deploy
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import MANIFEST, StageInfo
-from trio_deploy.bundle.weights import Progress, place_file
+from trio_deploy.bundle.weights import Progress, byte_bar, place_file
 from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target, list_targets
@@ -267,15 +265,7 @@ class _Models:
     def add_vlm(self, files: Sequence[tuple[str, Path]]) -> None:
         """Add the streaming model, which contains the bundle."""
         name = f"{self._options.name}_vlm"
-        bar = tqdm(
-            total=sum(path.stat().st_size for _, path in files),
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            desc="bundle",
-            disable=None,
-        )
-        with bar:
+        with byte_bar(sum(path.stat().st_size for _, path in files), "bundle") as bar:
             for relative, path in files:
                 self._place(path, f"{name}/{_BUNDLE}/{relative}", self._options.link, bar.update)
         if self._settings.get("target", "").startswith("1/"):
