@@ -753,7 +753,7 @@ A LLaVA of {millions:.2f} M parameters (fp16, {megabytes:.1f} MB) in the format 
 `LlavaForConditionalGeneration`: CLIP tower (192 px, patches of 12 px: 256 visual tokens,
 {tower_layers} layers, the last but one is read), two-layer projector, Llama with {layers} layers of
 width {hidden} (2 heads of 64). It answers questions about synthetic scenes
-(`trio_deploy/evaluation/scenes.py`) and knows {vocab} words; it is no use for anything else. It
+(`trio_deploy/evaluation/scenes.py`) and knows {vocab} words; it is of no use for anything else. It
 exists so that pruning can be tried, tested and measured end to end in seconds on a CPU.
 
 ```python
@@ -781,14 +781,14 @@ in {smooth} of the smooth family.
 |---|---|---|
 {stages}
 
-1. *tower*: every patch says what lies there (texture, shape, distractor; colour; digit; where in
-   the thing), and CLS which pairs of colour and shape are in the picture. A stand-in for CLIP's
+1. *tower*: every patch predicts what is there (texture, shape, distractor; colour; digit; where in
+   the thing), and CLS predicts which pairs of colour and shape are in the picture. This replaces CLIP's
    pre-training. On unseen scenes, patches on things: {tower}. Frozen from here on.
-2. *half*: projector and 8 language layers on questions, 16 questions a picture under a block mask.
+2. *half*: projector and 8 language layers on questions, 16 questions per picture under a block mask.
    At first the projected patches are also drawn to the embeddings of the words that name them;
    later a colour or shape word in a question must also bring up what else is true of the things
    it fits (before that, at step {cue}, looking words up in the picture had not emerged).
-3. *full*: 8 more layers, slipped in as identities, and everything trained on. The words now also
+3. *full*: 8 more layers, inserted as identities, and all of it trained further. The words now also
    bring up where things are, a colour and a shape together whether there is such a thing, and a
    plural how many there are; this loss fades to nothing.
 
@@ -809,7 +809,7 @@ The evaluation used in training (all questions of a picture in one sequence) agr
 on {agreement:.2%} of these answers.
 
 ## Limits
-Synthetic pictures only, one phrasing a kind, no words beyond the {vocab} known ones. `left` and
+Synthetic pictures only, one phrasing per kind, no words beyond the {vocab} known ones. `left` and
 `above` are yes-or-no questions: guessing gets about half of them. `exists` likewise.
 Weights under the project's licence; trained on nothing but generated pictures.
 """
