@@ -782,9 +782,9 @@ in {smooth} of the smooth family.
 {stages}
 
 1. *tower*: every patch predicts what is there (texture, shape, distractor; colour; digit; where in
-   the thing), and CLS predicts which pairs of colour and shape are in the picture. This replaces CLIP's
-   pre-training. On unseen scenes, patches on things: {tower}. Frozen from here on.
-2. *half*: projector and 8 language layers on questions, 16 questions per picture under a block mask.
+   the thing), and CLS predicts which pairs of colour and shape are in the picture. This replaces
+   CLIP's pre-training. On unseen scenes, patches on things: {tower}. Frozen from here on.
+2. *half*: projector and 8 language layers on questions, 16 per picture under a block mask.
    At first the projected patches are also drawn to the embeddings of the words that name them;
    later a colour or shape word in a question must also bring up what else is true of the things
    it fits (before that, at step {cue}, looking words up in the picture had not emerged).
