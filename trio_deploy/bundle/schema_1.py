@@ -179,10 +179,11 @@ def _varints(data: memoryview) -> Iterator[int]:
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
-    while True:
+    while shift < 64:
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
         shift += 7
+    raise ValueError("a number has more than 64 bits")
