@@ -63,6 +63,15 @@ def test_every_run_generates_as_many_tokens_whatever_the_model_says(random_bundl
         assert random_bundle.manifest.generation.eos_token_ids
 
 
+def test_engines_of_a_bundle_are_found_by_their_target_without_its_file(random_bundle, tmp_path):
+    copy = replace(random_bundle, path=tmp_path)
+    (tmp_path / "engines" / "mine").mkdir(parents=True)
+    (case, *_), _ = list_cases(copy, replace(QUICK, runtime=RuntimeOptions(target="mine")))
+    assert (case.options.runtime, case.options.target) == ("tensorrt", "mine")
+    (case, *_), _ = list_cases(copy, replace(QUICK, runtime=RuntimeOptions(target="cpu-openvino")))
+    assert (case.options.runtime, case.options.precision) == ("openvino", None)
+
+
 def test_results_are_json_text_and_markdown(result):
     assert json.loads(json.dumps(result)) == result
     text = to_text(result)

@@ -21,6 +21,7 @@ from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.cli import eval as eval_command
 from trio_deploy.cli.main import main, parser
+from trio_deploy.config.recipe import recipe_folder
 from trio_deploy.evaluation import configurations
 from trio_deploy.evaluation import evaluate as evaluation
 from trio_deploy.evaluation.ask import Answer, AnswerLog, AskOptions, Measured, checksums
@@ -206,6 +207,32 @@ def test_a_model_is_known_by_its_content_wherever_it_lies(tmp_path, monkeypatch)
     assert (
         Source.open(bundle.path).fingerprint == Source.open(tmp_path / "copy").fingerprint != known
     )
+
+
+def test_a_recipe_is_known_by_its_content_wherever_it_lies(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(recipe_folder() / "tiny.yaml", tmp_path / name / "tiny.yaml")
+    known = Source.open("tiny").fingerprint
+    assert Source.open(str(tmp_path / "a" / "tiny.yaml")).fingerprint == known
+    file = tmp_path / "b" / "tiny.yaml"
+    text = file.read_text(encoding="utf-8").replace("threshold: 0.8", "threshold: 0.7")
+    file.write_text(text, encoding="utf-8")
+    assert Source.open(str(file)).fingerprint != known
+
+
+def test_engines_of_a_bundle_are_found_by_their_target_without_its_file(tmp_path):
+    path = export_model("tiny", tmp_path / "bundle", schedule="0:0.2", progress=False).path
+    (path / "engines" / "mine").mkdir(parents=True)
+    opened = Source.open(path)
+
+    def identity(target: str | None) -> str:
+        bundles = Bundles(opened, tmp_path, RuntimeOptions(target=target))
+        return bundles.identity(unpruned(opened))
+
+    assert identity("mine") != identity(None) == identity("cpu")
+    with pytest.raises(TrioError, match="no target called 'other'"):
+        identity("other")
 
 
 def test_what_answers_is_named_by_model_target_runtime_and_schedule(source, tmp_path):

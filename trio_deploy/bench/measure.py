@@ -19,10 +19,9 @@ from trio_deploy.bench.results import case_figures, compare
 from trio_deploy.bench.workload import Workload, fit_prompt, picture_size
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.config.options import RuntimeOptions
-from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.families.registry import request_limits
-from trio_deploy.runtimes.registry import load_target
+from trio_deploy.runtimes.registry import complete_options
 
 T = TypeVar("T")
 
@@ -252,7 +251,7 @@ def list_cases(bundle: Bundle, options: BenchOptions) -> tuple[list[Case], dict[
         "trio",
         str(bundle.path),
         1.0 if bundle.schedule.layers else None,
-        replace(options.runtime, runtime=_runtime_name(bundle, options.runtime)),
+        replace(options.runtime, runtime=complete_options(bundle, options.runtime).runtime),
     )
     cases = [base]
     if bundle.schedule.layers:
@@ -270,15 +269,6 @@ def list_cases(bundle: Bundle, options: BenchOptions) -> tuple[list[Case], dict[
             continue
         cases.append(_baseline(kind, cases, options))
     return cases, skipped
-
-
-def _runtime_name(bundle: Bundle, options: RuntimeOptions) -> str:
-    if options.runtime:
-        return options.runtime
-    target = options.target
-    if target is None:
-        return bundle.manifest.runtime
-    return (target if isinstance(target, Target) else load_target(target)).runtime
 
 
 def _baseline(kind: str, cases: Sequence[Case], options: BenchOptions) -> Case:

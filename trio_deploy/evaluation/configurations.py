@@ -14,7 +14,7 @@ from typing import Any
 
 from trio_deploy import __version__
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.bundle.manifest import MANIFEST, WEIGHTS
+from trio_deploy.bundle.manifest import ENGINES, MANIFEST, WEIGHTS
 from trio_deploy.bundle.weights import DTYPES
 from trio_deploy.checkpoint.resolve import resolve
 from trio_deploy.checkpoint.safetensors import Checkpoint, read_header
@@ -179,6 +179,7 @@ def _of_checkpoint(folder: Path, recipe: Recipe | None) -> str:
     """Checksum of an export's inputs: weights, configuration, tokenizer, the recipe's settings."""
     files = [f for f in folder.iterdir() if f.suffix in _EXPORTED and f.is_file()]
     settings = {} if recipe is None else {**asdict(recipe), "checkpoint": None, "description": ""}
+    settings.pop("file", None)
     return _digest([fingerprint(files), json.dumps(settings, sort_keys=True, default=str)])
 
 
@@ -344,6 +345,13 @@ def _schedule(source: Source, kind: str, layers: list[int] | str | None, budget:
     return schedule
 
 
+def _describe_target(source: Source, target: str | Path) -> str:
+    """A target's contents; its name if a bundle has engines for it, whose file may not be here."""
+    if source.bundle is not None and (source.bundle.path / ENGINES / target).is_dir():
+        return str(target)
+    return json.dumps(asdict(load_target(target)), default=str)
+
+
 class Bundles:
     """Bundles of one model for many schedules, exported on first use.
 
@@ -367,9 +375,8 @@ class Bundles:
         if isinstance(options.target, Target):
             raise TrioError("an evaluation exports for a target's name or file: pass one of them")
         self._target_name = options.target or "cpu"
-        self._device = load_target(self._target_name)
         # The contents of a target's file, not its path.
-        self._target = [json.dumps(asdict(self._device), default=str), dtype]
+        self._target = [_describe_target(source, self._target_name), dtype]
         self._open: tuple[str, Pipeline] | None = None
         self._shapes: dict[str, Configuration] = {}
 
@@ -439,7 +446,7 @@ class Bundles:
         return bundle
 
     def _linkable(self) -> bool:
-        dtype = self._dtype or self._device.dtype
+        dtype = self._dtype or load_target(self._target_name).dtype
         return self._source.dtypes == {dtype}
 
     def _share(self, bundle: Bundle) -> None:
