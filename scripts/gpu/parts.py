@@ -215,7 +215,7 @@ class Part:
         self.result.of = of
         self.result.checks.clear()
         golden, missing = False, ""
-        if not torch_model.available():
+        if not torch_model.has_torch():
             self.result.doing("the oracle, in torch's Python")
             missing = self._record(bundle.path)
             golden = not missing

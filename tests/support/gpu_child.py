@@ -47,5 +47,5 @@ if wanted.get("version"):
 if wanted.get("no_torch"):
     from trio_deploy.bench.contenders import torch_model
 
-    torch_model.available = lambda: False
+    torch_model.has_torch = lambda: False
 sys.exit(parts.main())

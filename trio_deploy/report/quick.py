@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
+from trio_deploy.bench.contenders.torch_model import has_torch
 from trio_deploy.bench.measure import BenchOptions, measure
 from trio_deploy.bench.table import write
 from trio_deploy.bundle.bundle import Bundle
@@ -84,8 +84,3 @@ def run_check(bundle: Bundle, options: RuntimeOptions, folder: Path) -> Path:
     file = folder / "check.json"
     file.write_text(json.dumps(report.to_json()), encoding="utf-8")
     return file
-
-
-def has_torch() -> bool:
-    """Whether the oracle can run here."""
-    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))

@@ -16,7 +16,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.prompt import Prompt
 
 
-def available() -> bool:
+def has_torch() -> bool:
     """Whether torch and transformers are installed."""
     return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
@@ -31,7 +31,7 @@ def load_model(case: Case, bundle: Bundle, device: str, dtype: str) -> Any:
     Raises:
         TrioError: torch or transformers is not installed.
     """
-    if not available():
+    if not has_torch():
         raise TrioError(
             f"the baseline {case.kind} needs torch and transformers: "
             "pip install 'trio-deploy[reference]'"
