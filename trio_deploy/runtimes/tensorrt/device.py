@@ -299,9 +299,9 @@ class Device:
                 self.release()
         free, total = self.memory()
         raise TrioError(
-            f"the GPU is out of memory: {_mib(size)} are needed for {use}, and {_mib(free)} of "
-            f"{_mib(total)} are free; ask for fewer tokens, rows or a lower budget, or end other "
-            "programs on this GPU"
+            f"the GPU is out of memory: {format_mib(size)} are needed for {use}, and "
+            f"{format_mib(free)} of {format_mib(total)} are free; ask for fewer tokens, rows or a "
+            "lower budget, or end other programs on this GPU"
         )
 
     def _leaves_room(self, size: int) -> bool:
@@ -551,5 +551,6 @@ def _planes(
         yield offsets, pitches, width, height
 
 
-def _mib(size: int) -> str:
+def format_mib(size: int) -> str:
+    """Format a number of bytes in MiB, so that what is needed and what is free compare."""
     return f"{size / 2**20:,.0f} MiB"

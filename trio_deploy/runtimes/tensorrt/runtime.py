@@ -24,7 +24,7 @@ from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.runtimes.base import Array, RuntimeSpec, Step, TensorSpec, check_feeds
 from trio_deploy.runtimes.tensorrt.bindings import IoTensor, OutOfDeviceMemory, TensorRT, load
-from trio_deploy.runtimes.tensorrt.device import Device, DeviceArray, Event, Graph
+from trio_deploy.runtimes.tensorrt.device import Device, DeviceArray, Event, Graph, format_mib
 from trio_deploy.runtimes.tensorrt.gpu import this_gpu
 from trio_deploy.runtimes.tensorrt.profiles import Profile, buffer_bytes
 from trio_deploy.runtimes.tensorrt.record import Record
@@ -174,7 +174,7 @@ class TrtRuntime:
         self._require_whole(file, stage)
         with file.open("rb") as source:
             plan = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
-        needs = f"the engine of {stage} needs at least {_mib(entry.bytes)}"
+        needs = f"the engine of {stage} needs at least {format_mib(entry.bytes)}"
         try:
             engine = self.with_room(
                 lambda: self.tensorrt.deserialize(memoryview(plan), str(file)), needs
@@ -215,9 +215,9 @@ class TrtRuntime:
         free, total = self.device.memory()
         target = self.record.target
         return OutOfDeviceMemory(
-            f"the GPU is out of memory: {needs}, and {_mib(free)} of {_mib(total)} are free; end "
-            f"other programs on this GPU, or lower the limits of {target} and run `trio build` "
-            f"again (`trio plan --target {target}` says what fits): {error}"
+            f"the GPU is out of memory: {needs}, and {format_mib(free)} of {format_mib(total)} are "
+            f"free; end other programs on this GPU, or lower the limits of {target} and run "
+            f"`trio build` again (`trio plan --target {target}` says what fits): {error}"
         )
 
     def sequence(self, steps: Sequence[Step]) -> Step:
@@ -301,8 +301,8 @@ class TrtEngine:
         runtime.need_scratch(scratch)
         weights = runtime.record.stages[stage].bytes
         self.needs = (
-            f"to run {stage} takes {_mib(scratch)} of scratch memory, and some for its state, "
-            f"beside the {_mib(weights)} of its engine"
+            f"to run {stage} takes {format_mib(scratch)} of scratch memory, and some for its "
+            f"state, beside the {format_mib(weights)} of its engine"
         )
 
     def run(
@@ -607,10 +607,6 @@ def _spec(tensor: IoTensor) -> TensorSpec:
 def _address(array: Array) -> int:
     """Of the first entry."""
     return array.ctypes.data if isinstance(array, np.ndarray) else array.address
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
 
 
 def _open(options: RuntimeOptions, bundle: Bundle | None) -> TrtRuntime:
