@@ -88,7 +88,8 @@ def case_figures(case: Case, runs: Sequence[Run], bundle: Bundle, tiles: int) ->
         cost = cost_of(last, bundle)
         figures["kv_bytes_counted"] = cost.kv_bytes
         if case.kind != "oracle":  # its probes run whole layers forward and backward
-            figures["flops"] = flops_json(cost, vision_flops(bundle.config, tiles))
+            vision = vision_flops(bundle.config, tiles)
+            figures["flops"] = {**cost.prefill_json(), "vision": vision}
     return figures
 
 
@@ -106,18 +107,6 @@ def cost_of(run: Run, bundle: Bundle) -> Cost:
         item_bytes=_ITEM_BYTES[run.precision],  # keys and values are stored as computed
         probes=PROBES,
     )
-
-
-def flops_json(cost: Cost, vision: int) -> dict[str, int]:
-    """Multiply-adds; `prefill` is the sum of the next four, `vision` is not part of it."""
-    return {
-        "prefill": cost.prefill,
-        "layers": cost.layers,
-        "saliency": cost.saliency,
-        "suppression_at_most": cost.similarity,
-        "lm_head": cost.lm_head,
-        "vision": vision,
-    }
 
 
 def compare(figures: Mapping[str, Any], unpruned: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,6 +94,16 @@ class Cost:
         """The whole prefill of the language model: layers, selection and logits."""
         return self.layers + self.selection + self.lm_head
 
+    def prefill_json(self) -> dict[str, int]:
+        """Multiply-adds of the prefill, which is the sum of the others."""
+        return {
+            "prefill": self.prefill,
+            "layers": self.layers,
+            "saliency": self.saliency,
+            "suppression_at_most": self.similarity,
+            "lm_head": self.lm_head,
+        }
+
 
 def account(
     text: TextConfig,

@@ -321,13 +321,6 @@ def _cost_json(cost: Cost) -> dict[str, Any]:
             for start, stop, visual, tokens in cost.ranges
         ],
         "average": cost.average,
-        "flops": {
-            "paper_formula": cost.paper,
-            "prefill": cost.prefill,
-            "layers": cost.layers,
-            "saliency": cost.saliency,
-            "suppression_at_most": cost.similarity,
-            "lm_head": cost.lm_head,
-        },
+        "flops": {"paper_formula": cost.paper, **cost.prefill_json()},
         "kv_bytes": cost.kv_bytes,
     }
