@@ -83,4 +83,5 @@ def test_the_guides_program_runs(tmp_path, monkeypatch, capsys):
     (program,) = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
     exec(compile(program, "docs/python.md", "exec"), {})
     out = capsys.readouterr().out
+    assert "Estimate(value=" in out
     assert "white [" in out and out.count("['square', 'square']") == 2

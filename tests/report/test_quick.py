@@ -39,11 +39,11 @@ def test_parity_comes_from_the_reference_or_the_recorded_one(bundle, tmp_path, m
 def test_a_quick_accuracy_is_that_of_the_bundles_own_schedule(bundle, tmp_path, monkeypatch):
     asked = {}
 
-    def evaluate(source, questions, configurations, out, options, **more):
+    def evaluate_configurations(source, questions, configurations, out, options, **more):
         asked.update(configurations=configurations, questions=questions, options=options)
         raise TrioError("enough")
 
-    monkeypatch.setattr(quick, "evaluate", evaluate)
+    monkeypatch.setattr(quick, "evaluate_configurations", evaluate_configurations)
     with pytest.raises(TrioError, match="enough"):
         quick.run_eval(bundle, 2, OPTIONS, tmp_path, progress=False)
     assert asked["options"].runtime == OPTIONS

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,16 +14,14 @@ from trio_deploy.cli.options import add_runtime_options, runtime_options
 from trio_deploy.errors import TrioError
 
 if TYPE_CHECKING:
-    from trio_deploy.evaluation.ask import AskOptions
-    from trio_deploy.evaluation.configurations import Configuration, Source
-    from trio_deploy.evaluation.questions import Question
+    from trio_deploy.evaluation.comparison import Comparison
+    from trio_deploy.evaluation.questions import QuestionSet
 
 T = TypeVar("T")
 
 CHART = "retention.svg"
-SCENE_TOKENS = 8  # maximum length of an answer: the longest about a scene has 5
+SCENE_TOKENS = 8  # as evaluation.questions has them, which needs numpy
 FILE_TOKENS = 128
-BUDGETS = (0.111, 0.222, 0.333)
 FIRST_SCENE = 10_000  # as evaluation.scenes.FIRST_SCENE, which needs numpy
 SUMMARY = "Measure what pruning keeps of the answers, method by method."
 
@@ -112,27 +111,20 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         TrioError: an option is wrong, or what `evaluate` raises.
     """
-    from trio_deploy.evaluation.configurations import Source, blind
     from trio_deploy.evaluation.evaluate import evaluate
     from trio_deploy.evaluation.results import RESULTS, TABLE
     from trio_deploy.files import write_atomically
     from trio_deploy.report.charts import retention_chart
 
-    source = Source.open(args.model)
-    questions, scorer, data, limit = read_questions_of(args)
-    configurations = configurations_of(args, source)
-    if args.blind:
-        configurations.append(blind(source))
-    if not configurations:
-        raise TrioError("nothing is left to measure: pass other --budgets, --methods or --schedule")
     results = evaluate(
-        source,
-        questions,
-        configurations,
+        args.model,
+        read_questions_of(args),
         args.out,
-        asking_options(args, limit),
-        scorer=scorer,
-        data=data,
+        runtime_options(args),
+        comparison=comparison_of(args),
+        left_out=lambda sentence: print(f"trio: {sentence}", file=sys.stderr),
+        dtype=args.dtype,
+        batch=args.batch,
     )
     written = [RESULTS, TABLE]
     if not args.no_plot:
@@ -145,13 +137,19 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(results.to_json(), indent=1) if args.json else results.to_text())
 
 
-def read_questions_of(args: argparse.Namespace) -> tuple[list[Question], str, str, int]:
-    """Questions, the scorer's name, the data in words, maximum tokens of an answer.
+def read_questions_of(args: argparse.Namespace) -> QuestionSet:
+    """The questions that the arguments name.
 
     Raises:
         TrioError: an option that does not go with the others, or unreadable questions.
     """
-    from trio_deploy.evaluation.questions import annotate, read_questions, scene_questions
+    from trio_deploy.evaluation.questions import (
+        FILE_TOKENS,
+        QuestionSet,
+        annotate,
+        read_questions,
+        scene_set,
+    )
     from trio_deploy.evaluation.scorers import get_scorer
 
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
@@ -172,60 +170,38 @@ def read_questions_of(args: argparse.Namespace) -> tuple[list[Question], str, st
         for name, value in args.scene_defaults.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-        found = scene_questions(args.scenes, family=args.family, split=args.split, first=args.first)
-        data = f"{args.family} scenes {args.first} to {args.first + args.scenes - 1} of the "
-        return found, "exact", f"{data}{args.split} seeds", args.max_new_tokens or SCENE_TOKENS
+        asked = scene_set(args.scenes, family=args.family, split=args.split, first=args.first)
+        return replace(asked, max_new_tokens=args.max_new_tokens or asked.max_new_tokens)
     if given := [f"--{name}" for name in args.scene_defaults if getattr(args, name) is not None]:
         raise TrioError(
             f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to generated scenes, not to "
             "--questions: leave one of them out"
         )
     found = read_questions(args.questions, args.images, append=args.append, limit=args.limit)
-    scorer = args.scorer
     if args.annotations is not None:
-        found = annotate(found, scorer, args.annotations)
-    return found, scorer, args.questions.name, args.max_new_tokens or FILE_TOKENS
+        found = annotate(found, args.scorer, args.annotations)
+    limit = args.max_new_tokens or FILE_TOKENS
+    return QuestionSet(found, args.scorer, args.questions.name, limit)
 
 
-def asking_options(args: argparse.Namespace, limit: int) -> AskOptions:
-    """How the arguments say that questions are asked; `limit`: maximum tokens of an answer."""
-    from trio_deploy.evaluation.ask import AskOptions
+def comparison_of(args: argparse.Namespace) -> Comparison:
+    """What the arguments compare.
 
-    return AskOptions(runtime_options(args), args.dtype, args.batch, limit)
+    Raises:
+        TrioError: a value cannot be read.
+    """
+    from trio_deploy.evaluation.comparison import Comparison
 
-
-def configurations_of(args: argparse.Namespace, source: Source) -> list[Configuration]:
-    """Configurations that the arguments name; those that are not possible are said on stderr."""
-    from trio_deploy.evaluation.configurations import OWN, RECIPE, as_exported, grid, named, used
-
-    asked = values(args.budgets, str)
-    if not asked:
-        pruned = source.bundle is not None and source.bundle.schedule.layers
-        asked = [OWN] * bool(pruned) + [f"{budget:g}" for budget in BUDGETS]
-    own = [as_exported(source)] if OWN in asked else []
-    budgets = values(",".join(budget for budget in asked if budget != OWN), float)
-    methods = values(args.methods, str)
-    if not methods and not args.schedule and source.bundle is None:
-        methods = [RECIPE]
-    if args.seeds < 1:
-        raise TrioError(f"--seeds must be 1 or more, not {args.seeds}")
-    found: list[Configuration] = []
-    if methods or source.bundle is not None:
-        found, refused = grid(
-            source,
-            methods,
-            budgets,
-            thresholds=values(args.threshold, float) or [None],
-            probes=values(args.probe, str) or [None],
-            positions=values(args.positions, str) or [None],
-            seeds=range(args.seeds),
-        )
-        for sentence in refused:
-            print(f"trio: {sentence}", file=sys.stderr)
-        # A budget at which a bundle has its own schedule would be asked twice.
-        same = [used(source, one) for one in own]
-        found = own + [one for one in found if used(source, one) not in same]
-    return [named(source, text) for text in args.schedule] + found
+    return Comparison(
+        budgets=args.budgets or (),
+        methods=args.methods or (),
+        schedules=args.schedule,
+        thresholds=values(args.threshold, float),
+        probes=values(args.probe, str),
+        positions=values(args.positions, str),
+        seeds=args.seeds,
+        blind=args.blind,
+    )
 
 
 def values(text: str | None, kind: Callable[[str], T]) -> list[T]:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from trio_deploy.cli.eval import (
     add_asking_arguments,
     add_question_arguments,
-    asking_options,
     read_questions_of,
     values,
 )
+from trio_deploy.cli.options import runtime_options
 
 if TYPE_CHECKING:
     from trio_deploy.evaluation.statistics import Estimate
@@ -61,19 +61,20 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         TrioError: an option is wrong, or what `tune` raises.
     """
+    from trio_deploy.evaluation.ask import AskOptions
     from trio_deploy.evaluation.configurations import Source
     from trio_deploy.evaluation.tune import BEST, Space, tune
     from trio_deploy.schedule.budget import DEFAULT_BUDGET
     from trio_deploy.schedule.schedule import Schedule
 
     source = Source.open(args.model)
-    questions, _, _, limit = read_questions_of(args)
+    asked = read_questions_of(args)
     tuned = tune(
         source,
-        questions,
+        asked.questions,
         args.budget if args.budget is not None else DEFAULT_BUDGET,
         args.out,
-        asking_options(args, limit),
+        AskOptions(runtime_options(args), args.dtype, args.batch, asked.max_new_tokens),
         space=Space(
             methods=tuple(values(args.methods, str)),
             thresholds=tuple(values(args.threshold, float)) or (0.8,),

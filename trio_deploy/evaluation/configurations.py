@@ -205,7 +205,7 @@ def as_exported(source: Source) -> Configuration:
     """
     if source.bundle is None:
         raise TrioError(
-            "--budgets own is a bundle's own schedule: pass a bundle, or leave `own` out"
+            "the budget `own` is a bundle's own schedule: pass a bundle, or leave `own` out"
         )
     schedule = source.bundle.schedule
     share = schedule.average(source.visual, source.layers) / source.visual

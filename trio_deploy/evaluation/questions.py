@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,6 +18,9 @@ from trio_deploy.evaluation import scenes
 
 FAMILIES = ("busy", "smooth")
 SPLITS = {"test": scenes.TEST_SEEDS, "tuning": scenes.TUNING_SEEDS}
+
+SCENE_TOKENS = 8  # maximum length of an answer: the longest about a scene has 5
+FILE_TOKENS = 128
 
 _LETTERS = "ABCDE"
 _PLACEHOLDER = "<image>"
@@ -42,6 +46,49 @@ class Question:
     picture: str
     kind: str
     reference: Any = None
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions with how they are answered and scored.
+
+    Attributes:
+        scorer: see `scorers`; questions without a reference count for agreement and KL alone.
+        data: description of the questions, for the report.
+        max_new_tokens: maximum length of an answer.
+    """
+
+    questions: Sequence[Question]
+    scorer: str = "exact"
+    data: str = ""
+    max_new_tokens: int = FILE_TOKENS
+
+
+def question_set(questions: int | str | os.PathLike[str] | QuestionSet) -> QuestionSet:
+    """Questions about that many scenes of the test split, of a file, or as they are.
+
+    Raises:
+        TrioError: as `scene_questions` and `read_questions`.
+    """
+    if isinstance(questions, QuestionSet):
+        return questions
+    if isinstance(questions, int):
+        return scene_set(questions)
+    file = Path(questions)
+    return QuestionSet(read_questions(file), data=file.name)
+
+
+def scene_set(
+    count: int, *, family: str = "busy", split: str = "test", first: int = scenes.FIRST_SCENE
+) -> QuestionSet:
+    """Questions about generated scenes, as `scene_questions` has them.
+
+    Raises:
+        TrioError: as `scene_questions`.
+    """
+    found = scene_questions(count, family=family, split=split, first=first)
+    data = f"{family} scenes {first} to {first + count - 1} of the {split} seeds"
+    return QuestionSet(found, data=data, max_new_tokens=SCENE_TOKENS)
 
 
 def scene_questions(

@@ -13,7 +13,7 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluation.ask import AskOptions
 from trio_deploy.evaluation.configurations import Configuration, Source, as_exported, grid
-from trio_deploy.evaluation.evaluate import evaluate
+from trio_deploy.evaluation.evaluate import evaluate_configurations
 from trio_deploy.evaluation.questions import scene_questions
 from trio_deploy.evaluation.results import RESULTS
 from trio_deploy.report.charts import bench_chart
@@ -48,7 +48,7 @@ def run_eval(
         The JSON file.
 
     Raises:
-        TrioError: as `evaluate`.
+        TrioError: as `evaluate_configurations`.
     """
     source = Source.open(bundle.path)
     configurations: list[Configuration] = []
@@ -57,7 +57,7 @@ def run_eval(
         more = [budget for budget in _BUDGETS if budget > share + _MIN_DISTANCE]
         configurations = [as_exported(source), *grid(source, [], more)[0]]
     out = folder / "eval"
-    evaluate(
+    evaluate_configurations(
         source,
         scene_questions(scenes),
         configurations,

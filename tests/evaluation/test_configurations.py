@@ -1,0 +1,146 @@
+"""Sources by their content, schedules by their methods, bundles that share weights."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.support.evaluation import ONE_THREAD
+from trio_deploy import (
+    RuntimeOptions,
+    Schedule,
+    TrioError,
+    export_model,
+)
+from trio_deploy.checkpoint.resolve import load_recipe
+from trio_deploy.checkpoint.safetensors import Checkpoint
+from trio_deploy.config.recipe import recipe_folder
+from trio_deploy.evaluation import configurations
+from trio_deploy.evaluation.configurations import (
+    Bundles,
+    Configuration,
+    Source,
+    grid,
+    named,
+    unpruned,
+)
+
+
+def test_a_model_is_known_by_its_content_wherever_it_lies(tmp_path, monkeypatch):
+    folder = shutil.copytree(load_recipe("tiny").checkpoint, tmp_path / "a")
+    moved = shutil.copytree(folder, tmp_path / "b")
+    weights = folder / "model.safetensors"
+    by_size = sorted(
+        Checkpoint.from_path(folder).tensors.values(), key=lambda tensor: tensor.nbytes
+    )
+    for limit in (configurations._READ_WHOLE, 0):  # read as a whole, and by samples
+        monkeypatch.setattr(configurations, "_READ_WHOLE", limit)
+        known = Source.open(folder).fingerprint
+        assert Source.open(moved).fingerprint == known
+        for tensor in (by_size[0], by_size[-1]):
+            with weights.open("r+b") as stream:
+                stream.seek(tensor.offset)
+                first = stream.read(1)
+                stream.seek(tensor.offset)
+                stream.write(bytes([first[0] ^ 1]))
+            assert Source.open(folder).fingerprint != known
+            with weights.open("r+b") as stream:
+                stream.seek(tensor.offset)
+                stream.write(first)
+        assert Source.open(folder).fingerprint == known
+    (folder / "tokenizer.json").write_text("{}")
+    assert configurations.fingerprint(folder.iterdir()) != configurations.fingerprint(
+        moved.iterdir()
+    )
+    bundle = export_model("tiny", tmp_path / "bundle", schedule="0:0.2", progress=False)
+    shutil.copytree(bundle.path, tmp_path / "copy")
+    assert (
+        Source.open(bundle.path).fingerprint == Source.open(tmp_path / "copy").fingerprint != known
+    )
+
+
+def test_a_recipe_is_known_by_its_content_wherever_it_lies(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(recipe_folder() / "tiny.yaml", tmp_path / name / "tiny.yaml")
+    known = Source.open("tiny").fingerprint
+    assert Source.open(str(tmp_path / "a" / "tiny.yaml")).fingerprint == known
+    file = tmp_path / "b" / "tiny.yaml"
+    text = file.read_text(encoding="utf-8").replace("threshold: 0.8", "threshold: 0.7")
+    file.write_text(text, encoding="utf-8")
+    assert Source.open(str(file)).fingerprint != known
+
+
+def test_engines_of_a_bundle_are_found_by_their_target_without_its_file(tmp_path):
+    path = export_model("tiny", tmp_path / "bundle", schedule="0:0.2", progress=False).path
+    (path / "engines" / "mine").mkdir(parents=True)
+    opened = Source.open(path)
+
+    def identity(target: str | None) -> str:
+        bundles = Bundles(opened, tmp_path, RuntimeOptions(target=target))
+        return bundles.identity(unpruned(opened))
+
+    assert identity("mine") != identity(None) == identity("cpu")
+    with pytest.raises(TrioError, match="no target called 'other'"):
+        identity("other")
+
+
+def test_what_answers_is_named_by_model_target_runtime_and_schedule(source, tmp_path):
+    one = named(source, "0:44:divprune,6:19")
+
+    def identity(
+        model: Source = source, what: Configuration = one, dtype: str | None = None, **options: str
+    ) -> str:
+        return Bundles(model, tmp_path, RuntimeOptions(**options), dtype).identity(what)
+
+    target = tmp_path / "mine.yaml"
+    text = (Path(__file__).parents[2] / "engines" / "cpu.yaml").read_text(encoding="utf-8")
+    target.write_text(text, encoding="utf-8")
+    mine = identity(target=str(target))
+    target.write_text(text.replace("float32", "float16"), encoding="utf-8")
+    others = [
+        identity(replace(source, fingerprint="another")),
+        identity(what=named(source, "0:44:divprune,6:20")),
+        identity(dtype="float16"),
+        identity(runtime="openvino"),
+        identity(runtime="openvino", precision="bfloat16"),
+        identity(target="cpu-openvino"),
+        mine,
+        identity(target=str(target)),
+    ]
+    assert len({identity(), *others}) == 1 + len(others)
+
+
+def test_methods_go_into_schedules(source):
+    found, refused = grid(
+        source,
+        ["recipe", "fastv", "dart@0", "fastv@2", "dart@recipe", "random@1+4"],
+        [0.111],
+        seeds=(0, 1, 2),
+    )
+    by_name = {one.name: one for one in found}
+    assert by_name["recipe"].schedule == source.recipe_schedules["0.111"]
+    assert set(by_name["fastv"].schedule.methods) == {"fastv"}
+    assert by_name["dart@recipe"].schedule == by_name["recipe"].schedule.with_method("dart")
+    assert by_name["dart@0"].schedule == Schedule.parse("0:0.111:dart")
+    assert by_name["random@1+4"].schedule.layers == (1, 4)
+    assert by_name["random@1+4"].seeds == (0, 1, 2) and by_name["fastv"].seeds == (0,)
+    assert "fastv@2" not in by_name and "fastv@2 at 11.1% is left out" in refused[0]
+    options, _ = grid(source, ["trio"], [0.222], thresholds=[0.7, 0.8], probes=["last", "shifted"])
+    assert len({one.key for one in options}) == 4 == len({one.name for one in options})
+    with pytest.raises(TrioError, match="unknown method 'best'"):
+        grid(source, ["best"], [0.111])
+    with pytest.raises(TrioError, match="METHOD@LAYER"):
+        grid(source, ["trio@x"], [0.111])
+
+
+def test_bundles_share_one_copy_of_the_weights(source, tmp_path):
+    bundles = Bundles(source, tmp_path, ONE_THREAD)
+    paths = [
+        bundles.bundle(Configuration(text, Schedule.parse(text), 0.1)).path
+        for text in ("0:0.2", "1:0.1", "0:0.2")
+    ]
+    assert paths[0] == paths[2] != paths[1]
+    nodes = [{file.stat().st_ino for file in (p / "weights").iterdir()} for p in paths[:2]]
+    assert nodes[0] == nodes[1]
