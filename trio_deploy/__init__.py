@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from trio_deploy.pipeline.request import Generation, Request
     from trio_deploy.pipeline.stream import TextStream
     from trio_deploy.schedule.schedule import Schedule
-    from trio_deploy.verify.check import Report, check
+    from trio_deploy.verify.check import check
+    from trio_deploy.verify.report import Report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,7 +52,7 @@ _MODULES = {
     "Generation": "trio_deploy.pipeline.request",
     "Pipeline": "trio_deploy.pipeline.pipeline",
     "Plan": "trio_deploy.cost.plan",
-    "Report": "trio_deploy.verify.check",
+    "Report": "trio_deploy.verify.report",
     "Request": "trio_deploy.pipeline.request",
     "RuntimeOptions": "trio_deploy.config.options",
     "Schedule": "trio_deploy.schedule.schedule",

@@ -11,6 +11,7 @@ import pytest
 from trio_deploy import Pipeline, RuntimeOptions, TextStream, TrioError, export_model
 from trio_deploy.cli import main as cli
 from trio_deploy.verify.compare import ParityRow
+from trio_deploy.verify.report import Report, format_report
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def test_an_interrupt_is_status_130(monkeypatch, capsys):
 def test_check_fails_when_a_row_does(monkeypatch, capsys, problem, status):
     from trio_deploy.verify import check as parity
 
-    report = parity.Report("a check", [ParityRow("embed"), ParityRow("prefill_0", problem=problem)])
+    report = Report("a check", [ParityRow("embed"), ParityRow("prefill_0", problem=problem)])
     seen = {}
     monkeypatch.setattr(parity, "check", lambda *args, **kwargs: seen.update(kwargs) or report)
     assert cli.main(["check", "b", "--golden"]) == status
@@ -169,10 +170,8 @@ def test_check_fails_when_a_row_does(monkeypatch, capsys, problem, status):
 
 @pytest.mark.parametrize(("problem", "explained"), [("", True), ("other tokens", False)])
 def test_a_table_explains_answers_that_may_differ(problem, explained):
-    from trio_deploy.verify import check as parity
-
     rows = [ParityRow("answer 0", tokens_equal=False, problem=problem)]
-    text = parity.format_report(parity.Report("a check", rows))
+    text = format_report(Report("a check", rows))
     assert ("only float32 requires" in text) is explained
 
 
@@ -182,7 +181,7 @@ def test_check_records_before_it_checks(monkeypatch):
     seen = []
     monkeypatch.setattr(parity, "record", lambda _, options, **__: seen.append(("record", options)))
     monkeypatch.setattr(
-        parity, "check", lambda _, o, **__: seen.append(("check", o)) or parity.Report("", [])
+        parity, "check", lambda _, o, **__: seen.append(("check", o)) or Report("", [])
     )
     assert cli.main("check b --record --runtime onnxruntime --provider cuda".split()) == 0
     assert [name for name, _ in seen] == ["record", "check"]

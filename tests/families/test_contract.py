@@ -94,8 +94,8 @@ def test_a_random_checkpoint_of_every_family_passes_check(family, tmp_path):
     pytest.importorskip("torch")
     from tests.support.checkpoints import make_tiny
     from trio_deploy import check, export_model
-    from trio_deploy.verify.check import format_report
     from trio_deploy.verify.examples import default_examples
+    from trio_deploy.verify.report import format_report
 
     checkpoint = make_tiny(tmp_path / "checkpoint", family)
     bundle = export_model(checkpoint, tmp_path / "bundle", schedule="2:0.4", progress=False)

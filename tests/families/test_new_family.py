@@ -50,7 +50,7 @@ from trio_deploy.families.names import canonical_name
 from trio_deploy.families.pixels import ImageSettings, fit, grid_boxes, normalise
 from trio_deploy.families.registry import FAMILIES
 from trio_deploy.reference.adapters import ADAPTERS, Features, Llava
-from trio_deploy.verify.check import format_report
+from trio_deploy.verify.report import format_report
 
 # --- families/halves.py ---------------------------------------------------------------------------
 

@@ -37,8 +37,8 @@ from trio_deploy.schedule.methods import METHODS, Method, PointSizes
 from trio_deploy.schedule.view import View
 from trio_deploy.selection.arrays import cosine_distances, greatest, keeps_greatest
 from trio_deploy.selection.choice import Choice
-from trio_deploy.verify.check import format_report
 from trio_deploy.verify.examples import default_examples
+from trio_deploy.verify.report import format_report
 
 SCHEDULE = "0:0.6:nearest,2:0.3:nearest"
 

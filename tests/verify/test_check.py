@@ -16,9 +16,10 @@ from trio_deploy.cli import main as cli
 from trio_deploy.reference.oracle import Oracle, Row
 from trio_deploy.reference.restore import restore_model
 from trio_deploy.schedule.budget import solve
-from trio_deploy.verify.check import format_report, record
+from trio_deploy.verify.check import record
 from trio_deploy.verify.examples import default_examples
 from trio_deploy.verify.golden import GOLDEN
+from trio_deploy.verify.report import format_report
 
 SCHEDULE = "1:0.5,2:0.25,3:0.1"
 

@@ -8,8 +8,8 @@ import pytest
 from tests.support.checkpoints import make_llava, make_llava_next
 from trio_deploy import Bundle, Pipeline, Request, check, export_model
 from trio_deploy.schedule.methods import METHODS, SEEDS, encoder_scores
-from trio_deploy.verify.check import format_report
 from trio_deploy.verify.examples import default_examples
+from trio_deploy.verify.report import format_report
 
 DIALECTS = {"ort": "onnxruntime", "onnx": "onnxruntime", "primitive": "openvino"}
 

@@ -8,18 +8,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from trio_deploy.bundle.manifest import kind_of_label
 from trio_deploy.config.options import RuntimeOptions
 
 BASELINES = ("transformers", "oracle", "genai")
 
-#: Stages by the groups of tables and charts, in the order they run.
-GROUPS = {
-    "preprocess": ("preprocess",),
-    "vision": ("vision",),
-    "embed": ("embed",),
-    "layers": ("prefill_", "prefill"),
-    "selection": ("select_",),
+#: The groups of tables and charts by the kind of stage, in the order they run.
+_GROUP_OF_KIND = {
+    "preprocess": "preprocess",
+    "vision": "vision",
+    "embed": "embed",
+    "prefill": "layers",
+    "select": "selection",
 }
+GROUPS = tuple(_GROUP_OF_KIND.values())
 OTHER = "other"
 
 
@@ -58,7 +60,7 @@ class Run:
     """The cost of one answer.
 
     Attributes:
-        stages: seconds per stage up to the first token, in order.
+        stages: seconds per stage, by its label, up to the first token, in order.
         first_token_s: seconds from the call to the first token; at least the sum of the stages.
         tokens_per_s: tokens per second after the first one; 0 if there is none.
         prompt_tokens, visual_tokens: before pruning; 0 if the baseline does not report them.
@@ -85,8 +87,7 @@ class Run:
         """Seconds per group of `GROUPS`, then `OTHER`: time that belongs to no stage."""
         result = dict.fromkeys(GROUPS, 0.0)
         for stage, seconds in self.stages.items():
-            group = next(g for g, prefixes in GROUPS.items() if stage.startswith(prefixes))
-            result[group] += seconds
+            result[_GROUP_OF_KIND[kind_of_label(stage)]] += seconds
         result[OTHER] = max(0.0, self.first_token_s - sum(self.stages.values()))
         return result
 

@@ -59,6 +59,16 @@ class ModelInfo(msgspec.Struct, frozen=True):
     config: dict[str, Any]
 
 
+def stage_label(kind: str, index: int | None = None) -> str:
+    """What timings and recorded references call a stage: `embed`, `prefill_1`."""
+    return kind if index is None else f"{kind}_{index}"
+
+
+def kind_of_label(label: str) -> str:
+    """The kind of the stage that `stage_label` made a label of."""
+    return label.partition("_")[0]
+
+
 class TensorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """An input or output of a graph.
 
@@ -103,7 +113,7 @@ class StageInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def label(self) -> str:
         """`prefill_1`: what timings and recorded references call the stage, whatever its name."""
-        return self.kind if self.index is None else f"{self.kind}_{self.index}"
+        return stage_label(self.kind, self.index)
 
     def inputs_of(self, role: Role) -> list[TensorInfo]:
         """Inputs with a role, in order."""

@@ -34,10 +34,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Record if asked, check, and print the table; 1 if a row is beyond tolerance."""
     from trio_deploy.verify import check as verify
+    from trio_deploy.verify.report import format_report
 
     options = runtime_options(args)
     if args.record:
         verify.record(args.bundle, options, checkpoint=args.checkpoint)
     report = verify.check(args.bundle, options, golden=args.golden, checkpoint=args.checkpoint)
-    print(json.dumps(report.to_json(), indent=2) if args.json else verify.format_report(report))
+    print(json.dumps(report.to_json(), indent=2) if args.json else format_report(report))
     return 0 if report.passed else 1

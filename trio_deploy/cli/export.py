@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from trio_deploy.cli.options import add_schedule
+from trio_deploy.config.options import DEFAULT_THRESHOLD
 
 SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
 
@@ -35,7 +36,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--threshold",
         type=float,
         help="cosine similarity at which a kept token suppresses another (default: the recipe's, "
-        "else 0.8)",
+        f"else {DEFAULT_THRESHOLD})",
     )
     command.add_argument("--force", action="store_true", help="replace an existing bundle")
 

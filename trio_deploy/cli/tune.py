@@ -15,6 +15,7 @@ from trio_deploy.cli.eval import (
     values,
 )
 from trio_deploy.cli.options import runtime_options
+from trio_deploy.config.options import DEFAULT_THRESHOLD
 
 if TYPE_CHECKING:
     from trio_deploy.evaluation.statistics import Estimate
@@ -39,7 +40,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--points", type=int, default=3, help="maximum number of pruning points, 1 to 3"
     )
-    command.add_argument("--threshold", help="cosine thresholds τ to begin with (default: 0.8)")
+    command.add_argument(
+        "--threshold", help=f"cosine thresholds τ to begin with (default: {DEFAULT_THRESHOLD})"
+    )
     command.add_argument("--probe", help="last, shifted or both: last,shifted")
     command.add_argument("--positions", help="renumber, original or both")
     command.add_argument("--candidates", type=int, help="maximum number of schedules to begin with")
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         AskOptions(runtime_options(args), args.dtype, args.batch, asked.max_new_tokens),
         space=Space(
             methods=tuple(values(args.methods, str)),
-            thresholds=tuple(values(args.threshold, float)) or (0.8,),
+            thresholds=tuple(values(args.threshold, float)) or (DEFAULT_THRESHOLD,),
             probes=tuple(values(args.probe, str)) or (None,),
             positions=tuple(values(args.positions, str)) or (None,),
             points=args.points,

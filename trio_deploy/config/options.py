@@ -8,6 +8,9 @@ from pathlib import Path
 from trio_deploy.config.target import Target
 from trio_deploy.schedule.schedule import Schedule
 
+DEFAULT_THRESHOLD = 0.8
+"""τ: the cosine similarity at which a kept token suppresses another, where nobody says one."""
+
 
 @dataclass(frozen=True)
 class RuntimeOptions:
@@ -38,13 +41,11 @@ class SelectionOptions:
     Attributes:
         probe: position of the probe tokens: `last`, they end at the last valid token, or `shifted`,
             one before it.
-        probes: number of probe positions, at most.
         positions: position ids after pruning: `renumber` or `original`.
         threshold: cosine similarity at which a kept token suppresses another, in (0, 1].
     """
 
     probe: str | None = None
-    probes: int | None = None
     positions: str | None = None
     threshold: float | None = None
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trio_deploy.config.options import DEFAULT_THRESHOLD
 from trio_deploy.config.yaml_files import (
     PACKAGE,
     choice,
@@ -70,7 +71,7 @@ class Recipe:
     schedules: dict[str, Schedule]
     probe: str = "last"
     positions: str = "renumber"
-    threshold: float = 0.8
+    threshold: float = DEFAULT_THRESHOLD
     preprocessing: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     checkpoint: Path | None = None
@@ -109,7 +110,7 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
         schedules=_schedules(file, raw.get("schedules", {})),
         probe=choice(file, raw, "probe", PROBES, "last"),
         positions=choice(file, raw, "positions", POSITIONS, "renumber"),
-        threshold=_threshold(file, raw.get("threshold", 0.8)),
+        threshold=_threshold(file, raw.get("threshold", DEFAULT_THRESHOLD)),
         preprocessing=preprocessing,
         chat_template=text_of(file, raw, "chat_template"),
         checkpoint=checkpoint,

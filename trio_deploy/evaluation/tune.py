@@ -26,6 +26,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
+from trio_deploy.config.options import DEFAULT_THRESHOLD
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluation.ask import AnswerLog, AskOptions, batches, checksums, same
 from trio_deploy.evaluation.configurations import (
@@ -42,13 +43,12 @@ from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.request import Request
 from trio_deploy.schedule.budget import default_layers, solve
 from trio_deploy.schedule.methods import METHODS
-from trio_deploy.schedule.schedule import PruningPoint, Schedule
+from trio_deploy.schedule.schedule import RATIO_DIGITS, PruningPoint, Schedule
 
 BEST = "schedule.yaml"
 _LOG = "tuning.jsonl"
 _REFERENCE = "unpruned.jsonl"
 
-_RATIO_DIGITS = 6
 _REDUCTION = 3  # one in three candidates survives a round and is asked three times as much
 _MIN_SURVIVORS = 4
 _PARENTS = 3  # candidates whose neighbours join
@@ -71,7 +71,7 @@ class Space:
     """
 
     methods: tuple[str, ...] = ("trio", "divprune")
-    thresholds: tuple[float, ...] = (0.8,)
+    thresholds: tuple[float, ...] = (DEFAULT_THRESHOLD,)
     probes: tuple[str | None, ...] = (None,)
     positions: tuple[str | None, ...] = (None,)
     points: int = 3
@@ -177,7 +177,7 @@ def realise(candidate: Candidate, budget: float, layers: int, visual: int) -> Co
         while keeps[place] < most and cost(keeps) + sizes[place] <= total:
             keeps[place] += 1
     points = tuple(
-        PruningPoint(layer, round(keep / visual, _RATIO_DIGITS), method)
+        PruningPoint(layer, round(keep / visual, RATIO_DIGITS), method)
         for keep, (layer, _, method) in zip(keeps, candidate.points, strict=True)
     )
     if any(after >= before for before, after in pairwise((visual, *keeps))):

@@ -42,7 +42,7 @@ from trio_deploy.checkpoint.resolve import (
     resolve,
 )
 from trio_deploy.checkpoint.safetensors import Checkpoint, TensorEntry
-from trio_deploy.config.options import ExportOptions, SelectionOptions
+from trio_deploy.config.options import DEFAULT_THRESHOLD, ExportOptions, SelectionOptions
 from trio_deploy.config.recipe import Recipe
 from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
@@ -56,7 +56,7 @@ from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule
 from trio_deploy.schedule.schedule import Schedule
 
 _SELECTION_FIELDS = frozenset(field.name for field in fields(SelectionOptions))
-_DEFAULTS = SelectionOptions(probe="last", positions="renumber", threshold=0.8)
+_DEFAULTS = SelectionOptions(probe="last", positions="renumber", threshold=DEFAULT_THRESHOLD)
 
 
 def export_model(
@@ -316,8 +316,6 @@ def _graph_options(recipe: Recipe | None, target: Target, options: ExportOptions
     for name in ("probe", "positions", "threshold"):
         given = getattr(options.selection, name)
         values[name] = given if given is not None else getattr(recipe or _DEFAULTS, name)
-    if options.selection.probes is not None:
-        values["probes"] = options.selection.probes
     if not 0 < values["threshold"] <= 1:
         raise TrioError(f"the threshold is {values['threshold']}, but cosines lie in (0, 1]")
     return GraphOptions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from trio_deploy.config.options import DEFAULT_THRESHOLD
 from trio_deploy.errors import TrioError
 from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.dialects.table import DIALECTS
@@ -32,7 +33,7 @@ class GraphOptions:
     probe: Literal["last", "shifted"] = "last"
     probes: int = 4
     positions: Literal["original", "renumber"] = "renumber"
-    threshold: float = 0.8
+    threshold: float = DEFAULT_THRESHOLD
     separate_decode: bool = False
 
     def __post_init__(self) -> None:

@@ -26,7 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
+from trio_deploy.bundle.manifest import stage_label
 from trio_deploy.checkpoint.resolve import from_folder
+from trio_deploy.config.options import DEFAULT_THRESHOLD
 from trio_deploy.errors import TrioError
 from trio_deploy.families.registry import parse_config
 from trio_deploy.reference.adapters import adapt, model_class
@@ -145,7 +147,7 @@ class Oracle:
         probe: str = "last",
         probes: int = 4,
         positions: str = "renumber",
-        threshold: float = 0.8,
+        threshold: float = DEFAULT_THRESHOLD,
         storage: torch.dtype | None = None,
     ) -> None:
         if probe not in ("last", "shifted"):
@@ -360,18 +362,20 @@ class Oracle:
             if i > 0:
                 keep = min(counts[i - 1], int(point.visual.sum()))
                 point = replace(point, layer=layers.start, keep=keep)
-                with trace.stage(f"select_{i}"):
-                    point, index = self._prune(f"select_{i}", schedule.methods[i - 1], point, trace)
+                name = stage_label("select", i)
+                with trace.stage(name):
+                    point, index = self._prune(name, schedule.methods[i - 1], point, trace)
                 places = places[index]
                 kept.append(places)
             following.append(len(point.visual) if own and len(layers) else after)
             if len(layers):
-                with trace.stage(f"prefill_{i}"):
+                name = stage_label("prefill", i)
+                with trace.stage(name):
                     hidden = self._segment(
-                        f"prefill_{i}", layers, point.hidden, point.positions, cache, trace
+                        name, layers, point.hidden, point.positions, cache, trace
                     )
                 point = replace(point, hidden=hidden)
-        with trace.stage(f"prefill_{len(counts)}"):
+        with trace.stage(stage_label("prefill", len(counts))):
             logits = self.logits(point.hidden[:, -1:])
             token = int(logits.argmax())
         if max_new_tokens == 0:
@@ -441,7 +445,7 @@ class Oracle:
                     continue
                 at = torch.tensor([[following[i] + len(tokens) - 1]], device=hidden.device)
                 if len(tokens) == 1 and trace.recording:
-                    name = f"decode_{i}"
+                    name = stage_label("decode", i)
                     hidden = self._segment(name, layers, hidden, at, cache, trace)
                     trace.stages[name].inputs["input_ids"] = _array(ids)
                 else:

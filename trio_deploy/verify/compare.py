@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from trio_deploy.bundle.manifest import kind_of_label
 from trio_deploy.reference.trace import Stage, Tensors
 from trio_deploy.schedule.methods import ENCODER_SCORES, METHODS, load
 from trio_deploy.schedule.view import Selected
@@ -87,7 +88,7 @@ def compare_stages(
     *,
     threshold: float,
     separate_decode: bool,
-    methods: Sequence[str],
+    selections: Mapping[str, str],
 ) -> list[ParityRow]:
     """Feed every stage the reference's inputs and compare its outputs.
 
@@ -96,9 +97,8 @@ def compare_stages(
         run: runs a graph of the bundle.
         threshold: of the greedy suppression.
         separate_decode: whether decode.onnx decodes or the prefill graphs do.
-        methods: of the pruning points.
+        selections: method by the label of a stage that selects.
     """
-    selections = {f"select_{i}": method for i, method in enumerate(methods, 1)}
     rows = []
     for name, stage in _with_decode(stages, separate_decode).items():
         graph = name.removesuffix(" (decode)")
@@ -123,8 +123,8 @@ def feeds_of(stage: Stage) -> Tensors:
 
 def _with_decode(stages: Mapping[str, Stage], separate: bool) -> dict[str, Stage]:
     """The first decoding step under the name of the graph that runs it."""
-    plain = {name: stage for name, stage in stages.items() if not name.startswith("decode_")}
-    steps = {name: stage for name, stage in stages.items() if name.startswith("decode_")}
+    steps = {name: stage for name, stage in stages.items() if kind_of_label(name) == "decode"}
+    plain = {name: stage for name, stage in stages.items() if name not in steps}
     if not steps:
         return plain
     if not separate:
@@ -136,10 +136,9 @@ def _with_decode(stages: Mapping[str, Stage], separate: bool) -> dict[str, Stage
     for step in steps.values():
         for mine, its in ((whole.inputs, step.inputs), (whole.outputs, step.outputs)):
             mine |= {key: value for key, value in its.items() if key.startswith(("past.", "pres"))}
-        for key in step.inputs:
-            if key.startswith("past."):  # no input of the graph: says what of `present` is padding
-                layer = key.split(".")[1]
-                whole.inputs[f"past_lengths.{layer}"] = step.inputs["past_lengths"]
+        for key in step.outputs:
+            if key.startswith("present."):
+                whole.inputs[past_lengths_of(key)] = step.inputs["past_lengths"]
     last = list(steps.values())[-1]
     whole.outputs["logits"] = last.outputs["logits"]
     whole.inputs["input_ids"] = last.inputs["input_ids"]
@@ -298,14 +297,21 @@ def difference(got: NDArray, expected: NDArray) -> tuple[float, float]:
     return float(delta), float(delta / scale if scale else (0.0 if delta == 0 else np.inf))
 
 
+def past_lengths_of(output: str) -> str:
+    """Key of the past lengths [B] of one output of decode.onnx, which tell its padding.
+
+    No input of the graph: that has the lengths of all segments in one tensor.
+    """
+    return f"past_lengths of {output}"
+
+
 def valid_places(key: str, stage: Stage, shape: Sequence[int]) -> NDArray[np.bool_]:
     """Entries of an output that are not padding, bool of its shape."""
     lengths = stage.inputs.get("lengths")
     if key.startswith("present."):
         axis = 2
-        layer = key.split(".")[1]
         new, past = stage.inputs["lengths"], stage.inputs.get("past_lengths")
-        lengths = new + past if past is not None else stage.inputs[f"past_lengths.{layer}"] + 1
+        lengths = new + past if past is not None else stage.inputs[past_lengths_of(key)] + 1
     elif key in ("hidden_states", "hidden_states_out", "inputs_embeds"):
         axis = 1
     else:

@@ -20,7 +20,13 @@ from trio_deploy.reference.trace import Stage, Tensors
 from trio_deploy.runtimes.base import Engine
 from trio_deploy.runtimes.tensorrt.first_run import CORNERS
 from trio_deploy.runtimes.tensorrt.profiles import Profile
-from trio_deploy.verify.compare import ParityRow, Tolerance, compare_outputs, compare_selection
+from trio_deploy.verify.compare import (
+    ParityRow,
+    Tolerance,
+    compare_outputs,
+    compare_selection,
+    past_lengths_of,
+)
 from trio_deploy.verify.inputs import cases
 
 Open = Callable[[str], Engine]
@@ -104,7 +110,7 @@ def _context(stage: StageInfo, feeds: Tensors) -> dict[str, Any]:
         inputs["lengths"] = np.full(len(inputs["position_ids"]), inputs["position_ids"].shape[1])
     if stage.kind == "decode":  # one column per segment
         past = feeds[stage.input_name("past_lengths")][:, 0]
-        inputs |= {f"past_lengths.{layer}": past for layer in stage.layers}
+        inputs |= {past_lengths_of(tensor.name): past for tensor in stage.outputs_of("cache")}
     elif "lengths" in inputs:
         inputs.setdefault("past_lengths", np.zeros_like(inputs["lengths"]))  # a prefill from none
     # How large the probes' logits are is not known here: scores are held to the stricter bound.

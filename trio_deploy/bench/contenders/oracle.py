@@ -11,11 +11,10 @@ import numpy as np
 
 from trio_deploy.bench.case import Case, Run, timed
 from trio_deploy.bench.contenders.torch_model import clock, encode, load_model, precision
+from trio_deploy.bench.results import PROBES
 from trio_deploy.bench.workload import Inputs, Workload
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.schedule.schedule import Schedule
-
-PROBES = 4
 
 
 def open_oracle(

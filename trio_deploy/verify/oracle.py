@@ -1,0 +1,142 @@
+"""The oracle's side of a check: its tensors and answers, and what it is given.
+
+torch and transformers are imported only here, on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.checkpoint.resolve import from_folder
+from trio_deploy.errors import TrioError
+from trio_deploy.families.base import Layout
+from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy.pipeline.prompt import Prompt, collate
+from trio_deploy.pipeline.request import Request
+from trio_deploy.verify.compare import TOLERANCES, ParityRow, difference
+from trio_deploy.verify.examples import Example
+from trio_deploy.verify.golden import Reference
+
+NEW_TOKENS = 12
+"""Number of tokens that are generated and compared per request."""
+
+
+def ask_oracle(
+    bundle: Bundle,
+    pipeline: Pipeline,
+    examples: Sequence[Example],
+    checkpoint: str | Path | None,
+) -> Reference:
+    """Run the oracle on the examples as the runtime encodes them."""
+    if checkpoint is not None:  # before transformers takes a wrong path for a name on the hub
+        from_folder(Path(checkpoint))
+    try:
+        import torch
+
+        from trio_deploy.reference.oracle import Oracle, Row
+        from trio_deploy.reference.restore import restore_model
+    except ImportError as error:
+        raise TrioError(
+            f"comparing with the oracle needs {error.name}: pip install 'trio-deploy[reference]', "
+            "or check against a recorded reference with --golden"
+        ) from error
+    manifest = bundle.manifest
+    options: dict[str, Any] = {
+        "probe": manifest.probe,
+        "positions": manifest.positions,
+        "threshold": manifest.threshold,
+        "storage": None if manifest.dtype == "float32" else getattr(torch, manifest.dtype),
+    }
+    if checkpoint is None:
+        oracle = Oracle(restore_model(bundle), family=bundle.config.family, **options)
+    else:
+        oracle = Oracle.from_checkpoint(checkpoint, **options)
+    rows = []
+    for prompt, pictures in _encoded(pipeline, examples):
+        pixels = [picture.feeds["pixel_values"] for picture in pictures]
+        rows.append(
+            Row(
+                prompt.ids,
+                np.concatenate(pixels) if pixels else None,
+                [(int(p.size[0]), int(p.size[1])) for p in pictures],
+            )
+        )
+    result = oracle.generate(rows, bundle.schedule, max_new_tokens=NEW_TOKENS)
+    ends = set(manifest.generation.eos_token_ids)
+    tokens = [_until_end(row, ends) for row in result.token_ids]
+    return Reference(list(examples), result.stages, tokens)
+
+
+def compare_inputs(
+    pipeline: Pipeline, reference: Reference, checkpoint: str | Path | None
+) -> list[ParityRow]:
+    """Compare the batch with transformers' packing, and prompts with its processor."""
+    encoded = _encoded(pipeline, reference.examples)
+    batch = collate([prompt for prompt, _ in encoded], [pictures for _, pictures in encoded])
+    expected = reference.stages["embed"].inputs
+    valid = np.arange(batch.source_index.shape[1]) < batch.lengths[:, None]
+    same = np.array_equal(batch.lengths, expected["lengths"]) and np.array_equal(
+        batch.source_index[valid], expected["source_index"][valid]
+    )
+    problem = "" if same else "image rows are not where transformers packs them"
+    rows = [ParityRow("source_index", problem=problem)]
+    if checkpoint is not None:
+        rows += _compare_processor(pipeline, reference.examples, encoded, checkpoint)
+    return rows
+
+
+def _encoded(pipeline: Pipeline, examples: Sequence[Example]) -> list[tuple[Prompt, list[Layout]]]:
+    prepared = [pipeline.prepare(Request(e.prompt, e.pictures)) for e in examples]
+    return [(sequence.prompt, sequence.processed) for sequence in prepared]
+
+
+def _compare_processor(
+    pipeline: Pipeline,
+    examples: Sequence[Example],
+    encoded: Sequence[tuple[Prompt, list[Layout]]],
+    checkpoint: str | Path,
+) -> list[ParityRow]:
+    """Compare prompts and pixels with those of transformers' processor."""
+    import transformers
+
+    processor = transformers.AutoProcessor.from_pretrained(checkpoint, backend="pil")
+    worst, problem = (0.0, 0.0), ""
+    for example, (prompt, pictures) in zip(examples, encoded, strict=True):
+        content = [{"type": "image"} for _ in example.pictures]
+        content.append({"type": "text", "text": example.prompt})
+        batch = processor(
+            text=processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            ),
+            images=list(example.pictures) or None,
+            return_tensors="np",
+        )
+        if not np.array_equal(batch["input_ids"][0], prompt.ids):
+            problem = "the prompt's tokens are not those of transformers' processor"
+        if pictures:
+            pixels = np.asarray(batch["pixel_values"])
+            if pixels.ndim == 5:  # images with fewer tiles are padded to the largest
+                pixels = np.concatenate(
+                    [
+                        tiles[: len(p.feeds["pixel_values"])]
+                        for tiles, p in zip(pixels, pictures, strict=True)
+                    ]
+                )
+            mine = np.concatenate([picture.feeds["pixel_values"] for picture in pictures])
+            if mine.shape != pixels.shape:
+                problem = "the pictures have other tiles than transformers' processor gives them"
+            else:
+                worst = max(worst, difference(mine, pixels), key=lambda pair: pair[1])
+    if worst[1] > TOLERANCES["float32"].relative:
+        problem = problem or f"pixel_values differs by {worst[1]:.1e}"
+    return [ParityRow("processor", *worst, worst="pixel_values", problem=problem)]
+
+
+def _until_end(tokens: Sequence[int], ends: set[int]) -> list[int]:
+    stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return list(tokens[:stop])
