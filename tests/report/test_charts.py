@@ -8,8 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from trio_deploy.evaluation.results import KindResult, Result, Results
-from trio_deploy.evaluation.statistics import Estimate
+from tests.support.results import results_of_lines
 from trio_deploy.report.charts import (
     SIZES,
     Retention,
@@ -27,20 +26,6 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def drawn_at(lines, size="wide"):
     return geometry(Retention(lines, scored=True), *SIZES[size])
-
-
-def made_up(values: dict[str, list[float]], spread: float = 0.01) -> Results:
-    """Results of methods at rising shares of the tokens."""
-
-    def result(name, share, value):
-        estimate = Estimate(value, value - spread, value + spread)
-        kind = KindResult(20, value, 0.1, estimate, estimate)
-        return Result(name, share, share, None, {}, kind, estimate, {"colour": kind}, None)
-
-    found = [result("unpruned", 1.0, 1.0)]
-    for name, line in values.items():
-        found += [result(name, 0.1 * (i + 1), value) for i, value in enumerate(line)]
-    return Results("tiny", "made up", "exact", {}, 20, 5, found, scored=20)
 
 
 def lines_of(count, shares=(0.109, 0.11, 0.111, 0.222, 0.333)):
@@ -114,7 +99,7 @@ def test_lines_that_crowd_at_the_top_are_spread_out():
 
 
 def test_the_first_configuration_lies_over_the_others():
-    results = made_up({f"m{i}": [0.99, 1.0] for i in range(11)})
+    results = results_of_lines({f"m{i}": [0.99, 1.0] for i in range(11)})
     tree = ElementTree.fromstring(retention_chart(results))
     groups = [g for g in tree.iter(f"{SVG}g") if g.find(f"{SVG}path[@class='mark']") is not None]
     lines = [g for g in groups if g.find(f"{SVG}line[@class='range']") is not None]
@@ -124,10 +109,10 @@ def test_the_first_configuration_lies_over_the_others():
 
 def test_lines_close_to_100_are_spread_out_if_others_fall_far_below():
     crowd = {"recipe": [0.994, 0.998], "divprune": [0.997, 0.998], "random": [0.6, 0.8]}
-    assert "stretched above 95%" in retention_chart(made_up(crowd))
-    assert "stretched" not in retention_chart(made_up({"recipe": [0.6, 0.9]}))
+    assert "stretched above 95%" in retention_chart(results_of_lines(crowd))
+    assert "stretched" not in retention_chart(results_of_lines({"recipe": [0.6, 0.9]}))
     together = {"recipe": [0.98, 0.99], "divprune": [0.96, 0.97]}
-    assert "stretched" not in retention_chart(made_up(together))
+    assert "stretched" not in retention_chart(results_of_lines(together))
 
 
 def test_the_scale_is_continuous_and_rises():
@@ -139,13 +124,13 @@ def test_the_scale_is_continuous_and_rises():
 
 
 def test_values_without_an_interval_are_drawn_without_whiskers():
-    results = made_up({"recipe": [0.99, 1.0], "random": [0.5, 0.6]}, math.nan)
+    results = results_of_lines({"recipe": [0.99, 1.0], "random": [0.5, 0.6]}, math.nan)
     chart = retention_chart(results)
     assert 'class="mark"' in chart and 'class="range"' not in chart and "nan" not in chart
 
 
 def test_a_file_is_whole_names_what_it_shows_and_loads_nothing():
-    results = made_up({"<recipe> & co": [0.9, 0.95], "random": [0.5, 0.6]})
+    results = results_of_lines({"<recipe> & co": [0.9, 0.95], "random": [0.5, 0.6]})
     chart = retention_chart(results)
     tree = ElementTree.fromstring(chart)  # well-formed, names escaped
     said = "".join(tree.itertext())
