@@ -2,7 +2,12 @@
 
 import pytest
 
+from trio_deploy import Schedule
 from trio_deploy.cli.main import main
+from trio_deploy.cli.tune import tuned_text
+from trio_deploy.evaluation.configurations import Configuration
+from trio_deploy.evaluation.statistics import Estimate
+from trio_deploy.evaluation.tune import Candidate, Ranked, Tuned
 
 
 @pytest.mark.parametrize("options", ["--budget 0", "--budget 1.5", "--candidates 0", "--points 9"])
@@ -20,3 +25,24 @@ def test_the_command_searches(tmp_path, capsys):
     assert "wrote schedule.yaml" in captured.err
     assert main(f"tune tiny --out {tmp_path} --budget 0.0001 --scenes 1 --threads 1".split()) == 1
     assert "no schedule of this model reaches" in capsys.readouterr().err
+
+
+def test_the_table_has_how_far_finalists_are_behind_the_best():
+    losses = (0.1, 0.1, 0.3, 0.3)
+    ranking = [
+        Ranked(
+            Configuration(f"0:{keep}", Schedule.parse(f"0:{keep}"), 0.1, threshold=0.7),
+            loss,
+            0.5,
+            10,
+            Candidate(((0, 1.0, "trio"),), 0.7, None, None),
+        )
+        for keep, loss in enumerate(losses, 20)
+    ]
+    behind = [Estimate(0.0, 0.0, 0.0), Estimate(0.0, -0.1, 0.1)] + [Estimate(0.2, 0.1, 0.3)] * 2
+    tuned = Tuned(0.1, ranking, Estimate(0.1, 0.05, 0.2), [(9, 5), (4, 10)], behind, "schedules:")
+    first, _, *lines = tuned_text(tuned).splitlines()
+    assert first == "schedules:" and len(lines) == len(losses)
+    assert ["(level)" in line for line in lines] == [False, True, False, False]
+    assert lines[1].count("+0.0000 (level)") == 1
+    assert " +0.2000 (+0.1000 to +0.3000) " in lines[-1] and lines[-1].endswith("0:23  τ=0.7")

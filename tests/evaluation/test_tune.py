@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from trio_deploy import Pipeline, RuntimeOptions, Schedule, TrioError, export_model
-from trio_deploy.cli.tune import tuned_text
 from trio_deploy.evaluation.ask import AskOptions
 from trio_deploy.evaluation.configurations import Bundles, Source
 from trio_deploy.evaluation.questions import scene_questions
@@ -139,9 +138,6 @@ def test_finalists_that_are_level_with_the_best_are_named(searched, source):
     assert f"1 of the {len(losses)} other finalists.\n#   {losses[0].configuration.name}\n" in text
     assert "# trio tune: 9 schedules were asked 5 questions or more, 4 of them all 10." in text
     assert yaml.safe_load(text)["schedules"]
-    table = tuned_text(said)
-    assert table.count("+0.0000 (level)") == 1
-    assert " +0.2000 (+0.1000 to +0.3000) " in table.splitlines()[-1]
 
 
 def test_losses_of_another_model_target_prompt_or_picture_are_not_taken(
