@@ -55,3 +55,18 @@ def test_a_file_is_not_a_checkpoint(tmp_path):
 def test_an_unknown_name_is_two_sentences():
     with pytest.raises(TrioError, match=r"nor a recipe\. The recipes are .*tiny"):
         resolve("zzz", weights_needed=True)
+
+
+def test_what_a_model_on_the_hub_lacks_is_named(tmp_path, monkeypatch):
+    """A download without weights is not called a failure of the network."""
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "config.json").write_text('{"model_type": "llava"}', encoding="utf-8")
+
+    def download(hub_id: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        if local_files_only:
+            raise FileNotFoundError(hub_id)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(TrioError, match=r"download failed: it gave no .*\.safetensors files"):
+        resolve("org/name", weights_needed=True)

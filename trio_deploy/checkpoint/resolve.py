@@ -193,7 +193,7 @@ def hub_folder(hub_id: str, advice: str) -> tuple[Path, str | None]:
     """
     from huggingface_hub import snapshot_download
 
-    cause = "it is incomplete on the hub"
+    cause = ""
     for cache_only in (True, False):
         try:
             folder = Path(
@@ -205,6 +205,7 @@ def hub_folder(hub_id: str, advice: str) -> tuple[Path, str | None]:
             continue
         if _is_complete(folder):
             return folder, folder.name
+        cause = "it gave no config.json with all .safetensors files"
     here = f"the folder {hub_id} does not exist; " if Path(hub_id).parent.is_dir() else ""
     raise TrioError(
         f"{here}cannot get {hub_id} from the Hugging Face hub (the local cache has no complete "

@@ -47,7 +47,7 @@ def exported(bundle: Bundle) -> dict[str, Any]:
         (
             "Vision tower",
             f"{config.vision.describe()}, up to "
-            f"{request_limits(config).visual_tokens} visual tokens a picture",
+            f"{request_limits(config).visual_tokens} visual tokens per picture",
         ),
         ("Target", f"{manifest.target} ({runs_on})"),
         ("Graphs", f"{manifest.dialect} dialect, {manifest.dtype}, decode {manifest.decode}"),

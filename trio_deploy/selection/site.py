@@ -90,7 +90,7 @@ class Site:
         return self.stage.input(name, FLOAT, ["B", "S"])
 
     def need(self, op: Any) -> tuple[Value, Value]:
-        """How many tokens a row must choose, f32 [B,1] (0 if it keeps all), and if so, bool."""
+        """Tokens to choose per row, f32 [B,1] (0 if it keeps all), and whether it prunes, bool."""
         available = reduce(op, "ReduceSum", op.Cast(self.tokens.visual, to=FLOAT), [1])
         keep = op.Cast(op.Unsqueeze(self.keep, [1]), to=FLOAT)
         prunes = op.Less(keep, available)

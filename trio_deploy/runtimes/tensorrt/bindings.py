@@ -175,7 +175,7 @@ class TensorRT:
         self.updates_in_place = self.release >= (10, 15)
         self._messages: deque[str] = deque(maxlen=_REMEMBERED)
         self._asked: deque[str] = deque(maxlen=_REMEMBERED)  # warnings of tactics without memory
-        self._sinks: list[Log] = []
+        self._logs: list[Log] = []
         self._interrupts: list[BaseException] = []
         self.logger = _logger(module, self._say, self._interrupts)
         _LOGGERS.append(self.logger)
@@ -445,8 +445,8 @@ class TensorRT:
             self._messages.append(message.strip())
         if severity != "VERBOSE" and _ASKED.search(message):
             self._asked.append(message.strip())
-        for sink in self._sinks:
-            sink(severity, message)
+        for log in self._logs:
+            log(severity, message)
 
     def forget_errors(self) -> None:
         """What TensorRT said until now is not the reason of what fails next."""
@@ -509,17 +509,17 @@ class _Listening:
     """Sends what TensorRT says to a function while inside."""
 
     def __init__(self, tensorrt: TensorRT, log: Log | None) -> None:
-        self._sinks = tensorrt._sinks
+        self._logs = tensorrt._logs
         self._log = log
         tensorrt.forget_errors()
 
     def __enter__(self) -> None:
         if self._log is not None:
-            self._sinks.append(self._log)
+            self._logs.append(self._log)
 
     def __exit__(self, *_: object) -> None:
         if self._log is not None:
-            self._sinks.remove(self._log)
+            self._logs.remove(self._log)
 
 
 def _logger(trt: Any, say: Log, interrupts: list[BaseException]) -> Any:

@@ -40,12 +40,12 @@ _LIMITS = {
     "B": ("rows", "max_batch"),
     "T": ("image tiles", "max_images"),
     "R": ("rows of image features", "max_images or max_batch"),
-    "S": ("tokens a row", "max_text_tokens or max_visual_tokens"),
+    "S": ("tokens per row", "max_text_tokens or max_visual_tokens"),
     "C": (
-        "tokens a row in the KV cache",
+        "tokens per row in the KV cache",
         "max_new_tokens, max_text_tokens, max_budget or max_visual_tokens",
     ),
-    "W": ("tokens a row after pruning", "max_budget or max_text_tokens"),
+    "W": ("tokens per row after pruning", "max_budget or max_text_tokens"),
 }
 # Engines that this process has compared with their checksums: file, time of change, checksum.
 _WHOLE: set[tuple[Path, int, str]] = set()
@@ -246,7 +246,7 @@ class _Context:
     """An execution context with a profile, and the scratch memory it was lent.
 
     Attributes:
-        held: inputs that it reads from the host's memory, which must be there while it runs.
+        host_inputs: inputs that it reads from the host's memory, kept alive while it runs.
     """
 
     def __init__(self, engine: TrtEngine, profile: int) -> None:
@@ -255,7 +255,7 @@ class _Context:
         self._scratch, size = engine.runtime.scratch()
         self.trt = engine.runtime.with_room(lambda: tensorrt.context(engine.trt), engine.needs)
         tensorrt.lend(self.trt, self._scratch.address, size)
-        self.held: list[np.ndarray] = []
+        self.host_inputs: list[np.ndarray] = []
         if profile != self.trt.active_optimization_profile:
             tensorrt.forget_errors()
             try:
@@ -440,7 +440,7 @@ class TrtEngine:
             accepted = context.trt.set_input_shape(name, tuple(array.shape))
             if not accepted or not context.trt.set_tensor_address(name, _address(array)):
                 raise TrioError(f"{self.stage} refuses {name}: {self._errors()}")
-        context.held = [array for array in inputs.values() if isinstance(array, np.ndarray)]
+        context.host_inputs = [array for array in inputs.values() if isinstance(array, np.ndarray)]
         try:
             missing = context.trt.infer_shapes()
         except RuntimeError as error:  # of the bindings
