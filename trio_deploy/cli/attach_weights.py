@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-SUMMARY = "Complete a bundle of graphs with weights."
+SUMMARY = "Add a checkpoint's weights to a bundle exported with --graphs-only."
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

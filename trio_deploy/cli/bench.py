@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trio_deploy.bench.measure import BenchOptions
     from trio_deploy.bundle.bundle import Bundle
 
-SUMMARY = "Measure time and memory, against no pruning and others."
+SUMMARY = "Measure time and memory, compared with no pruning and other pipelines."
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -27,16 +27,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("bundle", nargs="?", type=Path, help="folder of the bundle")
     command.add_argument(
         "--size",
-        help="random weights instead of a bundle: d=1024,layers=16,vocab=32000, or the sizes of a "
-        "recipe",
+        help="measure random weights instead of a bundle: sizes, such as "
+        "d=1024,layers=16,vocab=32000, or a recipe that has them",
     )
     command.add_argument(
         "--budget",
         type=list_of(float),
-        help="shares of visual tokens, comma-separated (default: the bundle's, or 0.111; with "
-        "--sweep 0.111,0.222,0.333); no pruning is always measured too",
+        help="shares of visual tokens, comma-separated, measured beside no pruning (default: the "
+        "bundle's, or 0.111; with --sweep 0.111,0.222,0.333)",
     )
-    command.add_argument("--schedule", help="schedule of the bundle made for --size")
+    command.add_argument(
+        "--schedule", help="schedule of the bundle made for --size, as `trio export --schedule`"
+    )
     command.add_argument(
         "--images",
         type=list_of(int),
@@ -54,17 +56,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--new-tokens", type=int, default=32, help="generated tokens per run (default: 32)"
     )
-    command.add_argument("--runs", type=int, default=5, help="measured runs (default: 5)")
+    command.add_argument("--runs", type=int, default=5, help="number of measured runs (default: 5)")
     command.add_argument(
-        "--warm-up", type=int, default=2, help="runs before them, not measured (default: 2)"
+        "--warm-up",
+        type=int,
+        default=2,
+        help="number of runs before them that are not measured (default: 2)",
     )
     command.add_argument(
-        "--sweep", action="store_true", help="measure every budget at every number of --images"
+        "--sweep", action="store_true", help="measure every budget with every number of --images"
     )
     command.add_argument(
         "--baselines",
         type=list_of(str, none="none"),
-        help="transformers, oracle, genai, comma-separated, or none (default: those installed)",
+        help="pipelines to compare with: transformers, oracle, genai, comma-separated, or none "
+        "(default: those installed)",
     )
     command.add_argument(
         "--genai-python", metavar="PATH", help="interpreter that has openvino-genai"

@@ -19,7 +19,7 @@ SUMMARY = "Build TensorRT engines of a bundle, on the device they run on."
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
     command.add_argument("bundle", type=Path, help="folder of the bundle")
-    command.add_argument("--target", help="target name or file (default: the bundle's)")
+    command.add_argument("--target", help="name or file of the target (default: the bundle's)")
     command.add_argument(
         "--dry-run",
         action="store_true",

@@ -16,7 +16,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("bundle", type=Path, help="folder of the bundle")
     source = command.add_mutually_exclusive_group()
     source.add_argument(
-        "--record", action="store_true", help="store the reference's tensors in the bundle too"
+        "--record", action="store_true", help="also store the reference's tensors in the bundle"
     )
     source.add_argument(
         "--golden", action="store_true", help="compare with the stored tensors, without torch"

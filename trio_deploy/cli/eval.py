@@ -23,7 +23,7 @@ CHART = "retention.svg"
 SCENE_TOKENS = 8  # as evaluation.questions has them, which needs numpy
 FILE_TOKENS = 128
 FIRST_SCENE = 10_000  # as evaluation.scenes.FIRST_SCENE, which needs numpy
-SUMMARY = "Measure what pruning keeps of the answers, method by method."
+SUMMARY = "Measure how much accuracy pruning keeps, method by method."
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -33,26 +33,28 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--budgets",
         help="shares of visual tokens, comma-separated, and `own` for a bundle's own schedule "
-        "(default: 0.111,0.222,0.333, of a bundle own,0.111,0.222,0.333)",
+        "(default: 0.111,0.222,0.333; for a bundle own,0.111,0.222,0.333)",
     )
     command.add_argument(
         "--methods",
-        help="comma-separated: recipe (the recipe's schedules), trio, divprune, … in the "
-        "published schedule's shape, METHOD@LAYER+LAYER, or METHOD@recipe for the recipe's layers "
-        "and keeps (default: recipe; a bundle has its own)",
+        help="comma-separated: recipe (the recipe's schedules), METHOD (in the published "
+        "schedule's shape), METHOD@LAYER+LAYER, or METHOD@recipe (at the recipe's layers and "
+        "keeps); not for a bundle, which has its own (default: recipe)",
     )
     command.add_argument(
         "--schedule",
         action="append",
         default=[],
         metavar="[NAME=]LAYER:KEEP:METHOD,…",
-        help="measure this schedule, before the methods; may be repeated",
+        help="schedule to measure before the methods; may be repeated",
     )
     command.add_argument("--threshold", help="cosine thresholds τ to compare, comma-separated")
-    command.add_argument("--probe", help="last, shifted or both: last,shifted")
-    command.add_argument("--positions", help="renumber, original or both")
+    command.add_argument("--probe", help="probe tokens to compare: last, shifted, or last,shifted")
     command.add_argument(
-        "--seeds", type=int, default=1, help="runs of a random selection to average (default: 1)"
+        "--positions", help="position ids to compare: renumber, original, or renumber,original"
+    )
+    command.add_argument(
+        "--seeds", type=int, default=1, help="seeds to average random selections over (default: 1)"
     )
     command.add_argument("--blind", action="store_true", help="also ask without the picture")
     command.add_argument("--no-plot", action="store_true", help="write no chart")
@@ -86,7 +88,10 @@ def add_question_arguments(command: argparse.ArgumentParser, split: str, scenes:
         "--first", type=int, help=f"first scene of the split (default: {FIRST_SCENE})"
     )
     command.add_argument(
-        "--questions", type=Path, metavar="JSONL", help="file of questions, instead of scenes"
+        "--questions",
+        type=Path,
+        metavar="JSONL",
+        help="file of questions, instead of generated scenes",
     )
     command.add_argument("--images", type=Path, help="folder of the questions' pictures")
     command.add_argument("--append", default="", help="line to add to every question")
@@ -99,7 +104,8 @@ def add_asking_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-new-tokens",
         type=int,
-        help=f"maximum length of an answer (default: {FILE_TOKENS}, of scenes {SCENE_TOKENS})",
+        help=f"maximum number of generated tokens (default: {FILE_TOKENS}; for scenes "
+        f"{SCENE_TOKENS})",
     )
     command.add_argument("--dtype", help="float type of exported bundles (default: the target's)")
     add_runtime_options(command)

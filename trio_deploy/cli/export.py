@@ -14,18 +14,22 @@ SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
     command.add_argument(
-        "--model", required=True, help="recipe name or file, checkpoint folder, or hub id"
+        "--model", required=True, help="name or file of a recipe, checkpoint folder, or hub id"
     )
     command.add_argument("--out", type=Path, required=True, help="folder to write the bundle to")
     add_schedule(command)
     command.add_argument("--dtype", help="float32, float16 or bfloat16 (default: the target's)")
     command.add_argument("--dialect", help="ort, onnx or primitive (default: the target's)")
-    command.add_argument("--target", help="target name or file (default: cpu)")
+    command.add_argument("--target", help="name or file of the target (default: cpu)")
     command.add_argument(
-        "--link-weights", action="store_true", help="hard-link the weights instead of copying"
+        "--link-weights",
+        action="store_true",
+        help="hard-link the checkpoint's weights instead of copying",
     )
     command.add_argument(
-        "--graphs-only", action="store_true", help="write graphs without weights, from a recipe"
+        "--graphs-only",
+        action="store_true",
+        help="write the graphs only, without weights",
     )
     command.add_argument(
         "--positions",

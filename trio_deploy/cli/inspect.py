@@ -15,7 +15,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--verify",
         action="store_true",
-        help="compare every file with its sha256; record that of linked weights",
+        help="compare every file with its checksum, and record the checksums of linked weights",
     )
 
 

@@ -7,12 +7,14 @@ import json
 
 from trio_deploy.cli.options import add_schedule
 
-SUMMARY = "Compute what a budget costs in tokens, operations and KV cache."
+SUMMARY = "Compute the tokens, operations and KV cache of a budget."
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    command.add_argument("--model", required=True, help="recipe name or file, or checkpoint folder")
+    command.add_argument(
+        "--model", required=True, help="name or file of a recipe, or checkpoint folder"
+    )
     add_schedule(command)
     command.add_argument(
         "--visual-tokens",
@@ -25,8 +27,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=60,
         help="text tokens of the prompt (default: 60, as in the paper)",
     )
-    command.add_argument("--target", help="TensorRT target to fit the model to: name or file")
-    command.add_argument("--dtype", help="float type of the engines (default: the target's)")
+    command.add_argument(
+        "--target", help="name or file of a TensorRT target: say whether the model fits"
+    )
+    command.add_argument(
+        "--dtype", help="float type of the engines, with --target (default: the target's)"
+    )
     command.add_argument("--probes", type=int, default=4, help="probe positions (default: 4)")
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
 

@@ -14,19 +14,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
     command.add_argument("bundle", type=Path, help="folder of the bundle")
     command.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)"
+        "--out", type=Path, default=Path("report.html"), help="file to write (default: report.html)"
     )
     command.add_argument(
         "--bench",
         type=Path,
         metavar="JSON",
-        help="figures of `trio bench --out` (default: measure briefly now)",
+        help="figures that `trio bench --out` wrote (default: measure briefly)",
     )
     command.add_argument(
         "--eval",
         type=Path,
         metavar="JSON",
-        help="results.json of `trio eval` (default: ask a few questions now)",
+        help="results.json that `trio eval` wrote (default: ask a few questions)",
     )
     command.add_argument(
         "--image",
@@ -46,11 +46,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--scenes",
         type=int,
         default=10,
-        help="generated scenes to measure accuracy with, if there is no --eval (default: 10; "
+        help="number of generated scenes to measure accuracy with, without --eval (default: 10; "
         "0: none)",
     )
     command.add_argument("--no-check", action="store_true", help="skip `trio check`")
-    command.add_argument("--no-bench", action="store_true", help="measure no time now")
+    command.add_argument("--no-bench", action="store_true", help="skip `trio bench`")
     add_runtime_options(command)
 
 

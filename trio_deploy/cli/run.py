@@ -35,7 +35,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--budget", type=float, help="average share of visual tokens (default: the bundle's)"
     )
     command.add_argument(
-        "--show", type=Path, metavar="PNG", help="draw which visual tokens were kept"
+        "--show",
+        type=Path,
+        metavar="PNG",
+        help="write a picture of the visual tokens that were kept",
     )
     command.add_argument(
         "--max-new-tokens",

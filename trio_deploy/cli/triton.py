@@ -27,7 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--stages",
         action="store_true",
-        help="write each stage, and vision + embed, as models too (loads the weights once more)",
+        help="also write each stage, and vision + embed, as models (these load the weights again)",
     )
     command.add_argument(
         "--name", default="trio", help="prefix of the models' names (default: trio)"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trio_deploy.evaluation.tune import Tuned
 
 
-SUMMARY = "Search for the schedule that changes answers least; no labels."
+SUMMARY = "Search for the schedule that changes answers least, without labels."
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -35,23 +35,28 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--budget", type=float, help="average share of visual tokens per layer (default: 0.111)"
     )
     command.add_argument(
-        "--methods", default="trio,divprune", help="methods to choose from (default: trio,divprune)"
+        "--methods", default="trio,divprune", help="methods to try (default: trio,divprune)"
     )
     command.add_argument(
-        "--points", type=int, default=3, help="maximum number of pruning points, 1 to 3"
+        "--points",
+        type=int,
+        default=3,
+        help="maximum number of pruning points, 1 to 3 (default: 3)",
     )
     command.add_argument(
         "--threshold", help=f"cosine thresholds τ to begin with (default: {DEFAULT_THRESHOLD})"
     )
-    command.add_argument("--probe", help="last, shifted or both: last,shifted")
-    command.add_argument("--positions", help="renumber, original or both")
+    command.add_argument("--probe", help="probe tokens to try: last, shifted, or last,shifted")
+    command.add_argument(
+        "--positions", help="position ids to try: renumber, original, or renumber,original"
+    )
     command.add_argument("--candidates", type=int, help="maximum number of schedules to begin with")
     command.add_argument(
         "--start",
         action="append",
         default=[],
         metavar="SCHEDULE",
-        help="a schedule to begin with as well; may be repeated",
+        help="further schedule to begin with; may be repeated",
     )
     add_question_arguments(command, split="tuning", scenes=40)
     command.set_defaults(scorer="exact", annotations=None)

@@ -152,8 +152,8 @@ class DryRun:
         count = sum(len(check.corners) for check in self.stages)
         if self.passed:
             lines.append(
-                f"passed: {len(self.stages)} graphs at {count} corners of their profiles; nothing "
-                "was built"
+                f"passed: {len(self.stages)} graphs at the smallest, typical and largest sizes of "
+                f"their profiles ({count} in all); nothing was built"
             )
         else:
             lines.append("failed: TensorRT cannot take these graphs")
