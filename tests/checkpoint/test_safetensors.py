@@ -25,6 +25,7 @@ from trio_deploy.checkpoint.safetensors import (
 )
 from trio_deploy.families.registry import parse_config
 from trio_deploy.graphs.weights import canonical_tensors
+from trio_deploy.quant.stored_weight import Part
 
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
 
@@ -263,7 +264,7 @@ class TestBroken:
     def test_file_that_shrinks_while_in_use(self, single: Path, tmp_path: Path):
         checkpoint = Checkpoint.from_path(single)
         sources = checkpoint.verify(canonical_tensors(parse_config(checkpoint.config)))
-        layout = plan_layout({name: entry.shape for name, entry in sources.items()}, "float16")
+        layout = plan_layout([Part(n, entry.shape, "float16") for n, entry in sources.items()])
         (single / "model.safetensors").write_bytes(b"")
         with pytest.raises(TrioError, match="truncated"), BundleWriter(tmp_path / "b") as writer:
             write_layout(writer, layout, sources)

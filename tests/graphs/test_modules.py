@@ -14,10 +14,11 @@ from tests.support.transformers_models import language_model, model_config, rela
 from trio_deploy import TrioError
 from trio_deploy.families.base import RopeConfig
 from trio_deploy.graphs.graph import Stage
-from trio_deploy.graphs.modules import MLP, Embedding, Linear, RMSNorm, Weight, activation
+from trio_deploy.graphs.modules import MLP, Embedding, Linear, RMSNorm, activation
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.rope import inverse_frequencies, rotary_angles
 from trio_deploy.graphs.values import FLOAT, INT64, constant
+from trio_deploy.graphs.weight import Weight
 
 DIALECTS = ("ort", "onnx", "primitive")
 dialects = pytest.mark.parametrize("dialect", DIALECTS)

@@ -30,6 +30,7 @@ from trio_deploy import Pipeline, Request, export_model
 from trio_deploy.graphs.dialects.primitive import PrimitiveDialect
 from trio_deploy.graphs.dialects.table import DIALECTS
 from trio_deploy.graphs.values import dtype_of, shape_of, typed
+from trio_deploy.graphs.weight import Weight
 from trio_deploy.runtimes import onnxruntime
 
 SCHEDULE = "0:0.9:divprune,1:0.7,2:0.4:fastv"
@@ -41,7 +42,7 @@ class EinsumDialect(PrimitiveDialect):
     name = "einsum"
 
     def linear(
-        self, op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None
+        self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None
     ) -> ir.Value:
         y = op.Einsum(x, weight, equation="...i,oi->...o")
         typed(y, dtype_of(x), [*shape_of(x)[:-1], shape_of(weight)[0]])

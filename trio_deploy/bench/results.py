@@ -10,10 +10,10 @@ from typing import Any
 from trio_deploy.bench.case import GROUPS, OTHER, Case, Run
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.cost.flops import Cost, account, vision_flops
+from trio_deploy.quant.stored_weight import ITEM_BYTES
 from trio_deploy.schedule.schedule import PruningPoint, Schedule
 
 PROBES = 4
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def cost_of(run: Run, bundle: Bundle) -> Cost:
         schedule,
         run.visual_tokens,
         run.prompt_tokens - run.visual_tokens,
-        item_bytes=_ITEM_BYTES[run.precision],  # keys and values are stored as computed
+        item_bytes=ITEM_BYTES[run.precision],  # keys and values are stored as computed
         probes=PROBES,
     )
 

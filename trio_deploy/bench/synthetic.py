@@ -30,6 +30,7 @@ from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.clip_images import clip_processor_files
 from trio_deploy.families.registry import get_family, parse_config
 from trio_deploy.graphs.weights import canonical_tensors
+from trio_deploy.quant.stored_weight import Part
 from trio_deploy.runtimes.registry import default_target
 
 _DTYPES = {
@@ -205,8 +206,7 @@ def write_checkpoint(
     if (folder / "config.json").is_file():
         return folder
     parsed = parse_config(config)
-    shapes = _hub_shapes(parsed)
-    layout = plan_layout(shapes, dtype)
+    layout = plan_layout(_hub_parts(parsed, dtype))
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if layout.nbytes > free:
@@ -225,7 +225,7 @@ def write_checkpoint(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
-        _write_weights(unfinished, layout, dtype, seed, progress)
+        _write_weights(unfinished, layout, seed, progress)
         for name, content in _small_files(config, parsed, preprocessing, dtype).items():
             (unfinished / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         _tokenizer(unfinished / "tokenizer.json")
@@ -236,8 +236,8 @@ def write_checkpoint(
     return folder
 
 
-def _hub_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor by its name on the hub, those that no graph reads included."""
+def _hub_parts(config: ModelConfig, dtype: str) -> list[Part]:
+    """List every tensor by its name on the hub, those that no graph reads included."""
     vision, read = config.vision, config.vision.feature_layers
     # As if features came from the last layer, so that the layers above the feature layer exist.
     whole = replace(vision, feature_layers=(*read[:-1], vision.num_layers))
@@ -245,7 +245,7 @@ def _hub_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes |= {
         f"vision_tower.post_layernorm.{part}": (vision.hidden_size,) for part in ("weight", "bias")
     }
-    return {_hub_name(name): shape for name, shape in shapes.items()}
+    return [Part(_hub_name(name), shape, dtype) for name, shape in shapes.items()]
 
 
 def _hub_name(name: str) -> str:
@@ -259,9 +259,8 @@ def _hub_name(name: str) -> str:
     return name
 
 
-def _write_weights(folder: Path, layout: Layout, dtype: str, seed: int, progress: bool) -> None:
+def _write_weights(folder: Path, layout: Layout, seed: int, progress: bool) -> None:
     rng = np.random.default_rng(seed)
-    target = _DTYPES[dtype]
     places: dict[str, str] = {}
     with byte_bar(layout.nbytes, "random weights", progress) as bar:
         for shard in layout.shards:
@@ -270,6 +269,7 @@ def _write_weights(folder: Path, layout: Layout, dtype: str, seed: int, progress
                 out.write(shard.header)
                 for name in shard.names:
                     places[name] = file
+                    target = _DTYPES[layout.places[name].dtype]
                     left = math.prod(layout.places[name].shape)
                     while left:
                         count = min(left, _CHUNK)

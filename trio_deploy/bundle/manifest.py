@@ -11,6 +11,7 @@ from trio_deploy.checkpoint.processor_files import GenerationInfo
 from trio_deploy.checkpoint.resolve import MANIFEST as MANIFEST
 from trio_deploy.errors import TrioError
 from trio_deploy.files import convert
+from trio_deploy.quant.stored_weight import ITEM_BYTES, Part
 from trio_deploy.schedule.schedule import Schedule
 
 SCHEMA = 2
@@ -148,7 +149,7 @@ class StageInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class TensorPlace(msgspec.Struct, frozen=True):
-    """Where a weight is stored.
+    """Where a part of a weight is stored.
 
     Attributes:
         file: path in the bundle, `weights/….safetensors`.
@@ -181,7 +182,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
             `{"0.222": [keep, ...], ...}`; empty for bundles made without a recipe.
         decode: `shared` (prefill graphs decode too) or `separate` (a decode graph).
         stages: in the order in which they run; `decode`, if there is one, comes last.
-        tensors: place of each weight that a graph refers to, by its name.
+        tensors: place of each part of a weight that a graph refers to, by its name.
         weights: `copied`, `linked` (hard links) or `planned` (`trio attach-weights` adds them).
         target: name of the engines/ file it was exported for, which need not be where it runs;
             `runtime`, `provider` and `precision` are that target's.
@@ -284,10 +285,6 @@ def schema_of(raw: Any) -> int:
     return schema
 
 
-#: Bytes per element of the types that weights may have.
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
 def _check_place(name: str, place: TensorPlace, files: dict[str, FileInfo]) -> None:
     if place.file not in files:
         raise TrioError(
@@ -298,10 +295,8 @@ def _check_place(name: str, place: TensorPlace, files: dict[str, FileInfo]) -> N
         raise TrioError(
             f"the tensor {name} has the unknown type {place.dtype!r}: upgrade trio-deploy"
         )
-    count = ITEM_BYTES[place.dtype]
-    for size in place.shape:
-        count *= size
-    if min(place.shape, default=0) < 0 or place.nbytes != count:
+    size = Part(name, place.shape, place.dtype).nbytes
+    if min(place.shape, default=0) < 0 or place.nbytes != size:
         raise TrioError(
             f"the tensor {name} of shape {list(place.shape)} cannot have {place.nbytes} bytes: "
             "export the bundle again"

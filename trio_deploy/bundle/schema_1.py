@@ -7,7 +7,6 @@ bundles open without the `onnx` package, the few protobuf fields that say so are
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import msgspec
 
 from trio_deploy.bundle.manifest import (
-    ITEM_BYTES,
     SCHEMA,
     Kind,
     Manifest,
@@ -26,6 +24,7 @@ from trio_deploy.bundle.manifest import (
 from trio_deploy.bundle.roles import tensor_info
 from trio_deploy.errors import TrioError
 from trio_deploy.files import safe_path
+from trio_deploy.quant.stored_weight import Part
 
 _GRAPH, _INITIALIZER = 7, 5
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL = 1, 2, 8, 13
@@ -136,10 +135,9 @@ def _external(tensor: memoryview) -> dict[str, TensorPlace]:
             entries[entry[1]] = entry[2]
     if not entries or kind not in _DTYPES:
         return {}
-    dtype = _DTYPES[kind]
-    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+    part = Part(name, tuple(shape), _DTYPES[kind])
     offset = int(entries.get("offset", "0"))
-    return {name: TensorPlace(entries["location"], offset, nbytes, tuple(shape), dtype)}
+    return {name: TensorPlace(entries["location"], offset, part.nbytes, part.shape, part.dtype)}
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:

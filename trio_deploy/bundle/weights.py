@@ -12,11 +12,10 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.checkpoint.safetensors import DTYPES as NUMPY_DTYPES
 from trio_deploy.checkpoint.safetensors import TensorEntry
 from trio_deploy.errors import TrioError
+from trio_deploy.quant.stored_weight import Part
 
 Progress = Callable[[int], object]
 """Called with the number of bytes processed since the last call."""
@@ -54,7 +54,7 @@ def byte_bar(total: int, title: str, shown: bool = True) -> Any:
 
 @dataclass(frozen=True)
 class Shard:
-    """One planned file: its header's bytes and its tensors in the order of their data."""
+    """One planned file: its header's bytes and its parts in the order of their data."""
 
     file: str
     header: bytes
@@ -64,7 +64,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """A planned layout; `places` in the order of the files."""
+    """A planned layout; `places` by name of the part, in the order of the files."""
 
     shards: tuple[Shard, ...]
     places: dict[str, TensorPlace]
@@ -75,49 +75,45 @@ class Layout:
         return sum(shard.size for shard in self.shards)
 
 
-def plan_layout(
-    shapes: Mapping[str, tuple[int, ...]], dtype: str, shard_bytes: int = _SHARD
-) -> Layout:
-    """Lay tensors out in safetensors files, deterministically.
+def plan_layout(parts: Sequence[Part], shard_bytes: int = _SHARD) -> Layout:
+    """Lay the parts of weights out in safetensors files, deterministically.
 
     Args:
-        shapes: canonical name → shape; the order is kept.
-        dtype: of every tensor.
-        shard_bytes: a file is closed before a tensor that would take its data beyond this.
+        parts: names differ; the order is kept.
+        shard_bytes: a file is closed before a part that would take its data beyond this.
     """
-    code = SAFETENSORS[dtype]
-    width = NUMPY_DTYPES[code].itemsize
-    groups: list[list[str]] = [[]]
+    groups: list[list[Part]] = [[]]
     filled = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * width
-        if groups[-1] and filled + size > shard_bytes:
+    for part in parts:
+        if groups[-1] and filled + part.nbytes > shard_bytes:
             groups.append([])
             filled = 0
-        groups[-1].append(name)
-        filled += size
+        groups[-1].append(part)
+        filled += part.nbytes
     shards: list[Shard] = []
     places: dict[str, TensorPlace] = {}
-    for number, names in enumerate(groups, start=1):
+    for number, group in enumerate(groups, start=1):
         file = f"{WEIGHTS}/model-{number:05}-of-{len(groups):05}.safetensors"
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
-        spans: dict[str, tuple[int, int]] = {}
-        for name in names:
-            size = math.prod(shapes[name]) * width
-            spans[name] = (end, size)
-            entries[name] = {
-                "dtype": code,
-                "shape": list(shapes[name]),
-                "data_offsets": [end, end + size],
+        starts: list[int] = []
+        for part in group:
+            starts.append(end)
+            end += part.nbytes
+            entries[part.name] = {
+                "dtype": SAFETENSORS[part.dtype],
+                "shape": list(part.shape),
+                "data_offsets": [starts[-1], end],
             }
-            end += size
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-(len(text) + 8) % _ALIGN)
         header = struct.pack("<Q", len(text)) + text
-        for name, (start, size) in spans.items():
-            places[name] = TensorPlace(file, len(header) + start, size, tuple(shapes[name]), dtype)
-        shards.append(Shard(file, header, tuple(names), len(header) + end))
+        for part, start in zip(group, starts, strict=True):
+            places[part.name] = TensorPlace(
+                file, len(header) + start, part.nbytes, part.shape, part.dtype
+            )
+        names = tuple(part.name for part in group)
+        shards.append(Shard(file, header, names, len(header) + end))
     return Layout(tuple(shards), places)
 
 
@@ -130,6 +126,9 @@ def write_layout(
     """Write a planned layout from a checkpoint, converting tensors whose dtypes differ.
 
     Memory stays at a few chunks of 16 MiB whatever the tensors' sizes.
+
+    Args:
+        sources: the tensor that each part is made from, by name of the part.
 
     Raises:
         TrioError: the disk is too full, or a value does not fit into float16; names the tensor.

@@ -26,10 +26,11 @@ from trio_deploy.checkpoint.resolve import (
 )
 from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.errors import TrioError
-from trio_deploy.export.job import write_weights
+from trio_deploy.export.job import sources_by_part, write_weights
 from trio_deploy.families.base import OUTSIDE_GRAPHS
 from trio_deploy.families.registry import parse_config
-from trio_deploy.graphs.weights import canonical_tensors
+from trio_deploy.graphs.weights import canonical_tensors, stored_weights
+from trio_deploy.quant.stored_weight import parts_of
 
 
 def attach_weights(
@@ -65,10 +66,13 @@ def attach_weights(
             f"{folder} is not a checkpoint of {old.manifest.model.name}, for which the graphs were "
             f"made: {difference}"
         )
-    shapes = canonical_tensors(config)
-    sources = Checkpoint.from_path(folder).verify(shapes)
-    used = {name: shape for name, shape in shapes.items() if name in old.manifest.tensors}
-    layout = plan_layout(used, old.manifest.dtype)
+    tensors = Checkpoint.from_path(folder).verify(canonical_tensors(config))
+    used = [
+        weight
+        for weight in stored_weights(config, old.manifest.dtype)
+        if any(part.name in old.manifest.tensors for part in weight.parts)
+    ]
+    layout = plan_layout(parts_of(used))
     _check_layout_matches(old, layout.places)
     assets = checkpoint_assets(
         folder,
@@ -83,7 +87,7 @@ def attach_weights(
         _copy_other_files(old, writer, skip={MANIFEST, *files})
         for relative, content in files.items():
             writer.write(relative, content)
-        write_weights(writer, layout, sources, False, progress)
+        write_weights(writer, layout, sources_by_part(used, tensors), False, progress)
         manifest = msgspec.structs.replace(
             old.manifest,
             model=msgspec.structs.replace(

@@ -15,8 +15,9 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.stages import build_decode, build_embed, build_prefill, build_vision
-from trio_deploy.graphs.values import FLOAT_TYPES
-from trio_deploy.graphs.weights import canonical_tensors
+from trio_deploy.graphs.values import FLOAT_TYPES, dtype_of, shape_of
+from trio_deploy.graphs.weights import stored_weights
+from trio_deploy.quant.stored_weight import StoredWeight, parts_of
 from trio_deploy.schedule.methods import encoder_scores
 from trio_deploy.schedule.schedule import PruningPoint
 from trio_deploy.selection.stage import build_select
@@ -95,34 +96,40 @@ def planned_graphs(
         TrioError: pruning points that do not suit the model.
     """
     models = build_graphs(config, points, options)
-    layout = plan_layout(used_tensors(models, canonical_tensors(config)), options.dtype)
+    weights = used_weights(models, stored_weights(config, options.dtype))
+    layout = plan_layout(parts_of(weights))
     stages = plan_stages(config, points, options.separate_decode)
     described, contents = serialised(stages, models, layout.places)
     return [(stage, contents[stage.file]) for stage in described]
 
 
-def used_tensors(
-    models: Mapping[str, ir.Model], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
-    """Canonical tensors that some graph refers to, in canonical order, with their shapes."""
+def used_weights(
+    models: Mapping[str, ir.Model], weights: Sequence[StoredWeight]
+) -> list[StoredWeight]:
+    """List the weights of which some graph refers to a part, in order.
+
+    Raises:
+        TrioError: a graph refers to a part that no weight has, or as another shape or type.
+    """
+    parts = {part.name: part for part in parts_of(weights)}
     names: set[str] = set()
     for stage, model in models.items():
         for value in open_initializers(model):
             name = str(value.name)
-            if name not in shapes:
+            if name not in parts:
                 raise TrioError(f"the graph {stage} asks for a tensor {name}, which no model has")
-            dims = value.shape
-            if dims is not None and tuple(dims) != tuple(shapes[name]):
+            part, shape, dtype = parts[name], shape_of(value), dtype_of(value)
+            if tuple(shape) != part.shape or dtype != FLOAT_TYPES[part.dtype]:
                 raise TrioError(
-                    f"the graph {stage} takes {name} as {list(dims)}, but the model has it as "
-                    f"{list(shapes[name])}"
+                    f"the graph {stage} takes {name} as {dtype.name} {shape}, but it is stored as "
+                    f"{part.dtype} {list(part.shape)}"
                 )
             names.add(name)
-    return {name: tuple(shape) for name, shape in shapes.items() if name in names}
+    return [weight for weight in weights if any(part.name in names for part in weight.parts)]
 
 
 def open_initializers(model: ir.Model) -> list[ir.Value]:
-    """Initializers without data: those that stand for a tensor of the checkpoint."""
+    """Initializers without data: those that stand for a part of a weight."""
     return [
         value
         for graph in model.graphs()
@@ -136,7 +143,7 @@ def serialised(
     models: Mapping[str, ir.Model],
     places: Mapping[str, TensorPlace],
 ) -> tuple[tuple[StageInfo, ...], dict[str, bytes]]:
-    """Serialise graphs whose weights lie at `places`.
+    """Serialise graphs the parts of whose weights lie at `places`.
 
     Returns:
         The stages with their files, inputs, outputs and names of weights, and content by file.

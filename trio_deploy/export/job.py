@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -46,11 +46,12 @@ from trio_deploy.config.options import DEFAULT_THRESHOLD, ExportOptions, Selecti
 from trio_deploy.config.recipe import Recipe
 from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
-from trio_deploy.export.graphs import build_graphs, plan_stages, serialised, used_tensors
+from trio_deploy.export.graphs import build_graphs, plan_stages, serialised, used_weights
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.weights import canonical_tensors
+from trio_deploy.graphs.weights import canonical_tensors, stored_weights
+from trio_deploy.quant.stored_weight import StoredWeight, parts_of
 from trio_deploy.runtimes.registry import load_target, runtime_spec
 from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule
 from trio_deploy.schedule.schedule import Schedule
@@ -139,8 +140,8 @@ class WeightPlan:
 
     Attributes:
         layout: files of our own; None: the checkpoint's files are kept whole.
-        sources: the checkpoint's tensors that graphs use, by canonical name.
-        places: by canonical name.
+        sources: the checkpoint's tensor that each part is made from, by name of the part.
+        places: by name of the part.
     """
 
     layout: Layout | None
@@ -205,9 +206,10 @@ def lay_out_weights(job: ExportJob, models: Mapping[str, ir.Model]) -> WeightPla
         TrioError: weights are to be linked that have to be converted.
     """
     dtype = job.graphs.dtype
-    used = used_tensors(models, canonical_tensors(job.config))
-    sources = {name: job.checkpoint[name] for name in used} if job.checkpoint else {}
-    same = bool(sources) and all(DTYPES[entry.dtype] == dtype for entry in sources.values())
+    weights = used_weights(models, stored_weights(job.config, dtype))
+    parts = parts_of(weights)
+    sources = sources_by_part(weights, job.checkpoint) if job.checkpoint else {}
+    same = bool(sources) and all(DTYPES[sources[p.name].dtype] == p.dtype for p in parts)
     if job.options.link_weights and not same:
         has = sorted({DTYPES[entry.dtype] for entry in sources.values()})
         hint = f"pass --dtype {has[0]} or " if len(has) == 1 else ""
@@ -217,8 +219,19 @@ def lay_out_weights(job: ExportJob, models: Mapping[str, ir.Model]) -> WeightPla
         )
     if same:
         return WeightPlan(None, sources, kept_places(sources))
-    layout = plan_layout(used, dtype)
+    layout = plan_layout(parts)
     return WeightPlan(layout, sources, layout.places)
+
+
+def sources_by_part(
+    weights: Iterable[StoredWeight], checkpoint: Mapping[str, TensorEntry]
+) -> dict[str, TensorEntry]:
+    """Map the name of each part of the weights to the tensor that it is made from.
+
+    Args:
+        checkpoint: by canonical name.
+    """
+    return {part.name: checkpoint[weight.name] for weight in weights for part in weight.parts}
 
 
 def write_bundle(

@@ -10,8 +10,9 @@ from onnxscript import nn
 
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.dialects.base import Dialect
-from trio_deploy.graphs.modules import Linear, Weight, activation
+from trio_deploy.graphs.modules import Linear, activation
 from trio_deploy.graphs.values import cast, constant
+from trio_deploy.graphs.weight import Weight
 
 
 class Projector(nn.Module):

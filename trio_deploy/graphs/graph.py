@@ -12,8 +12,9 @@ from onnxscript import GraphBuilder
 from trio_deploy import __version__
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.dialects.base import Dialect
-from trio_deploy.graphs.values import cast, shape_of, typed
-from trio_deploy.graphs.weights import canonical_tensors
+from trio_deploy.graphs.values import FLOAT_NAMES, cast, shape_of, typed
+from trio_deploy.graphs.weights import stored_weights
+from trio_deploy.quant.stored_weight import parts_of
 
 
 class Stage:
@@ -45,11 +46,12 @@ class Stage:
 
         Raises:
             RuntimeError: a node reads a value that no node or input provides, or an initializer
-                without data is not a tensor of the model's modules with that shape.
+                without data is not a part of the model's weights with that shape.
         """
         graph = self._graph
         _check_values(graph, set())
-        expected = canonical_tensors(config)
+        parts = parts_of(stored_weights(config, FLOAT_NAMES[self.d.dtype]))
+        expected = {part.name: part.shape for part in parts}
         for name, value in graph.initializers.items():
             if value.const_value is None and expected.get(name) != tuple(shape_of(value)):
                 raise RuntimeError(

@@ -20,12 +20,11 @@ D head size, m inner size of the MLP, C capacity of the KV cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
-from onnxscript import GraphBuilder, nn
+from onnxscript import nn
 
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import TextConfig
@@ -40,32 +39,7 @@ from trio_deploy.graphs.values import (
     shape_of,
     split_heads,
 )
-
-
-class Weight(nn.Parameter):
-    """A tensor of the checkpoint under its canonical name, without data: the exporter adds them."""
-
-    def __init__(self, name: str, shape: Sequence[int], dtype: ir.DataType) -> None:
-        super().__init__(shape, dtype=dtype, name=name)
-        self.canonical, self.dims = name, tuple(shape)
-
-    def _realize(self, builder: GraphBuilder) -> Weight:
-        graph = builder.root.graph
-        known = graph.initializers.get(self.canonical)
-        if known is None:
-            if self._realized:
-                raise RuntimeError(
-                    f"{self.canonical} belongs to another graph: build modules afresh"
-                )
-            graph.initializers[self.canonical] = self
-            self._realized = True
-        elif known is not self:
-            raise RuntimeError(f"{self.canonical} is used by two modules of one graph: share one")
-        return self
-
-    def into(self, op: Any) -> Weight:
-        """Register in the graph of `op`, for a use outside the module's own forward."""
-        return self._realize(op.builder)
+from trio_deploy.graphs.weight import Weight
 
 
 class Linear(nn.Module):

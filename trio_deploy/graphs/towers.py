@@ -12,8 +12,9 @@ from onnxscript import nn
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import VisionConfig
 from trio_deploy.graphs.dialects.base import Dialect
-from trio_deploy.graphs.modules import LayerNorm, Linear, Weight, activation
+from trio_deploy.graphs.modules import LayerNorm, Linear, activation
 from trio_deploy.graphs.values import FLOAT, cast, constant, dtype_of, reduce, split_heads
+from trio_deploy.graphs.weight import Weight
 from trio_deploy.schedule.methods import WINDOW, shallow_layer
 
 

@@ -21,6 +21,8 @@ FLOAT_TYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
 }
 
+FLOAT_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+
 _TINY = 1e-37  # below it a gradient counts as zero
 
 

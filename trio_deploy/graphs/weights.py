@@ -1,23 +1,30 @@
-"""The tensors of a checkpoint that graphs use, by canonical name."""
+"""The tensors of a checkpoint that graphs use, and how each is stored."""
 
 from __future__ import annotations
 
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.connectors import Newline, Projector
 from trio_deploy.graphs.dialects.primitive import PrimitiveDialect
-from trio_deploy.graphs.modules import DecoderLayer, Embedding, Head, Weight
+from trio_deploy.graphs.modules import DecoderLayer, Embedding, Head
 from trio_deploy.graphs.towers import ClipTower
-from trio_deploy.graphs.values import FLOAT
+from trio_deploy.graphs.values import FLOAT_TYPES
+from trio_deploy.graphs.weight import Weight
+from trio_deploy.quant.stored_weight import StoredWeight
 
 
 def canonical_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name each tensor that the graphs use, with its shape in the checkpoint.
+    """Name each tensor that the graphs use, with its shape in the checkpoint."""
+    return {weight.name: weight.shape for weight in stored_weights(config, "float32")}
+
+
+def stored_weights(config: ModelConfig, dtype: str) -> list[StoredWeight]:
+    """List how each tensor that the graphs use is stored, `dtype` being the graphs' float type.
 
     The modules of all stages declare them; weight files of a bundle are laid out in this order.
     Layers of the vision tower above the last one whose features are read are left out, and so is
     `lm_head.weight` if the embeddings serve as the head.
     """
-    d, text = PrimitiveDialect(FLOAT), config.text  # names do not depend on the dialect
+    d, text = PrimitiveDialect(FLOAT_TYPES[dtype]), config.text  # the dialects' parts are the same
     modules = [
         ClipTower(d, config.vision),
         Projector(d, config),
@@ -27,4 +34,5 @@ def canonical_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         Head(d, text),
     ]
     weights = (weight for module in modules for weight in module.parameters())
-    return {weight.canonical: weight.dims for weight in weights if isinstance(weight, Weight)}
+    stored = (weight.stored for weight in weights if isinstance(weight, Weight))
+    return list({weight.name: weight for weight in stored}.values())

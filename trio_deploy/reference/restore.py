@@ -84,7 +84,7 @@ def _state(
 
 
 def _mapped(bundle: Path, place: TensorPlace) -> Tensor:
-    """Map a tensor's bytes in its file."""
+    """Map the bytes of a part in its file; the one part of a float weight is the weight."""
     data = np.memmap(bundle / place.file, np.uint8, "c", place.offset, (place.nbytes,))
     array = data.view(DTYPES[SAFETENSORS[place.dtype]]).reshape(place.shape)
     if array.dtype == ml_dtypes.bfloat16:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.values import INT64, last_two_swapped, reduce, shape_of
+from trio_deploy.graphs.weight import Weight
 
 
 class Angles(NamedTuple):
@@ -86,26 +87,31 @@ class Dialect(ABC):
 
     @abstractmethod
     def linear(
-        self, op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None
+        self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None
     ) -> ir.Value:
-        """Compute x Wᵀ + b, [..., in] → [..., out], without a copy of W."""
+        """Compute x Wᵀ + b, [..., in] → [..., out], without a copy of W.
 
-    def linear_transposed(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
+        `weight` stands for `weight.stored`: a float weight is the initializer of its one part.
+        The weight of a quantisation scheme has an initializer per part; a dialect that can read
+        the scheme overrides this method and the other four of this group for it.
+        """
+
+    def linear_transposed(self, op: Any, x: ir.Value, weight: Weight) -> ir.Value:
         """Compute x W, [..., out] → [..., in]: the backward pass of `linear`."""
         return op.MatMul(x, weight)
 
     def linear_few_rows(
-        self, op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None
+        self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None
     ) -> ir.Value:
         """Compute `linear` for x [B, P, in] with few rows P."""
         return self.linear(op, x, weight, bias)
 
-    def linear_transposed_few_rows(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
+    def linear_transposed_few_rows(self, op: Any, x: ir.Value, weight: Weight) -> ir.Value:
         """Compute `linear_transposed` for x [B, P, out] with few rows P."""
         return self.linear_transposed(op, x, weight)
 
     def reshape_weight(
-        self, op: Any, weight: ir.Value, shape: Sequence[int], like: ir.Value
+        self, op: Any, weight: Weight, shape: Sequence[int], like: ir.Value
     ) -> ir.Value:
         """Reshape a weight without a second copy of it; `like` is any value [B, ...]."""
         return op.Reshape(weight, list(shape))

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.dialects.base import KV, Angles, Dialect, Past, Window
 from trio_deploy.graphs.values import dim, dtype_of, merge_heads, shape_of, split_heads, typed
+from trio_deploy.graphs.weight import Weight
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class OnnxDialect(Dialect):
     reads_lengths = False
 
     def linear(
-        self, op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None
+        self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None
     ) -> ir.Value:
         """Compute a Gemm, which takes a matrix that is transposed."""
         out, inner = shape_of(weight)

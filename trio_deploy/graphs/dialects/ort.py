@@ -20,6 +20,7 @@ from trio_deploy.graphs.values import (
     shape_of,
     typed,
 )
+from trio_deploy.graphs.weight import Weight
 
 _MICROSOFT = {"_domain": "com.microsoft", "_version": 1}
 
@@ -48,14 +49,14 @@ class OrtDialect(Dialect):
     resizes_in_loops = True
 
     def linear(
-        self, op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None
+        self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None
     ) -> ir.Value:
         y = op.FusedMatMul(x, weight, transB=1, **_MICROSOFT)
         typed(y, dtype_of(x), [*shape_of(x)[:-1], shape_of(weight)[0]])
         return y if bias is None else op.Add(y, bias)
 
     def linear_few_rows(
-        self, op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None
+        self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None
     ) -> ir.Value:
         """Compute `linear` with the weight on the left.
 
@@ -69,7 +70,7 @@ class OrtDialect(Dialect):
         y = op.Reshape(y, [-1, rows, out])
         return y if bias is None else op.Add(y, bias)
 
-    def linear_transposed_few_rows(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
+    def linear_transposed_few_rows(self, op: Any, x: ir.Value, weight: Weight) -> ir.Value:
         """Compute x W as one vector-matrix product per row and block of W.
 
         The weight on the left would be no better here than on the right (see `linear_few_rows`);
@@ -84,7 +85,7 @@ class OrtDialect(Dialect):
         return op.Reshape(y, [-1, rows, inner])
 
     def reshape_weight(
-        self, op: Any, weight: ir.Value, shape: Sequence[int], like: ir.Value
+        self, op: Any, weight: Weight, shape: Sequence[int], like: ir.Value
     ) -> ir.Value:
         """Reshape to a shape that is known at run time only, since it is multiplied by B / B.
 

@@ -23,6 +23,7 @@ from trio_deploy.graphs.values import (
     split_heads,
     typed,
 )
+from trio_deploy.graphs.weight import Weight
 
 _HIDDEN = -1e30  # additive mask
 _RUN = 128  # places that `running_sum` adds up at a time
@@ -61,12 +62,12 @@ class PrimitiveDialect(Dialect):
     gathers_in_loops = False
 
     def linear(
-        self, op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None
+        self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None
     ) -> ir.Value:
         y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
         return y if bias is None else op.Add(y, bias)
 
-    def linear_transposed(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
+    def linear_transposed(self, op: Any, x: ir.Value, weight: Weight) -> ir.Value:
         """Compute x W as (Wᵀ xᵀ)ᵀ for a square W; x has rank 2 or more.
 
         OpenVINO 2026.4 packs a constant on the right of a product, and if one graph has both x W

@@ -29,7 +29,6 @@ from trio_deploy.errors import TrioError
 from trio_deploy.files import format_bytes, sha256_of, write_atomically
 from trio_deploy.runtimes.tensorrt.bindings import Built, Log, ProfileLike, Progress
 from trio_deploy.runtimes.tensorrt.dry_run.rules import (
-    read_graph,
     require_dialect,
     require_tensorrt,
 )
@@ -410,23 +409,12 @@ def _identity(bundle: Bundle, name: str, files: Mapping[str, Any]) -> list[Any]:
 
 
 def _weight_files(bundle: Bundle, stage: str) -> list[str]:
-    names = {
-        entry.value
-        for tensor in read_graph(bundle.graph(stage)).graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return sorted(name for name in names if name in bundle.manifest.files)
+    return sorted({place.file for place in bundle.places(stage).values()})
 
 
 def weight_bytes(bundle: Bundle, stage: str) -> int:
-    """Bytes of the weights of a graph: about the size of its engine."""
-    return sum(
-        int(entry.value)
-        for tensor in read_graph(bundle.graph(stage)).graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "length"
-    )
+    """Bytes of the parts of weights that a graph refers to: about the size of its engine."""
+    return sum(place.nbytes for place in bundle.places(stage).values())
 
 
 def _is_built(folder: Path, record: Record, stage: str, fingerprint: str) -> bool:
