@@ -132,7 +132,7 @@ class TestTargets:
                 _TENSORRT + "workspace_gib: 0\n",
                 "workspace_gib 0 leaves no scratch memory: leave it",
             ),
-            (_TENSORRT + "limits: 4\n", "`limits` must be a mapping"),
+            (_TENSORRT + "limits: 4\n", "`limits` is not a mapping"),
             (_TENSORRT + "limits: {max_bach: 4}\n", "'max_bach'.*did you mean 'max_batch'"),
             (_TENSORRT + "limits: {max_batch: 0}\n", "max_batch must be a positive"),
             (_TENSORRT + "limits: {max_budget: 2}\n", "max_budget must be above 0"),

@@ -76,7 +76,7 @@ def spoil(key: str, change) -> dict:
     ("key", "change", "said"),
     [
         ("saliency", lambda a: a.__setitem__((0, 1), a[0, 1] * 1.001), "saliency differs"),
-        ("saliency", lambda a: a.__setitem__((0, 0), 1.0), "where nothing is visual"),
+        ("saliency", lambda a: a.__setitem__((0, 0), 1.0), "at tokens that are not visual"),
         ("saliency", lambda a: a.__setitem__((0, 1), np.nan), "saliency differs"),
         ("converged", lambda a: a.__setitem__(1, False), "did not converge"),
         ("hidden_states_out", lambda a: a.__setitem__((0, 1, 0), 9.0), "hidden_states_out"),
@@ -103,7 +103,7 @@ def test_a_wrong_token_fails_even_if_all_outputs_fit_together():
     outputs["keep_index"][0] = other
     outputs["hidden_states_out"][0] = stage.inputs["hidden_states"][0][other]
     row = compare_selection("select_1", stage, outputs, EXACT, 0.8)
-    assert row.overlap == 0.75 and "though no scores are within the error" in row.problem
+    assert row.overlap == 0.75 and "but no scores are within the error" in row.problem
     loose = compare_selection("select_1", stage, outputs, TOLERANCES["float16"], 0.8)
     assert not loose.passed  # nor is it what the greedy rule picks from its own scores
 

@@ -54,14 +54,14 @@ class Recipe:
         file: path of the recipe.
         hub_id: id of the checkpoint on the Hugging Face hub; None if it is not there.
         checkpoint: local checkpoint folder; None if the recipe names none.
-        architecture: a config.json with every size written out; empty if the recipe leaves it to
-            its checkpoint, as it may leave `preprocessing`.
-        schedules: budget, as written in the recipe ("0.111"), or a name → schedule.
-        probe: positions of the proxy loss, `last` or `shifted`.
+        architecture: a config.json with every size written out; empty if the checkpoint's own is
+            used. `preprocessing` may be left to the checkpoint in the same way.
+        schedules: budget, as written in the recipe ("0.111"), or name → schedule.
+        probe: position of the probe tokens, `last` or `shifted`.
         positions: position ids after pruning, `renumber` or `original`.
-        threshold: cosine similarity at which a kept token suppresses another.
+        threshold: cosine similarity at which a kept token suppresses another, in (0, 1].
         preprocessing: a preprocessor_config.json.
-        chat_template: Jinja, for checkpoints that come without one.
+        chat_template: Jinja template for checkpoints without one.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Recipe:
 
 
 def recipe_folder() -> Path:
-    """Where the shipped recipes lie: inside an installed package, or export/ of a checkout."""
+    """Folder of the shipped recipes: in an installed package, or export/ of a checkout."""
     return shipped_folder("recipes", "export")
 
 
@@ -89,10 +89,10 @@ def list_recipes() -> list[str]:
 
 
 def read_recipe(name_or_path: str | Path) -> Recipe:
-    """Parse a recipe, by its name or from a file.
+    """Parse a recipe, by name or from a file.
 
     Raises:
-        TrioError: no such recipe, an unknown or missing key, or a value that is wrong.
+        TrioError: no such recipe, an unknown or missing key, or a wrong value.
     """
     file = find_file(name_or_path, recipe_folder(), "recipe")
     raw = read_keys(file, _RECIPE_KEYS)
@@ -101,7 +101,9 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
     if checkpoint is not None:
         architecture, preprocessing = architecture or {}, preprocessing or {}
     if not isinstance(architecture, dict) or not isinstance(preprocessing, dict):
-        raise TrioError(f"{file}: `architecture` and `preprocessing` must be mappings")
+        raise TrioError(
+            f"{file}: `architecture` and `preprocessing` are not mappings: write keys and values"
+        )
     return Recipe(
         name=file.stem,
         file=file,
@@ -119,7 +121,7 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def recipe_name(hub_id: str) -> str | None:
-    """Name of the shipped recipe of a model on the hub, None where there is none."""
+    """Name of the shipped recipe of a model on the hub; None if there is none."""
     for name in list_recipes():
         if read_keys(recipe_folder() / f"{name}.yaml", _RECIPE_KEYS).get("hub_id") == hub_id:
             return name
@@ -136,7 +138,9 @@ def _threshold(file: Path, value: Any) -> float:
 
 def _schedules(file: Path, raw: Any) -> dict[str, Schedule]:
     if not isinstance(raw, dict):
-        raise TrioError(f"{file}: `schedules` must map budgets to lists of pruning points")
+        raise TrioError(
+            f"{file}: `schedules` is not a mapping: write budgets with lists of pruning points"
+        )
     schedules = {}
     for budget, points in raw.items():
         try:
@@ -163,5 +167,5 @@ def _checkpoint(file: Path, raw: Mapping[str, Any]) -> Path | None:
     else:
         folder = file.parent / Path(value).expanduser()
     if not folder.is_dir():
-        raise TrioError(f"{file}: there is no checkpoint folder at {folder}")
+        raise TrioError(f"{file}: there is no checkpoint folder at {folder}: correct `checkpoint`")
     return folder

@@ -42,7 +42,7 @@ class Limits:
         max_text_tokens, max_visual_tokens: prompt tokens per row.
         max_new_tokens: generated tokens per row.
         max_budget: largest share of visual tokens that a request may ask for.
-        typical_*: sizes engines are tuned for.
+        typical_*: sizes that engines are tuned for.
     """
 
     max_batch: int = 1
@@ -66,7 +66,7 @@ class Target:
     Attributes:
         name: name of the file without its ending.
         runtime: name of the runtime.
-        dialect: dialect of the graphs; "" where the file leaves it to the runtime.
+        dialect: dialect of the graphs; "": the runtime's choice.
         dtype: float type of graphs and weights.
         precision: float type of matrix products, where the runtime can choose it; else dtype.
         provider: execution provider of ONNX Runtime; None for other runtimes.
@@ -76,7 +76,7 @@ class Target:
         compute_capability: compute capability of the GPU, such as `8.7`; None: any.
         memory_gib: GiB of device memory; None: unknown.
         reserved_gib: GiB of it that the system and other programs need.
-        workspace_gib: maximum GiB of scratch memory per layer; None: all there is.
+        workspace_gib: maximum GiB of scratch memory per layer; None: no limit.
         limits: request limits engines are built for.
     """
 
@@ -97,7 +97,7 @@ class Target:
 
     @property
     def usable_gib(self) -> float | None:
-        """Memory that engines and buffers may take; None where it is not known."""
+        """GiB that engines and buffers may take; None: unknown."""
         return None if self.memory_gib is None else self.memory_gib - self.reserved_gib
 
 
@@ -121,7 +121,7 @@ def find_target(name_or_path: str | Path) -> Path:
 
 
 def read_target(file: Path) -> Target:
-    """Read a target's file; whether its runtime can take the values is not checked here.
+    """Read a target's file, without checking that its runtime accepts the values.
 
     Raises:
         TrioError: an unknown or missing key, or a value of the wrong kind.
@@ -129,7 +129,7 @@ def read_target(file: Path) -> Target:
     raw = read_keys(file, _KEYS)
     runtime, dtype = text_of(file, raw, "runtime"), choice(file, raw, "dtype", DTYPES)
     if not runtime:
-        raise TrioError(f"{file}: the key 'runtime' is missing")
+        raise TrioError(f"{file}: the key 'runtime' is missing: name one")
     reserved = _gib(file, raw, "reserved_gib")
     return Target(
         name=file.stem,
@@ -167,7 +167,7 @@ def _gib(file: Path, raw: Mapping[str, Any], key: str) -> float | None:
 
 def _limits(file: Path, raw: Any) -> Limits:
     if not isinstance(raw, dict):
-        raise TrioError(f"{file}: `limits` must be a mapping")
+        raise TrioError(f"{file}: `limits` is not a mapping: write keys and values")
     known = {entry.name: entry.default for entry in fields(Limits)}
     for key, value in raw.items():
         if key not in known:
@@ -186,5 +186,7 @@ def _limits(file: Path, raw: Any) -> Limits:
         if f"typical_{name}" not in raw:
             limits = replace(limits, **{f"typical_{name}": min(typical, largest)})
         elif typical > largest:
-            raise TrioError(f"{file}: typical_{name} {typical} exceeds max_{name} {largest}")
+            raise TrioError(
+                f"{file}: typical_{name} {typical} exceeds max_{name} {largest}: lower it"
+            )
     return limits

@@ -1,11 +1,11 @@
-"""ONNX Runtime.
+"""ONNX Runtime, with each weight in memory once.
 
-How weights are in memory only once (measured, docs/measurements): a segment's session copies its
-matrices into private memory, rearranged ("prepacking"), and unmaps the file, so layers that only
-segments use are in memory once. Select and embed graphs use the same tensors as segments: they
-read the file's pages, mapped once for all of them, which the page cache owns and may evict; a
-select graph rearranges only the key projection, which it multiplies all its rows with. With
-`low_memory` all sessions read the file's pages, and no weight is in private memory.
+A segment's session copies its matrices into private memory, rearranged ("prepacking"), and unmaps
+the file, so layers that only segments use are in memory once. Select and embed graphs use the same
+tensors as segments: they read the file's pages, mapped once for all of them, which belong to the
+page cache and may be evicted; a select graph rearranges only the key projection, by which it
+multiplies all its rows. With `low_memory` all sessions read the file's pages, and no weight is in
+private memory. Measurements: docs/measurements.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def installed_twice() -> bool:
 
 @functools.cache
 def _share_arena(ort: Any) -> None:
-    """Register one CPU arena for all sessions of this process that ask for it."""
+    """Register one CPU arena for all sessions of this process that use shared allocators."""
     kind = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR
     memory = ort.OrtMemoryInfo("Cpu", kind, 0, ort.OrtMemType.DEFAULT)
-    # If an application has registered one already, that one is used.
+    # If the application has already registered an arena, that one is used.
     with contextlib.suppress(Exception):
         ort.create_and_register_allocator(memory, None)
 
@@ -114,17 +114,17 @@ class OrtRuntime(HostRuntime):
         available = self._ort.get_available_providers()
         if self.provider not in available:
             hint = (
-                "; pip install 'trio-deploy[gpu]' in an environment without onnxruntime, or pass "
+                ": pip install 'trio-deploy[gpu]' in an environment without onnxruntime, or pass "
                 "--provider cpu"
                 if self.provider == _PROVIDERS["cuda"]
                 else ""
             )
             raise TrioError(
-                f"this ONNX Runtime has no {self.provider}, it has {', '.join(available)}{hint}"
+                f"this ONNX Runtime has no {self.provider}, only {', '.join(available)}{hint}"
             )
 
     def shares_cache(self, dialect: str) -> bool:
-        """See `Runtime.shares_cache`: GroupQueryAttention writes in place and fills any buffer."""
+        """`Runtime.shares_cache`: GroupQueryAttention writes in place into a buffer of any size."""
         return dialect == "ort"
 
     def open(
@@ -138,7 +138,7 @@ class OrtRuntime(HostRuntime):
         """Load a graph.
 
         Raises:
-            TrioError: it does not load, or not on the provider that was asked for.
+            TrioError: the graph does not load, or not on the requested provider.
         """
         ort = self._ort
         on_cpu = self.provider == _PROVIDERS["cpu"]
@@ -150,8 +150,8 @@ class OrtRuntime(HostRuntime):
         # spin while the next one works.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if on_cpu:
-            # Stages also take turns at one arena. A memory pattern would add a second block to
-            # what the first run of each new prompt length made the arena hold.
+            # Stages share one arena. A memory pattern would add a second block to the one that the
+            # first run of each new prompt length allocates in it.
             options.add_session_config_entry("session.use_env_allocators", "1")
             options.enable_mem_pattern = False
         shared: list[Any] = []
@@ -161,13 +161,13 @@ class OrtRuntime(HostRuntime):
             shared = self._share_weights(options, path.parent, weights or {})
         try:
             session = ort.InferenceSession(str(path), options, providers=[self.provider])
-        except Exception as error:  # ONNX Runtime raises many kinds, all meaning this
+        except Exception as error:  # ONNX Runtime raises many types for this
             raise TrioError(f"ONNX Runtime cannot load {path.name}: {error}") from error
         used = session.get_providers()
         if self.provider not in used:
             raise TrioError(
-                f"{self.provider} was asked for, but ONNX Runtime fell back to {', '.join(used)}; "
-                "its log says why (for CUDA: the CUDA and cuDNN libraries it needs)"
+                f"{self.provider} was requested, but ONNX Runtime uses {', '.join(used)}: see its "
+                "log for the reason (for CUDA: the CUDA and cuDNN libraries it needs)"
             )
         return OrtEngine(session, "cpu" if on_cpu else "cuda", shared)
 
@@ -179,7 +179,7 @@ class OrtRuntime(HostRuntime):
             key = (folder.resolve(), place.file, place.offset)
             if key not in self._values:
                 if place.dtype == "bfloat16":
-                    continue  # no CPU kernels anyway
+                    continue  # there are no CPU kernels for it
                 view = self._weights.view(folder, place)
                 self._values[key] = self._ort.OrtValue.ortvalue_from_numpy(view)
             options.add_initializer(name, self._values[key])
@@ -205,7 +205,7 @@ class OrtEngine:
         *,
         host: Collection[str] | None = None,
     ) -> dict[str, Array]:
-        """See `Engine.run`; outputs that are not in `into` are on the host."""
+        """`Engine.run`; outputs that are not in `into` are on the host."""
         check_feeds(self, feeds)
         into = into or {}
         binding, _ = self._binding(feeds, into)
@@ -217,7 +217,7 @@ class OrtEngine:
         return {name: _numpy(values[name]) for name in free}
 
     def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Step:
-        """See `Engine.bind`."""
+        """`Engine.bind`, with an I/O binding of its own."""
         check_feeds(self, feeds)
         binding, values = self._binding(feeds, into)
         copied = [
@@ -228,7 +228,7 @@ class OrtEngine:
         return _Step(self._session, binding, copied, {**feeds, **into})
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
-        """See `Engine.empty`: numpy on the CPU, an OrtValue on a GPU."""
+        """`Engine.empty`: a numpy array on the CPU, an OrtValue on a GPU."""
         if self._device == "cpu":
             return np.empty(shape, dtype)
         make = self._ort.OrtValue.ortvalue_from_shape_and_type
@@ -242,7 +242,7 @@ class OrtEngine:
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for name, array in into.items():
-            # One value per buffer: the present of a cache may be its past.
+            # One value per buffer: the present and the past of a cache may be the same.
             known = next((values[other] for other in feeds if feeds[other] is array), None)
             binding.bind_ortvalue_output(name, known or self._value(array, "cpu"))
         return binding, values
@@ -251,13 +251,13 @@ class OrtEngine:
         if not isinstance(array, np.ndarray):
             return array
         if not array.flags.c_contiguous:
-            raise TrioError("arrays must be contiguous")
+            raise TrioError("an array is not contiguous: pass contiguous arrays")
         return self._ort.OrtValue.ortvalue_from_numpy(array, device, 0)
 
     def _run(self, binding: Any) -> None:
         try:
             self._session.run_with_iobinding(binding)
-        except Exception as error:  # ONNX Runtime raises many kinds, all meaning this
+        except Exception as error:  # ONNX Runtime raises many types for this
             raise TrioError(f"ONNX Runtime failed: {error}") from error
 
 
@@ -311,9 +311,9 @@ RUNTIME = RuntimeSpec(
     name="onnxruntime",
     title="ONNX Runtime",
     dialects=("ort", "onnx", "primitive"),
-    # No bfloat16: there is no such arithmetic on CPUs, and the Python interface hands none over.
+    # No bfloat16: it has no kernels on CPUs, and the Python interface cannot pass such arrays.
     dtypes=("float32", "float16"),
-    # Its full names of providers end in ExecutionProvider.
+    # ONNX Runtime's own names of providers end in ExecutionProvider.
     options={"provider": (*_PROVIDERS, "*ExecutionProvider"), "threads": (), "low_memory": ()},
     refusals={
         "precision": "it computes in the bundle's own dtype, so export with that dtype, or run "

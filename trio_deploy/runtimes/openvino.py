@@ -1,4 +1,4 @@
-"""OpenVINO, which reads `primitive` graphs; CPUs with AMX or AVX512-BF16 also run in bfloat16.
+"""OpenVINO, for `primitive` graphs; CPUs with AMX or AVX512-BF16 also run in bfloat16.
 
 Select graphs compute in float32, since bfloat16 similarities would move tokens across the
 threshold; with precision bfloat16 only their products with weights are in bfloat16. Weights are
@@ -56,10 +56,10 @@ class OvRuntime(HostRuntime):
             )
 
     def shares_cache(self, dialect: str) -> bool:
-        """See `Runtime.shares_cache`: each step rewrites the whole `primitive` cache."""
+        """`Runtime.shares_cache`: no, since a step rewrites the whole `primitive` cache."""
         if dialect != "primitive":
             raise TrioError(
-                f"OpenVINO reads the primitive dialect, but this bundle is in {dialect!r}: "
+                f"OpenVINO reads the primitive dialect, but this bundle has {dialect!r} graphs: "
                 "export it with --dialect primitive"
             )
         return False
@@ -75,7 +75,7 @@ class OvRuntime(HostRuntime):
         """Load a graph; with precision bfloat16 its caches, if any, are bfloat16 too.
 
         Raises:
-            TrioError: it does not load.
+            TrioError: the graph does not load.
         """
         precision = "float32" if keep_precision else self._precision
         options: dict[str, Any] = {
@@ -120,7 +120,7 @@ class OvEngine:
         *,
         host: Collection[str] | None = None,
     ) -> dict[str, Array]:
-        """See `Engine.run`; all outputs are on the host."""
+        """`Engine.run`; all outputs are on the host."""
         check_feeds(self, feeds)
         into = into or {}
         # A new request per run: nothing writes to its outputs again, so results are not copied.
@@ -133,12 +133,12 @@ class OvEngine:
         }
 
     def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Step:
-        """See `Engine.bind`."""
+        """`Engine.bind`, with a request of its own."""
         check_feeds(self, feeds)
         return _Step(self._bound(feeds, into), {**feeds, **into})
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
-        """See `Engine.empty`."""
+        """`Engine.empty`, in the host's memory."""
         return np.empty(shape, dtype)
 
     def _bound(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Any:
@@ -149,9 +149,9 @@ class OvEngine:
         return request
 
     def _tensor(self, array: np.ndarray) -> Any:
-        """A tensor that shares the array's memory.
+        """Tensor that shares the array's memory.
 
-        `array` must be a view in the port's type: numpy has two int64 types, OpenVINO one of them.
+        `array` must be a view in the port's type: numpy has two int64 types, OpenVINO accepts one.
         """
         ov = self._openvino
         if array.dtype == ml_dtypes.bfloat16:
@@ -179,7 +179,7 @@ class _Step:
 
 
 def _reads_whole_prompts(model: Any) -> bool:
-    """Whether a graph is the segment before any pruning."""
+    """Whether a graph is the segment before the first pruning point."""
     return any(port.get_any_name() == "inputs_embeds" for port in model.inputs)
 
 
@@ -210,7 +210,7 @@ RUNTIME = RuntimeSpec(
     options={"precision": tuple(_HINTS), "threads": ()},
     refusals={
         "provider": "execution providers are ONNX Runtime's",
-        "low_memory": "it has its own way to keep weights, so run with --runtime onnxruntime",
+        "low_memory": "it manages its weights itself, so run with --runtime onnxruntime",
     },
     open=_open,
     default_target="cpu-openvino",

@@ -1,7 +1,7 @@
-"""One stage against the reference: numbers, and whether they hold.
+"""Compare one stage with the reference, within a tolerance.
 
 Every stage is fed the reference's own inputs, so that errors do not add up and a wrong stage is
-named. Padding is not compared. A selection is compared in three steps: its scores with the
+identified. Padding is not compared. A selection is compared in three steps: its scores with the
 reference's; its kept tokens with the reference's; and, since scores closer than the error between
 them may change places, its kept tokens with those that the method's rule picks by the selection's
 own scores, which must always agree.
@@ -22,20 +22,20 @@ from trio_deploy.schedule.methods import ENCODER_SCORES, METHODS, load
 from trio_deploy.schedule.view import Selected
 
 Run = Callable[[str, Tensors], Mapping[str, NDArray]]
-"""Runs a graph by its name; feeds it does not take are left out."""
+"""Function that runs a graph by its name and ignores feeds that are not its inputs."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Differences that are tolerated.
+    """Tolerated differences.
 
     Attributes:
         relative: max|difference| / max|reference| of any output. Scores are proportional to
-            e^(z - z_label), so an error in the probes' logits z is as large a relative one there:
+            e^(z - z_label), so an absolute error in the probes' logits z becomes a relative one:
             they may differ by this times the largest logit, if that is above 1.
-        overlap: share of the kept visual tokens that must be the reference's.
-        excluded: share of the visual tokens whose place in the ranking may be within the error;
-            None if the kept tokens are compared by `overlap` alone.
+        overlap: minimum share of the kept visual tokens that are the reference's.
+        excluded: maximum share of the visual tokens whose rank lies within the error; None if the
+            kept tokens are compared by `overlap` alone.
         tokens: whether greedy tokens must be the reference's.
     """
 
@@ -58,12 +58,12 @@ class ParityRow:
     """One line of the table.
 
     Attributes:
-        stage: graph, or what else is compared.
-        max_abs, max_rel: of the output with the largest relative difference, `worst`.
+        stage: name of the graph, or of another thing compared.
+        max_abs, max_rel: differences of `worst`, the output with the largest relative one.
         overlap: share of the reference's kept visual tokens that were kept.
         excluded: share of visual tokens whose rank lies within the error.
         tokens_equal: whether greedy tokens are the reference's.
-        problem: what is beyond tolerance, or empty.
+        problem: what is beyond tolerance; "" if nothing is.
     """
 
     stage: str
@@ -77,7 +77,7 @@ class ParityRow:
 
     @property
     def passed(self) -> bool:
-        """Whether all of it is within tolerance."""
+        """Whether the line is within tolerance."""
         return not self.problem
 
 
@@ -93,11 +93,11 @@ def compare_stages(
     """Feed every stage the reference's inputs and compare its outputs.
 
     Args:
-        stages: the reference's tensors of a batch.
-        run: runs a graph of the bundle.
-        threshold: of the greedy suppression.
-        separate_decode: whether decode.onnx decodes or the prefill graphs do.
-        selections: method by the label of a stage that selects.
+        stages: stage → the reference's tensors of a batch.
+        run: function that runs a graph of the bundle.
+        threshold: cosine similarity of the greedy suppression.
+        separate_decode: whether decode.onnx decodes, rather than the prefill graphs.
+        selections: label of a select stage → its method.
     """
     rows = []
     for name, stage in _with_decode(stages, separate_decode).items():
@@ -162,10 +162,10 @@ def compare_outputs(
             problems.append(f"{key} {have}, expected {list(expected.shape)}")
             continue
         valid = valid_places(key, stage, expected.shape)
-        if key == "prior_local":  # its integers are ranks, in which a small error is a whole step
+        if key == "prior_local":  # its integers are ranks: a small error changes them by 1
             same = np.floor(got[key]) == np.floor(expected)
             if same.mean() < tolerance.overlap:
-                problems.append(f"{key} has {1 - same.mean():.1%} of the ranks otherwise")
+                problems.append(f"{key} differs in {1 - same.mean():.1%} of the ranks")
             valid = valid & same
         max_abs, max_rel = difference(got[key][valid], expected[valid])
         if not max_rel <= worst.max_rel:
@@ -183,10 +183,10 @@ def compare_selection(
     threshold: float,
     method: str = "trio",
 ) -> ParityRow:
-    """Compare scores and kept tokens of a selection, and check that its outputs fit together."""
+    """Compare scores and kept tokens of a selection, and check its outputs for consistency."""
     missing = [key for key in stage.outputs if key not in got]
     if missing:
-        return ParityRow(name, problem=f"no output {missing[0]}")
+        return ParityRow(name, problem=f"output {missing[0]} is missing")
     problems = []
     if not np.all(got["converged"]):
         problems.append("converged: the suppression did not converge")
@@ -216,15 +216,16 @@ def compare_selection(
 
 @dataclass(frozen=True)
 class _SelectedRow:
-    """How one row of a selection compares.
+    """Comparison of one row of a selection.
 
     Attributes:
-        max_abs, max_rel: difference of its scores.
-        beyond: max_rel over what an error in the probes' logits explains.
-        kept: visual tokens that the reference keeps.
-        agreeing: how many of them are kept, tokens that cannot be told apart counting as equal.
-        doubtful: visual tokens whose rank lies within the error.
-        visual: visual tokens.
+        problems: what is beyond tolerance.
+        kept: number of visual tokens that the reference keeps.
+        agreeing: number of these that are kept; indistinguishable tokens count as equal.
+        visual: number of visual tokens.
+        max_abs, max_rel: differences of the scores.
+        beyond: max_rel over the difference that an error in the probes' logits explains.
+        doubtful: number of visual tokens whose rank lies within the error.
     """
 
     problems: list[str]
@@ -247,8 +248,8 @@ def _compare_row(
 ) -> _SelectedRow:
     """Compare row `b` of a selection.
 
-    If each choice depends on those before (`Method.sequential`), the scores of a row that chose
-    otherwise cannot be compared: the method's rule decides, or the tokens must be the same.
+    If each choice depends on those before (`Method.sequential`), the scores of a row with other
+    choices cannot be compared: the method's rule decides, or the tokens must be the same.
     """
     inputs, expected = stage.inputs, stage.outputs
     visual = inputs["visual_mask"][b].astype(bool)
@@ -256,7 +257,7 @@ def _compare_row(
     exact = tolerance.excluded is not None
     problems = []
     if scores[~visual].any():
-        problems.append(f"saliency: row {b} has scores where nothing is visual")
+        problems.append(f"saliency: row {b} has scores at tokens that are not visual")
     own = _visual_places(got["keep_index"][b][: int(expected["lengths_out"][b])], visual)
     theirs = _visual_places(expected["keep_index"][b], visual)
     alike = _indistinguishable_tokens(inputs, b)
@@ -277,7 +278,7 @@ def _compare_row(
         )
         if exact and mine != meant and not doubt.any():
             problems.append(
-                f"keep_index: row {b} keeps other tokens though no scores are within the error"
+                f"keep_index: row {b} keeps other tokens, but no scores are within the error"
             )
     elif follows is None and exact:
         problems.append(f"keep_index: row {b} keeps other tokens")
@@ -325,7 +326,7 @@ def valid_places(key: str, stage: Stage, shape: Sequence[int]) -> NDArray[np.boo
 
 
 def tied(scores: NDArray, reference: NDArray) -> NDArray[np.bool_]:
-    """Tokens whose place in the ranking lies within the error, [N].
+    """Whether the rank of each token lies within the error, bool [N].
 
     A token's error is the difference between its two scores; two tokens may change places if their
     distance is at most the sum of their errors. A factor common to all scores changes no rank and
@@ -347,7 +348,7 @@ def tied(scores: NDArray, reference: NDArray) -> NDArray[np.bool_]:
 
 
 def _indistinguishable_tokens(inputs: Mapping[str, NDArray], row: int) -> NDArray[np.int64]:
-    """For each token of a row the first that a method cannot tell from it: [S].
+    """For each token of a row the first token that a method cannot distinguish from it, [S].
 
     Which of them is kept may depend on the last bit of a sum.
     """
@@ -359,7 +360,7 @@ def _indistinguishable_tokens(inputs: Mapping[str, NDArray], row: int) -> NDArra
 
 
 def _visual_places(index: NDArray, visual: NDArray) -> NDArray[np.int64]:
-    """The places of `index` that are visual, ascending."""
+    """Entries of `index` that are visual tokens, ascending."""
     index = index[index >= 0]
     return np.unique(index[visual[index]]).astype(np.int64)
 
@@ -370,8 +371,8 @@ def _inconsistencies(
     """Contradictions between a selection's outputs.
 
     Args:
-        merged: how far hidden states may be from the reference's if they are means; None if they
-            must be those of the tokens kept.
+        merged: tolerance of the hidden states if they are means of tokens; None if they must equal
+            those of the kept tokens.
     """
     inputs, expected = stage.inputs, stage.outputs
     problems = []
@@ -399,7 +400,7 @@ def _inconsistencies(
         problems.append("visual_mask_out is not what keep_index says")
     renumbered = np.where(real, np.arange(index.shape[1]), 0)
     original = np.where(real, take(inputs["position_ids"], at, axis=1), 0)
-    # The reference's positions tell which of the two the bundle is made for.
+    # The reference's positions tell which of the two rules the bundle uses.
     rule = renumbered if np.array_equal(expected["position_ids_out"], renumbered) else original
     if not np.array_equal(got["position_ids_out"], rule):
         problems.append("position_ids_out is wrong")

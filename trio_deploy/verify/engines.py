@@ -1,8 +1,8 @@
-"""Engines against ONNX Runtime on the same inputs, run and compared by NVIDIA's Polygraphy.
+"""Compare engines with ONNX Runtime on the same inputs, by NVIDIA's Polygraphy.
 
-The oracle's inputs are a few prompts; here every engine runs at the minimum, typical and maximum
-shapes of each of its profiles, which it was tuned for one by one, and a selection with tokens that
-suppress each other.
+The oracle's inputs are a few prompts. Here every engine runs at the minimum, typical and maximum
+shapes of each of its profiles, since TensorRT tunes each profile separately, and selections get
+tokens that suppress each other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trio_deploy.verify.compare import (
 from trio_deploy.verify.inputs import cases
 
 Open = Callable[[str], Engine]
-"""Opens the engine of a stage."""
+"""Function that opens the engine of a stage."""
 
 
 def compare_engines(
@@ -42,13 +42,14 @@ def compare_engines(
     threshold: float,
     stages: Mapping[str, StageInfo],
 ) -> list[ParityRow]:
-    """Compare stage by stage, at three shapes a profile, on the inputs of `feeds.cases`.
+    """Compare stage by stage, at three shapes per profile, on the inputs of `inputs.cases`.
 
     Args:
-        profiles: what the engines were built for, by stage.
-        open_reference: opens ONNX Runtime's; dropped before the next is opened.
-        threshold: of the greedy suppression.
-        stages: of the bundle, by name.
+        profiles: stage → profiles that its engine was built for.
+        open_reference: opens ONNX Runtime's engine, which is closed before the next is opened.
+        open_engine: opens the engine to compare.
+        threshold: cosine similarity of the greedy suppression.
+        stages: the bundle's stages by name.
 
     Returns:
         One row per stage, profile and shape; `problem` names the tensor that is beyond tolerance.
@@ -74,7 +75,7 @@ def compare_engines(
 
 
 class _Comparison:
-    """Compares the outputs of two runs as Polygraphy asks: output name → whether it holds.
+    """Comparison function for Polygraphy: returns output name → whether it is within tolerance.
 
     Attributes:
         row: the result, once both have run.
@@ -104,7 +105,7 @@ class _Comparison:
 
 
 def _context(stage: StageInfo, feeds: Tensors) -> dict[str, Any]:
-    """A stage's inputs, and what else the comparison reads."""
+    """A stage's inputs, and other values that the comparison reads."""
     inputs = dict(feeds)
     if "position_ids" in inputs and "lengths" not in inputs:  # a graph that does not read them
         inputs["lengths"] = np.full(len(inputs["position_ids"]), inputs["position_ids"].shape[1])
@@ -112,14 +113,14 @@ def _context(stage: StageInfo, feeds: Tensors) -> dict[str, Any]:
         past = feeds[stage.input_name("past_lengths")][:, 0]
         inputs |= {past_lengths_of(tensor.name): past for tensor in stage.outputs_of("cache")}
     elif "lengths" in inputs:
-        inputs.setdefault("past_lengths", np.zeros_like(inputs["lengths"]))  # a prefill from none
-    # How large the probes' logits are is not known here: scores are held to the stricter bound.
+        inputs.setdefault("past_lengths", np.zeros_like(inputs["lengths"]))  # a prefill has no past
+    # The probes' logits are unknown here, so the stricter tolerance of scores applies.
     inputs["probe_logits"] = np.ones(len(next(iter(feeds.values()))), np.float32)
     return inputs
 
 
 class _Polygraphy:
-    """Polygraphy's Comparator over two of our engines."""
+    """Polygraphy's Comparator over two engines of this package."""
 
     def __init__(self) -> None:
         from polygraphy.backend.base import BaseRunner

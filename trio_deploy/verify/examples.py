@@ -29,7 +29,7 @@ def default_examples() -> list[Example]:
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    """An RGB gradient with noise and shapes: no two patches are equal, some nearly are."""
+    """An RGB gradient with noise and shapes; no two patches are equal, some are similar."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     pixels = np.stack([x * 255 / width, y * 255 / height, 128 + 0 * x], axis=-1)

@@ -1,7 +1,7 @@
-"""The reference's tensors and answers in the bundle, for checks on devices without torch.
+"""Store the reference's tensors and answers in the bundle, for checks on devices without torch.
 
-One file without pickles, `golden/reference.npz`: the pictures, every stage's inputs and outputs
-(equal arrays once), and a JSON text with prompts, tokens and where each array belongs.
+The file `golden/reference.npz` has no pickles: it holds the pictures, every stage's inputs and
+outputs (equal arrays once), and JSON text with prompts, tokens and the use of each array.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Reference:
 
 
 def store(bundle: Bundle, reference: Reference) -> Bundle:
-    """Write the reference into the bundle and its manifest; returns the bundle with it."""
+    """Write the reference into the bundle and its manifest; return the new bundle."""
     arrays: dict[str, NDArray] = {}
 
     def put(array: NDArray) -> str:
@@ -90,7 +90,7 @@ def load(bundle: Bundle) -> Reference:
     """
     if GOLDEN not in bundle.manifest.files:
         raise TrioError(
-            f"the bundle {bundle.path} holds no recorded reference: run `trio check --record` "
+            f"the bundle {bundle.path} has no recorded reference: run `trio check --record` "
             "on a machine with torch first"
         )
     file = safe_path(bundle.path, GOLDEN)

@@ -1,8 +1,8 @@
-"""Inputs for comparing engines: values that take every path through their graphs.
+"""Inputs for comparing engines: values that reach every path through their graphs.
 
 Independent random hidden states have cosines near zero: no token suppresses another, and the loops
-of a selection end at once. Here visual tokens come in groups of near-copies, and rows differ in
-what they keep (`ROWS`).
+of a selection end at once. Here visual tokens come in groups of near-copies, and rows differ in the
+number they keep (`ROWS`).
 
 B rows, S tokens, W width after pruning, d hidden size.
 """
@@ -22,13 +22,14 @@ from trio_deploy.runtimes.tensorrt.profiles import Profile
 from trio_deploy.schedule.methods import SEEDS
 
 ROWS = ("fill", "cut", "padded", "whole")
-"""Rows of a selection: more is kept than survives the suppression, so that it fills up; less, so
-that it ends early; a padded row that fills up; a row that keeps all it has, however much it may."""
-_TRIVIAL = 8  # tokens, below which all kinds of rows are alike
-_CHAIN = 6  # tokens in which each suppresses the next and not the one behind it
-_STEP = 1.4  # from one token of a group to the next: its norm, by which its gradient falls
+"""Kinds of rows of a selection: `fill` keeps more than survive the suppression, so that suppressed
+tokens fill it up; `cut` keeps fewer, so that it ends early; `padded` is a padded `fill`; `whole`
+keeps all visual tokens, since it may keep more than it has."""
+_MIN_TOKENS = 8  # tokens; in shorter rows all kinds are the same
+_CHAIN = 6  # tokens of a chain, in which each suppresses only the next
+_STEP = 1.4  # ratio of norms from one token of a group to the next; the gradient falls with it
 _JITTER = 0.01  # radians between tokens at one place of a chain
-_TIES = 32  # different values of an encoder's score
+_TIES = 32  # number of different values of an encoder's score
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Row:
     """One row of a selection's inputs.
 
     Attributes:
-        length: valid tokens.
-        visual: bool [S].
-        keep: visual tokens to keep.
-        groups: of near-copies among the visual tokens.
+        length: number of valid tokens.
+        visual: bool [S], which tokens are visual.
+        keep: number of visual tokens to keep.
+        groups: number of groups of near-copies among the visual tokens.
     """
 
     length: int
@@ -49,9 +50,9 @@ class Row:
 
     @property
     def kept(self) -> int:
-        """Tokens after the pruning point."""
-        seen = int(self.visual.sum())
-        return self.length - seen + min(self.keep, seen)
+        """Number of tokens after the pruning point."""
+        count = int(self.visual.sum())
+        return self.length - count + min(self.keep, count)
 
 
 def cases(
@@ -61,13 +62,13 @@ def cases(
     corner: str,
     threshold: float,
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """What to feed a stage at a profile's corner: a remark ("" for the first) and inputs.
+    """Inputs of a stage at a profile's corner, each with a remark ("" for the first).
 
-    A selection is fed several times where a batch has no room for all of `ROWS`.
+    A selection gets several sets of inputs if a batch has no room for all of `ROWS`.
 
     Args:
-        inputs: of the graph, as ONNX Runtime has them.
-        threshold: of the greedy suppression.
+        inputs: inputs of the graph in ONNX Runtime.
+        threshold: cosine similarity of the greedy suppression.
     """
     feeds = example_feeds(stage, inputs, profile, corner)
     random = np.random.default_rng(1)
@@ -95,13 +96,13 @@ def _selections(
     random: np.random.Generator,
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     batch, tokens = feeds["visual_mask"].shape
-    kinds = list(ROWS) if tokens >= _TRIVIAL else list(ROWS[:1])
-    most = int(feeds["width"][0])
+    kinds = list(ROWS) if tokens >= _MIN_TOKENS else list(ROWS[:1])
+    width = int(feeds["width"][0])
     bounds = profile.values.get("width")
     least = bounds.min[0] if bounds else 1
     for number, start in enumerate(range(0, len(kinds), batch)):
         chosen = [kinds[(start + b) % len(kinds)] for b in range(batch)]
-        rows = [plan(kind, tokens, most) for kind in chosen]
+        rows = [plan(kind, tokens, width) for kind in chosen]
         made = dict(feeds)
         made["lengths"] = np.array([row.length for row in rows], feeds["lengths"].dtype)
         made["keep"] = np.array([row.keep for row in rows], feeds["keep"].dtype)
@@ -123,7 +124,7 @@ def _selections(
 
 
 def plan(kind: str, tokens: int, width: int) -> Row:
-    """A row of one of `ROWS` in S tokens that leaves W at most."""
+    """A row of a kind of `ROWS` with S tokens, of which at most W remain."""
     text = max(1, min(width // 4, 32))
     length = tokens
     if kind == "padded":
@@ -131,34 +132,34 @@ def plan(kind: str, tokens: int, width: int) -> Row:
     elif kind == "whole":
         length = min(tokens, width)
     text = min(text, length)
-    seen = length - text
+    count = length - text
     visual = np.zeros(tokens, np.bool_)
-    first = min(text - 1, text // 2)  # some text before the picture, the rest behind it
-    visual[first : first + seen] = True
+    first = min(text - 1, text // 2)  # some text before the picture, the rest after it
+    visual[first : first + count] = True
     room = max(0, width - text)
     if kind == "whole":
-        return Row(length, visual, seen + 5, max(1, seen // 3))
-    # About two of a group survive the suppression.
+        return Row(length, visual, count + 5, max(1, count // 3))
+    # About two tokens per group survive the suppression.
     if kind == "cut":
-        keep = max(0, min(room, seen // 3))
+        keep = max(0, min(room, count // 3))
         groups = keep
     else:
-        keep = max(0, min(room, seen * 4 // 5))
+        keep = max(0, min(room, count * 4 // 5))
         groups = keep // 3
-    return Row(length, visual, keep, max(1, min(groups, seen)))
+    return Row(length, visual, keep, max(1, min(groups, count)))
 
 
 def _hidden(
     row: Row, size: int, threshold: float, random: np.random.Generator
 ) -> tuple[NDArray, NDArray]:
-    """Hidden states [S,d] and positions [S] of a row; what pads it is as large as the rest."""
+    """Hidden states [S,d] and positions [S] of a row; padding is as large as the rest."""
     tokens = len(row.visual)
     hidden = 0.1 * random.standard_normal((tokens, size))
     positions = np.arange(tokens)
     places = random.permutation(np.flatnonzero(row.visual))
     groups = np.array_split(places, row.groups) if len(places) else []
     for number, members in enumerate(groups):
-        rows = _alike(number % 4, len(members), size, threshold, random)
+        rows = _near_copies(number % 4, len(members), size, threshold, random)
         hidden[members] = rows * _STEP ** (np.arange(len(members)) % _CHAIN)[:, None]
         if number % 4 == 3:  # the same token twice: all scores of a pair are equal
             for one, other in zip(members[::2], members[1::2], strict=False):
@@ -166,14 +167,14 @@ def _hidden(
     return hidden, positions
 
 
-def _alike(
+def _near_copies(
     kind: int, count: int, size: int, threshold: float, random: np.random.Generator
 ) -> NDArray:
-    """`count` rows [count,d] that resemble each other, cosines at least 0.02 off the threshold.
+    """Similar rows [count,d] whose cosines differ from the threshold by at least 0.02.
 
-    Kinds: 0 and 3, all near-copies; 1, a chain, in which each is a near-copy of the next alone; 2,
-    all near-copies of the first, but for the last, which just misses it, and a third of them of one
-    another.
+    Kinds: 0 and 3, all are near-copies; 1, a chain, in which each is a near-copy of the next only;
+    2, all but the last, whose cosine is just below the threshold, are near-copies of the first, and
+    a third of them of one another.
     """
     axes = np.linalg.qr(random.standard_normal((size, 4)))[0].T
     threshold = min(threshold, 0.97)
@@ -193,6 +194,6 @@ def _alike(
 
 
 def _scores(name: str, shape: tuple[int, int], random: np.random.Generator) -> NDArray:
-    """An encoder's scores with ties; of `prior_local` the integers are ranks within a window."""
+    """An encoder's scores with ties; the integers of `prior_local` are ranks within a window."""
     fraction = random.integers(1, _TIES + 1, shape) / _TIES
     return fraction if name == "prior" else random.integers(1, 37, shape) + 0.9 * fraction

@@ -379,8 +379,8 @@ def test_axes_of_one_size_are_fixed_before_a_graph_is_parsed(start: Start, graph
 @pytest.mark.parametrize(
     ("profile", "message"),
     [
-        (Admits({}), "profile default of squares.onnx does not say which shapes x may have"),
-        (Admits(ADMITS.shapes), "does not say which values width may have"),
+        (Admits({}), "profile default of squares.onnx has no shapes for the input x"),
+        (Admits(ADMITS.shapes), "has no values for the input width"),
     ],
 )
 def test_a_profile_must_bound_every_input(
@@ -394,7 +394,7 @@ def test_a_profile_must_bound_every_input(
 def test_bounds_that_tensorrt_does_not_take_are_an_error(start: Start, graph: Path) -> None:
     tensorrt, _ = start()
     falling = Admits({"x": ((2, 4, 8), (1, 4, 8), (2, 4, 8))}, ADMITS.values)
-    with pytest.raises(TrioError, match=r"refuses x .* in profile default of squares\.onnx: bound"):
+    with pytest.raises(TrioError, match=r"rejects x .* in profile default of squares\.onnx: bound"):
         tensorrt.build(graph, [falling], workspace=1 << 20)
 
 
@@ -422,7 +422,7 @@ def test_a_build_that_lacks_scratch_memory_says_how_much_to_allow(
     tensorrt.build(graph, [ADMITS])
     with pytest.raises(
         TrioError,
-        match=r"Could not find any implementation.*asked for 1\.5 GiB of scratch memory, beyond "
+        match=r"Could not find any implementation.*requested 1\.5 GiB of scratch memory, beyond "
         r"workspace_gib 1 of the target: raise workspace_gib to at least 2, or leave it out",
     ):
         tensorrt.build(graph, [ADMITS], workspace=1 << 30)
@@ -449,7 +449,7 @@ def test_what_a_tactic_asked_for_is_read_in_bytes_or_mebibytes(
     trt.says += [(trt.ILogger.WARNING, says), (trt.ILogger.ERROR, ends)]
     narrowing = Admits({"x": rising((1, 4, 8), (2, 4, 8))}, ADMITS.values)
     trt.Builder.build_serialized_network = failing(trt.Builder.build_serialized_network)
-    with pytest.raises(TrioError, match=rf"a tactic asked for {asked} GiB of scratch memory, beyo"):
+    with pytest.raises(TrioError, match=rf"a tactic requested {asked} GiB of scratch memory, beyo"):
         tensorrt.build(graph, [narrowing], workspace=1 << 30)
     trt.says.pop(0)
     with pytest.raises(TrioError, match="workspace_gib 1 of the target may be too little for it"):

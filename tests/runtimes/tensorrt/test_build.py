@@ -236,7 +236,7 @@ def test_an_engine_whose_first_run_killed_the_process_is_not_loaded(cut_short: P
         "embed": False,
     }
     record.check_file(cut_short, "vision")
-    with pytest.raises(TrioError, match="first run has not come to an end.*`trio build` again"):
+    with pytest.raises(TrioError, match="first run was not completed.*`trio build` again"):
         record.check_file(cut_short, "embed")
 
 
@@ -407,7 +407,9 @@ def test_a_disk_that_is_too_full_is_found_before_anything_is_built(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(builder.shutil, "disk_usage", lambda _: usage(10, 9, 1))
     stub = Stub()
-    with pytest.raises(TrioError, match="too full: the engines need about .* are free"):
+    with pytest.raises(
+        TrioError, match="too full: free some space; the engines need about .* are free"
+    ):
         build(bundle, target, stub)
     assert stub.built == []
 
@@ -439,7 +441,7 @@ def test_a_full_disk_that_loses_the_timing_cache_keeps_the_engine(
     monkeypatch.setattr(builder, "write_atomically", full)
     outcome = build(bundle, target, Stub())
     assert outcome.built == tuple(STAGES) and "timing.cache" not in files(outcome.folder)
-    assert "timing.cache is not kept: No space" in (outcome.folder / "build.log").read_text()
+    assert "timing.cache was not written: No space" in (outcome.folder / "build.log").read_text()
 
 
 def test_a_full_disk_that_loses_the_record_is_one_clear_error(
@@ -507,7 +509,7 @@ def test_engines_move_between_gpus_of_one_kind(built: builder.Outcome, same: Gpu
 
 def test_missing_short_and_damaged_engines_are_named(built: builder.Outcome) -> None:
     record, file = Record.load(built.folder), built.folder / "embed.engine"
-    with pytest.raises(TrioError, match="no engine of decode.*goes on where it stopped"):
+    with pytest.raises(TrioError, match="no engine of decode.*continues where it stopped"):
         record.check_file(built.folder, "decode")
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
@@ -625,7 +627,7 @@ def test_an_engine_that_never_ran_to_the_end_is_not_opened(
     with pytest.raises(KeyboardInterrupt):
         build(bundle, target, tensorrt, stages=["embed"], verify=interrupted)
     folder = bundle.path / "engines" / "test-gpu"
-    with pytest.raises(TrioError, match="first run has not come to an end"):
+    with pytest.raises(TrioError, match="first run was not completed"):
         TrtRuntime(folder, bundle).open(bundle.graph("embed"))
     build(
         bundle,

@@ -361,7 +361,7 @@ def test_engines_of_another_tensorrt_are_refused(
 def test_a_truncated_engine_is_refused(copied: Machine) -> None:
     file = copied.folder / "prefill_1.engine"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(TrioError, match="prefill_1.engine.*cut short"):
+    with pytest.raises(TrioError, match="prefill_1.engine.*truncated"):
         copied.pipeline()
 
 

@@ -4,17 +4,17 @@ Read from the bindings of 8.6.1, 10.0, 10.3, 10.15, 11.0 and 11.4 (docs/tensorrt
 `tests/runtimes/tensorrt/test_bindings.py` compares this file with any bindings that are installed):
 
 =====================================  ======================================================
-`EXPLICIT_BATCH`                       needed in 8.6, the only mode in 10, gone in 11
-`STRONGLY_TYPED`                       from 10; in 8.6 layers that must stay float32 are told so,
-                                       under `OBEY_PRECISION_CONSTRAINTS` (gone in 11, with the
+`EXPLICIT_BATCH`                       required in 8.6, the only mode in 10, removed in 11
+`STRONGLY_TYPED`                       from 10; in 8.6 layers that must stay float32 are marked,
+                                       under `OBEY_PRECISION_CONSTRAINTS` (removed in 11, with the
                                        builder flags `FP16`, `BF16`, `INT8`)
 INT64, BF16                            from 10; 8.6 narrows INT64 to INT32
-`TacticSource.CUBLAS`, `CUDNN` …       gone in 11
-`PROFILE_SHARING_0806`                 to be asked for in 8.6; several contexts then share a profile
+`TacticSource.CUBLAS`, `CUDNN` …       removed in 11
+`PROFILE_SHARING_0806`                 must be set in 8.6, so that several contexts share a profile
 `IProgressMonitor`                     from 10
 `get_aliased_input_tensor`             from 10.15: a KV cache is updated in place
-`IAttention`                           read from 10.15 on: one fused kernel or no engine, unless it
-                                       is told that it may be split up
+`IAttention`                           parsed from 10.15: one fused kernel or no engine, unless
+                                       decomposition is allowed
 `device_memory_size`, contexts         `…_v2` from 10.3 and alone in 11; contexts without memory
 without memory                         of their own by `ExecutionContextAllocationStrategy` from 10
 =====================================  ======================================================
@@ -38,11 +38,11 @@ from trio_deploy.files import format_bytes
 
 OLDEST = (8, 6)
 Log = Callable[[str, str], None]
-"""Takes a severity (`ERROR`, `WARNING`, `INFO`, `VERBOSE`) and a message."""
+"""Function of a severity (`ERROR`, `WARNING`, `INFO`, `VERBOSE`) and a message."""
 Progress = Callable[[str, int, int], None]
-"""Takes the name of a phase, the steps done and all of its steps."""
+"""Function of a phase's name, its completed steps and its total steps."""
 Bounds = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""Least, typical and largest shape (or values) of an input."""
+"""Minimum, typical and maximum shape (or values) of an input."""
 
 _DTYPES = {
     "FLOAT": np.dtype(np.float32),
@@ -53,8 +53,8 @@ _DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
-_LIBRARIES = ("CUBLAS", "CUBLAS_LT", "CUDNN")  # tactics that need libraries beside TensorRT's own
-# Layers whose precision is not theirs to choose: they hold no arithmetic.
+_LIBRARIES = ("CUBLAS", "CUBLAS_LT", "CUDNN")  # tactics that need libraries other than TensorRT's
+# Layers without arithmetic, whose precision cannot be set.
 _WITHOUT_PRECISION = (
     *("CONSTANT", "SHAPE", "ASSERTION", "RECURRENCE", "TRIP_LIMIT", "ITERATOR", "LOOP_OUTPUT"),
     *("CONDITION", "CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT"),
@@ -62,26 +62,26 @@ _WITHOUT_PRECISION = (
 _NO_ROOM = re.compile(
     r"out ?of ?memory|memory ?allocation|could not be allocated|unable to allocate", re.IGNORECASE
 )
-_REMEMBERED = 20  # of the last messages, for an error
-# What a tactic that was left out asked for: "on requested size of N", which is in bytes for some
-# kinds of layers and in MiB for others, and "Tactic Device request: N MB".
-_ASKED = re.compile(r"requested size of (\d+)|device request: (\d+) ?MB", re.IGNORECASE)
+_MAX_MESSAGES = 20  # number of last messages kept for errors
+# Size that a skipped tactic requested: "on requested size of N", which is in bytes for some kinds
+# of layers and in MiB for others, and "Tactic Device request: N MB".
+_REQUEST = re.compile(r"requested size of (\d+)|device request: (\d+) ?MB", re.IGNORECASE)
 _NO_TACTIC = "could not find any implementation"
-# TensorRT keeps the first logger of a process and writes to it as long as the process lives.
+# TensorRT keeps the first logger of a process and uses it until the process ends.
 _LOGGERS: list[Any] = []
 
 
 class OutOfDeviceMemory(TrioError):
-    """TensorRT asked for memory of the GPU that there is not."""
+    """TensorRT requested more GPU memory than is free."""
 
 
 class ProfileLike(Protocol):
-    """What one optimisation profile admits.
+    """Ranges of one optimisation profile.
 
     Attributes:
-        name: for messages.
-        shapes: of every input with an axis that is not fixed.
-        values: of every input whose values make shapes (`width` of a selection).
+        name: name for messages.
+        shapes: input with a dynamic axis → its shapes.
+        values: input whose values determine shapes (`width` of a selection) → its values.
     """
 
     @property
@@ -96,7 +96,7 @@ class ProfileLike(Protocol):
 
 @dataclass(frozen=True)
 class Built:
-    """A serialized engine, and the timing cache that its build leaves."""
+    """A serialized engine, and the timing cache of its build."""
 
     plan: memoryview
     timing_cache: bytes
@@ -107,10 +107,10 @@ class IoTensor:
     """An engine's input or output.
 
     Attributes:
-        dtype: as it lies in memory: int32 where the graph says int64 and TensorRT narrows it.
-        shape: -1 where an axis is not fixed.
-        on_host: read from the host's memory when shapes are inferred.
-        alias: the input whose memory this output must have, "" where there is none.
+        dtype: element type in memory: int32 where TensorRT narrows the graph's int64.
+        shape: sizes; -1 for a dynamic axis.
+        on_host: whether it is read from the host's memory when shapes are inferred.
+        alias: input that this output must share memory with; "" if none.
     """
 
     name: str
@@ -122,9 +122,9 @@ class IoTensor:
 
 
 def load() -> TensorRT:
-    """The installed TensorRT.
+    """Load the installed TensorRT.
 
-    The driver is asked first: without one `tensorrt.Runtime` ends the process (8.6).
+    The driver is checked first: without one `tensorrt.Runtime` ends the process (8.6).
 
     Raises:
         TrioError: no CUDA driver, or TensorRT is missing, broken or older than 8.6.
@@ -142,7 +142,9 @@ def load() -> TensorRT:
             "with JetPack: use a Python environment with --system-site-packages)"
         ) from error
     except (ImportError, OSError) as error:
-        raise TrioError(f"TensorRT is installed, but does not load: {error}") from error
+        raise TrioError(
+            f"TensorRT is installed, but does not load ({error}): install it again"
+        ) from error
     return TensorRT(module)
 
 
@@ -151,17 +153,17 @@ class TensorRT:
 
     Attributes:
         module: the `tensorrt` module.
-        version: as it calls itself, "10.3.0".
-        strongly_typed: whether a graph's types are the engine's.
+        version: such as "10.3.0".
+        strongly_typed: whether an engine uses its graph's types.
         narrows_int64: whether int64 inputs and outputs become int32.
-        updates_in_place: whether a cache's past and present are one buffer (KVCacheUpdate).
+        updates_in_place: whether a cache's past and present share a buffer (KVCacheUpdate).
     """
 
     def __init__(self, module: Any) -> None:
-        """Wrap a module that is called `tensorrt`.
+        """Wrap the module `tensorrt`.
 
         Raises:
-            TrioError: a version that is too old.
+            TrioError: the version is too old.
         """
         self.module = module
         self.version = str(module.__version__)
@@ -194,27 +196,27 @@ class TensorRT:
         log: Log | None = None,
         progress: Progress | None = None,
     ) -> Built:
-        """Make an engine of a graph for this machine's GPU.
+        """Build an engine of a graph for this machine's GPU.
 
         Args:
-            profiles: in the order in which the engine numbers them.
-            workspace: bytes that a layer's tactic may use; None: as much as the GPU has. A ceiling
-                and no allocation, it leaves tactics out; fused nodes hold their intermediate
+            profiles: in the engine's order.
+            workspace: maximum bytes of scratch memory of a layer's tactic; None: as much as the GPU
+                has. It allocates nothing but excludes tactics; fused nodes keep their intermediate
                 results there.
-            dtype: the graph's float type; before TensorRT 10 it must be told.
-            timing_cache: what an earlier build on this GPU left; one of another GPU is ignored.
-            log: takes all that the builder says.
-            progress: called as the builder goes on (from TensorRT 10); raising in it ends the
-                build and is raised here.
+            dtype: the graph's float type, which TensorRT before 10 does not infer.
+            timing_cache: cache of an earlier build on this GPU; one of another GPU is ignored.
+            log: function that receives the builder's messages.
+            progress: function called during the build (from TensorRT 10); an exception in it ends
+                the build and is raised here.
 
         Raises:
-            TrioError: the graph cannot be parsed, an input has no profile, or nothing was built.
+            TrioError: the graph cannot be parsed, an input has no profile, or the build failed.
         """
         trt = self.module
         if dtype == "bfloat16" and not self.strongly_typed:
             raise TrioError(f"TensorRT {self.version} has no bfloat16: export with --dtype float16")
         self._interrupts.clear()
-        with _Listening(self, log):
+        with _Logging(self, log):
             builder = self._made(trt.Builder, self.logger)
             network = builder.create_network(self._network_flags())
             self._parse(network, onnx, profiles)
@@ -222,10 +224,10 @@ class TensorRT:
             config = builder.create_builder_config()
             if workspace is not None:
                 config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-            # float32 means float32: selections compare cosines with a threshold.
+            # No TF32: selections compare cosines with a threshold, which takes full float32.
             config.clear_flag(trt.BuilderFlag.TF32)
             self._without_libraries(config)
-            if not self.strongly_typed:  # the rule from 10 on: contexts may share a profile
+            if not self.strongly_typed:  # contexts may share a profile, the default from 10
                 config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
             if dtype == "float16" and not self.strongly_typed:
                 config.set_flag(trt.BuilderFlag.FP16)
@@ -256,7 +258,7 @@ class TensorRT:
 
     def _parse(self, network: Any, onnx: Path, profiles: Sequence[ProfileLike]) -> None:
         parser = self._made(self.module.OnnxParser, network, self.logger)
-        if parser.parse(_graph(onnx, profiles), str(onnx)):  # weights lie where the path says
+        if parser.parse(_graph(onnx, profiles), str(onnx)):  # the path locates the weights
             return
         errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
         raise TrioError(
@@ -265,16 +267,16 @@ class TensorRT:
         )
 
     def _allow_decomposition(self, network: Any) -> None:
-        """Where no fused kernel takes an attention's type, head size or mask, several may do."""
+        """Allow several kernels for an attention that no fused kernel supports."""
         kind = getattr(self.module.LayerType, "ATTENTION_INPUT", None)
         for number in range(network.num_layers if kind is not None else 0):
             layer = network.get_layer(number)
             if layer.type == kind:
-                layer.__class__ = self.module.IAttentionInputLayer  # bindings call it an ILayer
+                layer.__class__ = self.module.IAttentionInputLayer  # bindings return an ILayer
                 layer.attention.decomposable = True
 
     def _without_libraries(self, config: Any) -> None:
-        """Only TensorRT's own kernels: engines then need no cuBLAS or cuDNN beside it."""
+        """Use TensorRT's own kernels only, so that engines need no cuBLAS or cuDNN."""
         sources = self.module.TacticSource
         chosen = config.get_tactic_sources()
         for name in _LIBRARIES:
@@ -283,14 +285,14 @@ class TensorRT:
         config.set_tactic_sources(chosen)
 
     def _keep_float32(self, network: Any, onnx: Path) -> None:
-        """What the graph computes in float32 stays so (before strong typing).
+        """Keep in float32 what the graph computes in float32 (before strong typing).
 
-        Layers that read float32 are told to compute in it, comparisons too; results in float32 to
-        be stored so. As in trtexec, what makes shapes is told nothing; casts, and layers of indices
-        alone, have no precision.
+        Layers that read float32, comparisons included, are set to compute in it, and float32
+        results to be stored so. As in trtexec, layers that compute shapes are left alone; casts,
+        and layers of indices alone, have no precision.
 
         Raises:
-            TrioError: TensorRT takes products with float16 weights for float32, all would be slow.
+            TrioError: TensorRT takes products with float16 weights for float32, which is slow.
         """
         trt = self.module
         wide = trt.DataType.FLOAT
@@ -313,7 +315,7 @@ class TensorRT:
                     raise TrioError(
                         f"TensorRT {self.version} takes the product with {products[name]} in "
                         f"{onnx.name} for float32, though it is float16 in the graph, and would "
-                        "run all of it in float32: use TensorRT 10 or later, or export with "
+                        "run it all in float32: use TensorRT 10 or later, or export with "
                         "--dtype float32"
                     )
             if computes:
@@ -333,38 +335,38 @@ class TensorRT:
             name = tensor.name
             if any(size < 0 for size in tensor.shape):
                 if name not in profile.shapes:
-                    raise TrioError(f"{where} does not say which shapes {name} may have")
+                    raise TrioError(f"{where} has no shapes for the input {name}")
                 self._bound(made.set_shape, name, profile.shapes[name], where)
             if tensor.is_shape_tensor:
                 if name not in profile.values:
-                    raise TrioError(f"{where} does not say which values {name} may have")
+                    raise TrioError(f"{where} has no values for the input {name}")
                 self._bound(made.set_shape_input, name, profile.values[name], where)
         if config.add_optimization_profile(made) < 0:
-            raise TrioError(f"TensorRT refuses {where}: {self._last_errors()}")
+            raise TrioError(f"TensorRT rejects {where}: {self._last_errors()}")
 
     def _bound(self, setter: Callable[..., None], name: str, bounds: Bounds, where: str) -> None:
         try:
             setter(name, *bounds)
         except RuntimeError as error:  # of the bindings
-            raise TrioError(f"TensorRT refuses {name} {bounds} in {where}: {error}") from error
+            raise TrioError(f"TensorRT rejects {name} {bounds} in {where}: {error}") from error
 
     def _timing_cache(self, config: Any, content: bytes) -> Any:
         for start in (content, b""):
             cache = config.create_timing_cache(start)
             if cache is not None and config.set_timing_cache(cache, False):
                 return cache
-        raise TrioError(f"TensorRT makes no timing cache: {self._last_errors()}")
+        raise TrioError(f"TensorRT creates no timing cache: {self._last_errors()}")
 
     # -------------------------------------------------------------------------------- running
 
     def deserialize(self, plan: bytes | memoryview, name: str) -> Any:
-        """The engine (ICudaEngine) of a plan.
+        """Load an engine (ICudaEngine) from a plan.
 
         Args:
-            name: of the file, for messages.
+            name: the file's name, for messages.
 
         Raises:
-            TrioError: it does not load.
+            TrioError: the plan does not load.
         """
         if self._runtime is None:
             self._runtime = self._made(self.module.Runtime, self.logger)
@@ -378,7 +380,7 @@ class TensorRT:
         return engine
 
     def tensors(self, engine: Any) -> Iterator[IoTensor]:
-        """Inputs and outputs of an engine in its order."""
+        """Inputs and outputs of an engine, in its order."""
         trt = self.module
         known = {
             getattr(trt.DataType, n): d for n, d in _DTYPES.items() if hasattr(trt.DataType, n)
@@ -399,17 +401,17 @@ class TensorRT:
             )
 
     def scratch_bytes(self, engine: Any) -> int:
-        """What a context needs while it runs, at the largest shapes of any profile."""
+        """Scratch bytes of a running context, at the largest shapes of any profile."""
         if hasattr(engine, "device_memory_size_v2"):
             return int(engine.device_memory_size_v2)
         return int(engine.device_memory_size)
 
     def context(self, engine: Any) -> Any:
-        """An execution context that must be given memory by `lend`.
+        """Create an execution context, which needs memory from `lend` to run.
 
         Raises:
-            OutOfDeviceMemory: the device has no room for its state.
-            TrioError: there is none for another reason.
+            OutOfDeviceMemory: the device has no room for the context's state.
+            TrioError: creating it failed for another reason.
         """
         self.forget_errors()
         strategies = getattr(self.module, "ExecutionContextAllocationStrategy", None)
@@ -418,11 +420,11 @@ class TensorRT:
         else:
             context = engine.create_execution_context_without_device_memory()
         if context is None:
-            raise self.failed("TensorRT makes no execution context")
+            raise self.failed("TensorRT creates no execution context")
         return context
 
     def lend(self, context: Any, address: int, size: int) -> None:
-        """Give a context device memory to work in, aligned to 256 bytes."""
+        """Set the scratch memory of a context, aligned to 256 bytes."""
         if hasattr(context, "set_device_memory"):
             context.set_device_memory(address, size)
         else:
@@ -431,7 +433,7 @@ class TensorRT:
     # -------------------------------------------------------------------------------- messages
 
     def _made(self, kind: Callable[..., Any], *arguments: Any) -> Any:
-        """Construct, where the bindings raise TypeError for an object that could not be made."""
+        """Construct an object of the bindings, which raise TypeError if that fails."""
         self.forget_errors()
         try:
             return kind(*arguments)
@@ -449,31 +451,32 @@ class TensorRT:
             log(severity, message)
 
     def forget_errors(self) -> None:
-        """What TensorRT said until now is not the reason of what fails next."""
+        """Discard messages so far, which cannot explain the next failure."""
         self._messages.clear()
-        self._asked.clear()
+        self._requests.clear()
 
     def failed(self, what: str) -> TrioError:
-        """The error for what TensorRT did not do, with what it said last: `OutOfDeviceMemory`
-        where it says that it lacks memory."""
+        """Error for a failed call, with TensorRT's last messages; `OutOfDeviceMemory` if they name
+        a lack of memory."""
         text = f"{what}: {self._last_errors()}"
         return OutOfDeviceMemory(text) if _NO_ROOM.search(text) else TrioError(text)
 
     def last_errors(self) -> str:
-        """What TensorRT said last, for a message."""
+        """TensorRT's last messages."""
         return self._last_errors()
 
     def _memory_advice(self, workspace: int | None) -> str:
-        """What to do about a node that no tactic takes, "" where memory was not the reason.
+        """Remedy for a node without a tactic; "" if memory was not the reason.
 
-        What was said last is of the node at which the build ended.
+        The last messages are about the node at which the build ended.
         """
         if _NO_TACTIC not in " ".join(self._messages).lower():
             return ""
         allowed = "" if workspace is None else f"workspace_gib {workspace / 2**30:g} of the target"
-        if self._asked:
-            asked, said = _asked_bytes(self._asked[-1]), self._asked[-1].splitlines()[0]
-            asks = f"; a tactic asked for {format_bytes(asked)} of scratch memory"
+        if self._requests:
+            last = self._requests[-1]
+            asked, said = _requested_bytes(last), last.splitlines()[0]
+            asks = f"; a tactic requested {format_bytes(asked)} of scratch memory"
             if workspace is None or asked <= workspace:
                 return (
                     f"{asks}, more than the GPU had free: end other programs on it, or lower the "
@@ -491,22 +494,22 @@ class TensorRT:
         return "; ".join(list(self._messages)[-3:]) or "it gave no reason"
 
 
-def _asked_bytes(message: str) -> int:
-    """What a tactic asked for, by what TensorRT says of leaving it out."""
-    found = _ASKED.search(message)
+def _requested_bytes(message: str) -> int:
+    """Bytes that a tactic requested, from the message about skipping it."""
+    found = _REQUEST.search(message)
     assert found is not None
     if found[2] is not None:
         return int(found[2]) * 2**20
     size = int(found[1])
-    return size * 2**20 if size < 2**20 else size  # nothing smaller than a MiB is left out
+    return size * 2**20 if size < 2**20 else size  # no tactic is skipped for less than a MiB
 
 
 def _whole_gib(size: int) -> int:
     return -(-size // 2**30)
 
 
-class _Listening:
-    """Sends what TensorRT says to a function while inside."""
+class _Logging:
+    """Context in which TensorRT's messages also go to a function."""
 
     def __init__(self, tensorrt: TensorRT, log: Log | None) -> None:
         self._logs = tensorrt._logs
@@ -532,9 +535,9 @@ def _logger(trt: Any, say: Log, interrupts: list[BaseException]) -> Any:
         def log(self, severity: Any, message: str) -> None:
             try:
                 say(names.get(severity, "INFO"), message)
-            except Exception:  # the bindings would print it and go on
+            except Exception:  # the bindings would print it and continue
                 return
-            except BaseException as error:  # Ctrl-C: raised again when the build is over
+            except BaseException as error:  # Ctrl-C: raised again after the build
                 interrupts.append(error)
 
     return Logger()
@@ -561,14 +564,14 @@ def _monitor(trt: Any, progress: Progress, interrupts: list[BaseException]) -> A
         def _tell(self, phase: str, done: int) -> None:
             try:
                 progress(phase, done, self.steps.get(phase, done))
-            except BaseException as error:  # Ctrl-C too; nothing may pass through TensorRT
+            except BaseException as error:  # Ctrl-C too: exceptions must not pass through TensorRT
                 self.error = self.error or error
 
     return Monitor()
 
 
 def _graph(file: Path, profiles: Sequence[ProfileLike]) -> bytes:
-    """A graph whose axes of one size in all profiles are fixed: KVCacheUpdate asks for it."""
+    """Serialize a graph with axes fixed that all profiles agree on, as KVCacheUpdate requires."""
     from trio_deploy.runtimes.tensorrt.dry_run.rules import read_graph
 
     model = read_graph(file)
@@ -584,7 +587,7 @@ def _graph(file: Path, profiles: Sequence[ProfileLike]) -> bytes:
 
 
 def _half_products(file: Path) -> dict[str, str]:
-    """Results of products with float16 matrices, and the names of those."""
+    """Result of each product with a float16 matrix → the matrix's name."""
     from onnx import TensorProto
 
     from trio_deploy.runtimes.tensorrt.dry_run.rules import read_graph

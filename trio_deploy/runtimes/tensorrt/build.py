@@ -41,9 +41,9 @@ LOG = "build.log"
 LOCK = ".lock"
 
 _GIB = 2**30
-#: Least share of a target's memory that a GPU must have: firmware and error correction take some.
+#: Minimum share of a target's memory on a GPU: firmware and error correction take some.
 _MEMORY_SHARE = 0.85
-_LOGGED = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")  # VERBOSE takes hundreds of megabytes
+_LOGGED = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")  # VERBOSE writes hundreds of megabytes
 
 
 class Builder(Protocol):
@@ -67,7 +67,7 @@ class Builder(Protocol):
 
 
 Verify = Callable[[Path, str], None]
-"""Loads the engine of a stage in a folder and runs it once; raises TrioError if that fails."""
+"""Function that loads the engine of a stage in a folder and runs it; TrioError if that fails."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def require_buildable(bundle: Bundle, target: Target, stages: Sequence[str] | No
     """Check what can be checked without a GPU, a driver or TensorRT.
 
     Raises:
-        TrioError: the target runs something else, no TensorRT reads the bundle's graphs, a stage
+        TrioError: the target has another runtime, no TensorRT reads the bundle's graphs, a stage
             is unknown, or the weights are missing.
     """
     require_tensorrt(target)
@@ -158,7 +158,7 @@ def build_engines(
 
 @dataclass(frozen=True)
 class _Job:
-    """What engines are made of, on what, and where; see `build_engines`."""
+    """Arguments of `build_engines`, with the folder and profiles of its engines."""
 
     bundle: Bundle
     target: Target
@@ -266,8 +266,8 @@ def _build(job: _Job, stage: str, fingerprint: str, log: Log, bar: Any) -> Stage
     write_whole(job.folder / file, built.plan)
     try:
         write_atomically(cache, built.timing_cache)
-    except OSError as error:  # only the next build would need it
-        log("WARNING", f"{TIMING_CACHE} is not kept: {error.strerror}")
+    except OSError as error:  # only the next build would use it
+        log("WARNING", f"{TIMING_CACHE} was not written: {error.strerror}")
     digest = hashlib.sha256(built.plan).hexdigest()
     log("INFO", f"==== {stage}: {len(built.plan)} bytes in {seconds:.1f} s")
     return StageRecord(
@@ -291,15 +291,15 @@ def write_whole(path: Path, content: memoryview | bytes) -> None:
         write_atomically(path, content)
     except OSError as error:
         raise TrioError(
-            f"cannot write {path} of {format_bytes(len(content))}: {error.strerror}; what was "
-            "built before it is kept"
+            f"cannot write {path} of {format_bytes(len(content))}: {error.strerror}; engines "
+            "built before it are kept"
         ) from error
 
 
 def _require_gpu(target: Target, gpu: Gpu) -> None:
     choose = (
-        "engines are built on the device where they run; choose another --target, or copy the "
-        "target's file and change it"
+        "build on the device where the engines run, choose another --target, or change a copy of "
+        "the target's file"
     )
     if target.compute_capability not in (None, gpu.compute_capability):
         raise TrioError(
@@ -320,7 +320,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Keep other builds out of a folder; the lock ends with the process.
 
     Raises:
-        TrioError: another build is at work there, or the folder cannot be written to.
+        TrioError: another build is running there, or the folder cannot be written to.
     """
     try:
         file = (folder / LOCK).open("w")
@@ -332,10 +332,10 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise TrioError(
-                    f"another `trio build` is running in {folder}: wait until it is done, and run "
-                    "this one again for what is missing"
+                    f"another `trio build` is running in {folder}: wait for it to finish, then run "
+                    "this one again"
                 ) from None
-            # A file system without locks: go on without one.
+            # The file system has no locks: continue without one.
         yield
 
 
@@ -344,7 +344,7 @@ def _save(record: Record, folder: Path) -> None:
         record.save(folder)
     except OSError as error:
         raise TrioError(
-            f"cannot write {folder / RECORD}: {error.strerror}; what it listed before is kept"
+            f"cannot write {folder / RECORD}: {error.strerror}; its earlier content is kept"
         ) from error
 
 
@@ -355,7 +355,7 @@ def _chosen(bundle: Bundle, stages: Sequence[str] | None) -> list[str]:
 
 
 def _record(job: _Job) -> Record:
-    """The folder's record if it is of this GPU, TensorRT and bundle, else an empty one."""
+    """The folder's record if it is for this GPU, TensorRT and bundle, else an empty one."""
     manifest, folder = job.bundle.manifest, job.folder
     fresh = Record(
         target=job.target.name,
@@ -368,10 +368,10 @@ def _record(job: _Job) -> Record:
     )
     try:
         known = Record.load(folder)
-    except TrioError:  # none yet, or damaged: all engines are built
+    except TrioError:  # missing or damaged: all engines are built
         return fresh
     if not known.gpu.same_kind(job.gpu):
-        # TensorRT may not tell these GPUs apart, and would use timings of one for the other.
+        # TensorRT may not distinguish these GPUs, and would use timings of one for the other.
         (folder / TIMING_CACHE).unlink(missing_ok=True)
         return fresh
     same = replace(known, limits=fresh.limits, gpu=job.gpu, stages={})
@@ -379,7 +379,7 @@ def _record(job: _Job) -> Record:
 
 
 def _fingerprint(job: _Job, stage: str, record: Record) -> str:
-    """Checksum of what an engine is made of: graph, weights, profiles, TensorRT and GPU."""
+    """Checksum of an engine's inputs: graph, weights, profiles, TensorRT and GPU."""
     bundle = job.bundle
     weights = _weight_files(bundle, stage)
     files = bundle.manifest.files
@@ -433,8 +433,8 @@ def _require_space(bundle: Bundle, folder: Path, missing: Sequence[str]) -> None
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise TrioError(
-            f"the disk of {folder} is too full: the engines need about {format_bytes(needed)}, and "
-            f"{format_bytes(free)} are free"
+            f"the disk of {folder} is too full: free some space; the engines need about "
+            f"{format_bytes(needed)}, and {format_bytes(free)} are free"
         )
 
 
@@ -458,6 +458,6 @@ class _Lines:
     def __call__(self, severity: str, message: str) -> None:
         if severity in _LOGGED:
             seconds = time.monotonic() - self._start
-            with suppress(OSError):  # a full disk, which will be reported by what needs it
+            with suppress(OSError):  # a full disk is reported when an engine is written
                 self._out.write(f"[{seconds:9.2f}] {severity:<7} {message.rstrip()}\n")
                 self._out.flush()

@@ -24,15 +24,15 @@ from trio_deploy.runtimes.tensorrt.allocator import Pool
 _DRIVER = "libcuda.so.1"
 _ALIGNED = 256  # bytes, as cudaMalloc aligns
 _PINNED = 64 << 20  # bytes of the host's memory that are kept for copies
-_STAGED, _PIECE = 8 << 20, 2 << 20  # bytes on their way to the device, at once and in one copy
-_SPARED = 256 << 20  # bytes that are left to the system where the GPU shares its memory
+_STAGED, _PIECE = 8 << 20, 2 << 20  # bytes of the upload buffer, and of one copy
+_RESERVED = 256 << 20  # bytes left to the system where the GPU shares its memory
 _MEMINFO = Path("/proc/meminfo")
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 _OLD_DRIVER = 35  # cudaErrorInsufficientDriver
 
 
 def load_driver() -> Any:
-    """The driver's library as ctypes gives it.
+    """The driver's library, loaded by ctypes.
 
     Raises:
         OSError: there is none.
@@ -41,7 +41,7 @@ def load_driver() -> Any:
 
 
 def require_driver() -> None:
-    """Make sure that there is a GPU to be used.
+    """Check that there is a driver and a usable GPU.
 
     Raises:
         TrioError: no driver, or no GPU that it can use.
@@ -80,8 +80,8 @@ class DeviceArray:
     """An array in a GPU's memory, or a part of one: `array[a:b, :, :n]`.
 
     Attributes:
-        strides: bytes from one entry to the next, by axis.
-        address: of the first entry.
+        strides: bytes from one entry to the next, per axis.
+        address: address of the first entry.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class DeviceArray:
         address: int,
         strides: tuple[int, ...] | None = None,
     ) -> None:
-        """Use `Device.empty`; `block` is what keeps the memory."""
+        """Use `Device.empty`; `block` keeps the memory allocated."""
         self.device, self.shape, self.dtype = device, shape, dtype
         self.address = address
         self.strides = _strides(shape, dtype.itemsize) if strides is None else strides
@@ -106,7 +106,7 @@ class DeviceArray:
 
     @property
     def contiguous(self) -> bool:
-        """Whether the entries lie one behind another."""
+        """Whether the entries are adjacent in memory."""
         return self.strides == _strides(self.shape, self.dtype.itemsize) or not self.nbytes
 
     def __len__(self) -> int:
@@ -127,7 +127,7 @@ class DeviceArray:
 
 
 class _Block:
-    """Memory on its way back to the pool when nobody needs it any more."""
+    """Memory that returns to the pool when this object is deleted."""
 
     def __init__(self, give_back: Callable[[int, int], None], address: int, size: int) -> None:
         self.address = address
@@ -142,14 +142,14 @@ class Event:
     device: Device
 
     def since(self, earlier: Event) -> float:
-        """Seconds on the device from `earlier` to here; waits until it is reached."""
+        """Seconds on the device from `earlier` to this event; waits for it."""
         call = self.device.call
         call("cudaEventSynchronize", self.handle)
         return float(call("cudaEventElapsedTime", earlier.handle, self.handle)) / 1e3
 
 
 class Graph:
-    """Recorded work, started as one."""
+    """A recorded CUDA graph, launched as a whole."""
 
     def __init__(self, device: Device, executable: Any) -> None:
         self._device, self._executable = device, executable
@@ -161,18 +161,18 @@ class Graph:
 
 
 class Device:
-    """The first GPU that CUDA shows.
+    """The first GPU that CUDA lists.
 
     Attributes:
-        name: "NVIDIA H200".
-        compute_capability: "9.0".
-        multiprocessors: how many are switched on.
-        driver: the newest CUDA version that the driver knows, "12.4".
-        stream: where all work goes.
+        name: CUDA's name, such as "NVIDIA H200".
+        compute_capability: such as "9.0".
+        multiprocessors: number of active multiprocessors.
+        driver: newest CUDA version that the driver supports, such as "12.4".
+        stream: the one CUDA stream of all work.
     """
 
     def __init__(self) -> None:
-        """Open it.
+        """Open the GPU.
 
         Raises:
             TrioError: no driver, no GPU, or cuda-python is not installed.
@@ -188,7 +188,7 @@ class Device:
         self.driver = f"{version // 1000}.{version % 1000 // 10}"
         flag = int(self._cuda.cudaStreamNonBlocking)
         self.stream = self.call("cudaStreamCreateWithFlags", flag)
-        # A GPU of a Jetson takes the system's memory, which must not run out.
+        # A Jetson's GPU uses the system's memory, which must not run out.
         self._integrated = bool(getattr(properties, "integrated", 0))
         self.own(self, "cudaStreamDestroy", self.stream)
         self._blocks = Pool(self.freeing("cudaFree"), self.memory()[1] // 4)
@@ -202,7 +202,7 @@ class Device:
         """Call a function of the CUDA runtime; return its results without the status.
 
         Raises:
-            TrioError: it failed.
+            TrioError: the call failed.
         """
         status, *values = getattr(self._cuda, name)(*arguments)
         if int(status) != 0:
@@ -214,7 +214,7 @@ class Device:
         weakref.finalize(holder, getattr(self._cuda, destroy), handle).atexit = False
 
     def freeing(self, free: str) -> Callable[[Sequence[int]], None]:
-        """A function that frees memory the stream may still use; keeps no reference to self."""
+        """Function that frees memory after the stream's work; it keeps no reference to self."""
         cuda, stream = self._cuda, self.stream
 
         def action(addresses: Sequence[int]) -> None:
@@ -248,10 +248,10 @@ class Device:
     # --------------------------------------------------------------------------------- memory
 
     def empty(self, shape: tuple[int, ...], dtype: Any, use: str = "a tensor") -> DeviceArray:
-        """Uninitialised memory, aligned to 256 bytes.
+        """An uninitialised array, aligned to 256 bytes.
 
         Args:
-            use: what it is for, for a message.
+            use: purpose of the memory, for messages.
 
         Raises:
             TrioError: there is no room.
@@ -263,7 +263,7 @@ class Device:
     def empties(
         self, shapes: Sequence[tuple[int, ...]], dtype: Any, use: str = "tensors"
     ) -> list[DeviceArray]:
-        """Several arrays of one type that come and go together, in one block; see `empty`."""
+        """Several uninitialised arrays of one type in one block, freed together; see `empty`."""
         dtype = np.dtype(dtype)
         sizes = [-(-math.prod(shape) * dtype.itemsize // _ALIGNED) * _ALIGNED for shape in shapes]
         block, places = self.block(sum(sizes), use), np.cumsum([0, *sizes]).tolist()
@@ -273,7 +273,7 @@ class Device:
         ]
 
     def block(self, nbytes: int, use: str) -> _Block:
-        """`nbytes` bytes, at least one; see `empty`."""
+        """Memory of at least `nbytes` bytes and never 0; see `empty`."""
         size = self._blocks.rounded(nbytes)
         found = self._blocks.reuse(size)
         if found is None:
@@ -282,7 +282,7 @@ class Device:
         return _Block(self._give_back, *found)
 
     def release(self) -> None:
-        """Give what is kept for the next request back to the GPU."""
+        """Free all cached memory."""
         self.synchronize()
         self._blocks.release()
 
@@ -292,7 +292,7 @@ class Device:
                 status, address = self._cuda.cudaMalloc(size)
                 if int(status) == 0:
                     return int(address)
-                self._cuda.cudaGetLastError()  # it would come up again at the next call
+                self._cuda.cudaGetLastError()  # the next call would return the error again
                 if int(status) != _OUT_OF_MEMORY:
                     raise TrioError(f"cudaMalloc failed: {self._reason(status)}")
             if attempt == 0:
@@ -305,15 +305,15 @@ class Device:
         )
 
     def _leaves_room(self, size: int) -> bool:
-        """Whether the system keeps some memory, where the GPU takes the system's.
+        """Whether the system keeps some memory, where the GPU uses the system's memory.
 
-        There cudaMalloc fails when the system is out of memory, and before that the kernel ends
-        processes. CUDA does not count what the page cache would give up; the kernel does.
+        There cudaMalloc fails only when the system is out of memory, and before that the kernel
+        kills processes. CUDA does not count memory of the page cache as free; the kernel does.
         """
         if not self._integrated:
             return True
         free = max(self.memory()[0], _available())
-        return size <= free - _SPARED
+        return size <= free - _RESERVED
 
     def _give_back(self, address: int, size: int) -> None:
         self._blocks.give_back(address, size)
@@ -322,7 +322,7 @@ class Device:
         self._pinned.give_back(address, size)
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """An array of the host's whose memory a CUDA graph may copy from and to."""
+        """An array in pinned host memory, which a CUDA graph may read and write."""
         dtype = np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         size = self._pinned.rounded(nbytes)
@@ -341,13 +341,13 @@ class Device:
         array = np.ascontiguousarray(array)
         target = self.empty(array.shape, array.dtype) if into is None else into
         if array.nbytes:
-            # CUDA may read pageable memory later: what it reads is a copy of ours.
+            # CUDA may read pageable memory after the call returns, so it reads a staged copy.
             self._staging = self._staging or _Staging(self)
             self._staging.send(self, array.reshape(-1).view(np.uint8), target.address)
         return target
 
     def download(self, array: DeviceArray, into: np.ndarray | None = None) -> np.ndarray:
-        """Copy to the host; waits for it."""
+        """Copy to the host and wait for the copy."""
         source = array
         if not array.contiguous:
             source = self.empty(array.shape, array.dtype)
@@ -358,28 +358,28 @@ class Device:
         return target
 
     def fetch(self, array: DeviceArray, into: np.ndarray) -> None:
-        """Copy to `pinned` memory of the host without waiting."""
+        """Copy to `pinned` host memory without waiting."""
         self._copy(into.ctypes.data, array.address, array.nbytes, "DeviceToHost")
 
     def send(self, array: np.ndarray, address: int) -> None:
-        """Copy from `pinned` memory of the host without waiting."""
+        """Copy from `pinned` host memory without waiting."""
         self._copy(address, array.ctypes.data, array.nbytes, "HostToDevice")
 
     def copy(self, target: DeviceArray, source: DeviceArray) -> None:
-        """Copy between arrays, or parts of arrays, of one shape and type on the device."""
+        """Copy between device arrays, or parts of them, of the same shape and type."""
         if target.shape != source.shape or target.dtype != source.dtype:
             raise ValueError(f"cannot copy {source.shape} to {target.shape}")
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        if target.contiguous and source.contiguous:  # CUDA's lines end at 2 GiB
+        if target.contiguous and source.contiguous:  # cudaMemcpy2D limits a line to 2 GiB
             self._copy(target.address, source.address, target.nbytes, "DeviceToDevice")
             return
         plan = _planes(target.shape, target.dtype.itemsize, target.strides, source.strides)
-        for (to, come), (to_pitch, from_pitch), width, height in plan:
+        for (to, start), (to_pitch, from_pitch), width, height in plan:
             self.call(
                 "cudaMemcpy2DAsync",
                 target.address + to,
                 to_pitch,
-                source.address + come,
+                source.address + start,
                 from_pitch,
                 width,
                 height,
@@ -407,15 +407,15 @@ class Device:
     # --------------------------------------------------------------------------------- stream
 
     def synchronize(self) -> None:
-        """Wait for all work.
+        """Wait for all work on the stream.
 
         Raises:
-            TrioError: some of it failed.
+            TrioError: some of the work failed.
         """
         self.call("cudaStreamSynchronize", self.stream)
 
     def event(self) -> Event:
-        """The point that the stream's work has now."""
+        """Event at the present end of the stream's work."""
         handle = self.call("cudaEventCreate")
         event = Event(handle, self)
         self.own(event, "cudaEventDestroy", handle)
@@ -423,14 +423,14 @@ class Device:
         return event
 
     def record(self, work: Callable[[], None]) -> Graph:
-        """A CUDA graph of the work that a function puts on the stream, which does not run yet.
+        """Record the work that a function puts on the stream as a CUDA graph, without running it.
 
         Raises:
-            TrioError: some of it cannot be recorded.
+            TrioError: some of the work cannot be recorded.
         """
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         pools = (self._blocks, self._pinned)
-        for pool in pools:  # a finalizer may run any time, and freeing would spoil what is recorded
+        for pool in pools:  # a finalizer may run at any time; freeing would invalidate the graph
             pool.recording = True
         try:
             self.call("cudaStreamBeginCapture", self.stream, mode)
@@ -460,22 +460,22 @@ class Device:
 
 
 class _Staging:
-    """A ring of pinned memory that what the host uploads goes through, in pieces.
+    """A ring of pinned memory through which uploads pass in pieces.
 
-    A piece stays where it is until the stream has passed the event behind its copy.
+    The memory of a piece is reused once the stream has passed the event after its copy.
     """
 
     def __init__(self, device: Device) -> None:
-        """Pinned memory that goes with the device."""
+        """Allocate pinned memory, which is freed with the device."""
         self._address = int(device.call("cudaMallocHost", _STAGED))
         weakref.finalize(device, device.freeing("cudaFreeHost"), [self._address]).atexit = False
         self._memory = np.ctypeslib.as_array((ctypes.c_uint8 * _STAGED).from_address(self._address))
         self._next = 0
-        self._under_way: deque[tuple[int, int, Any]] = deque()  # from, to, event
+        self._pending: deque[tuple[int, int, Any]] = deque()  # start, end, event
         self._events: list[Any] = []
 
     def send(self, device: Device, source: np.ndarray, target: int) -> None:
-        """Copy bytes to an address of the device's."""
+        """Copy bytes to a device address."""
         for start in range(0, len(source), _PIECE):
             piece = source[start : start + _PIECE]
             place = self._room(device, len(piece))
@@ -486,14 +486,14 @@ class _Staging:
                 device.own(device, "cudaEventDestroy", self._events[-1])
             event = self._events.pop()
             device.call("cudaEventRecord", event, device.stream)
-            self._under_way.append((place, place + len(piece), event))
+            self._pending.append((place, place + len(piece), event))
 
     def _room(self, device: Device, size: int) -> int:
-        """Where `size` bytes may be written; waits until what was there has been copied."""
+        """Offset at which `size` bytes may be written, after earlier copies from there."""
         start = self._next if self._next + size <= _STAGED else 0
         end = start + size
-        while self._under_way and any(a < end and start < b for a, b, _ in self._under_way):
-            *_, event = self._under_way.popleft()
+        while self._pending and any(a < end and start < b for a, b, _ in self._pending):
+            *_, event = self._pending.popleft()
             device.call("cudaEventSynchronize", event)
             self._events.append(event)
         self._next = -(-end // _ALIGNED) * _ALIGNED
@@ -501,7 +501,7 @@ class _Staging:
 
 
 def _available() -> int:
-    """Bytes that the kernel could give to a process; 0 where it does not say."""
+    """Bytes of system memory available to a process; 0: unknown."""
     try:
         lines = _MEMINFO.read_text().splitlines()
     except OSError:
@@ -521,10 +521,10 @@ def _strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
 def _planes(
     shape: Sequence[int], itemsize: int, *strides: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int, int]]:
-    """Arrays of one shape, cut into planes of `height` lines of `width` bytes.
+    """Cut arrays of one shape into planes of `height` lines of `width` bytes.
 
     Yields:
-        offset in each array, pitch (bytes from line to line) in each, width, height.
+        offset per array, pitch (bytes from line to line) per array, width, height.
     """
     if not math.prod(shape):
         return
@@ -535,7 +535,7 @@ def _planes(
             axes.append((size, tuple(s[axis] for s in strides)))
     while axes and all(step == width for step in axes[-1][1]):
         width *= axes.pop()[0]
-    # neighbours that run on without a gap are one axis
+    # Merge neighbouring axes without a gap between them.
     merged: list[tuple[int, tuple[int, ...]]] = []
     for size, steps in axes:
         if merged and merged[-1][1] == tuple(size * step for step in steps):

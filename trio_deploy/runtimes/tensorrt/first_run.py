@@ -1,4 +1,4 @@
-"""The first run of an engine: it must load, fit its largest shapes and give finite numbers."""
+"""The first run of an engine: it must load, fit its largest shapes and return finite numbers."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def run_once(bundle: Bundle, tensorrt: TensorRT, folder: Path, stage: str) -> No
     """Load the engine of a stage and run it at the typical and largest shapes of its profiles.
 
     Raises:
-        TrioError: it does not load or run, lacks memory, or gives what is not finite.
+        TrioError: it does not load or run, lacks memory, or an output is not finite.
     """
     runtime = TrtRuntime(folder, bundle, tensorrt=tensorrt)
-    runtime.record = runtime.record.with_verified(stage)  # for this once, in memory alone
+    runtime.record = runtime.record.with_verified(stage)  # in memory only, so that it opens
     engine = runtime.open(bundle.graph(stage))
     for profile in runtime.record.stages[stage].profiles:
         for corner, shapes in _FIRST_RUNS.items():
@@ -51,14 +51,15 @@ def run_once(bundle: Bundle, tensorrt: TensorRT, folder: Path, stage: str) -> No
 def example_feeds(
     stage: StageInfo, inputs: Mapping[str, TensorSpec], profile: Profile, corner: str = "opt"
 ) -> dict[str, np.ndarray]:
-    """Inputs in a profile's shapes, with values that suit the stage.
+    """Inputs in a profile's shapes, with values that are valid for the stage.
 
-    Floats are small random numbers; a row of a selection starts and ends with text, drops one token
-    at least and keeps as many as its width has room for; a row of a segment is full.
+    Floats are small random numbers; a row of a selection starts and ends with text, drops at least
+    one token and keeps as many as its width allows; a row of a segment is full.
 
     Args:
-        inputs: of the graph or its engine, which may lack inputs that the graph does not read.
-        corner: which of the profile's shapes, one of `CORNERS`.
+        inputs: inputs of the graph or its engine, which may lack inputs that the graph does not
+            read.
+        corner: one of `CORNERS`.
     """
     random = np.random.default_rng(0)
     shapes = {name: getattr(bounds, corner) for name, bounds in profile.shapes.items()}
@@ -80,7 +81,7 @@ def example_feeds(
         "visual": visual,
         "lengths": np.int64(tokens),
         "past_lengths": np.int64(max(capacity - 1, 0)),
-        # If it kept all, its loops would have nothing to do.
+        # At least one token is dropped, so that loops have work.
         "count": np.int64(min(width - text, max(int(visual.sum()) - 1, 0))),
         "width": np.int64(width),
     }

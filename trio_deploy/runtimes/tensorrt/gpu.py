@@ -1,4 +1,4 @@
-"""Identify the GPU: its drivers, and the kind of Jetson, which CUDA's name does not tell."""
+"""Identify the GPU: its drivers, and the kind of Jetson, which CUDA's name does not contain."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 from trio_deploy.runtimes.tensorrt.device import Device
 from trio_deploy.runtimes.tensorrt.record import Gpu
 
-#: A Jetson's board, as its device tree calls it.
+#: Name of a Jetson's board, in the device tree.
 BOARD = Path("/proc/device-tree/model")
-#: The version of the kernel's driver, of discrete GPUs and of Jetsons from JetPack 6 on.
+#: Version of the kernel's driver, for discrete GPUs and Jetsons from JetPack 6.
 DRIVER = Path("/proc/driver/nvidia/version")
-#: Jetson Linux: `# R36 (release), REVISION: 4.3, GCID: …`.
+#: Release of Jetson Linux: `# R36 (release), REVISION: 4.3, GCID: …`.
 JETSON_LINUX = Path("/etc/nv_tegra_release")
 
 
 def this_gpu(device: Device) -> Gpu:
-    """The GPU of a device, as in `record.json`."""
+    """Identity of a device's GPU, as in record.json."""
     _, total = device.memory()
     return Gpu(
         name=device.name,
@@ -32,12 +32,12 @@ def this_gpu(device: Device) -> Gpu:
 
 
 def _is_jetson() -> bool:
-    """Other machines with a device tree have discrete GPUs, which engines may move between."""
+    """Whether this machine is a Jetson: others with a device tree have discrete GPUs."""
     return "jetson" in _read(BOARD).lower() or bool(_read(JETSON_LINUX))
 
 
 def _driver_version() -> str:
-    """ "550.54.15", "" where nothing says it."""
+    """Version of the driver, such as "550.54.15"; "" if unknown."""
     found = re.search(r"Kernel Module\s+(?:for \S+\s+)?(\d+(?:\.\d+)+)", _read(DRIVER))
     return found[1] if found else _nvml_version()
 
@@ -59,7 +59,7 @@ def _nvml_version() -> str:
 
 
 def _l4t() -> str:
-    """ "36.4.3" on a Jetson, else ""."""
+    """Release of Jetson Linux, such as "36.4.3"; "" on other machines."""
     found = re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", _read(JETSON_LINUX))
     return f"{found[1]}.{found[2]}" if found else ""
 

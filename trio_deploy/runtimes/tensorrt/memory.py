@@ -1,11 +1,11 @@
-"""What a model takes of a device's memory as TensorRT engines, for each decode layout.
+"""Device memory of a model's TensorRT engines, per decode layout.
 
-Weights are those that the graphs refer to; an engine may hold one of them twice, such as where a
+Weights are those that the graphs refer to; an engine may store one of them twice, such as where a
 selection uses it and its transpose. Activations are an upper bound: every node's result, as long as
-it is needed, at the largest sizes of the profiles; TensorRT fuses nodes and needs less as a rule.
+it is needed, at the largest sizes of the profiles; TensorRT fuses nodes and usually needs less.
 Whether it fuses the Attention nodes of the `onnx` dialect, which it may split up, makes so much of
-a difference that both are shown; the verdict rests on the larger one.
-All engines work in one scratch buffer, so the largest counts.
+a difference that both are shown; whether a model fits depends on the larger one.
+All engines share one scratch buffer, so the largest counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trio_deploy.runtimes.tensorrt.dry_run.shapes import Resolved, activation_by
 from trio_deploy.runtimes.tensorrt.profiles import DECODE, buffer_bytes, cache_bytes, stage_profiles
 from trio_deploy.schedule.schedule import Schedule
 
-#: Bytes that CUDA and TensorRT take before the first engine: our allowance.
+#: Estimated bytes that CUDA and TensorRT take before the first engine.
 CONTEXT_BYTES = 2**29
 
 _GIB = 2**30
@@ -35,15 +35,15 @@ class Memory:
     """Bytes on the device with all engines loaded and a full batch in flight.
 
     Attributes:
-        layout: `separate` or `shared`.
-        dialect: of the graphs.
-        weights: of each engine.
-        kinds: of the engines' stages.
+        layout: decode layout, `separate` or `shared`.
+        dialect: dialect of the graphs.
+        weights: stage → bytes of its engine's weights.
+        kinds: stage → its kind.
         cache: keys and values of a full batch, at the schedule's budget where capacity may vary.
-        activations: of the engine that needs most, at most.
+        activations: maximum of the engine that needs the largest.
         fused: the same if every Attention node is one kernel.
-        tensors: inputs and outputs of the stage that has most, its new keys and values included.
-        kept: what the runtime may hold beside these two, for the next request.
+        tensors: inputs and outputs of the stage with the largest, new keys and values included.
+        cached: other buffers that the runtime may cache for the next request.
     """
 
     layout: str
@@ -54,7 +54,7 @@ class Memory:
     activations: int
     fused: int
     tensors: int
-    kept: int
+    cached: int
 
     @property
     def all_weights(self) -> int:
@@ -62,7 +62,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        buffers = self.cache + self.tensors + self.kept
+        buffers = self.cache + self.tensors + self.cached
         return self.all_weights + self.activations + buffers + CONTEXT_BYTES
 
     @property
@@ -80,7 +80,7 @@ class Memory:
             "activations_at_most": self.activations,
             "activations_if_attention_is_fused": self.fused,
             "inputs_and_outputs": self.tensors,
-            "kept_for_the_next_request": self.kept,
+            "kept_for_the_next_request": self.cached,
             "cuda_and_tensorrt": CONTEXT_BYTES,
             "total": self.total,
             "total_if_attention_is_fused": self.total_fused,
@@ -98,8 +98,8 @@ def memory(
     """Memory of a model's graphs on a target, at its limits and with `schedule`.
 
     Args:
-        graphs: by name of the stage, of the target's dialect, without the data of their weights.
-        target: its limits bound the sizes; whether graphs share decoding is seen from them.
+        graphs: stage → graph in the target's dialect, without the data of its weights.
+        target: its limits bound the sizes.
         budgets: the recipe's schedules at the same pruning points.
 
     Raises:
@@ -119,7 +119,7 @@ def memory(
             decodes = stage.kind == "decode" or profile.name == DECODE
             tensors = max(tensors, _outside(stage, resolved, decodes))
     sizes = {
-        "buffers": 1 if target.dialect == "onnx" else 2,  # steps write in place, or by turns
+        "buffers": 1 if target.dialect == "onnx" else 2,  # steps write in place, or alternate
         "item": 4 if target.dtype == "float32" else 2,
     }
     cache = cache_bytes(config, schedule, target.limits, budgets, **sizes)
@@ -133,7 +133,7 @@ def memory(
         activations=activations,
         fused=fused,
         tensors=tensors,
-        kept=max(0, buffers - cache - tensors),
+        cached=max(0, buffers - cache - tensors),
     )
 
 
@@ -160,8 +160,8 @@ class Fit:
     """Whether a model fits a target, and what would make it fit.
 
     Attributes:
-        layouts: what each decode layout takes; the target's own first.
-        advice: one sentence a way, empty where it fits.
+        layouts: memory per decode layout; the target's own first.
+        advice: one sentence per remedy; empty if it fits.
     """
 
     target: Target
@@ -170,18 +170,18 @@ class Fit:
 
     @property
     def usable(self) -> int | None:
-        """Bytes; None where the target does not say."""
+        """Bytes that engines and buffers may take; None: unknown."""
         return None if self.target.usable_gib is None else int(self.target.usable_gib * _GIB)
 
     @property
     def fits(self) -> bool | None:
-        """Whether the target's own layout fits, also if TensorRT splits attention up; None where
-        the target has no memory size."""
+        """Whether the target's own layout fits even if TensorRT splits attention up; None if the
+        target's memory is unknown."""
         return None if self.usable is None else self.layouts[0].total <= self.usable
 
     @property
     def fits_if_fused(self) -> bool | None:
-        """Whether it fits as long as TensorRT makes every Attention node one kernel."""
+        """Whether it fits if TensorRT makes every Attention node one kernel; None: unknown."""
         return None if self.usable is None else self.layouts[0].total_fused <= self.usable
 
     def to_json(self) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class Fit:
             ("activations, at most", [each.activations for each in self.layouts]),
             *self._fused("  if attention is fused", "activations", "fused"),
             ("inputs and outputs", [each.tensors for each in self.layouts]),
-            ("kept for the next request", [each.kept for each in self.layouts]),
+            ("cached for the next request", [each.cached for each in self.layouts]),
             ("CUDA and TensorRT, about", [CONTEXT_BYTES for _ in self.layouts]),
             ("total", [each.total for each in self.layouts]),
             *self._fused("  if attention is fused", "total", "total_fused"),
@@ -233,7 +233,7 @@ class Fit:
         return "\n".join(lines)
 
     def _fused(self, label: str, split: str, whole: str) -> list[tuple[str, list[int]]]:
-        """A row of what the layouts take if attention is fused, where that makes a difference."""
+        """A row of the bytes with fused attention, if they differ."""
         if all(getattr(each, split) == getattr(each, whole) for each in self.layouts):
             return []
         return [(label, [getattr(each, whole) for each in self.layouts])]

@@ -1,10 +1,10 @@
-"""Optimisation profiles: which shapes an engine is built for, from the schedule and the limits.
+"""Optimisation profiles: the shapes an engine is built for, from the schedule and the limits.
 
 A profile covers exactly the shapes reachable within the target's limits: after a pruning point
 there are at most as many tokens as the largest allowed budget keeps, and a KV cache has room for
 its segment's tokens and the generated ones. Larger requests are rejected.
 
-B rows, S tokens, T tiles, R image rows of a batch, C capacity of a KV cache, W width after pruning.
+B rows, S tokens, T tiles, R image rows per batch, C capacity of a KV cache, W width after pruning.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PREFILL, DECODE, DEFAULT = "prefill", "decode", "default"
 
 Shape = tuple[int, ...]
 Dims = Sequence[int | str]
-"""An input's sizes, and names of those that are not fixed."""
+"""An input's sizes; a name for a dynamic one."""
 
 
 class Bounds(NamedTuple):
-    """Least, typical and largest shape (or values) of an input."""
+    """Minimum, typical and maximum shape (or values) of an input."""
 
     min: Shape
     opt: Shape
@@ -41,27 +41,27 @@ class Bounds(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Least, typical and largest size of a dimension."""
+    """Minimum, typical and maximum size of a dimension."""
 
     min: int
     opt: int
     max: int
 
     @classmethod
-    def of(cls, least: int, typical: int, most: int) -> Span:
-        """With the typical size moved into the range."""
-        most = max(least, most)
-        return cls(least, min(max(least, typical), most), most)
+    def of(cls, least: int, typical: int, largest: int) -> Span:
+        """Clamp the typical size to the range."""
+        largest = max(least, largest)
+        return cls(least, min(max(least, typical), largest), largest)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What one optimisation profile of an engine admits.
+    """Ranges of one optimisation profile of an engine.
 
     Attributes:
-        name: `prefill` and `decode` where one engine does both, else `default`.
-        shapes: of every input, in the graph's order.
-        values: of inputs whose values make shapes (`width` of a selection).
+        name: `prefill` and `decode` if one engine does both, else `default`.
+        shapes: input → its shapes, in the graph's order.
+        values: input whose values determine shapes (`width` of a selection) → its values.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Profile:
     values: dict[str, Bounds] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """`from_json` is the inverse."""
+        """JSON values, which `from_json` reads."""
 
         def plain(bounds: Mapping[str, Bounds]) -> dict[str, Any]:
             return {name: [list(shape) for shape in each] for name, each in bounds.items()}
@@ -78,7 +78,7 @@ class Profile:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Profile:
-        """Raises KeyError, TypeError or ValueError for what `to_json` did not write."""
+        """Read what `to_json` wrote; raises KeyError, TypeError or ValueError for anything else."""
 
         def bounds(entries: Mapping[str, Any]) -> dict[str, Bounds]:
             return {
@@ -91,13 +91,13 @@ class Profile:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model's prompts can be like within the limits, stage by stage.
+    """Sizes that a model's prompts can have within the limits.
 
     Attributes:
-        batch, tiles: B; T of one call of the vision tower.
-        rows: R, image rows of a whole batch.
-        tokens: S before the first pruning point and behind each.
-        capacity: C of each segment of layers, entry i behind i pruning points.
+        batch, tiles: B; T per call of the vision tower.
+        rows: R, image rows per batch.
+        tokens: S before the first pruning point and after each.
+        capacity: C per segment of layers, entry i after i pruning points.
     """
 
     batch: Span
@@ -114,10 +114,10 @@ class Sizes:
         limits: Limits,
         budgets: Mapping[float, Schedule] | None = None,
     ) -> Sizes:
-        """For a schedule's pruning points and the budgets that the limits allow.
+        """Sizes for a schedule's pruning points and the budgets that the limits allow.
 
         Args:
-            budgets: the recipe's schedules at these points.
+            budgets: the recipe's schedules at the same pruning points.
 
         Raises:
             TrioError: the largest budget cannot be reached at these pruning points.
@@ -132,16 +132,16 @@ class Sizes:
             )
         usual = min(limits.typical_visual_tokens, largest.visual_tokens)
         usual_kept = (usual, *schedule.resolve(usual))
-        kept = partial(_most_kept, config, schedule, limits.max_budget, budgets)
-        # Text is never dropped: as much of it as there may be, then visual tokens, is the most.
+        kept = partial(_max_kept, config, schedule, limits.max_budget, budgets)
+        # Text is never dropped: the longest prompt has all of the text, then visual tokens.
         prompt = limits.max_text_tokens
-        longest = [prompt + most for most in kept(min(visual, context - prompt))]
-        others, seen = _answered(config, limits)
-        fullest = [others + most for most in kept(seen)]
+        longest = [prompt + count for count in kept(min(visual, context - prompt))]
+        others, seen = _longest_row(config, limits)
+        fullest = [others + count for count in kept(seen)]
         tokens, capacity = [], []
-        for most, room, typical in zip(longest, fullest, usual_kept, strict=True):
+        for largest_size, room, typical in zip(longest, fullest, usual_kept, strict=True):
             typical += limits.typical_text_tokens
-            tokens.append(Span.of(1, typical, most))
+            tokens.append(Span.of(1, typical, largest_size))
             capacity.append(Span.of(2, typical + limits.typical_new_tokens, room))
         tiles = largest.tiles
         images = limits.max_batch * limits.max_images
@@ -161,33 +161,32 @@ class Sizes:
 
 
 def _visual(config: ModelConfig, limits: Limits) -> int:
-    """Visual tokens of a row, at most."""
+    """Maximum number of visual tokens per row."""
     return min(limits.max_visual_tokens, limits.max_images * request_limits(config).visual_tokens)
 
 
-def _answered(config: ModelConfig, limits: Limits) -> tuple[int, int]:
-    """Text and new tokens, and visual ones before any pruning, of the row that holds most.
+def _longest_row(config: ModelConfig, limits: Limits) -> tuple[int, int]:
+    """Text and new tokens, and visual tokens before any pruning, of the longest row at its end.
 
-    All of them fit into the model's context. The first two are never dropped, so there are as many
-    of them as there may be, and visual ones in what is left.
+    They fit into the model's context. Text and new tokens are never dropped, so the row has the
+    maximum of them, and visual tokens in the rest.
     """
     context = config.text.max_positions
     others = min(limits.max_text_tokens + limits.max_new_tokens, context)
     return others, min(_visual(config, limits), context - others)
 
 
-def _most_kept(
+def _max_kept(
     config: ModelConfig,
     schedule: Schedule,
     budget: float,
     budgets: Mapping[float, Schedule] | None,
     visual: int,
 ) -> tuple[int, ...]:
-    """Visual tokens before the first point and behind each, at most, of `visual`.
+    """Maximum visual tokens before the first point and after each, of `visual` at the start.
 
-    Up to `budget`, or as the schedule itself has it.
-
-    Between the recipe's budgets keeps change evenly, so that none lies above its neighbours'.
+    The maximum is over budgets up to `budget` and the schedule itself. Between the recipe's budgets
+    keeps are interpolated, so none exceeds both of its neighbours'.
     """
     if not schedule.points:
         return (visual,)
@@ -198,7 +197,7 @@ def _most_kept(
         largest = [solve(at, depth, schedule.layers, like=budgets) for at in (*known, budget)]
     except TrioError as error:
         raise TrioError(f"the target's max_budget does not fit: {error}") from None
-    # A recipe's own are rounded, and may lie above what is solved for their budgets.
+    # A recipe's keeps are rounded, so they may exceed those solved for its budgets.
     largest += [schedule, *(budgets[at] for at in known)]
     kept = [each.resolve(visual) for each in largest]
     return (visual, *(max(point) for point in zip(*kept, strict=True)))
@@ -227,7 +226,7 @@ def cache_bytes(
     text = config.text
     capacities = [span.max for span in Sizes.of(config, schedule, limits, budgets).capacity]
     if buffers > 1:
-        others, visual = _answered(config, limits)
+        others, visual = _longest_row(config, limits)
         capacities = [others + kept for kept in (visual, *schedule.resolve(visual))]
     lengths = [
         capacity
@@ -250,8 +249,8 @@ def buffer_bytes(
 ) -> int:
     """Maximum bytes of buffers that the runtime keeps, unless a request needed more.
 
-    KV caches, and inputs and outputs of the stage with the largest ones, in blocks that may be
-    larger than needed (`SLACK`). Arguments as for `cache_bytes`.
+    KV caches, and inputs and outputs of the stage with the largest ones, in blocks that may exceed
+    what is needed (`SLACK`). Arguments as for `cache_bytes`.
     """
     text, sizes = config.text, Sizes.of(config, schedule, limits, budgets)
     largest = request_limits(config)
@@ -269,7 +268,7 @@ def buffer_bytes(
 
 
 def profiles(bundle: Bundle, target: Target) -> dict[str, list[Profile]]:
-    """The profiles of every stage of a bundle, in the order in which engines number them.
+    """The profiles of every stage of a bundle, in the engines' order.
 
     Raises:
         TrioError: the target's limits do not fit the model.
@@ -306,7 +305,7 @@ def stage_profiles(
         spans = _spans(stage, sizes, segment_of, target.dialect)
         if shared and stage.kind in ("embed", "prefill"):
             one, none = Span(1, 1, 1), Span(0, 0, 0)
-            # One text token per row: no image rows, and the past that it is added to.
+            # One text token per row: no image rows, but a past.
             capacity = sizes.capacity[stage.index or 0] if stage.kind == "prefill" else none
             step = {"S": one, "R": none, "C": capacity}
             found[stage.name] = [
@@ -326,7 +325,7 @@ def _spans(
     if stage.kind == "prefill":
         spans |= {"S": sizes.tokens[stage.index or 0], "C": Span(0, 0, 0)}
     elif stage.kind == "select":
-        # It runs where some row prunes: one visual token and one of text at least.
+        # It runs only if a row prunes, so there are at least one visual and one text token.
         before = sizes.tokens[(stage.index or 0) - 1]
         spans["S"] = Span.of(2, before.opt, before.max)
     elif stage.kind == "decode":

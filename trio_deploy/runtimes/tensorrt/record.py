@@ -1,4 +1,4 @@
-"""record.json: the engines of a folder, and the GPU and TensorRT they were built on."""
+"""record.json: the engines of a folder, and the GPU and TensorRT they were built with."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from trio_deploy.errors import TrioError
 from trio_deploy.files import read_json, sha256_of, write_atomically
 from trio_deploy.runtimes.tensorrt.profiles import Profile
 
-SCHEMA = 2  # 1 did not say which engines had had their first run
+SCHEMA = 2  # schema 1 did not record first runs
 RECORD = "record.json"
 
-#: Of a Jetson's board: words for what its module is mounted on and how fast it may run.
+#: Words in the name of a Jetson's board for its carrier and power mode, not for its module.
 _NOT_THE_MODULE = ("engineering", "reference", "developer", "kit", "super")
-#: By how much of a GPU's memory two of one kind may differ: firmware reserves more or less of it.
+#: Share of memory by which GPUs of one kind may differ, since firmware reserves a varying part.
 _MEMORY_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, by what tells kinds apart: CUDA calls the GPUs of all Jetson Orins "Orin", 8.7.
+    """Identity of a GPU. CUDA's name is not enough: the GPU of every Jetson Orin is "Orin", 8.7.
 
     Attributes:
-        name: CUDA's.
-        compute_capability: "8.7".
-        driver: the newest CUDA that the driver supports, "12.4".
-        multiprocessors: how many are switched on; None in records of before they were noted.
-        memory_gib: in all, less what firmware reserves; None as above.
-        model: of a Jetson's board; "" elsewhere.
-        driver_version: the driver's own, "550.54.15"; "" where nothing says it.
-        l4t: release of Jetson Linux, "36.4.3"; "" elsewhere.
+        name: CUDA's name.
+        compute_capability: such as "8.7".
+        driver: newest CUDA version that the driver supports, such as "12.4".
+        multiprocessors: number of active multiprocessors; None in older records.
+        memory_gib: GiB of memory without what firmware reserves; None in older records.
+        model: name of a Jetson's board; "" on other machines.
+        driver_version: the driver's own version, such as "550.54.15"; "": unknown.
+        l4t: release of Jetson Linux, such as "36.4.3"; "" on other machines.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Gpu:
     l4t: str = ""
 
     def same_kind(self, other: Gpu) -> bool:
-        """Whether an engine may move between two GPUs; facts that one of them lacks are ignored."""
+        """Whether engines may move between two GPUs; a property unknown for one is ignored."""
         return self._same_module(other) and (
             None in (self.multiprocessors, other.multiprocessors)
             or self.multiprocessors == other.multiprocessors
@@ -73,8 +73,8 @@ class Gpu:
         if (self.name, self.compute_capability) != (other.name, other.compute_capability):
             return False
         if self.memory_gib is not None and other.memory_gib is not None:
-            most = max(self.memory_gib, other.memory_gib)
-            if abs(self.memory_gib - other.memory_gib) > _MEMORY_TOLERANCE * most:
+            largest = max(self.memory_gib, other.memory_gib)
+            if abs(self.memory_gib - other.memory_gib) > _MEMORY_TOLERANCE * largest:
                 return False
         if self.model and other.model:
             return _module(self.model) == _module(other.model)
@@ -83,16 +83,18 @@ class Gpu:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One engine.
+    """Record of one engine.
 
     Attributes:
-        file: in the folder of the record.
-        bytes: its size.
-        graph_sha256: of the graph that it was made from.
-        fingerprint: of graph, weights, profiles and options: another one means to build again.
-        profiles: in the engine's order.
-        seconds: that the build took.
-        verified: whether it has been loaded and run to the end of its first run.
+        file: file name in the record's folder.
+        sha256: checksum of the file.
+        bytes: size of the file.
+        graph_sha256: checksum of the graph that the engine was built from.
+        fingerprint: checksum of graph, weights, profiles and options; if it changes, the engine is
+            rebuilt.
+        profiles: optimisation profiles, in the engine's order.
+        seconds: duration of the build.
+        verified: whether the engine has completed its first run.
     """
 
     file: str
@@ -121,10 +123,10 @@ class Record:
 
     @classmethod
     def load(cls, folder: Path) -> Record:
-        """Read record.json of a folder of engines.
+        """Read a folder's record.json.
 
         Raises:
-            TrioError: there is none, it is damaged, or a newer trio-deploy wrote it.
+            TrioError: the file is missing or damaged, or a newer trio-deploy wrote it.
         """
         file = folder / RECORD
         try:
@@ -153,7 +155,7 @@ class Record:
             raise TrioError(f"{file} is damaged ({error}): run `trio build` again") from error
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values, as in record.json."""
+        """JSON values as in record.json."""
         raw = asdict(self)
         for name, stage in self.stages.items():
             raw["stages"][name]["profiles"] = [profile.to_json() for profile in stage.profiles]
@@ -165,28 +167,28 @@ class Record:
         write_atomically(folder / RECORD, content.encode())
 
     def with_stage(self, name: str, stage: StageRecord) -> Record:
-        """A copy with one more engine."""
+        """Copy with one more engine."""
         return replace(self, stages={**self.stages, name: stage})
 
     def with_verified(self, name: str) -> Record:
-        """A copy in which an engine has had its first run."""
+        """Copy in which an engine is verified."""
         return self.with_stage(name, replace(self.stages[name], verified=True))
 
     def without_stage(self, name: str) -> Record:
-        """A copy without an engine."""
+        """Copy without an engine."""
         return replace(self, stages={n: entry for n, entry in self.stages.items() if n != name})
 
     def require_same(self, gpu: Gpu, tensorrt: str) -> None:
-        """Refuse engines that were built for another kind of GPU or by another TensorRT.
+        """Reject engines that were built for another kind of GPU or by another TensorRT.
 
         Raises:
-            TrioError: says for which, and what is here.
+            TrioError: the GPU or TensorRT differs; the message names both.
         """
         if not self.gpu.same_kind(gpu):
             todo = "run `trio build` here"
             if self.gpu.slowed_down(gpu):
                 todo = (
-                    "a power mode switches multiprocessors off: go back to the one that they were "
+                    "a power mode switches multiprocessors off: return to the mode that they were "
                     "built in (nvpmodel), or run `trio build` in this one"
                 )
             raise TrioError(
@@ -202,21 +204,21 @@ class Record:
     def check_file(
         self, folder: Path, stage: str, *, verify: bool = False, first_run: bool = False
     ) -> Path:
-        """The engine of a stage.
+        """Path of a stage's engine, after checking the file.
 
         Args:
-            verify: compare its checksum too, which reads the whole file.
-            first_run: take it too if it has never been run to the end.
+            verify: also compare its checksum, which reads the whole file.
+            first_run: also accept an engine that has not completed its first run.
 
         Raises:
-            TrioError: it was not built, its file is missing, cut short or damaged, or its first
-                run was cut short.
+            TrioError: it was not built, its file is missing, truncated or damaged, or its first
+                run was not completed.
         """
         entry = self.stages.get(stage)
         if entry is None:
             raise TrioError(
-                f"{folder} has no engine of {stage}: an interrupted `trio build` goes on where it "
-                "stopped, run it again"
+                f"{folder} has no engine of {stage}: run `trio build` again, which continues "
+                "where it stopped"
             )
         file = folder / entry.file
         try:
@@ -226,14 +228,14 @@ class Record:
         if size != entry.bytes:
             raise TrioError(
                 f"the engine {file} has {size} bytes where its record says {entry.bytes}: it is "
-                "cut short; run `trio build` again"
+                "truncated; run `trio build` again"
             )
         if not entry.verified and not first_run:
             raise TrioError(
-                f"the engine {file} was built, but its first run has not come to an end (was the "
+                f"the engine {file} was built, but its first run was not completed (was the "
                 "process killed, such as for lack of memory?): run `trio build` again, which tries "
                 f"it once more; if that ends the same way, `trio build --force --stage {stage}` "
-                "makes another"
+                "builds another"
             )
         if verify and sha256_of(file) != entry.sha256:
             raise TrioError(f"the engine {file} is damaged: run `trio build` again")
@@ -241,7 +243,7 @@ class Record:
 
 
 def _module(model: str) -> str:
-    """The module of a Jetson, from the name of its board in the device tree."""
+    """Name of a Jetson's module, from the name of its board in the device tree."""
     words = model.lower().replace("-", " ").split()
     return " ".join(word for word in words if word not in _NOT_THE_MODULE)
 
@@ -255,13 +257,13 @@ def _stage(raw: dict[str, Any]) -> StageRecord:
         fingerprint=str(raw["fingerprint"]),
         profiles=tuple(Profile.from_json(profile) for profile in raw["profiles"]),
         seconds=float(raw.get("seconds", 0.0)),
-        # Schema 1 listed an engine before its first run: whether it had one is not known.
+        # Schema 1 listed an engine before its first run, so whether it is verified is unknown.
         verified=bool(raw.get("verified", False)),
     )
 
 
 def _file_name(name: Any) -> str:
-    """The path of a file directly in the folder; a record must not name others."""
+    """Name of a file directly in the folder; a record must not name others."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
         raise ValueError(f"{name!r} is not the name of a file")
     return name

@@ -1,8 +1,8 @@
-"""TensorRT: the engines that `trio build` made, on buffers that stay in the GPU's memory.
+"""TensorRT: run the engines that `trio build` made, on buffers that stay in the GPU's memory.
 
-What one engine writes the next one reads, all on one stream; the host waits when it needs logits.
-Engines take turns at one scratch buffer. A decode step, all its engines together, is recorded as a
-CUDA graph at its second run: the first one lets TensorRT do what it puts off after a new shape.
+All work is on one stream, so each engine reads what the previous one wrote; the host waits only for
+logits. Engines share one scratch buffer. The engines of a decode step are recorded as one CUDA
+graph at the second run: at the first run TensorRT still does work that it defers after a new shape.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trio_deploy.runtimes.tensorrt.target import (
     target_dialects,
 )
 
-# Which limits of a target (engines/*.yaml) bound a dynamic axis of a graph.
+# Letter of a dynamic axis → its meaning, and the limits of a target (engines/*.yaml) that bound it.
 _LIMITS = {
     "B": ("rows", "max_batch"),
     "T": ("image tiles", "max_images"),
@@ -47,20 +47,20 @@ _LIMITS = {
     ),
     "W": ("tokens per row after pruning", "max_budget or max_text_tokens"),
 }
-# Engines that this process has compared with their checksums: file, time of change, checksum.
-_WHOLE: set[tuple[Path, int, str]] = set()
+# Engines whose checksums this process has verified: file, modification time, checksum.
+_VERIFIED: set[tuple[Path, int, str]] = set()
 
 T = TypeVar("T")
 
 
 def engine_folder(bundle: Bundle, target: str | None = None) -> Path:
-    """Where the engines of a bundle lie.
+    """Folder of a bundle's engines.
 
     Args:
-        target: name of the target; None takes the bundle's, or else the only one built.
+        target: name of the target; None: the bundle's, else the only one built.
 
     Raises:
-        TrioError: none were built, or there are several to choose from.
+        TrioError: none were built, or several were and `target` names none of them.
     """
     folder = bundle.path / ENGINES
     built = sorted(file.parent.name for file in folder.glob("*/record.json"))
@@ -87,10 +87,10 @@ class TrtRuntime:
     """The engines of one target.
 
     Attributes:
-        record: what was built, and on what.
+        record: record of the engines, and of the GPU and TensorRT they were built with.
         device: the GPU.
-        max_rows: of a batch.
-        recordings: CUDA graphs made so far.
+        max_rows: maximum rows per batch.
+        recordings: number of CUDA graphs recorded so far.
     """
 
     concurrent = False  # one stream, one scratch buffer
@@ -103,13 +103,13 @@ class TrtRuntime:
         tensorrt: TensorRT | None = None,
         cuda_graphs: bool = True,
     ) -> None:
-        """Open the GPU and see that the engines are its.
+        """Open the GPU and check that the engines were built for it.
 
         Args:
-            folder: of the engines, with their record.json.
-            bundle: whose engines they are: their graphs must be the ones that were built.
-            tensorrt: None loads the installed one.
-            cuda_graphs: record decode steps.
+            folder: folder of the engines and their record.json.
+            bundle: bundle of the engines, whose graphs must be the ones they were built from.
+            tensorrt: TensorRT to use; None: the installed one.
+            cuda_graphs: record decode steps as CUDA graphs.
 
         Raises:
             TrioError: no driver or TensorRT, or engines of another GPU, TensorRT or bundle.
@@ -136,7 +136,7 @@ class TrtRuntime:
             )
 
     def shares_cache(self, dialect: str) -> bool:
-        """See `Runtime.shares_cache`: KVCacheUpdate works in place, `primitive` graphs do not."""
+        """`Runtime.shares_cache`: KVCacheUpdate works in place, `primitive` graphs do not."""
         if dialect != self.record.dialect:
             raise TrioError(
                 f"the engines were built from {self.record.dialect} graphs, but this bundle has "
@@ -152,10 +152,10 @@ class TrtRuntime:
         keep_precision: bool = False,
         shares_weights: bool = False,
     ) -> TrtEngine:
-        """Load the engine of a graph; its precision was settled when it was built.
+        """Load the engine of a graph; its precision was fixed when it was built.
 
         Raises:
-            TrioError: it is missing, damaged, does not load, or was made of another graph.
+            TrioError: it is missing, damaged, does not load, or was built from another graph.
         """
         info = None
         if self._bundle is not None:
@@ -171,7 +171,7 @@ class TrtRuntime:
                     f"{file} was built from another {path.name} than the bundle's: run "
                     "`trio build` again"
                 )
-        self._require_whole(file, stage)
+        self._require_undamaged(file, stage)
         with file.open("rb") as source:
             plan = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
         needs = f"the engine of {stage} needs at least {format_mib(entry.bytes)}"
@@ -185,21 +185,21 @@ class TrtRuntime:
             raise TrioError(f"{error}; run `trio build --force` on this machine") from error
         return TrtEngine(self, stage, engine, entry.profiles, info)
 
-    def _require_whole(self, file: Path, stage: str) -> None:
-        """TensorRT need not survive a damaged engine, so none comes that far."""
-        seen = (file.resolve(), file.stat().st_mtime_ns, self.record.stages[stage].sha256)
-        if seen not in _WHOLE:
+    def _require_undamaged(self, file: Path, stage: str) -> None:
+        """Verify an engine's checksum first, since a damaged engine may crash TensorRT."""
+        key = (file.resolve(), file.stat().st_mtime_ns, self.record.stages[stage].sha256)
+        if key not in _VERIFIED:
             self.record.check_file(self._folder, stage, verify=True)
-            _WHOLE.add(seen)
+            _VERIFIED.add(key)
 
     def with_room(self, action: Callable[[], T], needs: str) -> T:
-        """Do what takes the GPU's memory, if need be also what is kept for the next request.
+        """Run an action that allocates GPU memory; if it fails, free cached memory and retry.
 
         Args:
             needs: what is needed for what, for a message.
 
         Raises:
-            OutOfDeviceMemory: there is no room; says how much there was.
+            OutOfDeviceMemory: there is no room; the message says how much was free.
         """
         try:
             return action()
@@ -211,7 +211,7 @@ class TrtRuntime:
             raise self.no_room(needs, error) from error
 
     def no_room(self, needs: str, error: TrioError) -> OutOfDeviceMemory:
-        """The error to show where TensorRT ran out of memory; see `with_room`."""
+        """Error to raise when TensorRT ran out of memory, with what was free and what to do."""
         free, total = self.device.memory()
         target = self.record.target
         return OutOfDeviceMemory(
@@ -221,19 +221,19 @@ class TrtRuntime:
         )
 
     def sequence(self, steps: Sequence[Step]) -> Step:
-        """See `Runtime.sequence`: recorded as one CUDA graph."""
+        """`Runtime.sequence`, recorded as one CUDA graph."""
         return _Sequence(self, [step for step in steps if isinstance(step, _Step)])
 
     def moment(self) -> Event:
-        """See `Runtime.moment`."""
+        """`Runtime.moment`: an event on the stream."""
         return self.device.event()
 
     def need_scratch(self, nbytes: int) -> None:
-        """Have `scratch` be of at least this size."""
+        """Make `scratch` at least this large."""
         self._scratch_needed = max(self._scratch_needed, nbytes)
 
     def scratch(self) -> tuple[Any, int]:
-        """Memory for execution contexts, and its size: enough for any engine, shared by all."""
+        """Scratch memory that all execution contexts share, and its size in bytes."""
         if self._scratch_size < self._scratch_needed:
             size = self._scratch_needed
             self._scratch = self.device.block(size, "the engines' intermediate results")
@@ -243,7 +243,7 @@ class TrtRuntime:
 
 
 class _Context:
-    """An execution context with a profile, and the scratch memory it was lent.
+    """An execution context with a profile and scratch memory.
 
     Attributes:
         host_inputs: inputs that it reads from the host's memory, kept alive while it runs.
@@ -266,7 +266,7 @@ class _Context:
 
 
 class TrtEngine:
-    """One engine. Integers are int64 to the outside, also where TensorRT narrows them."""
+    """One engine. Its integers are int64 for callers, even where TensorRT narrows them."""
 
     def __init__(
         self,
@@ -291,7 +291,7 @@ class TrtEngine:
         self._tensors = {tensor.name: tensor for tensor in runtime.tensorrt.tensors(engine)}
         self.inputs = {t.name: _spec(t) for t in self._tensors.values() if t.is_input}
         self.outputs = {t.name: _spec(t) for t in self._tensors.values() if not t.is_input}
-        # A decode step is within embed's `prefill` as well; what was tuned for less is better.
+        # A decode step also fits embed's `prefill` profile; the smaller profile is tuned for it.
         self._tightest_first = sorted(
             range(len(self.profiles)),
             key=lambda n: sum(math.prod(b.max) for b in self.profiles[n].shapes.values()),
@@ -302,7 +302,7 @@ class TrtEngine:
         weights = runtime.record.stages[stage].bytes
         self.needs = (
             f"to run {stage} takes {format_mib(scratch)} of scratch memory, and some for its "
-            f"state, beside the {format_mib(weights)} of its engine"
+            f"state, in addition to the {format_mib(weights)} of its engine"
         )
 
     def run(
@@ -312,7 +312,7 @@ class TrtEngine:
         *,
         host: Collection[str] | None = None,
     ) -> dict[str, Array]:
-        """See `Engine.run`. An output that is its input in place overwrites the input fed."""
+        """`Engine.run`; an output that aliases an input overwrites the array that was fed."""
         into = into or {}
         context = self._context(self._profile(feeds))
         try:
@@ -333,32 +333,32 @@ class TrtEngine:
         }
 
     def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Step:
-        """See `Engine.bind`."""
+        """`Engine.bind`, with a context of its own until the step is deleted."""
         context = self._context(self._profile(feeds))
         step = _Step(self, context, feeds, into)
-        # No other shape before the step, and what was recorded of it, is gone.
+        # The context keeps this shape until the step and its recording are deleted.
         idle = self._idle.setdefault(context.profile, [])
         weakref.finalize(step, idle.append, context).atexit = False
         return step
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
-        """See `Engine.empty`."""
+        """`Engine.empty`, in the GPU's memory."""
         return self.runtime.device.empty(shape, dtype, f"buffers of {self.stage} (KV cache)")
 
     def empties(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[DeviceArray]:
-        """See `Engine.empties`."""
+        """`Engine.empties`, in one block of the GPU's memory."""
         return self.runtime.device.empties(shapes, dtype, f"buffers of {self.stage} (KV cache)")
 
     def stored(self, name: str) -> np.dtype:
-        """The type of a tensor as it lies in memory."""
+        """Element type of a tensor in memory."""
         return self._tensors[name].dtype
 
     def on_host(self, name: str) -> bool:
-        """Whether an input is read from the host's memory: its values make shapes."""
+        """Whether an input is read from the host's memory, since shapes depend on its values."""
         return self._tensors[name].on_host
 
     def execute(self, context: _Context) -> None:
-        """Put one run of a context, all set, on the stream."""
+        """Put one run of a context on the stream, after `set_inputs` and `set_outputs`."""
         self.runtime.tensorrt.forget_errors()
         if context.trt.execute_async_v3(int(self.runtime.device.stream)):
             return
@@ -368,7 +368,7 @@ class TrtEngine:
         raise error
 
     def _profile(self, feeds: Mapping[str, Array]) -> int:
-        """The tightest profile that admits what is fed."""
+        """Number of the smallest profile that covers the feeds."""
         check_feeds(self, feeds)
         problems = []
         for number in self._tightest_first:
@@ -379,48 +379,50 @@ class TrtEngine:
         raise TrioError(min(problems)[1])
 
     def _exceeds(self, profile: Profile, feeds: Mapping[str, Array]) -> tuple[int, str] | None:
-        """What a profile does not admit, the nearest miss first; None where it admits all."""
+        """How far the feeds are outside a profile, and a message; None if it covers them."""
         for name, bounds in profile.shapes.items():
             shape = tuple(feeds[name].shape)
             named = self._axes.get(name, (None,) * len(shape))
             if len(shape) != len(bounds.max):
                 return (1, f"input {name} of {self.stage} has the wrong number of axes: {shape}")
-            for axis, (least, size, most) in enumerate(
+            for axis, (least, size, largest) in enumerate(
                 zip(bounds.min, shape, bounds.max, strict=True)
             ):
-                if not least <= size <= most:
+                if not least <= size <= largest:
                     letter = str(named[axis])[:1]
-                    return self._refusal(f"{name} {shape}", letter, size, least, most)
+                    return self._refusal(f"{name} {shape}", letter, size, least, largest)
         for name, bounds in profile.values.items():
-            for least, size, most in zip(
+            for least, size, largest in zip(
                 bounds.min, np.ravel(feeds[name]).tolist(), bounds.max, strict=True
             ):
-                if not least <= size <= most:
-                    return self._refusal(name, "W", size, least, most)
+                if not least <= size <= largest:
+                    return self._refusal(name, "W", size, least, largest)
         return None
 
-    def _refusal(self, what: str, axis: str, size: int, least: int, most: int) -> tuple[int, str]:
+    def _refusal(
+        self, what: str, axis: str, size: int, least: int, largest: int
+    ) -> tuple[int, str]:
         meaning, limits = _LIMITS.get(axis, (f"entries of {what}", "a limit"))
         if axis == "S" and self._pruned:
             limits = _LIMITS["W"][1]
         target = self.runtime.record.target
         text = (
             f"the request needs {size} {meaning} in {self.stage}, whose engine for {target} takes "
-            f"{least} to {most}: "
+            f"{least} to {largest}: "
         )
-        if size > most:
+        if size > largest:
             text += f"raise {limits} in a copy of the target's file and run `trio build` again with"
             text += " it as --target, or ask for less"
         else:
-            text += "the engine is not made for so few"
-        return (abs(size - (most if size > most else least)), text)
+            text += "the engine was not built for fewer"
+        return (abs(size - (largest if size > largest else least)), text)
 
     def _context(self, profile: int) -> _Context:
         idle = self._idle.get(profile)
         return idle.pop() if idle else _Context(self, profile)
 
     def input(self, name: str, value: Array) -> Array:
-        """On the device, or on the host where TensorRT wants it there, in the stored type."""
+        """An input in its stored type, on the device, or on the host if TensorRT reads it there."""
         dtype = self.stored(name)
         if isinstance(value, np.ndarray):
             narrow = np.ascontiguousarray(value, dtype)
@@ -434,7 +436,7 @@ class TrtEngine:
         return value
 
     def set_inputs(self, context: _Context, inputs: Mapping[str, Array]) -> None:
-        """Tell a context where its inputs are and what shapes they have."""
+        """Set addresses and shapes of a context's inputs."""
         self.runtime.tensorrt.forget_errors()
         for name, array in inputs.items():
             accepted = context.trt.set_input_shape(name, tuple(array.shape))
@@ -451,7 +453,7 @@ class TrtEngine:
     def set_outputs(
         self, context: _Context, inputs: Mapping[str, Array], given: Mapping[str, DeviceArray]
     ) -> dict[str, DeviceArray]:
-        """Tell a context, its inputs set, where to write; what is not given is made."""
+        """Set where a context writes its outputs; allocate those that are not given."""
         shapes = {name: tuple(context.trt.get_tensor_shape(name)) for name in self.outputs}
         for name, shape in shapes.items():
             if any(size < 0 for size in shape):
@@ -482,7 +484,7 @@ class TrtEngine:
         return outputs
 
     def _presents(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, DeviceArray]:
-        """Memory for a segment's new keys and values, which come and go together."""
+        """Memory for a segment's new keys and values, in one block."""
         names = [n for n in shapes if n in self._caches and not self._tensors[n].alias]
         if not names:
             return {}
@@ -500,7 +502,7 @@ class TrtEngine:
 
 
 class _Step:
-    """A bound run: what the host feeds and wants is copied by way of pinned memory."""
+    """A bound run, which copies the host's inputs and outputs through pinned memory."""
 
     def __init__(
         self,
@@ -562,7 +564,7 @@ class _Step:
 
 
 class _Sequence:
-    """Steps one behind another, recorded at the second run."""
+    """Consecutive steps, recorded as one CUDA graph at the second run."""
 
     def __init__(self, runtime: TrtRuntime, steps: Sequence[_Step]) -> None:
         self._runtime, self._steps = runtime, steps
@@ -605,7 +607,7 @@ def _spec(tensor: IoTensor) -> TensorSpec:
 
 
 def _address(array: Array) -> int:
-    """Of the first entry."""
+    """Address of the first entry."""
     return array.ctypes.data if isinstance(array, np.ndarray) else array.address
 
 
@@ -625,7 +627,7 @@ RUNTIME = RuntimeSpec(
     options={},
     refusals={
         "provider": "execution providers are ONNX Runtime's",
-        "precision": "it is settled when engines are built, so export with another --dtype",
+        "precision": "it is fixed when engines are built, so export with another --dtype",
         "threads": "it computes on the GPU",
         "low_memory": "its weights are in the GPU's memory",
     },

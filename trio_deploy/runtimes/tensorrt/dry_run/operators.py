@@ -1,4 +1,4 @@
-"""Which operators a version of TensorRT reads, from `data/tensorrt/operators.yaml`."""
+"""Operators that a version of TensorRT supports, from `data/tensorrt/operators.yaml`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from trio_deploy.runtimes.tensorrt.target import parse_version
 
 @dataclass(frozen=True)
 class OperatorTable:
-    """What TensorRT's ONNX parser takes, from one version on.
+    """Operators, types and limits of TensorRT's ONNX parser, from one version on.
 
     Attributes:
-        version: from which on the table holds.
-        source: the documents that it was read off.
-        operators: name → its element types: letters of F, f, I, B (see the data file).
-        constant: name → numbers of inputs that must be known when the engine is built.
-        max_elements: of a tensor; None where nothing is said.
+        version: first version that the table is for.
+        source: documents that the table was taken from.
+        opset: oldest and newest supported operator set.
+        bfloat16: whether float operators support bfloat16.
+        narrows_int64: whether int64 becomes int32.
+        max_topk: maximum number of elements of TopK.
+        max_elements: maximum elements per tensor; None: undocumented.
         serial: operators that become a loop over an axis.
-        shape_operators: those that may compute sizes.
+        constant: operator → numbers of inputs that must be constants.
+        operators: operator → its element types, letters of F, f, I, B (see the data file).
+        shape_operators: operators that may compute sizes.
     """
 
     version: str
@@ -40,7 +44,7 @@ class OperatorTable:
     shape_operators: Collection[str]
 
     def takes(self, operator: str, dtype: str) -> bool:
-        """Whether an operator that the table has takes elements of a type ("float16")."""
+        """Whether an operator of the table supports an element type, such as "float16"."""
         types = self.operators[operator]
         if dtype in ("float32", "float16"):
             return "F" in types or "f" in types
@@ -52,7 +56,7 @@ class OperatorTable:
 
 
 def operator_table(version: str) -> OperatorTable:
-    """The table that holds for a version of TensorRT, the newest one that is no newer."""
+    """The table for a version of TensorRT: the newest one that is not newer than it."""
     wanted = parse_version(version)
     fitting = [table for table in _tables() if parse_version(table.version) <= wanted]
     return fitting[-1] if fitting else _tables()[0]

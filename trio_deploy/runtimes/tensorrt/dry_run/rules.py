@@ -1,8 +1,8 @@
-"""`trio build --dry-run`: whether a version of TensorRT can take a bundle's graphs, without a GPU.
+"""`trio build --dry-run`: check a bundle's graphs against a version of TensorRT, without a GPU.
 
-Every graph is parsed, the sizes of all its tensors are resolved at the corners of its profiles, and
-operators, element types, constants, loops and what sizes are computed with are held against the
-operator table of the version (`data/tensorrt/operators.yaml`).
+Every graph is parsed, the sizes of all its tensors are resolved at the minimum, typical and maximum
+shapes of its profiles, and operators, element types, constants, loops and operators on sizes are
+compared with the operator table of the version (`data/tensorrt/operators.yaml`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from trio_deploy.runtimes.tensorrt.target import (
 
 _CORNERS = ("min", "opt", "max")
 
-#: Inputs (by number) whose elements an operator computes with; of operators not named, the first.
+#: Operator → numbers of the inputs whose elements it computes with; others: the first.
 _DATA_INPUTS: Mapping[str, slice] = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max", "Min", "Pow", "Equal"), slice(None)),
     **dict.fromkeys(("Less", "LessOrEqual", "Greater", "GreaterOrEqual"), slice(None)),
@@ -59,7 +59,11 @@ _DATA_INPUTS: Mapping[str, slice] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a graph: `error` where TensorRT will not take it, else worth knowing."""
+    """A remark about a graph.
+
+    Attributes:
+        error: whether TensorRT rejects the graph for it.
+    """
 
     stage: str
     message: str
@@ -68,14 +72,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class StageCheck:
-    """One graph.
+    """Facts about one graph.
 
     Attributes:
-        operators: how often each occurs, bodies of loops included.
+        operators: operator → number of nodes, bodies of loops included.
         types: element types that occur.
-        shape_operators: those that sizes are computed with.
-        corners: profile and corner → what each output is there.
-        activations: bytes alive at once at most at the largest sizes, without fusion and with
+        shape_operators: operators that compute sizes.
+        corners: profile and corner → shape of each output.
+        activations: maximum bytes in use at once at the largest sizes, without fusion and with
             Attention split up.
     """
 
@@ -90,7 +94,7 @@ class StageCheck:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What `trio build --dry-run` found."""
+    """Result of `trio build --dry-run`."""
 
     bundle: str
     target: str
@@ -156,7 +160,7 @@ class DryRun:
                 f"their profiles ({count} in all); nothing was built"
             )
         else:
-            lines.append("failed: TensorRT cannot take these graphs")
+            lines.append("failed: TensorRT cannot build these graphs")
         return "\n".join(lines)
 
     def _all(self, kind: str) -> list[str]:
@@ -164,10 +168,10 @@ class DryRun:
 
 
 def require_dialect(dialect: str, version: str, bundle: str) -> None:
-    """Refuse a bundle whose graphs a version of TensorRT does not read.
+    """Reject a bundle whose graphs a version of TensorRT does not read.
 
     Raises:
-        TrioError: says how to export one that it does.
+        TrioError: the dialect is not supported; the message names a dialect that is.
     """
     able = dialects_of_version(version)
     if dialect not in able:
@@ -179,10 +183,10 @@ def require_dialect(dialect: str, version: str, bundle: str) -> None:
 
 
 def require_tensorrt(target: Target) -> None:
-    """Refuse a target that runs something else.
+    """Reject a target with another runtime.
 
     Raises:
-        TrioError: says which to export for.
+        TrioError: the target's runtime is not TensorRT.
     """
     if target.runtime != "tensorrt":
         raise TrioError(
@@ -198,25 +202,25 @@ def dry_run(
     tensorrt: str | None = None,
     stages: Sequence[str] | None = None,
 ) -> DryRun:
-    """Check the graphs of a bundle, which need not have weights.
+    """Check the graphs of a bundle, with or without weights.
 
     Args:
-        tensorrt: the version that will build; default: the target's.
-        stages: only these; default: all.
+        tensorrt: version of TensorRT that will build; None: the target's.
+        stages: stages to check; None: all.
 
     Raises:
         TrioError: the target has no TensorRT or does not suit the bundle, a stage is unknown, or a
-            graph cannot be read. What TensorRT cannot take is a finding.
+            graph cannot be read. What TensorRT does not support is a finding.
     """
     require_tensorrt(target)
     version = tensorrt or target.tensorrt
     assert version is not None
     if parse_version(version) < OLDEST_TENSORRT:
-        raise TrioError(f"TensorRT {version} is too old: 8.6 is the oldest that will do")
+        raise TrioError(f"TensorRT {version} is too old: 8.6 is the oldest supported version")
     require_dialect(bundle.manifest.dialect, version, str(bundle.path))
     table = operator_table(version)
     for stage in stages or ():
-        bundle.graph(stage)  # names the stages there are
+        bundle.graph(stage)  # its error lists the stages
     checks: list[StageCheck] = []
     findings: list[Finding] = []
     for stage, found in profiles(bundle, target).items():
@@ -237,26 +241,26 @@ def dry_run(
 
 
 def _workspace(check: StageCheck, target: Target) -> Iterator[Finding]:
-    """A fused node keeps its intermediate results in the workspace, a decoder's layers at a time.
+    """Note activations that may exceed the workspace, where fused nodes keep their results.
 
-    No error: fused, they may need less than they do one by one.
+    It is no error: fused nodes may need less than the same nodes one by one.
     """
     limit = target.workspace_gib
     if limit is not None and check.activations > limit * 2**30:
         needs = format_bytes(check.activations)
         message = (
             f"has activations of up to {needs}, beyond workspace_gib {limit:g} of {target.name}: "
-            f"TensorRT may find no implementation; raise it to {-(-check.activations // 2**30)} or "
+            f"TensorRT may find no implementation: raise it to {-(-check.activations // 2**30)} or "
             "leave it out"
         )
         yield Finding(check.stage, message, False)
 
 
 def read_graph(file: Path) -> ModelProto:
-    """A graph without the data of its weights.
+    """Read a graph without the data of its weights.
 
     Raises:
-        TrioError: it cannot be parsed.
+        TrioError: the file cannot be parsed.
     """
     try:
         return onnx.load(str(file), load_external_data=False)
@@ -267,7 +271,7 @@ def read_graph(file: Path) -> ModelProto:
 def check_graph(
     stage: str, model: ModelProto, found: Sequence[Profile], table: OperatorTable
 ) -> tuple[StageCheck, list[Finding]]:
-    """One graph against an operator table, at the corners of its profiles."""
+    """Check one graph against an operator table, at the corners of its profiles."""
     messages = list(_opsets(model, table))
     corners: dict[str, dict[str, tuple[int, ...]]] = {}
     activations = 0
@@ -307,11 +311,11 @@ def check_graph(
         messages += [(_at(*key, names), True) for key, names in where.items()]
         messages += _aliases(model, largest, found)
     for name in sorted(on_sizes - set(table.shape_operators)):
-        messages.append((f"computes sizes with {name}, which TensorRT does not", True))
+        messages.append((f"computes sizes with {name}, which TensorRT does not support", True))
     for name in _unused(model):
         messages.append((f"no node uses the input {name}", False))
     for name in sorted(set(table.serial) & set(operators)):
-        messages.append((f"{name} becomes a loop over its axis, one step an element", False))
+        messages.append((f"{name} becomes a loop over its axis, one step per element", False))
     findings = [Finding(stage, text, error) for text, error in dict.fromkeys(messages)]
     check = StageCheck(
         stage=stage,
@@ -326,13 +330,13 @@ def check_graph(
 
 
 def _unused(model: ModelProto) -> list[str]:
-    """Inputs that neither a node nor an output of the graph has."""
+    """Inputs that neither a node nor an output of the graph uses."""
     used = {entry.name for entry in model.graph.output} | set(reads(model.graph))
     return [entry.name for entry in model.graph.input if entry.name not in used]
 
 
 def dtype_name(dtype: int) -> str:
-    """`float32` for onnx.TensorProto.FLOAT."""
+    """Name of an element type: `float32` for onnx.TensorProto.FLOAT."""
     name = str(TensorProto.DataType.Name(dtype)).lower()
     return {"float": "float32", "double": "float64"}.get(name, name)
 
@@ -342,20 +346,20 @@ _Messages = Iterator[tuple[str, bool]]
 
 def _opsets(model: ModelProto, table: OperatorTable) -> _Messages:
     for entry in model.opset_import:
-        least, most = table.opset
+        oldest, newest = table.opset
         if entry.domain:
             yield f"uses operators of {entry.domain}, which need plugins", True
-        elif not least <= entry.version <= most:
-            yield f"is of opset {entry.version}; opsets {least} to {most} are read", True
+        elif not oldest <= entry.version <= newest:
+            yield f"has opset {entry.version}; opsets {oldest} to {newest} are supported", True
 
 
 def _volumes(resolved: Resolved, table: OperatorTable, label: str) -> _Messages:
     made = [(tensor.elements, step.node) for step in resolved.steps for tensor in step.outputs]
-    most, node = max(made, key=lambda pair: pair[0])
-    if table.max_elements is not None and most > table.max_elements:
+    largest, node = max(made, key=lambda pair: pair[0])
+    if table.max_elements is not None and largest > table.max_elements:
         message = (
-            f"{node.op_type} makes {most} elements at {label}, where a tensor has "
-            f"{table.max_elements} at most: lower the target's limits"
+            f"{node.op_type} makes {largest} elements at {label}, but a tensor has at most "
+            f"{table.max_elements}: lower the target's limits"
         )
         yield message, True
 
@@ -367,7 +371,7 @@ def _node(step: Step, table: OperatorTable) -> Iterator[str]:
         return
     for tensor in step.inputs[_DATA_INPUTS.get(node.op_type, slice(0, 1))]:
         if tensor is not None and not table.takes(node.op_type, dtype_name(tensor.dtype)):
-            yield f"does not take {dtype_name(tensor.dtype)}"
+            yield f"does not support {dtype_name(tensor.dtype)}"
     for tensor in step.outputs:
         if dtype_name(tensor.dtype) == "float64":
             yield "makes float64, which is computed in float32"
@@ -384,7 +388,7 @@ def _node(step: Step, table: OperatorTable) -> Iterator[str]:
 
 
 def _narrowing(step: Step) -> Iterator[str]:
-    if step.node.op_type == "Slice":  # whose ends beyond int32 mean the end, and are clamped
+    if step.node.op_type == "Slice":  # its ends beyond int32 mean the end, and are clamped
         return
     limits = np.iinfo(np.int32)
     for tensor in step.inputs:
@@ -394,7 +398,7 @@ def _narrowing(step: Step) -> Iterator[str]:
         if value is None or not value.size:
             continue
         if value.min() < limits.min or value.max() > limits.max:
-            yield "has a constant that int32 does not hold"
+            yield "has a constant beyond int32"
 
 
 def _topk(step: Step, table: OperatorTable) -> Iterator[str]:
@@ -421,13 +425,13 @@ def _attention(step: Step, _: OperatorTable) -> Iterator[str]:
 
 
 def _tensor_scatter(step: Step, _: OperatorTable) -> Iterator[str]:
-    """KVCacheUpdate in TensorRT's operator reference; its caches' types are the table's."""
+    """Check TensorScatter by TensorRT's reference of KVCacheUpdate; types are in the table."""
     if len(step.inputs) > 2 and step.inputs[2] is not None:
         places = dtype_name(step.inputs[2].dtype)
         if places not in ("int32", "int64"):
-            yield f"does not take places to write to in {places}"
+            yield f"does not support positions in {places}"
     if len({tensor.dtype for tensor in step.inputs[:2] if tensor is not None}) > 1:
-        yield "has a cache and new entries of two types"
+        yield "has a cache and new entries of different types"
     if any(tensor is None or len(tensor.shape) != 4 for tensor in step.inputs[:2]):
         yield "has an input that is not of four dimensions"
     if _attributes(step.node).get("axis", -2) not in (-2, 2):
@@ -448,7 +452,7 @@ _RULES: Mapping[str, Any] = {
 
 
 def _aliases(model: ModelProto, resolved: Resolved, found: Sequence[Profile]) -> _Messages:
-    """A cache that is updated in place is an input and an output of the graph, of fixed size."""
+    """Check that a cache updated in place is an input and an output of the graph, of fixed size."""
     inputs = {entry.name for entry in model.graph.input}
     outputs = {entry.name for entry in model.graph.output}
     for step in resolved.steps:
@@ -456,7 +460,7 @@ def _aliases(model: ModelProto, resolved: Resolved, found: Sequence[Profile]) ->
             continue
         cache = step.node.input[0]
         if cache not in inputs or step.node.output[0] not in outputs:
-            yield "TensorScatter updates what is not an input and an output", True
+            yield "TensorScatter updates a tensor that is not an input and an output", True
             continue
         capacities = {shape[2] for profile in found for shape in profile.shapes[cache]}
         if len(capacities) > 1:
@@ -468,6 +472,6 @@ def _attributes(node: NodeProto) -> dict[str, Any]:
 
 
 def _at(operator: str, reason: str, names: Sequence[str]) -> str:
-    """A reason with the node that has it, or the first of them."""
+    """A reason with its node, or the first of several nodes."""
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{operator} {reason} ({names[0] or 'unnamed'}{others})"

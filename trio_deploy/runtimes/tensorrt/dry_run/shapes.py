@@ -1,9 +1,9 @@
-"""Sizes of every tensor of a graph, for given sizes of its inputs: nothing is left symbolic.
+"""Numeric sizes of every tensor of a graph, for given sizes of its inputs.
 
-onnx's own inference gives up where sizes are computed (Shape, arithmetic, Reshape …) or a Loop
-begins. Here each node is inferred on its own, from sizes that are all known, and what is computed
-from sizes is computed: small integers are carried along with their values, those of the inputs that
-a profile gives values for included. A size that still is not known depends on data.
+onnx's own inference stops where sizes are computed (Shape, arithmetic, Reshape …) and at a Loop.
+Here each node is inferred on its own, from known sizes, and computations on sizes are evaluated:
+small integers are propagated with their values, including inputs that a profile has values for. A
+size that is still unknown depends on data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from onnx import (
 
 from trio_deploy.errors import TrioError
 
-#: Inputs (by number) that an operator takes sizes or places from, not elements to compute with.
+#: Operator → numbers of the inputs that are sizes or positions, not elements to compute with.
 SHAPE_INPUTS: Mapping[str, tuple[int, ...]] = {
     "Reshape": (1,),
     "Expand": (1,),
@@ -44,7 +44,7 @@ SHAPE_INPUTS: Mapping[str, tuple[int, ...]] = {
     "Unsqueeze": (1,),
 }
 
-_SMALL = 4096  # elements; what is larger is never a size
+_SMALL = 4096  # elements; larger tensors are never sizes
 _VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"}
 
 Array = np.ndarray
@@ -55,9 +55,9 @@ class Known:
     """A tensor whose sizes are known.
 
     Attributes:
-        dtype: of onnx.TensorProto.DataType.
-        shape: its sizes.
-        value: its elements, where they follow from sizes and constants and are few.
+        dtype: element type, an onnx.TensorProto.DataType.
+        shape: sizes.
+        value: elements, if they follow from sizes and constants and are few.
         constant: whether it is a weight, or computed from weights alone.
     """
 
@@ -77,7 +77,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Step:
-    """A node with what goes in and comes out; `inside` the bodies of how many loops."""
+    """A node with its inputs and outputs; `inside`: number of loops around it."""
 
     node: NodeProto
     inputs: tuple[Known | None, ...]
@@ -90,8 +90,8 @@ class Resolved:
     """A graph with all sizes.
 
     Attributes:
-        tensors: by name; those of loop bodies too, which share names with nothing else.
-        steps: in the order in which they run, a loop's body behind its Loop node.
+        tensors: name → tensor, tensors of loop bodies included (names are unique).
+        steps: nodes in execution order, a loop's body after its Loop node.
     """
 
     tensors: dict[str, Known] = field(default_factory=dict)
@@ -111,15 +111,15 @@ def resolve(
     shapes: Mapping[str, Sequence[int]],
     values: Mapping[str, Sequence[int]] | None = None,
 ) -> Resolved:
-    """Sizes of all tensors.
+    """Resolve the sizes of all tensors.
 
     Args:
-        model: without the data of its weights (`load_external_data=False`).
-        shapes: of the graph's inputs.
-        values: of the inputs that sizes are computed from.
+        model: a graph without the data of its weights (`load_external_data=False`).
+        shapes: input → shape.
+        values: input that sizes are computed from → values.
 
     Raises:
-        UnknownShape: a size depends on data, a node does not fit its inputs, or what a loop carries
+        UnknownShape: a size depends on data, a node does not fit its inputs, or a loop's state
             changes its size.
     """
     found = Resolved()
@@ -139,25 +139,25 @@ def resolve(
 
 
 def activation_bytes(model: ModelProto, resolved: Resolved, *, split_attention: bool = True) -> int:
-    """What is alive at once at most between inputs and outputs, if every node wrote its result.
+    """Maximum bytes of intermediate results in use at once, if every node wrote its result.
 
-    TensorRT fuses nodes and needs less as a rule; weights, inputs and outputs are not counted, and
+    TensorRT fuses nodes and usually needs less; weights, inputs and outputs are not counted, and
     views take nothing. A loop's body counts all that it writes.
 
     Args:
-        split_attention: count what an Attention node writes in between where it becomes several
-            kernels, which it may; without, as if one kernel did all of it.
+        split_attention: count the intermediate results of an Attention node that becomes several
+            kernels; else as if it were one kernel.
     """
     outside = {entry.name for entry in (*model.graph.input, *model.graph.output)}
     nodes = list(model.graph.node)
-    owner: dict[str, str] = {}  # of a view: the tensor whose memory it shows
+    owner: dict[str, str] = {}  # view → the tensor whose memory it uses
     last: dict[str, int] = {}
     for place, node in enumerate(nodes):
         if node.op_type in _VIEWS:
             owner[node.output[0]] = owner.get(node.input[0], node.input[0])
         for name in _reads(node):
             last[owner.get(name, name)] = place
-    inner: dict[str, int] = {}  # bytes written in the body of a loop, by its first output
+    inner: dict[str, int] = {}  # first output of a loop → bytes written in its body
     outer = ""
     for step in resolved.steps:
         if step.inside == 0:
@@ -181,11 +181,11 @@ def activation_bytes(model: ModelProto, resolved: Resolved, *, split_attention: 
 
 
 def _attention_bytes(step: Step) -> int:
-    """Scores before and after the softmax, in float32 as the `primitive` graphs have them, and keys
-    and values repeated for every head where several share them."""
+    """Bytes of the scores before and after the softmax, in float32 as in `primitive` graphs, and of
+    keys and values repeated per head if several heads share them."""
     query, key, value = step.inputs[:3]
     assert query is not None and key is not None and value is not None
-    if len(query.shape) != 4 or len(key.shape) != 4:  # which is a finding of its own
+    if len(query.shape) != 4 or len(key.shape) != 4:  # a finding of its own
         return 0
     batch, heads, queries, _ = query.shape
     scores = batch * heads * queries * key.shape[2] * 4
@@ -194,7 +194,7 @@ def _attention_bytes(step: Step) -> int:
 
 
 def shape_path(graph: GraphProto, resolved: Resolved) -> dict[str, NodeProto]:
-    """Nodes that compute sizes, by their output: back from where sizes are taken to `Shape`."""
+    """Output → node that computes sizes, traced back from the use of sizes to `Shape`."""
     makers = {
         name: step.node
         for step in resolved.steps
@@ -231,7 +231,7 @@ def _reads(node: NodeProto) -> Iterator[str]:
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
             yield from reads(attribute.g)
-            yield from (entry.name for entry in attribute.g.output)  # of the outer graph, it may be
+            yield from (entry.name for entry in attribute.g.output)  # may be of the outer graph
 
 
 def _initializer(tensor: TensorProto) -> Known:
@@ -242,7 +242,7 @@ def _initializer(tensor: TensorProto) -> Known:
 
 
 class _Walk:
-    """Goes through the nodes of a model and of its loops' bodies."""
+    """Walk over the nodes of a model and of its loops' bodies."""
 
     def __init__(self, model: ModelProto, found: Resolved) -> None:
         self._found = found
@@ -251,7 +251,7 @@ class _Walk:
         self._ir_version = model.ir_version
 
     def graph(self, graph: GraphProto, tensors: dict[str, Known], inside: int) -> None:
-        """Adds what the nodes of a graph write to `tensors`."""
+        """Add the outputs of a graph's nodes to `tensors`."""
         for node in graph.node:
             inputs = tuple(tensors[name] if name else None for name in node.input)
             step = len(self._found.steps)
@@ -300,7 +300,7 @@ class _Walk:
             schema = onnx.defs.get_schema(node.op_type, version, node.domain)
         except onnx.defs.SchemaError:
             where = f"{node.domain or 'ONNX'}, opset {version}"
-            raise UnknownShape(node, f"is no operator of {where}") from None
+            raise UnknownShape(node, f"is not an operator of {where}") from None
         types: dict[str, TypeProto] = {}
         data: dict[str, TensorProto] = {}
         for name, tensor in zip(node.input, inputs, strict=True):
@@ -346,7 +346,7 @@ class _Walk:
 
 
 def _compute(node: NodeProto, inputs: tuple[Known | None, ...]) -> Array | None:
-    """What a node makes of known integers, None where it is not a computation of sizes."""
+    """Result of a node on known integers; None if it does not compute sizes."""
     attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
     if node.op_type == "Shape" and inputs[0] is not None:
         shape = inputs[0].shape
