@@ -1,12 +1,12 @@
-"""Speed and size of pruned inference against the bounds that this project holds itself to.
+"""Measure speed and size of pruned inference, and compare them with the project's bounds.
 
     python scripts/bench_core.py --out docs/measurements            # the published figures
     python scripts/bench_core.py --quick                            # a smoke test in seconds
 
-Measuring itself is `trio_deploy.bench`, as for `trio bench`: what is compared takes turns in this
+Measuring itself is `trio_deploy.bench`, as for `trio bench`: contenders run by turns in this
 one process (or, for another Python environment, in a child that waits for its turn), with new
 pictures in every run, after warm-up; medians are reported. Peak memory is that of a fresh process
-for each pipeline.
+per pipeline.
 
 Model: a random-initialised LLaVA-1.5 with five pictures of 576 tokens in its prompt, so 2880 visual
 and 64 text tokens; weights do not change what a matrix product costs. OpenVINO GenAI is optional
@@ -53,7 +53,7 @@ SECTIONS = ("ort", "openvino", "genai", "saliency", "export", "decode")
 
 @dataclass(frozen=True)
 class Setting:
-    """One model to measure on; `saliency` is that of the saliency comparison."""
+    """A model to measure; `saliency`: size of the model for comparing saliency."""
 
     model: Size
     saliency: Size
@@ -68,7 +68,7 @@ class Setting:
 
 
 def setting(sizes: str, saliency: str, schedule: str, runs: int, new_tokens: int) -> Setting:
-    """`sizes` and `saliency` as of `trio bench --size`; the latter is two layers of its own."""
+    """A setting from sizes as in `trio bench --size`; the saliency model has two layers."""
     return Setting(
         Size.parse(sizes), Size.parse(f"{sizes},layers=2,{saliency}"), schedule, runs, new_tokens
     )
@@ -98,7 +98,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a figure, the bound it is held to, and whether it keeps it."""
+    """One line of the table: a figure, its bound, and whether the bound is met."""
 
     what: str
     ours: str
@@ -112,12 +112,12 @@ class Row:
 
 
 def checkpoint(cache: Path, size: Size) -> Path:
-    """Random weights of a size, made once."""
+    """Checkpoint of a size with random weights, written once."""
     return write_checkpoint(cache / size.name, size.config(), progress=False)
 
 
 def bundle_of(source: Path, out: Path, schedule: str | Schedule, dialect: str) -> Bundle:
-    """A float32 bundle of a checkpoint whose weights are links to its own."""
+    """A float32 bundle of a checkpoint, with weights linked to the checkpoint's files."""
     return export_model(
         source,
         out,
@@ -148,7 +148,7 @@ def in_precision(case: Case, precision: str | None) -> Case:
 
 
 def workload(at: Setting, bundle: str, new_tokens: int) -> Workload:
-    """New pictures in every run and the prompt behind them; lengths are what they should be."""
+    """The request of a run, with a prompt of `TEXT_TOKENS` text tokens."""
     side = at.model.image
     asked = Workload(IMAGES, side, side, "?", new_tokens)
     work, tiles = fit_prompt(asked, Bundle.load(bundle), TEXT_TOKENS)
@@ -157,7 +157,7 @@ def workload(at: Setting, bundle: str, new_tokens: int) -> Workload:
 
 
 def checked(run: Callable[[int], Run], at: Setting) -> Callable[[int], Run]:
-    """A contender whose prompts must have the tokens that the bounds are about."""
+    """A contender that asserts the number of prompt tokens that the bounds are for."""
 
     def answer(seed: int) -> Run:
         result = run(seed)
@@ -235,7 +235,7 @@ def bench_prefill(
 
 
 def bench_decode(cache: Path, at: Setting, threads: int) -> tuple[dict[str, Any], list[Row]]:
-    """Tokens a second after the first: pruned, unpruned, and transformers on the same weights."""
+    """Tokens per second after the first: pruned, unpruned, transformers on the same weights."""
     pruned, unpruned = cases(cache, at, "onnxruntime", threads)
     plain = replace(unpruned, name="transformers", kind="transformers")
     work = workload(at, pruned.bundle, at.new_tokens)
@@ -268,7 +268,7 @@ def bench_saliency(cache: Path, at: Setting, threads: int) -> tuple[dict[str, An
     engine = open_engine(bundle.graph("select_1"), threads=threads)
     total = at.visual + TEXT_TOKENS
     rng = np.random.default_rng(0)
-    # Rows like those of a picture: neighbours resemble each other, so that suppression has work.
+    # Rows resemble a picture's: neighbours are similar, so that suppression has work.
     centres = rng.standard_normal((max(8, at.visual // 12), width))
     rows = centres[rng.integers(0, len(centres), total)]
     rows = (rows + 0.4 * rng.standard_normal(rows.shape)).astype(np.float32)
@@ -327,7 +327,7 @@ def bench_export(cache: Path, at: Setting) -> tuple[dict[str, Any], list[Row]]:
     own = {path.stat().st_ino for path in source.iterdir()}
     files = list((linked.path / "weights").iterdir())
     written = sum(f.stat().st_size for f in files if f.stat().st_ino not in own)
-    held = sum(f.stat().st_size for f in files)
+    whole = sum(f.stat().st_size for f in files)
     took, peak = median(seconds), max(peaks)
     rows = [
         Row(
@@ -349,7 +349,7 @@ def bench_export(cache: Path, at: Setting) -> tuple[dict[str, Any], list[Row]]:
         Row(
             "weight bytes written with --link-weights",
             f"{written} B",
-            f"{held / 2**20:.1f} MiB of weights",
+            f"{whole / 2**20:.1f} MiB of weights",
             "",
             "0 B",
             written == 0,
@@ -360,7 +360,7 @@ def bench_export(cache: Path, at: Setting) -> tuple[dict[str, Any], list[Row]]:
 
 
 def child_export(out: str) -> int:
-    """What `bench_export` starts: `trio export --graphs-only`, and the memory it took."""
+    """Child process of `bench_export`: run `trio export --graphs-only`, print peak memory."""
     from trio_deploy.cli import main as cli
 
     arguments = ["--model", "llava-next-7b", "--graphs-only", "--out", out]
@@ -376,7 +376,7 @@ def bench_genai(
     """Time to the first token against OpenVINO GenAI's VLMPipeline, both in bfloat16.
 
     Returns:
-        A message instead of figures where GenAI or optimum-intel is not installed.
+        A message instead of figures if GenAI or optimum-intel is not installed.
     """
     if reason := missing(python):
         return f"skipped: {reason}"
@@ -417,7 +417,7 @@ def bench_genai(
 
 
 def markdown(report: dict[str, Any], rows: list[Row]) -> str:
-    """The table, with what it was measured on."""
+    """The table in Markdown, with machine and model."""
     size = report["size"]
     lines = [
         "# Speed and size",
@@ -501,7 +501,7 @@ def main() -> int:
                 report["skipped"][name] = result
                 continue
             report["figures"][name], lines = result
-            # Bounds are about the full size alone; at the others, fixed costs rule.
+            # Bounds are for the full size only; at other sizes fixed costs dominate.
             rows += lines if args.size == "full" else [replace(r, met=None) for r in lines]
     report["load_after"] = os.getloadavg()[0]
     report["rows"] = [asdict(row) for row in rows]

@@ -1,16 +1,16 @@
-"""What only a GPU can show: engines of TensorRT built, right, and as fast as they should be.
+"""Check on a GPU that TensorRT's engines build, are correct, and meet the bounds on speed.
 
 Run by scripts/gpu_check.sh. In order: the tests marked gpu; the tiny model in both decode layouts,
 each engine against ONNX Runtime and the oracle; a 7B LLaVA-NeXT with random weights: its engines,
 its times with and without pruning, torch's on the same GPU (transformers unpruned, and the oracle,
 which prunes by autograd), and its engines against ONNX Runtime.
 
-Every part runs in a process of its own (scripts/gpu/parts.py), so that one that fails or dies keeps
-no other from running, and after every part what was found is written to gpu-<name>.json and .md. A
-second run goes on where the first one ended: parts that passed are not repeated, nor are engines
-that are there; what was found of another export or of other engines is forgotten. Report and exit
-status are of all that is known of this machine, by earlier runs too: 0 where all holds, 1 where
-something does not, 3 where --minutes was over before all was done.
+Every part runs in a process of its own (scripts/gpu/parts.py), so that a failure or crash stops no
+other, and after every part the results are written to gpu-<name>.json and .md. A second run
+continues where the first one ended: parts that passed are not repeated, existing engines are not
+rebuilt, and results about another export or other engines are dropped. Report and exit status
+include results of earlier runs on this machine: 0 if all checks pass, 1 if one fails, 3 if
+--minutes ran out before the end.
 
 The bounds on speed hold for 7B in float16, batch 1, 2880 visual tokens, 11.1 % of them on average.
 """
@@ -38,24 +38,25 @@ PARTS = ("tests", "tiny", "build", "times", "torch", "parity")
 _TINY = [
     f"tiny {dtype} {way}" for dtype in ("float32", "float16") for way in ("shared", "separate")
 ]
-#: All that is run, in the order of the report.
+#: All parts, in the order of the report.
 _ORDER = ("host", "torch host", "tests", *_TINY, "export", "build", "times", "torch", "parity")
 CHILD = ["-X", "faulthandler", "-m", "scripts.gpu.parts"]
-#: Parts that go on behind a step that ended their process.
+#: Parts that continue after a step that ended their process.
 _STEPWISE = ("build", "parity")
 _NEED_TENSORRT = ("tests", "tiny", "build", "times", "parity")
-#: Parts whose findings are of the large model's engines.
+#: Parts whose results are about the large model's engines.
 _OF_ENGINES = ("build", "times", "parity")
 _UNFINISHED = 3
 
 
 class Check:
-    """One machine's check.
+    """Check of one machine.
 
     Attributes:
-        state: parts → what they found, kept from run to run.
-        skipped: parts → why they do not run.
-        unfinished: parts that the time did not suffice for.
+        state: part → its results, kept between runs.
+        about: machine and options that the results are about.
+        skipped: part → why it does not run.
+        unfinished: parts for which time ran out.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -75,7 +76,7 @@ class Check:
     # ------------------------------------------------------------------------------ what to do
 
     def plan(self) -> list[str]:
-        """Look at the two Pythons, and say which parts run here and why others do not."""
+        """Look up the two Pythons, and print which parts run here and why others do not."""
         wanted = set(self.args.only or PARTS) - set(self.args.skip)
         self.run("host", again=True)
         looked = ["host"]
@@ -83,7 +84,7 @@ class Check:
             self.run("torch host", again=True, python=self.torch_python)
             looked.append("torch host")
         elif self._problem("host") or not self.passed("torch host"):
-            self.state.pop("torch host", None)  # of a Python that is not asked now
+            self.state.pop("torch host", None)  # of a Python that is not used now
         self._forget_another_machine(looked)
         missing = self._problem("host")
         torch = self._problem("torch host")
@@ -94,7 +95,7 @@ class Check:
             if part not in wanted:
                 reason = "not asked for"
             elif missing and part in _NEED_TENSORRT:
-                reason = f"no TensorRT to run: {missing}"
+                reason = f"TensorRT does not run: {missing}"
             elif part == "torch" and torch:
                 reason = torch
             if reason:
@@ -120,33 +121,33 @@ class Check:
         return next((check["text"] for check in checks.values() if not check["passed"]), "")
 
     def _forget_another_machine(self, looked: list[str]) -> None:
-        """Drop what was found on another GPU or with other options; not what was just looked at."""
+        """Drop results of another GPU or other options, except those of this run."""
         host = self.found()
         about = {key: host.get(key) for key in ("gpu", "tensorrt", "memory_gib")}
         about |= {key: getattr(self.args, key) for key in ("size", "tiny", "budget", "runs")}
-        # What is not known, as without TensorRT, tells no machines apart.
+        # An unknown value, as without TensorRT, does not distinguish machines.
         known = {key: value for key, value in self.about.items() if value is not None}
         about = {**known, **{key: value for key, value in about.items() if value is not None}}
         if any(about[key] != value for key, value in known.items()):
-            print(f"earlier results are of {self.about}: they are not used", flush=True)
+            print(f"earlier results are not used: they are of {self.about}", flush=True)
             self.state = {n: p for n, p in self.state.items() if n in looked}
         self.about = about
 
     def _made(self) -> str:
-        """The large model's export and engines as they are now."""
+        """Checksum of the large model's present export and engines; "" if there is none."""
         paths = self.state.get("export", {}).get("figures", {}).get("paths")
         return made(Path(paths["bundle"])) if paths else ""
 
     def _forget_other_engines(self, parts: tuple[str, ...]) -> None:
-        """Drop what was found of an earlier export, or of engines that were built anew."""
+        """Drop results about an earlier export, or about engines that were rebuilt."""
         now = self._made()
         for part in parts:
             if part in self.state and not (now and self.state[part].get("of") == now):
-                print(f"earlier {part}: of other engines, not used", flush=True)
+                print(f"earlier {part} is not used: it is of other engines", flush=True)
                 del self.state[part]
 
     def passed(self, part: str) -> bool:
-        """Whether a part came to its end and all of it holds."""
+        """Whether a part is complete and all of its checks passed."""
         known = self.state.get(part, {})
         checks = known.get("checks", {}).values()
         good = known.get("done") and all(check["passed"] for check in checks)
@@ -155,17 +156,17 @@ class Check:
     # ------------------------------------------------------------------------------ running it
 
     def _keeps(self, part: str) -> bool:
-        """Whether a part need not run. Export, build and tiny see by themselves what is there."""
-        looks = part in ("export", "build", *_TINY)
-        return self.passed(part) and not looks and not self.args.again
+        """Whether a part need not run; export, build and tiny check their own files instead."""
+        checks_itself = part in ("export", "build", *_TINY)
+        return self.passed(part) and not checks_itself and not self.args.again
 
     def run(self, part: str, *, again: bool = False, python: str = sys.executable) -> None:
-        """Run a part in its process, unless it passed before; keep what it found."""
+        """Run a part in its process, unless it passed before; store its results."""
         if self._keeps(part) and not again:
             print(f"kept {part}: passed before", flush=True)
             return
         if self._over() and part not in ("host", "torch host"):
-            self.unfinished.append(part)  # what was known of it stays
+            self.unfinished.append(part)  # earlier results are kept
             return
         before = self.state.get(part, {})
         result = self.work / f"{slug(part)}.json"
@@ -213,7 +214,7 @@ class Check:
         found["seconds"] = round(time.monotonic() - start, 1)
         found["at"] = time.strftime("%Y-%m-%d %H:%M:%S")
         if part == "export" and ended is None:
-            return  # whether there is another one now is seen by the next run
+            return  # the next run checks whether the export was replaced
         if kept and part in _TINY and found["done"] and _same(found, kept):
             print(f"kept {part}: passed before, with the same engines", flush=True)
             return
@@ -229,7 +230,7 @@ class Check:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def _child(self, part: str, python: str, settings: Path, result: Path) -> str | None:
-        """Run a process; how it ended, or None where the time was over before it did."""
+        """Run a process; return how it ended, or None if time ran out first."""
         left = None if self.deadline is None else self.deadline - time.monotonic()
         if left is not None and left <= 0:
             return None
@@ -275,7 +276,7 @@ class Check:
     # ------------------------------------------------------------------------------ the report
 
     def found(self) -> dict[str, Any]:
-        """The report's JSON, of as much as there is."""
+        """The report's JSON, of the results so far."""
         found: dict[str, Any] = dict(self.state.get("host", {}).get("figures", {}))
         torch = self.state.get("torch host", {}).get("figures", {})
         found.setdefault("gpu", torch.get("gpu", "unknown GPU"))
@@ -294,12 +295,12 @@ class Check:
             if reason != "not asked for":
                 found["checks"][part] = {"passed": False, "text": f"not run: {reason}"}
         for part in sorted(unfinished, key=_ORDER.index):
-            text = "not finished in the time given; run it again to go on"
+            text = "not finished in time: run it again to continue"
             found["checks"][f"{part}, all of it"] = {"passed": False, "text": text}
         return {**found, "large": large, "built": built}
 
     def write(self) -> Path:
-        """The figures as JSON and Markdown, and what a next run needs; returns the JSON's path."""
+        """Write the results as JSON and Markdown, and for the next run; return the JSON's path."""
         found = {**self.found(), "about": self.about, "parts": self.state}
         text = json.dumps(found, indent=1) + "\n"
         self.args.out.mkdir(parents=True, exist_ok=True)
@@ -316,12 +317,12 @@ class Check:
 
 
 def _same(found: dict[str, Any], kept: dict[str, Any]) -> bool:
-    """Whether a part left what it was given as it was."""
+    """Whether a part's results are those of the earlier run."""
     return all(found.get(key) == kept.get(key) for key in ("of", "checks"))
 
 
 def _torch_python(named: str | None) -> str:
-    """The Python named, else the first that has torch, of this one and the host's."""
+    """The named Python, else the first with torch of this one and the host's."""
     candidates = [named] if named else [sys.executable, os.environ.get("TRIO_HOST_PYTHON")]
     existing = [python for python in candidates if python]
     looks = "from importlib.util import find_spec as f; raise SystemExit(not f('torch'))"
@@ -334,7 +335,7 @@ def _torch_python(named: str | None) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "gpu", help="for bundles")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "measurements")
@@ -344,16 +345,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--only", action="append", choices=PARTS, help="these parts alone")
     parser.add_argument("--skip", action="append", default=[], choices=PARTS)
-    parser.add_argument("--again", action="store_true", help="also what has passed before")
-    parser.add_argument("--minutes", type=float, help="stop then; a second run goes on")
-    parser.add_argument("--resume", type=Path, help="a gpu-*.json of an earlier run elsewhere")
-    parser.add_argument("--plan", action="store_true", help="say what would run, and stop")
+    parser.add_argument("--again", action="store_true", help="repeat parts that passed before")
+    parser.add_argument("--minutes", type=float, help="time limit; a second run continues")
+    parser.add_argument("--resume", type=Path, help="gpu-*.json of an earlier run elsewhere")
+    parser.add_argument("--plan", action="store_true", help="print which parts would run, and stop")
     parser.add_argument("--torch-python", help="the Python that has torch")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """All parts; see above for the exit status."""
+    """Run all parts; return the exit status described above."""
     args = parse(arguments)
     check = Check(args)
     parts = check.plan()
@@ -372,14 +373,14 @@ def main(arguments: list[str] | None = None) -> int:
             text = "not run: there is no bundle to measure"
             check.state[part] = {"checks": {part: {"passed": False, "text": text}}, "done": True}
             continue
-        # The export sees by itself what is there, and whether it is for this TensorRT.
+        # The export itself checks which files exist, and whether they are for this TensorRT.
         python = check.torch_python if part == "torch" else sys.executable
         check.run(part, again=part == "export", python=python)
         check.write()
     path = check.write()
     print(f"written: {path}")
     if check.unfinished:
-        print(f"not finished: {', '.join(check.unfinished)}; run the same again to go on")
+        print(f"not finished: {', '.join(check.unfinished)}: run the same command again")
         return _UNFINISHED
     return 0 if all(entry["passed"] for entry in check.found()["checks"].values()) else 1
 

@@ -1,12 +1,12 @@
-"""Check that every exported graph still computes what it did: structural digests and their table.
+"""Check by structural digests that the computation of every exported graph is unchanged.
 
     python scripts/graph_digests.py                     # check all; exit status 1 on a difference
     python scripts/graph_digests.py --only tiny/ort     # the cases whose name contains this
     python scripts/graph_digests.py --write             # renew the table
 
 The table, tests/fixtures/graph_digests.json, names each case
-`recipe/dialect-decode/dtype/schedule`. Nothing of the package is used but its command line, so the
-table outlives any rearrangement of the code that builds the graphs.
+`recipe/dialect-decode/dtype/schedule`. Only the package's command line is used, so the table stays
+valid when the code that builds the graphs moves.
 
 A value's digest covers the operator that makes it (domain, type, attributes, bodies, number of
 outputs) and the digests of its inputs, in order. Of a graph count:
@@ -14,7 +14,7 @@ outputs) and the digests of its inputs, in order. Of a graph count:
 - inputs, in order: name, type, shape; outputs, in order: name, type, shape, digest of the value;
 - checkpoint tensors: name, type, shape, file, offset, length, whether used or not;
 - other constants: type, shape and bytes, not their names;
-- the set of all values, so that a node whose result nobody reads counts, too; a value that is
+- the set of all values, so that a node whose result is not used counts, too; a value that is
   computed twice counts once;
 - versions of the operator sets and of the format.
 
@@ -46,7 +46,7 @@ from trio_deploy.cli.main import main as trio
 TABLE = Path(__file__).parent.parent / "tests" / "fixtures" / "graph_digests.json"
 
 FULL_SIZE = (
-    "llava-next-7b",  # in every variant, with other schedules, too
+    "llava-next-7b",  # in every variant, and with other schedules
     "llama3-llava-next-8b",
     "llava-1.5-13b",
     "llava-1.5-7b",
@@ -63,7 +63,7 @@ METHODS = (
     "vscan",
 )
 
-#: Dialect and decode layout, dtype → a target that takes them, mostly one whose defaults they are.
+#: Dialect and decode layout, dtype → a target that accepts them, usually as its defaults.
 VARIANTS = {
     ("ort-shared", "float32"): "cpu",
     ("ort-shared", "float16"): "cuda",
@@ -101,7 +101,7 @@ _LARGE_METHODS = {m: ("--schedule", f"1:0.4:{m},16:0.1:{m}") for m in METHODS}
 
 
 class UnsupportedGraph(Exception):
-    """A part of a model that the digest does not cover."""
+    """A model has a part that the digest does not cover."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _interface(info: ValueInfoProto) -> tuple[str, int, tuple[int | str, ...] | 
     """Return name, type and shape; None for a shape that is not given."""
     kind = info.type.tensor_type
     if not info.type.HasField("tensor_type"):
-        raise UnsupportedGraph(f"{info.name} is no tensor")
+        raise UnsupportedGraph(f"{info.name} is not a tensor")
     if not kind.HasField("shape"):
         return info.name, kind.elem_type, None
     dims = tuple(
@@ -268,7 +268,7 @@ def _interface(info: ValueInfoProto) -> tuple[str, int, tuple[int | str, ...] | 
 
 def _find(values: Mapping[str, str], name: str) -> str:
     if name not in values:
-        raise UnsupportedGraph(f"nothing before its use makes the value {name}")
+        raise UnsupportedGraph(f"the value {name} is used before it is computed")
     return values[name]
 
 

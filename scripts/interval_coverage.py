@@ -1,12 +1,12 @@
-"""How often the intervals of `trio eval` hold the truth, by simulation.
+"""Simulate how often the intervals of `trio eval` contain the true value.
 
-The table of docs/evaluation.md:
+Prints the table of docs/evaluation.md:
 
     python scripts/interval_coverage.py [RUNS]
 
-Answers about a picture are drawn beta-binomially: right with a chance that differs from picture to
-picture, so that two of them correlate by what is asked for. The percentile bootstrap is what
-`trio eval` printed before, and what many tools print.
+Answers about a picture are drawn from a beta-binomial distribution: the probability of a right one
+differs between pictures, so that two answers have the given correlation. The percentile bootstrap,
+which many tools use, is shown for comparison.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CORRELATIONS = (0.0, 0.05, 0.2)
 def answers(
     rng: np.random.Generator, share: float, pictures: int, each: int, correlation: float
 ) -> np.ndarray:
-    """Right or wrong, float [pictures * each]."""
+    """Whether each answer is right, float [pictures * each]."""
     chance: float | np.ndarray = share
     if correlation:
         more = (1 - correlation) / correlation
@@ -34,11 +34,11 @@ def answers(
 
 
 def coverage(pictures: int, each: int, share: float, correlation: float, runs: int) -> list[float]:
-    """Of accuracy, retention, a paired difference, and accuracy by percentiles alone."""
+    """Coverage of accuracy, retention, a paired difference, and accuracy by percentiles."""
     rng = np.random.default_rng(0)
     bootstrap = Bootstrap([str(n // each) for n in range(pictures * each)], draws=500)
     whole = np.ones(pictures * each)
-    held = np.zeros(4)
+    covered = np.zeros(4)
     for _ in range(runs):
         # The other configuration is wrong half as often, independently.
         one = answers(rng, share, pictures, each, correlation)
@@ -51,8 +51,8 @@ def coverage(pictures: int, each: int, share: float, correlation: float, runs: i
             (bootstrap.retention(one, whole), share),
             (bootstrap.difference(other, one, whole), (1 - share) / 2),
         )
-        held += [*(e.low <= truth <= e.high for e, truth in found), low <= share <= high]
-    return list(held / runs)
+        covered += [*(e.low <= truth <= e.high for e, truth in found), low <= share <= high]
+    return list(covered / runs)
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
-"""Write tests/serve/triton_server/kserve_schema.json: KServe's schema as far as we use it.
+"""Write tests/serve/triton_server/kserve_schema.json: the parts of KServe's schema in use.
 
     python scripts/kserve_schema.py
 
 KServe generates the models of its Python package from the same Go types as its CRD. This fetches
-that package and the Kubernetes client from PyPI, reads (never runs) the model classes, and keeps,
-starting from InferenceService, every type that deploy/kserve/inferenceservice.yaml has a field of:
-all of its fields, with their types and which are required. Run it again for a newer KServe.
+that package and the Kubernetes client from PyPI, parses the model classes without running them, and
+keeps, starting from InferenceService, every type with a field in
+deploy/kserve/inferenceservice.yaml: all of its fields, their types and which are required. Run it
+again for a newer KServe.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = ROOT / "deploy" / "kserve" / "inferenceservice.yaml"
-SCHEMA = ROOT / "tests" / "triton" / "kserve_schema.json"
+SCHEMA = ROOT / "tests" / "serve" / "triton_server" / "kserve_schema.json"
 PACKAGES = {"kserve==0.21.0": "kserve/models/", "kubernetes==34.1.0": "kubernetes/client/models/"}
 START = "V1beta1InferenceService"
 
@@ -32,7 +33,7 @@ START = "V1beta1InferenceService"
 def model_class(source: str) -> tuple[str, dict[str, Any]] | None:
     """Name and {"fields": {JSON name: type}, "required": [...]} of a generated class.
 
-    None for the classes that were written by hand, which say no types.
+    None for classes written by hand, which have no types.
     """
     tree = ast.parse(source)
     node = next((n for n in tree.body if isinstance(n, ast.ClassDef)), None)
@@ -59,7 +60,7 @@ def model_class(source: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def item_type(kind: str) -> str:
-    """What a list or map holds; the type itself where it is neither."""
+    """Element type of a list or map; any other type itself."""
     if kind.startswith("list["):
         return item_type(kind[5:-1])
     if kind.startswith(("dict(str, ", "dict[str, ")):
@@ -68,7 +69,7 @@ def item_type(kind: str) -> str:
 
 
 def used(value: Any, kind: str, classes: dict[str, Any], found: dict[str, Any]) -> None:
-    """Collects the classes of a value and of everything in it."""
+    """Add the classes of a value and of everything in it to `found`."""
     kind = item_type(kind)
     if isinstance(value, list):
         for item in value:
@@ -81,7 +82,7 @@ def used(value: Any, kind: str, classes: dict[str, Any], found: dict[str, Any]) 
 
 
 def main() -> None:
-    """Downloads, reads and writes."""
+    """Download the packages, parse their classes and write the schema."""
     classes: dict[str, Any] = {}
     sources = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Closed-loop load on a Triton server that serves the tiny VLM, next to the pipeline on its own.
+"""Measure a Triton server of the tiny VLM under closed-loop load, and the pipeline on its own.
 
     scripts/setup_triton.sh
     .venv-triton/bin/python scripts/load_triton.py [--clients 32] [--seconds 60] [--out FOLDER]
@@ -47,7 +47,7 @@ SETTINGS = {
     "prefill_rows": "8",
     "max_rows": "32",
 }
-#: Memory is flat if the last third of the time takes no more than this above the second third.
+#: Maximum growth of memory from the second to the last third of the time.
 FLAT = 0.05
 
 
@@ -62,7 +62,7 @@ class Case:
 
 @dataclass
 class Answers:
-    """What one level of load gave; times in seconds."""
+    """Measurements at one level of load; times in seconds."""
 
     clients: int
     seconds: float
@@ -74,7 +74,7 @@ class Answers:
     memory_mib: list[tuple[float, float]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Figures: requests and tokens a second, percentiles in milliseconds."""
+        """Figures: requests and tokens per second, percentiles in milliseconds."""
         return {
             "clients": self.clients,
             "seconds": round(self.seconds, 1),
@@ -91,7 +91,7 @@ class Answers:
 
 
 def make_cases(count: int) -> list[Case]:
-    """Questions about pictures that the tiny VLM was not trained on, two a picture."""
+    """Questions about pictures that the tiny VLM was not trained on, two per picture."""
     cases = []
     for seed in itertools.islice(scenes.TEST_SEEDS, (count + 1) // 2):
         scene = scenes.generate(seed)
@@ -104,7 +104,7 @@ def make_cases(count: int) -> list[Case]:
 def answer_alone(
     bundle: Bundle, cases: Sequence[Case], budget: float | None
 ) -> tuple[list[Case], Answers]:
-    """The cases with their tokens, and what it took the pipeline, one request after another."""
+    """The cases with their tokens, and the pipeline's measurements, one request after another."""
     pipeline = Pipeline.open(bundle)
     for case in cases[:4]:  # warm-up
         pipeline.generate(Request(case.question, [case.picture], budget=budget))
@@ -123,7 +123,7 @@ def answer_alone(
 
 
 async def ask(client: triton.InferenceServerClient, case: Case) -> AsyncIterator[tuple[float, Any]]:
-    """Streams one answer: (seconds since the question, response)."""
+    """Stream one answer: (seconds since the question, response)."""
     prompt = triton.InferInput("prompt", [1], "BYTES")
     prompt.set_data_from_numpy(np.array([case.question.encode()], object))
     images = triton.InferInput("images", [1], "BYTES")
@@ -150,7 +150,7 @@ async def _client(
                 async for seconds, response in ask(client, case):
                     times.append(seconds)
                     ids += response.as_numpy("token_ids").tolist()
-            except Exception as error:  # whatever a request may die of is counted
+            except Exception as error:  # every kind of failure is counted
                 result.errors.append(str(error))
                 await asyncio.sleep(0.1)  # so that a broken server is not hammered
                 continue
@@ -170,7 +170,7 @@ async def _client(
 async def load(
     server: TritonServer, cases: Sequence[Case], clients: int, seconds: float
 ) -> Answers:
-    """`clients` ask for `seconds`, each its next question when the last is answered."""
+    """Let `clients` ask for `seconds`, each its next question when the last is answered."""
     result = Answers(clients, seconds)
     turns = itertools.cycle(cases)
     start = time.perf_counter()
@@ -210,7 +210,7 @@ def growth(samples: Sequence[tuple[float, float]]) -> float:
 
 
 def describe(bundle: Bundle) -> str:
-    """What is served: model, budget, and what runs it."""
+    """The served model in a sentence: its name, budget and runtime."""
     made = bundle.manifest
     return (
         f"Model {made.model.name}, budget {budget_name(None, bundle)}, {made.dtype}, run by "
@@ -226,7 +226,7 @@ def report(
     command: str,
     flat: float,
 ) -> str:
-    """The page docs/measurements/triton.md."""
+    """Contents of the page docs/measurements/triton.md."""
     lines = [
         "# Under load",
         "",
@@ -269,7 +269,7 @@ def report(
 
 
 def main() -> int:
-    """Runs the three levels and says whether all answers were right."""
+    """Run the three levels; return 1 if an answer was wrong or failed, or memory grew."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--bundle", type=Path, help="default: the tiny VLM, exported at 0.111")
     parser.add_argument("--clients", type=int, default=32, help="default: 32")

@@ -1,12 +1,11 @@
 """Write tests/fixtures/schema_1/: bundles, a Triton repository and answers of one old commit.
 
-This ran at commit 29d6dd7, before the package was redrawn. It can only be run with a checkout of
-that commit (to which this file was added): the point of the fixtures is that later code opens what
-that code wrote. tests/test_schema_1.py does.
+This ran at commit 29d6dd7, before bundles had schema 2, and runs only in a checkout of that commit
+(to which this file was added). tests/test_schema_1.py checks that later code opens the fixtures.
 
     bundle_ort/          float32, `ort` dialect, two pruning points, with golden tensors
     bundle_primitive/    float32, `primitive` dialect, shared decode, pruned before layer 0, too
-    triton_repository/   what `trio triton` wrote of bundle_ort, before the golden tensors
+    triton_repository/   written by `trio triton` from bundle_ort, before the golden tensors
     answers.json         requests as arguments of `trio run` and `trio eval`, with their answers
 
 The two bundles are of a tiny random LLaVA-NeXT checkpoint. Commands run in a temporary folder and

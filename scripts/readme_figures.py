@@ -1,4 +1,4 @@
-"""Bring the README's picture and table up to date: nothing in them is written by hand.
+"""Update the picture and tables of the README, none of which are written by hand.
 
     python scripts/readme_figures.py
 
@@ -43,7 +43,7 @@ def picture(pipeline: Pipeline, question: str, budget: float) -> str:
 def accuracy(folder: Path, budgets: tuple[float, ...]) -> str:
     """Right answers of the tiny model to the questions of examples/README.md, per budget.
 
-    A bundle is exported for each budget, in `folder`.
+    A bundle is exported per budget, in `folder`.
     """
     asked = [
         (question, scene.image)
@@ -63,7 +63,7 @@ def accuracy(folder: Path, budgets: tuple[float, ...]) -> str:
 
 
 def table(measured: Path) -> str:
-    """The first columns of core.md's table, and what it was measured on."""
+    """The first columns of core.md's table, and its machine and model."""
     lines = measured.read_text(encoding="utf-8").splitlines()
     rows = [
         "|".join(line.split("|")[: COLUMNS + 1]) + "|" for line in lines if line.startswith("|")
@@ -74,10 +74,10 @@ def table(measured: Path) -> str:
 
 
 def replace(text: str, name: str, content: str) -> str:
-    """Put `content` between the markers of this name."""
+    """Replace the text between the markers of this name by `content`."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     if begin not in text or end not in text:
-        raise SystemExit(f"README.md lacks the markers {begin} and {end}")
+        raise SystemExit(f"the page lacks the markers {begin} and {end}: add them")
     pattern = re.compile(re.escape(begin) + ".*" + re.escape(end), re.DOTALL)
     return pattern.sub(lambda _: f"{begin}\n{content}{end}", text)
 

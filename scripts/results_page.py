@@ -1,10 +1,10 @@
-"""Bring docs/results.md up to date: its tables and charts are made from what was measured.
+"""Update the tables and charts of docs/results.md from measurements.
 
     python scripts/results_page.py            # from docs/measurements/{eval,bench}-*.json
-    python scripts/results_page.py --bench    # measures the cost anew first: on an idle machine
+    python scripts/results_page.py --bench    # measures the cost first: on an idle machine
 
-Takes docs/measurements/eval-*.json (`trio eval` writes them as results.json), bench-tiny*.json and
-what `trio plan` says of the paper's models, and puts them between the markers of docs/results.md.
+Reads docs/measurements/eval-*.json (`trio eval` writes them as results.json), bench-tiny*.json and
+the figures of `trio plan` for the paper's models.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ BENCHES = {
     "--baselines transformers",
     "bench-tiny-sweep": "--sweep --images 1,2,3 --new-tokens 1 --runs 9 --threads 1",
 }
-BAR = 0.972  # retention at 11.1 % that the project holds itself to
-IDLE = 1.0  # a load average beyond which something else was running
+BAR = 0.972  # minimum retention at 11.1 %
+IDLE = 1.0  # maximum load average of an idle machine
 
 
 def loaded(name: str) -> Results:
@@ -45,7 +45,7 @@ def loaded(name: str) -> Results:
 
 
 def measured(name: str) -> str:
-    """The tables of docs/measurements/eval-NAME.json; over budgets a chart, too."""
+    """The tables of docs/measurements/eval-NAME.json; for `budgets` with a chart."""
     results = loaded(name)
     about = f"Machine: {machine_text(results.machine, None, None)}"
     text = f"{results.to_text()}\n{about}\n"
@@ -56,7 +56,7 @@ def measured(name: str) -> str:
 
 
 def bars() -> str:
-    """What the project holds itself to beside what was measured, by the nearest other methods."""
+    """Table of the project's bounds with the measured figures, by the nearest other methods."""
     close, busy, budgets, smooth = map(loaded, ("close", "busy", "budgets", "smooth"))
     recipe = next(one for one in close.results if one.name == "recipe")
     kept = recipe.overall.retention
@@ -100,7 +100,7 @@ def bars() -> str:
 
 
 def against(results: Results) -> Sequence[Result]:
-    """What the recipe is compared with: all but TRIO's own."""
+    """Results that the recipe is compared with: all but TRIO's own."""
     return [
         one
         for one in results.results
@@ -114,7 +114,7 @@ def difference(one: Result) -> Estimate:
 
 
 def verdict(one: Result) -> str:
-    """Whether the recipe is above, by the interval."""
+    """Whether the recipe is above, below or level, by the interval."""
     found = difference(one)
     return "above" if found.low > 0 else "below" if found.high < 0 else "level"
 
@@ -127,7 +127,7 @@ def points(one: Result, results: Results) -> str:
 
 
 def bench() -> None:
-    """Measure what the tiny bundle costs: docs/measurements/bench-tiny*.{json,md,svg}."""
+    """Measure the cost of the tiny bundle: docs/measurements/bench-tiny*.{json,md,svg}."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "tiny"
         export_model("tiny", bundle, progress=False)
@@ -138,7 +138,7 @@ def bench() -> None:
 
 
 def cost(name: str) -> str:
-    """Table and chart of docs/measurements/NAME.json, which are written beside it anew."""
+    """Table and chart of docs/measurements/NAME.json, which are also written next to it."""
     result = json.loads((MEASURED / f"{name}.json").read_text(encoding="utf-8"))
     write(result, MEASURED / name, bench_chart(result))
     text = to_markdown(result, result["command"], f"measurements/{name}.svg")
@@ -146,13 +146,13 @@ def cost(name: str) -> str:
     if (result["load_before"] or 0) > IDLE:
         text = (
             f"**Other work ran on the machine** (load average {result['load_before']:.1f} before): "
-            f"seconds may be too many, and ratios off.\n\n{text}"
+            f"times may be too long, and ratios wrong.\n\n{text}"
         )
     return text
 
 
 def arithmetic() -> str:
-    """The paper's figures beside what `trio plan` counts, where no weights are needed."""
+    """Table of the paper's figures and those of `trio plan`, which needs no weights."""
     lines = [
         "| model | what | ours, pruned | the paper's | ours, unpruned | the paper's |",
         "|---|---|---|---|---|---|",

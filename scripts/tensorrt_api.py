@@ -1,9 +1,9 @@
-"""Which names do TensorRT's Python bindings have, version by version?
+"""List the names in TensorRT's Python bindings, per version.
 
-The bindings are on PyPI for every version, the libraries behind them for few, and those are large.
-Classes, methods and enumerations are the bindings' own, though: with empty libraries in place of
-TensorRT's, which a C compiler makes, the bindings load, and their names can be read off. Nothing of
-TensorRT runs here, and no GPU is needed.
+PyPI has the bindings of every version, but the libraries they load only of a few, and those are
+large. Classes, methods and enumerations are defined by the bindings themselves: with empty
+libraries from a C compiler in place of TensorRT's, the bindings load and their names can be read.
+No TensorRT code runs here, and no GPU is needed.
 
     python scripts/tensorrt_api.py --bindings /tmp/bindings      # download and read again
 
@@ -25,7 +25,7 @@ from pathlib import Path
 
 OUT = Path(__file__).parent.parent / "tests" / "runtimes" / "tensorrt" / "tensorrt_api.json"
 
-#: The first and last of each kind that the adapter tells apart, and JetPack 6's two.
+#: The first and last version of each kind that the adapter distinguishes, and JetPack 6's two.
 WHEELS = (
     "tensorrt_bindings==8.6.1",
     "tensorrt-cu12-bindings==10.0.1",
@@ -41,7 +41,7 @@ CLASSES = (
     "ParserError PreviewFeature TacticSource LayerType DataType ILogger Runtime ICudaEngine "
     "IExecutionContext ExecutionContextAllocationStrategy TensorIOMode TensorLocation"
 ).split()
-# What the bindings take from the libraries; those of 8 have C++ names.
+# Symbols that the bindings import from the libraries; those of version 8 have C++ names.
 _STUBS = """
 #define STUB(name) void *name(void) { return 0; }
 STUB(createInferBuilder_INTERNAL) STUB(createInferRefitter_INTERNAL)
@@ -66,7 +66,7 @@ print(json.dumps([trt.__version__, names]))
 
 
 def main() -> None:
-    """Download, read, write."""
+    """Download the bindings, read their names and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bindings", type=Path, help="keep the bindings here, one folder each")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def download(wheel: str, folder: Path) -> Path:
-    """The bindings of one version, unpacked, with libraries that let them load."""
+    """Unpack the bindings of one version, with empty libraries so that they load."""
     name, _, version = wheel.partition("==")
     place = folder / version
     if not place.is_dir():
@@ -116,7 +116,7 @@ def download(wheel: str, folder: Path) -> Path:
 
 
 def environment(place: Path) -> dict[str, str]:
-    """In which `import tensorrt_bindings` finds what `download` unpacked."""
+    """Environment in which `import tensorrt_bindings` finds what `download` unpacked."""
     return {**os.environ, "PYTHONPATH": str(place), "LD_LIBRARY_PATH": str(place / "lib")}
 
 

@@ -5,15 +5,15 @@
 Three stages, each resumable (run the same command again) and each with fixed seeds and step counts:
 
 data    scenes, dense patch labels and questions into uint8 arrays under --work
-tower   the vision tower alone says for every patch what lies there (a stand-in for CLIP's
-        pre-training); its features are then cached
+tower   the vision tower alone classifies every patch (a stand-in for CLIP's pre-training); its
+        features are then cached
 lm      projector and language model on questions, first with half of the layers; the other half is
-        then slipped in between as identities, which leaves the function as it was, and trained
+        then inserted in between as identities, which leaves the function unchanged, and trained
 
-All questions about a picture share one sequence: each sees the picture and itself, and its
-positions go on right after the picture, so training sees what `generate` will see. At the end
-held-out scenes are answered through the saved folder, with transformers' own processor and
-`generate`, and the model card is written from what was measured.
+All questions about a picture share one sequence: each attends to the picture and itself, and its
+positions continue right after the picture, so inputs are those of `generate`. At the end held-out
+scenes are answered through the saved folder, with transformers' own processor and `generate`, and
+the model card is written from the measurements.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ HEADS = {
     "kind": len(scenes.TEXTURES) + len(scenes.SHAPES) + len(scenes.DISTRACTORS) + 1,
     "colour": 1 + len(scenes.COLOURS) + len(scenes.DISTRACTOR_COLOURS),
     "digit": 11,
-    "part": 1 + 9 + 4,  # where in a shape's 3 x 3 patches, which place on the plate
+    "part": 1 + 9 + 4,  # place among a shape's 3 x 3 patches, or on the plate
     "row": 16,
     "column": 16,
 }
@@ -82,7 +82,7 @@ _COLOURS = ["", *scenes.COLOURS, *scenes.DISTRACTOR_COLOURS]
 
 
 def patch_labels(scene: scenes.Scene) -> np.ndarray:
-    """[16,16,6]: a class a patch for each of HEADS."""
+    """Class of each patch per head of HEADS, [16,16,6]."""
     out = np.zeros((16, 16, 6), np.uint8)
     out[..., 0] = scene.textures.repeat(4, 0).repeat(4, 1)
     out[..., 4], out[..., 5] = np.mgrid[0:16, 0:16]
@@ -105,7 +105,7 @@ def patch_labels(scene: scenes.Scene) -> np.ndarray:
 
 
 def pairs_present(scene: scenes.Scene) -> np.ndarray:
-    """[48]: which pairs of colour and shape are in the picture; what CLS has to say."""
+    """Whether each pair of colour and shape is in the picture, [48]: the target of CLS."""
     out = np.zeros((len(scenes.COLOURS), len(scenes.SHAPES)), np.uint8)
     for s in scene.shapes:
         out[list(scenes.COLOURS).index(s.colour), scenes.SHAPES.index(s.name)] = 1
@@ -113,7 +113,7 @@ def pairs_present(scene: scenes.Scene) -> np.ndarray:
 
 
 def encode(question: scenes.Question) -> tuple[np.ndarray, np.ndarray]:
-    """Input tokens and targets [WIDTH]; the target is PAD wherever nothing is to be learned."""
+    """Input tokens and targets [WIDTH]; a target of PAD is not trained on."""
     asked = words(question.text + " ASSISTANT:")
     said = words(question.answer)
     ids, target = np.full(WIDTH, PAD, np.uint8), np.full(WIDTH, PAD, np.uint8)
@@ -266,7 +266,7 @@ def log(**values) -> None:
 
 
 def dense_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Mean cross-entropy over heads; ground weighs a fifth of a thing. Accuracies on things."""
+    """Mean cross-entropy over heads, with weight 0.2 for ground; and accuracies on things."""
     thing = (labels[..., 0] >= len(scenes.TEXTURES)).float().flatten()
     weight = thing + 0.2 * (1 - thing)
     loss, right = 0.0, {}
@@ -288,7 +288,7 @@ def dense_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]
 
 
 def train_tower(work: Path, data: dict, model: Llava, steps: int) -> nn.ModuleList:
-    """The tower, trained on patch labels; returns it with its heads (needed only to look at)."""
+    """Train the tower on patch labels; return it with its heads, which only measuring uses."""
     tower = model.model.vision_tower
     heads = nn.Linear(HIDDEN, sum(HEADS.values()))
     cls_head = nn.Linear(HIDDEN, 48)
@@ -346,7 +346,7 @@ def cache_features(work: Path, data: dict, tower: nn.Module) -> np.ndarray:
 PREFIX = 2 + PATCHES  # <s>, "USER:" and the picture
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     one, two = x.chunk(2, -1)
     return x * cos + torch.cat([-two, one], -1) * sin
 
@@ -354,7 +354,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def block_layer(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """One Llama layer over a picture and its questions, [B, PREFIX + questions * WIDTH, d].
 
-    Causal, except that no question sees another one.
+    Attention is causal, and no question attends to another one.
     """
     b, s, _ = x.shape
     n = (s - PREFIX) // WIDTH
@@ -363,7 +363,7 @@ def block_layer(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor
         p(h).view(b, s, -1, att.head_dim).transpose(1, 2)
         for p in (att.q_proj, att.k_proj, att.v_proj)
     )
-    q, k = _turn(q, cos, sin).to(v.dtype) * att.scaling, _turn(k, cos, sin).to(v.dtype)
+    q, k = _rotate(q, cos, sin).to(v.dtype) * att.scaling, _rotate(k, cos, sin).to(v.dtype)
     heads = q.shape[1]
     later = torch.ones(PREFIX, PREFIX, dtype=torch.bool).triu(1)
     kp, vp = k[:, :, :PREFIX], v[:, :, :PREFIX]
@@ -374,9 +374,9 @@ def block_layer(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor
     own = qq.reshape(b, heads, n, WIDTH, -1) @ kq.reshape(b, heads, n, WIDTH, -1).transpose(3, 4)
     own = own.float().masked_fill(later[:WIDTH, :WIDTH], -1e9).view(b, heads, n * WIDTH, WIDTH)
     a = torch.softmax(torch.cat([(qq @ kp.transpose(2, 3)).float(), own], -1), -1).to(v.dtype)
-    seen, own = a.split([PREFIX, WIDTH], -1)
+    prefix, own = a.split([PREFIX, WIDTH], -1)
     own = own.reshape(b, heads, n, WIDTH, WIDTH) @ vq.reshape(b, heads, n, WIDTH, -1)
-    asked = seen @ vp + own.view(b, heads, n * WIDTH, -1)
+    asked = prefix @ vp + own.view(b, heads, n * WIDTH, -1)
 
     x = x + att.o_proj(torch.cat([picture, asked], 2).transpose(1, 2).reshape(b, s, -1))
     mlp, h = layer.mlp, layer.post_attention_layernorm(x)
@@ -386,7 +386,7 @@ def block_layer(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor
 def block_forward(
     model: Llava, features: Tensor, ids: Tensor, step=block_layer
 ) -> tuple[Tensor, Tensor]:
-    """features [B,256,d], ids [B,questions,WIDTH] -> logits [B,questions,WIDTH,V], projected."""
+    """Logits [B,questions,WIDTH,V] and projected features, from features [B,256,d] and ids."""
     b, n = ids.shape[:2]
     text = model.model.language_model
     projected = model.model.multi_modal_projector(features)
@@ -402,7 +402,7 @@ def block_forward(
 
 
 def word_targets(labels: np.ndarray) -> Tensor:
-    """Patch labels [B,16,16,6] -> [B,256,V], the words that name what lies at a patch."""
+    """Words that name the thing at each patch, [B,256,V], from patch labels [B,16,16,6]."""
     flat = torch.from_numpy(labels).flatten(1, 2).long()
     out = torch.zeros(*flat.shape[:2], len(VOCAB))
     kind = flat[..., 0] - len(scenes.TEXTURES)
@@ -423,13 +423,16 @@ _GROUPS = {"shape": scenes.SHAPES, "colour": list(scenes.COLOURS), "digit": list
 def cue_loss(
     logits: Tensor, ids: Tensor, targets: Tensor, named: Tensor, labels: Tensor, pairs: bool
 ) -> Tensor:
-    """At a colour or shape word of a question, what else is true of the things it fits.
+    """Loss of predicting, at a colour or shape word of a question, attributes of matching things.
 
-    "star" is to bring up the colours and digits of the stars: looking a word up in the picture,
-    without the second step of handing the find on to the answer. Without it this takes far longer
-    to emerge. With `pairs`, "star" after "red" brings up what the red star has, where it is, and
-    yes, or no if there is none; and "stars" brings up their number.
-    named [B,256,V] as of `word_targets`, labels [B,256,6].
+    At "star" the targets are the colours and digits of the stars: the model looks a word up in the
+    picture, without the second step of passing the result on to the answer. Without this loss that
+    takes far longer to emerge. With `pairs`, the targets at "star" after "red" are the red star's
+    attributes, its place, and yes, or no if there is none; and at "stars" their number.
+
+    Args:
+        named: [B,256,V] as from `word_targets`.
+        labels: [B,256,6], labels of the patches.
     """
     b, n, w = ids.shape
     named = named * (labels[..., 3] == 5)[..., None]  # each shape counts once
@@ -482,7 +485,7 @@ def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def correct(logits: Tensor, targets: Tensor) -> Tensor:
-    """[B,questions] bool: every token of the answer and its end, as greedy decoding has it."""
+    """Whether greedy decoding gives every token of the answer and its end, bool [B,questions]."""
     return ((logits.argmax(-1) == targets) | (targets == PAD)).all(-1)
 
 
@@ -500,7 +503,7 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, model: Llava, fast: bool = False) -> tuple[dict[str, float], np.ndarray]:
-        """Accuracy a kind, and right-or-wrong [scenes,questions]."""
+        """Accuracy per kind of question, and whether each answer is right [scenes,questions]."""
         right = []
         for f, ids, targets in zip(
             self.features.split(16), self.ids.split(16), self.targets.split(16), strict=True
@@ -512,7 +515,7 @@ class HeldOut:
 
 
 def grow(half: Llava) -> Llava:
-    """Twice the layers: after each one a copy that adds nothing yet (zero output matrices)."""
+    """Double the layers: each is followed by a copy with zero output matrices, an identity."""
     full = build_model(LAYERS)
     rest = {k: v for k, v in half.state_dict().items() if ".layers." not in k or "vision" in k}
     full.load_state_dict(rest, strict=False)
@@ -528,7 +531,7 @@ def grow(half: Llava) -> Llava:
 def train_lm(
     work: Path, data: dict, features: np.ndarray, model: Llava, name: str, steps: int, decay: bool
 ) -> Llava:
-    """Projector and language model on the cached features of the frozen tower."""
+    """Train projector and language model on the cached features of the frozen tower."""
     text, projector = model.model.language_model, model.model.multi_modal_projector
     trained = [*text.layers.parameters(), *projector.parameters()]
     matrices = [p for p in trained if p.ndim == 2]
@@ -552,8 +555,8 @@ def train_lm(
         asked = torch.from_numpy(data["questions"][rows, rng.integers(SETS, size=batch)])
         ids, targets = asked[:, :, 0].long(), asked[:, :, 1]
         with torch.autocast("cpu", torch.bfloat16):
-            seen = torch.from_numpy(features[rows]).float()
-            logits, projected = block_forward(model, seen, ids, step)
+            cached = torch.from_numpy(features[rows]).float()
+            logits, projected = block_forward(model, cached, ids, step)
             loss = total = answer_loss(logits, targets)
             named = word_targets(data["labels"][rows])
             if align:
@@ -628,7 +631,7 @@ def build_processor() -> LlavaProcessor:
 
 
 def save_folder(model: Llava, out: Path) -> None:
-    """The folder as transformers reads it: weights in fp16, processor, tokenizer, template."""
+    """Save the folder that transformers reads: weights in fp16, processor, tokenizer, template."""
     out.mkdir(parents=True, exist_ok=True)
     shipped = build_model(LAYERS)
     shipped.load_state_dict(model.state_dict())
@@ -651,8 +654,8 @@ def through_transformers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Answer each scene's questions with the saved folder's processor and `generate`.
 
-    Returns kinds and right-or-wrong, both [scenes,questions]. `blind` leaves the picture out: the
-    text-only floor.
+    Returns kinds and whether answers are right, both [scenes,questions]. `blind` leaves the picture
+    out, for the accuracy of guessing from the text.
     """
     model = Llava.from_pretrained(out, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(out, backend="pil")
@@ -702,7 +705,7 @@ def by_kind(kinds: np.ndarray, right: np.ndarray) -> dict[str, dict]:
 
 @torch.no_grad()
 def tower_accuracy(parts: nn.ModuleList, seeds: range) -> dict[str, float]:
-    """What the tower's heads say about things in unseen busy scenes, a patch each."""
+    """Accuracy of the tower's heads on patches with things in unseen busy scenes."""
     tower, heads, _ = parts
     made = [scenes.generate(s) for s in seeds]
     images = torch.from_numpy(np.stack([np.asarray(s.image) for s in made]))
@@ -718,7 +721,7 @@ def machine() -> str:
 
 
 def measure(work: Path, out: Path, parts: nn.ModuleList, model: Llava, count: int) -> dict:
-    """Everything the model card says."""
+    """Figures of the model card."""
     kinds, right = through_transformers(out, scenes.TEST_SEEDS[:count], "busy")
     block = HeldOut(scenes.TEST_SEEDS[:count], "busy", model.model.vision_tower).measure(model)[1]
     smooth = through_transformers(out, scenes.TEST_SEEDS[: count // 2], "smooth")

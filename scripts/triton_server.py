@@ -23,11 +23,11 @@ PROGRAM = Path(sys.executable).parent / "tritonserver"
 
 
 class TritonServer:
-    """`with TritonServer(repository, log) as server:` a server that answers, then ends.
+    """A context with a running server: `with TritonServer(repository, log) as server:`.
 
     Attributes:
-        http_port, grpc_port, metrics_port: free ones, on 127.0.0.1 alone.
-        process: the server; its python backend's processes are its descendants.
+        http_port, grpc_port, metrics_port: free ports, on 127.0.0.1 only.
+        process: the server; processes of its python backend are its descendants.
     """
 
     def __init__(
@@ -39,8 +39,10 @@ class TritonServer:
         wait_s: float | None = 180.0,
         program: Path = PROGRAM,
     ) -> None:
-        """Args:
-        wait_s: how long it may take to get ready; None does not wait.
+        """Choose ports and arguments.
+
+        Args:
+            wait_s: maximum seconds until the server is ready; None: do not wait.
         """
         self.log = log
         self._wait_s = wait_s
@@ -89,7 +91,7 @@ class TritonServer:
         self.stop()
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Raises RuntimeError, with the end of the log, unless all models get ready in time."""
+        """Wait for all models; RuntimeError with the end of the log if one is not ready in time."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -111,7 +113,7 @@ class TritonServer:
             connection.close()
 
     def metrics(self) -> dict[str, float]:
-        """Every line of the metrics endpoint: name with labels → value."""
+        """Metrics of the endpoint: name with labels → value."""
         lines = self.get("/metrics", self.metrics_port)[1].splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
@@ -133,7 +135,7 @@ class TritonServer:
         return found
 
     def shared_memory(self) -> list[Path]:
-        """What the server passes tensors to its models' processes through; their arguments say."""
+        """Files through which the server passes tensors to its models' processes."""
         arguments = []
         for pid in self.descendants():
             with contextlib.suppress(OSError):
@@ -151,10 +153,10 @@ class TritonServer:
         return total / 1024
 
     def stop(self, timeout_s: float = 45.0) -> int:
-        """Ends the server with SIGTERM, which lets it finish what it is doing.
+        """End the server with SIGTERM, so that it finishes its requests; kill it after `timeout_s`.
 
         Returns:
-            Its exit status; what does not end in time is killed.
+            Its exit status.
         """
         family, shared = self.descendants(), self.shared_memory()
         if self.process.poll() is None:
@@ -164,7 +166,7 @@ class TritonServer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-            for pid in family:  # which would notice by themselves, but only in a while
+            for pid in family:  # they would end by themselves, but later
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
             for region in shared:

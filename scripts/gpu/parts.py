@@ -1,9 +1,9 @@
-"""The parts of the GPU check, each in a process of its own: what one does cannot take others along.
+"""The parts of the GPU check, each in a process of its own, so that a crash ends only one.
 
     python -m scripts.gpu.parts PART --settings FILE --result FILE
 
-Run by scripts/gpu_check.py. What was found is in the result file as soon as it is known, and with
-it what is being done, so that a process that dies leaves both.
+Run by scripts/gpu_check.py. The result file always holds the results so far and the current step,
+so that both remain if the process ends.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.gpu.report import NEW_TOKENS, judge, slug
+from scripts.gpu.report import NEW_TOKENS, slug, speed_bounds
 
 ROOT = Path(__file__).parent.parent.parent
-#: What the oracle, transformers and the export are made of, by the names they are imported under.
+#: Modules that the oracle, transformers and the export need.
 TORCH_NEEDS = (
     *("torch", "transformers", "safetensors", "numpy", "onnx", "onnx_ir", "onnxscript"),
     *("onnxruntime", "ml_dtypes", "PIL", "tokenizers", "jinja2", "yaml", "msgspec"),
     *("huggingface_hub", "tqdm"),
 )
-#: Bytes that are copied to measure the bandwidth of memory.
+#: Bytes copied to measure the bandwidth of memory.
 COPIED = 1 << 30
-#: What a bundle and what is found of it depend on, beside the model's own content.
+#: Files that a bundle and its results depend on, in addition to the model's content.
 _SOURCES = ("trio_deploy/**/*.py", "export/*.yaml")
-#: Beside a bundle: what it was made of, and a name for this one export.
+#: File next to a bundle with its inputs and an id of the export.
 _MARK = "exported.json"
 _TARGET = """
 description: the GPU of this check
@@ -59,13 +59,14 @@ dtype: {dtype}
 
 
 class Result:
-    """What a part has found, on disk at every step.
+    """Results of a part, written to disk at every step.
 
     Attributes:
         checks: name → passed, text and figures.
-        figures: for the report's JSON.
-        of: the bundle and engines that all this is of, as `made` has it.
-        now: what is being done.
+        figures: figures for the report's JSON.
+        crashed: steps that ended the process.
+        of: checksum of the bundle and engines that the results are about, from `made`.
+        now: current step.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,13 +79,13 @@ class Result:
         self.now = ""
 
     def note(self, name: str, passed: bool, text: str, **figures: Any) -> None:
-        """One line of the report."""
+        """Add a line of the report."""
         self.checks[name] = {"passed": bool(passed), "text": text, **figures}
         print(f"{'ok  ' if passed else 'FAIL'} {name}: {text}", flush=True)
         self.save()
 
     def failed(self, name: str, error: Exception) -> None:
-        """An exception, with its traceback where it is none of ours."""
+        """Add a line for an exception, with the traceback of one that is not a TrioError."""
         from trio_deploy import TrioError
 
         if isinstance(error, TrioError):
@@ -96,17 +97,17 @@ class Result:
         self.note(name, False, text[:1000], traceback=trace[-4000:])
 
     def doing(self, what: str) -> None:
-        """Names what would be to blame if the process ended now."""
+        """Set the current step, which is reported if the process ends."""
         self.now = what
         print(f"     {what} …", flush=True)
         self.save()
 
     def has(self, name: str) -> bool:
-        """Whether an earlier process of this part found `name` to hold."""
+        """Whether the check `name` has passed, in an earlier process of this part too."""
         return bool(self.checks.get(name, {}).get("passed"))
 
     def save(self, done: bool = False) -> None:
-        """Write what there is; `done`: nothing is to come."""
+        """Write the results so far; `done`: they are complete."""
         content = {
             "checks": self.checks,
             "figures": self.figures,
@@ -121,7 +122,7 @@ class Result:
 
 
 class Part:
-    """What the parts share.
+    """Settings and methods of all parts.
 
     Args:
         settings: what `gpu_check.Check.run` writes to settings.json: folders, the command line's
@@ -139,7 +140,7 @@ class Part:
     # ------------------------------------------------------------------------------- the hosts
 
     def run_host(self) -> None:
-        """The GPU, TensorRT and what else its Python needs; the bandwidth of the GPU's memory."""
+        """Look up GPU, TensorRT and other modules; measure the bandwidth of the GPU's memory."""
         from trio_deploy.bench.environment import machine
         from trio_deploy.runtimes.tensorrt import bindings as adapter
         from trio_deploy.runtimes.tensorrt.device import Device
@@ -167,7 +168,7 @@ class Part:
         self.result.note("host", True, f"{gpu.name}, TensorRT {tensorrt.version}")
 
     def run_torch_host(self) -> None:
-        """What the Python with torch has, and whether torch sees the GPU."""
+        """Look up the modules of the Python with torch, and whether torch finds the GPU."""
         missing = [name for name in TORCH_NEEDS if importlib.util.find_spec(name) is None]
         self.result.figures["missing"] = missing
         if missing:
@@ -192,7 +193,7 @@ class Part:
     # ------------------------------------------------------------------------------- the parts
 
     def run_tests(self) -> None:
-        """pytest -m gpu."""
+        """Run pytest -m gpu."""
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests/gpu"]
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         print(out.stdout, out.stderr, flush=True)
@@ -201,7 +202,7 @@ class Part:
         self.result.note("pytest -m gpu", out.returncode == 0 and "passed" in last, last)
 
     def run_tiny(self, dtype: str, layout: str) -> None:
-        """The trained tiny model's engines, against the oracle and ONNX Runtime."""
+        """Compare the tiny model's engines with the oracle and ONNX Runtime."""
         from trio_deploy.bench.contenders import torch_model
         from trio_deploy.verify import check as parity
 
@@ -227,19 +228,19 @@ class Part:
             against = "the oracle and ONNX Runtime"
         self.note_rows(name, rows, against)
         if missing and self.torch_python:
-            self.result.note(f"{name}, oracle", False, f"the oracle was not asked: {missing}")
+            self.result.note(f"{name}, oracle", False, f"the oracle did not run: {missing}")
 
     def _record(self, path: Path) -> str:
-        """Have torch's Python write the oracle's tensors into a bundle; else why not."""
+        """Record the oracle's tensors in a bundle with torch's Python; "", or why that failed."""
         if not self.torch_python:
-            return "torch is left out"
+            return "torch is skipped"
         command = [self.torch_python, "-m", "scripts.gpu.parts", "golden", "--bundle", str(path)]
         out = subprocess.run(command, cwd=ROOT, env=host_env(), capture_output=True, text=True)
         print(out.stdout, out.stderr, flush=True)
         return "" if out.returncode == 0 else _last_line(out.stderr)
 
     def run_export(self) -> None:
-        """The 7B model with random weights, as graphs and a target for this GPU."""
+        """Export the 7B model with random weights, for a target of this GPU."""
         from trio_deploy.bench import synthetic
 
         name, config, preprocessing = synthetic.model_of(self.size)
@@ -253,7 +254,7 @@ class Part:
         synthetic.write_checkpoint(checkpoint, config, preprocessing, dtype="float16")
         written.write_text(json.dumps(made_of))
         weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-        # Weights twice on the device where there is room: a decode engine of its own is faster.
+        # A separate decode engine is faster, if the device has room for the weights twice.
         roomy = self.host.get("free_gib", 0) * 2**30 > 3 * weights
         layout = "separate" if roomy or self.dialect == "onnx" else "shared"
         self.result.doing("graphs")
@@ -264,7 +265,7 @@ class Part:
         self.result.note("export", True, f"{name}, {', '.join(bundle.stages)}")
 
     def run_build(self) -> None:
-        """The 7B model's engines, one after another: one that fails keeps none from being built."""
+        """Build the 7B model's engines one after another; a failure does not stop the others."""
         bundle, target = self.large()
         for stage in bundle.stages:
             name = f"build {stage}"
@@ -280,7 +281,7 @@ class Part:
                 self.result.failed(name, error)
 
     def run_parity(self) -> None:
-        """The 7B model's engines against ONNX Runtime, which takes minutes on a CPU."""
+        """Compare the 7B model's engines with ONNX Runtime, which takes minutes on a CPU."""
         bundle, _ = self.large()
         for stage in bundle.stages:
             name = f"{self.host['large']['name']} {stage} parity"
@@ -293,7 +294,7 @@ class Part:
                 self.result.failed(name, error)
 
     def run_times(self) -> None:
-        """Times of the 7B model, and the bounds on them."""
+        """Measure the 7B model and compare its speed with the bounds."""
         from trio_deploy import RuntimeOptions
         from trio_deploy.bench.measure import UNPRUNED, BenchOptions, measure
 
@@ -312,13 +313,13 @@ class Part:
         pruned = next(case for name, case in cases.items() if name != UNPRUNED)
         bounds = self.size == "llava-next-7b"
         bandwidth = 1e9 * self.host["copy_gb_per_s"]
-        for name, passed, text, value in judge(
+        for name, passed, text, value in speed_bounds(
             cases[UNPRUNED], pruned, _decode_bytes(bundle), bandwidth
         ):
             self.result.note(name, passed or not bounds, text, value=value)
 
     def run_torch(self) -> None:
-        """torch on the same GPU: transformers unpruned, and the oracle's autograd pruning."""
+        """Measure torch on the same GPU: transformers unpruned, and the oracle by autograd."""
         import torch
 
         from trio_deploy.bench.case import Case
@@ -353,17 +354,17 @@ class Part:
                 self.result.note(f"torch, {kind}", device == "cuda", text)
             except Exception as error:
                 self.result.failed(f"torch, {kind}", error)
-            answer = None  # its weights, before the next one's
+            answer = None  # frees its weights before the next contender
 
     # --------------------------------------------------------------------------------- helpers
 
     def bundle(
         self, model: Any, dtype: str, layout: str, *, link: bool, **limits: int
     ) -> tuple[Any, Path]:
-        """A bundle for this GPU, exported where it is not there yet; its target's file.
+        """A bundle for this GPU, exported if missing, and its target's file.
 
         Args:
-            link: its weights are the checkpoint's files.
+            link: hard-link the checkpoint's files instead of copying weights.
         """
         from trio_deploy import Bundle, export_model
         from trio_deploy.evaluation.configurations import Source
@@ -402,7 +403,7 @@ class Part:
         if known != {**made_of, "export": known.get("export")} or not place.is_dir():
             mark.unlink(missing_ok=True)
             engines, aside = place / "engines", folder / "engines"
-            if engines.is_dir() and not aside.is_dir():  # those that still fit are not built again
+            if engines.is_dir() and not aside.is_dir():  # engines that still fit are kept
                 engines.rename(aside)
             export_model(
                 model,
@@ -429,7 +430,7 @@ class Part:
         return Bundle.load(Path(paths["bundle"])), Path(paths["target"])
 
     def build(self, bundle: Any, target: Path, stages: Sequence[str] | None = None) -> None:
-        """Engines of a bundle that are not there yet, each with its first run."""
+        """Build a bundle's missing engines, each with its first run."""
         from trio_deploy.runtimes.registry import load_target
         from trio_deploy.runtimes.tensorrt import bindings as adapter
         from trio_deploy.runtimes.tensorrt.build import build_engines
@@ -452,7 +453,7 @@ class Part:
             built[stage] = {"seconds": entry.seconds, "bytes": entry.bytes}
 
     def engines(self, bundle: Any, stages: Sequence[str]) -> list[Any]:
-        """Engines of a bundle against ONNX Runtime, at three shapes a profile."""
+        """Compare a bundle's engines with ONNX Runtime, at three shapes per profile."""
         from trio_deploy.runtimes.onnxruntime import OrtRuntime
         from trio_deploy.runtimes.tensorrt.runtime import TrtRuntime, engine_folder
         from trio_deploy.verify.compare import TOLERANCES
@@ -469,7 +470,7 @@ class Part:
         )
 
     def note_rows(self, name: str, rows: Sequence[Any], against: str) -> None:
-        """A comparison's result in one line."""
+        """Add a line for a comparison's rows."""
         failed = [row for row in rows if not row.passed]
         worst = max((row.max_rel for row in rows), default=0.0)
         text = f"{len(rows)} comparisons with {against}, largest relative difference {worst:.1e}"
@@ -481,7 +482,7 @@ class Part:
 
 
 def bandwidth(device: Any) -> float:
-    """Bytes a second that a copy within the GPU's memory reads and writes; none of it is kept."""
+    """Bytes read and written per second by a copy in the GPU's memory, which is freed again."""
     size = min(COPIED, device.memory()[0] // 4)
     source, target = (device.empty((size,), "bool", "a copy") for _ in range(2))
     best = float("inf")
@@ -500,8 +501,8 @@ def _decode_bytes(bundle: Any) -> int:
 
     text = bundle.config.text
     if bundle.manifest.decode == "separate":
-        table = 2 * text.vocab_size * text.hidden_size  # of float16
-        table *= not text.tie_word_embeddings  # the head's own weights, then
+        table = 2 * text.vocab_size * text.hidden_size  # bytes in float16
+        table *= not text.tie_word_embeddings  # tied: the head reads the table
         return int(weight_bytes(bundle, "decode") - table)
     segments = [stage.name for stage in bundle.of_kind("prefill")]
     return sum(weight_bytes(bundle, stage) for stage in segments)
@@ -517,7 +518,7 @@ def _sources() -> str:
 
 
 def made(bundle: Path) -> str:
-    """Tells this export of a bundle, with the engines it has now, from all others."""
+    """Checksum that identifies this export of a bundle with its present engines."""
     digest = hashlib.sha256()
     mark = bundle.parent / _MARK
     digest.update(mark.read_bytes() if mark.is_file() else b"")
@@ -530,7 +531,7 @@ def made(bundle: Path) -> str:
 
 
 def host_env() -> dict[str, str]:
-    """The environment before scripts/gpu_check.sh put another Python into it: torch's."""
+    """The environment of torch's Python, without the changes of scripts/gpu_check.sh."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONHOME"}
     for name in ("LD_LIBRARY_PATH", "PYTHONPATH"):
         before = env.pop(f"TRIO_HOST_{name}", None)
@@ -541,11 +542,11 @@ def host_env() -> dict[str, str]:
 
 
 def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it said nothing"])[-1]
+    return (text.strip().splitlines() or ["no message"])[-1]
 
 
 def steps(part: Part, name: str) -> Callable[[], None]:
-    """What a part's name means."""
+    """Function that runs the part of this name."""
     if name.startswith("tiny "):
         _, dtype, layout = name.split()
         return lambda: part.run_tiny(dtype, layout)
@@ -554,7 +555,7 @@ def steps(part: Part, name: str) -> Callable[[], None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """One part; what fails in it is in its result, and the status is 0."""
+    """Run one part; failures are in its result, and the exit status is 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part")
     parser.add_argument("--settings", type=Path)

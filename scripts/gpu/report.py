@@ -1,4 +1,4 @@
-"""What the GPU check found: the bounds on speed, and the page that says what holds."""
+"""Results of the GPU check: the bounds on speed, and the page of all results."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 NEW_TOKENS = 64
 
 
-def judge(
+def speed_bounds(
     unpruned: dict[str, Any], pruned: dict[str, Any], decode_bytes: int, bandwidth: float
 ) -> list[tuple[str, bool, str, float]]:
-    """The bounds on speed: name, whether it holds, what was found, its value.
+    """Compare speeds with their bounds: name, whether it is met, the figure as text, its value.
 
     Args:
         unpruned, pruned: cases of `trio bench`'s JSON, generating `NEW_TOKENS` tokens.
-        decode_bytes: of weights that a decode step reads.
-        bandwidth: bytes a second of a copy, read and written.
+        decode_bytes: bytes of the weights that a decode step reads.
+        bandwidth: bytes read and written per second of a copy.
     """
 
     def whole(case: dict[str, Any]) -> float:
@@ -40,15 +40,15 @@ def judge(
         (
             "decode",
             step <= 1.15 * floor,
-            f"{1e3 * step:.2f} ms a token, {step / floor:.2f} times the {1e3 * floor:.2f} ms that "
-            "reading the weights takes at the bandwidth of a copy (bound 1.15)",
+            f"{1e3 * step:.2f} ms per token, {step / floor:.2f} times the {1e3 * floor:.2f} ms "
+            "that reading the weights takes at the bandwidth of a copy (bound 1.15)",
             step / floor,
         ),
     ]
 
 
 def to_markdown(found: dict[str, Any]) -> str:
-    """The report, of as much as there is yet."""
+    """The report in Markdown, of the results so far."""
     about = [f"Compute capability {found['compute_capability']}"] * ("compute_capability" in found)
     if "driver" in found:
         about.append(f"CUDA {found['driver']} by its driver, {found['memory_gib']} GiB")
@@ -92,7 +92,7 @@ def to_markdown(found: dict[str, Any]) -> str:
 
 
 def slug(name: str) -> str:
-    """A GPU's name for a file: nvidia-h200."""
+    """A GPU's name in file names, such as nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

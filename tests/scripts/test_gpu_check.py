@@ -15,7 +15,7 @@ import pytest
 
 from scripts import gpu_check
 from scripts.gpu import parts
-from scripts.gpu.report import judge
+from scripts.gpu.report import speed_bounds
 from tests.support.fakes.tensorrt.install import install
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def test_the_report_is_of_earlier_calls_too_but_not_of_other_engines(
     next((tmp_path / "work").rglob("decode.engine")).unlink()
     assert run(script, tmp_path, "--only", "build", "--only", "parity") == 0
     said = capsys.readouterr().out
-    assert "earlier times: of other engines" in said
+    assert "earlier times is not used: it is of other engines" in said
     assert "kept parity" not in said
     assert "times" not in report(tmp_path)["parts"]
     assert "| no pruning | TensorRT |" not in page.read_text()
@@ -279,8 +279,8 @@ def case(prefill: float, selection: float, first: float, rate: float) -> dict[st
 
 def test_bounds_are_judged_on_both_sides() -> None:
     unpruned = case(0.45, 0.0, 0.5, 200.0)
-    fast = judge(unpruned, case(0.1, 0.005, 0.12, 300.0), 10**9, 300e9)
-    slow = judge(unpruned, case(0.2, 0.02, 0.3, 210.0), 10**9, 300e9)
+    fast = speed_bounds(unpruned, case(0.1, 0.005, 0.12, 300.0), 10**9, 300e9)
+    slow = speed_bounds(unpruned, case(0.2, 0.02, 0.3, 210.0), 10**9, 300e9)
     assert [name for name, *_ in fast] == ["prefill", "selection", "end to end", "decode"]
     assert all(passed for _, passed, *_ in fast)
     assert not any(passed for _, passed, *_ in slow)

@@ -326,7 +326,7 @@ def test_a_tensorrt_that_does_not_load_is_an_error(
     monkeypatch.delitem(sys.modules, "tensorrt")
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: no such file')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(TrioError, match="does not load: libnvinfer.so.10"):
+    with pytest.raises(TrioError, match="does not load .libnvinfer.so.10"):
         load()
 
 

@@ -175,8 +175,10 @@ class TensorRT:
         self.strongly_typed = self.release >= (10, 0)
         self.narrows_int64 = self.release < (10, 0)
         self.updates_in_place = self.release >= (10, 15)
-        self._messages: deque[str] = deque(maxlen=_REMEMBERED)
-        self._asked: deque[str] = deque(maxlen=_REMEMBERED)  # warnings of tactics without memory
+        self._messages: deque[str] = deque(maxlen=_MAX_MESSAGES)
+        self._requests: deque[str] = deque(
+            maxlen=_MAX_MESSAGES
+        )  # warnings of tactics without memory
         self._logs: list[Log] = []
         self._interrupts: list[BaseException] = []
         self.logger = _logger(module, self._say, self._interrupts)
@@ -445,8 +447,8 @@ class TensorRT:
     def _say(self, severity: str, message: str) -> None:
         if severity in ("INTERNAL_ERROR", "ERROR"):
             self._messages.append(message.strip())
-        if severity != "VERBOSE" and _ASKED.search(message):
-            self._asked.append(message.strip())
+        if severity != "VERBOSE" and _REQUEST.search(message):
+            self._requests.append(message.strip())
         for log in self._logs:
             log(severity, message)
 
