@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.batching import opened
+from tests.support.bundles import Bundles
 from tests.support.pictures import make_picture
 from tests.support.questions import COLOR, ask
 from trio_deploy import Pipeline, Request
@@ -15,8 +16,8 @@ from trio_deploy.pipeline.prefill import Clock
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    return opened(tmp_path_factory.mktemp("tiny"))
+def pipeline(bundles: Bundles) -> Pipeline:
+    return opened(bundles)
 
 
 def test_engines_of_one_capacity_need_all_of_it(

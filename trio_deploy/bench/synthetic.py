@@ -29,7 +29,6 @@ from trio_deploy.families import llava
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.clip_images import clip_processor_files
 from trio_deploy.families.registry import get_family, parse_config
-from trio_deploy.graphs.weights import canonical_tensors
 from trio_deploy.quant.stored_weight import Part
 from trio_deploy.runtimes.registry import default_target
 
@@ -238,6 +237,8 @@ def write_checkpoint(
 
 def _hub_parts(config: ModelConfig, dtype: str) -> list[Part]:
     """List every tensor by its name on the hub, those that no graph reads included."""
+    from trio_deploy.graphs.weights import canonical_tensors  # needs the extra `export`
+
     vision, read = config.vision, config.vision.feature_layers
     # As if features came from the last layer, so that the layers above the feature layer exist.
     whole = replace(vision, feature_layers=(*read[:-1], vision.num_layers))

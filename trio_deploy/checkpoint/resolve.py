@@ -61,7 +61,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         architecture = recipe.architecture or read_object(recipe.checkpoint / "config.json")
         preprocessing = recipe.preprocessing or image_settings(recipe.checkpoint)
         if architecture is None:
-            raise TrioError(f"{recipe.file}: `architecture` and `preprocessing` must be mappings.")
+            raise TrioError(f"{recipe.file}: `architecture` and `preprocessing` must be mappings")
         recipe = replace(recipe, architecture=architecture, preprocessing=preprocessing)
     try:
         config = parse_config(recipe.architecture)

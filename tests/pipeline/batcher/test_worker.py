@@ -98,6 +98,28 @@ def test_a_deadline_ends_an_answer_with_what_there_is(pipeline: Pipeline) -> Non
     assert known > 0 and answer.token_ids[:known] == whole.token_ids[:known]
 
 
+def test_an_answer_that_cannot_end_at_its_deadline_fails_alone(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = SequenceState.finish
+
+    def broken(row: SequenceState, reason: str) -> str:
+        if reason == "deadline":
+            raise ValueError("no text")
+        return finish(row, reason)
+
+    monkeypatch.setattr(SequenceState, "finish", broken)
+    request = Request(ask(COLOR), [scenes.generate(0).image], max_new_tokens=2000)
+    with Batcher(pipeline) as batcher:
+        started = threading.Event()
+        handle = batcher.submit(request, lambda event: started.set(), timeout_s=600)
+        assert started.wait(WAIT_S)
+        expire(batcher)
+        with pytest.raises(Failed, match="no text"):
+            handle.result(WAIT_S)
+        assert len(batcher.submit(SHORT).result(WAIT_S).token_ids) == 3
+
+
 def test_a_row_whose_prefill_fails_leaves_the_others_their_answers(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

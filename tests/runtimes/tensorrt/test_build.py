@@ -423,7 +423,7 @@ def test_a_disk_that_fills_up_leaves_no_half_engine(
     folder = bundle.path / "engines" / "test-gpu"
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(TrioError, match="vision.engine of 8 B: No space left.*is kept"):
+        with pytest.raises(TrioError, match="vision.engine of 8 B: No space left.*are kept"):
             builder.write_whole(bundle.path / "vision.engine", b"vision 1")
     assert not list(bundle.path.glob(".vision*")) and not folder.exists()
 

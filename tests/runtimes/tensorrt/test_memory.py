@@ -105,9 +105,9 @@ def test_what_is_kept_for_the_next_request_counts(seven_billion: dict[str, Fit])
     for each in seven_billion.values():
         for found in each.layouts:
             buffers = found.cache + found.tensors
-            assert buffers < buffers + found.kept < 1.3 * buffers
-            assert found.total > found.all_weights + found.activations + buffers + found.kept
-            assert found.to_json()["kept_for_the_next_request"] == found.kept
+            assert buffers < buffers + found.cached < 1.3 * buffers
+            assert found.total > found.all_weights + found.activations + buffers + found.cached
+            assert found.to_json()["kept_for_the_next_request"] == found.cached
 
 
 LARGE = [name for name in list_recipes() if name != "tiny"]
@@ -205,7 +205,7 @@ def test_a_plan_without_a_target_has_no_memory(capsys: pytest.CaptureFixture[str
     ("arguments", "says"),
     [
         (["--target", "cpu"], "the target cpu runs onnxruntime"),
-        (["--dtype", "float16"], "--dtype is of the engines on a --target"),
+        (["--dtype", "float16"], "--dtype is the float type of engines"),
         (["--target", "l4", "--dtype", "int4"], "unknown dtype 'int4'"),
         (["--target", "l5"], "no target called 'l5'.*did you mean 'l4'"),
     ],

@@ -117,6 +117,10 @@ def test_nothing_is_left_behind_when_writing_fails(bundle, tmp_path, monkeypatch
             Options(runtime=RuntimeOptions(runtime="openvino"), device="gpu"),
             "OpenVINO does not run on --device gpu",
         ),
+        (
+            Options(runtime=RuntimeOptions(provider="cuda")),
+            "--provider cuda does not run on --device cpu: pass --device gpu",
+        ),
         (Options(settings={"bundle": "/etc"}), "not a setting"),
         (Options(settings={"max_tokenz": "5"}), "max_tokenz"),
         (Options(settings={"max_tokens": "many"}), "max_tokens"),

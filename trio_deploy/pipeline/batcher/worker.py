@@ -167,7 +167,7 @@ class Worker:
                 row.finish_reason = "cancelled"
                 ended.append((row, Event(error=_cancelled())))
             elif job.entry.key in overdue:
-                ended.append((row, Event(text=row.finish("deadline"))))
+                ended.append((row, _overdue(row)))
         if ended:
             self._batch.release()
         for row, event in ended:
@@ -327,6 +327,15 @@ def _take(row: SequenceState, logits: np.ndarray) -> str | Exception:
     except Exception as error:
         row.finish_reason = "failed"
         return error
+
+
+def _overdue(row: SequenceState) -> Event:
+    """End an answer at its deadline; an error in its last text is its own, not the batch's."""
+    try:
+        return Event(text=row.finish("deadline"))
+    except Exception as error:
+        row.finish_reason = "deadline"  # so that the batch releases it
+        return Event(error=failed(error))
 
 
 def _cancelled() -> Cancelled:

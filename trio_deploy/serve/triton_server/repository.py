@@ -171,6 +171,13 @@ def _check_options(options: Options, runtime: str) -> None:
             f"{spec.title} does not run on --device {options.device}: pass --device "
             f"{' or '.join(spec.devices)}, or another --runtime"
         )
+    provider = options.runtime.provider
+    if provider is not None and provider != spec.devices[options.device]:
+        fitting = [device for device, known in spec.devices.items() if known == provider]
+        raise TrioError(
+            f"--provider {provider} does not run on --device {options.device}: pass --device "
+            f"{' or '.join(fitting) or options.device}, or leave --provider out"
+        )
 
 
 def _parameters(
