@@ -240,7 +240,7 @@ class Bundle:
 
     @cached_property
     def preprocessor(self) -> dict[str, Any]:
-        """preprocessor.json, what `models.preprocessing.Preprocessor.to_json` gave."""
+        """preprocessor.json, what `families.preprocessing.Preprocessor.to_json` gave."""
         return dict(self._json(PREPROCESSOR))
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from trio_deploy.config.options import RuntimeOptions
@@ -39,13 +40,13 @@ def add_runtime_options(command: argparse.ArgumentParser) -> None:
 
 
 def runtime_options(args: argparse.Namespace) -> RuntimeOptions:
-    """What the options of `add_runtime_options` say.
+    """Read the options of `add_runtime_options`, each into the field of its name.
 
     Raises:
         TrioError: a combination that cannot be had.
     """
     options = RuntimeOptions(
-        args.runtime, args.target, args.provider, args.precision, args.threads, args.low_memory
+        **{each.name: getattr(args, each.name) for each in fields(RuntimeOptions)}
     )
     check_options(options)
     return options
