@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.batching import SHORT, Gate, expire, waiting
+from tests.support.batching import SHORT, Gate, expire, unfinished, waiting
 from tests.support.questions import COLOR, alike, ask
 from tests.support.waiting import WAIT_S, wait_for
 from trio_deploy import Batcher, Pipeline, Request, TrioError
@@ -21,6 +21,7 @@ from trio_deploy.pipeline.batcher.events import (
     Event,
     Failed,
 )
+from trio_deploy.pipeline.sampling import Detokenizer
 from trio_deploy.pipeline.sequence import SequenceState
 
 
@@ -101,23 +102,27 @@ def test_a_deadline_ends_an_answer_with_what_there_is(pipeline: Pipeline) -> Non
 def test_an_answer_that_cannot_end_at_its_deadline_fails_alone(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = SequenceState.finish
-
-    def broken(row: SequenceState, reason: str) -> str:
-        if reason == "deadline":
-            raise ValueError("no text")
-        return finish(row, reason)
-
-    monkeypatch.setattr(SequenceState, "finish", broken)
     request = Request(ask(COLOR), [scenes.generate(0).image], max_new_tokens=2000)
+    shorter = replace(request, max_new_tokens=200)
+    flush, broken = Detokenizer.flush, [True]
+
+    def break_once(detokenizer: Detokenizer) -> str:
+        if broken and broken.pop():
+            raise ValueError("no text")
+        return flush(detokenizer)
+
     with Batcher(pipeline) as batcher:
-        started = threading.Event()
-        handle = batcher.submit(request, lambda event: started.set(), timeout_s=600)
-        assert started.wait(WAIT_S)
-        expire(batcher)
+        started = [threading.Event(), threading.Event()]
+        late = batcher.submit(request, lambda event: started[0].set(), timeout_s=600)
+        other = batcher.submit(shorter, lambda event: started[1].set(), timeout_s=600)
+        assert all(event.wait(WAIT_S) for event in started)
+        monkeypatch.setattr(Detokenizer, "flush", break_once)
+        (job,) = (job for job in unfinished(batcher) if job.handle is late)
+        job.entry = replace(job.entry, deadline=0.0)
+        batcher._queue.wake()
         with pytest.raises(Failed, match="no text"):
-            handle.result(WAIT_S)
-        assert len(batcher.submit(SHORT).result(WAIT_S).token_ids) == 3
+            late.result(WAIT_S)
+        assert len(other.result(WAIT_S).token_ids) == 200
 
 
 def test_a_row_whose_prefill_fails_leaves_the_others_their_answers(

@@ -334,7 +334,6 @@ def _overdue(row: SequenceState) -> Event:
     try:
         return Event(text=row.finish("deadline"))
     except Exception as error:
-        row.finish_reason = "deadline"  # so that the batch releases it
         return Event(error=failed(error))
 
 
