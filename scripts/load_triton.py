@@ -18,7 +18,6 @@ import asyncio
 import io
 import itertools
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -37,13 +36,14 @@ from trio_deploy import Bundle, Pipeline, Request, export_model
 from trio_deploy.bench.environment import load_average, machine, machine_text
 from trio_deploy.bench.measure import budget_name
 from trio_deploy.evaluation import scenes
+from trio_deploy.runtimes.cores import usable_cores
 from trio_deploy.serve.triton_server.repository import Options, read_settings, write_repository
 
 MODEL = "trio_vlm"
 #: For short answers of a small model on CPUs: a prefill for each core, in large batches.
 SETTINGS = {
     "threads": "1",
-    "prefillers": str(os.cpu_count() or 1),
+    "prefillers": str(usable_cores()),
     "prefill_rows": "8",
     "max_rows": "32",
 }

@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
 import time
 from pathlib import Path
 
@@ -44,6 +43,7 @@ from transformers import (
 from transformers import LlavaForConditionalGeneration as Llava
 
 from trio_deploy.evaluation import scenes
+from trio_deploy.runtimes.cores import usable_cores
 
 SCENES, SMOOTH_EVERY, SETS, ASKED = 24_000, 8, 4, 16
 TOWER_STEPS, TOWER_BATCH = 1600, 32
@@ -717,7 +717,7 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "CPU")
     threads = torch.get_num_threads()
-    return f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__} with {threads} threads"
+    return f"{cpu}, {usable_cores()} cores, torch {torch.__version__} with {threads} threads"
 
 
 def measure(work: Path, out: Path, parts: nn.ModuleList, model: Llava, count: int) -> dict:

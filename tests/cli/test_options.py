@@ -111,7 +111,8 @@ def test_the_options_become_one_struct() -> None:
         ("--runtime openvino --precision int8", "unknown precision 'int8' for OpenVINO: choose"),
         ("--provider gpu", "unknown provider 'gpu' for ONNX Runtime: choose cpu, cuda or"),
         ("--runtime onnxrutime", "unknown runtime 'onnxrutime' .did you mean 'onnxruntime'"),
-        ("--threads 0", "threads must be 1 or more, got 0"),
+        ("--threads 0", "threads must be 1 to 1024, got 0"),
+        ("--threads 1000000", "threads must be 1 to 1024, got 1000000"),
     ],
 )
 def test_what_cannot_be_had_is_one_sentence(given: str, says: str) -> None:

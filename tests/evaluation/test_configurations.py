@@ -112,6 +112,14 @@ def test_what_answers_is_named_by_model_target_runtime_and_schedule(source, tmp_
     assert len({identity(), *others}) == 1 + len(others)
 
 
+def test_a_model_is_exported_for_the_runtime_that_is_asked_for(tmp_path):
+    tiny = Source.open("tiny")
+    bundles = Bundles(tiny, tmp_path, RuntimeOptions("openvino", threads=1))
+    assert bundles.pipeline(unpruned(tiny)).bundle.manifest.target == "cpu-openvino"
+    with pytest.raises(TrioError, match="tensorrt has no target that suits every device: pass"):
+        Bundles(tiny, tmp_path, RuntimeOptions("tensorrt"))
+
+
 def test_methods_go_into_schedules(source):
     found, refused = grid(
         source,

@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from trio_deploy.runtimes.cores import usable_cores
+
 _PACKAGES = (
     "trio-deploy",
     "onnxruntime",
@@ -44,7 +46,7 @@ def machine(threads: int | None) -> dict[str, Any]:
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     return {
         "cpu": cpu,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "threads": threads,
         "memory_gib": memory,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",

@@ -20,7 +20,7 @@ def add_runtime_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target",
         help="name or file of the target, whose runtime and engines are used (default: the "
-        "bundle's, or cpu for a bundle that the command exports)",
+        "bundle's, or the runtime's own for a bundle that the command exports)",
     )
     group.add_argument(
         "--provider", help="ONNX Runtime's execution provider: cpu or cuda (default: the target's)"
@@ -30,7 +30,10 @@ def add_runtime_options(command: argparse.ArgumentParser) -> None:
         help="float type OpenVINO computes in: float32 or bfloat16 (default: the target's)",
     )
     group.add_argument(
-        "--threads", type=int, help="CPU threads per operator (default: the runtime's choice)"
+        "--threads",
+        type=int,
+        help="CPU threads per operator (default: the runtime's choice, within the cores that the "
+        "process may use)",
     )
     group.add_argument(
         "--low-memory",

@@ -22,7 +22,8 @@ class RuntimeOptions:
             exported for.
         provider: execution provider of ONNX Runtime, `cpu` or `cuda`.
         precision: float type that OpenVINO computes in, `float32` or `bfloat16`.
-        threads: CPU threads per operator; None: the runtime's choice.
+        threads: CPU threads per operator; None: the runtime's choice, within the cores that the
+            process may use.
         low_memory: keep weights in the page cache alone (ONNX Runtime; slower decode).
     """
 

@@ -39,7 +39,8 @@ class AskOptions:
     """How questions are asked.
 
     Attributes:
-        runtime: how bundles are run; bundles of a model are exported for its target, or `cpu`.
+        runtime: how bundles are run; bundles of a model are exported for its target, or
+            for the runtime's own.
         dtype: float type of exported bundles; None: the target's.
         batch: requests per batch.
         max_new_tokens: maximum length of an answer.

@@ -26,7 +26,7 @@ from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.files import sha256_of
 from trio_deploy.pipeline.pipeline import Pipeline
-from trio_deploy.runtimes.registry import load_target
+from trio_deploy.runtimes.registry import default_target, load_target
 from trio_deploy.schedule.budget import for_budget, solve
 from trio_deploy.schedule.methods import METHODS
 from trio_deploy.schedule.schedule import Schedule
@@ -374,7 +374,10 @@ class Bundles:
         self._dtype = dtype
         if isinstance(options.target, Target):
             raise TrioError("an evaluation exports for a target's name or file: pass one of them")
-        self._target_name = options.target or "cpu"
+        if options.target is None and source.bundle is None:  # one that the runtime can run
+            self._target_name: str | Path = default_target(options.runtime)
+        else:
+            self._target_name = options.target or "cpu"
         # The contents of a target's file, not its path.
         self._target = [_describe_target(source, self._target_name), dtype]
         self._open: tuple[str, Pipeline] | None = None

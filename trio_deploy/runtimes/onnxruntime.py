@@ -36,6 +36,7 @@ from trio_deploy.runtimes.base import (
     TensorSpec,
     check_feeds,
 )
+from trio_deploy.runtimes.cores import cores_to_name
 from trio_deploy.runtimes.mapped_weights import WeightMap
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -102,7 +103,7 @@ class OrtRuntime(HostRuntime):
         self.provider = _PROVIDERS.get((provider or "cpu").lower(), provider or "")
         self._check_available()
         _share_arena(self._ort)
-        self._threads = threads
+        self._threads = threads or cores_to_name()
         self._low_memory = low_memory
         self._weights = WeightMap()
         # One OrtValue per mapped tensor for all sessions, which do not keep it alive themselves.

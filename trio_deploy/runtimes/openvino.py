@@ -7,7 +7,6 @@ mapped from the bundle's files.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from trio_deploy.runtimes.base import (
     TensorSpec,
     check_feeds,
 )
+from trio_deploy.runtimes.cores import cores_to_name, usable_cores
 from trio_deploy.runtimes.openvino_passes import Passes
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
@@ -48,7 +48,7 @@ class OvRuntime(HostRuntime):
         self._core = openvino.Core()
         self._passes = Passes()
         self._precision = precision
-        self._threads = threads
+        self._threads = threads or cores_to_name()
         able = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bfloat16" and "BF16" not in able:
             raise TrioError(
@@ -95,7 +95,7 @@ class OvRuntime(HostRuntime):
                 self._passes.narrow_products(model)
             elif self._precision == "bfloat16":
                 model = self._passes.narrow_caches(model)
-            if self._precision == "bfloat16" and 1 in (self._threads, os.cpu_count()):
+            if self._precision == "bfloat16" and 1 in (self._threads, usable_cores()):
                 self._passes.unfuse_mlps(model)
             compiled = self._core.compile_model(model, "CPU", options)
         except RuntimeError as error:

@@ -27,6 +27,9 @@ RUNTIMES = {
     "tensorrt": "trio_deploy.runtimes.tensorrt.runtime",
 }
 
+#: A larger number is a typing error, and would exhaust the machine.
+MAX_THREADS = 1024
+
 _OPTIONS = ("provider", "precision", "threads", "low_memory")
 
 
@@ -106,8 +109,8 @@ def check_options(options: RuntimeOptions, dtype: str = "float32") -> None:
     Raises:
         TrioError: says why.
     """
-    if options.threads is not None and options.threads < 1:
-        raise TrioError(f"threads must be 1 or more, got {options.threads}")
+    if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
+        raise TrioError(f"threads must be 1 to {MAX_THREADS}, got {options.threads}")
     specs = list(_specs()) if options.runtime is None else [runtime_spec(options.runtime)]
     for name in _OPTIONS:
         value = getattr(options, name)

@@ -11,10 +11,11 @@ from typing import Any
 from trio_deploy.errors import TrioError
 from trio_deploy.families.pixels import MAX_PIXELS
 from trio_deploy.pipeline.batcher.scheduler import BatcherLimits
+from trio_deploy.runtimes.registry import MAX_THREADS
 
 # A larger number is a typing error, and would exhaust the machine's threads or memory.
 _MAXIMA = {
-    "threads": 1024,
+    "threads": MAX_THREADS,
     "prefillers": 256,
     "preparers": 256,
     "max_rows": 4096,
