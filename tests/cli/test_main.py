@@ -95,6 +95,14 @@ def test_budget_and_schedule_exclude_each_other(capsys):
     [
         ("run b", "trio run: the following arguments are required: --prompt (`trio run --help` "),
         ("rnu b", "trio: argument COMMAND: invalid choice: 'rnu'"),
+        (
+            "run b --promt x",
+            "trio run: unknown option --promt; did you mean '--prompt'? (`trio run --help`",
+        ),
+        ("inspect b --prompt=x y", "trio inspect: unknown option --prompt (`trio inspect --help` "),
+        ("inspect b -x", "trio inspect: unexpected argument '-x' (`trio inspect --help` has"),
+        ("inspect b c", "trio inspect: unexpected argument 'c' (`trio inspect --help` has"),
+        ("plan --modle=tiny", "trio plan: unknown option --modle; did you mean '--model'?"),
         ("eval tiny --out b --seeds x", "trio eval: argument --seeds: invalid int value: 'x'"),
     ],
 )
@@ -104,6 +112,29 @@ def test_a_command_line_that_is_wrong_is_one_line(capsys, arguments, words):
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith(words) and said.count("\n") == 1
+
+
+def test_trio_export_names_its_own_help(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["trio-export", "--model", "tiny", "--ouy", "b"])
+    with pytest.raises(SystemExit) as stop:
+        cli.export_main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "trio-export: unknown option --ouy; did you mean '--out'? (`trio-export --help` has the "
+        "options)\n"
+    )
+
+
+def test_verifying_a_bundle_without_weights_is_status_3(tmp_path, capsys, bundles):
+    folder = bundles.path("tiny", graphs_only=True)
+    assert cli.main(["inspect", str(folder)]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", str(folder), "--verify"]) == 3
+    said = capsys.readouterr()
+    assert "weights are missing" in said.err and said.err.count("\n") == 1
+    whole = bundles.path("tiny")
+    assert cli.main(["inspect", str(whole), "--verify"]) == 0
+    assert "missing" not in capsys.readouterr().err
 
 
 def test_a_question_without_text_is_refused_before_the_bundle_is_opened(tmp_path, capsys):
@@ -271,14 +302,6 @@ def test_plan_prints_text_or_json(capsys):
     assert "average" in capsys.readouterr().out
     assert cli.main("plan --model llava-1.5-7b --schedule 1:9 --json".split()) == 0
     assert json.loads(capsys.readouterr().out)["keep"] == [9]
-
-
-def test_verify_of_graphs_alone_says_that_there_are_no_weights(tmp_path, capsys):
-    from trio_deploy import export_model
-
-    export_model("tiny", tmp_path / "b", budget=0.5, graphs_only=True, progress=False)
-    assert cli.main(["inspect", str(tmp_path / "b"), "--verify"]) == 0
-    assert "there are no weights to verify" in capsys.readouterr().err
 
 
 def test_verify_says_what_it_could_not_compare_and_compares_it_from_then_on(

@@ -33,6 +33,16 @@ def test_values_are_read_from_text_and_sorted_into_the_limits() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "make", [ServiceLimits, lambda **values: ServiceLimits.from_settings(values)]
+)
+def test_the_default_length_of_an_answer_follows_the_greatest_however_limits_are_made(make) -> None:
+    assert make(max_tokens=64).default_max_tokens == 64
+    assert make(max_tokens=4096).default_max_tokens == 128
+    with pytest.raises(TrioError, match="default_max_tokens must be at most max_tokens = 64"):
+        make(max_tokens=64, default_max_tokens=65)
+
+
 def test_without_settings_they_are_the_defaults() -> None:
     assert ServiceLimits.from_settings({}) == ServiceLimits()
 

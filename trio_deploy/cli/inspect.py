@@ -8,6 +8,8 @@ from pathlib import Path
 
 SUMMARY = "Show what a bundle holds."
 
+INCOMPLETE = 3  # exit status of --verify where weights are missing
+
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
@@ -15,12 +17,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--verify",
         action="store_true",
-        help="compare every file with its checksum, and record the checksums of linked weights",
+        help="compare every file with its checksum, and record the checksums of linked weights; "
+        f"exit status {INCOMPLETE} if weights are missing",
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print what the bundle holds; with --verify compare its files with their checksums."""
+def run(args: argparse.Namespace) -> int:
+    """Print what the bundle holds; with --verify compare its files with their checksums.
+
+    Returns:
+        0, or `INCOMPLETE` where a bundle is verified that has no weights.
+    """
     from trio_deploy.bundle.bundle import Bundle
     from trio_deploy.bundle.describe import inspect
 
@@ -35,12 +42,15 @@ def run(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
         bundle = bundle.record_checksums()
-    if args.verify and bundle.manifest.weights == "planned":
+    print(inspect(bundle))
+    if not args.verify:
+        return 0
+    print(f"verified   {compared} of {len(bundle.manifest.files)} files have their checksum")
+    if bundle.manifest.weights == "planned":
         print(
-            "trio: there are no weights to verify, only the other files were verified: complete "
-            "the bundle with `trio attach-weights`",
+            "trio: weights are missing, only the other files were verified: complete the bundle "
+            "with `trio attach-weights`",
             file=sys.stderr,
         )
-    print(inspect(bundle))
-    if args.verify:
-        print(f"verified   {compared} of {len(bundle.manifest.files)} files have their checksum")
+        return INCOMPLETE
+    return 0

@@ -7,6 +7,7 @@ that `trio --help` is quick and only `trio check` needs torch.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ from trio_deploy.cli import (
 )
 from trio_deploy.cli import eval as evaluate
 from trio_deploy.errors import TrioError
+from trio_deploy.files import nearest_name
 
 _USAGE = 2  # as argparse has it
 # The extra of this package that installs a package which some commands need.
@@ -105,9 +107,42 @@ class _Parser(argparse.ArgumentParser):
         self.exit(_USAGE, f"{self.prog}: {message} (`{self.prog} --help` has the options)\n")
 
 
+class _CommandParser(_Parser):
+    """Parses a command: arguments and options in any order, and itself refuses unknown ones.
+
+    argparse leaves what a subcommand does not know to the parser above it, which would name the
+    wrong help, reports a missing option before the misspelt one, and gives arguments behind an
+    option to nobody.
+    """
+
+    _mixing = False  # within parse_known_intermixed_args, which calls parse_known_args
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._mixing:
+            return super().parse_known_args(args, namespace)
+        given = sys.argv[1:] if args is None else list(args)
+        self._refuse_unknown_options(given)
+        self._mixing = True
+        try:
+            found, unknown = self.parse_known_intermixed_args(given, namespace)
+        finally:
+            self._mixing = False
+        if unknown:
+            self.error(f"unexpected argument {unknown[0]!r}")
+        return found, unknown
+
+    def _refuse_unknown_options(self, given: Sequence[str]) -> None:
+        known = self._option_string_actions  # unique beginnings of options stand for them
+        for argument in itertools.takewhile(lambda each: each != "--", given):
+            name = argument.partition("=")[0]
+            option = name.startswith("--") and " " not in name  # as argparse tells them apart
+            if option and not any(each.startswith(name) for each in known):
+                self.error(f"unknown option {name}{nearest_name(name, known)}")
+
+
 def export_main() -> int:
     """Entry point of `trio-export`, the same as `trio export`."""
-    command = _Parser(prog="trio-export", description=export.SUMMARY)
+    command = _CommandParser(prog="trio-export", description=export.SUMMARY)
     command.add_argument("--version", action="version", version=trio_deploy.__version__)
     _add(command, export)
     return _execute(command.parse_args())
@@ -117,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line with all commands and their options."""
     trio = _Parser(prog="trio", description="Token-pruned vision-language models as ONNX graphs.")
     trio.add_argument("--version", action="version", version=trio_deploy.__version__)
-    commands = trio.add_subparsers(required=True, metavar="COMMAND")
+    commands = trio.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)
     for name, module in _COMMANDS.items():
         _add(commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY), module)
     return trio

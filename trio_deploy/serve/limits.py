@@ -31,7 +31,8 @@ class ServiceLimits:
 
     Attributes:
         budget: budget of requests that name none; None: the bundle's own schedule.
-        default_max_tokens: tokens of answers to requests that name no number.
+        default_max_tokens: tokens of answers to requests that name no number; its default is
+            lowered to `max_tokens`.
         max_tokens: tokens per answer.
         max_images: pictures per request.
         max_image_bytes, max_image_pixels: bytes per picture's file, pixels per decoded picture.
@@ -57,6 +58,14 @@ class ServiceLimits:
     max_queue_bytes: int = 512 * 2**20
     batcher: BatcherLimits = field(default_factory=BatcherLimits)
 
+    def __post_init__(self) -> None:
+        """Raises TrioError for limits that contradict each other."""
+        if self.default_max_tokens <= self.max_tokens:
+            return
+        if self.default_max_tokens != type(self).default_max_tokens:
+            raise TrioError(f"default_max_tokens must be at most max_tokens = {self.max_tokens}")
+        object.__setattr__(self, "default_max_tokens", self.max_tokens)
+
     @classmethod
     def from_settings(cls, values: Mapping[str, Any]) -> ServiceLimits:
         """Limits from values by name, those of the batcher among them.
@@ -70,9 +79,6 @@ class ServiceLimits:
             raise TrioError(f"budget must be at most 1, got {own['budget']}")
         if own.get("max_image_pixels", 1) > MAX_PIXELS:
             raise TrioError(f"max_image_pixels must be at most {MAX_PIXELS}")
-        tokens = own.get("max_tokens", cls.max_tokens)
-        if own.setdefault("default_max_tokens", min(cls.default_max_tokens, tokens)) > tokens:
-            raise TrioError(f"default_max_tokens must be at most max_tokens = {tokens}")
         return cls(**own, batcher=BatcherLimits(**batcher))
 
 
