@@ -136,7 +136,11 @@ def arguments(name: str, served_as: str, **changed: str) -> dict[str, str]:
     text = (REPOSITORY / name / "config.pbtxt").read_text(encoding="utf-8")
     pattern = r'parameters \{\s*key: "(\w+)"\s*value \{\s*string_value: "([^"]*)"'
     parameters = dict(re.findall(pattern, text)) | changed
-    config = {"parameters": {key: {"string_value": v} for key, v in parameters.items()}}
+    outputs = re.findall(r'output \{\s*name: "(\w+)"', text)
+    config = {
+        "parameters": {key: {"string_value": v} for key, v in parameters.items()},
+        "output": [{"name": name} for name in outputs],
+    }
     return {
         "model_config": json.dumps(config),
         "model_repository": str(REPOSITORY / name),
@@ -172,6 +176,10 @@ def test_a_written_triton_repository_serves_both_its_models() -> None:
             for request in requests("bundle_ort"):
                 assert ask(model, request) == request["answer"]["token_ids"]
                 assert ask(complete, request) == request["answer"]["token_ids"]
+            # An output that its configuration lacks, such as warnings, would be an error in Triton.
+            unknown = Asked({"prompt": np.array([b"a giraffe ?"], np.object_)})
+            model.execute([unknown])
+            assert "warnings" not in unknown.outputs()[-1]
         finally:
             complete.finalize()
     finally:

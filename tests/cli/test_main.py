@@ -279,7 +279,9 @@ def test_run_names_words_that_the_vocabulary_lacks_and_shows_that_an_answer_is_e
     assert cli.main([*command, "what color is the Giraffe?", "--json"]) == 0
     asked = capsys.readouterr()
     assert asked.err.count("\n") == 1 and "lacks 'Giraffe':" in asked.err
-    assert json.loads(asked.out)["finish_reason"] == "stop"
+    answer = json.loads(asked.out)
+    assert answer["finish_reason"] == "stop"
+    assert [f"trio: {warning}\n" for warning in answer["warnings"]] == [asked.err]
 
     generate = Pipeline.generate
 

@@ -53,14 +53,6 @@ def test_a_text_only_answer_has_no_average():
     assert "tokens/s" not in text
 
 
-def test_a_remark_on_unknown_words_stays_one_line():
-    assert answers.unknown_remark(["gnu"], 61).startswith(
-        "the model's vocabulary of 61 tokens lacks 'gnu': "
-    )
-    many = answers.unknown_remark([f"word{n}\n" for n in range(20)], 61)
-    assert "'word7\\n' and 12 more: " in many and "\n" not in many
-
-
 def test_json_is_plain():
     raw = json.loads(json.dumps(answers.generation_json(answer(token_ids=[np.int64(5)]))))
     assert raw["schedule"][1] == {"layer": 3, "keep": 0.1, "method": "trio"}

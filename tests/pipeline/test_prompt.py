@@ -218,7 +218,25 @@ def test_words_that_the_tokenizer_does_not_know_are_named_as_they_were_written()
     known = PromptEncoder(tokenizer, 1, {"image_token": "<image>"})
     assert known.unknown("A cat?") == []
     assert known.unknown("a Gnu, a cat, a gnat and a Gnu?") == ["Gnu", ",", "gnat", "and"]
-    assert known.vocabulary_size == 5
+    for prompt in (
+        "a Gnu?",
+        [{"role": "user", "content": "a cat?"}, {"role": "user", "content": "a Gnu?"}],
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a Gnu?"}]}],
+    ):
+        encoded = known.encode("a Gnu<image>", ["<image>"])
+        assert known.warnings(prompt, encoded) == [
+            "the model's vocabulary of 5 tokens lacks 'Gnu': the model cannot tell unknown words "
+            "apart; ask in other words"
+        ]
+    assert known.warnings("a cat?", known.encode("a cat?", [])) == []
+
+
+def test_a_warning_of_many_unknown_words_stays_one_line() -> None:
+    words = Tokenizer(WordLevel({"<unk>": 0, "<image>": 1}, unk_token="<unk>"))
+    known = PromptEncoder(words, 1, {"image_token": "<image>"})
+    text = [{"role": "user", "content": f"word{n}\n"} for n in range(20)]
+    (warning,) = known.warnings(text, known.encode("word", []))
+    assert "'word7' and 12 more: " in warning and "\n" not in warning
 
 
 def test_a_tokenizer_without_an_unknown_token_knows_every_word() -> None:

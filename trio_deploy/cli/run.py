@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ SUMMARY = "Answer a prompt about pictures."
 EMPTY = "(the model gave an empty answer)"
 
 _MIB = 2**20
-_WORDS = 8  # maximum number of words in a remark, so that it stays one line
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -93,20 +91,10 @@ def run(args: argparse.Namespace) -> None:
     else:
         said = "" if generation.text.strip() else EMPTY
         print(f"{said}\n\n{generation_text(generation)}")
-    if unknown := pipeline.unknown_words(args.prompt):
-        print(f"trio: {unknown_remark(unknown, pipeline.vocabulary_size)}", file=sys.stderr)
+    for warning in generation.warnings:
+        print(f"trio: {warning}", file=sys.stderr)
     if args.show is not None:
         save_kept(generation, args.show)
-
-
-def unknown_remark(words: Sequence[str], vocabulary: int) -> str:
-    """A remark on words of a question that the vocabulary lacks; one line."""
-    named = ", ".join(map(repr, words[:_WORDS]))
-    more = f" and {len(words) - _WORDS} more" if len(words) > _WORDS else ""
-    return (
-        f"the model's vocabulary of {vocabulary} tokens lacks {named}{more}: the model cannot tell "
-        "unknown words apart; ask in other words"
-    )
 
 
 def generation_text(generation: Generation) -> str:
@@ -151,6 +139,7 @@ def generation_json(generation: Generation) -> dict[str, Any]:
         "tokens_per_s": generation.tokens_per_s,
         "timings": generation.timings,
         "kv_bytes": generation.kv_bytes,
+        "warnings": list(generation.warnings),
     }
 
 

@@ -208,15 +208,6 @@ class Pipeline:
         """Token ids of an answer's text, as `Request.forced` takes them."""
         return self._preparer.encoder.answer(text)
 
-    def unknown_words(self, text: str) -> list[str]:
-        """Words that the model's vocabulary lacks: the model sees an unknown token for each."""
-        return self._preparer.encoder.unknown(text)
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of tokens that the tokenizer knows."""
-        return self._preparer.encoder.vocabulary_size
-
 
 def _to_generation(sequence: SequenceState, clock: Clock) -> Generation:
     sequence.timings = clock.seconds

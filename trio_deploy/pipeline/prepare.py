@@ -117,6 +117,7 @@ class RequestPreparer:
             stop_scanner=StopScanner(request.stop_strings),
             end_tokens=self._end_tokens,
             started=started,
+            warnings=self.encoder.warnings(request.prompt, prompt),
         )
 
     def _open(self, source: ImageSource) -> tuple[Image.Image, Layout]:

@@ -12,6 +12,8 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import VISUAL_TOKEN, Layout
 from trio_deploy.pipeline.chat import ChatTemplate, Message
 
+_WORDS = 8  # maximum number of words that a warning names, so that it stays one line
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -147,6 +149,17 @@ class PromptEncoder:
         """Token ids of an answer's text, without special tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def warnings(self, prompt: str | Sequence[Message], encoded: Prompt) -> list[str]:
+        """What the asker should know about how a prompt was understood, a sentence each.
+
+        Args:
+            encoded: what `encode` made of the prompt.
+        """
+        if self._unknown_id is None or self._unknown_id not in encoded.ids:
+            return []
+        words = dict.fromkeys(word for text in _texts(prompt) for word in self.unknown(text))
+        return [_unknown_words(list(words), self._tokenizer.get_vocab_size())] if words else []
+
     def unknown(self, text: str) -> list[str]:
         """Parts of a text that the tokenizer maps to its unknown token, each once, in order.
 
@@ -167,11 +180,6 @@ class PromptEncoder:
         return list(dict.fromkeys(text[start:stop].strip() for start, stop in spans))
 
     @property
-    def vocabulary_size(self) -> int:
-        """Number of tokens that the tokenizer knows."""
-        return self._tokenizer.get_vocab_size()
-
-    @property
     def has_template(self) -> bool:
         """Whether messages can be rendered."""
         return self._template is not None
@@ -186,6 +194,23 @@ class PromptEncoder:
                 f"the prompt has {placeholders} image placeholder(s) ({self.image_token}) but "
                 f"{images} image(s) were given; {advice or 'pass one image for each placeholder'}"
             )
+
+
+def _unknown_words(words: Sequence[str], vocabulary: int) -> str:
+    """A warning of words that the vocabulary lacks; one line."""
+    named = ", ".join(map(repr, words[:_WORDS]))
+    more = f" and {len(words) - _WORDS} more" if len(words) > _WORDS else ""
+    return (
+        f"the model's vocabulary of {vocabulary} tokens lacks {named}{more}: the model cannot tell "
+        "unknown words apart; ask in other words"
+    )
+
+
+def _texts(prompt: str | Sequence[Message]) -> list[str]:
+    """What a prompt says, message by message."""
+    if isinstance(prompt, str):
+        return [prompt]
+    return [text for message in prompt for text in _contents(message)[1]]
 
 
 def _contents(message: Message) -> tuple[int, list[str]]:

@@ -89,6 +89,8 @@ class Generation:
         first_logits: float [V], from which the first token was chosen.
         logprobs: natural logarithms of the forced tokens' probabilities; `greedy`: whether each was
             the most likely.
+        warnings: what may make the answer wrong, a sentence each: words that the model does not
+            know.
     """
 
     text: str
@@ -109,6 +111,7 @@ class Generation:
     first_logits: np.ndarray | None = field(default=None, repr=False)
     logprobs: list[float] = field(default_factory=list)
     greedy: list[bool] = field(default_factory=list)
+    warnings: tuple[str, ...] = ()
 
     @property
     def visual_tokens(self) -> int:

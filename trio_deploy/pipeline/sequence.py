@@ -31,6 +31,7 @@ class SequenceState:
         timings: seconds per stage, filled in by the caller.
         kept, layer_ranges: as in `Generation`, known after the prefill.
         kv_bytes, kv_bytes_allocated: as in `Generation`, known at the end.
+        warnings: as in `Generation`; each part that handles the sequence may add to them.
     """
 
     request: Request
@@ -56,6 +57,7 @@ class SequenceState:
     layer_ranges: list[tuple[int, int, int]] = field(default_factory=list)
     kv_bytes: int = 0
     kv_bytes_allocated: int = 0
+    warnings: list[str] = field(default_factory=list)
 
     def advance(self, logits: np.ndarray) -> str:
         """Choose the next token from logits [V]; return the text that it completes.
@@ -110,6 +112,7 @@ class SequenceState:
             first_logits=self.first_logits,
             logprobs=forced.logprobs if forced else [],
             greedy=forced.greedy if forced else [],
+            warnings=tuple(dict.fromkeys(self.warnings)),
         )
 
     def _append(self, text: str) -> str:

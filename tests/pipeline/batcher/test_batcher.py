@@ -67,6 +67,23 @@ def test_a_long_answer_meets_many_short_ones(pipeline: Pipeline) -> None:
             assert alike(handle.result(WAIT_S), pipeline.generate_batch([request])[0])
 
 
+def test_unknown_words_are_named_in_every_way_to_ask(pipeline: Pipeline) -> None:
+    known = Request("what color is the circle ?", max_new_tokens=3)
+    unknown = Request(ask("what color is the Giraffe ?", 0), max_new_tokens=3)
+    warnings = pipeline.generate(unknown).warnings
+    assert len(warnings) == 1 and "lacks 'Giraffe': " in warnings[0]
+    with pipeline.stream(unknown) as stream:
+        list(stream)
+    assert stream.generation.warnings == warnings
+    together = pipeline.generate_batch([known, unknown])
+    assert [each.warnings for each in together] == [(), warnings]
+    events: list[Event] = []
+    with Batcher(pipeline) as batcher:
+        assert batcher.submit(known).result(WAIT_S).warnings == ()
+        assert batcher.submit(unknown, events.append).result(WAIT_S).warnings == warnings
+    assert events[-1].generation is not None and events[-1].generation.warnings == warnings
+
+
 def test_draining_answers_what_was_asked(pipeline: Pipeline) -> None:
     batcher = Batcher(pipeline, max_rows=2)
     handles = [batcher.submit(request) for request in mixed(7)]

@@ -16,7 +16,7 @@ def test_nothing_is_asked_of_triton_about_a_request_whose_last_response_is_sent(
 ) -> None:
     """Triton 2.51 dies of it (segmentation fault)."""
     request = Asked()
-    sender = sys.modules["trio_deploy.serve.triton_server.backend"].TritonSender(request)
+    sender = sys.modules["trio_deploy.serve.triton_server.backend"].TritonSender(request, {"text"})
     assert not sender.is_cancelled()
     request.sender.cancel()
     assert sender.is_cancelled()

@@ -37,6 +37,19 @@ def test_an_answer_is_streamed_token_by_token(load: Callable[..., Any], pipeline
     assert timings["visual_tokens"] == 256 and timings["kv_bytes"] == expected.kv_bytes
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_words_that_the_model_does_not_know_come_with_the_last_response(
+    load: Callable[..., Any], stream: bool
+) -> None:
+    model = load()
+    request = ask(model, {"stream": stream}, prompt="is there a Giraffe ?", max_tokens=4)
+    *pieces, last = request.outputs()
+    (warning,) = last["warnings"]
+    assert b"lacks 'Giraffe': " in warning
+    assert not any("warnings" in piece for piece in pieces)
+    assert "warnings" not in ask(model, prompt=QUESTION, max_tokens=4).outputs()[-1]
+
+
 def test_without_streaming_it_is_one_response(load: Callable[..., Any], pipeline: Pipeline) -> None:
     request = ask(load(), {"stream": False}, prompt=QUESTION, images=file(), max_tokens=5)
     (response,) = request.outputs()

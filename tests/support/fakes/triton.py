@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tests.support.waiting import WAIT_S
+from trio_deploy.serve.triton_server.request import OUTPUTS
 
 FINAL = 1
 
@@ -196,7 +197,10 @@ def module() -> ModuleType:
 
 def arguments(folder: Path, name: str = "trio_vlm", **parameters: str) -> dict[str, str]:
     """What Triton passes to a model's `initialize`."""
-    config = {"parameters": {name: {"string_value": v} for name, v in parameters.items()}}
+    config = {
+        "parameters": {name: {"string_value": v} for name, v in parameters.items()},
+        "output": [{"name": name} for name in OUTPUTS],
+    }
     return {
         "model_config": json.dumps(config),
         "model_repository": str(folder),

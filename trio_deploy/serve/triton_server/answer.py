@@ -106,7 +106,7 @@ def _outputs(event: Event) -> dict[str, np.ndarray]:
 
 
 def _end(generation: Generation) -> dict[str, np.ndarray]:
-    """Why the answer ended, and what it took: JSON with seconds, counts and bytes."""
+    """Why the answer ended, what it took (JSON with seconds, counts and bytes), any warnings."""
     timings = {
         "first_token_s": generation.first_token_s,
         "tokens_per_s": generation.tokens_per_s,
@@ -116,12 +116,15 @@ def _end(generation: Generation) -> dict[str, np.ndarray]:
         "kept_tokens": generation.keep_counts,
         "kv_bytes": generation.kv_bytes,
     }
-    return {
+    outputs = {
         "finish_reason": _string(generation.finish_reason),
         "timings": _string(json.dumps(timings)),
     }
+    if generation.warnings:
+        outputs["warnings"] = _string(*generation.warnings)
+    return outputs
 
 
-def _string(text: str) -> np.ndarray:
+def _string(*texts: str) -> np.ndarray:
     # A tokenizer may produce half of a surrogate pair, which has no bytes: it is replaced.
-    return np.array([text.encode(errors="replace")], np.object_)
+    return np.array([text.encode(errors="replace") for text in texts], np.object_)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,20 @@ class TritonSender:
     keeps the two apart, and there is no query afterwards.
     """
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, outputs: Collection[str]) -> None:
+        """Args:
+        outputs: names of the outputs that the model's configuration has; others are left out.
+        """
+        self._outputs = outputs
         self._sender = request.get_response_sender()
         self._lock = threading.Lock()
         self._ended = False
 
     def send(self, outputs: Mapping[str, np.ndarray], *, last: bool) -> None:
         """As `sender.Sender.send`."""
-        tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
+        tensors = [
+            pb_utils.Tensor(name, array) for name, array in outputs.items() if name in self._outputs
+        ]
         self._send(pb_utils.InferenceResponse(tensors), last)
 
     def fail(self, text: str, code: str) -> None:
@@ -55,6 +62,15 @@ class TritonSender:
                 self._sender.send(response, flags=flags)
             except Exception:  # the backend has closed it: no other response could be sent
                 _LOG.exception("a response could not be sent")
+
+
+def configured_outputs(args: Mapping[str, str]) -> frozenset[str]:
+    """Names of a model's outputs in its configuration, which an older version may have written.
+
+    Args:
+        args: what Triton passes to the model's `initialize`.
+    """
+    return frozenset(output["name"] for output in json.loads(args["model_config"])["output"])
 
 
 def input_arrays(request: Any) -> dict[str, np.ndarray]:

@@ -16,7 +16,11 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from trio_deploy.serve.triton_server.backend import TritonSender, input_arrays
+from trio_deploy.serve.triton_server.backend import (
+    TritonSender,
+    configured_outputs,
+    input_arrays,
+)
 from trio_deploy.serve.triton_server.local_socket import InferRequest, LocalClient, Reply
 from trio_deploy.serve.triton_server.request import nbytes
 from trio_deploy.serve.triton_server.sender import Sender
@@ -45,6 +49,7 @@ class TritonPythonModel:
         self._model = values.get("model", "trio_vlm")
         self._max_requests = _limit(values, "max_requests", _MAX_REQUESTS)
         self._max_bytes = _limit(values, "max_bytes", _MAX_BYTES)
+        self._outputs = configured_outputs(args)
         self._pool = ThreadPoolExecutor(self._max_requests, thread_name_prefix="trio-forward")
         self._open: dict[Sender, int] = {}  # bytes of the requests under way
         self._client = LocalClient(self._model)
@@ -54,7 +59,7 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> None:
         """Forward requests; each is answered when its answer is there."""
         for request in requests:
-            sender = TritonSender(request)
+            sender = TritonSender(request, self._outputs)
             try:
                 arrays = input_arrays(request)
                 size = sum(map(nbytes, arrays.values()))

@@ -21,7 +21,11 @@ from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.serve.service import Service
 from trio_deploy.serve.triton_server.answer import Answer
-from trio_deploy.serve.triton_server.backend import TritonSender, input_arrays
+from trio_deploy.serve.triton_server.backend import (
+    TritonSender,
+    configured_outputs,
+    input_arrays,
+)
 from trio_deploy.serve.triton_server.local_socket import InferRequest, LocalServer
 from trio_deploy.serve.triton_server.metrics import Exporter
 from trio_deploy.serve.triton_server.request import read
@@ -52,6 +56,7 @@ class TritonPythonModel:
             self._service = Service(pipeline, settings.limits, warm_up=settings.warm_up)
         except (TrioError, OSError) as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from error
+        self._outputs = configured_outputs(args)
         self._exporter = _exporter(args)
         self._answers: set[Answer] = set()
         self._stop = threading.Event()
@@ -67,7 +72,7 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> None:
         """Take requests; their responses are sent by other threads."""
         for request in requests:
-            sender = TritonSender(request)
+            sender = TritonSender(request, self._outputs)
             try:
                 arrays = input_arrays(request)
                 self._take(sender, InferRequest(arrays, request.parameters(), request.timeout()))

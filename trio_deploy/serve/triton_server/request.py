@@ -32,6 +32,7 @@ OUTPUTS: dict[str, tuple[str, int]] = {
     "token_ids": ("int64", -1),
     "finish_reason": ("string", 1),
     "timings": ("string", 1),
+    "warnings": ("string", -1),
 }
 
 
