@@ -53,6 +53,32 @@ def test_a_candidate_that_cannot_reach_the_budget_is_none():
     assert realise(late, 0.5, 16, 256) is not None
 
 
+@pytest.mark.parametrize("budget", [0.05, 0.075, 0.111])
+def test_the_first_candidates_have_tight_last_keeps_and_late_layers(budget):
+    found = [realise(c, budget, 16, 256) for c in coarse(Space(), budget, 16)]
+    last = {(s.layers[-1], s.resolve(256)[-1]) for c in found if c and (s := c.schedule)}
+    assert {keep for layer, keep in last if layer == 8} >= {2, 5}  # of 256: 1 and 2 %
+    assert {10, 13} <= {layer for layer, _ in last}
+    assert any(keep <= 10 for layer, keep in last if layer >= 13)
+
+
+def test_a_search_for_one_method_in_the_last_place_stays_there():
+    space = Space(methods=("divprune",), last=("fastv",))
+    found = coarse(space, 0.111, 16)
+    assert {len(one.points) for one in found} == {1, 2, 3}
+    found += [near for one in found for near in neighbours(one, space, 16)]
+    for one in found:
+        *before, last = (method for _, _, method in one.points)
+        assert last == "fastv" and set(before) <= {"divprune"}
+    grown = neighbours(Candidate(((0, 1.0, "fastv"),), 0.8, None, None), space, 16)
+    assert [m for _, _, m in next(c for c in grown if len(c.points) == 2).points] == [
+        "divprune",
+        "fastv",
+    ]
+    with pytest.raises(TrioError, match="unknown method"):
+        Space(last=("best",))
+
+
 def test_neighbours_differ_in_one_thing_and_stay_inside_the_space():
     space = Space(methods=("trio", "divprune"), probes=(None, "shifted"))
     candidate = Candidate(((0, 1.0, "divprune"), (6, 0.5, "trio")), 0.8, None, None)
@@ -135,7 +161,7 @@ def test_finalists_that_are_level_with_the_best_are_named(searched, source):
     said = replace(tuned, behind=behind, loss=Estimate(0.1, 0.05, 0.2), rounds=[(9, 5), (4, 10)])
     assert said.level == losses[:1]
     text = recipe_text(said)
-    assert f"1 of the {len(losses)} other finalists.\n#   {losses[0].configuration.name}\n" in text
+    assert f"1 of the {len(losses)} other finalists.\n#   {losses[0].configuration.name}" in text
     assert "# trio tune: 9 schedules were asked 5 questions or more, 4 of them all 10." in text
     assert yaml.safe_load(text)["schedules"]
 

@@ -38,6 +38,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--methods", default="trio,divprune", help="methods to try (default: trio,divprune)"
     )
     command.add_argument(
+        "--last",
+        help="methods of the last pruning point, to find where one of them does best (default: "
+        "those of --methods)",
+    )
+    command.add_argument(
         "--points",
         type=int,
         default=3,
@@ -89,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
             probes=tuple(values(args.probe, str)) or (None,),
             positions=tuple(values(args.positions, str)) or (None,),
             points=args.points,
+            last=tuple(values(args.last, str)),
         ),
         limit=args.candidates,
         start=[Schedule.parse(text) for text in args.start],
@@ -99,16 +105,15 @@ def run(args: argparse.Namespace) -> None:
 
 def tuned_text(tuned: Tuned, places: Sequence[int] = range(5)) -> str:
     """The best schedule in the form of a recipe, and a table of the first of the ranking."""
+    from trio_deploy.evaluation.tune import described
+
     lines = [tuned.text, "loss     more than the best            same answer  schedule"]
     for place in places:
         if place < len(tuned.ranking):
             one, more = tuned.ranking[place], tuned.behind[place]
             apart = "" if place == 0 else f"{more.value:+.4f} ({_interval(more)})"
-            tau = one.configuration.threshold
-            lines.append(
-                f"{one.loss:<8.4f} {apart:<29} {one.agreement:<12.1%} {one.configuration.name}"
-                + ("" if tau is None else f"  τ={tau:g}")
-            )
+            schedule = described(one.configuration)
+            lines.append(f"{one.loss:<8.4f} {apart:<29} {one.agreement:<12.1%} {schedule}")
     return "\n".join(lines)
 
 

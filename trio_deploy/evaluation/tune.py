@@ -6,7 +6,8 @@ it. It covers the whole answer and lies between 0 and 1, so neither a first toke
 question dominates; if the probabilities are extreme it is the share of answers that change.
 
 The first candidates are coarse: one, two or three pruning points, at the start of the language
-model and across its depth, by each of the methods, keeps in a few proportions. All are asked a few
+model and across its depth, by each of the methods, keeps in a few proportions and with a last keep
+of a few hundredths, where the choice of the last method counts most. All are asked a few
 questions (64 or more: with fewer, one hard question decides). The better third, joined by
 neighbours of the best (a point moved, the proportions changed, a method, τ or the probe exchanged),
 is asked three times as many, and so on (successive halving, Jamieson and Talwalkar 2016); the last
@@ -53,8 +54,10 @@ _REDUCTION = 3  # one in three candidates survives a round and is asked three ti
 _MIN_SURVIVORS = 4
 _PARENTS = 3  # candidates whose neighbours join
 _FIRST = 64  # minimum number of questions of the first round: with fewer, chance decides
-_DEPTHS = (0.2, 0.35, 0.5, 0.65)  # places of a second point, as shares of the layers
+_DEPTHS = (0.2, 0.35, 0.5, 0.65, 0.8)  # places of a later point, as shares of the layers
 _FALLS = (0.65, 0.45, 0.3)  # shares that a later point keeps of the one before
+_TIGHT = (0.01, 0.02, 0.04)  # shares of the visual tokens that the last of two points keeps
+_TIGHT_FALL = 0.15  # share that the last of three points keeps of the one before
 _STEP = 1.25  # factor between the keeps of neighbours
 _TAU_STEP = 0.1
 
@@ -68,6 +71,7 @@ class Space:
         thresholds: cosine thresholds τ to begin with; neighbours move in steps of 0.1.
         probes, positions: values to try; None: the model's own.
         points: maximum number of pruning points.
+        last: methods of the last pruning point; none: `methods`.
     """
 
     methods: tuple[str, ...] = ("trio", "divprune")
@@ -75,13 +79,19 @@ class Space:
     probes: tuple[str | None, ...] = (None,)
     positions: tuple[str | None, ...] = (None,)
     points: int = 3
+    last: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for method in self.methods:
+        for method in (*self.methods, *self.last):
             if method not in METHODS:
                 raise TrioError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
         if not self.methods or not 1 <= self.points <= 3:
             raise TrioError("a search needs a method, and 1 to 3 pruning points")
+
+    def has(self, methods: Sequence[str]) -> bool:
+        """Whether pruning points of these methods, in this order, lie inside the space."""
+        *others, last = methods
+        return set(others) <= set(self.methods) and last in (self.last or self.methods)
 
 
 @dataclass(frozen=True)
@@ -197,29 +207,13 @@ def realise(candidate: Candidate, budget: float, layers: int, visual: int) -> Co
 
 def coarse(space: Space, budget: float, layers: int) -> list[Candidate]:
     """The first candidates of a search."""
-    shapes: list[list[tuple[int, float]]] = [[(0, 1.0)]]
-    first = default_layers(layers)[0]
-    shapes.append([(first, 1.0)])
-    depths = sorted({max(1, math.floor(share * layers + 0.5)) for share in _DEPTHS})
-    if space.points >= 2:
-        shapes += [[(0, 1.0), (depth, fall)] for depth, fall in product(depths, _FALLS)]
-    if space.points >= 3:
-        shapes += [
-            [(0, 1.0), (one, fall), (other, fall * fall)]
-            for one, other in pairwise(depths)
-            for fall in _FALLS[:2]
-        ]
-        if budget * layers > first:
-            published = solve(budget, layers).points
-            shapes.append([(point.layer, float(point.keep)) for point in published])
     found = []
-    for shape in shapes:
-        # One method before layer 0 and one for all later points: neighbours mix further.
-        early, late = (space.methods if any(p == 0 for p, _ in shape) else ("",)), space.methods
-        if shape[-1][0] == 0:
-            late = ("",)
-        for one, other in product(early, late):
-            points = tuple((layer, w, one if layer == 0 else other) for layer, w in shape)
+    for shape in _shapes(space, budget, layers):
+        for early, late in product(space.methods, space.last or space.methods):
+            # The last point's method holds for all points after layer 0 that may have it.
+            middle = late if late in space.methods else early
+            methods = [early if layer == 0 else middle for layer, _ in shape[:-1]] + [late]
+            points = tuple((*point, one) for point, one in zip(shape, methods, strict=True))
             found += [
                 Candidate(points, *options)
                 for options in product(space.thresholds, space.probes, space.positions)
@@ -227,8 +221,36 @@ def coarse(space: Space, budget: float, layers: int) -> list[Candidate]:
     return list(dict.fromkeys(found))
 
 
+def _shapes(space: Space, budget: float, layers: int) -> list[list[tuple[int, float]]]:
+    """(layer, weight) of the points of the first candidates."""
+    first = default_layers(layers)[0]
+    depths = sorted({max(1, math.floor(share * layers + 0.5)) for share in _DEPTHS})
+    singles = sorted({0, first, first + max(1, layers // 32), *depths})
+    shapes = [[(layer, 1.0)] for layer in singles if layer < layers]
+    if space.points >= 2:
+        shapes += [[(0, 1.0), (depth, fall)] for depth, fall in product(depths, _FALLS)]
+        for depth, keep in product(depths, _TIGHT):
+            start = (budget * layers - keep * (layers - depth)) / depth  # what is left for layer 0
+            if keep < min(start, 1) * _FALLS[-1]:
+                shapes.append([(0, 1.0), (depth, keep / min(start, 1))])
+    if space.points >= 3:
+        for one, other in pairwise(depths):
+            shapes += [[(0, 1.0), (one, fall), (other, fall * fall)] for fall in _FALLS[:2]]
+            shapes.append([(0, 1.0), (one, _FALLS[1]), (other, _FALLS[1] * _TIGHT_FALL)])
+        if budget * layers > first:
+            published = solve(budget, layers).points
+            shapes.append([(point.layer, float(point.keep)) for point in published])
+    return shapes
+
+
 def neighbours(candidate: Candidate, space: Space, layers: int) -> Iterator[Candidate]:
-    """Candidates that differ in one property."""
+    """Candidates of the space that differ in one property."""
+    for near in _neighbours(candidate, space, layers):
+        if space.has([method for _, _, method in near.points]):
+            yield near
+
+
+def _neighbours(candidate: Candidate, space: Space, layers: int) -> Iterator[Candidate]:
     points = candidate.points
     step = max(1, layers // 32)
     for place, (layer, weight, method) in enumerate(points):
@@ -244,12 +266,13 @@ def neighbours(candidate: Candidate, space: Space, layers: int) -> Iterator[Cand
         if len(points) > 1:
             yield with_point((layer, weight * _STEP, method))
             yield with_point((layer, weight / _STEP, method))
-        for other in space.methods:
+        for other in dict.fromkeys((*space.methods, *space.last)):
             if other != method:
                 yield with_point((layer, weight, other))
         if len(points) < space.points and after - layer > 1:
             middle = (layer + after) // 2
-            yield with_point((layer, weight, method), (middle, weight * _FALLS[0], method))
+            one = method if method in space.methods else space.methods[0]
+            yield with_point((layer, weight, one), (middle, weight * _FALLS[0], method))
     used = {need for _, _, method in points for need in METHODS[method].needs}
     if "threshold" in used:
         for tau in (candidate.threshold - _TAU_STEP, candidate.threshold + _TAU_STEP):
@@ -532,6 +555,12 @@ def tune(
     return tuned
 
 
+def described(configuration: Configuration) -> str:
+    """A schedule, and its τ where a method reads it."""
+    tau = configuration.threshold
+    return configuration.name + ("" if tau is None else f"  τ={tau:g}")
+
+
 def recipe_text(tuned: Tuned) -> str:
     """The best schedule in the form of a recipe."""
     best = tuned.best
@@ -553,7 +582,7 @@ def recipe_text(tuned: Tuned) -> str:
             f"# Level with it (the paired 95 % interval of the difference includes 0): "
             f"{len(tuned.level)} of the {others} other finalists."
         )
-        lines += [f"#   {one.configuration.name}" for one in tuned.level]
+        lines += [f"#   {described(one.configuration)}" for one in tuned.level]
     lines += [
         "schedules:",
         f'  "{tuned.budget:g}":',
