@@ -47,7 +47,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from trio_deploy.checkpoint.safetensors import DTYPES, TensorEntry, image_settings
+from trio_deploy.checkpoint.folder import image_settings
+from trio_deploy.checkpoint.safetensors import DTYPES, TensorEntry
 from trio_deploy.families.base import Family
 from trio_deploy.families.clip_images import clip_processor_files
 from trio_deploy.families.preprocessing import Preprocessor

@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
+from trio_deploy.checkpoint.folder import has_file, image_settings, read_object
 from trio_deploy.checkpoint.resolve import Source
-from trio_deploy.checkpoint.safetensors import image_settings, read_object
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.preprocessing import Preprocessor
@@ -71,7 +71,7 @@ def checkpoint_assets(
         preprocessing, chat_template: a recipe's or an earlier bundle's, for a folder without.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not has_file(path):
         raise TrioError(
             f'{folder} has no tokenizer.json: make one with python -c "from transformers import '
             f"AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\""
@@ -100,7 +100,7 @@ def _json_bytes(value: Any) -> bytes:
 def _chat_template(folder: Path) -> str | None:
     """The chat template from any of the places of transformers' releases, newest first."""
     jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
+    if has_file(jinja):
         return jinja.read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         template = (read_object(folder / name) or {}).get("chat_template")

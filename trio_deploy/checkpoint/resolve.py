@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trio_deploy.checkpoint.safetensors import INDEX, SINGLE, image_settings, read_object
+from trio_deploy.checkpoint.folder import image_settings, read_object
+from trio_deploy.checkpoint.safetensors import INDEX, SINGLE
 from trio_deploy.config.recipe import Recipe, list_recipes, read_recipe, recipe_name
 from trio_deploy.errors import TrioError
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import parse_config
-from trio_deploy.files import read_json
 
 #: What a bundle has and a checkpoint has not.
 MANIFEST = "manifest.json"
@@ -143,23 +143,24 @@ def _from_recipe(recipe: Recipe, weights_needed: bool) -> Source:
 
 
 def from_folder(folder: Path) -> Source:
-    file = folder / "config.json"
-    try:
-        raw = read_json(file, "download it again")
-    except FileNotFoundError:
+    """A checkpoint folder's configuration.
+
+    Raises:
+        TrioError: there is no folder, it is no checkpoint, or its config.json cannot be read.
+    """
+    raw = read_object(folder / "config.json")
+    if raw is None:
         if not folder.is_dir():
-            raise TrioError(f"there is no folder {folder}: pass a checkpoint's folder") from None
+            raise TrioError(f"there is no folder {folder}: pass a checkpoint's folder")
         if (folder / MANIFEST).is_file():
             raise TrioError(
                 f"{folder} is a bundle, which has been exported already: pass the checkpoint that "
                 "it was made from"
-            ) from None
+            )
         raise TrioError(
             f"{folder} has no config.json, so it is not a checkpoint: pass a folder that "
             "transformers' save_pretrained wrote"
-        ) from None
-    if not isinstance(raw, dict):
-        raise TrioError(f"{file} does not hold a JSON object: download it again")
+        )
     name = folder.resolve().name
     return Source(name, name, None, raw, folder, None)
 

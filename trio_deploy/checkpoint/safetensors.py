@@ -18,10 +18,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from trio_deploy.checkpoint.folder import has_file, read_object
 from trio_deploy.errors import TrioError
 from trio_deploy.families.names import map_checkpoint_names
 from trio_deploy.families.registry import family_of
-from trio_deploy.files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -174,36 +174,6 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     return _entries(file, header, 8 + length, size)
 
 
-def read_object(file: Path) -> dict[str, Any] | None:
-    """A JSON object from a file, None where there is no file.
-
-    Raises:
-        TrioError: it is not a JSON object.
-    """
-    if not file.is_file():
-        _refuse_dangling(file)
-        return None
-    raw = read_json(file, "download it again")
-    if not isinstance(raw, dict):
-        raise TrioError(f"{file} does not hold a JSON object: download it again")
-    return raw
-
-
-def image_settings(folder: Path) -> dict[str, Any]:
-    """The image processor's settings of a checkpoint folder, empty where there are none.
-
-    transformers 5 keeps them inside processor_config.json and looks there first; before, they had
-    a file of their own.
-
-    Raises:
-        TrioError: one of the files is not a JSON object.
-    """
-    inside = (read_object(folder / "processor_config.json") or {}).get("image_processor")
-    if isinstance(inside, dict):
-        return inside
-    return read_object(folder / "preprocessor_config.json") or {}
-
-
 def _entries(file: Path, header: dict[str, Any], data: int, size: int) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for name, raw in header.items():
@@ -243,9 +213,8 @@ def _check_overlap(file: Path, entries: Mapping[str, TensorEntry]) -> None:
 def _weights(folder: Path) -> dict[str, TensorEntry]:
     """Like transformers, prefer the single file to the index."""
     single = folder / SINGLE
-    if single.is_file():
+    if has_file(single):
         return read_header(single)
-    _refuse_dangling(single)
     index = read_object(folder / INDEX)
     if index is None:
         others = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pth", ".pt")]
@@ -277,18 +246,9 @@ def _shard(folder: Path, shard: Any, tensor: str) -> dict[str, TensorEntry]:
             "file in the folder."
         )
     file = folder / shard
-    if not file.is_file():
-        _refuse_dangling(file)
+    if not has_file(file):
         raise TrioError(
             f"Shard {shard} is missing from {folder}; tensor {tensor!r}, among others, is in it. "
             "Download it again."
         )
     return read_header(file)
-
-
-def _refuse_dangling(file: Path) -> None:
-    if file.is_symlink():
-        raise TrioError(
-            f"{file} is a link to {file.readlink()}, which does not exist; download the "
-            "checkpoint again."
-        )

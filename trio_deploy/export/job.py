@@ -98,6 +98,7 @@ class ExportJob:
         schedule: the pruning points.
         graphs: how the graphs are written.
         checkpoint: canonical name → tensor of the checkpoint; empty for `graphs_only`.
+        assets: tokenizer, preprocessing, chat template and token ids of the model.
     """
 
     options: ExportOptions
@@ -107,21 +108,7 @@ class ExportJob:
     schedule: Schedule
     graphs: GraphOptions
     checkpoint: Mapping[str, TensorEntry]
-
-    @property
-    def assets(self) -> Assets:
-        """Tokenizer, preprocessing, chat template and token ids of the model."""
-        found, recipe = self.source, self.source.recipe
-        if self.options.graphs_only:
-            return planned_assets(found, self.config)
-        assert found.folder is not None
-        return checkpoint_assets(
-            found.folder,
-            self.config,
-            found.raw_config,
-            preprocessing=recipe.preprocessing if recipe else None,
-            chat_template=recipe.chat_template if recipe else None,
-        )
+    assets: Assets
 
     @property
     def budgets(self) -> dict[str, list[float | int]]:
@@ -176,15 +163,35 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
         plan_schedule(ahead, parse_config(ahead.raw_config), options)
     source = resolve(model, weights_needed=not options.graphs_only)
     config = parse_config(source.raw_config)
-    schedule = plan_schedule(source, config, options)
     checkpoint: Mapping[str, TensorEntry] = {}
-    if not options.graphs_only:
+    if not options.graphs_only:  # first: what is wrong with a checkpoint concerns every schedule
         assert source.folder is not None
         checkpoint = Checkpoint.from_path(source.folder).verify(canonical_tensors(config))
+    assets = _assets(source, config, options)
+    schedule = plan_schedule(source, config, options)
     options = replace(options, dtype=dtype, dialect=options.dialect or target.dialect)
     graphs = _graph_options(source.recipe, target, options)
     _refuse_unreadable(graphs.dialect, target)
-    return ExportJob(options, target, source, config, schedule, graphs, checkpoint)
+    return ExportJob(options, target, source, config, schedule, graphs, checkpoint, assets)
+
+
+def _assets(source: Source, config: ModelConfig, options: ExportOptions) -> Assets:
+    """Tokenizer, preprocessing, chat template and token ids of a model.
+
+    Raises:
+        TrioError: the checkpoint's small files are incomplete or damaged.
+    """
+    if options.graphs_only:
+        return planned_assets(source, config)
+    assert source.folder is not None
+    recipe = source.recipe
+    return checkpoint_assets(
+        source.folder,
+        config,
+        source.raw_config,
+        preprocessing=recipe.preprocessing if recipe else None,
+        chat_template=recipe.chat_template if recipe else None,
+    )
 
 
 def plan_schedule(source: Source, config: ModelConfig, options: ExportOptions) -> Schedule:
@@ -244,10 +251,9 @@ def write_bundle(
     """Write graphs, small files, weights and the manifest.
 
     Raises:
-        TrioError: the small files are incomplete, or the disk is too full.
+        TrioError: the disk is too full.
     """
-    options, target, source = job.options, job.target, job.source
-    assets = job.assets  # all that can be wrong with them is found before weights are copied
+    options, target, source, assets = job.options, job.target, job.source, job.assets
     planned = plan_stages(job.config, job.schedule.points, job.graphs.separate_decode)
     stages, contents = serialised(planned, models, weights.places)
     contents |= assets.files

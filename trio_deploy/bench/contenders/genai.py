@@ -19,7 +19,7 @@ import numpy as np
 
 from trio_deploy.bench.case import Case, Run
 from trio_deploy.bench.workload import Workload
-from trio_deploy.checkpoint.safetensors import image_settings
+from trio_deploy.checkpoint.folder import image_settings
 from trio_deploy.errors import TrioError
 
 _CHILD = Path(__file__).parent.with_name("genai_child.py")
