@@ -5,8 +5,8 @@ What hangs or eats memory then fails its own test and no other, and leaves the m
     done = run_limited("run", bundle, "--image", image, "--question", question)
     assert done.one_error() == "…"
 
-`limited_python` runs Python code instead, which may check many inputs in one child. What the child
-may use beyond what its start takes is a third argument: see `memory_mib` and `cpu_s`.
+`limited_python` runs Python code instead, which may check many inputs in one child. Both
+take other limits as `memory_mib` and `cpu_s`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 
 from tests.support.waiting import WAIT_S
 
-#: Address space of a child, its libraries included (numpy and tokenizers take 0.3 GiB of it, a
-#: runtime 0.6, torch several), and its processor time. A command that works stays far below both.
+#: MiB of address space of a child, its libraries included (a command with a runtime takes about
+#: 0.8 GiB on a tiny model, torch much more), and its processor time. What works stays far below.
 MEMORY_MIB = 2048
 CPU_S = 20
 

@@ -7,6 +7,7 @@ that `trio --help` is quick and only `trio check` needs torch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from trio_deploy.cli import (
     tune,
 )
 from trio_deploy.cli import eval as evaluate
+from trio_deploy.cli.signals import Stopped, raising_signals
 from trio_deploy.errors import TrioError
 from trio_deploy.files import nearest_name
 
@@ -69,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _execute(args: argparse.Namespace) -> int:
     try:
         command: Callable[[argparse.Namespace], int | None] = args.command
-        return command(args) or 0
+        with raising_signals():
+            return command(args) or 0
     except TrioError as error:
         if args.debug:
             raise
@@ -90,6 +93,12 @@ def _execute(args: argparse.Namespace) -> int:
             raise
         print("trio: interrupted", file=sys.stderr)
         return _INTERRUPTED
+    except Stopped as error:
+        if args.debug:
+            raise
+        with contextlib.suppress(OSError):  # the terminal is gone
+            print(f"trio: {error}", file=sys.stderr)
+        return error.status
     except BrokenPipeError:  # `trio plan … | head`
         sys.stderr.close()
         return 1

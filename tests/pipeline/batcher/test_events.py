@@ -46,12 +46,15 @@ def test_cancelling_wakes_whoever_can_end_the_request() -> None:
     assert handle.cancelled and woken == [1]
 
 
-def test_a_listener_that_raises_cancels_its_request_and_gets_the_last_event_only() -> None:
+@pytest.mark.parametrize("error", [RuntimeError("client gone"), SystemExit(3)])
+def test_a_listener_that_raises_cancels_its_request_and_gets_the_last_event_only(
+    error: BaseException,
+) -> None:
     heard: list[Event] = []
 
     def broken(event: Event) -> None:
         heard.append(event)
-        raise RuntimeError("client gone")
+        raise error
 
     handle, thread = Handle(broken, lambda: None), EventThread()
     for event in (Event(1, "a"), Event(2, "b"), END):

@@ -124,7 +124,7 @@ class Handle:
         try:
             if self._on_event is not None and (event.last or not self._callback_failed):
                 self._on_event(event)
-        except Exception:
+        except BaseException:  # SystemExit would end the thread, and with it all other answers
             _LOG.exception("the listener of a request failed; the request is cancelled")
             self._callback_failed = True
             self.cancel()
