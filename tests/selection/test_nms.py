@@ -37,7 +37,9 @@ def test_keeps_all_or_none_at_the_ends():
 
 def test_similarity_equal_to_the_threshold_suppresses():
     features = np.array([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]])
-    assert greedy_select(np.array([3.0, 2.0, 1.0]), features, 2, 0.8).tolist() == [0, 2]
+    scores = np.array([3.0, 2.0, 1.0])
+    assert greedy_select(scores, features, 2, 0.8).tolist() == [0, 2]
+    assert greedy_by_cosines(scores, cosines_of(features), 2, 0.8).tolist() == [0, 2]
 
 
 def test_known_cosines_give_the_same_tokens():

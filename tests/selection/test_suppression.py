@@ -113,6 +113,24 @@ def test_suppression_equals_sequential_greedy(
 
 
 @pytest.mark.parametrize(("dialect", "runtime"), TARGETS)
+@pytest.mark.parametrize("block", [1, 4])  # compared with what was kept before, and in a block
+def test_a_cosine_equal_to_the_threshold_suppresses(block: int, dialect: Any, runtime: str) -> None:
+    rows = np.zeros((1, 3, SIZE), np.float32)
+    rows[0, :2, :4] = [[1, 1, 1, 1], [1, 1, 1, -1]]  # their cosine is 2 / (2 · 2), exactly
+    rows[0, 2, 4] = 1
+    feeds = {
+        "hidden_states": rows,
+        "lengths": np.array([3]),
+        "visual_mask": np.ones((1, 3), bool),
+        "scores": np.array([[3, 2, 1]], np.float32),
+        "keep": np.array([2]),
+        "width": np.array([2]),
+    }
+    mask = suppressor(dialect, runtime, block, threshold=0.5)(feeds)["mask"]
+    assert mask.tolist() == [[True, False, True]]
+
+
+@pytest.mark.parametrize(("dialect", "runtime"), TARGETS)
 def test_a_long_chain_takes_many_rounds_and_converges(dialect: Any, runtime: str) -> None:
     """Falling scores along a chain: every round settles one or two tokens."""
     rng, n = np.random.default_rng(0), 250
