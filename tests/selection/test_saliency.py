@@ -6,16 +6,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
 from tests.support import selections as select_reference
 from tests.support.run_graph import Runner, filled
-from tests.support.selection_cases import LAYER, TARGETS, batch_of, weights_of
+from tests.support.selection_cases import LAYER, TARGETS, batch_of, random_weights, weights_of
 from tests.support.transformers_models import model_config, relative
 from trio_deploy.families.base import ModelConfig, RopeConfig
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.rope import inverse_frequencies
+from trio_deploy.schedule.methods import METHODS
 from trio_deploy.selection.stage import build_select
 
 targets = pytest.mark.parametrize(("dialect", "runtime"), TARGETS)
@@ -165,3 +167,84 @@ def test_half_precision_keeps_small_gradients(dialect: Any, head: float) -> None
     outputs = Runner(build_select(config, LAYER, options), weights)(feeds)
     assert outputs["hidden_states_out"].dtype == np.float16
     assert_close(outputs["saliency"], expected(config, weights, feeds), 3e-2)
+
+
+SHAPES = (
+    # hidden size, query heads, key/value heads, head size, inner size of the MLP, vocabulary
+    (64, 1, 1, 64, 96, 80),  # every projection of the attention is square
+    (64, 4, 1, 64, 96, 80),  # one key/value head as wide as a hidden state
+    (64, 2, 2, 64, 96, 80),  # a square per head
+    (256, 2, 1, 256, 32, 40),
+    (64, 8, 8, 8, 64, 64),  # square as a whole, and so are the MLP and the head
+)
+
+
+def config_of(shape: tuple[int, ...]) -> ModelConfig:
+    names = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+    return model_config(**dict(zip((*names, "vocab_size"), shape, strict=True)))
+
+
+def drawn_shapes(count: int) -> list[tuple[int, ...]]:
+    rng = np.random.default_rng(0)
+    shapes = []
+    for _ in range(count):
+        size = int(rng.choice([8, 16, 24, 40, 64, 128, 256]))
+        groups = int(rng.choice([1, 1, 2, 3]))
+        heads = groups * int(rng.choice([1, 2, 4]))
+        hidden = int(rng.choice([size, groups * size, heads * size, 48, 128]))
+        inner = int(rng.choice([hidden, 80, 96]))
+        vocabulary = int(rng.choice([hidden, 101]))
+        shapes.append((hidden, heads, groups, size, inner, vocabulary))
+    return shapes
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *drawn_shapes(10)], ids=str)
+def test_openvino_keeps_the_tokens_of_the_reference_whatever_the_shapes(
+    shape: tuple[int, ...],
+) -> None:
+    """It takes one packing of a matrix for the other where a graph multiplies by both."""
+    config = config_of(shape)
+    model = build_select(config, LAYER, GraphOptions(dialect="primitive"))
+    scale = 1.2 / config.text.hidden_size**0.5
+    weights = random_weights(model, norm=1.0, proj=scale, lm_head=scale)
+    feeds = batch_of(config)
+    outputs = Runner(model, weights, "openvino")(feeds)
+    reference = expected(config, weights, feeds)
+    for row, visual in enumerate(feeds["visual_mask"]):
+        places = np.flatnonzero(visual & (np.arange(len(visual)) < feeds["lengths"][row]))
+        keep = min(int(feeds["keep"][row]), len(places))
+        hidden = feeds["hidden_states"][row, places]
+        chosen = select_reference.greedy(reference[row, places], hidden, keep, 0.8)
+        kept = outputs["keep_index"][row]
+        kept = kept[(kept >= 0) & visual[kept]]
+        assert kept.tolist() == places[chosen].tolist()
+    assert_close(outputs["saliency"], reference, 1e-4)
+
+
+def both_sides(model: ir.Model) -> set[str]:
+    """Square weights that a graph multiplies by from the right, both as they are and transposed."""
+    ways: dict[str, set[bool]] = {}
+    for product in ir.traversal.RecursiveGraphIterator(model.graph):
+        if product.op_type != "MatMul":
+            continue
+        value, transposed = product.inputs[1], False
+        while (node := value.producer()) is not None and node.op_type in (
+            "Cast", "Reshape", "Transpose"
+        ):  # fmt: skip
+            transposed ^= node.op_type == "Transpose"
+            if len(set(value.shape[-2:])) > 1:
+                break
+            value = node.inputs[0]
+        if value.is_initializer():
+            ways.setdefault(value.name, set()).add(transposed)
+    return {name for name, found in ways.items() if len(found) == 2}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[4]], ids=str)
+def test_no_graph_for_openvino_has_a_square_weight_on_the_right_both_ways(
+    shape: tuple[int, ...], method: str
+) -> None:
+    options = GraphOptions(dialect="primitive")
+    model = build_select(config_of(shape), LAYER, options, method=method)
+    assert not both_sides(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.options import GraphOptions
@@ -14,7 +15,11 @@ TARGETS = [("ort", "ort"), ("onnx", "ort"), ("primitive", "ort"), ("primitive", 
 
 def weights_of(config: ModelConfig, seed: int = 0, **scales: float) -> dict[str, np.ndarray]:
     """Random weights of the tensors that a select graph holds; `scales` by a part of the name."""
-    model = build_select(config, LAYER, GraphOptions())
+    return random_weights(build_select(config, LAYER, GraphOptions()), seed, **scales)
+
+
+def random_weights(model: ir.Model, seed: int = 0, **scales: float) -> dict[str, np.ndarray]:
+    """Random weights of a graph's tensors; `scales` by a part of the name."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name in sorted(model.graph.initializers):

@@ -302,7 +302,7 @@ class Attention(nn.Module):
         per_group = int(shape_of(kept.q)[2])
         do = split_heads(op, self.o_proj.backward_few_rows(op, g), heads, size)
         do = op.Reshape(do, [0, groups, per_group, size])
-        u = scaled_product(op, d.dtype, do, lambda narrow: op.MatMul(narrow, kept.w_v))
+        u = scaled_product(op, d.dtype, do, lambda narrow: d.matmul_shared(op, narrow, kept.w_v))
         u = op.Reshape(u, [0, groups * per_group, text.hidden_size])
         u, scale = over_power_of_two(op, u)
         narrow = cast(op, u, d.dtype)

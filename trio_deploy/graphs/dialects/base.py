@@ -98,7 +98,7 @@ class Dialect(ABC):
 
     def linear_transposed(self, op: Any, x: ir.Value, weight: Weight) -> ir.Value:
         """Compute x W, [..., out] → [..., in]: the backward pass of `linear`."""
-        return op.MatMul(x, weight)
+        return self.matmul_shared(op, x, weight)
 
     def linear_few_rows(
         self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None
@@ -121,6 +121,14 @@ class Dialect(ABC):
     def matmul_transposed(self, op: Any, a: ir.Value, b: ir.Value) -> ir.Value:
         """Compute a bᵀ over the last two axes."""
         return op.MatMul(a, op.Transpose(b, perm=last_two_swapped(len(shape_of(b)))))
+
+    def matmul_shared(self, op: Any, x: ir.Value, w: ir.Value) -> ir.Value:
+        """Compute x w over the last two axes, for a constant w that the graph may also take as wᵀ.
+
+        Every product with such a matrix is this one or one with its transpose, so a dialect whose
+        runtime confuses the two needs another form here alone.
+        """
+        return op.MatMul(x, w)
 
     def rms_norm(self, op: Any, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
         """Compute x / sqrt(mean(x²) + ε) ∘ w over the last axis, in fp32."""

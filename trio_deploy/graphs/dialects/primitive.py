@@ -67,17 +67,17 @@ class PrimitiveDialect(Dialect):
         y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
         return y if bias is None else op.Add(y, bias)
 
-    def linear_transposed(self, op: Any, x: ir.Value, weight: Weight) -> ir.Value:
-        """Compute x W as (Wᵀ xᵀ)ᵀ for a square W; x has rank 2 or more.
+    def matmul_shared(self, op: Any, x: ir.Value, w: ir.Value) -> ir.Value:
+        """Compute x w as (wᵀ xᵀ)ᵀ for a square w; x has rank 2 or more.
 
-        OpenVINO 2026.4 packs a constant on the right of a product, and if one graph has both x W
-        and x Wᵀ for a square W, it takes the one packing for the other: wrong numbers, no message.
+        OpenVINO 2026.4 packs a constant on the right of a product, and if one graph has both x w
+        and x wᵀ for a square w, it takes the one packing for the other: wrong numbers, no message.
         """
-        out, inner = shape_of(weight)
+        out, inner = shape_of(w)[-2:]
         if out != inner:
-            return op.MatMul(x, weight)
+            return op.MatMul(x, w)
         swapped = last_two_swapped(len(shape_of(x)))
-        left = op.Transpose(weight, perm=[1, 0])
+        left = op.Transpose(w, perm=last_two_swapped(len(shape_of(w))))
         return op.Transpose(op.MatMul(left, op.Transpose(x, perm=swapped)), perm=swapped)
 
     def rms_norm(self, op: Any, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
