@@ -35,6 +35,23 @@ def draw_generation(generation: Generation) -> Image.Image:
     return _stack(strips)
 
 
+def draw_questions(captions: Sequence[str], generations: Sequence[Generation]) -> Image.Image:
+    """Draw one image, and beside it what the last pruning point kept for each of several questions.
+
+    Args:
+        captions: text under each generation's panel.
+        generations: answers about one image, pruned to the end by the same schedule.
+    """
+    first = generations[0]
+    image, processed = first.images[0], first.processed[0]
+    whole = kept_panels(image, processed, [])[0]
+    panels = [_panel(whole, f"all {len(processed.rows)} visual tokens")]
+    for caption, generation in zip(captions, generations, strict=True):
+        last = generation.kept_of_image(0)[-1]
+        panels.append(_panel(kept_panels(image, processed, [last])[1], caption))
+    return _row(panels)
+
+
 def pruned_before(generation: Generation) -> list[int]:
     """For each pruning point of an answer, the layer that it precedes."""
     starts = [start for start, _, _ in generation.layer_ranges]
@@ -63,6 +80,10 @@ def draw_kept(
     for number, (tokens, picture) in enumerate(zip(kept, pruned, strict=True)):
         where = f"from layer {layers[number]}" if layers is not None else f"point {number + 1}"
         panels.append(_panel(picture, f"{where}: {len(tokens)} of {total}"))
+    return _row(panels)
+
+
+def _row(panels: Sequence[Image.Image]) -> Image.Image:
     sheet = Image.new(
         "RGB",
         (sum(panel.width + _GAP for panel in panels) + _GAP, panels[0].height + 2 * _GAP),
