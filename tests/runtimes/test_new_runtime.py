@@ -2,7 +2,7 @@
 
 The module has
 
-- an engine, which runs one graph: the six members of `runtimes.base.Engine`;
+- an engine, which runs one graph: the seven members of `runtimes.base.Engine`;
 - a runtime, which opens the graphs of a bundle: those of `runtimes.base.Runtime`. `HostRuntime` has
   what is the same in all runtimes whose engines return when they are done;
 - at its end `RUNTIME = RuntimeSpec(...)`: the graphs it reads, the options it takes and why it does
@@ -29,7 +29,15 @@ from trio_deploy import Bundle, Pipeline, Request, RuntimeOptions, TrioError, ex
 from trio_deploy.bundle.manifest import TensorPlace
 from trio_deploy.cli import main as cli
 from trio_deploy.config.target import Target
-from trio_deploy.runtimes.base import Array, Engine, HostRuntime, RuntimeSpec, Step, TensorSpec
+from trio_deploy.runtimes.base import (
+    Array,
+    Engine,
+    Execution,
+    HostRuntime,
+    RuntimeSpec,
+    Step,
+    TensorSpec,
+)
 from trio_deploy.runtimes.registry import RUNTIMES, load_target
 
 QUESTION = "what color is the circle?"
@@ -52,6 +60,11 @@ class ShoutingEngine:
     def outputs(self) -> Mapping[str, TensorSpec]:
         """By name, in the graph's order."""
         return self._inner.outputs
+
+    @property
+    def execution(self) -> Execution:
+        """How it runs, as the runtime reports it."""
+        return replace(self._inner.execution, device="LOUD")
 
     def run(
         self,

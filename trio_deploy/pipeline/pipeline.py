@@ -17,6 +17,7 @@ from trio_deploy.pipeline.batch import DecodeBatch
 from trio_deploy.pipeline.prefill import Clock, Prefilled, Stages
 from trio_deploy.pipeline.prepare import RequestPreparer
 from trio_deploy.pipeline.prompt import collate
+from trio_deploy.pipeline.ran_as import RanAs
 from trio_deploy.pipeline.request import Generation, Request
 from trio_deploy.pipeline.sequence import SequenceState
 from trio_deploy.pipeline.stream import TextStream
@@ -38,14 +39,21 @@ class Pipeline:
         bundle: what was opened.
         precision: float type that the segments' results are rounded to, and in which selections
             multiply with weights; the rest of a selection is computed in the bundle's type.
+        ran_as: runtime, target, float types and device, read back from the opened engines.
     """
 
     def __init__(
-        self, bundle: Bundle, stages: Stages, preparer: RequestPreparer, precision: str
+        self,
+        bundle: Bundle,
+        stages: Stages,
+        preparer: RequestPreparer,
+        precision: str,
+        ran_as: RanAs,
     ) -> None:
         """Use `open`."""
         self.bundle = bundle
         self.precision = precision
+        self.ran_as = ran_as
         self._stages = stages
         self._preparer = preparer
 
@@ -73,7 +81,8 @@ class Pipeline:
         # Hidden states and cache of a 16-bit bundle are rounded whatever the products are done in.
         dtype = loaded.manifest.dtype
         precision = dtype if dtype != "float32" else options.precision or dtype
-        return cls(loaded, stages, RequestPreparer(loaded), precision)
+        ran_as = RanAs.of(loaded, options, stages.engines)
+        return cls(loaded, stages, RequestPreparer(loaded), precision, ran_as)
 
     def generate(self, request: Request) -> Generation:
         """Answer one request.

@@ -14,6 +14,7 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import TensorPlace
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target
+from trio_deploy.config.yaml_files import DTYPES
 from trio_deploy.errors import TrioError
 
 Array = Any
@@ -40,8 +41,28 @@ class TensorSpec:
     shape: tuple[int | str | None, ...]
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How an opened engine runs, as the runtime itself reports it, whatever was asked for.
+
+    Attributes:
+        device: processor, provider or GPU, by the runtime's name for it.
+        precision: float type of the products of activations and weights.
+        target: target that the engine was built for, where engines are built.
+    """
+
+    device: str
+    precision: str
+    target: str | None = None
+
+
 class Engine(Protocol):
     """One graph, ready to run."""
+
+    @property
+    def execution(self) -> Execution:
+        """How it runs, read back from the runtime."""
+        ...
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -190,6 +211,12 @@ class HostRuntime:
     def moment(self) -> Moment:
         """See `Runtime.moment`."""
         return HostMoment.now()
+
+
+def float_type(*specs: Mapping[str, TensorSpec]) -> str:
+    """Name of the float type of the first tensor that has one; "" if none has."""
+    names = (spec.dtype.name for each in specs for spec in each.values())
+    return next((name for name in names if name in DTYPES), "")
 
 
 def _unchanged(target: Target) -> Target:

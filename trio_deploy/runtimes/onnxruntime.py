@@ -30,11 +30,13 @@ from trio_deploy.config.yaml_files import nearest
 from trio_deploy.errors import TrioError
 from trio_deploy.runtimes.base import (
     Array,
+    Execution,
     HostRuntime,
     RuntimeSpec,
     Step,
     TensorSpec,
     check_feeds,
+    float_type,
 )
 from trio_deploy.runtimes.cores import cores_to_name
 from trio_deploy.runtimes.mapped_weights import WeightMap
@@ -198,6 +200,9 @@ class OrtEngine:
         self._ort = _onnxruntime()
         self.inputs = _specs(session.get_inputs())
         self.outputs = _specs(session.get_outputs())
+        # A graph is computed in its own type, by the first of the session's providers that can.
+        precision = float_type(self.inputs, self.outputs)
+        self.execution = Execution(session.get_providers()[0], precision)
 
     def run(
         self,

@@ -20,6 +20,7 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.runtimes.base import (
     Array,
+    Execution,
     HostRuntime,
     RuntimeSpec,
     Step,
@@ -30,6 +31,7 @@ from trio_deploy.runtimes.cores import cores_to_name, usable_cores
 from trio_deploy.runtimes.openvino_passes import Passes
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
+_FLOAT_TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as compiled models say
 
 
 class OvRuntime(HostRuntime):
@@ -112,6 +114,10 @@ class OvEngine:
         self._request: Any = None
         self.inputs = _specs(model.inputs)
         self.outputs = _specs(model.outputs)
+        hint = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        self.execution = Execution(
+            ", ".join(model.get_property("EXECUTION_DEVICES")), _FLOAT_TYPES.get(hint, hint)
+        )
 
     def run(
         self,

@@ -167,6 +167,12 @@ def test_answers_are_those_of_onnx_runtime(
         assert mine.timings.keys() == theirs.timings.keys()
 
 
+def test_a_pipeline_names_the_target_and_the_gpu_that_it_ran_on(shared: Machine) -> None:
+    ran, record = shared.pipeline().ran_as, shared.runtime().record
+    assert (ran.runtime, ran.target, ran.device) == ("tensorrt", record.target, record.gpu.name)
+    assert (ran.dialect, ran.dtype, ran.precision) == (record.dialect, record.dtype, record.dtype)
+
+
 def test_selections_with_inputs_of_their_own_get_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llava_next_checkpoint: Path
 ) -> None:

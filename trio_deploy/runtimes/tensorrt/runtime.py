@@ -22,7 +22,7 @@ from trio_deploy.bundle.manifest import ENGINES, StageInfo, TensorPlace
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
-from trio_deploy.runtimes.base import Array, RuntimeSpec, Step, TensorSpec, check_feeds
+from trio_deploy.runtimes.base import Array, Execution, RuntimeSpec, Step, TensorSpec, check_feeds
 from trio_deploy.runtimes.tensorrt.bindings import IoTensor, OutOfDeviceMemory, TensorRT, load
 from trio_deploy.runtimes.tensorrt.device import Device, DeviceArray, Event, Graph, format_mib
 from trio_deploy.runtimes.tensorrt.gpu import this_gpu
@@ -304,6 +304,12 @@ class TrtEngine:
             f"to run {stage} takes {format_mib(scratch)} of scratch memory, and some for its "
             f"state, in addition to the {format_mib(weights)} of its engine"
         )
+
+    @property
+    def execution(self) -> Execution:
+        """`Engine.execution`; engines are strongly typed, so they compute in the graphs' type."""
+        record = self.runtime.record
+        return Execution(record.gpu.name, record.dtype, record.target)
 
     def run(
         self,

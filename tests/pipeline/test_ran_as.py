@@ -1,0 +1,59 @@
+"""How a bundle ran is read back from its engines."""
+
+from dataclasses import replace
+
+import pytest
+
+from trio_deploy import Pipeline, RuntimeOptions
+from trio_deploy.pipeline.ran_as import RanAs
+from trio_deploy.runtimes.registry import complete_options, load_target
+
+CPU = "CPUExecutionProvider"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, RanAs("onnxruntime", "cpu", "primitive", "float32", "float32", CPU)),
+        (
+            {"runtime": "openvino"},
+            RanAs("openvino", None, "primitive", "float32", "float32", "CPU"),
+        ),
+        (
+            {"target": "cpu-openvino"},
+            RanAs("openvino", "cpu-openvino", "primitive", "float32", "float32", "CPU"),
+        ),
+        (
+            {"target": load_target("cpu-openvino")},
+            RanAs("openvino", "cpu-openvino", "primitive", "float32", "float32", "CPU"),
+        ),
+    ],
+)
+def test_runtime_and_target_are_those_that_ran(bundles, options, expected):
+    bundle = bundles.path("tiny", dialect="primitive")
+    assert Pipeline.open(bundle, threads=1, **options).ran_as == expected
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision"), [("onnxruntime", "float16"), ("openvino", "float32")]
+)
+def test_the_float_types_are_the_graphs_and_what_the_runtime_computes_in(
+    bundles, runtime, precision
+):
+    bundle = bundles.path("tiny", dialect="primitive", dtype="float16")
+    pipeline = Pipeline.open(bundle, runtime=runtime, threads=1)
+    assert pipeline.ran_as.dtype == "float16"
+    assert pipeline.ran_as.precision == precision  # OpenVINO computes products of float16 so
+
+
+def test_what_the_engines_report_counts_and_not_what_was_asked_for(bundles):
+    pipeline = Pipeline.open(bundles.path("tiny", dialect="primitive"), threads=1)
+    bundle = pipeline.bundle
+    asked = complete_options(
+        bundle, RuntimeOptions(target=load_target("cpu-openvino"), precision="bfloat16")
+    )
+    engines = {name: pipeline.engine(name) for name in bundle.stages}
+    last = bundle.of_kind("prefill")[-1].name
+    assert RanAs.of(bundle, asked, engines).precision == "float32"
+    engines[last].execution = replace(engines[last].execution, precision="bfloat16")
+    assert RanAs.of(bundle, asked, engines).precision == "float32 and bfloat16"
