@@ -29,6 +29,7 @@ LIMITS = ServiceLimits(
     max_prompt_bytes=200,
     max_stop=2,
     max_stop_bytes=5,
+    max_banned=3,
     max_timeout_s=10.0,
 )
 ASKED = ClientRequest(prompt=b"what ?")
@@ -60,7 +61,7 @@ def test_a_whole_request_becomes_one_of_the_pipeline() -> None:
 def test_what_is_not_given_has_the_services_defaults() -> None:
     limits = ServiceLimits(budget=0.3, default_max_tokens=9)
     request, timeout_s = check_request(ASKED, limits)
-    assert (request.max_new_tokens, request.temperature, request.top_p) == (9, 0.0, 1.0)
+    assert (request.max_new_tokens, request.temperature, request.top_p) == (9, None, None)
     assert (request.budget, request.seed, timeout_s) == (0.3, None, 300.0)
 
 
@@ -112,11 +113,25 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"temperature": float("nan")}, "temperature must be a finite"),
     ({"temperature": -1.0}, "temperature must be 0 or more"),
     ({"top_p": 0.0}, "top_p"),
+    ({"top_k": -1}, "top_k"),
+    ({"min_p": 1.1}, "min_p"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty"),
+    ({"presence_penalty": float("nan")}, "presence_penalty"),
+    ({"frequency_penalty": 3.0}, "frequency_penalty"),
+    ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size"),
+    ({"min_tokens": -1}, "min_tokens must be 0 or more"),
+    ({"min_tokens": 4, "max_tokens": 3}, "min_tokens is 4, but max_tokens is 3"),
+    ({"suppress_tokens": [1] * 4}, "4 suppress_tokens, but max_banned is 3"),
+    ({"suppress_tokens": [-1]}, "suppress_tokens"),
+    ({"bad_words": [b"a"] * 4}, "4 bad_words, but max_banned is 3"),
+    ({"bad_words": [b""]}, "a bad word has 0 bytes"),
+    ({"bad_words": [b"abcdef"]}, "max_stop_bytes = 5"),
+    ({"bad_words": [b"\xff"]}, "a bad word is not UTF-8"),
     ({"seed": -1}, "seed"),
     ({"stop": [b"a", b"b", b"c"]}, "3 stop strings, but max_stop is 2"),
     ({"stop": [b"abcdef"]}, "max_stop_bytes = 5"),
     ({"stop": [b""]}, "a stop string has 0 bytes"),
-    ({"stop": [b"\xff"]}, "stop is not UTF-8"),
+    ({"stop": [b"\xff"]}, "a stop string is not UTF-8"),
     ({"budget": 1.5}, "budget must be above 0"),
     ({"timeout_s": 11.0}, "max_timeout_s = 10"),
     ({"timeout_s": float("inf")}, "finite"),
@@ -175,6 +190,7 @@ def test_a_jpeg_that_goes_over_its_picture_without_end_is_refused() -> None:
 texts = st.none() | st.binary(max_size=60)
 lists = st.none() | st.lists(st.binary(max_size=60) | st.just(file()), max_size=3)
 numbers = st.none() | st.floats()
+whole = st.none() | st.integers(-(2**31), 2**31 - 1)
 
 
 @given(
@@ -186,7 +202,16 @@ numbers = st.none() | st.floats()
         images_base64=lists,
         max_tokens=st.none() | st.integers(-(2**31), 2**31 - 1),
         temperature=numbers,
+        top_k=whole,
         top_p=numbers,
+        min_p=numbers,
+        repetition_penalty=numbers,
+        presence_penalty=numbers,
+        frequency_penalty=numbers,
+        no_repeat_ngram_size=whole,
+        min_tokens=whole,
+        suppress_tokens=st.none() | st.lists(st.integers(-2, 2**63 - 1), max_size=4),
+        bad_words=lists,
         seed=st.none() | st.integers(-(2**63), 2**63 - 1),
         stop=lists,
         budget=numbers,

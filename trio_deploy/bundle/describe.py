@@ -9,6 +9,7 @@ from trio_deploy.bundle.manifest import (
     WEIGHTS,
     TensorInfo,
 )
+from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.files import format_bytes
 
 
@@ -39,6 +40,7 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
         *(f"{'  at ' + known:<10} {other}" for known, other in others.items()),
         f"           probe {manifest.probe}, positions {manifest.positions}, "
         f"threshold {manifest.threshold:g}",
+        f"answers    {SamplingOptions.from_json(manifest.generation.sampling).describe()}",
         f"weights    {format_bytes(sum(i.size for i in weights.values()))} in {len(weights)} "
         f"file{'s' if len(weights) != 1 else ''}, {state}",
         f"checksums  {f'none yet of {unchecked}' if unchecked else 'of all files'}",

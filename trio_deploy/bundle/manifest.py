@@ -9,6 +9,7 @@ import msgspec
 
 from trio_deploy.checkpoint.processor_files import GenerationInfo
 from trio_deploy.checkpoint.resolve import MANIFEST as MANIFEST
+from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.files import convert
 from trio_deploy.quant.stored_weight import ITEM_BYTES, Part
@@ -231,7 +232,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises:
             TrioError: a stage's name occurs twice; a stage refers to a file or tensor that has no
-                entry; a tensor lies outside its file, or its size is not that of its shape.
+                entry; a tensor lies outside its file, or its size is not that of its shape; a
+                sampling option is unknown or out of range.
         """
         names = [stage.name for stage in self.stages]
         for name in names:
@@ -250,6 +252,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
                     )
         for name, place in self.tensors.items():
             _check_place(name, place, self.files)
+        SamplingOptions.from_json(self.generation.sampling)
 
     def dump(self) -> bytes:
         """The bytes of manifest.json: deterministic, without dates or paths of this machine.

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from trio_deploy.checkpoint.folder import has_file, image_settings, read_object
+from trio_deploy.checkpoint.generation_config import GENERATION_CONFIG, read_sampling
 from trio_deploy.checkpoint.resolve import Source
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
@@ -26,19 +27,29 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 
 class GenerationInfo(msgspec.Struct, frozen=True):
-    """Token ids that end or fill a sequence."""
+    """Token ids that end or fill a sequence, and how tokens are chosen if a request says nothing.
+
+    Attributes:
+        sampling: options of `SamplingOptions` by name, from generation_config.json.
+    """
 
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     bos_token_id: int | None = None
+    sampling: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Assets:
-    """Small files by name in the bundle, and token ids."""
+    """Small files by name in the bundle, token ids and sampling options.
+
+    Attributes:
+        notes: what the export says about them, a sentence each.
+    """
 
     files: dict[str, bytes]
     generation: GenerationInfo
+    notes: tuple[str, ...] = ()
 
 
 def planned_assets(found: Source, config: ModelConfig) -> Assets:
@@ -89,8 +100,16 @@ def checkpoint_assets(
         files[CHAT_TEMPLATE] = template.encode()
     tokens, ids = _tokens(folder, config)
     files[TOKENS] = _json_bytes(tokens)
-    generation = _generation(raw_config, read_object(folder / "generation_config.json"), ids)
-    return Assets(files, generation)
+    settings = read_object(folder / GENERATION_CONFIG)
+    info = _generation(raw_config, settings, ids)
+    options, unsupported = read_sampling(settings or {})
+    info = msgspec.structs.replace(info, sampling=options.to_json())
+    notes = [
+        f"{GENERATION_CONFIG} asks for {setting}, which is not supported and has no effect: "
+        "answers differ from transformers'"
+        for setting in unsupported
+    ]
+    return Assets(files, info, tuple(notes))
 
 
 def _json_bytes(value: Any) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trio_deploy.cli.options import add_runtime_options, runtime_options
+from trio_deploy.config.sampling import SAMPLING_OPTIONS
 from trio_deploy.errors import TrioError
 
 if TYPE_CHECKING:
@@ -44,19 +45,45 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=128,
         help="maximum number of generated tokens (default: 128)",
     )
-    command.add_argument(
-        "--temperature", type=float, default=0.0, help="sampling temperature (default: 0, greedy)"
-    )
-    command.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="sample from the most likely tokens of this total probability (default: 1, all)",
-    )
-    command.add_argument("--seed", type=int, help="sampling seed (default: random)")
     command.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
+    _add_sampling_options(command)
     add_runtime_options(command)
+
+
+def _add_sampling_options(command: argparse.ArgumentParser) -> None:
+    """Options of `SamplingOptions`."""
+    group = command.add_argument_group(
+        "choice of tokens", "defaults are the bundle's: trio inspect shows them"
+    )
+    group.add_argument("--temperature", type=float, help="0 takes the most likely token")
+    group.add_argument("--top-k", type=int, help="draw from this many most likely tokens; 0: all")
+    group.add_argument(
+        "--top-p", type=float, help="draw from the most likely tokens of this total probability"
+    )
+    group.add_argument(
+        "--min-p", type=float, help="draw from tokens this fraction as likely as the most likely"
+    )
+    group.add_argument("--seed", type=int, help="sampling seed (default: random)")
+    group.add_argument(
+        "--repetition-penalty", type=float, help="divide logits of tokens seen by this; 1: none"
+    )
+    group.add_argument(
+        "--presence-penalty", type=float, help="subtract from logits of tokens in the answer"
+    )
+    group.add_argument(
+        "--frequency-penalty", type=float, help="subtract as often as a token is in the answer"
+    )
+    group.add_argument(
+        "--no-repeat-ngram-size", type=int, help="tokens in a row that do not occur twice; 0: any"
+    )
+    group.add_argument("--min-new-tokens", type=int, help="no end token before this many tokens")
+    group.add_argument(
+        "--suppress-tokens", type=int, nargs="+", metavar="ID", help="tokens that never come"
+    )
+    group.add_argument(
+        "--bad-words", nargs="+", metavar="TEXT", help="texts that do not come in the answer"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -71,15 +98,14 @@ def run(args: argparse.Namespace) -> None:
             raise TrioError("--show draws what was kept of an image: pass one with --image")
         check_picture_path(args.show)
     pipeline = Pipeline.open(args.bundle, runtime_options(args))
+    sampling: dict[str, Any] = {name: getattr(args, name, None) for name in SAMPLING_OPTIONS}
     request = Request(
         args.prompt,
         args.image,
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
         stop=args.stop,
         budget=args.budget,
+        **sampling,
     )
     stream = pipeline.stream(request)
     for piece in stream:
@@ -117,6 +143,8 @@ def generation_text(generation: Generation) -> str:
         + (f", {generation.tokens_per_s:.1f} tokens/s" if generation.tokens_per_s else ""),
         f"KV cache {generation.kv_bytes / _MIB:.2f} MiB",
     ]
+    if (choice := generation.sampling.describe()) != "greedy":
+        lines.append(f"tokens chosen by {choice}")
     return "\n".join(lines)
 
 
@@ -128,6 +156,7 @@ def generation_json(generation: Generation) -> dict[str, Any]:
         "finish_reason": generation.finish_reason,
         "prompt_tokens": generation.prompt_tokens,
         "visual_tokens": generation.visual_tokens,
+        "sampling": generation.sampling.to_json(),
         "schedule": generation.schedule.to_json(),
         "layer_ranges": [
             {"start": start, "stop": stop, "tokens": tokens}

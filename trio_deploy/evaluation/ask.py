@@ -228,6 +228,7 @@ class Examiner:
                     max_new_tokens=self._limit,
                     budget=budget,
                     seed=zlib.crc32(f"{seed}:{question.id}".encode()),
+                    bundle_sampling=False,
                 )
                 for question in questions
             ]

@@ -137,6 +137,7 @@ class Trio(Lmms):
             top_p=float(settings.get("top_p") or 1.0),
             stop=[until] if isinstance(until, str) else [text for text in until if text.strip()],
             budget=self.budget,
+            bundle_sampling=False,
         )
 
     def _pictures(self, visual: Any, place: int, task: str, split: str) -> list[Any]:

@@ -333,7 +333,13 @@ class Tuner:
             with log, self._bar("unpruned", len(missing)) as bar:
                 for group in batches(missing, self._batch):
                     requests = [
-                        Request(q.prompt, list(q.images), max_new_tokens=self._limit) for q in group
+                        Request(
+                            q.prompt,
+                            list(q.images),
+                            max_new_tokens=self._limit,
+                            bundle_sampling=False,
+                        )
+                        for q in group
                     ]
                     for question, given in zip(
                         group, pipeline.generate_batch(requests), strict=True

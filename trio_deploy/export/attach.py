@@ -26,7 +26,7 @@ from trio_deploy.checkpoint.resolve import (
 )
 from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.errors import TrioError
-from trio_deploy.export.job import sources_by_part, write_weights
+from trio_deploy.export.job import print_note, sources_by_part, write_weights
 from trio_deploy.families.base import OUTSIDE_GRAPHS
 from trio_deploy.families.registry import parse_config
 from trio_deploy.graphs.weights import canonical_tensors, stored_weights
@@ -100,6 +100,8 @@ def attach_weights(
             files=dict(writer.files),
         )
         writer.write(MANIFEST, manifest.dump())
+    for note in assets.notes:
+        print_note(progress, note)
     return Bundle.load(old.path)
 
 

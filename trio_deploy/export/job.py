@@ -294,6 +294,8 @@ def write_bundle(
             budgets=job.budgets,
         )
         writer.write(MANIFEST, manifest.dump())
+    for note in assets.notes:
+        print_note(progress, note)
 
 
 def _merge(options: ExportOptions, keywords: Mapping[str, Any]) -> ExportOptions:
@@ -364,17 +366,18 @@ def write_weights(
             return "copied"
         kept = keep_files(writer, files, link, bar.update)
     if link and kept.linked:
-        _print_note(
+        print_note(
             progress,
             "weights are hard links, no weight byte was written: ONNX Runtime takes them, "
             "onnx.load and onnx.checker refuse hard-linked data (load_external_data=False)",
         )
     if link and kept.linked < len(files):
-        _print_note(progress, "the file system refused hard links here, so weights were copied")
+        print_note(progress, "the file system refused hard links here, so weights were copied")
     return "linked" if kept.linked else "copied"
 
 
-def _print_note(show: bool, text: str) -> None:
+def print_note(show: bool, text: str) -> None:
+    """Print what an export has to say on stderr, if it is to be shown."""
     if show:
         print(f"trio: {text}", file=sys.stderr)
 

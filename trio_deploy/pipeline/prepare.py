@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from PIL import Image
 from tokenizers import Tokenizer
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import Layout
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
 from trio_deploy.pipeline.request import ImageSource, Request
-from trio_deploy.pipeline.sampling import Detokenizer, Forced, Sampler, Sampling, StopScanner
+from trio_deploy.pipeline.sampling import Detokenizer, Forced, Sampler, StopScanner
 from trio_deploy.pipeline.sequence import SequenceState
 from trio_deploy.schedule.schedule import Schedule
 
@@ -46,6 +48,7 @@ class RequestPreparer:
         self._bundle = bundle
         self._preprocessor = Preprocessor.from_json(bundle.preprocessor, bundle.config)
         self._end_tokens = frozenset(bundle.manifest.generation.eos_token_ids)
+        self._sampling = SamplingOptions.from_json(bundle.manifest.generation.sampling)
 
     def prepare(
         self, request: Request, before_image: Callable[[], object] | None = None
@@ -87,6 +90,7 @@ class RequestPreparer:
     ) -> SequenceState:
         if request.max_new_tokens < 1:
             raise TrioError(f"max_new_tokens must be 1 or more, got {request.max_new_tokens}")
+        sampling = self._sampling_options(request)
         sources = request.image_list
         text = self.encoder.text(request.prompt, len(sources), raw=request.raw)
         for source in sources:
@@ -112,7 +116,12 @@ class RequestPreparer:
             max_tokens=len(request.forced) or min(request.max_new_tokens, context - prompt.length),
             schedule=schedule,
             keep_counts=schedule.resolve(prompt.visual_tokens),
-            sampler=_sampler(request),
+            sampling=sampling,
+            sampler=(
+                Forced(request.forced)
+                if request.forced
+                else Sampler(sampling, prompt.ids, self._end_tokens)
+            ),
             detokenizer=Detokenizer(self.encoder.decode),
             stop_scanner=StopScanner(request.stop_strings),
             end_tokens=self._end_tokens,
@@ -123,6 +132,23 @@ class RequestPreparer:
     def _open(self, source: ImageSource) -> tuple[Image.Image, Layout]:
         image = self._preprocessor.open_image(source)
         return image, self._preprocessor(image)
+
+    def _sampling_options(self, request: Request) -> SamplingOptions:
+        """The request's options over the bundle's, texts of bad words as token ids."""
+        request.check(self._bundle.config.text.vocab_size)
+        if (request.min_new_tokens or 0) > request.max_new_tokens:
+            raise TrioError(
+                f"min_new_tokens is {request.min_new_tokens}, but max_new_tokens is "
+                f"{request.max_new_tokens}"
+            )
+        options = request.over(self._sampling if request.bundle_sampling else SamplingOptions())
+        if request.bad_words is None:
+            return options
+        words = [tuple(ids) for ids in request.bad_words_ids or ()]
+        for text in request.bad_words:
+            # Within an answer a word mostly follows a space, which may make it another token.
+            words += (tuple(self.encoder.answer(each)) for each in (text, " " + text.lstrip()))
+        return replace(options, bad_words=None, bad_words_ids=tuple(dict.fromkeys(words)))
 
     def _schedule(self, request: Request) -> Schedule:
         schedule, budget = self._bundle.schedule, request.budget
@@ -158,9 +184,3 @@ def _check_context(prompt: Prompt, forced: int, context: int) -> None:
             f"{forced} forced tokens after a prompt of {prompt.length} exceed the model's context "
             f"of {context}: force fewer"
         )
-
-
-def _sampler(request: Request) -> Sampler | Forced:
-    if request.forced:
-        return Forced(request.forced)
-    return Sampler(Sampling(request.temperature, request.top_p, request.seed))

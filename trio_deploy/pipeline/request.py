@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.families.base import Layout
 from trio_deploy.pipeline.chat import Message
 from trio_deploy.schedule.schedule import Schedule
@@ -17,8 +18,8 @@ ImageSource = Image.Image | str | os.PathLike[str] | bytes
 
 
 @dataclass(frozen=True)
-class Request:
-    """One question and how to answer it.
+class Request(SamplingOptions):
+    """One question and how to answer it; its fields are those of `SamplingOptions`, too.
 
     Attributes:
         prompt: the question, or a whole conversation as messages in Hugging Face's format:
@@ -27,9 +28,7 @@ class Request:
         images: one for each image the prompt names, alone or in a sequence; Pillow image, path or
             file content.
         max_new_tokens: most tokens to generate; the model's context may end the answer earlier.
-        temperature: 0 chooses the most likely token; above 0 the logits are divided by it.
-        top_p: sample from the smallest set of tokens whose probabilities reach this sum.
-        seed: sampling seed (None: random); also that of `random` pruning points (None: 0).
+        seed: as in `SamplingOptions`; also that of `random` pruning points (None: 0).
         stop: one or more strings that end the answer, themselves left out.
         budget: average share of visual tokens per layer (1.0 prunes nothing), see
             `Bundle.schedule_at`; None: the bundle's own schedule.
@@ -38,19 +37,19 @@ class Request:
             of a budget.
         forced: token ids of the answer, instead of choosing any; `Generation.logprobs` has their
             probabilities.
+        bundle_sampling: take sampling options that are None from the bundle, which has them from
+            the checkpoint's generation_config.json; False: an option that is None has no effect.
     """
 
     prompt: str | Sequence[Message]
     images: ImageSource | Sequence[ImageSource] = ()
     max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
     stop: str | Sequence[str] = ()
     budget: float | None = None
     raw: bool = False
     keep: Sequence[float | int] = ()
     forced: Sequence[int] = ()
+    bundle_sampling: bool = True
 
     @property
     def image_list(self) -> list[ImageSource]:
@@ -91,6 +90,7 @@ class Generation:
             the most likely.
         warnings: what may make the answer wrong, a sentence each: words that the model does not
             know.
+        sampling: how the tokens were chosen: the request's options over the bundle's.
     """
 
     text: str
@@ -112,6 +112,7 @@ class Generation:
     logprobs: list[float] = field(default_factory=list)
     greedy: list[bool] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     @property
     def visual_tokens(self) -> int:

@@ -2,73 +2,195 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
+from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How one request chooses its tokens.
-
-    Attributes:
-        temperature: 0 chooses the most likely token; above 0 the logits are divided by it first.
-        top_p: draw from the smallest set of tokens whose probabilities reach this sum.
-        seed: of this request's own generator, so that a request gives the same tokens alone and
-            in a batch; None draws a fresh one.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise TrioError(f"temperature must be 0 or more, got {self.temperature}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise TrioError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.seed is not None and self.seed < 0:
-            raise TrioError(f"seed must be 0 or more, got {self.seed}")
-
-
 class Sampler:
-    """Draws tokens for one request."""
+    """Chooses tokens for one request."""
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
-        self._generator = np.random.default_rng(sampling.seed)
+    def __init__(
+        self,
+        options: SamplingOptions,
+        prompt: Sequence[int] | np.ndarray = (),
+        ends: Collection[int] = (),
+    ) -> None:
+        """Choose as the options say; None has no effect.
+
+        Args:
+            prompt: token ids [S] of the prompt before pruning, the image token at visual places.
+            ends: tokens that end an answer.
+        """
+        self._options = options
+        self._prompt_length = len(prompt)
+        self._tokens = np.array(prompt, np.int64)
+        self._ends = tuple(ends)
+        self._generator = np.random.default_rng(options.seed)
 
     def __call__(self, logits: np.ndarray) -> int:
         """The next token for logits [V] of any float type.
 
         Raises:
-            TrioError: the logits are not numbers (an overflow in half precision, for example).
+            TrioError: the logits are not numbers (an overflow in half precision, for example), or
+                the options leave no token to choose.
         """
-        best = int(np.argmax(logits))
-        if not np.isfinite(logits[best]):
+        if not np.isfinite(logits[np.argmax(logits)]):
             raise TrioError(
                 "the model produced logits that are not finite; a float16 bundle may have "
                 "overflowed: export it with --dtype float32"
             )
-        if self._sampling.temperature == 0.0:
-            return best
-        # Subtracted first: a tiny temperature may then give -inf, but never inf - inf.
-        behind = logits.astype(np.float64) - float(logits[best])
-        with np.errstate(over="ignore"):
-            weights = np.exp(behind / self._sampling.temperature)
-        probabilities = weights / weights.sum()
-        order = np.argsort(-probabilities, kind="stable")
-        cumulative = np.cumsum(probabilities[order])
-        if self._sampling.top_p < 1.0:
-            # The nucleus: everything before the point where top_p is reached, and that token too.
-            size = int(np.searchsorted(cumulative, self._sampling.top_p)) + 1
-            order, cumulative = order[:size], cumulative[:size]
-        drawn = self._generator.random() * cumulative[-1]
-        place = int(np.searchsorted(cumulative, drawn, side="right"))
-        return int(order[min(place, len(order) - 1)])
+        scores = process(logits, self._tokens, self._prompt_length, self._ends, self._options)
+        token = int(np.argmax(scores))
+        if scores[token] == -np.inf:
+            raise TrioError(
+                "suppress_tokens, bad_words, no_repeat_ngram_size and min_new_tokens together "
+                "leave no token to choose: ask for less"
+            )
+        if not self._options.greedy:
+            token = draw(warp(scores, self._options), self._generator)
+        self._tokens = np.append(self._tokens, token)
+        return token
+
+
+def process(
+    logits: np.ndarray,
+    tokens: np.ndarray,
+    prompt_length: int,
+    ends: Sequence[int],
+    options: SamplingOptions,
+) -> np.ndarray:
+    """Apply penalties, then bans, which set logits to -inf, in transformers' order.
+
+    Args:
+        logits: float [V].
+        tokens: int64 [S + n], the prompt and the n tokens of the answer so far.
+        ends: tokens that end an answer.
+
+    Returns:
+        float64 [V].
+    """
+    scores, answer = logits.astype(np.float64), tokens[prompt_length:]
+    if options.repetition_penalty not in (None, 1.0):
+        scores = penalize_repetition(scores, tokens, options.repetition_penalty)
+    if options.presence_penalty or options.frequency_penalty:
+        scores = penalize_counts(
+            scores, answer, options.presence_penalty or 0.0, options.frequency_penalty or 0.0
+        )
+    banned = [*(options.suppress_tokens or ())]
+    banned += repeated_ngram_ends(tokens, options.no_repeat_ngram_size or 0)
+    banned += bad_word_ends(tokens, options.bad_words_ids or (), ends)
+    if len(answer) < (options.min_new_tokens or 0):
+        banned += ends
+    if not len(answer):
+        banned += options.begin_suppress_tokens or ()
+    scores[_within(banned, len(scores))] = -np.inf
+    return scores
+
+
+def warp(scores: np.ndarray, options: SamplingOptions) -> np.ndarray:
+    """Divide float64 [V] by the temperature, then keep likely tokens, in transformers' order."""
+    # Subtracted first: a tiny temperature may then give -inf, but never inf - inf.
+    with np.errstate(over="ignore"):
+        scores = (scores - scores.max()) / (options.temperature or 1.0)
+    scores = keep_top_k(scores, options.top_k or 0)
+    scores = keep_top_p(scores, 1.0 if options.top_p is None else options.top_p)
+    return keep_min_p(scores, options.min_p or 0.0)
+
+
+def draw(scores: np.ndarray, generator: np.random.Generator) -> int:
+    """Draw a token from the softmax of float64 [V], by one number of the generator."""
+    probabilities = softmax(scores)
+    cumulative = np.cumsum(probabilities)
+    place = int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
+    return min(place, int(np.flatnonzero(probabilities)[-1]))  # their product may be rounded up
+
+
+def penalize_repetition(scores: np.ndarray, tokens: np.ndarray, penalty: float) -> np.ndarray:
+    """Divide positive, multiply negative logits of the given tokens (arXiv 1909.05858)."""
+    seen = _within(tokens, len(scores))
+    scores = scores.copy()
+    scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    return scores
+
+
+def penalize_counts(
+    scores: np.ndarray, answer: np.ndarray, presence: float, frequency: float
+) -> np.ndarray:
+    """Subtract presence · [n > 0] + frequency · n for tokens that are n times in the answer.
+
+    The formula is that of OpenAI's API reference.
+    """
+    counts = np.bincount(answer, minlength=len(scores))[: len(scores)]
+    return scores - presence * (counts > 0) - frequency * counts
+
+
+def repeated_ngram_ends(tokens: np.ndarray, size: int) -> list[int]:
+    """Tokens that would repeat `size` tokens in a row; none for size 0."""
+    if not 0 < size <= len(tokens):
+        return []
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, size)
+    last = tokens[len(tokens) + 1 - size :]
+    repeats = (windows[:, :-1] == last).all(axis=1)
+    return windows[repeats, -1].tolist()
+
+
+def bad_word_ends(
+    tokens: np.ndarray, words: Sequence[Sequence[int]], ends: Sequence[int]
+) -> list[int]:
+    """Last tokens of the words, given as token ids, whose other tokens have just come.
+
+    A word that is an end token alone does not count, as in transformers.
+    """
+    found = []
+    for *first, last in words:
+        begun = first == tokens[len(tokens) - len(first) :].tolist()
+        if begun and not (last in ends and not first):
+            found.append(last)
+    return found
+
+
+def keep_top_k(scores: np.ndarray, count: int) -> np.ndarray:
+    """Keep the `count` greatest and those equal to the last of them, others -inf; 0: all."""
+    if not 0 < count < len(scores):
+        return scores
+    return np.where(scores < np.partition(scores, -count)[-count], -np.inf, scores)
+
+
+def keep_top_p(scores: np.ndarray, share: float) -> np.ndarray:
+    """Keep the smallest set of tokens whose probabilities reach a sum, others -inf."""
+    if share >= 1.0:
+        return scores
+    probabilities = softmax(scores)
+    order = np.argsort(-probabilities, kind="stable")
+    # Everything before the point where the sum is reached, and that token too.
+    size = int(np.searchsorted(np.cumsum(probabilities[order]), share)) + 1
+    kept = np.full_like(scores, -np.inf)
+    kept[order[:size]] = scores[order[:size]]
+    return kept
+
+
+def keep_min_p(scores: np.ndarray, fraction: float) -> np.ndarray:
+    """Keep tokens at least `fraction` as likely as the most likely one, others -inf."""
+    if fraction == 0.0:
+        return scores
+    probabilities = softmax(scores)
+    return np.where(probabilities < fraction * probabilities.max(), -np.inf, scores)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Probabilities that float64 [V] stand for."""
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
+def _within(tokens: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
+    """The distinct ids below `size`: an embedding may have more rows than the model has logits."""
+    ids = np.unique(np.asarray(tokens, np.int64))
+    return ids[ids < size]
 
 
 class Forced:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.families.base import Layout
 from trio_deploy.pipeline.prompt import Prompt
 from trio_deploy.pipeline.request import Generation, Request
@@ -24,6 +25,7 @@ class SequenceState:
         schedule: of the request's budget, or the bundle's own; `keep_counts`: visual tokens to keep
             at each of its pruning points.
         end_tokens: tokens that end the answer.
+        sampling: the request's options over the bundle's, by which `sampler` chooses.
         started: `time.perf_counter()` when the request was made.
         token_ids, text: generated so far.
         finish_reason: empty until the sequence has finished.
@@ -42,6 +44,7 @@ class SequenceState:
     schedule: Schedule
     keep_counts: tuple[int, ...]
     end_tokens: frozenset[int]
+    sampling: SamplingOptions
     sampler: Sampler | Forced
     detokenizer: Detokenizer
     stop_scanner: StopScanner
@@ -113,6 +116,7 @@ class SequenceState:
             logprobs=forced.logprobs if forced else [],
             greedy=forced.greedy if forced else [],
             warnings=tuple(dict.fromkeys(self.warnings)),
+            sampling=self.sampling,
         )
 
     def _append(self, text: str) -> str:

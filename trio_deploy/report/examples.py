@@ -80,7 +80,13 @@ def answers(pipeline: Pipeline, asked: Sequence[Asked]) -> dict[str, Any]:
     for question in asked:
         pruned, whole = (
             pipeline.generate(
-                Request(question.prompt, question.images, max_new_tokens=_NEW_TOKENS, budget=budget)
+                Request(
+                    question.prompt,
+                    question.images,
+                    max_new_tokens=_NEW_TOKENS,
+                    budget=budget,
+                    bundle_sampling=False,
+                )
             )
             for budget in (None, 1.0)
         )

@@ -38,7 +38,8 @@ class ServiceLimits:
         max_image_bytes, max_image_pixels: bytes per picture's file, pixels per decoded picture.
         max_request_pixels: pixels of all pictures of a request.
         max_prompt_bytes: bytes of the prompt, or of the messages' JSON.
-        max_stop, max_stop_bytes: stop strings per request, bytes per stop string.
+        max_stop, max_stop_bytes: stop strings per request, bytes per stop string or bad word.
+        max_banned: most tokens in suppress_tokens, and most bad words, per request.
         max_timeout_s: longest deadline, and the deadline of requests that name none, seconds.
         max_queue_bytes: bytes of texts, pictures and their tiles of all requests that wait or run.
         batcher: limits of the batch and its queue.
@@ -54,6 +55,7 @@ class ServiceLimits:
     max_prompt_bytes: int = 2**16
     max_stop: int = 8
     max_stop_bytes: int = 256
+    max_banned: int = 256
     max_timeout_s: float = 300.0
     max_queue_bytes: int = 512 * 2**20
     batcher: BatcherLimits = field(default_factory=BatcherLimits)

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trio_deploy.config.sampling import SAMPLING_OPTIONS, SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.pixels import encoded_size
 from trio_deploy.pipeline.chat import Message
 from trio_deploy.pipeline.request import Request
-from trio_deploy.pipeline.sampling import Sampling
 from trio_deploy.serve.limits import ServiceLimits
 
 # A JPEG file may go over all of its picture again and again, with a few bytes per scan: a hundred
@@ -38,7 +38,9 @@ class ClientRequest:
         messages: JSON of a conversation, instead of a prompt.
         images: content of picture files; `images_base64`: the same in base64, instead of them.
         max_tokens: tokens of the answer.
-        temperature, top_p, seed: sampling.
+        temperature, …, seed: as in `SamplingOptions`; None: the bundle's own.
+        min_tokens: tokens before which no end token comes.
+        bad_words: UTF-8 texts that the answer must not contain.
         stop: UTF-8 texts that end the answer.
         budget: average share of visual tokens per layer.
         timeout_s: seconds until the deadline, as the client asks for it.
@@ -50,8 +52,17 @@ class ClientRequest:
     images: Sequence[bytes] | None = None
     images_base64: Sequence[bytes] | None = None
     max_tokens: int | None = None
+    min_tokens: int | None = None
     temperature: float | None = None
+    top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    suppress_tokens: Sequence[int] | None = None
+    bad_words: Sequence[bytes] | None = None
     seed: int | None = None
     stop: Sequence[bytes] | None = None
     budget: float | None = None
@@ -66,7 +77,7 @@ class ClientRequest:
     @property
     def nbytes(self) -> int:
         """Bytes of texts and pictures as they were sent."""
-        lists = (self.images, self.images_base64, self.stop)
+        lists = (self.images, self.images_base64, self.stop, self.bad_words)
         return (
             len(self.prompt or b"")
             + len(self.messages or b"")
@@ -88,22 +99,34 @@ def check_request(client: ClientRequest, limits: ServiceLimits) -> tuple[Request
         if value is not None and not math.isfinite(value):
             raise TrioError(f"{name} must be a finite number, got {value}")
     images = _images(client, limits)
-    sampling = Sampling(
-        0.0 if client.temperature is None else client.temperature,
-        1.0 if client.top_p is None else client.top_p,
-        client.seed,
-    )
     request = Request(
         _prompt(client, limits),
         images,
         max_new_tokens=_max_tokens(client, limits),
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
         stop=_stop(client, limits),
         budget=_budget(client, limits),
+        **_sampling(client, limits),
     )
     return request, _timeout(client, limits)
+
+
+def _sampling(client: ClientRequest, limits: ServiceLimits) -> dict[str, Any]:
+    """The sampling options that were sent, by their names in `Request`."""
+    sent: dict[str, Any] = {name: getattr(client, name, None) for name in SAMPLING_OPTIONS}
+    if client.min_tokens is not None:
+        longest = _max_tokens(client, limits)
+        if client.min_tokens < 0:
+            raise TrioError(f"min_tokens must be 0 or more, got {client.min_tokens}")
+        if client.min_tokens > longest:
+            raise TrioError(f"min_tokens is {client.min_tokens}, but max_tokens is {longest}")
+        sent["min_new_tokens"] = client.min_tokens
+    for name in ("suppress_tokens", "bad_words"):
+        if len(sent[name] or ()) > limits.max_banned:
+            raise TrioError(f"{len(sent[name])} {name}, but max_banned is {limits.max_banned}")
+    if client.bad_words is not None:
+        sent["bad_words"] = _texts(client.bad_words, "bad word", limits)
+    SamplingOptions(**sent).check()
+    return sent
 
 
 def _prompt(client: ClientRequest, limits: ServiceLimits) -> str | list[Message]:
@@ -240,13 +263,17 @@ def _stop(client: ClientRequest, limits: ServiceLimits) -> list[str]:
     stops = client.stop or ()
     if len(stops) > limits.max_stop:
         raise TrioError(f"{len(stops)} stop strings, but max_stop is {limits.max_stop}")
-    for stop in stops:
-        if not 0 < len(stop) <= limits.max_stop_bytes:
+    return _texts(stops, "stop string", limits)
+
+
+def _texts(texts: Sequence[bytes], what: str, limits: ServiceLimits) -> list[str]:
+    for text in texts:
+        if not 0 < len(text) <= limits.max_stop_bytes:
             raise TrioError(
-                f"a stop string has {len(stop)} bytes, but it must have 1 to max_stop_bytes = "
+                f"a {what} has {len(text)} bytes, but it must have 1 to max_stop_bytes = "
                 f"{limits.max_stop_bytes}"
             )
-    return [_decode(stop, "stop") for stop in stops]
+    return [_decode(text, f"a {what}") for text in texts]
 
 
 def _budget(client: ClientRequest, limits: ServiceLimits) -> float | None:

@@ -162,7 +162,8 @@ def _compare_answers(
 ) -> list[ParityRow]:
     """Compare greedy answers of the whole pipeline: one batch, and the first request alone."""
     requests = [
-        Request(e.prompt, e.pictures, max_new_tokens=NEW_TOKENS) for e in reference.examples
+        Request(e.prompt, e.pictures, max_new_tokens=NEW_TOKENS, bundle_sampling=False)
+        for e in reference.examples
     ]
     answers = [
         (f"answer {i}", r.token_ids, expected)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.tensors import arrays, file, one, text, texts
 from trio_deploy import Request, TrioError
+from trio_deploy.config.sampling import SAMPLING_OPTIONS
 from trio_deploy.serve.limits import ServiceLimits
 from trio_deploy.serve.requests import check_request
 from trio_deploy.serve.triton_server.request import INPUTS, read
@@ -49,8 +50,17 @@ def test_a_whole_request_is_read() -> None:
         ),
         "images": texts(file()),
         "max_tokens": one(7, "int32"),
+        "min_tokens": one(2, "int32"),
         "temperature": one(0.5, "float64"),
+        "top_k": one(5, "int32"),
         "top_p": one(0.9, "float64"),
+        "min_p": one(0.1, "float64"),
+        "repetition_penalty": one(1.1, "float64"),
+        "presence_penalty": one(0.2, "float64"),
+        "frequency_penalty": one(-0.3, "float64"),
+        "no_repeat_ngram_size": one(3, "int32"),
+        "suppress_tokens": np.array([4, 5], np.int64),
+        "bad_words": texts("ä", "b c"),
         "seed": one(3, "int64"),
         "stop": texts("ä", "b"),
         "budget": one(0.111, "float64"),
@@ -62,11 +72,28 @@ def test_a_whole_request_is_read() -> None:
     assert (request.max_new_tokens, request.temperature, request.top_p) == (7, 0.5, 0.9)
     assert (request.seed, request.stop, request.budget) == (3, ["ä", "b"], 0.111)
     assert request.images == [file()] and not stream and timeout_s == 2.5
+    said = {name: getattr(request, name) for name in SAMPLING_OPTIONS}
+    assert said == {
+        "temperature": 0.5,
+        "top_k": 5,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": -0.3,
+        "no_repeat_ngram_size": 3,
+        "min_new_tokens": 2,
+        "suppress_tokens": [4, 5],
+        "begin_suppress_tokens": None,  # in generation_config.json alone
+        "bad_words": ["ä", "b c"],
+        "bad_words_ids": None,
+        "seed": 3,
+    }
 
 
 def test_what_is_not_said_has_the_models_defaults() -> None:
     request, timeout_s, stream = checked(ASKED)
-    assert (request.max_new_tokens, request.temperature, request.budget) == (16, 0.0, None)
+    assert (request.max_new_tokens, request.temperature, request.budget) == (16, None, None)
     assert request.seed is None and timeout_s == 10.0 and stream
 
 
@@ -137,6 +164,10 @@ BAD: list[tuple[dict[str, np.ndarray], str]] = [
     ({**ASKED, "temperature": one(np.nan, "float64")}, "temperature must be a finite"),
     ({**ASKED, "temperature": one(-1, "float64")}, "temperature must be 0 or more"),
     ({**ASKED, "top_p": one(0, "float64")}, "top_p"),
+    ({**ASKED, "suppress_tokens": one(1, "int32")}, "suppress_tokens must be a list of int64"),
+    ({**ASKED, "suppress_tokens": np.array([[1]])}, "suppress_tokens must be a list of int64"),
+    ({**ASKED, "suppress_tokens": np.array([-1])}, "suppress_tokens must be token ids"),
+    ({**ASKED, "bad_words": texts("abcdef")}, "a bad word has 6 bytes"),
     ({**ASKED, "seed": one(-1, "int64")}, "seed"),
     ({**ASKED, "stop": texts("a", "b", "c")}, "3 stop strings, but max_stop is 2"),
     ({**ASKED, "stop": texts("abcdef")}, "max_stop_bytes = 5"),

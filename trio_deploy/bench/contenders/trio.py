@@ -26,6 +26,7 @@ def open_trio(pipeline: Pipeline, case: Case, work: Workload) -> Callable[[int],
                 work.pictures(seed),
                 max_new_tokens=work.new_tokens,
                 budget=case.budget,
+                bundle_sampling=False,
             )
         )
         return _run(generation, pipeline)

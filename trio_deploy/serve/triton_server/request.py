@@ -18,8 +18,17 @@ INPUTS: dict[str, tuple[str, int]] = {
     "images": ("string", -1),
     "images_base64": ("string", -1),
     "max_tokens": ("int32", 1),
+    "min_tokens": ("int32", 1),
     "temperature": ("float64", 1),
+    "top_k": ("int32", 1),
     "top_p": ("float64", 1),
+    "min_p": ("float64", 1),
+    "repetition_penalty": ("float64", 1),
+    "presence_penalty": ("float64", 1),
+    "frequency_penalty": ("float64", 1),
+    "no_repeat_ngram_size": ("int32", 1),
+    "suppress_tokens": ("int64", -1),
+    "bad_words": ("string", -1),
     "seed": ("int64", 1),
     "stop": ("string", -1),
     "budget": ("float64", 1),
@@ -70,9 +79,11 @@ def read(
 def _value(name: str, array: np.ndarray) -> Any:
     kind, count = INPUTS[name]
     if kind != "string":
-        if array.size != 1 or array.dtype != np.dtype(kind):
-            raise TrioError(f"{name} must be one {kind}, got {array.dtype} {list(array.shape)}")
-        return array.item()
+        wrong = array.ndim != 1 if count == -1 else array.size != 1
+        if wrong or array.dtype != np.dtype(kind):
+            needed = f"a list of {kind}" if count == -1 else f"one {kind}"
+            raise TrioError(f"{name} must be {needed}, got {array.dtype} {list(array.shape)}")
+        return array.tolist() if count == -1 else array.item()
     if array.ndim != 1 or (count != -1 and array.size != count):
         shape = "a list of strings" if count == -1 else "one string"
         raise TrioError(f"{name} must be {shape}, got shape {list(array.shape)}")
