@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 
-from trio_deploy import TrioError, files
-from trio_deploy.files import read_json, read_yaml
+from tests.support.limited import limited_python
+from trio_deploy import TrioError
+from trio_deploy.files import (
+    read_json,
+    read_text,
+    read_yaml,
+    safe_path,
+    write_atomically,
+    write_together,
+)
 
 READERS = {"json": read_json, "yaml": read_yaml}
 
@@ -29,22 +40,71 @@ def test_what_cannot_be_trusted_is_refused(kind, text, reason, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "text"), [("json", "[NaN]"), ("json", "[1e999]"), ("yaml", "[.inf]"), ("yaml", ".nan")]
+    ("kind", "text", "reason"),
+    [
+        ("json", "[NaN]", "not a finite number"),
+        ("json", "[1e999]", "not a finite number"),
+        ("yaml", "[.inf]", "not a finite number"),
+        ("yaml", ".nan", "not a finite number"),
+        ("yaml", ".nan: 1", "not a finite number"),
+        ("json", f"[1{'0' * 5000}]", "4300 digits"),
+        ("yaml", f"[1{'0' * 5000}]", "4300 digits"),
+        ("json", f"[1{'0' * 40}]", "a number has more than 128 bits"),
+        ("yaml", f"[0x{'f' * 5000}]", "a number has more than 128 bits"),
+        ("yaml", "1" + ":1" * 5000, "a number has more than 128 bits"),
+        ("json", r'["\ud800"]', r"'\\ud800' is no Unicode"),
+        ("json", r'{"\udfff": 1}', "is no Unicode"),
+        ("yaml", r'"\ud800"', "is no Unicode"),
+        ("yaml", "2026-11-30", "is a date: write it in quotes"),
+        ("yaml", "!!set {a, b}", "is a set: write it in quotes"),
+        ("yaml", "!!binary aGk=", "is a bytes: write it in quotes"),
+    ],
 )
-def test_numbers_are_finite(kind, text, tmp_path):
+def test_values_that_other_code_may_stumble_over_are_refused(kind, text, reason, tmp_path):
     file = tmp_path / "file"
     file.write_text(text)
-    with pytest.raises(TrioError, match="not a finite number"):
+    with pytest.raises(TrioError, match=f"{reason}.*: do this") as refused:
         READERS[kind](file, "do this")
+    assert len(str(refused.value)) < 500
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_a_large_file_is_not_read(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, f"MAX_{kind.upper()}", 8)
+def test_what_tokenizers_say_of_their_length_is_read(kind, tmp_path):
     file = tmp_path / "file"
-    file.write_text("[1, 2, 3, 4]")
-    with pytest.raises(TrioError, match="file is larger than 8 B: do this"):
-        READERS[kind](file, "do this")
+    file.write_text(f"[{10**30}, -3, 0.5, true, null, 'ä']".replace("'", '"'))
+    assert READERS[kind](file, "do this") == [10**30, -3, 0.5, True, None, "ä"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"\xef\xbb\xbf[1]")
+    assert read_json(file, "") == read_yaml(file, "") == [1]
+    assert read_text(file, "") == "[1]"
+
+
+def test_text_that_is_not_utf_8_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(TrioError, match="file is not UTF-8 text .*position 3.*: do this"):
+        read_text(file, "do this")
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_pipe_is_not_waited_for(kind, tmp_path):
+    os.mkfifo(tmp_path / "file")
+    with pytest.raises(TrioError, match="is a pipe and no file: do this"):
+        READERS[kind](tmp_path / "file", "do this")
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"), [("json", "64 MiB"), ("yaml", "128 KiB"), ("text", "1 MiB")]
+)
+def test_a_large_file_is_not_read(kind, limit, tmp_path):
+    file = tmp_path / "file"
+    with file.open("wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(TrioError, match=f"file is larger than {limit}: do this"):
+        {**READERS, "text": read_text}[kind](file, "do this")
 
 
 def test_aliases_do_not_grow_without_bound(tmp_path):
@@ -53,6 +113,15 @@ def test_aliases_do_not_grow_without_bound(tmp_path):
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
     file.write_text("\n".join(lines))
     with pytest.raises(TrioError, match="more than"):
+        read_yaml(file, "do this")
+    lines = ["a0: &a0 {x: 1, y: 1}"]
+    lines += [f"a{i}: &a{i} {{'<<': [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 9)]
+    file.write_text("\n".join(lines).replace("'<<'", "<<"))
+    with pytest.raises(TrioError, match="merges more than"):
+        read_yaml(file, "do this")
+    lines = ["a0: &a0 [1]", *(f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 100))]
+    file.write_text("\n".join(lines))
+    with pytest.raises(TrioError, match="nest deeper than 64"):
         read_yaml(file, "do this")
     file.write_text("a: &a [*a]")
     with pytest.raises(TrioError, match="nest"):
@@ -73,3 +142,126 @@ def test_yaml_may_merge_and_override(tmp_path):
     file = tmp_path / "file"
     file.write_text("base: &base {a: 1, b: 2}\nother:\n  <<: *base\n  b: 3\n")
     assert read_yaml(file, "do this")["other"] == {"a": 1, "b": 3}
+
+
+# What fits the limits on bytes and still asks for much: nesting, and as many values as possible.
+LAVISH = {
+    "json": [
+        '"[" * 100_000 + "]" * 100_000',
+        '"[" * (64 << 20)',
+        "'{\"a\":' * 100_000 + '1' + '}' * 100_000",
+        '"[" + "1" * 5_000 + "]"',
+        '"[" + "1" * (8 << 20) + "]"',
+        '"[" + "[]," * (8 << 20) + "[]]"',
+        '"[" + "{}," * 490_000 + "{}]"',
+        '"[" + ",".join("\\"k%d\\"" % i for i in range(999_000)) + "]"',
+        "'\"' + 'x' * (16 << 20)",
+        "'{' + ','.join('\"k%d\": 1' % (i % 400_000) for i in range(499_000)) + '}'",
+    ],
+    "yaml": [
+        '"[" * 30_000',
+        '"[" + "{}," * 20_000 + "1]"',
+        '"- " * 65_000',
+        '"? " * 65_000',
+        '"a: &a [" + "*a," * 20_000 + "1]"',
+        '"a: &a {b: 1}\\nc: {<<: [" + "*a," * 20_000 + "*a]}"',
+        '"1" + ":1" * 30_000',
+        '"0x" + "f" * 130_000',
+        "'\"' + '\\\\x41' * 30_000 + '\"'",
+        '"&a " * 40_000',
+        '"%YAML 1." + "1" * 5_000 + "\\n--- a"',
+        '"".join("k%d: &a%d {<<: *a%d, x%d: 1}\\n" % (i, i, i and i - 1, i) for i in range(3400))',
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", LAVISH)
+def test_no_file_within_the_limits_takes_much_time_or_memory(kind, tmp_path):
+    program = f"""
+import time
+from pathlib import Path
+from trio_deploy import TrioError
+from trio_deploy.files import read_json, read_yaml
+file = Path({str(tmp_path / "file")!r})
+for text in {LAVISH[kind]!r}:
+    file.write_text(eval(text))
+    start = time.process_time()
+    try:
+        read_{kind}(file, "do this")
+        what = "read"
+    except TrioError as error:
+        assert len(str(error)) < 700, len(str(error))
+        what = str(error).partition("file is")[2]
+    taken = time.process_time() - start
+    print(f"{{taken:5.2f}}", text, what)
+    assert taken < 6, text
+"""
+    done = limited_python(program, memory_mib=1500, cpu_s=60)
+    assert done.rc == 0, done.out + done.err
+    assert done.peak_mib < 512, done.out
+
+
+# ---------------------------------------------------------------------------------- paths
+
+
+def test_a_link_that_leads_to_itself_or_nowhere_is_named(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nothing")
+    for name in ("loop", "gone"):
+        with pytest.raises(TrioError, match=f"{name} .* is a symbolic link that leads to no file"):
+            safe_path(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "ä" * 200, "/".join(["x" * 200] * 20)])
+def test_a_path_longer_than_paths_can_be_is_refused(name, tmp_path):
+    with pytest.raises(TrioError, match=r"longer than a path can be") as refused:
+        safe_path(tmp_path, name)
+    assert len(str(refused.value)) < 400
+
+
+# ---------------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device.*make room"),
+        (OSError(errno.EIO, "Input/output error"), r"Input/output error\): write elsewhere"),
+        (KeyboardInterrupt(), ""),
+    ],
+)
+@pytest.mark.parametrize("at", [1, 2])
+def test_files_are_all_replaced_or_none_and_the_one_that_fails_is_named(
+    error, words, at, tmp_path, monkeypatch
+):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("old")
+    calls = []
+    fsync = os.fsync
+
+    def fail(descriptor):
+        calls.append(descriptor)
+        if len(calls) == at:
+            raise error
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    kind = TrioError if isinstance(error, OSError) else KeyboardInterrupt
+    name = [first, second][at - 1].name
+    match = rf"cannot write .*/{name} of 3 B \({words}" if words else None
+    with pytest.raises(kind, match=match):
+        write_together({first: b"new", second: b"new"})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"first": "old"}
+    monkeypatch.undo()
+    write_together({first: b"new", second: b"new"})
+    assert first.read_text() == second.read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_is_not_there_or_in_the_way_is_named(tmp_path):
+    with pytest.raises(TrioError, match=r"cannot write .*/none/file .*No such file"):
+        write_atomically(tmp_path / "none" / "file", b"")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(TrioError, match=r"cannot write .*/folder .*Is a directory"):
+        write_atomically(tmp_path / "folder", b"")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -10,9 +10,12 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import secrets
+import stat
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -21,14 +24,26 @@ import yaml
 
 from trio_deploy.errors import TrioError
 
-#: Largest files that `read_json` and `read_yaml` read, in bytes.
+#: Largest files that are read whole, in bytes. YAML's reader takes most time and memory per byte.
 MAX_JSON = 1 << 26
-MAX_YAML = 1 << 20
+MAX_YAML = 1 << 17
+MAX_TEXT = 1 << 20
+#: Most values (numbers, texts, lists, mappings) in a file; each may take 250 bytes of memory.
+MAX_VALUES = 1_000_000
+
+# PyYAML's reader lets errors of other kinds through, such as of an index, for damaged escapes.
+_YAML_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError)
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxdict, _REPR.maxlist = 4, 8, 8
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
 _T = TypeVar("_T")
 _CHUNK = 1 << 22
 _MAX_DEPTH = 64  # of lists and mappings within each other
-_MAX_VALUES = 4_000_000  # aliases of YAML make a few lines stand for any number
+_MAX_BITS = 128  # tokenizer_config.json's usual model_max_length, 10**30, has 100
+_MAX_MERGED = 10_000  # keys that `<<` copies
+_SHOWN = 200  # characters of a value or a reason in a message
 
 
 # -------------------------------------------------------------------------------- paths, checksums
@@ -38,7 +53,8 @@ def safe_path(root: Path, relative: str) -> Path:
     """Resolve a path of a manifest to a file inside the bundle.
 
     Raises:
-        TrioError: an absolute path, one with `..`, or one whose symlink leads out of the bundle.
+        TrioError: an absolute path, one with `..`, one longer than paths can be, or one whose
+            symlink leads out of the bundle, to itself or to nothing.
     """
     pure = PurePosixPath(relative)
     windows = PureWindowsPath(relative)
@@ -51,13 +67,23 @@ def safe_path(root: Path, relative: str) -> Path:
         or ".." in pure.parts
     ):
         raise TrioError(
-            f"the bundle's manifest names {relative!r}, a path that leaves the bundle: "
+            f"the bundle's manifest names {brief(relative)}, a path that leaves the bundle: "
+            "do not use this bundle; export it again"
+        )
+    if any(len(os.fsencode(part)) > 255 for part in pure.parts) or len(relative) > 2048:
+        raise TrioError(
+            f"the bundle's manifest names {brief(relative)}, longer than a path can be: "
             "do not use this bundle; export it again"
         )
     path = root.joinpath(*pure.parts)
-    if not path.resolve().is_relative_to(root.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):  # takes loops, too
         raise TrioError(
             f"{relative} in the bundle is a symbolic link that leads out of it: "
+            "put the file itself there"
+        )
+    if path.is_symlink() and not path.exists():
+        raise TrioError(
+            f"{relative} in the bundle is a symbolic link that leads to no file: "
             "put the file itself there"
         )
     return path
@@ -75,25 +101,38 @@ def sha256_of(path: Path) -> str:
 # ------------------------------------------------------------------------------ JSON and YAML files
 
 
-def read_json(file: Path, remedy: str) -> Any:
+def read_json(file: Path, remedy: str, *, limit: int = MAX_JSON, values: int = MAX_VALUES) -> Any:
     """Read the value of a JSON file; `remedy` says in an error what to do about a bad file.
+
+    Args:
+        limit: bytes of the file, at most.
+        values: as of `parse_json`.
 
     Raises:
         FileNotFoundError: there is no such file.
         TrioError: it cannot be read, is too large, or `parse_json` refuses it.
     """
-    return parse_json(_read_bounded(file, MAX_JSON, remedy), str(file), remedy)
+    return parse_json(read_bytes(file, remedy, limit), str(file), remedy, values=values)
 
 
-def parse_json(content: bytes, name: str, remedy: str) -> Any:
-    """Parse JSON without repeated keys, numbers that are not finite, or deep nesting.
+def parse_json(content: bytes | str, name: str, remedy: str, *, values: int = MAX_VALUES) -> Any:
+    """Parse JSON without repeated keys, deep nesting, or values that other code may stumble over.
+
+    Such are numbers that are not finite or have more than 128 bits, and text that is no Unicode.
+
+    Args:
+        values: numbers, texts, lists and mappings in it, at most.
 
     Raises:
         TrioError: it is not such JSON; names `name` and says `remedy`.
     """
     try:
-        value = json.loads(content, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-        _check_extent(value)
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        # Before they are made: of the shortest ones a small file has very many.
+        if sum(map(text.count, ",[{")) > values:
+            raise ValueError(f"it has more than {values} values")
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        _check_extent(value, values)
     except (ValueError, RecursionError) as error:
         raise TrioError(f"{name} is not valid JSON ({_reason(error)}): {remedy}") from None
     return value
@@ -104,25 +143,85 @@ def read_yaml(file: Path, remedy: str) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        TrioError: it cannot be read, is too large, or is not YAML of plain values, without repeated
-            keys, numbers that are not finite, or deep nesting.
+        TrioError: it cannot be read, is too large, or is not YAML of the values that JSON has too,
+            within the bounds of `parse_json`.
     """
-    content = _read_bounded(file, MAX_YAML, remedy)
+    content = read_bytes(file, remedy, MAX_YAML)
     try:
-        value = yaml.load(content.decode("utf-8"), _UniqueKeyLoader)  # a SafeLoader
-        _check_extent(value)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        value = yaml.load(content.decode("utf-8-sig"), _BoundedLoader)  # a SafeLoader
+        _check_extent(value, MAX_VALUES)
+    except _YAML_ERRORS as error:
         raise TrioError(f"{file} is not valid YAML ({_reason(error)}): {remedy}") from None
     return value
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses repeated keys, of which the last would win in silence."""
+def read_text(file: Path, remedy: str, *, limit: int = MAX_TEXT) -> str:
+    """Read a file of UTF-8 text, without a byte order mark.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TrioError: it cannot be read, is too large, or is not UTF-8.
+    """
+    try:
+        return read_bytes(file, remedy, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TrioError(f"{file} is not UTF-8 text ({_reason(error)}): {remedy}") from None
+
+
+def read_bytes(file: Path, remedy: str, limit: int) -> bytes:
+    """Read a file of at most `limit` bytes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TrioError: it cannot be read or is larger, or would have to be waited for (a named pipe).
+    """
+    try:
+        # A pipe that is named in a folder may never have a writer; a shell's `<(…)` has one.
+        if stat.S_ISFIFO(file.stat().st_mode) and not str(file).startswith(("/dev/", "/proc/")):
+            raise TrioError(f"{file} is a pipe and no file: {remedy}")
+        with file.open("rb") as stream:
+            content = stream.read(limit + 1)
+    except FileNotFoundError:
+        raise
+    except NotADirectoryError as error:
+        raise FileNotFoundError(*error.args) from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise TrioError(f"cannot read {file}: {getattr(error, 'strerror', error)}") from error
+    if len(content) > limit:
+        raise TrioError(f"{file} is larger than {format_bytes(limit)}: {remedy}")
+    return content
+
+
+def brief(value: Any) -> str:
+    """A value of a file as text for a message: on one line and cut where it is long."""
+    text = _REPR.repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """A SafeLoader that refuses repeated keys, of which the last would win in silence.
+
+    It also bounds what `<<` copies: aliases of aliases make a few lines stand for any number.
+    """
+
+    merged = 0
 
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         _refuse_repeated([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        for key, value in list(node.value):
+            if key.tag != "tag:yaml.org,2002:merge":
+                continue
+            for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if isinstance(each, yaml.MappingNode) and each is not node:
+                    self.flatten_mapping(each)
+                    self.merged += len(each.value)
+                if self.merged > _MAX_MERGED:
+                    raise ValueError(f"`<<` merges more than {_MAX_MERGED} keys")
+        super().flatten_mapping(node)
 
 
 def convert(raw: Any, kind: type[_T]) -> _T:
@@ -180,21 +279,6 @@ def _failing_key(raw: Any, kind: type) -> str:
     return ""
 
 
-def _read_bounded(file: Path, limit: int, remedy: str) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(limit + 1)
-    except FileNotFoundError:
-        raise
-    except NotADirectoryError as error:
-        raise FileNotFoundError(*error.args) from None
-    except OSError as error:
-        raise TrioError(f"cannot read {file}: {error.strerror}") from error
-    if len(content) > limit:
-        raise TrioError(f"{file} is larger than {format_bytes(limit)}: {remedy}")
-    return content
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     _refuse_repeated([key for key, _ in pairs])
     return dict(pairs)
@@ -202,32 +286,55 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_repeated(keys: list[str]) -> None:
     if len(set(keys)) < len(keys):
-        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
-        raise ValueError(f"the key {twice!r} occurs twice")
+        twice = Counter(keys).most_common(1)[0][0]
+        raise ValueError(f"the key {brief(twice)} occurs twice")
 
 
 def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not a finite number")
 
 
-def _check_extent(value: Any) -> None:
-    """Raises ValueError for deep nesting, too many values, or a number that is not finite."""
-    sizes: dict[int, int] = {}
+def _check_extent(value: Any, values: int) -> None:
+    """Raises ValueError for deep nesting, too many values, or one that `parse_json` refuses."""
+    # By identity, since aliases of YAML make one list stand in many places: values and height.
+    known: dict[int, tuple[int, int]] = {}
 
-    def size(value: Any, depth: int) -> int:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{value} is not a finite number")
+    def measure(value: Any, depth: int) -> tuple[int, int]:
         if not isinstance(value, (dict, list)):
-            return 1
-        if depth > _MAX_DEPTH:
+            _check_scalar(value)
+            return 1, 0
+        if depth <= _MAX_DEPTH and id(value) not in known:
+            for key in value if isinstance(value, dict) else ():
+                _check_scalar(key)
+            count = height = 0
+            for child in value.values() if isinstance(value, dict) else value:
+                below = measure(child, depth + 1)
+                count, height = count + below[0], max(height, below[1])
+            known[id(value)] = 1 + count, 1 + height
+        if depth > _MAX_DEPTH or depth - 1 + known[id(value)][1] > _MAX_DEPTH:
             raise ValueError(f"lists or mappings nest deeper than {_MAX_DEPTH}")
-        if id(value) not in sizes:
-            children = value.values() if isinstance(value, dict) else value
-            sizes[id(value)] = 1 + sum(size(child, depth + 1) for child in children)
-        return sizes[id(value)]
+        return known[id(value)]
 
-    if size(value, 1) > _MAX_VALUES:
-        raise ValueError(f"it has more than {_MAX_VALUES} values")
+    if measure(value, 1)[0] > values:
+        raise ValueError(f"it has more than {values} values")
+
+
+def _check_scalar(value: Any) -> None:
+    """Raises ValueError for a value that `parse_json` refuses."""
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"the text {brief(value)} is no Unicode") from None
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is not a finite number")
+    elif isinstance(value, int):
+        if value.bit_length() > _MAX_BITS:
+            raise ValueError(f"a number has more than {_MAX_BITS} bits")
+    elif value is not None:  # a date or a set of YAML
+        raise ValueError(f"{brief(value)} is a {type(value).__name__}: write it in quotes")
 
 
 def _reason(error: Exception) -> str:
@@ -235,24 +342,58 @@ def _reason(error: Exception) -> str:
         return "lists or mappings nest too deeply"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem}, line {error.problem_mark.line + 1}"
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 # ---------------------------------------------------------------------------------------- writing
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Replace a file by one that is wholly written, or leave the old one alone."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    """Replace a file by one that is wholly written, or leave the old one alone.
+
+    Raises:
+        TrioError: it cannot be written; names it.
+    """
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, bytes | memoryview]) -> None:
+    """Replace files by ones that are wholly written: all of them, or none where one fails.
+
+    Raises:
+        TrioError: a file cannot be written; names it.
+    """
+    written: list[tuple[Path, Path]] = []
+    path = Path()
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        for path, content in contents.items():
+            temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+            written.append((temporary, path))
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, path in written:
+            temporary.replace(path)
+    except BaseException as error:
+        for temporary, _ in written:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            size = format_bytes(len(contents[path]))
+            raise TrioError(
+                f"cannot write {path} of {size} ({error.strerror}): {write_remedy(error)}"
+            ) from error
         raise
+
+
+def write_remedy(error: OSError) -> str:
+    """What to do about a file that cannot be written, for a message."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room on its disk, or write elsewhere"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make its folder writable, or write elsewhere"
+    return "write elsewhere"
 
 
 def format_bytes(count: float) -> str:

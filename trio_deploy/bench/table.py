@@ -9,8 +9,7 @@ from typing import Any
 
 from trio_deploy.bench.case import GROUPS, OTHER
 from trio_deploy.bench.environment import machine_text
-from trio_deploy.errors import TrioError
-from trio_deploy.files import write_atomically
+from trio_deploy.files import write_together
 
 _MIB = 2**20
 NOTE = (
@@ -209,9 +208,5 @@ def write(result: dict[str, Any], out: Path, chart: str) -> list[Path]:
         to_markdown(result, result["command"], files[2].name),
         chart,
     )
-    try:
-        for file, content in zip(files, contents, strict=True):
-            write_atomically(file, content.encode())
-    except OSError as error:
-        raise TrioError(f"cannot write the figures to {out}.* ({error.strerror})") from error
+    write_together({file: text.encode() for file, text in zip(files, contents, strict=True)})
     return files

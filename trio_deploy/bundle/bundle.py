@@ -133,13 +133,7 @@ class Bundle:
             if info.sha256 is None and self.manifest.weights != "planned":
                 files[name] = FileInfo(info.size, sha256_of(safe_path(self.path, name)))
         manifest = msgspec.structs.replace(self.manifest, files=files)
-        try:
-            write_atomically(self.path / MANIFEST, manifest.dump())
-        except OSError as error:
-            raise TrioError(
-                f"cannot record checksums in {self.path / MANIFEST} ({error.strerror}): "
-                "make the bundle writable"
-            ) from error
+        write_atomically(self.path / MANIFEST, manifest.dump())
         return replace(self, manifest=manifest)
 
     @property

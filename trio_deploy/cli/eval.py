@@ -137,8 +137,8 @@ def run(args: argparse.Namespace) -> None:
         try:
             write_atomically(args.out / CHART, retention_chart(results).encode())
             written.append(CHART)
-        except OSError as error:  # the results are written nevertheless
-            print(f"trio: cannot write {args.out / CHART} ({error.strerror})", file=sys.stderr)
+        except TrioError as error:  # the results are written nevertheless
+            print(f"trio: {error}", file=sys.stderr)
     print(f"trio: wrote {', '.join(written)} to {args.out}", file=sys.stderr)
     print(json.dumps(results.to_json(), indent=1) if args.json else results.to_text())
 

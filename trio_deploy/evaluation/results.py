@@ -18,7 +18,7 @@ from trio_deploy.evaluation.configurations import BLIND, UNPRUNED, Configuration
 from trio_deploy.evaluation.questions import Question
 from trio_deploy.evaluation.scorers import pope_summary, yes_or_no
 from trio_deploy.evaluation.statistics import Bootstrap, Estimate
-from trio_deploy.files import sha256_of, write_atomically
+from trio_deploy.files import sha256_of, write_together
 from trio_deploy.schedule.schedule import Schedule
 
 SCHEMA = 2
@@ -176,8 +176,8 @@ class Results:
     def save(self, folder: Path) -> None:
         """Write results.json and results.md."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / RESULTS, (json.dumps(self.to_json(), indent=1) + "\n").encode())
-        write_atomically(folder / TABLE, self.to_text().encode())
+        text = json.dumps(self.to_json(), indent=1) + "\n"
+        write_together({folder / RESULTS: text.encode(), folder / TABLE: self.to_text().encode()})
 
     def to_text(self) -> str:
         """Tables in Markdown."""

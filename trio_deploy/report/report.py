@@ -30,8 +30,5 @@ def write_report(
     if out.resolve().is_relative_to(loaded.path.resolve()):
         raise TrioError(f"--out {out} lies in the bundle, whose files it could replace")
     page = render(gather(loaded, options or ReportOptions(), progress=progress))
-    try:
-        write_atomically(out, page.encode())
-    except OSError as error:
-        raise TrioError(f"cannot write the page to {out} ({error.strerror})") from error
+    write_atomically(out, page.encode())
     return out

@@ -21,7 +21,7 @@ from PIL import Image
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import MANIFEST, FileInfo
 from trio_deploy.errors import TrioError
-from trio_deploy.files import safe_path, sha256_of, write_atomically
+from trio_deploy.files import safe_path, sha256_of, write_together
 from trio_deploy.reference.trace import Stage
 from trio_deploy.verify.examples import Example
 
@@ -74,11 +74,11 @@ def store(bundle: Bundle, reference: Reference) -> Bundle:
     content = io.BytesIO()
     text = np.frombuffer(json.dumps(index).encode(), np.uint8)
     np.savez(content, allow_pickle=False, **{_INDEX: text}, **arrays)
-    write_atomically(target, content.getvalue())
-    entry = FileInfo(target.stat().st_size, sha256_of(target))
+    whole = content.getvalue()
+    entry = FileInfo(len(whole), hashlib.sha256(whole).hexdigest())
     files = bundle.manifest.files | {GOLDEN: entry}
     manifest = msgspec.structs.replace(bundle.manifest, files=files)
-    write_atomically(bundle.path / MANIFEST, manifest.dump())
+    write_together({target: whole, bundle.path / MANIFEST: manifest.dump()})
     return replace(bundle, manifest=manifest)
 
 

@@ -423,7 +423,7 @@ def test_a_disk_that_fills_up_leaves_no_half_engine(
     folder = bundle.path / "engines" / "test-gpu"
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(TrioError, match="vision.engine of 8 B: No space left.*are kept"):
+        with pytest.raises(TrioError, match=r"vision.engine of 8 B \(No space left.*are kept"):
             builder.write_whole(bundle.path / "vision.engine", b"vision 1")
     assert not list(bundle.path.glob(".vision*")) and not folder.exists()
 
@@ -435,23 +435,30 @@ def test_a_full_disk_that_loses_the_timing_cache_keeps_the_engine(
 
     def full(path: Path, content: Any) -> None:
         if path.name == "timing.cache":
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise TrioError(f"cannot write {path}: make room on its disk")
         written(path, content)
 
     monkeypatch.setattr(builder, "write_atomically", full)
     outcome = build(bundle, target, Stub())
     assert outcome.built == tuple(STAGES) and "timing.cache" not in files(outcome.folder)
-    assert "timing.cache was not written: No space" in (outcome.folder / "build.log").read_text()
+    assert "timing.cache: make room" in (outcome.folder / "build.log").read_text()
 
 
 def test_a_full_disk_that_loses_the_record_is_one_clear_error(
     bundle: Bundle, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Record, folder: Path) -> None:
+    def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Record, "save", full)
-    with pytest.raises(TrioError, match=r"cannot write .*record\.json: No space left"):
+    save = Record.save
+
+    def save_on_full_disk(self: Record, folder: Path) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", full)
+            save(self, folder)
+
+    monkeypatch.setattr(Record, "save", save_on_full_disk)
+    with pytest.raises(TrioError, match=r"cannot write .*record\.json .*No space left"):
         build(bundle, target, Stub())
 
 

@@ -33,7 +33,7 @@ from trio_deploy.runtimes.tensorrt.dry_run.rules import (
     require_tensorrt,
 )
 from trio_deploy.runtimes.tensorrt.profiles import Profile, profiles
-from trio_deploy.runtimes.tensorrt.record import RECORD, Gpu, Record, StageRecord
+from trio_deploy.runtimes.tensorrt.record import Gpu, Record, StageRecord
 from trio_deploy.runtimes.tensorrt.target import DIALECTS
 
 TIMING_CACHE = "timing.cache"
@@ -181,7 +181,7 @@ def _make(job: _Job, wanted: Sequence[str], *, force: bool, progress: bool) -> O
     # Stale engines must not run together with new ones if this build is interrupted.
     kept = {name: entry for name, entry in record.stages.items() if name not in missing}
     record = replace(record, stages=kept)
-    _save(record, folder)
+    record.save(folder)
     for leftover in folder.glob(".*.engine.*"):
         leftover.unlink(missing_ok=True)
     made: list[str] = []
@@ -204,7 +204,7 @@ def _make(job: _Job, wanted: Sequence[str], *, force: bool, progress: bool) -> O
             entry = _build(job, stage, prints[stage], log, shown)
             made.append(stage)
             record = record.with_stage(stage, entry)
-            _save(record, folder)
+            record.save(folder)
             try:
                 record = _verified(job, record, stage, log, shown)
             except TrioError as error:
@@ -214,7 +214,7 @@ def _make(job: _Job, wanted: Sequence[str], *, force: bool, progress: bool) -> O
             shown.update()
     order = {name: record.stages[name] for name in bundle.stages if name in record.stages}
     record = replace(record, stages=order)
-    _save(record, folder)
+    record.save(folder)
     return Outcome(
         folder, record, tuple(made), tuple(stage for stage in wanted if stage not in made)
     )
@@ -234,7 +234,7 @@ def _verified(job: _Job, record: Record, stage: str, log: Log, bar: Any) -> Reco
         _delete(job.folder, record, stage)
         raise
     record = record.with_verified(stage)
-    _save(record, job.folder)
+    record.save(job.folder)
     return record
 
 
@@ -266,8 +266,8 @@ def _build(job: _Job, stage: str, fingerprint: str, log: Log, bar: Any) -> Stage
     write_whole(job.folder / file, built.plan)
     try:
         write_atomically(cache, built.timing_cache)
-    except OSError as error:  # only the next build would use it
-        log("WARNING", f"{TIMING_CACHE} was not written: {error.strerror}")
+    except TrioError as error:  # only the next build would use it
+        log("WARNING", str(error))
     digest = hashlib.sha256(built.plan).hexdigest()
     log("INFO", f"==== {stage}: {len(built.plan)} bytes in {seconds:.1f} s")
     return StageRecord(
@@ -285,15 +285,12 @@ def write_whole(path: Path, content: memoryview | bytes) -> None:
     """Write a file atomically.
 
     Raises:
-        TrioError: the disk is full.
+        TrioError: it cannot be written.
     """
     try:
         write_atomically(path, content)
-    except OSError as error:
-        raise TrioError(
-            f"cannot write {path} of {format_bytes(len(content))}: {error.strerror}; engines "
-            "built before it are kept"
-        ) from error
+    except TrioError as error:
+        raise TrioError(f"{error} (engines built before it are kept)") from error
 
 
 def _require_gpu(target: Target, gpu: Gpu) -> None:
@@ -337,15 +334,6 @@ def _locked(folder: Path) -> Iterator[None]:
                 ) from None
             # The file system has no locks: continue without one.
         yield
-
-
-def _save(record: Record, folder: Path) -> None:
-    try:
-        record.save(folder)
-    except OSError as error:
-        raise TrioError(
-            f"cannot write {folder / RECORD}: {error.strerror}; its earlier content is kept"
-        ) from error
 
 
 def _chosen(bundle: Bundle, stages: Sequence[str] | None) -> list[str]:
@@ -440,7 +428,7 @@ def _require_space(bundle: Bundle, folder: Path, missing: Sequence[str]) -> None
 
 def _delete(folder: Path, record: Record, stage: str) -> None:
     (folder / record.stages[stage].file).unlink(missing_ok=True)
-    _save(record.without_stage(stage), folder)
+    record.without_stage(stage).save(folder)
 
 
 @contextmanager
