@@ -410,6 +410,14 @@ def exists(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is at a path; also False for a path that cannot be one."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name of 300 characters, a zero byte
+        return False
+
+
 def is_empty_folder(path: Path) -> bool:
     """Whether a path is a folder with nothing in it."""
     return path.is_dir() and not any(path.iterdir())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from PIL import Image
 
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluation import scenes
+from trio_deploy.files import brief, is_file, parse_json, read_json, read_text
 
 FAMILIES = ("busy", "smooth")
 SPLITS = {"test": scenes.TEST_SEEDS, "tuning": scenes.TUNING_SEEDS}
@@ -25,6 +25,10 @@ FILE_TOKENS = 128
 _LETTERS = "ABCDE"
 _PLACEHOLDER = "<image>"
 _EXAMPLE = '{"question_id": 7, "image": "cat.jpg", "text": "What is this?"}'
+_AGAIN_DOWNLOAD = "download it again"
+# VQAv2's annotations of its 214,354 questions are 372 MB with 9.4 million values.
+_MAX_QUESTIONS = 1 << 29
+_MAX_VALUES = 30_000_000
 _AGAIN = " #"  # before the number of a question whose id others had before
 
 
@@ -162,10 +166,10 @@ def read_questions(
     questions = []
     for where, entry in _entries(file)[:limit]:
         if not isinstance(entry, dict):
-            raise TrioError(f"{where}: it must be an object, not {entry!r:.60}; write {_EXAMPLE}")
+            raise TrioError(f"{where}: it must be an object, not {brief(entry)}; write {_EXAMPLE}")
         name = entry.get("question_id", entry.get("id"))
         text = _asked(entry)
-        if name is None or text is None:
+        if not isinstance(name, (str, int, float)) or text is None:
             raise TrioError(
                 f"{where}: it needs question_id and text (or id and conversations), as in "
                 f"{_EXAMPLE}"
@@ -201,48 +205,36 @@ def read_questions(
 
 def _entries(file: Path) -> list[tuple[str, Any]]:
     """Entries of the file, each with its place in words."""
+    lines = f"pass a JSON Lines file of lines like {_EXAMPLE}"
     try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TrioError(
-            f"the questions {file} cannot be read ({error.strerror}): pass a JSON Lines file"
-        ) from None
-    except UnicodeDecodeError:
-        raise TrioError(
-            f"the questions {file} are not text: pass a JSON Lines file of lines like {_EXAMPLE}"
-        ) from None
+        text = read_text(file, lines, limit=_MAX_QUESTIONS)
+    except FileNotFoundError:
+        raise TrioError(f"there are no questions at {file}: {lines}") from None
     if text.lstrip().startswith("["):
-        try:
-            entries = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise TrioError(
-                f"{file}, line {error.lineno}: the JSON list cannot be read ({error.msg})"
-            ) from None
+        entries = parse_json(text, str(file), lines, values=_MAX_VALUES)
         return [(f"{file}, question {number}", one) for number, one in enumerate(entries, 1)]
     found = []
     for number, line in enumerate(text.split("\n"), 1):
-        where = f"{file}, line {number}"
-        try:
-            if line.strip():
-                found.append((where, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise TrioError(
-                f"{where}: it is not JSON ({error.msg} at column {error.colno}); write a "
-                f"question per line, {_EXAMPLE}"
-            ) from None
+        if line.strip():
+            where = f"{file}, line {number}"
+            found.append((where, parse_json(line, where, f"write a question, {_EXAMPLE}")))
     return found
 
 
 def _asked(entry: dict[str, Any]) -> str | None:
     text = entry.get("text")
     if text is None and entry.get("conversations"):
-        text = entry["conversations"][0].get("value")
+        turns = entry["conversations"]
+        first = turns[0] if isinstance(turns, list) else None
+        text = first.get("value") if isinstance(first, dict) else None
     return text.replace(_PLACEHOLDER, "").strip() if isinstance(text, str) else None
 
 
 def _picture(where: str, folder: Path, name: Any) -> Path:
-    path = folder / str(name)
-    if not path.is_file():
+    if not isinstance(name, str):
+        raise TrioError(f"{where}: image must be a name or a list of names, not {brief(name)}")
+    path = folder / name
+    if not is_file(path):
         raise TrioError(
             f"{where}: there is no picture {path}; say in which folder the pictures are with "
             "--images"
@@ -286,8 +278,10 @@ def _pope(questions: Sequence[Question], source: Path) -> list[Any]:
     labels: dict[str, list[str]] = {}
     for category in {q.kind for q in questions}:
         file = source / f"coco_pope_{category}.json" if source.is_dir() else source
-        lines = file.read_text(encoding="utf-8").splitlines()
-        labels[category] = [json.loads(line)["label"] for line in lines if line.strip()]
+        lines = read_text(file, _AGAIN_DOWNLOAD, limit=_MAX_QUESTIONS).splitlines()
+        labels[category] = [
+            parse_json(line, str(file), _AGAIN_DOWNLOAD)["label"] for line in lines if line.strip()
+        ]
     taken = dict.fromkeys(labels, 0)
     found = []
     for question in questions:
@@ -298,9 +292,13 @@ def _pope(questions: Sequence[Question], source: Path) -> list[Any]:
 
 
 def _textvqa(questions: Sequence[Question], source: Path) -> list[Any]:
-    data = json.loads(source.read_text(encoding="utf-8"))["data"]
+    data = _annotations(source)["data"]
     known = {(str(a["image_id"]), a["question"].lower()): a["answers"] for a in data}
     return [known[(q.id.split(_AGAIN)[0], _plain(q.prompt).lower())] for q in questions]
+
+
+def _annotations(source: Path) -> Any:
+    return read_json(source, _AGAIN_DOWNLOAD, limit=_MAX_QUESTIONS, values=_MAX_VALUES)
 
 
 def _plain(prompt: str) -> str:
@@ -313,12 +311,12 @@ def _plain(prompt: str) -> str:
 
 
 def _scienceqa(questions: Sequence[Question], source: Path) -> list[Any]:
-    problems = json.loads(source.read_text(encoding="utf-8"))
+    problems = _annotations(source)
     return [_LETTERS[int(problems[q.id]["answer"])] for q in questions]
 
 
 def _vqav2(questions: Sequence[Question], source: Path) -> list[Any]:
-    annotations = json.loads(source.read_text(encoding="utf-8"))["annotations"]
+    annotations = _annotations(source)["annotations"]
     known = {str(a["question_id"]): [x["answer"] for x in a["answers"]] for a in annotations}
     return [known[q.id] for q in questions]
 
