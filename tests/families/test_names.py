@@ -12,7 +12,7 @@ from tests.support.checkpoints import LAYOUTS, make_llava, make_llava_next, read
 from trio_deploy import TrioError
 from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.families.base import Family
-from trio_deploy.families.names import map_checkpoint_names
+from trio_deploy.families.names import map_checkpoint_names, refuse_adapters
 from trio_deploy.families.registry import get_family, parse_config
 from trio_deploy.graphs.weights import canonical_tensors
 
@@ -95,6 +95,5 @@ class TestBadNames:
             map_checkpoint_names(family, [*names, "lm_head.weight"], wanted)
 
     def test_an_unmerged_adapter_is_refused(self, known):
-        family, names, wanted = known
         with pytest.raises(TrioError, match="merge"):
-            map_checkpoint_names(family, [*names, "language_model.q_proj.lora_A.weight"], wanted)
+            refuse_adapters([*known.names, "language_model.q_proj.lora_A.weight"])

@@ -143,8 +143,9 @@ class Bundle:
 
     @cached_property
     def config(self) -> ModelConfig:
-        """The model's dimensions, parsed from the checkpoint's own config.json."""
-        return parse_config(self.manifest.model.config)
+        """The model's dimensions: the checkpoint's own config.json, and its head as recorded."""
+        config, made_from = parse_config(self.manifest.model.config), self.manifest.checkpoint
+        return config if made_from is None else config.with_tied_head(made_from.tied)
 
     @cached_property
     def schedule(self) -> Schedule:

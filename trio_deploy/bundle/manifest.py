@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from trio_deploy.checkpoint.fit import CheckpointInfo
 from trio_deploy.checkpoint.processor_files import GenerationInfo
 from trio_deploy.checkpoint.resolve import MANIFEST as MANIFEST
 from trio_deploy.config.sampling import SamplingOptions
@@ -187,6 +188,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         weights: `copied`, `linked` (hard links) or `planned` (`trio attach-weights` adds them).
         target: name of the engines/ file it was exported for, which need not be where it runs;
             `runtime`, `provider` and `precision` are that target's.
+        checkpoint: what it was made from, for `trio check --checkpoint`; None for older bundles
+            and for graphs that were made without weights at hand.
         files: every other file of the bundle, by path relative to the bundle, `/` as separator.
     """
 
@@ -210,6 +213,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     weights: str
     files: dict[str, FileInfo]
     versions: dict[str, str]
+    checkpoint: CheckpointInfo | None = None
 
     @classmethod
     def from_json(cls, raw: Any) -> Manifest:

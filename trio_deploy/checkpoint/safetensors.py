@@ -144,6 +144,22 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     Raises:
         TrioError: not a .safetensors file, a corrupt or oversized header, or a truncated file.
     """
+    raw = header_bytes(file)
+    try:
+        header = json.loads(raw[8:].decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TrioError(f"{file} has a corrupt header: {error}. Download it again.") from None
+    if not isinstance(header, dict):
+        raise TrioError(f"{file} has a corrupt header: it is not a JSON object.")
+    return _entries(file, header, len(raw), file.stat().st_size)
+
+
+def header_bytes(file: Path) -> bytes:
+    """The length and the JSON text that a .safetensors file begins with.
+
+    Raises:
+        TrioError: not a .safetensors file, or one that ends before its header does.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -164,14 +180,9 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
                     f"{file} is truncated: its header alone ends at byte {8 + length}, the file "
                     f"at byte {size}. Download it again."
                 )
-            header = json.loads(stream.read(length).decode("utf-8"))
+            return start + stream.read(length)
     except OSError as error:
         raise TrioError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise TrioError(f"{file} has a corrupt header: {error}. Download it again.") from None
-    if not isinstance(header, dict):
-        raise TrioError(f"{file} has a corrupt header: it is not a JSON object.")
-    return _entries(file, header, 8 + length, size)
 
 
 def _entries(file: Path, header: dict[str, Any], data: int, size: int) -> dict[str, TensorEntry]:
@@ -210,6 +221,21 @@ def _check_overlap(file: Path, entries: Mapping[str, TensorEntry]) -> None:
         last, end = name, entry.offset + entry.nbytes
 
 
+def missing_weights(folder: Path) -> list[str]:
+    """Names of the weight files that a folder lacks.
+
+    Raises:
+        TrioError: the index of the weights is damaged, or a file is a link that leads nowhere.
+    """
+    if has_file(folder / SINGLE):
+        return []
+    index = read_object(folder / INDEX)
+    if index is None:
+        return [SINGLE]
+    shards = set(_weight_map(folder, index).values())
+    return sorted(shard for shard in shards if not has_file(folder / shard))
+
+
 def _weights(folder: Path) -> dict[str, TensorEntry]:
     """Like transformers, prefer the single file to the index."""
     single = folder / SINGLE
@@ -224,9 +250,7 @@ def _weights(folder: Path) -> dict[str, TensorEntry]:
             else ""
         )
         raise TrioError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there{hint}.")
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise TrioError(f"{folder / INDEX} has no weight_map.")
+    weight_map = _weight_map(folder, index)
     shards: dict[str, dict[str, TensorEntry]] = {}
     tensors: dict[str, TensorEntry] = {}
     for name, shard in weight_map.items():
@@ -239,12 +263,21 @@ def _weights(folder: Path) -> dict[str, TensorEntry]:
     return tensors
 
 
-def _shard(folder: Path, shard: Any, tensor: str) -> dict[str, TensorEntry]:
-    if not isinstance(shard, str) or not shard or Path(shard).name != shard or shard == "..":
-        raise TrioError(
-            f"{folder / INDEX}: tensor {tensor!r} points to {shard!r}, which is not the name of a "
-            "file in the folder."
-        )
+def _weight_map(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """Tensor → shard, as the index says."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise TrioError(f"{folder / INDEX} has no weight_map.")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard or shard == "..":
+            raise TrioError(
+                f"{folder / INDEX}: tensor {tensor!r} points to {shard!r}, which is not the name "
+                "of a file in the folder."
+            )
+    return weight_map
+
+
+def _shard(folder: Path, shard: str, tensor: str) -> dict[str, TensorEntry]:
     file = folder / shard
     if not has_file(file):
         raise TrioError(

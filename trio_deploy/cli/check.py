@@ -24,8 +24,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint",
         type=Path,
-        help="checkpoint folder for the reference, whose processor is compared too (default: the "
-        "weights in the bundle)",
+        help="checkpoint folder that the bundle was made from: its files are compared, and the "
+        "reference is loaded from it (default: the reference has the weights in the bundle)",
     )
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
     add_runtime_options(command)

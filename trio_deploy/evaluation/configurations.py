@@ -17,13 +17,13 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import ENGINES, MANIFEST, WEIGHTS
 from trio_deploy.bundle.weights import DTYPES
 from trio_deploy.checkpoint.resolve import resolve
-from trio_deploy.checkpoint.safetensors import Checkpoint, read_header
+from trio_deploy.checkpoint.safetensors import read_header
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.recipe import Recipe
 from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.registry import parse_config, request_limits
+from trio_deploy.families.registry import request_limits
 from trio_deploy.files import sha256_of
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.runtimes.registry import default_target, load_target
@@ -126,17 +126,16 @@ class Source:
                 bundle=bundle,
                 fingerprint=fingerprint(f for name in files if (f := path / name).is_file()),
             )
-        from trio_deploy.graphs.weights import canonical_tensors  # needs onnx-ir, bundles do not
+        from trio_deploy.export.checkpoint import read_checkpoint  # needs onnx-ir, bundles do not
 
         found = resolve(os.fspath(model), weights_needed=True)
         assert found.folder is not None
-        config = parse_config(found.raw_config)
-        entries = Checkpoint.from_path(found.folder).verify(canonical_tensors(config)).values()
+        read = read_checkpoint(found.folder)
         return cls(
             found.name,
-            config,
+            read.config,
             os.fspath(model),
-            dtypes=frozenset(DTYPES[entry.dtype] for entry in entries),
+            dtypes=frozenset(DTYPES[entry.dtype] for entry in read.tensors.values()),
             recipe_schedules=dict(found.recipe.schedules) if found.recipe else {},
             fingerprint=_of_checkpoint(found.folder, found.recipe),
         )

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -18,18 +16,17 @@ from trio_deploy.bundle.weights import (
     plan_layout,
 )
 from trio_deploy.bundle.writer import BundleWriter
+from trio_deploy.checkpoint.fit import first_difference
 from trio_deploy.checkpoint.processor_files import PREPROCESSOR, checkpoint_assets
 from trio_deploy.checkpoint.resolve import (
     HUB_ID,
     from_folder,
     hub_folder,
 )
-from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.errors import TrioError
+from trio_deploy.export.checkpoint import read_checkpoint
 from trio_deploy.export.job import print_note, sources_by_part, write_weights
-from trio_deploy.families.base import OUTSIDE_GRAPHS
-from trio_deploy.families.registry import parse_config
-from trio_deploy.graphs.weights import canonical_tensors, stored_weights
+from trio_deploy.graphs.weights import stored_weights
 from trio_deploy.quant.stored_weight import parts_of
 
 
@@ -60,13 +57,13 @@ def attach_weights(
             raise TrioError(f"{name} is not a folder: pass the checkpoint's folder or its hub id")
         folder, revision = hub_folder(name, "pass the folder as the checkpoint")
     found = from_folder(folder)
-    config = parse_config(found.raw_config)
-    if difference := _first_config_difference(old.config, config):
+    read = read_checkpoint(folder)
+    config = read.config
+    if difference := first_difference(old.config, config):
         raise TrioError(
             f"{folder} is not a checkpoint of {old.manifest.model.name}, for which the graphs were "
             f"made: {difference}"
         )
-    tensors = Checkpoint.from_path(folder).verify(canonical_tensors(config))
     used = [
         weight
         for weight in stored_weights(config, old.manifest.dtype)
@@ -87,7 +84,8 @@ def attach_weights(
         _copy_other_files(old, writer, skip={MANIFEST, *files})
         for relative, content in files.items():
             writer.write(relative, content)
-        write_weights(writer, layout, sources_by_part(used, tensors), False, progress)
+        sources = sources_by_part(used, read.tensors)
+        write_weights(writer, layout, sources, False, progress)
         manifest = msgspec.structs.replace(
             old.manifest,
             model=msgspec.structs.replace(
@@ -98,25 +96,12 @@ def attach_weights(
             weights="copied",
             generation=assets.generation,
             files=dict(writer.files),
+            checkpoint=read.info,
         )
         writer.write(MANIFEST, manifest.dump())
-    for note in assets.notes:
+    for note in (*read.notes, *assets.notes):
         print_note(progress, note)
     return Bundle.load(old.path)
-
-
-def _first_config_difference(planned: Any, given: Any, prefix: str = "") -> str | None:
-    """Describe the first field in which two configurations need different graphs."""
-    for item in fields(planned):
-        ours, theirs = getattr(planned, item.name), getattr(given, item.name)
-        if ours == theirs or item.name in OUTSIDE_GRAPHS:
-            continue
-        if hasattr(ours, "__dataclass_fields__") and type(ours) is type(theirs):
-            if inner := _first_config_difference(ours, theirs, f"{prefix}{item.name}."):
-                return inner
-            continue
-        return f"{prefix}{item.name} is {theirs} there and {ours} in the bundle"
-    return None
 
 
 def _check_layout_matches(bundle: Bundle, places: Mapping[str, TensorPlace]) -> None:

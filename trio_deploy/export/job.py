@@ -41,16 +41,17 @@ from trio_deploy.checkpoint.resolve import (
     described,
     resolve,
 )
-from trio_deploy.checkpoint.safetensors import Checkpoint, TensorEntry
+from trio_deploy.checkpoint.safetensors import TensorEntry, missing_weights
 from trio_deploy.config.options import DEFAULT_THRESHOLD, ExportOptions, SelectionOptions
 from trio_deploy.config.recipe import Recipe
 from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
+from trio_deploy.export.checkpoint import ReadCheckpoint, read_checkpoint
 from trio_deploy.export.graphs import build_graphs, plan_stages, serialised, used_weights
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.weights import canonical_tensors, stored_weights
+from trio_deploy.graphs.weights import stored_weights
 from trio_deploy.quant.stored_weight import StoredWeight, parts_of
 from trio_deploy.runtimes.registry import load_target, runtime_spec
 from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule
@@ -97,7 +98,7 @@ class ExportJob:
         options: as given, with dtype and dialect filled in.
         schedule: the pruning points.
         graphs: how the graphs are written.
-        checkpoint: canonical name → tensor of the checkpoint; empty for `graphs_only`.
+        checkpoint: the model's weights; None for `graphs_only` without weights at hand.
         assets: tokenizer, preprocessing, chat template and token ids of the model.
     """
 
@@ -107,7 +108,7 @@ class ExportJob:
     config: ModelConfig
     schedule: Schedule
     graphs: GraphOptions
-    checkpoint: Mapping[str, TensorEntry]
+    checkpoint: ReadCheckpoint | None
     assets: Assets
 
     @property
@@ -162,11 +163,11 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
     if (ahead := described(model)) is not None:  # before weights are downloaded
         plan_schedule(ahead, parse_config(ahead.raw_config), options)
     source = resolve(model, weights_needed=not options.graphs_only)
-    config = parse_config(source.raw_config)
-    checkpoint: Mapping[str, TensorEntry] = {}
-    if not options.graphs_only:  # first: what is wrong with a checkpoint concerns every schedule
-        assert source.folder is not None
-        checkpoint = Checkpoint.from_path(source.folder).verify(canonical_tensors(config))
+    config, checkpoint = parse_config(source.raw_config), None
+    # Before the schedule: what is wrong with a checkpoint concerns every schedule.
+    if source.folder is not None and not (options.graphs_only and missing_weights(source.folder)):
+        checkpoint = read_checkpoint(source.folder)
+        config = checkpoint.config
     assets = _assets(source, config, options)
     schedule = plan_schedule(source, config, options)
     options = replace(options, dtype=dtype, dialect=options.dialect or target.dialect)
@@ -215,7 +216,8 @@ def lay_out_weights(job: ExportJob, models: Mapping[str, ir.Model]) -> WeightPla
     dtype = job.graphs.dtype
     weights = used_weights(models, stored_weights(job.config, dtype))
     parts = parts_of(weights)
-    sources = sources_by_part(weights, job.checkpoint) if job.checkpoint else {}
+    read = None if job.options.graphs_only else job.checkpoint
+    sources = sources_by_part(weights, read.tensors) if read else {}
     same = bool(sources) and all(DTYPES[sources[p.name].dtype] == p.dtype for p in parts)
     if job.options.link_weights and not same:
         has = sorted({DTYPES[entry.dtype] for entry in sources.values()})
@@ -292,9 +294,10 @@ def write_bundle(
             provider=target.provider,
             precision=target.precision,
             budgets=job.budgets,
+            checkpoint=job.checkpoint.info if job.checkpoint else None,
         )
         writer.write(MANIFEST, manifest.dump())
-    for note in assets.notes:
+    for note in (*(job.checkpoint.notes if job.checkpoint else ()), *assets.notes):
         print_note(progress, note)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,8 @@ class TextConfig:
     Attributes:
         qkv_bias, o_bias, mlp_bias: whether the projections to queries, keys and values, the one
             out of the attention, and those of the MLP have biases.
+        tie_word_embeddings: whether the embeddings serve as the output head. config.json says
+            so first; where a checkpoint is at hand, its tensors decide (checkpoint/fit.py).
     """
 
     hidden_size: int
@@ -121,6 +123,10 @@ class ModelConfig:
     image_token_id: int
     grid_pinpoints: tuple[tuple[int, int], ...] = ()
     newline: bool = False
+
+    def with_tied_head(self, tied: bool) -> ModelConfig:
+        """The same model, whose embeddings serve as the output head or do not."""
+        return replace(self, text=replace(self.text, tie_word_embeddings=tied))
 
 
 OUTSIDE_GRAPHS = frozenset({"max_positions", "image_token_id", "grid_pinpoints"})

@@ -27,6 +27,7 @@ from trio_deploy.verify.engines import compare_engines
 from trio_deploy.verify.examples import Example, default_examples
 from trio_deploy.verify.golden import Reference, load, store
 from trio_deploy.verify.oracle import NEW_TOKENS, ask_oracle, compare_inputs
+from trio_deploy.verify.origin import compare_origin
 from trio_deploy.verify.report import Report
 
 
@@ -44,8 +45,10 @@ def check(
     Args:
         options: how the bundle is run.
         golden: compare with what `record` stored, which needs no torch.
-        checkpoint: folder with the oracle's weights and transformers' own processor; None: the
-            weights in the bundle.
+        checkpoint: folder that the bundle was made from: its config.json, the headers of its
+            weights and its output head are compared, the oracle is transformers' model as loaded
+            from it, and prompts are compared with its processor's. None: the oracle has the
+            weights in the bundle, which are not compared with any checkpoint.
         examples: questions to ask; None: `default_examples`.
         keywords: fields of `RuntimeOptions`, which replace those of `options`.
 
@@ -53,13 +56,15 @@ def check(
         TrioError: torch or transformers is missing, or nothing was recorded.
     """
     loaded = _loaded(bundle)
+    # Before transformers takes a wrong path for a name on the hub.
+    rows = [] if checkpoint is None else compare_origin(loaded, Path(checkpoint))
     pipeline = Pipeline.open(loaded, options, **keywords)
     if golden:
-        reference, rows = load(loaded), []
+        reference = load(loaded)
     else:
         asked = list(examples or default_examples())[: pipeline.max_rows]
         reference = ask_oracle(loaded, pipeline, asked, checkpoint)
-        rows = compare_inputs(pipeline, reference, checkpoint)
+        rows += compare_inputs(pipeline, reference, checkpoint)
     manifest = loaded.manifest
     names = {stage.label: name for name, stage in loaded.stages.items()}
     tolerance = TOLERANCES[pipeline.precision]
@@ -84,6 +89,8 @@ def check(
         else:
             title += f"; not against ONNX Runtime, which has no {manifest.dtype}"
     rows += _compare_answers(pipeline, reference, tolerance)
+    if checkpoint is None:
+        title += "; not compared with the checkpoint"
     return Report(title, rows)
 
 
