@@ -240,6 +240,21 @@ def convert(raw: Any, kind: type[_T]) -> _T:
         raise TrioError("lists or mappings nest too deeply") from None
 
 
+def require_unicode(text: str, what: str) -> str:
+    """Return a text that has an encoding in UTF-8; `what` names it in the error.
+
+    Raises:
+        TrioError: it has half of a surrogate pair, as JSON or a command line can spell it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TrioError(
+            f"{what} is not valid Unicode, at character {error.start}: correct or remove it"
+        ) from None
+    return text
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """A suggestion for a message about an unknown name: `; did you mean 'x'?`, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

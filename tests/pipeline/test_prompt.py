@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
 from tokenizers.normalizers import Lowercase
@@ -15,7 +14,6 @@ from tests.support.checkpoints import BOS, CHAT_TEMPLATE, IMAGE, VOCABULARY
 from tests.support.pictures import make_picture
 from trio_deploy import TrioError
 from trio_deploy.families.base import VISUAL_TOKEN, Layout
-from trio_deploy.pipeline.chat import ChatTemplate
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder, collate
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "image_token": "<image>"}
@@ -154,60 +152,6 @@ def test_a_prompt_without_text_is_refused(llava_checkpoint: Path, text: str) -> 
         PromptEncoder(tokenizer, IMAGE, TOKENS).encode(
             text, [VISUAL_TOKEN * 16] * text.count("<image>")
         )
-
-
-TEMPLATES = [
-    "{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content }}\n  {% endif %}\n"
-    "{% endfor %}",
-    "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}"
-    "{% endfor %}",
-    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
-    "{{ messages | tojson(indent=2) }} {{ eos_token }}",
-    "{% set ns = namespace(found=false) %}{% for m in messages %}{% set ns.found = true %}"
-    "{% endfor %}{{ ns.found }}{{ messages[0]['content'].split(' ')[-1] | trim }}",
-    "{{ strftime_now('%Y') }}{% if tools is none %}no tools{% endif %}",
-]
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_templates_render_as_in_transformers(template: str) -> None:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    messages = [
-        {"role": "user", "content": "is <b> it 'ä' ?"},
-        {"role": "assistant", "content": "no"},
-    ]
-    expected, _ = render_jinja_template(
-        [messages], chat_template=template, add_generation_prompt=True, **TOKENS
-    )
-    assert ChatTemplate(template, TOKENS).render(messages) == expected[0]
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ raise_exception('only one message') }}",
-        "{{ messages.append(1) }}",
-        "{{ ''.__class__.__mro__ }}{{ cycler.__init__.__globals__.os }}",
-        "{% set ns = namespace(__class__=1) %}",
-        "{{ messages[0].nothing.at_all }}",
-    ],
-)
-def test_a_template_that_refuses_or_reaches_out_is_an_error(template: str) -> None:
-    with pytest.raises(TrioError, match="chat template refused"):
-        ChatTemplate(template, TOKENS).render([{"role": "user", "content": "x"}])
-
-
-def test_a_template_that_does_not_parse_is_an_error() -> None:
-    with pytest.raises(TrioError, match="does not parse"):
-        ChatTemplate("{% for %}", TOKENS)
-
-
-def test_a_template_never_sees_the_images_themselves() -> None:
-    picture = Image.new("RGB", (2, 2))
-    messages = [{"role": "user", "content": [{"type": "image", "image": picture}]}]
-    text = ChatTemplate("{{ messages[0].content[0].image }}", TOKENS).render(messages)
-    assert text == "<Image>"
 
 
 def test_words_that_the_tokenizer_does_not_know_are_named_as_they_were_written() -> None:

@@ -11,11 +11,11 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.checkpoint.chat_template import Message
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import Layout, ModelConfig
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import request_limits
-from trio_deploy.pipeline.chat import Message
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
 
 _WORDS = "what is in the picture , and which of the things in it are most alike ? "

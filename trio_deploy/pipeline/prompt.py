@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
+from trio_deploy.checkpoint.chat_template import ChatTemplate, Message
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import VISUAL_TOKEN, Layout
-from trio_deploy.pipeline.chat import ChatTemplate, Message
 
 _WORDS = 8  # maximum number of words that a warning names, so that it stays one line
 

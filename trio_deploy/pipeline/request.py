@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from trio_deploy.checkpoint.chat_template import Message
 from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.families.base import Layout
-from trio_deploy.pipeline.chat import Message
 from trio_deploy.schedule.schedule import Schedule
 
 ImageSource = Image.Image | str | os.PathLike[str] | bytes

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trio_deploy.checkpoint.chat_template import Message
 from trio_deploy.config.sampling import SAMPLING_OPTIONS, SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.pixels import encoded_size
-from trio_deploy.pipeline.chat import Message
 from trio_deploy.pipeline.request import Request
 from trio_deploy.serve.limits import ServiceLimits
 
