@@ -39,6 +39,12 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared_folder(tmp_path_factory)
 
 
+@pytest.fixture(autouse=True)
+def cache_of_the_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep tests away from the user's own cache of bundles."""
+    monkeypatch.setenv("TRIO_CACHE", str(run_folder / "cache"))
+
+
 @pytest.fixture(scope="session")
 def bundles(run_folder: Path) -> Bundles:
     """Bundles by model and options, each exported once for the whole run; do not change them."""

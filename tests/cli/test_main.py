@@ -93,7 +93,7 @@ def test_budget_and_schedule_exclude_each_other(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("run b", "trio run: the following arguments are required: --prompt (`trio run --help` "),
+        ("plan", "trio plan: the following arguments are required: --model (`trio plan --help` "),
         ("rnu b", "trio: argument COMMAND: invalid choice: 'rnu'"),
         (
             "run b --promt x",
@@ -137,9 +137,22 @@ def test_verifying_a_bundle_without_weights_is_status_3(tmp_path, capsys, bundle
     assert "missing" not in capsys.readouterr().err
 
 
-def test_a_question_without_text_is_refused_before_the_bundle_is_opened(tmp_path, capsys):
-    assert cli.main(["run", str(tmp_path), "--prompt", " "]) == 1
-    assert capsys.readouterr().err == "trio: --prompt has no text: write something to ask\n"
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", " "], "the question has no text: write something to ask"),
+        ([""], "the question has no text: write something to ask"),
+        ([], "there is no question: write it behind the pictures, or pass --prompt"),
+        (["a.PNG"], "there is no question, since a.PNG names a picture: write the question last"),
+        (["q?", __file__], f"there is no question, since {__file__} names a picture"),
+    ],
+)
+def test_a_question_without_text_is_refused_before_the_bundle_is_opened(
+    tmp_path, capsys, arguments, words
+):
+    assert cli.main(["run", str(tmp_path), *arguments]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"trio: {words}") and said.count("\n") == 1
 
 
 def test_a_bundle_where_a_checkpoint_belongs_is_said_to_be_one(tmp_path, capsys):

@@ -23,7 +23,7 @@ def test_the_command_hands_on_what_was_asked(monkeypatch, capsys):
     )
     assert cli.main(command.split()) == 0
     bundle, out, wanted = seen["args"]
-    assert (bundle, out) == (Path("b"), Path("p.html"))
+    assert (bundle, out) == ("b", Path("p.html"))
     assert wanted == ReportOptions(
         Path("f.json"), Path("e.json"), [Asked("hi", (Path("a.png"),))], False, False, 0,
         RuntimeOptions("openvino", threads=2),

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from trio_deploy import Generation, Schedule, TrioError
+from trio_deploy.cli import main
 from trio_deploy.cli import run as answers
 from trio_deploy.pipeline import draw as picture
 
@@ -82,7 +83,7 @@ def test_several_images_are_drawn_below_one_another(tmp_path, monkeypatch):
 
 
 def test_nothing_to_draw_or_nowhere_to_write_is_an_error(tmp_path, monkeypatch):
-    with pytest.raises(TrioError, match="--image"):
+    with pytest.raises(TrioError, match="name a picture"):
         answers.save_kept(answer(), tmp_path / "kept.png")
     monkeypatch.setattr(picture, "draw_kept", lambda *_: Image.new("RGB", (3, 3)))
 
@@ -92,3 +93,21 @@ def test_nothing_to_draw_or_nowhere_to_write_is_an_error(tmp_path, monkeypatch):
     generation = answer(images=[Image.new("RGB", (3, 3))], processed=[Tokens])
     with pytest.raises(TrioError, match="cannot write"):
         answers.save_kept(generation, tmp_path / "no" / "kept.png")
+
+
+@pytest.mark.parametrize(
+    ("line", "images", "prompt"),
+    [
+        (["how?"], [], "how?"),
+        (["a.png", "b.jpg", "how many red ?"], ["a.png", "b.jpg"], "how many red ?"),
+        (["a.png", "--threads", "1", "is it in b.png"], ["a.png"], "is it in b.png"),
+        (["--image", "a.png", "b.png", "how?"], ["a.png", "b.png"], "how?"),
+        (["a.png", "--prompt", "how?", "b.png"], ["a.png", "b.png"], "how?"),
+        (["--image", "a.png", "--prompt", "b.png"], ["a.png"], "b.png"),
+        (["?" * 5000], [], "?" * 5000),
+    ],
+)
+def test_pictures_and_a_question_are_arguments_or_options(line, images, prompt):
+    args = main.parser().parse_args(["run", "b", *line])
+    assert args.bundle == "b"
+    assert answers.asked_for(args.image, args.asked, args.prompt) == (prompt, images)

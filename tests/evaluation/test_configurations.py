@@ -13,10 +13,10 @@ from trio_deploy import (
     TrioError,
     export_model,
 )
+from trio_deploy.checkpoint import fingerprint
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.config.recipe import recipe_folder
-from trio_deploy.evaluation import configurations
 from trio_deploy.evaluation.configurations import (
     Bundles,
     Configuration,
@@ -34,8 +34,8 @@ def test_a_model_is_known_by_its_content_wherever_it_lies(tmp_path, monkeypatch)
     by_size = sorted(
         Checkpoint.from_path(folder).tensors.values(), key=lambda tensor: tensor.nbytes
     )
-    for limit in (configurations._READ_WHOLE, 0):  # read as a whole, and by samples
-        monkeypatch.setattr(configurations, "_READ_WHOLE", limit)
+    for limit in (fingerprint.READ_WHOLE, 0):  # read as a whole, and by samples
+        monkeypatch.setattr(fingerprint, "READ_WHOLE", limit)
         known = Source.open(folder).fingerprint
         assert Source.open(moved).fingerprint == known
         for tensor in (by_size[0], by_size[-1]):
@@ -50,9 +50,7 @@ def test_a_model_is_known_by_its_content_wherever_it_lies(tmp_path, monkeypatch)
                 stream.write(first)
         assert Source.open(folder).fingerprint == known
     (folder / "tokenizer.json").write_text("{}")
-    assert configurations.fingerprint(folder.iterdir()) != configurations.fingerprint(
-        moved.iterdir()
-    )
+    assert fingerprint.of_files(folder.iterdir()) != fingerprint.of_files(moved.iterdir())
     bundle = export_model("tiny", tmp_path / "bundle", schedule="0:0.2", progress=False)
     shutil.copytree(bundle.path, tmp_path / "copy")
     assert (

@@ -12,7 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trio_deploy.cli.options import add_runtime_options, list_of, pixels, runtime_options
+from trio_deploy.cli.options import (
+    add_bundle,
+    add_runtime_options,
+    bundle_of,
+    list_of,
+    pixels,
+    runtime_options,
+)
 from trio_deploy.errors import TrioError
 
 if TYPE_CHECKING:
@@ -24,7 +31,7 @@ SUMMARY = "Measure time and memory, compared with no pruning and other pipelines
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    command.add_argument("bundle", nargs="?", type=Path, help="folder of the bundle")
+    add_bundle(command, nargs="?")
     command.add_argument(
         "--size",
         help="measure random weights instead of a bundle: sizes, such as "
@@ -135,7 +142,6 @@ def _subject(
 ) -> tuple[Bundle, BenchOptions]:
     """The bundle to measure, exported first for --size, and the options for it."""
     from trio_deploy.bench.synthetic import RandomModel, make_bundle
-    from trio_deploy.bundle.bundle import Bundle
 
     if (args.bundle is None) == (args.size is None):
         raise TrioError("pass either a bundle's folder, or --size for random weights")
@@ -146,7 +152,7 @@ def _subject(
                 f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to --size: a bundle has "
                 "its own"
             )
-        return Bundle.load(args.bundle), options
+        return bundle_of(args, options.runtime), options
     folder = args.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
     model = RandomModel(args.size, args.schedule, args.dtype, args.dialect)
     budget = next(filter(None, options.budgets), None)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trio_deploy.cli.options import add_bundle, bundle_of
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ SUMMARY = "Build TensorRT engines of a bundle, on the device they run on."
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    command.add_argument("bundle", type=Path, help="folder of the bundle")
+    add_bundle(command)
     command.add_argument("--target", help="name or file of the target (default: the bundle's)")
     command.add_argument(
         "--dry-run",
@@ -42,9 +43,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build engines, or check whether they can be built; 1 if they cannot."""
-    from trio_deploy.bundle.bundle import Bundle
-
-    bundle = Bundle.load(args.bundle)
+    bundle = bundle_of(args, RuntimeOptions(target=args.target))
     target = _target(bundle, args)
     if args.dry_run:
         return _dry_run(bundle, target, args)

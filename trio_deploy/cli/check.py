@@ -6,14 +6,14 @@ import argparse
 import json
 from pathlib import Path
 
-from trio_deploy.cli.options import add_runtime_options, runtime_options
+from trio_deploy.cli.options import add_bundle, add_runtime_options, runtime_options
 
 SUMMARY = "Compare a bundle with the reference, stage by stage."
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    command.add_argument("bundle", type=Path, help="folder of the bundle")
+    add_bundle(command)
     source = command.add_mutually_exclusive_group()
     source.add_argument(
         "--record", action="store_true", help="also store the reference's tensors in the bundle"

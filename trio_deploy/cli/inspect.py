@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+
+from trio_deploy.cli.options import add_bundle, bundle_of
 
 SUMMARY = "Show what a bundle holds."
 
@@ -13,7 +14,7 @@ INCOMPLETE = 3  # exit status of --verify where weights are missing
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    command.add_argument("bundle", type=Path, help="folder of the bundle")
+    add_bundle(command)
     command.add_argument(
         "--verify",
         action="store_true",
@@ -28,10 +29,11 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0, or `INCOMPLETE` where a bundle is verified that has no weights.
     """
-    from trio_deploy.bundle.bundle import Bundle
     from trio_deploy.bundle.describe import inspect
 
-    bundle = Bundle.load(args.bundle, verify=args.verify)
+    bundle = bundle_of(args)
+    if args.verify:
+        bundle.check(verify=True)
     compared = sum(info.sha256 is not None for info in bundle.manifest.files.values())
     if args.verify:
         bundle.check_places()

@@ -18,6 +18,7 @@ from trio_deploy.cli import (
     attach_weights,
     bench,
     build,
+    cache,
     check,
     export,
     inspect,
@@ -59,6 +60,7 @@ _COMMANDS: dict[str, Any] = {
     "bench": bench,
     "report": report,
     "inspect": inspect,
+    "cache": cache,
 }
 
 

@@ -5,11 +5,39 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.runtimes.registry import RUNTIMES, check_options
 from trio_deploy.schedule.methods import METHODS
+
+if TYPE_CHECKING:
+    from trio_deploy.bundle.bundle import Bundle
+
+
+def add_bundle(command: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """The argument that names a bundle, or a model of which one is exported."""
+    command.add_argument(
+        "bundle",
+        nargs=nargs,
+        help="folder of a bundle; or a recipe, checkpoint folder or hub id, which is exported once "
+        "into the cache (`trio cache`)",
+    )
+
+
+def bundle_of(args: argparse.Namespace, options: RuntimeOptions | None = None) -> Bundle:
+    """Load the bundle of `add_bundle`, exported first where a model was named.
+
+    Args:
+        options: how it will be run, which decides what a model is exported for.
+
+    Raises:
+        TrioError: it is neither a bundle nor a model, or cannot be loaded or exported.
+    """
+    from trio_deploy.bundle.bundle import Bundle
+    from trio_deploy.export.cache import find_bundle
+
+    return Bundle.load(find_bundle(args.bundle, options))
 
 
 def add_runtime_options(command: argparse.ArgumentParser) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trio_deploy.cli.options import add_runtime_options, runtime_options
+from trio_deploy.cli.options import add_bundle, add_runtime_options, runtime_options
 
 SUMMARY = "Write one HTML page about a bundle."
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    command.add_argument("bundle", type=Path, help="folder of the bundle")
+    add_bundle(command)
     command.add_argument(
         "--out", type=Path, default=Path("report.html"), help="file to write (default: report.html)"
     )

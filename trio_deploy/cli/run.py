@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trio_deploy.cli.options import add_runtime_options, runtime_options
+from trio_deploy.cli.options import add_bundle, add_runtime_options, runtime_options
 from trio_deploy.config.sampling import SAMPLING_OPTIONS
 from trio_deploy.errors import TrioError
 
@@ -21,15 +22,23 @@ SUMMARY = "Answer a prompt about pictures."
 EMPTY = "(the model gave an empty answer)"
 
 _MIB = 2**20
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    command.add_argument("bundle", type=Path, help="folder of the bundle")
+    add_bundle(command)
     command.add_argument(
-        "--image", action="append", default=[], type=Path, help="picture; may be repeated"
+        "asked",
+        nargs="*",
+        metavar="PICTURE … QUESTION",
+        help='pictures and the question, as `photo.png "what is this?"`; with --prompt pictures '
+        "alone",
     )
-    command.add_argument("--prompt", required=True, help="question about the pictures")
+    command.add_argument(
+        "--image", action="append", default=[], help="picture; may be repeated, those come first"
+    )
+    command.add_argument("--prompt", help="question about the pictures")
     command.add_argument(
         "--budget", type=float, help="average share of visual tokens (default: the bundle's)"
     )
@@ -91,17 +100,16 @@ def run(args: argparse.Namespace) -> None:
     from trio_deploy.pipeline.pipeline import Pipeline
     from trio_deploy.pipeline.request import Request
 
-    if not args.prompt.strip():
-        raise TrioError("--prompt has no text: write something to ask")
+    prompt, images = asked_for(args.image, args.asked, args.prompt)
     if args.show is not None:
-        if not args.image:
-            raise TrioError("--show draws what was kept of an image: pass one with --image")
+        if not images:
+            raise TrioError("--show draws what was kept of an image: name a picture")
         check_picture_path(args.show)
     pipeline = Pipeline.open(args.bundle, runtime_options(args))
     sampling: dict[str, Any] = {name: getattr(args, name, None) for name in SAMPLING_OPTIONS}
     request = Request(
-        args.prompt,
-        args.image,
+        prompt,
+        images,
         max_new_tokens=args.max_new_tokens,
         stop=args.stop,
         budget=args.budget,
@@ -121,6 +129,39 @@ def run(args: argparse.Namespace) -> None:
         print(f"trio: {warning}", file=sys.stderr)
     if args.show is not None:
         save_kept(generation, args.show)
+
+
+def asked_for(
+    images: Sequence[str], asked: Sequence[str], prompt: str | None
+) -> tuple[str, list[str]]:
+    """The question and the pictures that a command line names.
+
+    Args:
+        images: of --image.
+        asked: pictures, and without a `prompt` the question after them.
+
+    Raises:
+        TrioError: there is no question, or a picture where the question belongs.
+    """
+    pictures = list(asked)
+    if prompt is None:
+        if not pictures:
+            raise TrioError("there is no question: write it behind the pictures, or pass --prompt")
+        prompt = pictures.pop()
+        if _names_picture(prompt):
+            raise TrioError(
+                f"there is no question, since {prompt} names a picture: write the question last, "
+                "or pass --prompt"
+            )
+    if not prompt.strip():
+        raise TrioError("the question has no text: write something to ask")
+    return prompt, [*images, *pictures]
+
+
+def _names_picture(text: str) -> bool:
+    if os.path.isfile(text):  # noqa: PTH113  (False for text that is too long for a name)
+        return True
+    return " " not in text and text.lower().endswith(_PICTURES)
 
 
 def generation_text(generation: Generation) -> str:
@@ -200,7 +241,7 @@ def save_kept(generation: Generation, path: Path) -> None:
     from trio_deploy.pipeline.draw import draw_generation
 
     if not generation.images:
-        raise TrioError("--show draws what was kept of an image: pass one with --image")
+        raise TrioError("--show draws what was kept of an image: name a picture")
     sheet = draw_generation(generation)
     try:
         sheet.save(path)

@@ -6,14 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from trio_deploy.cli.options import add_runtime_options, runtime_options
+from trio_deploy.cli.options import add_bundle, add_runtime_options, bundle_of, runtime_options
 
 SUMMARY = "Write a model repository for the Triton Inference Server."
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    command.add_argument("bundle", type=Path, help="folder of the bundle")
+    add_bundle(command)
     command.add_argument(
         "--out", type=Path, required=True, help="folder to write the repository to"
     )
@@ -51,7 +51,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the repository, and print how to serve it."""
-    from trio_deploy.bundle.bundle import Bundle
     from trio_deploy.serve.triton_server.repository import (
         Options,
         path_warning,
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         settings=read_settings(args.settings, args.set),
         link=args.link,
     )
-    models = write_repository(Bundle.load(args.bundle), args.out, options, force=args.force)
+    models = write_repository(bundle_of(args, options.runtime), args.out, options, force=args.force)
     print(f"{args.out}: {', '.join(models)}")
     if warning := path_warning(args.out):
         print(f"trio: {warning}", file=sys.stderr)

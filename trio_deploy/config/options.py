@@ -62,7 +62,7 @@ class ExportOptions:
         method: selection method of pruning points that name none; None: the recipe's, else trio.
         dtype: float type of graphs and weights; None: the target's.
         dialect: dialect of the graphs; None: the target's.
-        target: name or file of a target; None: `cpu`.
+        target: name or file of a target, or the target itself; None: `cpu`.
         link_weights: hard-link the checkpoint's files instead of copying weights.
         graphs_only: write graphs without weights.
         force: replace an existing bundle, once the new one is complete.
@@ -74,7 +74,7 @@ class ExportOptions:
     method: str | None = None
     dtype: str | None = None
     dialect: str | None = None
-    target: str | Path | None = None
+    target: str | Path | Target | None = None
     link_weights: bool = False
     graphs_only: bool = False
     force: bool = False

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -16,15 +15,13 @@ from trio_deploy import __version__
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import ENGINES, MANIFEST, WEIGHTS
 from trio_deploy.bundle.weights import DTYPES
+from trio_deploy.checkpoint.fingerprint import digest, of_checkpoint, of_files
 from trio_deploy.checkpoint.resolve import resolve
-from trio_deploy.checkpoint.safetensors import read_header
 from trio_deploy.config.options import RuntimeOptions
-from trio_deploy.config.recipe import Recipe
 from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import request_limits
-from trio_deploy.files import sha256_of
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.runtimes.registry import default_target, load_target
 from trio_deploy.schedule.budget import for_budget, solve
@@ -36,10 +33,6 @@ UNPRUNED = "unpruned"
 BLIND = "no picture"
 RECIPE = "recipe"
 OWN = "own"  # among budgets
-
-_EXPORTED = (".safetensors", ".json", ".jinja", ".model", ".txt")  # what an export may read
-_READ_WHOLE = 2**28  # bytes of a weight file, a second or less
-_READ = 4096
 
 
 @dataclass(frozen=True)
@@ -82,11 +75,7 @@ class Configuration:
         what = self.to_json()
         for incidental in ("name", "seeds") + (("budget",) if self.schedule is not None else ()):
             del what[incidental]
-        return _digest(what)
-
-
-def _digest(what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(what)
 
 
 @dataclass
@@ -124,7 +113,7 @@ class Source:
                 bundle.manifest.model.name,
                 bundle.config,
                 bundle=bundle,
-                fingerprint=fingerprint(f for name in files if (f := path / name).is_file()),
+                fingerprint=of_files(f for name in files if (f := path / name).is_file()),
             )
         from trio_deploy.export.checkpoint import read_checkpoint  # needs onnx-ir, bundles do not
 
@@ -137,7 +126,7 @@ class Source:
             os.fspath(model),
             dtypes=frozenset(DTYPES[entry.dtype] for entry in read.tensors.values()),
             recipe_schedules=dict(found.recipe.schedules) if found.recipe else {},
-            fingerprint=_of_checkpoint(found.folder, found.recipe),
+            fingerprint=of_checkpoint(found.folder, found.recipe),
         )
 
     @property
@@ -148,38 +137,6 @@ class Source:
     def visual(self) -> int:
         """Maximum number of visual tokens of one picture."""
         return request_limits(self.config).visual_tokens
-
-
-def fingerprint(files: Iterable[Path]) -> str:
-    """Checksum of names and contents of files, independent of their folder.
-
-    Of large weight files, which would take minutes, only the header and the first, middle and last
-    bytes of every tensor are read.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(files, key=lambda file: file.name):
-        size = file.stat().st_size
-        digest.update(json.dumps([file.name, size]).encode())
-        if size <= _READ_WHOLE or file.suffix != ".safetensors":
-            digest.update(sha256_of(file).encode())
-            continue
-        tensors = sorted(read_header(file).values(), key=lambda tensor: tensor.offset)
-        with file.open("rb") as stream:
-            digest.update(stream.read(tensors[0].offset if tensors else _READ))
-            for tensor in tensors:
-                last = max(0, tensor.nbytes - _READ)
-                for place in (0, last // 2, last):
-                    stream.seek(tensor.offset + place)
-                    digest.update(stream.read(min(_READ, tensor.nbytes)))
-    return digest.hexdigest()[:16]
-
-
-def _of_checkpoint(folder: Path, recipe: Recipe | None) -> str:
-    """Checksum of an export's inputs: weights, configuration, tokenizer, the recipe's settings."""
-    files = [f for f in folder.iterdir() if f.suffix in _EXPORTED and f.is_file()]
-    settings = {} if recipe is None else {**asdict(recipe), "checkpoint": None, "description": ""}
-    settings.pop("file", None)
-    return _digest([fingerprint(files), json.dumps(settings, sort_keys=True, default=str)])
 
 
 def unpruned(source: Source) -> Configuration:
@@ -402,7 +359,7 @@ class Bundles:
         options = self._options
         run = [self._target, options.runtime, options.provider]
         run += [options.precision] if options.precision else []
-        return _digest([self._source.fingerprint, *run, configuration.key, __version__])
+        return digest([self._source.fingerprint, *run, configuration.key, __version__])
 
     def shape(self, configuration: Configuration) -> str:
         """Checksum of what the bundle's graphs depend on: everything except the numbers kept."""
@@ -410,7 +367,7 @@ class Bundles:
         points = configuration.schedule.points
         places = [(point.layer, point.method) for point in points]
         chosen = (configuration.threshold, configuration.probe, configuration.positions)
-        return _digest([places, *chosen])
+        return digest([places, *chosen])
 
     def shaped(self, configuration: Configuration) -> Pipeline:
         """A pipeline that answers for the configuration if requests pass `keep`."""
@@ -421,7 +378,7 @@ class Bundles:
         what = configuration.to_json()
         for incidental in ("name", "seeds", "budget", "blind"):
             del what[incidental]
-        return _digest([self._source.fingerprint, self._target, what, __version__])
+        return digest([self._source.fingerprint, self._target, what, __version__])
 
     def bundle(self, configuration: Configuration) -> Bundle:
         """The configuration's bundle, exported if it does not exist yet."""

@@ -155,7 +155,7 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
     if options.graphs_only and options.link_weights:
         raise TrioError("--graphs-only writes no weights, so leave out --link-weights")
     BundleWriter(out, options.force).refuse_existing()  # before anything that takes time
-    target = load_target(str(options.target) if options.target is not None else "cpu")
+    target = load_target("cpu" if options.target is None else options.target)
     dtype = options.dtype or target.dtype
     if dtype not in SAFETENSORS:
         raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(SAFETENSORS)}")

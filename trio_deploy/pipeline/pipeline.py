@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.config.options import RuntimeOptions
+from trio_deploy.export.cache import find_bundle
 from trio_deploy.pipeline.batch import DecodeBatch
 from trio_deploy.pipeline.prefill import Clock, Prefilled, Stages
 from trio_deploy.pipeline.prepare import RequestPreparer
@@ -67,6 +67,9 @@ class Pipeline:
         """Load a bundle.
 
         Args:
+            bundle: a bundle or its folder; a recipe's name or file, a checkpoint's folder or a hub
+                id is exported once into the cache, for the target or runtime of the options, which
+                needs the extra [export].
             options: how to run it.
             keywords: fields of `RuntimeOptions`, which replace those of `options`.
 
@@ -74,7 +77,7 @@ class Pipeline:
             TrioError: the bundle is damaged or incomplete, or the runtime is not installed.
         """
         options = replace(options or RuntimeOptions(), **keywords)
-        loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(Path(bundle))
+        loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(find_bundle(bundle, options))
         loaded.require_weights()
         options = complete_options(loaded, options)
         stages = Stages(loaded, open_runtime(options, loaded))

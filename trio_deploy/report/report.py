@@ -6,13 +6,14 @@ from pathlib import Path
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
+from trio_deploy.export.cache import find_bundle
 from trio_deploy.files import write_atomically
 from trio_deploy.report.gather import ReportOptions, gather
 from trio_deploy.report.page import render
 
 
 def write_report(
-    bundle: Bundle | Path,
+    bundle: Bundle | str | Path,
     out: Path,
     options: ReportOptions | None = None,
     *,
@@ -20,15 +21,22 @@ def write_report(
 ) -> Path:
     """Write the page about a bundle, completely or not at all.
 
+    Args:
+        bundle: as of `Pipeline.open`.
+
     Raises:
         TrioError: the bundle or one of the files does not load, a picture cannot be read, or the
             page cannot be written.
     """
-    loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     if not out.absolute().parent.is_dir() or out.is_dir():
         raise TrioError(f"--out cannot write {out}: name a file in a folder that exists")
+    options = options or ReportOptions()
+    if isinstance(bundle, Bundle):
+        loaded = bundle
+    else:
+        loaded = Bundle.load(find_bundle(bundle, options.runtime, progress=progress))
     if out.resolve().is_relative_to(loaded.path.resolve()):
         raise TrioError(f"--out {out} lies in the bundle, whose files it could replace")
-    page = render(gather(loaded, options or ReportOptions(), progress=progress))
+    page = render(gather(loaded, options, progress=progress))
     write_atomically(out, page.encode())
     return out

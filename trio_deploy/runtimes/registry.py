@@ -47,13 +47,15 @@ def runtime_spec(name: str) -> RuntimeSpec:
     return spec
 
 
-def load_target(name_or_path: str | Path) -> Target:
-    """Read a target by its name or from a file, and check it.
+def load_target(name_or_path: str | Path | Target) -> Target:
+    """Read a target by its name or from a file, and check it; a target itself is only checked.
 
     Raises:
         TrioError: no such target, an unknown or missing key, or a value that its runtime cannot
             take.
     """
+    if isinstance(name_or_path, Target):
+        return check(name_or_path)
     file = find_target(name_or_path)
     target = read_target(file)
     try:

@@ -43,6 +43,7 @@ def check(
     """Compare a bundle with the oracle; TensorRT's engines with ONNX Runtime too.
 
     Args:
+        bundle: as of `Pipeline.open`.
         options: how the bundle is run.
         golden: compare with what `record` stored, which needs no torch.
         checkpoint: folder that the bundle was made from: its config.json, the headers of its
@@ -55,10 +56,10 @@ def check(
     Raises:
         TrioError: torch or transformers is missing, or nothing was recorded.
     """
-    loaded = _loaded(bundle)
+    pipeline = Pipeline.open(bundle, options, **keywords)
+    loaded = pipeline.bundle
     # Before transformers takes a wrong path for a name on the hub.
     rows = [] if checkpoint is None else compare_origin(loaded, Path(checkpoint))
-    pipeline = Pipeline.open(loaded, options, **keywords)
     if golden:
         reference = load(loaded)
     else:
@@ -110,13 +111,9 @@ def record(
     Raises:
         TrioError: torch or transformers is missing.
     """
-    loaded = _loaded(bundle)
-    pipeline = Pipeline.open(loaded, options, **keywords)
+    pipeline = Pipeline.open(bundle, options, **keywords)
+    loaded = pipeline.bundle
     return store(loaded, ask_oracle(loaded, pipeline, examples or default_examples(), checkpoint))
-
-
-def _loaded(bundle: Bundle | str | Path) -> Bundle:
-    return bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
 
 
 def _run(pipeline: Pipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray]:

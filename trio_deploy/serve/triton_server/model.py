@@ -17,6 +17,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.serve.service import Service
@@ -131,7 +132,7 @@ def _open(settings: Settings, folder: Path) -> Pipeline:
     # A target is a name, or a file that `trio triton` puts into the model's folder.
     if str(options.target).endswith(".yaml"):
         options = replace(options, target=str(folder / str(options.target)))
-    return Pipeline.open(folder / settings.bundle, options)
+    return Pipeline.open(Bundle.load(folder / settings.bundle), options)
 
 
 def _exporter(args: Mapping[str, str]) -> Exporter | None:

@@ -1,0 +1,302 @@
+"""Bundles of models that are named where a bundle is expected: exported once, then reused.
+
+The cache is a folder of the user (`TRIO_CACHE`, else the system's place for caches). A bundle in it
+is known by everything that changes it: the files of the checkpoint, the recipe, the options of the
+export, the target and the package itself. Whoever exports holds a lock, which others wait for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trio_deploy import __version__
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import MANIFEST
+from trio_deploy.checkpoint.fingerprint import READ_WHOLE, digest, exported_files, of_checkpoint
+from trio_deploy.checkpoint.resolve import HUB_ID, Source, resolve
+from trio_deploy.config.options import ExportOptions, RuntimeOptions
+from trio_deploy.config.recipe import list_recipes
+from trio_deploy.config.target import Target
+from trio_deploy.config.yaml_files import PACKAGE
+from trio_deploy.errors import TrioError
+from trio_deploy.files import sha256_of
+from trio_deploy.runtimes.registry import default_target, load_target
+
+if TYPE_CHECKING:  # a bundle's own folder is opened without them
+    import filelock
+
+FOLDER = "TRIO_CACHE"
+"""Environment variable with the folder of the cache."""
+
+_NEEDED = ("onnx", "onnx_ir", "onnxscript")  # the extra [export]
+# Code that decides what a bundle holds. The version alone stays the same in a checkout.
+_CODE = "files.py schedule config quant families checkpoint bundle graphs selection runtimes export"
+
+
+def cache_folder() -> Path:
+    """Folder of the cache, which need not exist."""
+    import platformdirs
+
+    named = os.environ.get(FOLDER)
+    return Path(named).expanduser() if named else platformdirs.user_cache_path("trio-deploy")
+
+
+def find_bundle(
+    bundle: str | os.PathLike[str],
+    options: RuntimeOptions | None = None,
+    *,
+    progress: bool = True,
+) -> Path:
+    """Folder of a bundle, or of a model's bundle in the cache, which is exported if it is missing.
+
+    Args:
+        bundle: folder of a bundle; else a recipe's name or file, a checkpoint's folder or a hub id.
+        options: how the bundle will be run; a model is exported for its target, else for the
+            default target of its runtime.
+        progress: show a progress bar for weights, and notes on stderr.
+
+    Raises:
+        TrioError: it is none of these, or cannot be exported.
+    """
+    folder = Path(bundle)
+    if (folder / MANIFEST).is_file():
+        return folder
+    model = os.fspath(bundle)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise TrioError(
+            f"{model} is neither a bundle, which has a {MANIFEST}, nor a checkpoint, which has a "
+            "config.json: pass the folder of one of them"
+        )
+    if HUB_ID.fullmatch(model) and not folder.exists() and folder.parent.is_dir():
+        raise TrioError(
+            f"there is no folder {model}: pass the folder of a bundle or a checkpoint (if you mean "
+            f"the hub id, `trio export --model {model}` gets it)"
+        )
+    target = _target(options or RuntimeOptions())
+    if not any(_bundles().glob(f"*/{MANIFEST}")) and (folder.exists() or _is_name(model)):
+        _require_export(model)  # before anything is downloaded for it
+    source = resolve(model, weights_needed=True)
+    assert source.folder is not None  # since weights are needed
+    return _Cached(model, source, target, progress).find()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A bundle in the cache.
+
+    Attributes:
+        size: bytes of its files, hard links included.
+        used: when it was last used, seconds since 1970.
+    """
+
+    bundle: Bundle
+    size: int
+    used: float
+
+    @property
+    def name(self) -> str:
+        return self.bundle.path.name
+
+
+def list_cache() -> list[Entry]:
+    """The bundles in the cache, the last used first; those that cannot be read are left out."""
+    found = []
+    for manifest in _bundles().glob(f"*/{MANIFEST}"):
+        folder = manifest.parent
+        if folder.name.startswith("."):  # being written
+            continue
+        try:
+            bundle = Bundle.load(folder)
+        except TrioError:
+            continue
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        found.append(Entry(bundle, size, folder.stat().st_mtime))
+    return sorted(found, key=lambda entry: entry.used, reverse=True)
+
+
+def clear_cache(names: Iterable[str] = ()) -> tuple[list[str], list[str]]:
+    """Remove bundles from the cache, and what exports that were killed have left.
+
+    Args:
+        names: models or bundles, such as `tiny` or `tiny-0123456789ab`; none: all.
+
+    Returns:
+        Names of the bundles that were removed, and of those that are being exported now.
+
+    Raises:
+        TrioError: there is no bundle of a name.
+    """
+    import filelock
+
+    wanted, folder = list(names), _bundles()
+    all_of_them = sorted(
+        {_name(path) for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else ()
+    )
+    chosen = [n for n in all_of_them if not wanted or n in wanted or n[: -_DIGITS - 1] in wanted]
+    known = {*all_of_them, *(name[: -_DIGITS - 1] for name in all_of_them)}
+    if missing := [name for name in wanted if name not in known]:
+        raise TrioError(f"the cache has no bundle of {missing[0]}: `trio cache` lists what it has")
+    removed, busy = [], []
+    for name in chosen:
+        try:
+            with _lock(name).acquire(timeout=0):
+                for path in [folder / name, *folder.glob(f".{name}.*")]:
+                    shutil.rmtree(path, ignore_errors=True)
+        except filelock.Timeout:
+            busy.append(name)
+        else:
+            removed.append(name)
+    return removed, busy
+
+
+_DIGITS = 12  # of the key in a bundle's name
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """A model's bundle in the cache."""
+
+    model: str
+    source: Source
+    target: Target
+    progress: bool
+
+    @property
+    def name(self) -> str:
+        return f"{_slug(self.source.name)}-{self.key}"
+
+    @property
+    def key(self) -> str:
+        """Checksum of everything that changes the bundle."""
+        folder, recipe = self.source.folder, self.source.recipe
+        assert folder is not None
+        large = [file for file in exported_files(folder) if file.stat().st_size > READ_WHOLE]
+        what = [
+            [__version__, _code()],
+            of_checkpoint(folder, recipe),
+            # Large files are read in places alone.
+            [[file.name, file.stat().st_mtime_ns] for file in large],
+            [self.source.name, self.source.source, self.source.revision],
+            repr(ExportOptions()),
+            repr(sorted(asdict(self.target).items())),
+        ]
+        return digest(what)[:_DIGITS]
+
+    def find(self) -> Path:
+        """The bundle's folder, exported first if it is missing or damaged.
+
+        Raises:
+            TrioError: it cannot be exported, or the cache cannot be written.
+        """
+        folder = _bundles() / self.name
+        if not _whole(folder):
+            try:
+                with self._locked():
+                    if not _whole(folder):  # nobody else has exported it meanwhile
+                        self._export(folder)
+            except OSError as error:
+                raise TrioError(
+                    f"cannot write to the cache {cache_folder()} ({error.strerror}): name another "
+                    f"folder by {FOLDER}"
+                ) from error
+        elif not Path(self.model).is_dir():
+            self._note(f"{self._absent()}using the bundle of {self.model} in {folder}")
+        with suppress(OSError):  # a cache that others own
+            os.utime(folder)  # when it was last used
+        return folder
+
+    def _export(self, folder: Path) -> None:
+        _require_export(self.model)
+        from trio_deploy.export.job import export_model
+
+        self._note(f"{self._absent()}exporting {self.model} for {self.target.name} to {folder}")
+        options = ExportOptions(target=self.target, force=True)
+        try:
+            export_model(self.model, folder, options, progress=self.progress)
+        except TrioError as error:
+            raise TrioError(f"cannot export {self.model} to the cache: {error}") from error
+
+    def _locked(self) -> AbstractContextManager[object]:
+        import filelock
+
+        lock = _lock(self.name)
+        try:
+            return lock.acquire(timeout=0)
+        except filelock.Timeout:
+            self._note(f"another process is exporting {self.model}: waiting for it")
+            return lock.acquire()
+
+    def _absent(self) -> str:
+        return "" if Path(self.model).exists() else f"there is no folder {self.model}: "
+
+    def _note(self, text: str) -> None:
+        if self.progress:
+            print(f"trio: {text}", file=sys.stderr)
+
+
+def _bundles() -> Path:
+    return cache_folder() / "bundles"
+
+
+def _lock(name: str) -> filelock.FileLock:
+    """The lock of a bundle in the cache. Its file stays, since others may be waiting for it."""
+    import filelock
+
+    folder = cache_folder() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(folder / f"{name}.lock")
+
+
+def _whole(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    try:
+        Bundle.load(folder)
+    except TrioError:
+        return False
+    return True
+
+
+def _name(folder: Path) -> str:
+    """Name of the bundle that a folder of the cache holds, or was to hold."""
+    return folder.name.lstrip(".").partition(".trio-")[0]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).lstrip(".") or "model"
+
+
+def _is_name(model: str) -> bool:
+    return model in list_recipes() or HUB_ID.fullmatch(model) is not None
+
+
+@cache
+def _code() -> str:
+    """Checksum of the code that decides what a bundle holds."""
+    places = [PACKAGE / name for name in _CODE.split()]
+    files = [f for place in places for f in (place.rglob("*.py") if place.is_dir() else [place])]
+    return digest(sorted([str(file.relative_to(PACKAGE)), sha256_of(file)] for file in files))
+
+
+def _require_export(model: str) -> None:
+    """Raises TrioError where the packages that export are not installed."""
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        raise TrioError(
+            f"{model} has to be exported first, which needs the package {missing[0]}: "
+            "pip install 'trio-deploy[export]', or pass the folder of a bundle"
+        )
+
+
+def _target(options: RuntimeOptions) -> Target:
+    """What a model is exported for, so that it runs as the options say."""
+    return load_target(options.target or default_target(options.runtime))
