@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from trio_deploy.reference.encoder_scores import window_order
 from trio_deploy.reference.trace import Stage
 from trio_deploy.selection.nms import greedy_select
 from trio_deploy.verify.compare import (
@@ -181,3 +182,63 @@ def test_the_farthest_are_recognised_whatever_came_of_a_tie():
         got.outputs["hidden_states_out"][0] = moved
         row = compare_selection("select_1", stage, got.outputs, EXACT, 0.8, "divprune")
         assert ("picks" in row.problem) is not right
+
+
+def encoded(attention: np.ndarray, side: int, class_token: bool = False) -> np.ndarray:
+    """`prior_local` [T·p] of attention [T, patches], by the oracle."""
+    import torch
+
+    whole = torch.from_numpy(np.concatenate([np.ones((len(attention), 1)), attention], axis=1))
+    local = window_order(whole.float()).numpy()
+    assert local.shape[1] == side * side
+    if class_token:
+        local = np.concatenate([np.full((len(local), 1), 36, np.float32), local], axis=1)
+    return local.reshape(-1)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_near_equal_attention_may_change_ranks_within_its_error(class_token):
+    """The values are compared; the ranks must be those of the values, not of the reference's."""
+    rng = np.random.default_rng(0)
+    attention = 1 + 0.01 * rng.random((2, 64))
+    noisy = attention * (1 + rng.uniform(-4e-3, 4e-3, attention.shape))
+    stage = Stage(
+        {"pixel_values": np.zeros((2, 3, 8, 8), np.float32)},
+        {"prior_local": encoded(attention, 8, class_token)},
+    )
+    got = {"prior_local": encoded(noisy, 8, class_token)}
+    moved = np.floor(got["prior_local"]) != np.floor(stage.outputs["prior_local"])
+    assert moved.mean() > 0.3
+    half = TOLERANCES["float16"]
+    row = compare_outputs("vision", stage, got, half)
+    assert row.passed and row.worst == "prior_local" and 1e-3 < row.max_rel < 1e-2, row
+    assert not compare_outputs("vision", stage, got, EXACT).passed  # values differ too much here
+
+    other = encoded(rng.random((2, 64)), 8, class_token)
+    wrong = compare_outputs("vision", stage, {"prior_local": other}, half)
+    assert "prior_local differs by" in wrong.problem
+    swapped = got["prior_local"].copy()
+    start = int(class_token)
+    first, second = start + np.argsort(noisy[0, :3])[[0, 2]]  # three patches of one window
+    pair = [first, second]
+    swapped[pair] += np.floor(swapped[pair[::-1]]) - np.floor(swapped[pair])
+    wrong = compare_outputs("vision", stage, {"prior_local": swapped}, half)
+    assert "rank the patches" in wrong.problem
+    twice = got["prior_local"].copy()
+    twice[first] += np.floor(twice[second]) - np.floor(twice[first])
+    wrong = compare_outputs("vision", stage, {"prior_local": twice}, half)
+    assert "number the patches" in wrong.problem
+
+
+def test_two_scans_keep_what_the_encoder_scores_say_in_every_type():
+    """`vscan` reads scores in fp32 whatever the graph's type is, so its tokens follow from them."""
+    prior = np.array([[0, 4.0, 3, 2, 1, 0], [0, 2, 3, 1, 0, 0]])
+    stage = picked("vscan", [[1, 2, 4], [2]], prior)
+    stage.inputs["prior"] = prior.astype(np.float32)
+    local = np.array([[0, 36.5, 35.1, 34.2, 36.1, 0], [0, 36, 35, 34, 0, 0]], np.float32)
+    stage.inputs["prior_local"] = local
+    half = TOLERANCES["float16"]
+    assert compare_selection("select_1", stage, stage.outputs, half, 0.8, "vscan").passed
+    wrong = picked("vscan", [[1, 2, 3], [2]], prior)
+    row = compare_selection("select_1", stage, wrong.outputs, half, 0.8, "vscan")
+    assert "picks" in row.problem

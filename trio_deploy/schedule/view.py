@@ -50,6 +50,7 @@ class Selected:
         hidden: [S,d], the graph's input.
         visual: bool [S].
         threshold: cosine similarity from which a kept token suppresses another.
+        encoder: the encoder's scores [S] that the graph was given, by name.
     """
 
     kept: NDArray[np.int64]
@@ -57,6 +58,7 @@ class Selected:
     hidden: NDArray[np.floating]
     visual: NDArray[np.bool_]
     threshold: float
+    encoder: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
 
     @property
     def places(self) -> NDArray[np.int64]:

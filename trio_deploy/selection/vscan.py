@@ -76,15 +76,20 @@ def _merge(op: Any, site: Site, dropped: Value, index: Value) -> Value:
 
 def reference(view: View) -> tuple[NDArray[np.int64], NDArray[np.floating]]:
     """Take half by the global scan, rounded up, then half by the local scan."""
-    prior, local = (
-        view.arrays[name].astype(np.float64) * view.visual for name in ("prior", "prior_local")
-    )
-    if view.keep == len(view.places):
-        return view.places, prior
-    wide = greatest(prior, view.visual, view.keep - view.keep // 2)
-    rest = view.visual.copy()
+    prior, local = (view.arrays[name].astype(np.float64) for name in ("prior", "prior_local"))
+    return _scans(prior, local, view.visual, view.keep), prior * view.visual
+
+
+def _scans(
+    prior: NDArray[np.float64], local: NDArray[np.float64], visual: NDArray[np.bool_], keep: int
+) -> NDArray[np.int64]:
+    """Find the `keep` places that the two scans pick, in any order."""
+    if keep == visual.sum():
+        return np.flatnonzero(visual)
+    wide = greatest(prior * visual, visual, keep - keep // 2)
+    rest = visual.copy()
     rest[wide] = False
-    return np.concatenate([wide, greatest(local, rest, view.keep // 2)]), prior
+    return np.concatenate([wide, greatest(local * visual, rest, keep // 2)])
 
 
 def merge(view: View, index: NDArray[np.int64]) -> NDArray[np.floating]:
@@ -103,8 +108,11 @@ def merge(view: View, index: NDArray[np.int64]) -> NDArray[np.floating]:
     return np.stack([view.hidden[group].mean(axis=0) for group in groups.values()])
 
 
-def rule(selected: Selected) -> None:
-    """The scores alone do not determine the tokens."""
+def rule(selected: Selected) -> bool:
+    """Compare the tokens with those that the two scans pick by the encoder's scores."""
+    prior, local = (selected.encoder[name].astype(np.float64) for name in ("prior", "prior_local"))
+    picked = _scans(prior, local, selected.visual, len(selected.kept))
+    return np.array_equal(np.sort(picked), selected.kept)
 
 
 def flops(text: TextConfig, sizes: PointSizes) -> tuple[int, int]:
