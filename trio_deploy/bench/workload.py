@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tokenizers import Tokenizer
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.checkpoint.chat_template import Message
+from trio_deploy.checkpoint.tokenizer import load_tokenizer
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import Layout, ModelConfig
 from trio_deploy.families.preprocessing import Preprocessor
@@ -75,7 +75,7 @@ class Inputs:
         self.config = bundle.config
         tokens = {key: token for key, token in bundle.tokens.items() if isinstance(token, str)}
         self._encoder = PromptEncoder(
-            Tokenizer.from_file(str(bundle.tokenizer_path)),
+            load_tokenizer(bundle.tokenizer_path, "export the bundle again"),
             self.config.image_token_id,
             tokens,
             bundle.chat_template,

@@ -31,7 +31,7 @@ from trio_deploy.checkpoint.processor_files import CHAT_TEMPLATE, PREPROCESSOR, 
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config
-from trio_deploy.files import read_json, safe_path, sha256_of, write_atomically
+from trio_deploy.files import read_json, read_text, safe_path, sha256_of, write_atomically
 from trio_deploy.schedule.budget import schedule_at_budget
 from trio_deploy.schedule.schedule import Schedule
 
@@ -223,7 +223,7 @@ class Bundle:
 
     @property
     def tokenizer_path(self) -> Path:
-        """tokenizer.json, for `tokenizers.Tokenizer.from_file`."""
+        """tokenizer.json, for `load_tokenizer`."""
         self.require_weights()
         return safe_path(self.path, TOKENIZER)
 
@@ -243,7 +243,7 @@ class Bundle:
         """The Jinja chat template, or None where the checkpoint has none."""
         if CHAT_TEMPLATE not in self.manifest.files:
             return None
-        return safe_path(self.path, CHAT_TEMPLATE).read_text(encoding="utf-8")
+        return read_text(safe_path(self.path, CHAT_TEMPLATE), "export the bundle again")
 
     def _json(self, name: str) -> Any:
         file = safe_path(self.path, name)

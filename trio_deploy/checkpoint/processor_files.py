@@ -16,9 +16,11 @@ import msgspec
 from trio_deploy.checkpoint.folder import has_file, image_settings, read_object
 from trio_deploy.checkpoint.generation_config import GENERATION_CONFIG, read_sampling
 from trio_deploy.checkpoint.resolve import Source
+from trio_deploy.checkpoint.tokenizer import load_tokenizer
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.preprocessing import Preprocessor
+from trio_deploy.files import read_text
 
 TOKENIZER = "tokenizer.json"
 TOKENS = "tokens.json"
@@ -81,7 +83,7 @@ def checkpoint_assets(
     Args:
         preprocessing, chat_template: a recipe's or an earlier bundle's, for a folder without.
     """
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER
     if not has_file(path):
         raise TrioError(
             f'{folder} has no tokenizer.json: make one with python -c "from transformers import '
@@ -123,7 +125,7 @@ def _chat_template(folder: Path) -> str | None:
     """The chat template from any of the places of transformers' releases, newest first."""
     jinja = folder / "chat_template.jinja"
     if has_file(jinja):
-        return jinja.read_text(encoding="utf-8")
+        return read_text(jinja, "download it again")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         template = (read_object(folder / name) or {}).get("chat_template")
         if isinstance(template, list):  # several named ones
@@ -136,14 +138,7 @@ def _chat_template(folder: Path) -> str | None:
 
 def _tokens(folder: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str, int | None]]:
     """Special tokens as strings, and the ids of those that generation may need."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise TrioError(
-            f"{folder / 'tokenizer.json'} cannot be read ({error}): download it again"
-        ) from error
+    tokenizer = load_tokenizer(folder / TOKENIZER, "download it again")
     own = read_object(folder / "tokenizer_config.json") or {}
     shared = read_object(folder / "special_tokens_map.json") or {}
     tokens: dict[str, Any] = {}

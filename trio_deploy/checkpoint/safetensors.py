@@ -7,7 +7,6 @@ the README of the safetensors package.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from trio_deploy.checkpoint.folder import has_file, read_object
 from trio_deploy.errors import TrioError
 from trio_deploy.families.names import map_checkpoint_names
 from trio_deploy.families.registry import family_of
+from trio_deploy.files import brief, parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,6 +35,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+
+_MAX_VALUES = 4_000_000  # in a header: ten a tensor
+_MAX_RANK = 64
+_REMEDY = "download it again"
 
 #: Bits an element, for checking the lengths of tensors we have no other use for.
 _BITS = {
@@ -145,10 +149,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         TrioError: not a .safetensors file, a corrupt or oversized header, or a truncated file.
     """
     raw = header_bytes(file)
-    try:
-        header = json.loads(raw[8:].decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise TrioError(f"{file} has a corrupt header: {error}. Download it again.") from None
+    header = parse_json(raw[8:], f"the header of {file}", _REMEDY, values=_MAX_VALUES)
     if not isinstance(header, dict):
         raise TrioError(f"{file} has a corrupt header: it is not a JSON object.")
     return _entries(file, header, len(raw), file.stat().st_size)
@@ -191,9 +192,10 @@ def _entries(file: Path, header: dict[str, Any], data: int, size: int) -> dict[s
         if name == "__metadata__":
             continue
         try:
-            dtype, shape = str(raw["dtype"]), tuple(raw["shape"])
+            dtype, shape = raw["dtype"], tuple(raw["shape"])
             begin, end = raw["data_offsets"]
-            whole = all(type(x) is int and x >= 0 for x in (*shape, begin, end))
+            numbers = all(type(x) is int and 0 <= x < 2**63 for x in (*shape, begin, end))
+            whole = isinstance(dtype, str) and len(shape) <= _MAX_RANK and numbers
         except (KeyError, TypeError, ValueError):
             whole = False
         if not whole or begin > end:
@@ -269,12 +271,18 @@ def _weight_map(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise TrioError(f"{folder / INDEX} has no weight_map.")
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard or Path(shard).name != shard or shard == "..":
+        if not _is_name(shard):
             raise TrioError(
-                f"{folder / INDEX}: tensor {tensor!r} points to {shard!r}, which is not the name "
-                "of a file in the folder."
+                f"{folder / INDEX}: tensor {brief(tensor)} points to {brief(shard)}, which is not "
+                "the name of a file in the folder."
             )
     return weight_map
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a value is the name of a file in the folder."""
+    text = isinstance(value, str) and "\0" not in value and value != ".."
+    return text and bool(value) and Path(value).name == value
 
 
 def _shard(folder: Path, shard: str, tensor: str) -> dict[str, TensorEntry]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from PIL import Image
-from tokenizers import Tokenizer
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.checkpoint.tokenizer import load_tokenizer
 from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import Layout
@@ -38,10 +38,7 @@ class RequestPreparer:
             TrioError: one of them does not load.
         """
         tokens = {key: token for key, token in bundle.tokens.items() if isinstance(token, str)}
-        try:
-            tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
-        except Exception as error:  # tokenizers raises a bare Exception
-            raise TrioError(f"tokenizer.json of the bundle does not load: {error}") from error
+        tokenizer = load_tokenizer(bundle.tokenizer_path, "export the bundle again")
         self.encoder = PromptEncoder(
             tokenizer, bundle.config.image_token_id, tokens, bundle.chat_template
         )

@@ -190,7 +190,9 @@ def test_what_is_wrong_is_named(tensors: dict[str, np.ndarray], message: str) ->
     [
         ('{"temprature": 1}', "unknown parameter 'temprature'"),
         ('{"stream": "no"}', "stream must"),
-        ('{"stream": nan}', "not JSON"),
+        ("[1]", "parameters must be an object"),
+        ("[" * 100_000, "parameters is not valid JSON"),
+        ('{"stream": nan}', "parameters is not valid JSON"),
     ],
 )
 def test_unknown_parameters_are_named(parameters: str, message: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from trio_deploy.errors import TrioError
+from trio_deploy.files import brief, parse_json
 from trio_deploy.serve.requests import ClientRequest
 
 #: Inputs of both models by name, all of them optional: (kind, elements); −1: any number.
@@ -94,10 +94,9 @@ def _value(name: str, array: np.ndarray) -> Any:
 
 
 def _streams(parameters: str) -> bool:
-    try:
-        given = json.loads(parameters) if parameters else {}
-    except ValueError as error:
-        raise TrioError(f"the request's parameters are not JSON: {error}") from None
+    given = parse_json(parameters or "{}", "the request's parameters", "send an object")
+    if not isinstance(given, dict):
+        raise TrioError(f"the request's parameters must be an object, not {brief(given)}")
     stream = given.pop("stream", True)
     if not isinstance(stream, bool):
         raise TrioError(f"the parameter stream must be true or false, got {stream!r:.40}")
