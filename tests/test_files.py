@@ -42,7 +42,8 @@ def test_what_cannot_be_trusted_is_refused(kind, text, reason, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "text", "reason"),
     [
-        ("json", "[NaN]", "not a finite number"),
+        ("json", "[NaN]", "0: nan is not a finite number"),
+        ("json", '{"a": {"b": [1, -Infinity]}}', "a.b.1: -inf is not a finite number"),
         ("json", "[1e999]", "not a finite number"),
         ("yaml", "[.inf]", "not a finite number"),
         ("yaml", ".nan", "not a finite number"),

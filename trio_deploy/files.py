@@ -131,7 +131,7 @@ def parse_json(content: bytes | str, name: str, remedy: str, *, values: int = MA
         # Before they are made: of the shortest ones a small file has very many.
         if sum(map(text.count, ",[{")) > values:
             raise ValueError(f"it has more than {values} values")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_unique)
         _check_extent(value, values)
     except (ValueError, RecursionError) as error:
         raise TrioError(f"{name} is not valid JSON ({_reason(error)}): {remedy}") from None
@@ -305,8 +305,20 @@ def _refuse_repeated(keys: list[str]) -> None:
         raise ValueError(f"the key {brief(twice)} occurs twice")
 
 
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a finite number")
+class _BadValue(ValueError):
+    """A value that `parse_json` refuses.
+
+    Attributes:
+        keys: of the mappings and numbers of the entries around it, innermost first.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.keys: list[str] = []
+
+    def __str__(self) -> str:
+        place = ".".join(reversed(self.keys))
+        return f"{place}: {self.args[0]}" if place else str(self.args[0])
 
 
 def _check_extent(value: Any, values: int) -> None:
@@ -322,8 +334,12 @@ def _check_extent(value: Any, values: int) -> None:
             for key in value if isinstance(value, dict) else ():
                 _check_scalar(key)
             count = height = 0
-            for child in value.values() if isinstance(value, dict) else value:
-                below = measure(child, depth + 1)
+            for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+                try:
+                    below = measure(child, depth + 1)
+                except _BadValue as error:
+                    error.keys.append(f"{key!s:.40}")
+                    raise
                 count, height = count + below[0], max(height, below[1])
             known[id(value)] = 1 + count, 1 + height
         if depth > _MAX_DEPTH or depth - 1 + known[id(value)][1] > _MAX_DEPTH:
@@ -341,15 +357,15 @@ def _check_scalar(value: Any) -> None:
             try:
                 value.encode()
             except UnicodeEncodeError:
-                raise ValueError(f"the text {brief(value)} is no Unicode") from None
+                raise _BadValue(f"the text {brief(value)} is no Unicode") from None
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{value} is not a finite number")
+            raise _BadValue(f"{value} is not a finite number")
     elif isinstance(value, int):
         if value.bit_length() > _MAX_BITS:
-            raise ValueError(f"a number has more than {_MAX_BITS} bits")
+            raise _BadValue(f"a number has more than {_MAX_BITS} bits")
     elif value is not None:  # a date or a set of YAML
-        raise ValueError(f"{brief(value)} is a {type(value).__name__}: write it in quotes")
+        raise _BadValue(f"{brief(value)} is a {type(value).__name__}: write it in quotes")
 
 
 def _reason(error: Exception) -> str:

@@ -214,10 +214,10 @@ def test_old_files_give_sizes_as_numbers(llava):
     [
         ({"crop_size": {"height": 48, "width": 48}}, "takes 32 x 32"),
         ({"do_center_crop": False, "size": {"shortest_edge": 32}}, "no fixed size"),
-        ({"crop_size": {"height": "?"}}, "malformed"),
+        ({"crop_size": {"height": "?"}}, r"crop_size\.height must be a whole number"),
         ({"size": {"shortest_edge": 32, "longest_edge": 64}}, "longest_edge"),
         ({"image_mean": [1.0]}, "three values"),
-        ({"resample": 99}, "malformed"),
+        ({"resample": 99}, "resample must be a whole number from 0 to"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(llava, settings, says):

@@ -19,6 +19,7 @@ from trio_deploy.checkpoint.resolve import Source
 from trio_deploy.checkpoint.tokenizer import load_tokenizer
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.bounds import WHOLE, whole
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.files import read_text
 
@@ -26,6 +27,8 @@ TOKENIZER = "tokenizer.json"
 TOKENS = "tokens.json"
 PREPROCESSOR = "preprocessor.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+
+_MAX_IDS = 256  # tokens that end an answer
 
 
 class GenerationInfo(msgspec.Struct, frozen=True):
@@ -104,10 +107,7 @@ def checkpoint_assets(
     files[TOKENS] = _json_bytes(tokens)
     settings = read_object(folder / GENERATION_CONFIG)
     info = _generation(raw_config, settings, ids)
-    if settings is None:  # then transformers looks into config.json, as older checkpoints need it
-        text = raw_config.get("text_config")
-        settings = {**(text if isinstance(text, dict) else {}), **raw_config}
-    options, unsupported = read_sampling(settings)
+    options, unsupported = read_sampling(settings or {})
     info = msgspec.structs.replace(info, sampling=options.to_json())
     notes = [
         f"{GENERATION_CONFIG} asks for {setting}, which is not supported and has no effect: "
@@ -164,19 +164,35 @@ def _generation(
     generation: Mapping[str, Any] | None,
     ids: Mapping[str, int | None] | None,
 ) -> GenerationInfo:
-    """End, pad and start ids: generation_config.json, else config.json, else the tokenizer's."""
+    """End, pad and start ids: generation_config.json, else config.json, else the tokenizer's.
+
+    Raises:
+        TrioError: an id is no whole number that a token can have; names the file and the key.
+    """
     text = raw_config.get("text_config") or {}
-    places = [generation or {}, raw_config, text if isinstance(text, dict) else {}]
+    places = {
+        GENERATION_CONFIG: generation or {},
+        "config.json": raw_config,
+        "config.json: text_config": text if isinstance(text, dict) else {},
+    }
 
-    def find(key: str) -> Any:
-        for place in places:
-            if place.get(f"{key}_id") is not None:
-                return place[f"{key}_id"]
-        return (ids or {}).get(key)
+    def find(kind: str) -> list[int]:
+        key = f"{kind}_id"
+        for place, settings in places.items():
+            if settings.get(key) is not None:
+                return _token_ids(settings[key], f"{place}: {key}")
+        known = (ids or {}).get(kind)
+        return [] if known is None else [known]
 
-    eos = find("eos_token")
-    ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
-    pad = find("pad_token")
-    # Some configurations say -1 for "none".
-    pad = pad if isinstance(pad, int) and pad >= 0 else None
-    return GenerationInfo(ends, pad, find("bos_token"))
+    ends = tuple(find("eos_token"))
+    pad, start = (next(iter(find(kind)), None) for kind in ("pad_token", "bos_token"))
+    return GenerationInfo(ends, pad, start)
+
+
+def _token_ids(value: Any, name: str) -> list[int]:
+    """One id or a list of them; some configurations say -1 for none."""
+    given = value if isinstance(value, list) else [value]
+    if len(given) > _MAX_IDS:
+        raise TrioError(f"{name} has {len(given)} entries: at most {_MAX_IDS} are supported")
+    least, most = -1, WHOLE["vocab_size"][1]
+    return [number for item in given if (number := whole(item, name, (least, most))) >= 0]

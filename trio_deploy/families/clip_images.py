@@ -9,7 +9,8 @@ from PIL import Image
 
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.pixels import ImageSettings
+from trio_deploy.families.bounds import IMAGE, WHOLE, canvases, flag, real, whole
+from trio_deploy.families.pixels import MAX_PIXELS, ImageSettings
 
 #: Keys of preprocessor_config.json that are read; `to_json` keeps these.
 KEYS = (
@@ -89,18 +90,18 @@ def clip_processor_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
 
 def _parse(raw: Mapping[str, Any], config: ModelConfig) -> ImageSettings:
     side = config.vision.image_size
-    try:
-        settings = ImageSettings(
-            size=_size(raw["size"]) if raw["do_resize"] else None,
-            crop=_crop(raw["crop_size"]) if raw["do_center_crop"] else None,
-            resample=int(Image.Resampling(raw["resample"])),
-            scale=float(raw["rescale_factor"]) if raw["do_rescale"] else None,
-            mean=_channels(raw["image_mean"]) if raw["do_normalize"] else None,
-            std=_channels(raw["image_std"]) if raw["do_normalize"] else None,
-            pad_to_square=bool(raw["do_pad"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise TrioError(f"the image preprocessing settings are malformed: {error}") from None
+    resize, crop = _flag(raw, "do_resize"), _flag(raw, "do_center_crop")
+    rescale, normalise = _flag(raw, "do_rescale"), _flag(raw, "do_normalize")
+    mean, std = _channels(raw, "image_mean"), _channels(raw, "image_std")
+    settings = ImageSettings(
+        size=_size(raw["size"]) if resize else None,
+        crop=_pair(raw["crop_size"], "crop_size") if crop else None,
+        resample=whole(raw["resample"], _of("resample"), (0, max(Image.Resampling))),
+        scale=_number(raw, "rescale_factor") if rescale else None,
+        mean=mean if normalise else None,
+        std=std if normalise else None,
+        pad_to_square=_flag(raw, "do_pad"),
+    )
     yields = settings.crop
     if yields is None and not isinstance(settings.size, int):
         yields = settings.size
@@ -116,31 +117,48 @@ def _parse(raw: Mapping[str, Any], config: ModelConfig) -> ImageSettings:
 
 def _check_canvases(raw: Any, config: ModelConfig) -> None:
     """Compare the processor's canvases with the model's, which orders its tiles by them."""
-    if [list(pair) for pair in raw] != [list(pair) for pair in config.grid_pinpoints]:
+    if canvases(raw, _of("image_grid_pinpoints"), MAX_PIXELS) != config.grid_pinpoints:
         raise TrioError(
             "image_grid_pinpoints of the image preprocessing settings and of config.json differ: "
             "make them equal"
         )
 
 
+def _of(key: str) -> str:
+    """What messages call a key."""
+    return f"the image preprocessing settings: {key}"
+
+
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    return flag(raw[key], _of(key))
+
+
+def _number(raw: Mapping[str, Any], key: str) -> float:
+    return real(raw[key], _of(key), IMAGE[key])
+
+
 def _size(raw: Any) -> int | tuple[int, int]:
-    if isinstance(raw, int):
-        return raw  # older files: the shortest side
+    if not isinstance(raw, Mapping):  # older files: the shortest side
+        return whole(raw, _of("size"), WHOLE["image_size"])
     if raw.get("longest_edge") is not None:
-        raise ValueError("a longest_edge is not supported")
+        raise TrioError(f"{_of('size')} has a longest_edge, which is not supported")
     if raw.get("shortest_edge") is not None:
-        return int(raw["shortest_edge"])
-    return int(raw["height"]), int(raw["width"])
+        return whole(raw["shortest_edge"], _of("size.shortest_edge"), WHOLE["image_size"])
+    return _pair(raw, "size")
 
 
-def _crop(raw: Any) -> tuple[int, int]:
-    if isinstance(raw, int):
-        return raw, raw
-    return int(raw["height"]), int(raw["width"])
+def _pair(raw: Any, key: str) -> tuple[int, int]:
+    """(height, width); in older files one number for both."""
+    if not isinstance(raw, Mapping):
+        side = whole(raw, _of(key), WHOLE["image_size"])
+        return side, side
+    height = whole(raw.get("height"), _of(f"{key}.height"), WHOLE["image_size"])
+    return height, whole(raw.get("width"), _of(f"{key}.width"), WHOLE["image_size"])
 
 
-def _channels(raw: Any) -> tuple[float, ...]:
-    values = tuple(float(x) for x in raw) if isinstance(raw, (list, tuple)) else (float(raw),) * 3
-    if len(values) != 3:
-        raise ValueError(f"image_mean and image_std need three values, not {len(values)}")
-    return values
+def _channels(raw: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    """A number per channel, or one for all three."""
+    given = raw[key] if isinstance(raw[key], (list, tuple)) else [raw[key]] * 3
+    if len(given) != 3:
+        raise TrioError(f"{_of(key)} must have three values, not {len(given)}")
+    return tuple(real(value, _of(key), IMAGE[key]) for value in given)

@@ -7,6 +7,9 @@ from typing import Any
 
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig, RopeConfig, TextConfig, VisionConfig
+from trio_deploy.families.bounds import MAX_PATCHES, REAL, WHOLE, canvases, flag, real, whole
+from trio_deploy.families.pixels import MAX_PIXELS
+from trio_deploy.files import brief
 
 #: Activations that the graphs can express.
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh", "gelu_new")
@@ -115,10 +118,15 @@ def read_clip_llama(
             f"config.json: vision_feature_select_strategy 'full' does not work with the tiles of "
             f"{family}: only 'default' does"
         )
-    tied = bool(top["tie_word_embeddings"])
-    text = _text(text_raw, tied or (tie_from_text and bool(text_raw["tie_word_embeddings"])))
-    image_token_id = top.get("image_token_id", top["image_token_index"])
-    if not isinstance(image_token_id, int) or not 0 <= image_token_id < text.vocab_size:
+    tied = _flag(top, "tie_word_embeddings", "")
+    in_text = _flag(text_raw, "tie_word_embeddings", "text_config")
+    text = _text(text_raw, tied or (tie_from_text and in_text))
+    image_token_id = whole(
+        top.get("image_token_id", top["image_token_index"]),
+        "config.json: image_token_index",
+        (0, WHOLE["vocab_size"][1]),
+    )
+    if image_token_id >= text.vocab_size:
         raise TrioError(
             f"config.json: image_token_index {image_token_id} lies outside the vocabulary of "
             f"{text.vocab_size}"
@@ -128,7 +136,7 @@ def read_clip_llama(
         vision=vision,
         text=text,
         projector_act=_activation(top["projector_hidden_act"], "projector_hidden_act"),
-        projector_bias=bool(top["multimodal_projector_bias"]),
+        projector_bias=_flag(top, "multimodal_projector_bias", ""),
         image_token_id=image_token_id,
         grid_pinpoints=_pinpoints(top["image_grid_pinpoints"], vision) if tiled else (),
         newline=tiled,
@@ -222,9 +230,9 @@ def _section(
     if not isinstance(section, Mapping):
         raise TrioError(f"config.json: {name} must be an object")
     model_type = section.get("model_type", model_type)
-    if model_type not in defaults:
+    if not isinstance(model_type, str) or model_type not in defaults:
         raise TrioError(
-            f"config.json: {name} is of type {model_type!r}, which is not supported: "
+            f"config.json: {name} is of type {brief(model_type)}, which is not supported: "
             f"{', '.join(defaults)} {'are' if len(defaults) > 1 else 'is'}"
         )
     merged = {"model_type": model_type, **defaults[model_type], **_given(section)}
@@ -233,48 +241,71 @@ def _section(
     return merged
 
 
-def _count(section: Mapping[str, Any], key: str) -> int:
+def _name(key: str, part: str) -> str:
+    """What messages call a key; `part` is the section it stands in, "" for the top."""
+    return f"config.json: {part}.{key}" if part else f"config.json: {key}"
+
+
+def _count(section: Mapping[str, Any], key: str, part: str) -> int:
+    return whole(section[key], _name(key, part), WHOLE[key])
+
+
+def _side(section: Mapping[str, Any], key: str, part: str) -> int:
+    """One side of a square, which may be given as a pair."""
     value = section[key]
-    if isinstance(value, (list, tuple)) and len(set(value)) == 1:
-        value = value[0]  # square sizes may be given as a pair
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise TrioError(f"config.json: {key} must be a positive whole number, not {value!r}")
-    return value
+    if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]
+    return whole(value, _name(key, part), WHOLE[key])
+
+
+def _real(section: Mapping[str, Any], key: str, part: str) -> float:
+    return real(section[key], _name(key, part), REAL[key])
+
+
+def _flag(section: Mapping[str, Any], key: str, part: str) -> bool:
+    return flag(section[key], _name(key, part))
 
 
 def _activation(name: Any, key: str) -> str:
     if name not in ACTIVATIONS:
         raise TrioError(
-            f"config.json: {key} {name!r} is not supported: {', '.join(ACTIVATIONS)} are"
+            f"config.json: {key} {brief(name)} is not supported: {', '.join(ACTIVATIONS)} are"
         )
     return str(name)
 
 
 def _vision(section: Mapping[str, Any], top: Mapping[str, Any]) -> VisionConfig:
-    num_layers = _count(section, "num_hidden_layers")
-    image_size, patch_size = _count(section, "image_size"), _count(section, "patch_size")
-    hidden_size, num_heads = _count(section, "hidden_size"), _count(section, "num_attention_heads")
+    part = "vision_config"
+    num_layers = _count(section, "num_hidden_layers", part)
+    image_size, patch_size = _side(section, "image_size", part), _side(section, "patch_size", part)
+    hidden_size = _count(section, "hidden_size", part)
+    num_heads = _count(section, "num_attention_heads", part)
     if image_size < patch_size or hidden_size % num_heads:
         raise TrioError(
             "config.json: vision_config needs an image_size of at least one patch and a "
             "hidden_size that its heads divide"
         )
-    if section["num_channels"] != 3:
+    if image_size // patch_size > MAX_PATCHES:
+        raise TrioError(
+            f"config.json: vision_config.patch_size {patch_size} cuts an image_size of "
+            f"{image_size} into more than {MAX_PATCHES} patches per side"
+        )
+    if _count(section, "num_channels", part) != 3:
         raise TrioError("config.json: only vision towers with num_channels 3 are supported")
     strategy = top["vision_feature_select_strategy"]
     if strategy not in ("default", "full"):
         raise TrioError(
-            f"config.json: vision_feature_select_strategy {strategy!r} is neither 'default' nor "
-            "'full'"
+            f"config.json: vision_feature_select_strategy {brief(strategy)} is neither 'default' "
+            "nor 'full'"
         )
     return VisionConfig(
         hidden_size=hidden_size,
-        intermediate_size=_count(section, "intermediate_size"),
+        intermediate_size=_count(section, "intermediate_size", part),
         num_layers=num_layers,
         num_heads=num_heads,
         image_size=image_size,
         patch_size=patch_size,
-        layer_norm_eps=float(section["layer_norm_eps"]),
+        layer_norm_eps=_real(section, "layer_norm_eps", part),
         hidden_act=_activation(section["hidden_act"], "vision_config.hidden_act"),
         feature_layers=_feature_layers(top["vision_feature_layer"], num_layers),
         drop_cls=strategy == "default",
@@ -284,11 +315,13 @@ def _vision(section: Mapping[str, Any], top: Mapping[str, Any]) -> VisionConfig:
 def _feature_layers(raw: Any, num_layers: int) -> tuple[int, ...]:
     states = num_layers + 1  # the embeddings, then each layer's output
     layers = raw if isinstance(raw, (list, tuple)) else [raw]
+    if len(layers) > states:
+        raise TrioError(f"config.json: vision_feature_layer has more entries than {states} states")
     resolved = []
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not -states <= layer < states:
             raise TrioError(
-                f"config.json: vision_feature_layer {layer!r} does not exist in a tower of "
+                f"config.json: vision_feature_layer {brief(layer)} does not exist in a tower of "
                 f"{num_layers} layers"
             )
         resolved.append(layer % states)
@@ -300,26 +333,28 @@ def _feature_layers(raw: Any, num_layers: int) -> tuple[int, ...]:
 def _text(section: Mapping[str, Any], tied: bool) -> TextConfig:
     if section["hidden_act"] != "silu":
         raise TrioError(
-            f"config.json: hidden_act {section['hidden_act']!r} of the language model is not "
+            f"config.json: hidden_act {brief(section['hidden_act'])} of the language model is not "
             "supported: silu is"
         )
-    max_positions = _count(section, "max_position_embeddings")
-    window = section["sliding_window"]
+    part = "text_config"
+    max_positions = _count(section, "max_position_embeddings", part)
+    window = None if section["sliding_window"] is None else _count(section, "sliding_window", part)
     if window is not None and window < max_positions:
         raise TrioError(
             f"config.json: sliding-window attention ({window} of {max_positions} positions) is "
             "not supported: set sliding_window to null if the model was trained without it"
         )
-    hidden_size, num_heads = _count(section, "hidden_size"), _count(section, "num_attention_heads")
+    hidden_size = _count(section, "hidden_size", part)
+    num_heads = _count(section, "num_attention_heads", part)
     num_kv_heads = num_heads
     if section["num_key_value_heads"] is not None:
-        num_kv_heads = _count(section, "num_key_value_heads")
+        num_kv_heads = _count(section, "num_key_value_heads", part)
     if num_heads % num_kv_heads:
         raise TrioError(
             f"config.json: {num_heads} attention heads cannot share {num_kv_heads} key/value heads"
         )
     if section["head_dim"] is not None:
-        head_dim = _count(section, "head_dim")
+        head_dim = _count(section, "head_dim", part)
     elif hidden_size % num_heads:
         raise TrioError(
             f"config.json: hidden_size {hidden_size} is not divisible by {num_heads} heads"
@@ -328,62 +363,72 @@ def _text(section: Mapping[str, Any], tied: bool) -> TextConfig:
         head_dim = hidden_size // num_heads
     if head_dim % 2:
         raise TrioError(f"config.json: head_dim {head_dim} is odd: rotary embeddings need pairs")
+    bias = _flag(section, "attention_bias", part)
     return TextConfig(
         hidden_size=hidden_size,
-        intermediate_size=_count(section, "intermediate_size"),
-        num_layers=_count(section, "num_hidden_layers"),
+        intermediate_size=_count(section, "intermediate_size", part),
+        num_layers=_count(section, "num_hidden_layers", part),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        vocab_size=_count(section, "vocab_size"),
+        vocab_size=_count(section, "vocab_size", part),
         max_positions=max_positions,
-        rms_norm_eps=float(section["rms_norm_eps"]),
+        rms_norm_eps=_real(section, "rms_norm_eps", part),
         rope=_rope(section),
-        qkv_bias=bool(section["attention_bias"]),
-        o_bias=bool(section["attention_bias"]),
-        mlp_bias=bool(section["mlp_bias"]),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=_flag(section, "mlp_bias", part),
         tie_word_embeddings=tied,
     )
 
 
 def _rope(section: Mapping[str, Any]) -> RopeConfig:
     """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
-    parameters = section.get("rope_parameters") or section.get("rope_scaling") or {}
-    if not isinstance(parameters, Mapping):
-        raise TrioError("config.json: rope_parameters (or rope_scaling) must be an object")
-    theta = float(parameters.get("rope_theta", section["rope_theta"]))
+    part = "text_config"
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(section.get(key, {}), Mapping):
+            raise TrioError(f"config.json: {part}.{key} must be an object")
+    parameters = _given(section.get("rope_parameters") or section.get("rope_scaling") or {})
+    theta = _real({"rope_theta": section["rope_theta"], **parameters}, "rope_theta", part)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    partial = parameters.get("partial_rotary_factor", section.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise TrioError(f"config.json: partial_rotary_factor {partial} is not supported: 1 is")
+    partial = parameters.get("partial_rotary_factor", section.get("partial_rotary_factor", 1.0))
+    if isinstance(partial, bool) or partial != 1:
+        raise TrioError(
+            f"config.json: {part}.partial_rotary_factor {brief(partial)} is not supported: 1 is"
+        )
     try:
         if kind == "default":
             return RopeConfig(theta)
         if kind == "linear":
-            return RopeConfig(theta, "linear", factor=float(parameters["factor"]))
+            return RopeConfig(theta, "linear", factor=_real(parameters, "factor", part))
         if kind == "llama3":
-            return RopeConfig(
-                theta,
-                "llama3",
-                factor=float(parameters["factor"]),
-                low_freq_factor=float(parameters["low_freq_factor"]),
-                high_freq_factor=float(parameters["high_freq_factor"]),
-                original_max_positions=int(parameters["original_max_position_embeddings"]),
-            )
+            return _llama3(parameters, theta, part)
     except KeyError as error:
         raise TrioError(f"config.json: rope type {kind!r} needs {error.args[0]!r}") from None
     raise TrioError(
-        f"config.json: rope type {kind!r} is not supported: default, linear and llama3 are"
+        f"config.json: rope_type {brief(kind)} is not supported: default, linear and llama3 are"
+    )
+
+
+def _llama3(parameters: Mapping[str, Any], theta: float, part: str) -> RopeConfig:
+    low = _real(parameters, "low_freq_factor", part)
+    high = _real(parameters, "high_freq_factor", part)
+    if low >= high:
+        raise TrioError(
+            f"config.json: {part}.low_freq_factor {low:g} must be below high_freq_factor {high:g}"
+        )
+    return RopeConfig(
+        theta,
+        "llama3",
+        factor=_real(parameters, "factor", part),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_positions=_count(parameters, "original_max_position_embeddings", part),
     )
 
 
 def _pinpoints(raw: Any, vision: VisionConfig) -> tuple[tuple[int, int], ...]:
-    try:
-        pinpoints = tuple((int(height), int(width)) for height, width in raw)
-    except (TypeError, ValueError):
-        raise TrioError(
-            "config.json: image_grid_pinpoints must be a list of [height, width] pairs"
-        ) from None
+    pinpoints = canvases(raw, "config.json: image_grid_pinpoints", MAX_PIXELS)
     tile = vision.image_size
     for height, width in pinpoints:
         if height < tile or width < tile or height % tile or width % tile:
@@ -391,6 +436,4 @@ def _pinpoints(raw: Any, vision: VisionConfig) -> tuple[tuple[int, int], ...]:
                 f"config.json: the canvas {[height, width]} in image_grid_pinpoints is not made "
                 f"of whole {tile}-pixel tiles"
             )
-    if not pinpoints:
-        raise TrioError("config.json: image_grid_pinpoints is empty")
     return pinpoints

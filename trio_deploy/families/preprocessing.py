@@ -7,9 +7,11 @@ from typing import Any
 
 from PIL import Image
 
+from trio_deploy.errors import TrioError
 from trio_deploy.families.base import Layout, ModelConfig
 from trio_deploy.families.pixels import open_image
 from trio_deploy.families.registry import get_family
+from trio_deploy.files import brief
 
 
 class Preprocessor:
@@ -26,6 +28,8 @@ class Preprocessor:
 
     def __init__(self, raw: Mapping[str, Any], config: ModelConfig) -> None:
         raw = raw.get("image_processor", raw)
+        if not isinstance(raw, Mapping):
+            raise TrioError(f"the image preprocessing settings must be an object, not {brief(raw)}")
         self._family = get_family(config.family)
         self._config = config
         self._raw, self._settings = self._family.settings(raw, config)

@@ -8,6 +8,7 @@ from typing import Any
 from trio_deploy.errors import TrioError
 from trio_deploy.families import llava, llava_next
 from trio_deploy.families.base import Family, Limits, ModelConfig
+from trio_deploy.files import brief
 
 FAMILIES: dict[str, Family] = {f.name: f for f in (llava.FAMILY, llava_next.FAMILY)}
 
@@ -63,7 +64,8 @@ def family_of(raw: Mapping[str, Any]) -> Family:
         TrioError: it names none that is supported.
     """
     model_type = raw.get("model_type")
-    architectures = raw.get("architectures") or []
+    named = raw.get("architectures")
+    architectures = named if isinstance(named, list) else []
     for family in FAMILIES.values():
         if model_type == family.name or (
             model_type is None and family.architecture in architectures
@@ -71,6 +73,6 @@ def family_of(raw: Mapping[str, Any]) -> Family:
             return family
     found = model_type or ", ".join(map(str, architectures)) or "no model_type"
     raise TrioError(
-        f"config.json describes {found!r}, which is not supported: use one of {_families()}; "
+        f"config.json describes {brief(found)}, which is not supported: use one of {_families()}; "
         "checkpoints in the original LLaVA format have converted copies on the hub under llava-hf"
     )
