@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
+from tests.support.bundles import Bundles
 from tests.support.checkpoints import EOS
 from tests.support.pictures import make_picture
 from tests.support.questions import COLOR, alike, ask
 from trio_deploy import Bundle, Pipeline, Request, RuntimeOptions, TrioError, export_model
 from trio_deploy.pipeline.draw import draw_generation
 from trio_deploy.runtimes.registry import complete_options
+from trio_deploy.schedule.methods import METHODS
 
 SCHEDULE = "1:0.4,2:0.2"
 
@@ -279,6 +281,39 @@ def test_a_selection_that_did_not_settle_is_an_error(
     monkeypatch.setattr(engine, "run", lambda feeds, **options: run(feeds, **options) | unsettled)
     with pytest.raises(TrioError, match="select_2 found no set of tokens for row 1"):
         pipeline.generate_batch([Request(ask(COLOR), [make_picture()])] * 2)
+
+
+def test_a_selection_without_any_spread_is_said_aloud(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it keeps depends on the tokens' order; rows that keep all or none lose nothing by it."""
+    pipeline = setup.pipeline()
+    engine = pipeline.engine("select_2")
+    run = engine.run
+
+    def flat(feeds: dict[str, np.ndarray], **options: Any) -> dict[str, np.ndarray]:
+        out = run(feeds, **options)
+        return out | {"saliency": np.full_like(out["saliency"], 0.5) * feeds["visual_mask"]}
+
+    requests = [
+        Request(ask(COLOR), make_picture(), max_new_tokens=1, keep=keep)
+        for keep in ((0.5, 0.2), (8, 8), (8, 0))
+    ]
+    requests.append(Request("what ?", max_new_tokens=1))  # no visual tokens
+    sound = pipeline.generate_batch(requests)
+    assert not any("the same score" in text for each in sound for text in each.warnings)
+    monkeypatch.setattr(engine, "run", flat)
+    broken = pipeline.generate_batch(requests)
+    said = [[text for text in each.warnings if "the same score" in text] for each in broken]
+    assert [len(each) for each in said] == [1, 0, 0, 0]
+    assert said[0][0].startswith("select_2 gave all ") and "trio check" in said[0][0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_of_every_method_tell_tokens_apart(bundles: Bundles, method: str) -> None:
+    path = bundles.path("tiny", schedule=f"0:0.5:{method},6:0.1:{method}")
+    answer = Pipeline.open(path, threads=1).generate(Request(ask(COLOR), make_picture()))
+    assert not any("the same score" in text for text in answer.warnings)
 
 
 def test_no_requests_are_no_answers(setup: Setup) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.bfloat16 import pretend_bfloat16
 from tests.support.checkpoints import make_llava, make_llava_next
 from trio_deploy import Bundle, Pipeline, Request, Schedule, TrioError, check, export_model
 from trio_deploy.cli import main as cli
 from trio_deploy.reference.oracle import Oracle, Row
 from trio_deploy.reference.restore import restore_model
+from trio_deploy.runtimes import openvino_passes
 from trio_deploy.schedule.budget import solve
 from trio_deploy.verify.check import record
 from trio_deploy.verify.examples import default_examples
@@ -220,3 +222,26 @@ def test_without_torch_it_says_what_to_install(made, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(TrioError, match=r"trio-deploy\[reference\]"):
         check(bundle, threads=2)
+
+
+def test_selections_that_read_other_weights_in_bfloat16_are_noticed(bundles, tmp_path, monkeypatch):
+    """The matrix that the saliency multiplies by from the other side is overwritten."""
+    pretend_bfloat16(monkeypatch)
+    bundle = record(bundles.copy(tmp_path / "b", "tiny", target="cpu-openvino"), threads=1)
+    real = openvino_passes.Passes._from_the_right
+    faults = {"none": lambda weight: weight, "zeros": np.zeros_like, "other numbers": np.flipud}
+
+    def failed(fault: str) -> list[str]:
+        def spoilt(self, product):
+            weight = openvino_passes._constant(product.input_value(0))
+            changed = self._op.constant(np.ascontiguousarray(faults[fault](weight.data)))
+            order = product.input_value(0).get_node().input_value(1)
+            product.input(0).replace_source_output(self._op.transpose(changed, order).output(0))
+            real(self, product)
+
+        monkeypatch.setattr(openvino_passes.Passes, "_from_the_right", spoilt)
+        report = check(bundle, golden=True, precision="bfloat16", threads=1)
+        return [row.stage for row in report.rows if not row.passed]
+
+    assert failed("none") == []
+    assert failed("zeros") == failed("other numbers") == ["select_3"]

@@ -242,3 +242,14 @@ def test_two_scans_keep_what_the_encoder_scores_say_in_every_type():
     wrong = picked("vscan", [[1, 2, 3], [2]], prior)
     row = compare_selection("select_1", stage, wrong.outputs, half, 0.8, "vscan")
     assert "picks" in row.problem
+
+
+def test_a_selection_that_tells_no_token_from_another_is_noticed_whatever_the_tolerance():
+    """An error of the probes' logits would explain a difference of 100 %, and keep some tokens."""
+    stage = selection()
+    stage.inputs["probe_logits"] = np.array([40.0, 40.0])
+    flat = np.where(stage.inputs["visual_mask"], np.float32(0.25), np.float32(0))
+    for scores in (np.zeros_like(flat), flat):
+        outputs = stage.outputs | {"saliency": scores}
+        row = compare_selection("select_1", stage, outputs, TOLERANCES["bfloat16"], 0.8)
+        assert "the same score at all visual tokens" in row.problem

@@ -190,6 +190,7 @@ class Pipeline:
         )
         for row, sequence in enumerate(sequences):
             sequence.kept = [kept[row] for kept in prefilled.kept]
+            sequence.warnings += prefilled.warnings[row]
             sequence.layer_ranges = [
                 (cache.layers[0], cache.layers[-1] + 1, int(cache.lengths[row]))
                 for cache in prefilled.caches.values()

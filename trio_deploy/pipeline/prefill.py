@@ -16,6 +16,8 @@ from trio_deploy.pipeline.cache import Allocate, CacheShape, SegmentCache
 from trio_deploy.pipeline.prompt import Batch
 from trio_deploy.runtimes.arrays import concatenate, on_host, to_host
 from trio_deploy.runtimes.base import Array, Blocks, Engine, HostMoment, Moment, Runtime
+from trio_deploy.schedule.methods import METHODS
+from trio_deploy.schedule.view import all_equal
 
 
 @dataclass
@@ -49,11 +51,13 @@ class Prefilled:
         caches: by name of the segment.
         kept: for each pruning point and row, which tokens (text and visual) of the row's original
             prompt were kept.
+        warnings: for each row, faults that did not end the prefill, a sentence each.
     """
 
     logits: np.ndarray
     caches: dict[str, SegmentCache]
     kept: list[list[np.ndarray]]
+    warnings: list[list[str]]
 
 
 class Stages:
@@ -211,7 +215,8 @@ class Stages:
                     caches[name] = self.cache(name, tokens.lengths, longest)
                     tokens.hidden = self._segment(stage, caches[name], tokens)
         logits = to_host(tokens.hidden)  # waits for the device, for the first time
-        return Prefilled(logits, caches, _kept(selections, batch.lengths))
+        kept = _kept(selections, batch.lengths)
+        return Prefilled(logits, caches, kept, _faults(selections, kept, batch))
 
     def capacity(self, name: str, tokens: int) -> int:
         """Capacity of a segment's cache for rows of `tokens` tokens.
@@ -343,8 +348,9 @@ class Stages:
             tokens.per_token,
         )
         out = self.engines[stage.name].run(feeds, host=())
-        index, converged = (stage.output_name(role) for role in ("index", "converged"))
-        selection = _Selection(stage.name, out[index], lengths, out[converged])
+        roles: tuple[Role, ...] = ("index", "converged", "score")
+        index, converged, scores = (out[stage.output_name(role)] for role in roles)
+        selection = _Selection(stage, index, lengths, converged, scores, visual_counts)
         if on_host(selection.converged):
             selection.require_converged()
         per_token = tokens.per_token
@@ -389,12 +395,21 @@ class _Tokens:
 
 @dataclass(frozen=True)
 class _Selection:
-    """Result of a select stage: index int64 [B,W], of which `lengths` entries per row are valid."""
+    """Result of a select stage.
 
-    stage: str
+    Attributes:
+        index: int64 [B,W], of which `lengths` entries per row are valid.
+        converged: bool [B].
+        scores: f32 [B,S], by which the method chose.
+        visual_counts: int64 [B], visual tokens that stay.
+    """
+
+    stage: StageInfo
     index: Array
     lengths: np.ndarray
     converged: Array
+    scores: Array
+    visual_counts: np.ndarray
 
     def require_converged(self) -> None:
         """Raise TrioError if a row did not converge."""
@@ -403,9 +418,9 @@ class _Selection:
             return
         rows = ", ".join(str(row) for row in np.flatnonzero(~converged))
         raise TrioError(
-            f"{self.stage} found no set of tokens for row {rows}, most likely because the hidden "
-            "states overflowed in 16-bit floats: export with --dtype float32, or ask with a budget "
-            "of 1"
+            f"{self.stage.name} found no set of tokens for row {rows}, most likely because the "
+            "hidden states overflowed in 16-bit floats: export with --dtype float32, or ask with a "
+            "budget of 1"
         )
 
 
@@ -433,6 +448,33 @@ def _kept(selections: Sequence[_Selection | None], lengths: np.ndarray) -> list[
             origins = [old[index[b, : selection.lengths[b]]] for b, old in enumerate(origins)]
         kept.append(origins)
     return kept
+
+
+def _faults(
+    selections: Sequence[_Selection | None], kept: Sequence[Sequence[np.ndarray]], batch: Batch
+) -> list[list[str]]:
+    """Per row, the selections whose scores tell no visual token from another.
+
+    What such a selection keeps depends on neither picture nor question. Scores of methods that
+    choose token after token are no ranking, and are not judged.
+    """
+    faults: list[list[str]] = [[] for _ in batch.lengths]
+    before = [np.arange(length) for length in batch.lengths]
+    for selection, after in zip(selections, kept, strict=True):
+        method = selection and selection.stage.method
+        if selection is not None and method and not METHODS[method].sequential:
+            scores = to_host(selection.scores)
+            for row, tokens in enumerate(before):
+                visual = scores[row, : len(tokens)][batch.visual_mask[row, tokens]]
+                count = int(selection.visual_counts[row])
+                if 0 < count < len(visual) and all_equal(visual):
+                    faults[row].append(
+                        f"{selection.stage.label} gave all {len(visual)} visual tokens the same "
+                        f"score, so the {count} that it kept depend on neither picture nor "
+                        "question: run `trio check` on the bundle, or ask with a budget of 1"
+                    )
+        before = list(after)
+    return faults
 
 
 def _groups(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:

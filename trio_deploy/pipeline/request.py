@@ -89,7 +89,7 @@ class Generation:
         logprobs: natural logarithms of the forced tokens' probabilities; `greedy`: whether each was
             the most likely.
         warnings: what may make the answer wrong, a sentence each: words that the model does not
-            know.
+            know, or a selection whose scores tell no visual token from another.
         sampling: how the tokens were chosen: the request's options over the bundle's.
     """
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+_ROUNDING = 1e-6  # relative
+
 
 @dataclass(frozen=True)
 class View:
@@ -64,3 +66,15 @@ class Selected:
     def places(self) -> NDArray[np.int64]:
         """Places of the visual tokens, int64 [N]."""
         return np.flatnonzero(self.visual)
+
+
+def all_equal(scores: NDArray[np.floating]) -> bool:
+    """Whether scores [N] of two or more tokens rank none of them before another.
+
+    They differ by no more than rounding, which no gradient or attention of a working model does:
+    what is then chosen depends on the order of the tokens alone.
+    """
+    if len(scores) < 2:
+        return False
+    low, high = float(scores.min()), float(scores.max())
+    return high - low <= _ROUNDING * max(abs(low), abs(high))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from trio_deploy.bundle.manifest import kind_of_label
 from trio_deploy.reference.trace import Stage, Tensors
 from trio_deploy.schedule.methods import ENCODER_SCORES, METHODS, WINDOW, load
-from trio_deploy.schedule.view import Selected
+from trio_deploy.schedule.view import Selected, all_equal
 
 Run = Callable[[str, Tensors], Mapping[str, NDArray]]
 """Function that runs a graph by its name and ignores feeds that are not its inputs."""
@@ -52,6 +52,9 @@ TOLERANCES = {
     # Eight bits of mantissa instead of eleven.
     "bfloat16": Tolerance(relative=8e-2, overlap=0.9, excluded=None, tokens=False),
 }
+
+PRODUCTS_OVERLAP = 0.98
+"""`Tolerance.overlap` where only a selection's products with weights are in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -285,6 +288,8 @@ def _compare_row(
     scores, reference = (side["saliency"][b].astype(np.float64) for side in (got, expected))
     exact = tolerance.excluded is not None
     problems = []
+    if all_equal(scores[visual]) and not all_equal(reference[visual]):
+        problems.append(f"saliency: row {b} has the same score at all visual tokens")
     if scores[~visual].any():
         problems.append(f"saliency: row {b} has scores at tokens that are not visual")
     own = _visual_places(got["keep_index"][b][: int(expected["lengths_out"][b])], visual)
