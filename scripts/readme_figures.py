@@ -1,10 +1,11 @@
-"""Update the picture and tables of the README, none of which are written by hand.
+"""Update picture and tables of README.md and examples/README.md, none of which are written by hand.
 
     python scripts/readme_figures.py
 
 Exports the tiny model, asks two questions about examples/scene.png and draws what each kept into
-docs/kept.png, asks every question of examples/README.md at several budgets, and copies the measured
-table from docs/measurements/core.md (scripts/bench_core.py writes it).
+docs/kept.png, asks every question of examples/README.md at several budgets and marks there what
+was answered wrongly, and copies the measured table from docs/measurements/core.md
+(scripts/bench_core.py writes it).
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from trio_deploy.evaluation.questions import scene_questions
 from trio_deploy.pipeline.draw import draw_questions
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ((2000039, "busy"), (2000011, "busy"), (2000007, "smooth"))  # as examples/README.md
+EXAMPLES = {  # of examples/README.md: picture → seed and family of its scene
+    "scene": (2000039, "busy"),
+    "scene-2": (2000011, "busy"),
+    "scene-smooth": (2000007, "smooth"),
+}
 HERO = Schedule.parse("0:0.19:divprune,8:0.03")  # a last point tight enough to show a difference
 QUESTIONS = ("what color is the circle?", "what digit is on the red square?")
 PAIRED_SCENES = 50
@@ -81,26 +86,43 @@ def shared_tokens(pipeline: Pipeline, scene_count: int) -> tuple[int, float]:
     return len(shares), float(np.median(shares))
 
 
-def accuracy(folder: Path, budgets: tuple[float, ...]) -> str:
-    """Right answers of the tiny model to the questions of examples/README.md, per budget.
+def example_answers(folder: Path, budget: float) -> dict[str, list[tuple[str, str, str]]]:
+    """(question, true answer, the tiny model's answer at a budget) for each example picture.
 
-    A bundle is exported per budget, in `folder`.
+    A bundle is exported in `folder`.
     """
-    asked = [
-        (question, scene.image)
-        for scene in (scenes.generate(seed, family) for seed, family in EXAMPLES)
-        for question in scene.questions
-    ]
+    bundle = export_model("tiny", folder / f"{budget:g}", budget=budget, progress=False)
+    pipeline = Pipeline.open(bundle)
+    found = {}
+    for name, (seed, family) in EXAMPLES.items():
+        scene = scenes.generate(seed, family)
+        requests = [Request(question.text, [scene.image]) for question in scene.questions]
+        answers = pipeline.generate_batch(requests)
+        found[name] = [
+            (question.text, question.answer, answer.text.strip())
+            for question, answer in zip(scene.questions, answers, strict=True)
+        ]
+    return found
+
+
+def accuracy(answered: dict[float, dict[str, list[tuple[str, str, str]]]]) -> str:
+    """Table of the right answers to the questions of examples/README.md, per budget."""
+    head = "| budget | " + " | ".join(f"{budget:.1%}" for budget in answered) + " |"
     cells = []
-    for budget in budgets:
-        bundle = export_model("tiny", folder / f"{budget:g}", budget=budget, progress=False)
-        answers = Pipeline.open(bundle).generate_batch(
-            [Request(question.text, [image]) for question, image in asked]
-        )
-        right = sum(a.text.strip() == q.answer for a, (q, _) in zip(answers, asked, strict=True))
-        cells.append(f"{right} of {len(asked)}")
-    head = "| budget | " + " | ".join(f"{budget:.1%}" for budget in budgets) + " |"
-    return f"{head}\n|---|{'---|' * len(budgets)}\n| right | " + " | ".join(cells) + " |\n"
+    for by_picture in answered.values():
+        lines = [line for lines in by_picture.values() for line in lines]
+        right = sum(answer == truth for _, truth, answer in lines)
+        cells.append(f"{right} of {len(lines)}")
+    return f"{head}\n|---|{'---|' * len(cells)}\n| right | " + " | ".join(cells) + " |\n"
+
+
+def example_table(lines: list[tuple[str, str, str]], budget: float) -> str:
+    """Table of one picture's questions; a wrong answer is shown beside the true one."""
+    rows = [f"| question | true answer | the model's at {budget:.1%} |", "|---|---|---|"]
+    for question, truth, answer in sorted(lines):
+        said = "right" if answer == truth else f"**wrong**: {answer}"
+        rows.append(f"| {question} | {truth} | {said} |")
+    return "\n".join([*rows, ""])
 
 
 def table(measured: Path) -> str:
@@ -130,7 +152,13 @@ def main() -> None:
     text = readme.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         text = replace(text, "picture", picture(Path(folder)))
-        text = replace(text, "accuracy", accuracy(Path(folder), BUDGETS))
+        answered = {budget: example_answers(Path(folder), budget) for budget in BUDGETS}
+    text = replace(text, "accuracy", accuracy(answered))
+    examples = ROOT / "examples" / "README.md"
+    page = examples.read_text(encoding="utf-8")
+    for name, lines in answered[BUDGETS[0]].items():
+        page = replace(page, name, example_table(lines, BUDGETS[0]))
+    examples.write_text(page, encoding="utf-8")
     measured = ROOT / "docs" / "measurements" / "core.md"
     if measured.is_file():
         text = replace(text, "table", table(measured))
