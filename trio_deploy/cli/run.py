@@ -36,7 +36,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "alone",
     )
     command.add_argument(
-        "--image", action="append", default=[], help="picture; may be repeated, those come first"
+        "--image",
+        action="append",
+        default=[],
+        help="path or http(s) address of a picture; may be repeated",
     )
     command.add_argument("--prompt", help="question about the pictures")
     command.add_argument(

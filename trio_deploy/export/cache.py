@@ -224,7 +224,9 @@ class _Cached:
         try:
             export_model(self.model, folder, options, progress=self.progress)
         except TrioError as error:
-            raise TrioError(f"cannot export {self.model} to the cache: {error}") from error
+            raise TrioError(
+                f"cannot export {self.model} to the cache: {error} (`trio export` takes options)"
+            ) from error
 
     def _locked(self) -> AbstractContextManager[object]:
         import filelock

@@ -86,7 +86,7 @@ def open_image(source: Any) -> Image.Image:
     and greys become RGB; 16-bit greys are scaled to 8 bits rather than clipped.
 
     Args:
-        source: a path, the bytes of a file, or a Pillow image.
+        source: a path, the bytes of a file, a Pillow image, or an array uint8 [height, width, 3].
 
     Raises:
         TrioError: not a picture in one of `FORMATS`, a damaged one, one without pixels, or one
@@ -94,6 +94,8 @@ def open_image(source: Any) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the image")
+    if isinstance(source, np.ndarray):
+        return _to_rgb(_from_array(source), "the image")
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(bytes(source)), "the image")
     if isinstance(source, (str, os.PathLike)):
@@ -106,8 +108,17 @@ def open_image(source: Any) -> Image.Image:
         except OSError as error:
             raise TrioError(f"{path} cannot be read: {error.strerror or error}") from error
     raise TrioError(
-        f"an image must be a path, bytes or a Pillow image, not {type(source).__name__}"
+        f"an image must be a path, bytes, a Pillow image or an array, not {type(source).__name__}"
     )
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise TrioError(
+            f"an array must be a picture of uint8 [height, width, 3], not of {array.dtype} "
+            f"{list(array.shape)}"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def encoded_size(data: bytes) -> tuple[int, int]:

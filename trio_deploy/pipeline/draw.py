@@ -12,6 +12,7 @@ from trio_deploy.families.base import Layout
 from trio_deploy.pipeline.request import Generation
 
 _PANEL = 336  # longest side of one panel in pixels
+_NARROWEST = 84  # shorter side, to which longer and narrower pictures are stretched
 _GAP = 8
 _CAPTION = 22
 _DIMMED = 0.18  # of a dropped patch's brightness
@@ -64,10 +65,11 @@ def draw_kept(
     kept: Sequence[np.ndarray],
     layers: Sequence[int] | None = None,
 ) -> Image.Image:
-    """Draw one image in panels: as it is, then what each pruning point kept.
+    """Draw one image in panels: what the model sees of it, then what each pruning point kept.
 
-    A pixel is bright if any token that covers it was kept; with LLaVA-NeXT every pixel is covered
-    twice, by a token of the whole image and by one of a tile.
+    A part that is cropped away before the vision tower is left out. A pixel is bright if any token
+    that covers it was kept; with LLaVA-NeXT every pixel is covered twice, by a token of the whole
+    image and by one of a tile.
 
     Args:
         image: upright RGB, as `Preprocessor.open_image` gives it.
@@ -76,7 +78,9 @@ def draw_kept(
     """
     total = len(processed.rows)
     whole, *pruned = kept_panels(image, processed, kept)
-    panels = [_panel(whole, f"all {total} tokens")]
+    x0, y0, x1, y1 = _seen(processed)
+    crop = "" if (x1 - x0, y1 - y0) == image.size else f", of {x1 - x0} x {y1 - y0} pixels"
+    panels = [_panel(whole, f"all {total} tokens{crop}")]
     for number, (tokens, picture) in enumerate(zip(kept, pruned, strict=True)):
         where = f"from layer {layers[number]}" if layers is not None else f"point {number + 1}"
         panels.append(_panel(picture, f"{where}: {len(tokens)} of {total}"))
@@ -100,19 +104,39 @@ def kept_panels(
     image: Image.Image, processed: Layout, kept: Sequence[np.ndarray]
 ) -> list[Image.Image]:
     """The panels of `draw_kept` without captions: the image, then each pruning point."""
-    scale = _PANEL / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    return [small, *(_dim(small, _lit(processed, tokens, small.size)) for tokens in kept)]
+    seen = _seen(processed)
+    part = image.convert("RGB").crop(seen)
+    scale = _PANEL / max(part.size)
+    width, height = (max(_NARROWEST, round(side * scale)) for side in part.size)
+    small = part.resize((width, height), Image.Resampling.LANCZOS)
+    return [small, *(_dim(small, _lit(processed, tokens, seen, small.size)) for tokens in kept)]
 
 
-def _lit(processed: Layout, tokens: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _placed(boxes: np.ndarray) -> np.ndarray:
+    """The boxes of tokens that have a place, [n, 4]."""
+    return boxes[~np.isnan(boxes).any(axis=1)]
+
+
+def _seen(processed: Layout) -> tuple[int, int, int, int]:
+    """The part of the image that its tokens cover together: x0, y0, x1, y1 in whole pixels."""
+    height, width = processed.size
+    boxes = _placed(processed.boxes)
+    if not len(boxes):
+        return 0, 0, width, height
+    left, top = np.rint(boxes[:, :2].min(axis=0)).astype(int)
+    right, bottom = np.rint(boxes[:, 2:].max(axis=0)).astype(int)
+    return int(left), int(top), int(max(right, left + 1)), int(max(bottom, top + 1))
+
+
+def _lit(
+    processed: Layout, tokens: np.ndarray, seen: tuple[int, int, int, int], size: tuple[int, int]
+) -> np.ndarray:
     """Pixels of the panel that a kept token covers, bool [height, width]."""
     width, height = size
-    scale = np.array([width / processed.size[1], height / processed.size[0]] * 2)
+    left, top, right, bottom = seen
+    scale = np.array([width / (right - left), height / (bottom - top)] * 2)
     lit = np.zeros((height, width), np.bool_)
-    boxes = processed.boxes[tokens]
-    boxes = boxes[~np.isnan(boxes).any(axis=1)] * scale
+    boxes = (_placed(processed.boxes[tokens]) - np.array([left, top] * 2)) * scale
     for x0, y0, x1, y1 in np.rint(boxes).astype(int):
         lit[max(y0, 0) : max(y1, y0 + 1), max(x0, 0) : max(x1, x0 + 1)] = True
     return lit

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 from PIL import Image
 
 from trio_deploy.bundle.bundle import Bundle
@@ -14,14 +15,16 @@ from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import Layout
 from trio_deploy.families.preprocessing import Preprocessor
+from trio_deploy.pipeline.fetch import is_address
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
 from trio_deploy.pipeline.request import ImageSource, Request
 from trio_deploy.pipeline.sampling import Detokenizer, Forced, Sampler, StopScanner
 from trio_deploy.pipeline.sequence import SequenceState
 from trio_deploy.schedule.schedule import Schedule
 
-_Opened = dict[int, tuple[Image.Image, Layout]]
-"""Images of a batch by the identity of their source, so that requests can share them."""
+_Opened = dict[tuple[int, bool], tuple[Image.Image, Layout]]
+"""Images of a batch by the identity of their source and `Request.bgr`, so that requests can share
+them."""
 
 
 class RequestPreparer:
@@ -93,11 +96,11 @@ class RequestPreparer:
         for source in sources:
             if before_image is not None:
                 before_image()
-            if id(source) not in opened:
-                opened[id(source)] = self._open(source)
+            if (id(source), request.bgr) not in opened:
+                opened[id(source), request.bgr] = self._open(source, request.bgr)
         images, layouts = [], []
         for source in sources:
-            image, layout = opened[id(source)]
+            image, layout = opened[id(source), request.bgr]
             images.append(image)
             layouts.append(layout)
         rendered = self.encoder.has_template and not request.raw
@@ -126,7 +129,14 @@ class RequestPreparer:
             warnings=self.encoder.warnings(request.prompt, prompt),
         )
 
-    def _open(self, source: ImageSource) -> tuple[Image.Image, Layout]:
+    def _open(self, source: ImageSource, bgr: bool) -> tuple[Image.Image, Layout]:
+        if is_address(source):
+            raise TrioError(
+                f"the picture {source} is an address, which `Pipeline.generate` and `trio run` "
+                "fetch and nothing else does: pass the content of the file"
+            )
+        if bgr and isinstance(source, np.ndarray):
+            source = source[..., ::-1]
         image = self._preprocessor.open_image(source)
         return image, self._preprocessor(image)
 

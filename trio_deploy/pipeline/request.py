@@ -14,7 +14,7 @@ from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.families.base import Layout
 from trio_deploy.schedule.schedule import Schedule
 
-ImageSource = Image.Image | str | os.PathLike[str] | bytes
+ImageSource = Image.Image | np.ndarray | str | os.PathLike[str] | bytes
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,10 @@ class Request(SamplingOptions):
         prompt: the question, or a whole conversation as messages in Hugging Face's format:
             {"role": ..., "content": str or list of items}, an item being {"type": "image"} or
             {"type": "text", "text": ...}.
-        images: one for each image the prompt names, alone or in a sequence; Pillow image, path or
-            file content.
+        images: one for each image the prompt names, alone or in a sequence; Pillow image, path,
+            file content, http or https address (which `Pipeline` fetches, and `Batcher` does not),
+            or array uint8 [height, width, 3].
+        bgr: channels of arrays are blue, green and red, as OpenCV has them.
         max_new_tokens: most tokens to generate; the model's context may end the answer earlier.
         seed: as in `SamplingOptions`; also that of `random` pruning points (None: 0).
         stop: one or more strings that end the answer, themselves left out.
@@ -50,11 +52,12 @@ class Request(SamplingOptions):
     keep: Sequence[float | int] = ()
     forced: Sequence[int] = ()
     bundle_sampling: bool = True
+    bgr: bool = False
 
     @property
     def image_list(self) -> list[ImageSource]:
         """The images, also where one came alone."""
-        if isinstance(self.images, str | bytes | os.PathLike | Image.Image):
+        if isinstance(self.images, str | bytes | os.PathLike | Image.Image | np.ndarray):
             return [self.images]
         return list(self.images)
 

@@ -1,0 +1,152 @@
+"""Pictures at http addresses are fetched within limits, and never by what servers use."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trio_deploy import Batcher, Pipeline, Request, TrioError
+from trio_deploy.pipeline.fetch import FetchLimits, fetch, is_address, with_pictures
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """Answers by path; counts requests."""
+
+    asked: list[str]
+    picture: bytes
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        place, _, to = self.path.partition("?")
+        if place == "/go":
+            self.send_response(302)
+            self.send_header("Location", to)
+            self.end_headers()
+        elif place == "/picture":
+            self.answer(self.picture, len(self.picture))
+        elif place == "/cut":
+            self.answer(self.picture[:50], len(self.picture))
+        elif place == "/unsaid":  # without Content-Length
+            self.answer(self.picture, None)
+        elif place == "/slow":
+            self.send_response(200)
+            self.end_headers()
+            while not self.server.stop.wait(0.02):  # one byte now and then, without end
+                self.wfile.write(b"x")
+        else:
+            self.send_error(404)
+
+    def answer(self, content, length):
+        self.send_response(200)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def site(monkeypatch):
+    """A web server on this machine: its address, and the paths asked for."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)).save(
+        content, "png"
+    )
+    handler = type("Handler", (Site,), {"asked": [], "picture": content.getvalue()})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    server.stop = threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    handler.address = f"http://127.0.0.1:{server.server_port}"
+    yield handler
+    server.stop.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_picture_is_fetched_also_over_redirects(site):
+    assert fetch(f"{site.address}/picture") == site.picture
+    assert fetch(f"{site.address}/unsaid") == site.picture
+    assert fetch(f"{site.address}/go?/go?/picture") == site.picture
+    assert site.asked[2:] == ["/go?/go?/picture", "/go?/picture", "/picture"]
+
+
+@pytest.mark.parametrize(
+    ("path", "limits", "words"),
+    [
+        ("/none", {}, "the server says 404"),
+        ("/cut", {}, "broke off"),
+        ("/picture", {"max_bytes": 100}, "the file is larger than 100 B"),
+        ("/unsaid", {"max_bytes": 100}, "the file is larger than 100 B"),
+        ("/go?file:///etc/hostname", {}, "redirects to a scheme other than http"),
+        ("/go?ftp://127.0.0.1/x", {}, "redirects to a scheme other than http"),
+        ("/go?/go?/go?/picture", {"max_redirects": 2}, "redirects too often"),
+        ("/slow", {"timeout_s": 0.3}, "it took longer than 0.3 s"),
+    ],
+)
+def test_beyond_the_limits_is_one_error(site, path, limits, words):
+    started = time.monotonic()
+    with pytest.raises(TrioError, match=f"cannot fetch {site.address}.*{words}") as error:
+        fetch(site.address + path, FetchLimits(**limits))
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - started < 25, "it ends at its limit, not at the server's"
+
+
+@pytest.mark.parametrize("address", ["file:///etc/hostname", "ftp://127.0.0.1/x", "data:,x", "x"])
+def test_nothing_but_http_is_fetched(address):
+    with pytest.raises(TrioError, match="an address begins with http:// or https://"):
+        fetch(address)
+    assert not is_address(address)
+
+
+def test_an_address_nobody_answers_is_one_error():
+    with pytest.raises(TrioError, match="cannot fetch http://127.0.0.1:1/x: "):
+        fetch("http://127.0.0.1:1/x")
+
+
+def test_one_address_in_several_requests_is_fetched_once(site):
+    address = f"{site.address}/picture"
+    asked = [Request("a", address), Request("b", [address, "local.png"]), Request("c")]
+    first, second, third = with_pictures(asked)
+    assert first.images[0] is second.images[0] == site.picture
+    assert second.images[1] == "local.png" and third is asked[2]
+    assert site.asked == ["/picture"]
+
+
+def test_a_pipeline_fetches_and_what_servers_use_does_not(site, bundles):
+    pipeline = Pipeline.open(bundles.path("tiny"), threads=1)
+    request = Request("what color is the circle?", f"{site.address}/picture", max_new_tokens=4)
+    expected = pipeline.generate(Request(request.prompt, site.picture, max_new_tokens=4))
+    assert pipeline.generate(request).token_ids == expected.token_ids
+    with pipeline.stream(request) as stream:
+        assert "".join(stream) == expected.text
+    fetched = list(site.asked)
+    with pytest.raises(TrioError, match="is an address, .* pass the content of the file"):
+        pipeline.prepare(request)
+    with Batcher(pipeline) as batcher, pytest.raises(TrioError, match="is an address"):
+        batcher.submit(request).result(60)
+    assert site.asked == fetched
+
+
+def test_arrays_are_pictures_in_either_order_of_channels(site, bundles):
+    pipeline = Pipeline.open(bundles.path("tiny"), threads=1)
+    array = np.asarray(Image.open(io.BytesIO(site.picture)))
+    for images, bgr in ((array, False), ([array], False), (array[..., ::-1], True)):
+        state = pipeline.prepare(Request("what?", images, bgr=bgr))
+        assert np.array_equal(np.asarray(state.images[0]), array)
+    both = [Request("what?", array, bgr=bgr, max_new_tokens=1) for bgr in (False, True)]
+    plain, swapped = (answer.images[0] for answer in pipeline.generate_batch(both))
+    assert np.array_equal(np.asarray(plain), np.asarray(swapped)[..., ::-1])
+    for wrong in (array[..., 0], array.astype(np.float32), array[None], array[:0], array[..., :2]):
+        with pytest.raises(TrioError, match=r"an array must be a picture of uint8 \[height, width"):
+            pipeline.prepare(Request("what?", wrong))
