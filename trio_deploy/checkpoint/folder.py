@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder: whether one is there, and the JSON objects in them."""
+"""The files of a checkpoint folder: whether one is there, JSON objects, and what they hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trio_deploy.errors import TrioError
-from trio_deploy.files import read_json
+from trio_deploy.files import brief, read_json, read_text
 
 
 def has_file(file: Path) -> bool:
@@ -61,3 +61,27 @@ def image_settings(folder: Path) -> dict[str, Any]:
     if isinstance(inside, dict):
         return inside
     return read_object(folder / "preprocessor_config.json") or {}
+
+
+def read_template(folder: Path) -> str | None:
+    """The chat template from any of the places of transformers' releases, newest first.
+
+    Raises:
+        TrioError: one of the files is damaged, or what it calls a chat template is none.
+    """
+    jinja = folder / "chat_template.jinja"
+    if has_file(jinja):
+        return read_text(jinja, "download it again")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = (read_object(folder / name) or {}).get("chat_template")
+        if isinstance(template, list) and all(isinstance(item, dict) for item in template):
+            named = {str(item.get("name")): item.get("template") for item in template}
+            template = named.get("default")
+        if template is not None and not isinstance(template, str):
+            raise TrioError(
+                f"{folder / name}: chat_template must be text or a list of named texts, not "
+                f"{brief(template)}"
+            )
+        if template:
+            return template
+    return None

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from trio_deploy.checkpoint.folder import has_file, image_settings, read_object
+from trio_deploy.checkpoint.folder import has_file, image_settings, read_object, read_template
 from trio_deploy.checkpoint.generation_config import GENERATION_CONFIG, read_sampling
 from trio_deploy.checkpoint.resolve import Source
 from trio_deploy.checkpoint.tokenizer import load_tokenizer
@@ -21,13 +21,15 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.bounds import WHOLE, whole
 from trio_deploy.families.preprocessing import Preprocessor
-from trio_deploy.files import read_text
+from trio_deploy.files import brief
 
 TOKENIZER = "tokenizer.json"
 TOKENS = "tokens.json"
 PREPROCESSOR = "preprocessor.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
+# Files that transformers makes a tokenizer.json of.
+_SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 _MAX_IDS = 256  # tokens that end an answer
 
 
@@ -88,10 +90,7 @@ def checkpoint_assets(
     """
     path = folder / TOKENIZER
     if not has_file(path):
-        raise TrioError(
-            f'{folder} has no tokenizer.json: make one with python -c "from transformers import '
-            f"AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\""
-        )
+        raise TrioError(f"{folder} has no tokenizer.json: {_tokenizer_advice(folder)}")
     files = {TOKENIZER: path.read_bytes()}
     raw = image_settings(folder) or preprocessing
     if not raw:
@@ -100,7 +99,7 @@ def checkpoint_assets(
             "processor_config.json: copy one of them from the model's repository"
         )
     files[PREPROCESSOR] = _json_bytes(Preprocessor.from_json(raw, config).to_json())
-    template = _chat_template(folder) or chat_template
+    template = read_template(folder) or chat_template
     if template:
         files[CHAT_TEMPLATE] = template.encode()
     tokens, ids = _tokens(folder, config)
@@ -117,23 +116,17 @@ def checkpoint_assets(
     return Assets(files, info, tuple(notes))
 
 
+def _tokenizer_advice(folder: Path) -> str:
+    if not any(has_file(folder / name) for name in _SLOW_TOKENIZERS):
+        return "copy it from the model's repository"
+    return (
+        'make one with python -c "from transformers import AutoTokenizer as T; '
+        f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+    )
+
+
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _chat_template(folder: Path) -> str | None:
-    """The chat template from any of the places of transformers' releases, newest first."""
-    jinja = folder / "chat_template.jinja"
-    if has_file(jinja):
-        return read_text(jinja, "download it again")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = (read_object(folder / name) or {}).get("chat_template")
-        if isinstance(template, list):  # several named ones
-            named = {item.get("name"): item.get("template") for item in template}
-            template = named.get("default")
-        if isinstance(template, str) and template:
-            return template
-    return None
 
 
 def _tokens(folder: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str, int | None]]:
@@ -146,6 +139,8 @@ def _tokens(folder: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = own.get(key) or shared.get(key)
         text = value.get("content") if isinstance(value, dict) else value
+        if text is not None and not isinstance(text, str):
+            raise TrioError(f"tokenizer_config.json: {key} must be a text, not {brief(text)}")
         tokens[key] = text
         ids[key] = tokenizer.token_to_id(text) if text else None
     image = tokenizer.id_to_token(config.image_token_id)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trio_deploy.checkpoint.folder import image_settings, read_object
-from trio_deploy.checkpoint.safetensors import INDEX, SINGLE
+from trio_deploy.checkpoint.hub import Part, hub_folder
 from trio_deploy.config.recipe import Recipe, list_recipes, read_recipe, recipe_name
 from trio_deploy.errors import TrioError
 from trio_deploy.families.preprocessing import Preprocessor
@@ -20,7 +20,6 @@ from trio_deploy.families.registry import parse_config
 MANIFEST = "manifest.json"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 # What to do without reaching the hub: a recipe's graphs can be had, other models need config.json.
 _RECIPE = (
@@ -28,13 +27,6 @@ _RECIPE = (
     "`trio attach-weights` later"
 )
 _NO_RECIPE = "pass the folder as --model FOLDER, or a recipe's name as --model"
-
-_UNREACHED = {
-    "LocalEntryNotFoundError",
-    "IncompleteSnapshotError",
-    "RepositoryNotFoundError",
-    "OfflineModeIsEnabled",
-}
 
 
 @dataclass(frozen=True)
@@ -108,7 +100,8 @@ def resolve(model: str, weights_needed: bool) -> Source:
     if HUB_ID.fullmatch(text) and not path.exists():
         if (known := recipe_for(text)) is not None:
             return _from_recipe(known, weights_needed)
-        folder, revision = hub_folder(text, _NO_RECIPE)
+        unneeded: list[Part] = [] if weights_needed else ["weights"]
+        folder, revision = hub_folder(text, _NO_RECIPE, unneeded=unneeded)
         return replace(from_folder(folder), name=text, source=text, revision=revision)
     if path.exists():
         raise TrioError(f"{text} is a file: pass a checkpoint's folder, a hub id or a recipe")
@@ -137,7 +130,10 @@ def _from_recipe(recipe: Recipe, weights_needed: bool) -> Source:
             f"the recipe {recipe.name} names no checkpoint: pass the checkpoint's folder as "
             "--model, or --graphs-only"
         )
-    folder, revision = hub_folder(recipe.hub_id, _RECIPE)
+    unneeded: list[Part] = ["preprocessing"] if recipe.preprocessing else []
+    if recipe.chat_template:
+        unneeded.append("template")
+    folder, revision = hub_folder(recipe.hub_id, _RECIPE, unneeded=unneeded)
     found = from_folder(folder)
     return replace(found, name=recipe.name, source=source, revision=revision, recipe=recipe)
 
@@ -163,53 +159,3 @@ def from_folder(folder: Path) -> Source:
         )
     name = folder.resolve().name
     return Source(name, name, None, raw, folder, None)
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether a snapshot has config.json and all weights; downloads of a model may be partial."""
-    if not (folder / "config.json").is_file():
-        return False
-    if (folder / SINGLE).is_file():
-        return True
-    try:
-        shards = (read_object(folder / INDEX) or {}).get("weight_map")
-    except TrioError:  # damaged, so it has to be downloaded again
-        return False
-    if not isinstance(shards, dict) or not shards:
-        return False
-    return all(isinstance(name, str) and (folder / name).is_file() for name in shards.values())
-
-
-def hub_folder(hub_id: str, advice: str) -> tuple[Path, str | None]:
-    """Find a hub id's checkpoint in the local cache, else download it.
-
-    Args:
-        advice: what to do with a folder that was downloaded elsewhere.
-
-    Returns:
-        The folder, and its commit.
-
-    Raises:
-        TrioError: neither worked; says how to download it elsewhere and pass the folder.
-    """
-    from huggingface_hub import snapshot_download
-
-    cause = ""
-    for cache_only in (True, False):
-        try:
-            folder = Path(
-                snapshot_download(hub_id, allow_patterns=_HUB_FILES, local_files_only=cache_only)
-            )
-        except Exception as error:  # of many kinds, of the hub's client and of what it is built on
-            kind = type(error).__name__
-            cause = "no network, or no such repository" if kind in _UNREACHED else kind
-            continue
-        if _is_complete(folder):
-            return folder, folder.name
-        cause = "it gave no config.json with all .safetensors files"
-    here = f"the folder {hub_id} does not exist; " if Path(hub_id).parent.is_dir() else ""
-    raise TrioError(
-        f"{here}cannot get {hub_id} from the Hugging Face hub (the local cache has no complete "
-        f"copy, and the download failed: {cause}): run `hf download {hub_id} --local-dir FOLDER` "
-        f"on a machine with access and {advice}"
-    )

@@ -17,12 +17,9 @@ from trio_deploy.bundle.weights import (
 )
 from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.checkpoint.fit import first_difference
+from trio_deploy.checkpoint.hub import Part, hub_folder
 from trio_deploy.checkpoint.processor_files import PREPROCESSOR, checkpoint_assets
-from trio_deploy.checkpoint.resolve import (
-    HUB_ID,
-    from_folder,
-    hub_folder,
-)
+from trio_deploy.checkpoint.resolve import HUB_ID, from_folder
 from trio_deploy.errors import TrioError
 from trio_deploy.export.checkpoint import read_checkpoint
 from trio_deploy.export.job import print_note, sources_by_part, write_weights
@@ -55,7 +52,11 @@ def attach_weights(
     if not folder.is_dir():
         if not HUB_ID.fullmatch(name):
             raise TrioError(f"{name} is not a folder: pass the checkpoint's folder or its hub id")
-        folder, revision = hub_folder(name, "pass the folder as the checkpoint")
+        given: list[Part] = ["preprocessing"] if PREPROCESSOR in old.manifest.files else []
+        if old.chat_template:
+            given.append("template")
+        advice = "pass the folder as the checkpoint"
+        folder, revision = hub_folder(name, advice, unneeded=given)
     found = from_folder(folder)
     read = read_checkpoint(folder)
     config = read.config
