@@ -72,7 +72,8 @@ def test_an_unknown_name_is_refused():
 
 
 def test_the_guide_lists_every_public_name():
-    listed = re.findall(r"^\| `(\w+)` \| (.+) \|$", GUIDE, re.MULTILINE)
+    _, _, names = GUIDE.partition("## Public names")
+    listed = re.findall(r"^\| `(\w+)` \| (.+) \|$", names, re.MULTILINE)
     assert [name for name, _ in listed] == trio_deploy.__all__
     assert len({what for _, what in listed}) == len(listed)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trio_deploy.bundle.bundle import Bundle
     from trio_deploy.config.options import ExportOptions, RuntimeOptions, SelectionOptions
+    from trio_deploy.config.sampling import SamplingOptions
     from trio_deploy.cost.plan import Plan, plan
     from trio_deploy.errors import TrioError
     from trio_deploy.evaluation.evaluate import evaluate
@@ -35,6 +36,7 @@ __all__ = [
     "Report",
     "Request",
     "RuntimeOptions",
+    "SamplingOptions",
     "Schedule",
     "SelectionOptions",
     "TextStream",
@@ -55,6 +57,7 @@ _MODULES = {
     "Report": "trio_deploy.verify.report",
     "Request": "trio_deploy.pipeline.request",
     "RuntimeOptions": "trio_deploy.config.options",
+    "SamplingOptions": "trio_deploy.config.sampling",
     "Schedule": "trio_deploy.schedule.schedule",
     "SelectionOptions": "trio_deploy.config.options",
     "TextStream": "trio_deploy.pipeline.stream",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from msgspec import structs
 
+from tests.support.bundles import make_speechless
 from trio_deploy import RuntimeOptions, Schedule, TrioError
 from trio_deploy.bench.contenders.contenders import Contenders
 from trio_deploy.bench.measure import UNPRUNED, BenchOptions, interleave, list_cases, measure, sweep
@@ -61,6 +64,11 @@ def test_every_run_generates_as_many_tokens_whatever_the_model_says(random_bundl
         pipeline = contenders.pipeline(case)
         assert pipeline.bundle.manifest.generation.eos_token_ids == ()
         assert random_bundle.manifest.generation.eos_token_ids
+
+
+def test_runs_choose_tokens_without_the_checkpoints_sampling(random_bundle, tmp_path):
+    bundle = make_speechless(Path(shutil.copytree(random_bundle.path, tmp_path / "b")))
+    assert len(measure(bundle, QUICK, progress=False)["cases"]) == 2
 
 
 def test_engines_of_a_bundle_are_found_by_their_target_without_its_file(random_bundle, tmp_path):

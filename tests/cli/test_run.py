@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trio_deploy import Generation, Schedule, TrioError
+from trio_deploy import Generation, Pipeline, SamplingOptions, Schedule, TrioError
 from trio_deploy.cli import main
 from trio_deploy.cli import run as answers
 from trio_deploy.pipeline import draw as picture
@@ -60,6 +60,50 @@ def test_json_is_plain():
     assert raw["token_ids"] == [5]
     assert raw["keep_counts"] == [4, 1]
     assert raw["kept"][1] == [0, 1, 2, 12, 13, 14]
+
+
+def test_a_choice_of_tokens_that_is_not_plain_greedy_is_shown():
+    assert "tokens chosen" not in answers.generation_text(answer())
+    sampling = SamplingOptions(temperature=0.7, repetition_penalty=1.1, suppress_tokens=(3,))
+    generation = answer(sampling=sampling)
+    last = answers.generation_text(generation).splitlines()[-1]
+    assert last == "tokens chosen by temperature 0.7, repetition_penalty 1.1, 1 suppress_tokens"
+    raw = json.loads(json.dumps(answers.generation_json(generation)))
+    assert raw["sampling"] == sampling.to_json() and raw["sampling"]["suppress_tokens"] == [3]
+
+
+LINE = (
+    "--temperature 0.5 --top-k 5 --top-p 0.9 --min-p 0.1 --seed 3 --repetition-penalty 1.1 "
+    "--presence-penalty 0.2 --frequency-penalty -0.3 --no-repeat-ngram-size 3 --min-new-tokens 2 "
+    "--suppress-tokens 4 --suppress-tokens 5 --bad-words a --bad-words"
+)
+
+
+def test_options_of_sampling_reach_the_request(monkeypatch):
+    asked = []
+
+    def stream(_, request):
+        asked.append(request)
+        raise TrioError("enough")
+
+    monkeypatch.setattr(Pipeline, "open", lambda *_: type("Opened", (), {"stream": stream})())
+    for line in ([], [*LINE.split(), "b c"]):
+        assert main.main(["run", "b", "what ?", *line]) == 1
+    assert asked[0].to_json() == {} and asked[0].bundle_sampling
+    assert asked[1].to_json() == {
+        "temperature": 0.5,
+        "top_k": 5,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": -0.3,
+        "no_repeat_ngram_size": 3,
+        "min_new_tokens": 2,
+        "suppress_tokens": [4, 5],
+        "bad_words": ["a", "b c"],
+        "seed": 3,
+    }
 
 
 def test_several_images_are_drawn_below_one_another(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.support.bundles import make_speechless
 from tests.support.evaluation import ONE_THREAD, requests_asked, run
 from trio_deploy import (
     Pipeline,
@@ -36,6 +37,15 @@ def test_results_are_those_of_the_pipeline(results, questions, source, tmp_path)
     right = [a.text.strip() == q.reference for a, q in zip(answers, questions, strict=True)]
     assert mixed.overall.accuracy.value == pytest.approx(np.mean(right))
     assert sum(kind.questions for kind in mixed.kinds.values()) == len(questions)
+
+
+def test_answers_are_greedy_whatever_the_checkpoint_says(bundles, questions, tmp_path, monkeypatch):
+    seen = requests_asked(monkeypatch)
+    bundle = make_speechless(bundles.copy(tmp_path / "b", "tiny", schedule="0:44:divprune,6:19"))
+    own = Source.open(bundle.path)
+    found = run(own, questions[:2], [as_exported(own)], tmp_path / "out")
+    assert len(found.results) == 2 and len(seen) >= 4
+    assert all({"seed"} == set(request.to_json()) for request in seen)  # for random points
 
 
 def test_the_unpruned_model_is_what_everything_is_compared_with(results):

@@ -1,5 +1,6 @@
 """The search for a schedule: inside the budget, resumable, no worse than where it began."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trio_deploy import Pipeline, RuntimeOptions, Schedule, TrioError, export_model
+from tests.support.evaluation import requests_asked
+from trio_deploy import Pipeline, Request, RuntimeOptions, Schedule, TrioError, export_model
 from trio_deploy.evaluation.ask import AskOptions
 from trio_deploy.evaluation.configurations import Bundles, Source
 from trio_deploy.evaluation.questions import scene_questions
@@ -114,7 +116,14 @@ def test_level_with_the_best_is_what_the_interval_cannot_tell_apart():
 
 
 @pytest.fixture(scope="module")
-def searched(source, tmp_path_factory: pytest.TempPathFactory):
+def asked() -> Iterator[list[Request]]:
+    """What this file's pipelines are asked."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield requests_asked(patch)
+
+
+@pytest.fixture(scope="module")
+def searched(source, asked, tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("tuning")
     return out, search(source, out)
 
@@ -142,6 +151,12 @@ def test_the_best_schedule_is_in_recipe_form_and_can_be_exported(searched, sourc
     assert written.get("threshold") == tuned.best.threshold
     assert schedule.average(source.visual, source.layers) <= 0.111 * source.visual
     export_model("tiny", tmp_path / "b", schedule=schedule, progress=False)
+
+
+def test_answers_to_tune_by_are_greedy_whatever_the_checkpoint_says(searched, asked):
+    chosen = [request for request in asked if not request.forced]
+    assert chosen and not any(request.bundle_sampling for request in chosen)
+    assert all(request.to_json() == {} for request in chosen)
 
 
 def test_the_result_says_what_was_asked_of_how_many_and_of_which_questions(searched):

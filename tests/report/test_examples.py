@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from trio_deploy import TrioError
-from trio_deploy.report.examples import SCENES, asked_about, default_questions
+from tests.support.bundles import make_speechless
+from tests.support.pictures import make_picture
+from trio_deploy import Pipeline, TrioError
+from trio_deploy.report.examples import SCENES, Asked, answers, asked_about, default_questions
 
 
 def test_questions_and_pictures_go_together():
@@ -18,6 +20,14 @@ def test_questions_and_pictures_go_together():
     for images, prompts in (([a], []), ([], ["x"]), ([a, b, a], ["x", "y"])):
         with pytest.raises(TrioError, match="do not go together"):
             asked_about(images, prompts)
+
+
+def test_answers_on_the_page_are_greedy_whatever_the_checkpoint_says(
+    bundles, llava_checkpoint, tmp_path
+):
+    bundle = make_speechless(bundles.copy(tmp_path / "b", llava_checkpoint, schedule="1:0.5"))
+    shown = answers(Pipeline.open(bundle, threads=1), [Asked("what ?", (make_picture(),))])
+    assert [each["prompt"] for each in shown["examples"]] == ["what ?"]
 
 
 def test_the_default_questions_are_about_the_test_split():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from trio_deploy import export_model
+from trio_deploy import Bundle, export_model
 
 
 def shared_folder(factory: pytest.TempPathFactory) -> Path:
@@ -63,3 +64,15 @@ class Bundles:
     def copy(self, to: Path, model: str | Path, **options: Any) -> Path:
         """Return a copy at `to`, which a test may change."""
         return Path(shutil.copytree(self.path(model, **options), to))
+
+
+def make_speechless(folder: Path) -> Bundle:
+    """Change a copied bundle's sampling options so that they leave no token to choose.
+
+    What answers from it does not ask for the checkpoint's options.
+    """
+    path = folder / "manifest.json"
+    raw = json.loads(path.read_text())
+    raw["generation"]["sampling"] = {"suppress_tokens": list(range(10_000))}
+    path.write_text(json.dumps(raw))
+    return Bundle.load(folder)

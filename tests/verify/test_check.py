@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.bfloat16 import pretend_bfloat16
+from tests.support.bundles import make_speechless
 from tests.support.checkpoints import make_llava, make_llava_next
 from trio_deploy import Bundle, Pipeline, Request, Schedule, TrioError, check, export_model
 from trio_deploy.cli import main as cli
@@ -108,6 +109,14 @@ def make_bundle(tmp: Path, case: str) -> tuple[Path, Path, str]:
         progress=False,
     )
     return checkpoint, tmp / "bundle", runtime
+
+
+def test_answers_are_compared_without_the_checkpoints_sampling(bundles, llava_checkpoint, tmp_path):
+    bundle = make_speechless(bundles.copy(tmp_path / "b", llava_checkpoint, schedule="1:0.5"))
+    with pytest.raises(TrioError, match="no token to choose"):
+        Pipeline.open(bundle, threads=1).generate(Request("what ?"))
+    report = check(bundle, threads=1)
+    assert report.passed, format_report(report)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -66,7 +66,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def _add_sampling_options(command: argparse.ArgumentParser) -> None:
     """Options of `SamplingOptions`."""
     group = command.add_argument_group(
-        "choice of tokens", "defaults are the bundle's: trio inspect shows them"
+        "choice of tokens", "defaults are the bundle's, which trio inspect shows"
     )
     group.add_argument("--temperature", type=float, help="0 takes the most likely token")
     group.add_argument("--top-k", type=int, help="draw from this many most likely tokens; 0: all")
@@ -91,10 +91,17 @@ def _add_sampling_options(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--min-new-tokens", type=int, help="no end token before this many tokens")
     group.add_argument(
-        "--suppress-tokens", type=int, nargs="+", metavar="ID", help="tokens that never come"
+        "--suppress-tokens",
+        type=int,
+        action="append",
+        metavar="ID",
+        help="token that never comes; may be repeated",
     )
     group.add_argument(
-        "--bad-words", nargs="+", metavar="TEXT", help="texts that do not come in the answer"
+        "--bad-words",
+        action="append",
+        metavar="TEXT",
+        help="text that does not come in the answer; may be repeated",
     )
 
 

@@ -82,6 +82,7 @@ class ClientRequest:
             len(self.prompt or b"")
             + len(self.messages or b"")
             + sum(len(item) for items in lists for item in items or ())
+            + 8 * len(self.suppress_tokens or ())
         )
 
 
