@@ -132,6 +132,36 @@ def test_graphs_agree_with_transformers(case, tmp_path):
         assert all(row.overlap in (None, 1.0) for row in report.rows)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "dialect", "dtype"),
+    [
+        (12, "ort", "float32"),
+        (20, "ort", "float16"),
+        (36, "ort", "float32"),
+        (100, "ort", "float32"),
+        (20, "onnx", "float32"),
+        (36, "primitive", "float32"),
+    ],
+)
+def test_heads_of_sizes_that_a_runtime_does_not_take_are_answered(
+    head_dim, dialect, dtype, tmp_path
+):
+    """GroupQueryAttention takes multiples of 8; others are padded, in the cache as well."""
+    checkpoint = make_llava(tmp_path / "checkpoint", head_dim=head_dim, dtype=dtype)
+    bundle = export_model(
+        checkpoint,
+        tmp_path / "bundle",
+        schedule="1:0.5,2:0.25",
+        dialect=dialect,
+        dtype=dtype,
+        progress=False,
+    )
+    report = check(bundle, threads=2)
+    assert report.passed, format_report(report)
+    caches = {t.shape[3] for t in bundle.stages["prefill_1"].outputs_of("cache")}
+    assert caches == {-(-head_dim // 8) * 8 if dialect == "ort" else head_dim}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("parity")

@@ -173,7 +173,8 @@ def build_decode(
 def _past_inputs(stage: Stage, config: ModelConfig, layer: int, capacity: str) -> KV:
     """Declare past.{layer}.key / .value [B, G, C, D]."""
     text = config.text
-    shape: list[int | str] = ["B", text.num_kv_heads, capacity, text.head_dim]
+    size = stage.d.cache_head_dim(text.head_dim)
+    shape: list[int | str] = ["B", text.num_kv_heads, capacity, size]
     return KV(
         stage.input(f"past.{layer}.key", stage.d.dtype, shape),
         stage.input(f"past.{layer}.value", stage.d.dtype, shape),
@@ -185,6 +186,7 @@ def _present_outputs(
 ) -> None:
     """Declare present.{layer}.key / .value [B, G, C, D]."""
     text = config.text
-    shape: list[int | str] = ["B", text.num_kv_heads, capacity, text.head_dim]
+    size = stage.d.cache_head_dim(text.head_dim)
+    shape: list[int | str] = ["B", text.num_kv_heads, capacity, size]
     stage.output(f"present.{layer}.key", present.key, stage.d.dtype, shape)
     stage.output(f"present.{layer}.value", present.value, stage.d.dtype, shape)

@@ -110,8 +110,9 @@ class Stages:
             )
         # The engine's own: OpenVINO may hold a cache in fewer bits than hidden states.
         first = self.info[self.segments[0]]
-        kept = self.engines[first.name].outputs[first.output_name("cache")].dtype
-        self.cache_shape = CacheShape(text.num_kv_heads, text.head_dim, kept)
+        cache = first.outputs_of("cache")[0]
+        kept = self.engines[first.name].outputs[cache.name].dtype
+        self.cache_shape = CacheShape(text.num_kv_heads, int(cache.shape[3]), kept)
 
     def output_name(self, segment: str) -> str:
         """Output that is not a cache: hidden states, or logits of the last segment."""

@@ -126,9 +126,12 @@ def record(
 
 
 def _run(pipeline: Pipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray]:
+    """Run a stage on the reference's inputs; its caches have the reference's sizes."""
     engine, info = pipeline.engine(stage), pipeline.bundle.stages[stage]
+    head_dim = pipeline.bundle.config.text.head_dim
     outputs_of = {(t.layer, t.part): t.name for t in info.outputs_of("cache")}
-    presents = {t.name: outputs_of[t.layer, t.part] for t in info.inputs_of("cache")}
+    cached = {t.name: t for t in info.inputs_of("cache")}
+    presents = {name: outputs_of[t.layer, t.part] for name, t in cached.items()}
     taken = {}
     capacities = {}
     for name, spec in engine.inputs.items():
@@ -139,6 +142,9 @@ def _run(pipeline: Pipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray
             rest = [(0, 0), (0, 0), (0, spec.shape[2] - size), (0, 0)]
             taken[name] = np.pad(taken[name], rest)
             capacities[presents[name]] = size
+        if name in presents:  # heads that are padded
+            rest = [(0, 0), (0, 0), (0, 0), (0, int(cached[name].shape[3]) - head_dim)]
+            taken[name] = np.pad(taken[name], rest)
     if info.kind == "vision":  # as many tiles at once as the pipeline shows
         count = len(taken[info.input_name("image")])
         parts = [
@@ -146,8 +152,10 @@ def _run(pipeline: Pipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray
             for start in range(0, count, TILES_AT_ONCE)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in engine.outputs}
-    outputs = engine.run(taken)
-    return outputs | {name: outputs[name][:, :, :size] for name, size in capacities.items()}
+    outputs = dict(engine.run(taken))
+    for name in outputs_of.values():
+        outputs[name] = outputs[name][:, :, : capacities.get(name), :head_dim]
+    return outputs
 
 
 def _compare_engines(pipeline: Pipeline, tolerance: Tolerance) -> list[ParityRow]:

@@ -83,6 +83,10 @@ class Dialect(ABC):
         if decode:
             self.opset = self.decode_opset
 
+    def cache_head_dim(self, head_dim: int) -> int:
+        """Head size of the KV cache: `head_dim`, or more if the operators pad heads with zeros."""
+        return head_dim
+
     # Products with weights [out, in]
 
     @abstractmethod
@@ -171,7 +175,7 @@ class Dialect(ABC):
         """Rotate queries and keys, update the cache and attend to it causally.
 
         q [B, S, H·D], k and v [B, S, G·D], `past` [B, G, C, D] → [B, S, H·D] and the cache
-        afterwards.
+        afterwards; the cache's D is `cache_head_dim`.
         """
 
     @abstractmethod

@@ -23,6 +23,7 @@ from trio_deploy.graphs.values import (
 from trio_deploy.graphs.weight import Weight
 
 _MICROSOFT = {"_domain": "com.microsoft", "_version": 1}
+_HEAD_STEP = 8  # GroupQueryAttention takes head sizes that are multiples of this
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class OrtDialect(Dialect):
         y = op.FusedMatMul(a, b, transB=1, **_MICROSOFT)
         return typed(y, self.dtype, [*shape_of(a)[:-1], shape_of(b)[-2]])
 
+    def cache_head_dim(self, head_dim: int) -> int:
+        """Head size rounded up to what GroupQueryAttention takes."""
+        return -(-head_dim // _HEAD_STEP) * _HEAD_STEP
+
     def full_attention(
         self, op: Any, q: ir.Value, k: ir.Value, v: ir.Value, heads: int
     ) -> ir.Value:
@@ -116,16 +121,20 @@ class OrtDialect(Dialect):
         past: KV | None,
     ) -> tuple[ir.Value, KV]:
         assert isinstance(window, CacheWindow) and past is not None
-        q = self.rope(op, q, window.angles, heads=text.num_heads)
-        k = self.rope(op, k, window.angles, heads=text.num_kv_heads)
+        heads, kv_heads, size = text.num_heads, text.num_kv_heads, text.head_dim
+        wide = self.cache_head_dim(size)
+        q = _resize_heads(op, self.rope(op, q, window.angles, heads=heads), heads, size, wide)
+        k = _resize_heads(op, self.rope(op, k, window.angles, heads=kv_heads), kv_heads, size, wide)
+        v = _resize_heads(op, v, kv_heads, size, wide)
         y, key, value = op.GroupQueryAttention(
             q, k, v, past.key, past.value, window.seqlens, window.total,
-            num_heads=text.num_heads, kv_num_heads=text.num_kv_heads, do_rotary=0,
-            scale=text.head_dim**-0.5, _outputs=3, **_MICROSOFT,
+            num_heads=heads, kv_num_heads=kv_heads, do_rotary=0,
+            scale=size**-0.5, _outputs=3, **_MICROSOFT,
         )  # fmt: skip
         typed(y, self.dtype, shape_of(q))
-        shape = [shape_of(q)[0], text.num_kv_heads, None, text.head_dim]
-        return y, KV(typed(key, self.dtype, shape), typed(value, self.dtype, shape))
+        shape = [shape_of(q)[0], kv_heads, None, wide]
+        present = KV(typed(key, self.dtype, shape), typed(value, self.dtype, shape))
+        return _resize_heads(op, y, heads, wide, size), present
 
     def prefill_window(
         self, op: Any, angles: Angles, x: ir.Value, lengths: ir.Value | None, past: Past | None
@@ -149,3 +158,19 @@ class OrtDialect(Dialect):
     def descending(self, op: Any, score: ir.Value, index: ir.Value) -> ir.Value:
         """Sort: of equal scores ONNX Runtime's TopK takes the lower index first."""
         return op.TopK(score, op.Shape(index), axis=1, largest=1, sorted=1, _outputs=2)[1]
+
+
+def _resize_heads(op: Any, x: ir.Value, heads: int, size: int, wanted: int) -> ir.Value:
+    """Pad the heads of x [B, S, heads·size] with zeros, or cut them: [B, S, heads·wanted].
+
+    Zeros in queries and keys change no score, and in values none of the columns that are kept.
+    """
+    if size == wanted:
+        return x
+    shape = [*shape_of(x)[:2], heads * wanted]
+    apart = op.Reshape(x, [0, 0, heads, size])
+    if wanted > size:
+        apart = op.Pad(apart, [0] * 7 + [wanted - size])
+    else:
+        apart = op.Slice(apart, [0], [wanted], [3])
+    return typed(op.Reshape(apart, [0, 0, heads * wanted]), dtype_of(x), shape)
