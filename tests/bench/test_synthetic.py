@@ -25,11 +25,19 @@ def test_what_is_not_named_follows_from_what_is():
 
 
 def test_names_tell_sizes_apart():
-    names = {
-        Size.parse(text).name
-        for text in ("d=64", "d=128", "d=64,heads=2", "d=64,image=28", "d=64,kv_heads=1,heads=2")
-    }
-    assert len(names) == 5
+    texts = "d=64;d=128;d=64,heads=2;d=64,image=28;d=64,kv_heads=1,heads=2;d=64,tower=clip-l-336"
+    texts += ";d=64,tower=clip-l-336,vision_layers=12;d=64,vision_d=512;d=64,vision_mlp=1024"
+    names = [Size.parse(text).name for text in texts.split(";")]
+    assert len(set(names)) == len(names)
+    assert names[5] == "llava-d64-l16-v32000-clip-l-336"
+    assert names[7] == "llava-d64-l16-v32000-visiond512"
+
+
+def test_a_tower_has_the_sizes_of_the_real_one_and_others_may_be_named():
+    real = parse_config(model_of("llava-1.5-7b")[1]).vision
+    assert parse_config(Size.parse("d=64,tower=clip-l-336").config()).vision == real
+    fewer = parse_config(Size.parse("vision_layers=6,tower=clip-l-336,d=64").config()).vision
+    assert (fewer.num_layers, fewer.hidden_size) == (6, real.hidden_size)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +51,8 @@ def test_names_tell_sizes_apart():
         ("image=30", "multiple of patch"),
         ("vocab=10", "vocab must be"),
         ("vision_layers=1", "vision_layers"),
+        ("vision_d=64,vision_heads=5", "multiple of vision_heads"),
+        ("tower=clip", "the towers are clip-l-336"),
     ],
 )
 def test_sizes_that_cannot_be_are_named(text, words):

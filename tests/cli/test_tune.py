@@ -1,8 +1,11 @@
 """`trio tune`: what it writes and prints."""
 
-import pytest
+import shlex
 
-from trio_deploy import Schedule
+import pytest
+import yaml
+
+from trio_deploy import Bundle, Schedule
 from trio_deploy.cli.main import main
 from trio_deploy.cli.tune import tuned_text
 from trio_deploy.evaluation.configurations import Configuration
@@ -17,12 +20,18 @@ def test_a_search_that_cannot_be_begun_writes_nothing(options, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_searches(tmp_path, capsys):
+def test_the_command_searches_and_prints_the_command_that_exports_what_it_found(tmp_path, capsys):
     arguments = f"tune tiny --out {tmp_path} --scenes 1 --candidates 2 --points 1 --threads 1"
-    assert main(arguments.split()) == 0
+    assert main([*arguments.split(), "--runtime", "openvino", "--methods", "trio"]) == 0
     captured = capsys.readouterr()
     assert "schedules:" in captured.out and "same answer" in captured.out
     assert "wrote schedule.yaml" in captured.err
+    command = captured.out.splitlines()[-1].replace("BUNDLE", str(tmp_path / "exported"))
+    assert main(shlex.split(command)[1:]) == 0
+    written = yaml.safe_load((tmp_path / "schedule.yaml").read_text(encoding="utf-8"))
+    manifest = Bundle.load(tmp_path / "exported").manifest
+    assert manifest.schedule == written["schedules"]["0.111"] and manifest.target == "cpu-openvino"
+    assert manifest.threshold == written["threshold"]
     assert main(f"tune tiny --out {tmp_path} --budget 0.0001 --scenes 1 --threads 1".split()) == 1
     assert "no schedule of this model reaches" in capsys.readouterr().err
 

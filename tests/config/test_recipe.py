@@ -9,9 +9,17 @@ import pytest
 import yaml
 
 from tests.support.checkpoints import make_llava
-from trio_deploy import TrioError
+from trio_deploy import Schedule, TrioError, plan
 from trio_deploy.checkpoint.resolve import load_recipe, recipe_for
-from trio_deploy.config.recipe import list_recipes, recipe_folder
+from trio_deploy.config.options import ExportOptions, SelectionOptions
+from trio_deploy.config.recipe import (
+    list_recipes,
+    read_schedule,
+    recipe_folder,
+    with_schedule_file,
+)
+from trio_deploy.evaluation.configurations import Source, named
+from trio_deploy.export.job import resolve_job
 from trio_deploy.families.registry import parse_config
 from trio_deploy.schedule.budget import is_budget
 
@@ -202,3 +210,69 @@ class TestBadRecipes:
         file.write_text(text)
         with pytest.raises(TrioError, match="x.yaml"):
             load_recipe(file)
+
+
+TUNED = """\
+# trio tune: a comment
+schedules:
+  "0.05":
+    - {layer: 0, keep: 0.07, method: divprune}
+    - {layer: 11, keep: 0.02, method: trio}
+threshold: 0.7
+probe: shifted
+"""
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> Path:
+    (tmp_path / "schedule.yaml").write_text(TUNED)
+    return tmp_path / "schedule.yaml"
+
+
+def test_a_schedule_file_is_taken_wherever_a_schedule_is(tuned: Path):
+    expected = Schedule.parse("0:0.07:divprune,11:0.02")
+    assert plan("tiny", schedule=str(tuned)).schedule == expected
+    named_so = named(Source.open("tiny"), f"mine={tuned}")
+    assert (named_so.name, named_so.schedule) == ("mine", expected)
+    assert (named_so.threshold, named_so.probe, named_so.positions) == (0.7, "shifted", None)
+    job = resolve_job("tiny", tuned.with_name("b"), ExportOptions(schedule=str(tuned)))
+    assert (job.schedule, job.graphs.threshold, job.graphs.probe) == (expected, 0.7, "shifted")
+
+
+def test_options_that_are_given_go_before_a_schedule_files(tuned: Path):
+    asked = ExportOptions(schedule=str(tuned), selection=SelectionOptions(threshold=0.9))
+    found = with_schedule_file(asked).selection
+    assert (found.threshold, found.probe, found.positions) == (0.9, "shifted", None)
+    assert with_schedule_file(ExportOptions(schedule="1:0.5")) == ExportOptions(schedule="1:0.5")
+
+
+def test_a_recipe_can_name_schedule_files(tuned: Path):
+    file = tuned.with_name("mine.yaml")
+    recipe = "checkpoint: package:data/tiny\npositions: original\n"
+    file.write_text(recipe + 'schedules: {"0.05": schedule.yaml, "0.5": [{layer: 1, keep: 0.5}]}\n')
+    found = load_recipe(file)
+    assert found.schedules["0.05"] == Schedule.parse("0:0.07:divprune,11:0.02")
+    assert found.schedules["0.5"] == Schedule.parse("1:0.5")
+    assert (found.threshold, found.probe, found.positions) == (0.7, "shifted", "original")
+    file.write_text(recipe + 'threshold: 0.8\nschedules: {"0.05": schedule.yaml}\n')
+    with pytest.raises(TrioError, match=r"found with threshold 0\.7 .* one threshold .* here 0\.8"):
+        load_recipe(file)
+    file.write_text(recipe + 'schedules: {"0.05": gone.yaml}\n')
+    with pytest.raises(TrioError, match=r"there is no file .*gone\.yaml"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("schedules: {}", "has 0 schedules: a schedule file has one"),
+        (TUNED + "hub_id: a/b\n", "unknown key 'hub_id'"),
+        (TUNED.replace("0.7\n", "x\n"), "threshold must be a cosine"),
+        (TUNED.replace("shifted", "first"), "probe cannot be 'first'"),
+        (TUNED.replace("layer: 0", "layer: x"), "`layer` must be an integer"),
+    ],
+)
+def test_what_is_wrong_in_a_schedule_file_is_named(tuned: Path, content: str, words: str):
+    tuned.write_text(content)
+    with pytest.raises(TrioError, match=words):
+        read_schedule(tuned)

@@ -1,6 +1,5 @@
 """Questions are asked once: answers are stored, and taken only for what they answer."""
 
-import json
 import shutil
 
 import pytest
@@ -10,12 +9,13 @@ from trio_deploy import (
     TrioError,
 )
 from trio_deploy.checkpoint.resolve import load_recipe
-from trio_deploy.evaluation.ask import AnswerLog, checksums
+from trio_deploy.evaluation.ask import AnswerLine, AnswerLog, checksums
 from trio_deploy.evaluation.configurations import (
     Source,
     named,
 )
 from trio_deploy.evaluation.questions import Question, scene_questions
+from trio_deploy.pipeline.ran_as import RanAs
 
 
 def test_a_rerun_asks_nothing_and_finds_the_same(results, source, questions, out, monkeypatch):
@@ -86,9 +86,56 @@ def test_an_answer_of_other_weights_is_not_taken_nor_a_bundle_of_them(tmp_path, 
 
 def test_a_line_that_was_cut_short_is_asked_again(tmp_path):
     file = tmp_path / "answers.jsonl"
-    file.write_text('{"id": "a"}\n{"id": "b"}\n{"id": ', encoding="utf-8")
-    log = AnswerLog(file)
-    assert [entry["id"] for entry in log.entries] == ["a", "b"]
+    ran = RanAs("onnxruntime", "cpu", "ort", "float32", "float32", "CPUExecutionProvider")
+    first, second, third = (AnswerLine(name, "x", 8, ran, "red") for name in "abc")
+    with AnswerLog(file, AnswerLine) as log:
+        log.add(first)
+        log.add(second)
+    with file.open("a") as stream:
+        stream.write('{"id": ')
+    log = AnswerLog(file, AnswerLine)
+    assert log.entries == [first, second]
     with log:
-        log.add({"id": "c"})
-    assert [json.loads(line)["id"] for line in file.read_text().splitlines()] == ["a", "b", "c"]
+        log.add(third)
+    assert AnswerLog(file, AnswerLine).entries == [first, second, third]
+
+
+@pytest.mark.parametrize(
+    "line", [b"{}", b"no json", b"[" * 100_000, b'{"id": "\xff"}', b'{"id": 7, "asked": "x"}']
+)
+def test_a_line_that_is_damaged_is_named(tmp_path, line):
+    file = tmp_path / "answers.jsonl"
+    with AnswerLog(file, AnswerLine) as log:
+        log.add(AnswerLine("a", "x", 8, None, "red"))
+    with file.open("ab") as stream:
+        stream.write(line + b"\n")
+    with pytest.raises(TrioError, match=r"line 2 of .*answers\.jsonl is damaged .*: delete"):
+        AnswerLog(file, AnswerLine)
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path):
+    """/dev/full takes no byte, as a full disk."""
+    file = tmp_path / "answers.jsonl"
+    file.symlink_to("/dev/full")
+    log = AnswerLog(tmp_path / "other.jsonl", AnswerLine)
+    log._file = file
+    with pytest.raises(TrioError, match=r"cannot write .*answers\.jsonl \(No space left"), log:
+        log.add(AnswerLine("a", "x", 8, None, "red"))
+
+
+def test_answers_of_engines_that_ran_otherwise_are_not_taken(
+    source, questions, tmp_path, monkeypatch
+):
+    one = [named(source, "mixed=0:44:divprune,6:19")]
+    asked = questions[:2]
+    run(source, asked, one, tmp_path)
+    seen = requests_asked(monkeypatch)
+    assert {r.ran_as.precision for r in run(source, asked, one, tmp_path).results} == {"float32"}
+    assert seen == []
+    for file in (tmp_path / "answers").iterdir():  # as if they had been answered in bfloat16
+        text = file.read_text(encoding="utf-8")
+        narrowed = text.replace('"precision":"float32"', '"precision":"bfloat16"')
+        file.write_text(narrowed + text.splitlines(keepends=True)[0], encoding="utf-8")
+    again = run(source, asked, one, tmp_path)
+    assert {r.ran_as.precision for r in again.results} == {"float32"}
+    assert len(seen) == 2  # of two configurations the one whose answer had not been in float32

@@ -16,7 +16,7 @@ from trio_deploy import (
     export_model,
 )
 from trio_deploy.checkpoint.resolve import load_recipe
-from trio_deploy.evaluation.ask import AnswerLog
+from trio_deploy.evaluation.ask import AnswerLine, AnswerLog
 from trio_deploy.evaluation.comparison import Comparison
 from trio_deploy.evaluation.configurations import (
     Source,
@@ -131,7 +131,7 @@ def test_random_selections_are_averaged_over_seeds(source, questions, tmp_path):
     found = run(source, questions, configurations, tmp_path)
     files = sorted((tmp_path / "answers").iterdir())
     assert len(files) == 3  # unpruned, and two seeds
-    texts = [[e["text"] for e in AnswerLog(f).entries] for f in files if "-1" in f.name]
+    texts = [[e.text for e in AnswerLog(f, AnswerLine).entries] for f in files if "-1" in f.name]
     assert len(texts) == 1 and found.results[1].overall.accuracy.value < 1
 
 

@@ -27,7 +27,7 @@ def test_results_are_written_read_and_drawn(results, out, tmp_path):
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "| mixed | 0:44:divprune, 6:19 |" in text and "| plate |" in text.replace(" | ", " | ")
     assert retention_chart(results).startswith("<svg")
-    (tmp_path / "results.json").write_text('{"schema": 99}')
+    (tmp_path / "results.json").write_text('{"schema": 99, "results": []}')
     with pytest.raises(TrioError, match="another version"):
         Results.load(tmp_path / "results.json")
 
@@ -122,8 +122,35 @@ def test_a_model_that_is_never_right_is_scored_by_agreement(source, questions, o
 
 
 def test_what_is_no_result_is_named_with_what_to_pass(tmp_path):
-    with pytest.raises(TrioError, match=r"gone\.json .*\(No such file.*\): pass the results\.json"):
+    with pytest.raises(TrioError, match=r"no results .* at .*gone\.json: pass the results\.json"):
         Results.load(tmp_path / "gone.json")
     (tmp_path / "manifest.json").write_text('{"schema": 1}')
-    with pytest.raises(TrioError, match=r"manifest\.json .*\(it is something else\)"):
+    with pytest.raises(TrioError, match=r"manifest\.json holds no .*\(it is something else\)"):
         Results.load(tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["questions"], "many"),
+        (["machine"], None),
+        (["results", 0, "kl"], "x"),
+        (["results", 1, "schedule", 0, "layer"], "first"),
+        (["results", 1, "kinds"], {}),
+        (["results", 1, "agreement"], 0.5),
+        (["results", 1, "ran_as"], {"runtime": "onnxruntime"}),
+        (["results", 1, "surprise"], 1),
+        (["results"], [7]),
+    ],
+)
+def test_damaged_results_are_one_error(results, tmp_path, keys, value):
+    raw = results.to_json()
+    *path, last = keys
+    place = raw
+    for key in path:
+        place = place[key]
+    place[last] = value
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(raw))
+    with pytest.raises(TrioError, match=r"results\.json holds no results of trio eval .*measure"):
+        Results.load(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import msgspec
@@ -16,6 +17,8 @@ from trio_deploy.files import sha256_of
 from trio_deploy.report.facts import arithmetic, exported, schedule
 from trio_deploy.report.figures import accuracy, parity, read_bench, summarise
 from trio_deploy.report.page import render
+from trio_deploy.verify.compare import ParityRow
+from trio_deploy.verify.report import Report
 
 
 def test_no_headline_where_the_bundles_own_configuration_was_not_measured(bundle):
@@ -64,7 +67,7 @@ def test_options_that_an_evaluation_does_not_name_are_the_measured_bundles_or_th
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("{}", "no measurements"), ("no json", "no measurements"), (None, "no measurements")],
+    [("{}", "no measurements"), ("no json", "f.json is not valid JSON"), (None, "no measurements")],
 )
 def test_figures_that_are_none_are_refused(bundle, tmp_path, content, words):
     file = tmp_path / "f.json"
@@ -94,10 +97,35 @@ def test_a_sweep_is_not_what_a_page_shows(bundle, measured, tmp_path):
         read_bench(tmp_path / "sweep.json", bundle)
 
 
-def test_a_difference_that_is_not_finite_can_be_shown(tmp_path):
-    row = {"stage": "embed", "overlap": None, "tokens_equal": None, "passed": False, "problem": "x"}
-    file = tmp_path / "check.json"
-    file.write_text(
-        json.dumps({"title": "t", "rows": [row | {"max_rel": v} for v in (None, 0, 2)]})
-    )
-    assert [row["relative"] for row in parity(file)["rows"]] == ["inf", "0", "2.0e+00"]
+def test_a_difference_that_is_not_finite_can_be_shown():
+    rows = [ParityRow("embed", max_rel=value, problem="x") for value in (math.inf, 0, 2)]
+    found = parity(Report("t", rows))["rows"]
+    assert [row["relative"] for row in found] == ["inf", "0", "2.0e+00"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["cases"], []),
+        (["cases", 0, "first_token_s", "q3"], 0),
+        (["cases", 0, "first_token_s"], None),
+        (["cases", 1, "against_unpruned", "prefill"], -1),
+        (["cases", 1, "groups_s"], {}),
+        (["cases", 1, "tokens", "keep"], "all"),
+        (["machine", "versions"], []),
+        (["model"], "tiny"),
+        (["workload", "runs"], 1.5),
+        (["load_after"], "much"),
+    ],
+)
+def test_damaged_figures_are_one_error(bundle, measured, tmp_path, keys, value):
+    raw = json.loads(measured.read_text())
+    *path, last = keys
+    place = raw
+    for key in path:
+        place = place[key]
+    place[last] = value
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(raw))
+    with pytest.raises(TrioError, match=r"bench\.json holds no measurements of trio bench that"):
+        read_bench(file, bundle)

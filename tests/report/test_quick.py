@@ -15,7 +15,7 @@ from trio_deploy.verify.compare import ParityRow
 OPTIONS = RuntimeOptions(threads=1, low_memory=True)
 
 
-def test_parity_comes_from_the_reference_or_the_recorded_one(bundle, tmp_path, monkeypatch):
+def test_parity_comes_from_the_reference_or_the_recorded_one(bundle, monkeypatch):
     seen = {}
     rows = [ParityRow("embed"), ParityRow("select_1", overlap=1.0, problem="too far")]
 
@@ -25,14 +25,14 @@ def test_parity_comes_from_the_reference_or_the_recorded_one(bundle, tmp_path, m
 
     monkeypatch.setattr(quick, "check", check)
     monkeypatch.setattr(quick, "has_torch", lambda: True)
-    found = figures.parity(quick.run_check(bundle, OPTIONS, tmp_path))
+    found = figures.parity(quick.run_check(bundle, OPTIONS))
     assert seen == {"golden": False, "options": OPTIONS}
     assert found["passed"] == 1 and found["rows"][1]["problem"] == "too far"
     monkeypatch.setattr(quick, "has_torch", lambda: False)
     with pytest.raises(TrioError, match="--record"):
-        quick.run_check(bundle, OPTIONS, tmp_path)
+        quick.run_check(bundle, OPTIONS)
     monkeypatch.setattr(quick, "GOLDEN", "manifest.json")  # something that is there
-    quick.run_check(bundle, OPTIONS, tmp_path)
+    quick.run_check(bundle, OPTIONS)
     assert seen["golden"] is True
 
 
@@ -65,8 +65,11 @@ def test_without_files_everything_is_measured_and_read(bundle, tmp_path, monkeyp
 
         return run
 
-    report = Report("a check", [ParityRow("embed")]).to_json()
-    monkeypatch.setattr(quick, "run_check", measured("check", report))
+    def run_check(bundle, options):
+        runs["check"] = options
+        return Report("a check", [ParityRow("embed")])
+
+    monkeypatch.setattr(quick, "run_check", run_check)
     monkeypatch.setattr(quick, "run_bench", measured("bench", {}))
     monkeypatch.setattr(quick, "run_eval", measured("eval", {}))
     monkeypatch.setattr(figures, "cost", lambda *_, quick: {"quick": quick})

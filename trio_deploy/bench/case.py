@@ -10,6 +10,7 @@ from typing import Any
 
 from trio_deploy.bundle.manifest import kind_of_label
 from trio_deploy.config.options import RuntimeOptions
+from trio_deploy.pipeline.ran_as import RanAs
 
 BASELINES = ("transformers", "oracle", "genai")
 
@@ -68,6 +69,8 @@ class Run:
         layer_ranges: (first, stop, tokens) per range of layers.
         kv_bytes: bytes of keys and values at the end of the prefill.
         precision: float type that the layers were computed in.
+        ran_as: runtime, target, types and device, read back where the software tells.
+        remark: what else is to be said of the case.
         peak_mib: MiB, peak memory of the contender's own process, if it has one.
     """
 
@@ -80,6 +83,8 @@ class Run:
     layer_ranges: tuple[tuple[int, int, int], ...] = ()
     kv_bytes: int | None = None
     precision: str = ""
+    ran_as: RanAs | None = None
+    remark: str = ""
     peak_mib: float | None = None
 
     @property

@@ -15,17 +15,18 @@ from trio_deploy.bench.contenders.contenders import Contenders
 from trio_deploy.bench.contenders.genai import missing
 from trio_deploy.bench.environment import load_average, machine
 from trio_deploy.bench.peak_memory import peak_memory
+from trio_deploy.bench.record import SCHEMA
 from trio_deploy.bench.results import case_figures, compare
 from trio_deploy.bench.workload import Workload, fit_prompt, picture_size
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.registry import request_limits
+from trio_deploy.pipeline.ran_as import require_served
 from trio_deploy.runtimes.registry import complete_options
 
 T = TypeVar("T")
 
-SCHEMA = 1
 UNPRUNED = "no pruning"
 
 
@@ -96,6 +97,7 @@ def measure(
     """
     options.check()
     bundle.require_weights()
+    require_served(bundle, options.runtime)
     if contenders is None:
         with Contenders() as own:
             return Measurement(bundle, options, own, progress).result()

@@ -55,6 +55,8 @@ def case_figures(case: Case, runs: Sequence[Run], bundle: Bundle, tiles: int) ->
         "budget": case.budget,
         "runtime": case.options.runtime,
         "precision": last.precision,
+        "ran_as": last.ran_as and last.ran_as.to_json(),
+        "remark": last.remark,
         "tokens": {
             "prompt": last.prompt_tokens,
             "visual": last.visual_tokens,

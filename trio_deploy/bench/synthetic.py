@@ -50,6 +50,19 @@ _TEMPLATE = (
 )
 
 
+TOWERS = {
+    "clip-l-336": {
+        "image": 336,
+        "patch": 14,
+        "vision_d": 1024,
+        "vision_layers": 24,
+        "vision_mlp": 4096,
+        "vision_heads": 16,
+    },
+}
+"""Sizes of towers by name: OpenAI's CLIP ViT-L/14 for pictures of 336 pixels, as in LLaVA-1.5."""
+
+
 @dataclass(frozen=True)
 class Size:
     """A LLaVA-1.5 of any size; 0: the usual proportion.
@@ -61,6 +74,7 @@ class Size:
         kv_heads: number of key/value heads (equal to `heads`).
         image, patch: pixels per side of a picture and of a patch.
         vision_d, vision_layers: hidden size and layers of the CLIP tower.
+        vision_mlp, vision_heads: size of its MLP (2 vision_d) and number of its heads (4).
         context: maximum number of positions.
     """
 
@@ -74,11 +88,15 @@ class Size:
     patch: int = 14
     vision_d: int = 256
     vision_layers: int = 3
+    vision_mlp: int = 0
+    vision_heads: int = 0
     context: int = 4096
 
     @classmethod
     def parse(cls, text: str) -> Size:
         """Read `d=1024,layers=16,vocab=32000`; sizes that are not named keep their defaults.
+
+        `tower=NAME` stands for the sizes of a tower of `TOWERS`.
 
         Raises:
             TrioError: an unknown name, a value that is no positive integer, or sizes that do not
@@ -86,17 +104,24 @@ class Size:
         """
         known = [item.name for item in fields(cls)]
         values: dict[str, int] = {}
+        tower: dict[str, int] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             name, _, value = (piece.strip() for piece in part.partition("="))
+            if name == "tower":
+                if value not in TOWERS:
+                    raise TrioError(f"--size {part}: the towers are {', '.join(TOWERS)}")
+                tower = TOWERS[value]
+                continue
             if name not in known:
                 raise TrioError(
-                    f"--size does not know {name!r}: write name=number, of {', '.join(known)}, or "
+                    f"--size does not know {name!r}: write name=number, of {', '.join(known)}, "
+                    f"or tower=name, of {', '.join(TOWERS)}, or "
                     f"a recipe ({', '.join(list_recipes())})"
                 )
             if not value.isascii() or not value.isdigit() or int(value) < 1:
                 raise TrioError(f"--size {part}: the value must be a positive integer")
             values[name] = int(value)
-        size = cls(**values).filled()
+        size = cls(**{**tower, **values}).filled()
         size._check()
         return size
 
@@ -108,6 +133,8 @@ class Size:
             mlp=self.mlp or math.ceil(2.75 * self.d / 64) * 64,
             heads=heads,
             kv_heads=self.kv_heads or heads,
+            vision_mlp=self.vision_mlp or 2 * self.vision_d,
+            vision_heads=self.vision_heads or 4,
         )
 
     def _check(self) -> None:
@@ -115,7 +142,7 @@ class Size:
             ("d must be an even multiple of heads", self.d, 2 * self.heads),
             ("heads must be a multiple of kv_heads", self.heads, self.kv_heads),
             ("image must be a multiple of patch", self.image, self.patch),
-            ("vision_d must be a multiple of 4", self.vision_d, 4),
+            ("vision_d must be a multiple of vision_heads", self.vision_d, self.vision_heads),
         ):
             if whole % part:
                 raise TrioError(f"--size: {what}")
@@ -131,9 +158,9 @@ class Size:
         full = self.filled()
         vision = {
             "hidden_size": full.vision_d,
-            "intermediate_size": 2 * full.vision_d,
+            "intermediate_size": full.vision_mlp,
             "num_hidden_layers": full.vision_layers,
-            "num_attention_heads": 4,
+            "num_attention_heads": full.vision_heads,
         }
         text = {
             "hidden_size": full.d,
@@ -159,13 +186,15 @@ class Size:
         """Name of the model, for folders and titles."""
         full = self.filled()
         default = Size(d=full.d, heads=full.heads).filled()
+        usual = {"heads": Size(d=full.d).filled().heads, "vision_mlp": 2 * full.vision_d}
         parts = [f"llava-d{full.d}-l{full.layers}-v{full.vocab}"]
+        tower = next((n for n, of in TOWERS.items() if of.items() <= vars(full).items()), None)
+        parts += [tower] if tower else []
         for item in fields(self):
-            if item.name in ("d", "layers", "vocab"):
+            if item.name in ("d", "layers", "vocab", *TOWERS.get(tower or "", ())):
                 continue
             value = getattr(full, item.name)
-            usual = Size(d=full.d).filled().heads if item.name == "heads" else None
-            if value != (usual or getattr(default, item.name)):
+            if value != usual.get(item.name, getattr(default, item.name)):
                 parts.append(f"{item.name.replace('_', '')}{value}")
         return "-".join(parts)
 

@@ -10,6 +10,7 @@ from typing import Any
 from trio_deploy.bench.case import GROUPS, OTHER
 from trio_deploy.bench.environment import machine_text
 from trio_deploy.files import write_together
+from trio_deploy.pipeline.ran_as import RanAs
 
 _MIB = 2**20
 NOTE = (
@@ -34,6 +35,7 @@ def to_text(result: Mapping[str, Any]) -> str:
     lines = [_title(result), ""]
     for table in _tables(result):
         lines += [*_aligned(table), ""]
+    lines += _said(result)
     lines += [f"{name}: {reason}" for name, reason in _skipped(result).items()]
     return "\n".join(lines).rstrip()
 
@@ -47,6 +49,7 @@ def to_markdown(result: Mapping[str, Any], command: str, picture: str | None = N
         lines += [f"![{_title(result)}]({picture})", ""]
     for head, *rows in _tables(result):
         lines += [_piped(head), "|" + "---|" * len(head), *map(_piped, rows), ""]
+    lines += [line for said in _said(result) for line in (said, "")]
     lines += [f"Left out: {name}, {reason}" for name, reason in _skipped(result).items()]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -59,6 +62,23 @@ def _title(result: Mapping[str, Any]) -> str:
         return f"{title}: {min(counts)} to {max(counts)} visual tokens"
     work = result["workload"]
     return f"{title}: {work['visual_tokens']} visual + {work['text_tokens']} text tokens"
+
+
+def _said(result: Mapping[str, Any]) -> list[str]:
+    """Sentences about the cases: how they ran, and remarks."""
+    points = result.get("points", [result])
+    cases = [case for point in points for case in point["cases"]]
+    remarks = {f"{case['name']}: {case['remark']}." for case in cases if case.get("remark")}
+    return [*ran_text(cases), *sorted(remarks)]
+
+
+def ran_text(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence per way in which cases ran, with their names."""
+    ways: dict[str, list[str]] = {}
+    for case in cases:
+        if case.get("ran_as"):
+            ways.setdefault(str(RanAs(**case["ran_as"])), []).append(case["name"])
+    return [f"{', '.join(dict.fromkeys(names))}: {ran}." for ran, names in ways.items()]
 
 
 def _skipped(result: Mapping[str, Any]) -> dict[str, str]:

@@ -35,7 +35,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--size",
         help="measure random weights instead of a bundle: sizes, such as "
-        "d=1024,layers=16,vocab=32000, or a recipe that has them",
+        "d=1024,layers=16,vocab=32000, with the tower's, such as vision_d=256,vision_layers=3 (its "
+        "defaults) or tower=clip-l-336; or a recipe that has them",
     )
     command.add_argument(
         "--budget",

@@ -46,7 +46,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]LAYER:KEEP:METHOD,…",
-        help="schedule to measure before the methods; may be repeated",
+        help="schedule to measure before the methods, or a file that `trio tune` wrote; may be "
+        "repeated",
     )
     command.add_argument("--threshold", help="cosine thresholds τ to compare, comma-separated")
     command.add_argument("--probe", help="probe tokens to compare: last, shifted, or last,shifted")

@@ -93,7 +93,7 @@ def add_schedule(command: argparse.ArgumentParser) -> None:
         "--schedule",
         help="layer:keep,… with keep as a ratio (1:0.16,10:0.094) or a count (1:92,10:54), each "
         "with :method if not trio (0:96:divprune,16:32); or the name of one of the recipe's "
-        "schedules",
+        "schedules; or a file that `trio tune` wrote",
     )
     command.add_argument(
         "--method",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from trio_deploy.cli.eval import (
 )
 from trio_deploy.cli.options import runtime_options
 from trio_deploy.config.options import DEFAULT_THRESHOLD
+from trio_deploy.runtimes.registry import default_target
 
 if TYPE_CHECKING:
     from trio_deploy.evaluation.statistics import Estimate
@@ -61,7 +63,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SCHEDULE",
-        help="further schedule to begin with; may be repeated",
+        help="further schedule to begin with, or a file that `trio tune` wrote; may be repeated",
     )
     add_question_arguments(command, split="tuning", scenes=40)
     command.set_defaults(scorer="exact", annotations=None)
@@ -75,10 +77,9 @@ def run(args: argparse.Namespace) -> None:
         TrioError: an option is wrong, or what `tune` raises.
     """
     from trio_deploy.evaluation.ask import AskOptions
-    from trio_deploy.evaluation.configurations import Source
+    from trio_deploy.evaluation.configurations import Source, schedule_of
     from trio_deploy.evaluation.tune import BEST, Space, tune
     from trio_deploy.schedule.budget import DEFAULT_BUDGET
-    from trio_deploy.schedule.schedule import Schedule
 
     source = Source.open(args.model)
     asked = read_questions_of(args)
@@ -97,10 +98,22 @@ def run(args: argparse.Namespace) -> None:
             last=tuple(values(args.last, str)),
         ),
         limit=args.candidates,
-        start=[Schedule.parse(text) for text in args.start],
+        start=[schedule_of(text).schedule for text in args.start],
     )
     print(f"trio: wrote {BEST} to {args.out}", file=sys.stderr)
     print(tuned_text(tuned))
+    print(f"\nTo export it:\n\n    {export_command(args)}")
+
+
+def export_command(args: argparse.Namespace) -> str:
+    """The command that exports the schedule which was found, as it was searched."""
+    from trio_deploy.evaluation.tune import BEST
+
+    words = ["trio", "export", "--model", args.model, "--schedule", str(args.out / BEST)]
+    target = args.target or (default_target(args.runtime) if args.runtime else None)
+    for option, value in (("--target", target), ("--dtype", args.dtype)):
+        words += [option, str(value)] if value else []
+    return shlex.join([*words, "--out", "BUNDLE"])
 
 
 def tuned_text(tuned: Tuned, places: Sequence[int] = range(5)) -> str:

@@ -57,8 +57,8 @@ class ExportOptions:
 
     Attributes:
         budget: average share of visual tokens per layer; None: 0.111.
-        schedule: pruning points instead of a budget, as text or the name of one of the recipe's
-            schedules.
+        schedule: pruning points instead of a budget, as text, the name of one of the recipe's
+            schedules, or a file that `trio tune` wrote.
         method: selection method of pruning points that name none; None: the recipe's, else trio.
         dtype: float type of graphs and weights; None: the target's.
         dialect: dialect of the graphs; None: the target's.

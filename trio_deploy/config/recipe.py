@@ -7,11 +7,11 @@ fits the architecture it names is checked in checkpoint/resolve.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trio_deploy.config.options import DEFAULT_THRESHOLD
+from trio_deploy.config.options import DEFAULT_THRESHOLD, ExportOptions, SelectionOptions
 from trio_deploy.config.yaml_files import (
     PACKAGE,
     choice,
@@ -31,6 +31,7 @@ _IN_PACKAGE = "package:"
 PROBES = ("last", "shifted")
 POSITIONS = ("renumber", "original")
 
+_TUNED_KEYS = ("schedules", "threshold", "probe", "positions")
 _RECIPE_KEYS = (
     "description",
     "hub_id",
@@ -78,6 +79,63 @@ class Recipe:
     description: str = ""
 
 
+@dataclass(frozen=True)
+class TunedSchedule:
+    """A schedule file, as `trio tune` writes it: a schedule, and what it was found with.
+
+    Attributes:
+        threshold, probe, positions: as of `Recipe`; None: the model's own.
+    """
+
+    schedule: Schedule
+    threshold: float | None = None
+    probe: str | None = None
+    positions: str | None = None
+
+
+def is_schedule_file(text: str) -> bool:
+    """Whether a schedule's text is the name of a file."""
+    return Path(text).suffix in (".yaml", ".yml")
+
+
+def read_schedule(file: Path) -> TunedSchedule:
+    """Read a schedule file.
+
+    Raises:
+        TrioError: there is no such file, an unknown key, a wrong value, or not one schedule in it.
+    """
+    raw = read_keys(file, _TUNED_KEYS)
+    schedules = _schedules(file, raw.get("schedules", {}))
+    if len(schedules) != 1:
+        raise TrioError(f"{file} has {len(schedules)} schedules: a schedule file has one")
+    return TunedSchedule(
+        next(iter(schedules.values())),
+        _threshold(file, raw["threshold"]) if "threshold" in raw else None,
+        choice(file, raw, "probe", PROBES) if "probe" in raw else None,
+        choice(file, raw, "positions", POSITIONS) if "positions" in raw else None,
+    )
+
+
+def with_schedule_file(options: ExportOptions) -> ExportOptions:
+    """The options with what the schedule file holds that they name, if they name one.
+
+    Options of selections that are given stay as they are.
+
+    Raises:
+        TrioError: as `read_schedule`.
+    """
+    if not isinstance(options.schedule, str) or not is_schedule_file(options.schedule):
+        return options
+    found = read_schedule(Path(options.schedule).expanduser())
+    given = options.selection
+    selection = SelectionOptions(
+        probe=given.probe or found.probe,
+        positions=given.positions or found.positions,
+        threshold=found.threshold if given.threshold is None else given.threshold,
+    )
+    return replace(options, schedule=found.schedule, selection=selection)
+
+
 def recipe_folder() -> Path:
     """Folder of the shipped recipes: in an installed package, or export/ of a checkout."""
     return shipped_folder("recipes", "export")
@@ -95,7 +153,7 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
         TrioError: no such recipe, an unknown or missing key, or a wrong value.
     """
     file = find_file(name_or_path, recipe_folder(), "recipe")
-    raw = read_keys(file, _RECIPE_KEYS)
+    raw = _with_schedule_files(file, read_keys(file, _RECIPE_KEYS))
     checkpoint = _checkpoint(file, raw)
     architecture, preprocessing = raw.get("architecture"), raw.get("preprocessing", {})
     if checkpoint is not None:
@@ -126,6 +184,31 @@ def recipe_name(hub_id: str) -> str | None:
         if read_keys(recipe_folder() / f"{name}.yaml", _RECIPE_KEYS).get("hub_id") == hub_id:
             return name
     return None
+
+
+def _with_schedule_files(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's keys with schedules in place of the names of their files, and their options.
+
+    Raises:
+        TrioError: as `read_schedule`, or options that differ from the recipe's or another file's.
+    """
+    schedules = raw.get("schedules", {})
+    if not isinstance(schedules, dict):
+        return raw
+    raw = {**raw, "schedules": dict(schedules)}
+    for budget, name in schedules.items():
+        if not isinstance(name, str):
+            continue
+        found = read_schedule(file.parent / Path(name).expanduser())
+        raw["schedules"][budget] = found.schedule.to_json()
+        for key in ("threshold", "probe", "positions"):
+            value = getattr(found, key)
+            if value is not None and raw.setdefault(key, value) != value:
+                raise TrioError(
+                    f"{file}: the schedule {budget} was found with {key} {value} ({name}), and a "
+                    f"recipe has one {key} for all, here {raw[key]}: tune again with it"
+                )
+    return raw
 
 
 def _threshold(file: Path, value: Any) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trio_deploy.checkpoint.resolve import resolve
 from trio_deploy.config.options import ExportOptions
+from trio_deploy.config.recipe import with_schedule_file
 from trio_deploy.config.target import Target
 from trio_deploy.config.yaml_files import DTYPES
 from trio_deploy.cost.flops import (
@@ -142,7 +143,7 @@ def plan(
     Raises:
         TrioError: unknown model, impossible budget or schedule, or counts below 0.
     """
-    options = replace(options or ExportOptions(), **keywords)
+    options = with_schedule_file(replace(options or ExportOptions(), **keywords))
     found = resolve(model, weights_needed=False)
     config = parse_config(found.raw_config)
     published = found.recipe.schedules if found.recipe else {}

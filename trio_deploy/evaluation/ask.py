@@ -3,11 +3,12 @@
 The output folder holds answers/*.jsonl, one file per configuration and one line per answer, and
 bundles/, the exported bundles. A file's name is a checksum of what answers (content of the model,
 options it runs with, schedule), and each line has a checksum of what was asked (prompt and
-pictures): if one of these changes, the question is asked again.
+pictures) and how the engines ran (`RanAs`): if one of these changes, the question is asked again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -15,8 +16,9 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import msgspec
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -26,8 +28,9 @@ from trio_deploy.errors import TrioError
 from trio_deploy.evaluation.configurations import Bundles, Configuration
 from trio_deploy.evaluation.questions import Question
 from trio_deploy.evaluation.statistics import divergence, top_tokens
-from trio_deploy.files import sha256_of
+from trio_deploy.files import sha256_of, write_remedy
 from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy.pipeline.ran_as import RanAs
 from trio_deploy.pipeline.request import Generation, Request
 from trio_deploy.pipeline.sampling import log_softmax
 
@@ -56,6 +59,38 @@ class AskOptions:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise TrioError(f"a batch has 1 request or more, not {self.batch}")
+
+
+class Line(msgspec.Struct, frozen=True):
+    """What all stored lines have.
+
+    Attributes:
+        id: of the question; `asked`: its checksum; `limit`: maximum length of the answer.
+        ran: how the engines ran that answered; None in files of earlier versions.
+    """
+
+    id: str
+    asked: str
+    limit: int
+    ran: RanAs | None
+
+
+class FirstToken(msgspec.Struct, frozen=True):
+    """The likeliest first tokens and their log-probabilities, as of `top_tokens`."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class AnswerLine(Line, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One answer; the unpruned model's have `first`, and no `kl` from themselves."""
+
+    text: str
+    kl: float = 0.0
+    first: FirstToken | None = None
+
+
+_Line = TypeVar("_Line", bound=Line)
 
 
 @dataclass(frozen=True)
@@ -90,6 +125,7 @@ class Measured:
     configuration: Configuration
     answers: list[list[Answer]]
     seconds: float
+    ran_as: RanAs | None = None
 
     def scores(self) -> np.ndarray:
         """Scores, float64 [n], averaged over the seeds; 0 if a question has no reference."""
@@ -132,13 +168,10 @@ class Examiner:
     def reference(self, configuration: Configuration, bundles: Bundles) -> list[First]:
         """The unpruned model's answers."""
         lines, _ = self._lines(configuration, 0, bundles, _first_line)
+        firsts = [line.first or FirstToken([], []) for line in lines]
         return [
-            First(
-                line["text"],
-                np.array(line["first"]["tokens"], np.int64),
-                np.array(line["first"]["logprobs"], np.float64),
-            )
-            for line in lines
+            First(line.text, np.array(each.tokens, np.int64), np.array(each.logprobs, np.float64))
+            for line, each in zip(lines, firsts, strict=True)
         ]
 
     def measure(
@@ -152,24 +185,25 @@ class Examiner:
             logprobs = _logprobs(generation)
             return {"kl": divergence(first.tokens, first.logprobs, logprobs)}
 
-        runs, seconds = [], 0.0
+        runs, seconds, ran_as = [], 0.0, None
         for seed in configuration.seeds:
             lines, spent = self._lines(configuration, seed, bundles, line)
             seconds += spent
+            ran_as = lines[0].ran if lines else None
             runs.append(
                 [
                     Answer(
-                        entry["text"],
+                        entry.text,
                         None
                         if question.reference is None
-                        else self._scorer(entry["text"], question.reference),
-                        entry.get("kl", 0.0),  # the unpruned model has none from itself
-                        entry["text"].strip() == expected[question.id].text.strip(),
+                        else self._scorer(entry.text, question.reference),
+                        entry.kl,
+                        entry.text.strip() == expected[question.id].text.strip(),
                     )
                     for question, entry in zip(self.questions, lines, strict=True)
                 ]
             )
-        return Measured(configuration, runs, seconds)
+        return Measured(configuration, runs, seconds, ran_as)
 
     def _lines(
         self,
@@ -177,15 +211,22 @@ class Examiner:
         seed: int,
         bundles: Bundles,
         more: Callable[[Question, Generation], dict[str, Any]],
-    ) -> tuple[list[dict[str, Any]], float]:
-        """One line per question, in order, and the seconds spent on those asked now."""
-        log = AnswerLog(self._out / f"{bundles.identity(configuration)}-{seed}.jsonl")
+    ) -> tuple[list[AnswerLine], float]:
+        """One line per question, in order, and the seconds spent on those asked now.
+
+        All of them ran alike: where the engines run otherwise than those that answered before,
+        everything is asked again.
+        """
+        log = AnswerLog(self._out / f"{bundles.identity(configuration)}-{seed}.jsonl", AnswerLine)
         asked = {q.id: q for q in self.questions}
-        known = {e["id"]: e for e in log.entries if same(e, self._asked, self._limit)}
-        missing = [q for q in self.questions if q.id not in known]
+        ran = log.entries[-1].ran if log.entries else None
+        known = _answered(log, self._asked, self._limit, ran)
         seconds = 0.0
-        if missing:
+        if len(known) < len(asked):
             pipeline = bundles.pipeline(configuration)
+            ran = pipeline.ran_as
+            known = _answered(log, self._asked, self._limit, ran)
+            missing = [q for q in self.questions if q.id not in known]
             label = configuration.name + (f" #{seed}" if len(configuration.seeds) > 1 else "")
             bar = tqdm(
                 total=len(asked),
@@ -200,13 +241,14 @@ class Examiner:
                     generations = self._ask(pipeline, configuration, seed, group)
                     seconds += time.perf_counter() - start
                     for question, generation in zip(group, generations, strict=True):
-                        entry = {
-                            "id": question.id,
-                            "asked": self._asked[question.id],
-                            "limit": self._limit,
-                            "text": generation.text,
+                        entry = AnswerLine(
+                            question.id,
+                            self._asked[question.id],
+                            self._limit,
+                            ran,
+                            generation.text,
                             **more(question, generation),
-                        }
+                        )
                         log.add(entry)
                         known[question.id] = entry
                     bar.update(len(group))
@@ -235,45 +277,76 @@ class Examiner:
         )
 
 
-class AnswerLog:
-    """A JSON Lines file to append to; a line cut short by a crash is dropped."""
+class AnswerLog(Generic[_Line]):
+    """A JSON Lines file to append to; a line cut short by a crash is dropped.
 
-    def __init__(self, file: Path) -> None:
+    Attributes:
+        entries: lines that the file had when it was opened.
+    """
+
+    def __init__(self, file: Path, kind: type[_Line]) -> None:
+        """Read a file, if there is one.
+
+        Args:
+            kind: what a line holds.
+
+        Raises:
+            TrioError: a line is damaged.
+        """
         self._file = file
-        self.entries: list[dict[str, Any]] = []
+        self.entries: list[_Line] = []
         if not file.is_file():
             return
-        whole = 0
         content = file.read_bytes()
-        for line in content.splitlines(keepends=True):
+        whole = content.rfind(b"\n") + 1
+        decoder = msgspec.json.Decoder(kind)
+        for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
             try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                break
-            self.entries.append(entry)
-            whole += len(line)
+                self.entries.append(decoder.decode(line))
+            except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+                raise TrioError(
+                    f"line {number} of {file} is damaged ({error}): delete the file, and what it "
+                    "held is asked again"
+                ) from None
         if whole < len(content):
             with file.open("r+b") as stream:
                 stream.truncate(whole)
 
-    def __enter__(self) -> AnswerLog:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self._file.open("a", encoding="utf-8")
+    def __enter__(self) -> AnswerLog[_Line]:
+        with self._named():
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._file.open("ab")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After a write that failed, closing tries to write the rest and fails again.
+        with contextlib.suppress(OSError) if kind else self._named():
+            self._stream.close()
 
-    def add(self, entry: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self._stream.flush()
+    def add(self, entry: _Line) -> None:
+        """Append a line.
+
+        Raises:
+            TrioError: it cannot be written; names the file.
+        """
+        with self._named():
+            self._stream.write(msgspec.json.encode(entry) + b"\n")
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrioError(
+                f"cannot write {self._file} ({error.strerror}): {write_remedy(error)}; the same "
+                "command then goes on where it stopped"
+            ) from error
 
 
 def _first_line(_: Question, generation: Generation) -> dict[str, Any]:
     tokens, logprobs = top_tokens(_logprobs(generation))
-    return {"first": {"tokens": tokens.tolist(), "logprobs": np.round(logprobs, 6).tolist()}}
+    return {"first": FirstToken(tokens.tolist(), np.round(logprobs, 6).tolist())}
 
 
 def _logprobs(generation: Generation) -> np.ndarray:
@@ -281,13 +354,16 @@ def _logprobs(generation: Generation) -> np.ndarray:
     return log_softmax(generation.first_logits)
 
 
-def same(entry: dict[str, Any], asked: Mapping[str, str], limit: int) -> bool:
+def same(entry: Line, asked: Mapping[str, str], limit: int) -> bool:
     """Whether a stored line belongs to a question as it is asked now; `asked`: see `checksums`."""
-    return (
-        entry["id"] in asked
-        and entry.get("asked") == asked[entry["id"]]
-        and entry.get("limit") == limit
-    )
+    return entry.id in asked and entry.asked == asked[entry.id] and entry.limit == limit
+
+
+def _answered(
+    log: AnswerLog[AnswerLine], asked: Mapping[str, str], limit: int, ran: RanAs | None
+) -> dict[str, AnswerLine]:
+    """Stored lines of the questions as they are asked now, by their ids, of engines that ran so."""
+    return {e.id: e for e in log.entries if e.ran == ran and same(e, asked, limit)}
 
 
 def checksums(questions: Sequence[Question]) -> dict[str, str]:

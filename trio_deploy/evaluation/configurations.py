@@ -13,17 +13,23 @@ from typing import Any
 
 from trio_deploy import __version__
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.bundle.manifest import ENGINES, MANIFEST, WEIGHTS
+from trio_deploy.bundle.manifest import MANIFEST, WEIGHTS
 from trio_deploy.bundle.weights import DTYPES
 from trio_deploy.checkpoint.fingerprint import digest, of_checkpoint, of_files
 from trio_deploy.checkpoint.resolve import resolve
 from trio_deploy.config.options import RuntimeOptions
+from trio_deploy.config.recipe import TunedSchedule, is_schedule_file, read_schedule
 from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import request_limits
 from trio_deploy.pipeline.pipeline import Pipeline
-from trio_deploy.runtimes.registry import default_target, load_target
+from trio_deploy.pipeline.ran_as import require_served, target_name
+from trio_deploy.runtimes.registry import (
+    complete_options,
+    default_target,
+    load_target,
+)
 from trio_deploy.schedule.budget import for_budget, solve
 from trio_deploy.schedule.methods import METHODS
 from trio_deploy.schedule.schedule import Schedule
@@ -260,7 +266,7 @@ def _at_budgets(
 
 
 def named(source: Source, text: str) -> Configuration:
-    """Read `NAME=SCHEDULE` or `SCHEDULE`, a schedule in the form of `Schedule.parse`.
+    """Read `NAME=SCHEDULE` or `SCHEDULE`: in the form of `Schedule.parse`, or a schedule file.
 
     Raises:
         TrioError: the schedule is not possible on this model, or the model is a bundle.
@@ -270,10 +276,29 @@ def named(source: Source, text: str) -> Configuration:
             "a bundle has its schedule already: pass the model that it was exported from"
         )
     name, equals, points = text.partition("=")
-    schedule = Schedule.parse(points if equals else text)
+    found = schedule_of(points if equals else text)
+    schedule = found.schedule
     schedule.validate(source.layers, source.visual)
     share = schedule.average(source.visual, source.layers) / source.visual
-    return Configuration(name if equals else str(schedule), schedule, round(share, 4))
+    return Configuration(
+        name if equals else str(schedule),
+        schedule,
+        round(share, 4),
+        found.threshold,
+        found.probe,
+        found.positions,
+    )
+
+
+def schedule_of(text: str) -> TunedSchedule:
+    """Read a schedule, in the form of `Schedule.parse` or from a file.
+
+    Raises:
+        TrioError: as `Schedule.parse` and `read_schedule`.
+    """
+    if is_schedule_file(text):
+        return read_schedule(Path(text).expanduser())
+    return TunedSchedule(Schedule.parse(text))
 
 
 def _parse(text: str) -> tuple[str, list[int] | str | None]:
@@ -301,11 +326,11 @@ def _schedule(source: Source, kind: str, layers: list[int] | str | None, budget:
     return schedule
 
 
-def _describe_target(source: Source, target: str | Path) -> str:
-    """A target's contents; its name if a bundle has engines for it, whose file may not be here."""
-    if source.bundle is not None and (source.bundle.path / ENGINES / target).is_dir():
-        return str(target)
-    return json.dumps(asdict(load_target(target)), default=str)
+def _completed(bundle: Bundle, options: RuntimeOptions) -> list[str | None]:
+    """What a bundle runs with, whether it was asked for or is the bundle's own."""
+    options = complete_options(bundle, options)
+    precision = options.precision or bundle.manifest.dtype
+    return [options.runtime, target_name(bundle, options), options.provider, precision]
 
 
 class Bundles:
@@ -322,7 +347,15 @@ class Bundles:
         options: RuntimeOptions | None = None,
         dtype: str | None = None,
     ) -> None:
-        """`options`: how bundles are run; `dtype`: float type of exported ones."""
+        """Check that the source can be run so.
+
+        Args:
+            options: how bundles are run.
+            dtype: float type of exported bundles; None: the target's.
+
+        Raises:
+            TrioError: there is no such target, or a bundle that exists cannot serve it.
+        """
         options = options or RuntimeOptions()
         self._source = source
         self._folder = folder
@@ -330,12 +363,16 @@ class Bundles:
         self._dtype = dtype
         if isinstance(options.target, Target):
             raise TrioError("an evaluation exports for a target's name or file: pass one of them")
-        if options.target is None and source.bundle is None:  # one that the runtime can run
-            self._target_name: str | Path = default_target(options.runtime)
+        self._target_name = options.target or ""
+        if source.bundle is None:
+            self._target_name = options.target or default_target(options.runtime)
+            # The contents of a target's file, not its path.
+            target = json.dumps(asdict(load_target(self._target_name)), default=str)
+            asked = [target, dtype, options.runtime, options.provider]
+            self._run = asked + ([options.precision] if options.precision else [])
         else:
-            self._target_name = options.target or "cpu"
-        # The contents of a target's file, not its path.
-        self._target = [_describe_target(source, self._target_name), dtype]
+            require_served(source.bundle, options, dtype)
+            self._run = _completed(source.bundle, options)
         self._open: tuple[str, Pipeline] | None = None
         self._shapes: dict[str, Configuration] = {}
 
@@ -356,10 +393,7 @@ class Bundles:
 
     def identity(self, configuration: Configuration) -> str:
         """Checksum of what answers: model content, options, configuration, package version."""
-        options = self._options
-        run = [self._target, options.runtime, options.provider]
-        run += [options.precision] if options.precision else []
-        return digest([self._source.fingerprint, *run, configuration.key, __version__])
+        return digest([self._source.fingerprint, *self._run, configuration.key, __version__])
 
     def shape(self, configuration: Configuration) -> str:
         """Checksum of what the bundle's graphs depend on: everything except the numbers kept."""
@@ -378,7 +412,7 @@ class Bundles:
         what = configuration.to_json()
         for incidental in ("name", "seeds", "budget", "blind"):
             del what[incidental]
-        return digest([self._source.fingerprint, self._target, what, __version__])
+        return digest([self._source.fingerprint, self._run[:2], what, __version__])
 
     def bundle(self, configuration: Configuration) -> Bundle:
         """The configuration's bundle, exported if it does not exist yet."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from trio_deploy.bundle.manifest import MANIFEST
@@ -18,7 +19,8 @@ from trio_deploy.evaluation.configurations import BLIND, UNPRUNED, Configuration
 from trio_deploy.evaluation.questions import Question
 from trio_deploy.evaluation.scorers import pope_summary, yes_or_no
 from trio_deploy.evaluation.statistics import Bootstrap, Estimate
-from trio_deploy.files import sha256_of, write_together
+from trio_deploy.files import convert, read_json, sha256_of, write_together
+from trio_deploy.pipeline.ran_as import RanAs
 from trio_deploy.schedule.schedule import Schedule
 
 SCHEMA = 2
@@ -69,6 +71,7 @@ class Result:
         behind: retention of the run's first configuration of about this budget minus this one's;
             `against`: the name of that configuration.
         extra: further figures of a benchmark, by category.
+        ran_as: how the engines ran that answered; None in files of earlier versions.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Result:
     behind: Estimate | None
     extra: dict[str, dict[str, float]] = field(default_factory=dict)
     against: str | None = None
+    ran_as: RanAs | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -96,10 +100,12 @@ class Result:
             "behind": self.behind.to_json() if self.behind else None,
             "against": self.against,
             "extra": self.extra,
+            "ran_as": self.ran_as and self.ran_as.to_json(),
         }
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Result:
+        """From what `to_json` returns, checked before."""
         agreement = Estimate.from_json(raw["agreement"])
         return cls(
             raw["name"],
@@ -113,6 +119,7 @@ class Result:
             Estimate.from_json(raw["behind"]) if raw["behind"] else None,
             raw["extra"],
             raw["against"],
+            convert(raw["ran_as"], RanAs) if raw.get("ran_as") else None,
         )
 
 
@@ -157,21 +164,31 @@ class Results:
         """Read what `save` wrote.
 
         Raises:
-            TrioError: it cannot be read, or is of another version.
+            TrioError: it cannot be read, is damaged, or is of another version.
         """
+        remedy = f"pass the {RESULTS} that trio eval wrote"
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
+            raw = read_json(file, remedy)
+        except FileNotFoundError:
+            raise TrioError(f"there are no results of trio eval at {file}: {remedy}") from None
+        if not isinstance(raw, dict) or "results" not in raw or "schema" not in raw:
+            raise TrioError(
+                f"{file} holds no results of trio eval (it is something else): {remedy}"
+            )
+        try:
             if raw["schema"] == 1:
                 raw = _from_first(raw)
-            if raw.pop("schema") != SCHEMA:
-                raise TrioError(f"{file} is of another version of trio eval: measure again")
-            raw["results"] = [Result.from_json(entry) for entry in raw["results"]]
-            return cls(**raw)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is something else"
+            if raw["schema"] != SCHEMA:
+                raise TrioError("it is of another version of trio eval")
+            _check_alike(convert(raw, _ResultsFile).results)
+            results = [Result.from_json(entry) for entry in raw["results"]]
+        except TrioError as error:
             raise TrioError(
-                f"{file} holds no results of trio eval ({reason}): pass the {RESULTS} that it wrote"
+                f"{file} holds no results of trio eval that can be read: {error}; {remedy}, or "
+                "measure again"
             ) from None
+        del raw["schema"]
+        return cls(**{**raw, "results": results})
 
     def save(self, folder: Path) -> None:
         """Write results.json and results.md."""
@@ -238,7 +255,20 @@ class Results:
             "the unpruned model's, in nats.",
             "",
         ]
+        lines += [line for said in self.ran_text() for line in (said, "")]
         return "\n".join(lines)
+
+    def ran_text(self) -> list[str]:
+        """A sentence per way in which the engines ran; several name their configurations."""
+        ways: dict[RanAs, list[str]] = {}
+        for result in self.results:
+            if result.ran_as is not None:
+                ways.setdefault(result.ran_as, []).append(result.name)
+        several = len(ways) > 1
+        return [
+            f"Ran as {ran}" + (f": {', '.join(dict.fromkeys(names))}." if several else ".")
+            for ran, names in ways.items()
+        ]
 
     def _scored_text(self) -> str:
         if not self.scored:
@@ -247,8 +277,81 @@ class Results:
         return f"{few}scored by `{self.scorer}`"
 
 
+class _Estimate(msgspec.Struct):
+    """The form of an `Estimate` in results.json; both ends are numbers, or both null."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+class _Kind(msgspec.Struct):
+    """The form of a `KindResult` in results.json."""
+
+    questions: int
+    agreement: float
+    kl: float
+    accuracy: _Estimate | None
+    retention: _Estimate | None
+
+
+class _Point(msgspec.Struct):
+    """The form of a pruning point."""
+
+    layer: int
+    keep: float
+    method: str
+
+
+class _Result(msgspec.Struct):
+    """The form of a `Result` in results.json: that of all questions, and more."""
+
+    name: str
+    budget: float
+    share: float
+    schedule: list[_Point] | None
+    options: dict[str, float | str]
+    questions: int
+    agreement: _Estimate
+    kl: float
+    accuracy: _Estimate | None
+    retention: _Estimate | None
+    kinds: dict[str, _Kind]
+    behind: _Estimate | None
+    against: str | None
+    extra: dict[str, dict[str, float]]
+    ran_as: RanAs | None = None
+
+
+class _ResultsFile(msgspec.Struct):
+    """The form of results.json."""
+
+    schema: int
+    model: str
+    data: str
+    scorer: str
+    machine: dict[str, Any]
+    questions: int
+    pictures: int
+    scored: int
+    results: list[_Result]
+    bundle: str = ""
+
+
+def _check_alike(results: Sequence[_Result]) -> None:
+    """Raises TrioError where results are not about the same kinds of questions and figures."""
+    if len({tuple(sorted(one.kinds)) for one in results}) > 1:
+        raise TrioError("its results are about other kinds of questions each")
+    if len({tuple(figures) for one in results for figures in one.extra.values()}) > 1:
+        raise TrioError("its results have other figures of a benchmark each")
+
+
 def _from_first(raw: dict[str, Any]) -> dict[str, Any]:
-    """Results of schema 1 in the present form, without intervals: near 100 % they were wrong."""
+    """Results of schema 1 in the present form, without intervals: near 100 % they were wrong.
+
+    Raises:
+        TrioError: it is not of the form of schema 1.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, list):
@@ -259,11 +362,14 @@ def _from_first(raw: dict[str, Any]) -> dict[str, Any]:
             return {"value": value["value"], "low": None, "high": None}
         return {key: plain(entry) for key, entry in value.items()}
 
-    results = [
-        {**plain(one), "against": None, "extra": {"all": one["extra"]} if one["extra"] else {}}
-        for one in raw["results"]
-    ]
-    scored = raw["questions"] if results[0]["accuracy"] else 0
+    try:
+        results = [
+            {**plain(one), "against": None, "extra": {"all": one["extra"]} if one["extra"] else {}}
+            for one in raw["results"]
+        ]
+        scored = raw["questions"] if results[0]["accuracy"] else 0
+    except (LookupError, TypeError):
+        raise TrioError("its results are not those of schema 1") from None
     return {**raw, "schema": SCHEMA, "scored": scored, "results": results}
 
 
@@ -325,6 +431,7 @@ def collect(
                 else None,
                 _extra(scorer, questions, one),
                 ours.configuration.name if ours else None,
+                one.ran_as,
             )
         )
     return Results(

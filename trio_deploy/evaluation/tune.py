@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from trio_deploy.config.options import DEFAULT_THRESHOLD
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluation.ask import AnswerLog, AskOptions, batches, checksums, same
+from trio_deploy.evaluation.ask import AnswerLog, AskOptions, Line, batches, checksums, same
 from trio_deploy.evaluation.configurations import (
     BUNDLES,
     Bundles,
@@ -41,6 +41,7 @@ from trio_deploy.evaluation.questions import Question
 from trio_deploy.evaluation.statistics import Bootstrap, Estimate
 from trio_deploy.files import write_atomically
 from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy.pipeline.ran_as import RanAs
 from trio_deploy.pipeline.request import Request
 from trio_deploy.schedule.budget import default_layers, solve
 from trio_deploy.schedule.methods import METHODS
@@ -60,6 +61,21 @@ _TIGHT = (0.01, 0.02, 0.04)  # shares of the visual tokens that the last of two 
 _TIGHT_FALL = 0.15  # share that the last of three points keeps of the one before
 _STEP = 1.25  # factor between the keeps of neighbours
 _TAU_STEP = 0.1
+
+
+class LossLine(Line, frozen=True, forbid_unknown_fields=True):
+    """A candidate's loss on a question; `candidate`: checksum of what answered."""
+
+    candidate: str
+    loss: float
+    agrees: bool
+
+
+class TokensLine(Line, frozen=True, forbid_unknown_fields=True):
+    """The unpruned model's answer; `candidate`: checksum of what answered."""
+
+    candidate: str
+    tokens: list[int]
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,7 @@ class Tuned:
         rounds: (schedules, questions that each of them was asked or more), fewest questions first.
         behind: for each of the ranking, its loss minus that of the best, paired.
         text: the best in the form of a recipe.
+        ran_as: how the engines ran that answered.
     """
 
     budget: float
@@ -137,6 +154,7 @@ class Tuned:
     rounds: list[tuple[int, int]]
     behind: list[Estimate]
     text: str = field(repr=False, default="")
+    ran_as: RanAs | None = None
 
     @property
     def tried(self) -> int:
@@ -286,7 +304,11 @@ def _neighbours(candidate: Candidate, space: Space, layers: int) -> Iterator[Can
 
 
 class Tuner:
-    """Ask candidates calibration questions, each once."""
+    """Ask candidates calibration questions, each once.
+
+    Attributes:
+        ran_as: how the engines run, of the unpruned model and of all candidates.
+    """
 
     def __init__(
         self,
@@ -310,26 +332,32 @@ class Tuner:
         self._batch = options.batch
         self._limit = options.max_new_tokens
         self._progress = options.progress
-        self._log = AnswerLog(out / _LOG)
+        self._out = out
+        self.ran_as: RanAs | None = None
+        self._answers = self._reference(AnswerLog(out / _REFERENCE, TokensLine))
+        self._log = AnswerLog(out / _LOG, LossLine)
         # By checksums of what answers (model, target, schedule …) and what is asked.
         self._losses: dict[tuple[str, str], tuple[float, bool]] = {
-            (entry["candidate"], entry["id"]): (entry["loss"], entry["agrees"])
+            (entry.candidate, entry.id): (entry.loss, entry.agrees)
             for entry in self._log.entries
-            if same(entry, self._asked, self._limit)
+            if entry.ran == self.ran_as and same(entry, self._asked, self._limit)
         }
-        self._answers = self._reference(AnswerLog(out / _REFERENCE))
 
-    def _reference(self, log: AnswerLog) -> dict[str, list[int]]:
-        """Tokens of the unpruned model's answers by question id."""
+    def _reference(self, log: AnswerLog[TokensLine]) -> dict[str, list[int]]:
+        """Tokens of the unpruned model's answers by question id; sets `ran_as`."""
         whole = self._bundles.identity(unpruned(self._source))
-        known = {
-            entry["id"]: entry["tokens"]
+        stored = [
+            entry
             for entry in log.entries
-            if entry.get("candidate") == whole and same(entry, self._asked, self._limit)
-        }
-        missing = [q for q in self.questions if q.id not in known]
-        if missing:
+            if entry.candidate == whole and same(entry, self._asked, self._limit)
+        ]
+        self.ran_as = stored[-1].ran if stored else None
+        known = {entry.id: entry.tokens for entry in stored if entry.ran == self.ran_as}
+        if len(known) < len(self.questions):
             pipeline = self._bundles.pipeline(unpruned(self._source))
+            self.ran_as = pipeline.ran_as
+            known = {entry.id: entry.tokens for entry in stored if entry.ran == self.ran_as}
+            missing = [q for q in self.questions if q.id not in known]
             with log, self._bar("unpruned", len(missing)) as bar:
                 for group in batches(missing, self._batch):
                     requests = [
@@ -346,13 +374,14 @@ class Tuner:
                     ):
                         known[question.id] = given.token_ids
                         log.add(
-                            {
-                                "candidate": whole,
-                                "id": question.id,
-                                "asked": self._asked[question.id],
-                                "limit": self._limit,
-                                "tokens": given.token_ids,
-                            }
+                            TokensLine(
+                                question.id,
+                                self._asked[question.id],
+                                self._limit,
+                                self.ran_as,
+                                whole,
+                                given.token_ids,
+                            )
                         )
                     bar.update(len(group))
         return known
@@ -397,6 +426,11 @@ class Tuner:
         if missing:
             assert configuration.schedule is not None
             pipeline = self._bundles.shaped(configuration)
+            if pipeline.ran_as != self.ran_as:
+                raise TrioError(
+                    f"{self._out} was begun as {self.ran_as}, and now runs as {pipeline.ran_as}: "
+                    "search in another folder"
+                )
             keep = tuple(point.keep for point in configuration.schedule.points)
             for group in batches(missing, self._batch):
                 for question, (loss, agrees) in zip(
@@ -404,14 +438,15 @@ class Tuner:
                 ):
                     self._losses[(key, question.id)] = loss, agrees
                     self._log.add(
-                        {
-                            "candidate": key,
-                            "id": question.id,
-                            "asked": self._asked[question.id],
-                            "limit": self._limit,
-                            "loss": loss,
-                            "agrees": agrees,
-                        }
+                        LossLine(
+                            question.id,
+                            self._asked[question.id],
+                            self._limit,
+                            self.ran_as,
+                            key,
+                            loss,
+                            agrees,
+                        )
                     )
                 bar.update(len(group))
         return [self._losses[(key, q.id)] for q in questions]
@@ -554,6 +589,7 @@ def tune(
         bootstrap.mean(losses[0]),
         search.rounds(),
         [bootstrap.difference(one, losses[0], np.ones(len(losses[0]))) for one in losses],
+        ran_as=tuner.ran_as,
     )
     tuned.text = recipe_text(tuned)
     out.mkdir(parents=True, exist_ok=True)
@@ -580,6 +616,7 @@ def recipe_text(tuned: Tuned) -> str:
         + f", and the same answer came {tuned.ranking[0].agreement:.1%} of the time:",
         "# on the questions that it was chosen by. On others it will be worse: see trio eval.",
     ]
+    lines += [f"# Ran as {tuned.ran_as}."] if tuned.ran_as else []
     others = len(tuned.ranking) - 1
     if others and not loss.known:
         lines.append("# The questions are about too few pictures to tell the finalists apart.")

@@ -43,7 +43,7 @@ from trio_deploy.checkpoint.resolve import (
 )
 from trio_deploy.checkpoint.safetensors import TensorEntry, missing_weights
 from trio_deploy.config.options import DEFAULT_THRESHOLD, ExportOptions, SelectionOptions
-from trio_deploy.config.recipe import Recipe
+from trio_deploy.config.recipe import Recipe, with_schedule_file
 from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
 from trio_deploy.export.checkpoint import ReadCheckpoint, read_checkpoint
@@ -152,6 +152,7 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
     """
     if options.budget is not None and options.schedule is not None:
         raise TrioError("pass either --budget or --schedule: both say how many tokens are kept")
+    options = with_schedule_file(options)
     if options.graphs_only and options.link_weights:
         raise TrioError("--graphs-only writes no weights, so leave out --link-weights")
     BundleWriter(out, options.force).refuse_existing()  # before anything that takes time

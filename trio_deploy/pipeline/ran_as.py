@@ -9,9 +9,12 @@ from typing import Any
 import msgspec
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import ENGINES
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target
+from trio_deploy.errors import TrioError
 from trio_deploy.runtimes.base import Engine, float_type
+from trio_deploy.runtimes.registry import load_target, runtime_spec
 
 
 class RanAs(msgspec.Struct, frozen=True):
@@ -42,12 +45,11 @@ class RanAs(msgspec.Struct, frozen=True):
             engines: by name of the stage.
         """
         segments = [engines[stage.name].execution for stage in bundle.of_kind("prefill")]
-        manifest = bundle.manifest
         built_for = segments[0].target
         return cls(
             str(options.runtime),
-            built_for or _target(options, manifest.target, manifest.runtime),
-            manifest.dialect,
+            built_for or target_name(bundle, options),
+            bundle.manifest.dialect,
             float_type(engines[bundle.only("embed").name].outputs),
             " and ".join(dict.fromkeys(each.precision for each in segments)),
             " and ".join(dict.fromkeys(each.device for each in segments)),
@@ -63,11 +65,47 @@ class RanAs(msgspec.Struct, frozen=True):
         return f"{self.runtime} on {self.device}{target}, {graphs}, computed in {self.precision}"
 
 
-def _target(options: RuntimeOptions, exported: str, runtime: str) -> str | None:
-    """Name of the target whose settings the options have; `exported`: the bundle's."""
-    target = options.target
+def require_served(bundle: Bundle, options: RuntimeOptions, dtype: str | None = None) -> None:
+    """Refuse a target or float type that a bundle was not exported for, before it is measured.
+
+    Raises:
+        TrioError: the bundle's graphs are of another type, or are none that the target reads.
+    """
+    manifest, asked = bundle.manifest, options.target
+    if dtype not in (None, manifest.dtype):
+        raise TrioError(
+            f"{bundle.path} is in {manifest.dtype}, not in {dtype}: export another bundle with "
+            f"--dtype {dtype}"
+        )
+    if asked in (None, manifest.target) or (
+        isinstance(asked, str) and (bundle.path / ENGINES / asked).is_dir()
+    ):
+        return
+    target = asked if isinstance(asked, Target) else load_target(str(asked))
+    readable = runtime_spec(target.runtime).readable_dialects(target)
+    problem = ""
+    if options.runtime not in (None, target.runtime):
+        problem = f"the target {target.name} is of {target.runtime}, not of {options.runtime}"
+    elif manifest.dialect not in readable:
+        problem = f"the target {target.name} reads no {manifest.dialect} graphs"
+    elif manifest.dtype != target.dtype:
+        problem = f"the target {target.name} is in {target.dtype}"
+    if problem:
+        raise TrioError(
+            f"{bundle.path} has {manifest.dialect} graphs in {manifest.dtype}, and {problem}: "
+            f"export another bundle with --target {asked}"
+        )
+
+
+def target_name(bundle: Bundle, options: RuntimeOptions) -> str | None:
+    """Name of the target whose settings a bundle runs with; None: the runtime alone was named.
+
+    Args:
+        options: completed options.
+    """
+    target, manifest = options.target, bundle.manifest
     if isinstance(target, Target):
         return target.name
     if target is not None:
         return Path(target).stem if Path(target).suffix in (".yaml", ".yml") else str(target)
-    return exported if options.runtime == runtime else None
+    return manifest.target if options.runtime == manifest.runtime else None

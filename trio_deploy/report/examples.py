@@ -101,7 +101,8 @@ def answers(pipeline: Pipeline, asked: Sequence[Asked]) -> dict[str, Any]:
                 "first": f"{pruned.first_token_s:.2f} s",
             }
         )
-    return {"examples": shown, "seconds": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    return {"examples": shown, "seconds": seconds, "ran": [f"Ran as {pipeline.ran_as}."]}
 
 
 def _pictures(generation: Generation) -> list[list[dict[str, Any]]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from trio_deploy.bench.environment import machine_text
-from trio_deploy.bench.measure import SCHEMA, UNPRUNED
-from trio_deploy.bench.table import times
+from trio_deploy.bench.measure import UNPRUNED
+from trio_deploy.bench.record import read_measured
+from trio_deploy.bench.table import ran_text, times
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import MANIFEST
 from trio_deploy.checkpoint.resolve import load_recipe
@@ -20,32 +20,27 @@ from trio_deploy.evaluation.configurations import UNPRUNED as ALL_TOKENS
 from trio_deploy.evaluation.results import Result, Results
 from trio_deploy.files import sha256_of
 from trio_deploy.report.charts import Retention
+from trio_deploy.verify.report import Report
 
 _MIB = 2**20
 
 
-def parity(file: Path) -> dict[str, Any]:
-    """The comparison with the reference, from the JSON of `trio check --json`."""
-    report = json.loads(file.read_text(encoding="utf-8"))
+def parity(report: Report) -> dict[str, Any]:
+    """The comparison with the reference, as `trio check` makes it."""
     rows = [
         {
-            "stage": row["stage"],
-            "relative": _relative(row["max_rel"]),
-            "kept": "" if row["overlap"] is None else f"{row['overlap']:.1%}",
-            "tokens": {None: "", True: "equal", False: "differ"}[row["tokens_equal"]],
-            "passed": row["passed"],
-            "problem": row["problem"],
+            "stage": row.stage,
+            "relative": f"{row.max_rel:.1e}" if row.max_rel else "0",
+            "kept": "" if row.overlap is None else f"{row.overlap:.1%}",
+            "tokens": {None: "", True: "equal", False: "differ"}[row.tokens_equal],
+            "passed": row.passed,
+            "problem": row.problem,
         }
-        for row in report["rows"]
+        for row in report.rows
     ]
-    passed = sum(row["passed"] for row in rows)
-    return {"title": report["title"], "rows": rows, "passed": passed}
-
-
-def _relative(difference: float | None) -> str:
-    if difference is None:
-        return "inf"  # JSON has no such number
-    return f"{difference:.1e}" if difference else "0"
+    passed = sum(row.passed for row in report.rows)
+    ran = [] if report.ran_as is None else [f"Ran as {report.ran_as}."]
+    return {"title": report.title, "rows": rows, "passed": passed, "ran": ran}
 
 
 def cost(bundle: Bundle, file: Path, *, quick: bool) -> dict[str, Any]:
@@ -75,6 +70,7 @@ def cost(bundle: Bundle, file: Path, *, quick: bool) -> dict[str, Any]:
         "table": table,
         "work": result["workload"],
         "machine": machine_text(result["machine"], result["load_before"], result["load_after"]),
+        "ran": ran_text(cases),
         "prefill_ratio": best["against_unpruned"]["prefill"] if best["name"] != UNPRUNED else None,
         "quick": quick,
     }
@@ -86,18 +82,9 @@ def read_bench(file: Path, bundle: Bundle) -> dict[str, Any]:
     Raises:
         TrioError: it cannot be read, is something else, or of another model.
     """
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        if result["schema"] != SCHEMA or not result["cases"]:
-            raise KeyError("schema")
-        name = result["model"]["name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrioError(
-            f"{file} holds no measurements of trio bench: write them with "
-            "`trio bench BUNDLE --out NAME` and pass NAME.json"
-        ) from error
-    _same_model(file, str(name), bundle)
-    return dict(result)
+    result = read_measured(file)
+    _same_model(file, result["model"]["name"], bundle)
+    return result
 
 
 def accuracy(bundle: Bundle, file: Path, *, quick: bool) -> dict[str, Any]:
@@ -141,6 +128,7 @@ def summarise(results: Results, bundle: Bundle) -> dict[str, Any]:
         "questions": results.questions,
         "pictures": results.pictures,
         "rows": rows,
+        "ran": results.ran_text(),
         "chart": Retention.of(results, first=own.name if own else None),
         "scored": bool(results.results and results.results[0].overall.retention),
         "headline": (own.overall.retention.value, own.share)

@@ -81,8 +81,7 @@ def _measured(bundle: Bundle, options: ReportOptions, progress: bool) -> dict[st
         folder = Path(name)
         if options.check:
             try:
-                file = quick.run_check(bundle, options.runtime, folder)
-                parts["parity"] = figures.parity(file)
+                parts["parity"] = figures.parity(quick.run_check(bundle, options.runtime))
             except TrioError as error:
                 parts["parity"] = {"skipped": f"Not checked: {error}."}
         if options.evaluation is None and options.scenes:

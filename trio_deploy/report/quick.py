@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from trio_deploy.bench.contenders.torch_model import has_torch
@@ -20,6 +19,7 @@ from trio_deploy.report.charts import bench_chart
 from trio_deploy.report.facts import schedule
 from trio_deploy.verify.check import check
 from trio_deploy.verify.golden import GOLDEN
+from trio_deploy.verify.report import Report
 
 _BUDGETS = (0.111, 0.222, 0.333)
 _MIN_DISTANCE = 0.02  # budgets closer to the bundle's own show nothing new
@@ -68,8 +68,8 @@ def run_eval(
     return out / RESULTS
 
 
-def run_check(bundle: Bundle, options: RuntimeOptions, folder: Path) -> Path:
-    """Compare with the oracle if torch is installed, else with recorded answers; the JSON file.
+def run_check(bundle: Bundle, options: RuntimeOptions) -> Report:
+    """Compare with the oracle if torch is installed, else with recorded answers.
 
     Raises:
         TrioError: neither is there, or as `check`.
@@ -80,7 +80,4 @@ def run_check(bundle: Bundle, options: RuntimeOptions, folder: Path) -> Path:
             "that needs torch and transformers (pip install 'trio-deploy[reference]'), or a "
             "reference recorded by `trio check --record`"
         )
-    report = check(bundle, options, golden=not torch)
-    file = folder / "check.json"
-    file.write_text(json.dumps(report.to_json()), encoding="utf-8")
-    return file
+    return check(bundle, options, golden=not torch)

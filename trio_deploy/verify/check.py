@@ -101,7 +101,7 @@ def check(
     rows += _compare_answers(pipeline, reference, tolerance)
     if checkpoint is None:
         title += "; not compared with the checkpoint"
-    return Report(title, rows)
+    return Report(title, rows, pipeline.ran_as)
 
 
 def record(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from trio_deploy.pipeline.ran_as import RanAs
 from trio_deploy.verify.compare import ParityRow
 
 
@@ -17,10 +18,12 @@ class Report:
     Attributes:
         title: what was compared with what.
         rows: one per stage, then one per generated answer.
+        ran_as: how the engines ran.
     """
 
     title: str
     rows: list[ParityRow]
+    ran_as: RanAs | None = None
 
     @property
     def passed(self) -> bool:
@@ -33,7 +36,8 @@ class Report:
         for row in rows:
             for key in ("max_abs", "max_rel"):
                 row[key] = row[key] if np.isfinite(row[key]) else None
-        return {"title": self.title, "passed": self.passed, "rows": rows}
+        ran_as = self.ran_as and self.ran_as.to_json()
+        return {"title": self.title, "ran_as": ran_as, "passed": self.passed, "rows": rows}
 
 
 def format_report(report: Report) -> str:
@@ -68,6 +72,7 @@ def format_report(report: Report) -> str:
     return "\n".join(
         [
             report.title,
+            *([f"ran as {report.ran_as}"] if report.ran_as else []),
             "",
             *table,
             "",

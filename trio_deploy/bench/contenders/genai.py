@@ -21,6 +21,7 @@ from trio_deploy.bench.case import Case, Run
 from trio_deploy.bench.workload import Workload
 from trio_deploy.checkpoint.folder import image_settings
 from trio_deploy.errors import TrioError
+from trio_deploy.pipeline.ran_as import RanAs
 
 _CHILD = Path(__file__).parent.with_name("genai_child.py")
 _NEEDED = "import openvino_genai, optimum.intel, openvino_tokenizers"
@@ -56,21 +57,28 @@ def convert(checkpoint: Path, python: str) -> Path:
     if not (converted / _MODEL).is_file():
         unfinished = checkpoint.with_name(f".{converted.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
-        out = subprocess.run(
-            [python, "-m", *_CONVERSION, "--model", str(checkpoint), str(unfinished)],
-            capture_output=True,
-            text=True,
-        )
-        if out.returncode or not (unfinished / _MODEL).is_file():
-            last = (out.stderr.strip().splitlines() or ["no message"])[-1]
+        try:
+            _convert(checkpoint, unfinished, python)
+            shutil.rmtree(converted, ignore_errors=True)
+            unfinished.rename(converted)
+        except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise TrioError(f"optimum-intel did not convert the checkpoint ({last})")
-        # GenAI reads this file alone, which newer transformers fold into processor_config.json.
-        settings = json.dumps(image_settings(checkpoint), indent=1)
-        (unfinished / "preprocessor_config.json").write_text(settings, encoding="utf-8")
-        shutil.rmtree(converted, ignore_errors=True)
-        unfinished.rename(converted)
+            raise
     return converted
+
+
+def _convert(checkpoint: Path, out: Path, python: str) -> None:
+    done = subprocess.run(
+        [python, "-m", *_CONVERSION, "--model", str(checkpoint), str(out)],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode or not (out / _MODEL).is_file():
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise TrioError(f"optimum-intel did not convert the checkpoint ({last})")
+    # GenAI reads this file alone, which newer transformers fold into processor_config.json.
+    settings = json.dumps(image_settings(checkpoint), indent=1)
+    (out / "preprocessor_config.json").write_text(settings, encoding="utf-8")
 
 
 class GenAI:
@@ -120,6 +128,8 @@ class GenAI:
         trace: TracebackType | None,
     ) -> None:
         assert self._child.stdin is not None
+        if kind is not None:  # an answer that nobody waits for may take minutes
+            self._child.kill()
         with contextlib.suppress(BrokenPipeError):
             self._child.stdin.close()
         try:
@@ -144,6 +154,8 @@ class GenAI:
             tokens_per_s=reply["tokens_per_s"],
             prompt_tokens=reply["input_tokens"],
             precision=self._precision,
+            # GenAI does not say what it computes in: its properties are those that were passed.
+            ran_as=RanAs("openvino genai", None, None, "float16", self._precision, "CPU"),
             peak_mib=reply["peak_mib"],
         )
 

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from trio_deploy.bench.case import Case, Run, timed
-from trio_deploy.bench.contenders.torch_model import clock, encode, load_model, precision
+from trio_deploy.bench.contenders.torch_model import (
+    clock,
+    encode,
+    load_model,
+    precision,
+    ran_as,
+)
 from trio_deploy.bench.workload import Inputs, Workload
 from trio_deploy.bundle.bundle import Bundle
 
@@ -64,6 +70,7 @@ def open_transformers(
             layer_ranges=((0, text.num_layers, prompt.length),),
             kv_bytes=text.kv_bytes([prompt.length] * text.num_layers, model.dtype.itemsize),
             precision=precision(model),
+            ran_as=ran_as(model),
         )
 
     return answer

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from trio_deploy.bench.case import Case, Run, timed
-from trio_deploy.bench.contenders.torch_model import clock, encode, load_model, precision
+from trio_deploy.bench.contenders.torch_model import (
+    clock,
+    encode,
+    load_model,
+    precision,
+    ran_as,
+)
 from trio_deploy.bench.results import PROBES
 from trio_deploy.bench.workload import Inputs, Workload
 from trio_deploy.bundle.bundle import Bundle
@@ -95,6 +101,7 @@ def answer_with(
             layer_ranges=tuple(entry for entry in ranges if entry[1] > entry[0]),
             kv_bytes=text.kv_bytes(per_layer, oracle.model.dtype.itemsize),
             precision=precision(oracle.model),
+            ran_as=ran_as(oracle.model),
         )
 
     return answer

@@ -14,6 +14,7 @@ from trio_deploy.bench.workload import Inputs, Workload
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.prompt import Prompt
+from trio_deploy.pipeline.ran_as import RanAs
 
 
 def has_torch() -> bool:
@@ -66,6 +67,11 @@ def clock(device: Any) -> Callable[[], float]:
         return time.perf_counter()
 
     return now
+
+
+def ran_as(model: Any) -> RanAs:
+    """What computes a model."""
+    return RanAs("torch", None, None, precision(model), precision(model), str(model.device))
 
 
 def precision(model: Any) -> str:

@@ -50,4 +50,5 @@ def _run(generation: Generation, pipeline: Pipeline) -> Run:
         # Every layer has grown by the generated tokens; only the prompt's share is reported.
         kv_bytes=round(generation.kv_bytes * prefilled / at_end),
         precision=pipeline.precision,
+        ran_as=pipeline.ran_as,
     )
