@@ -1,6 +1,7 @@
 """Engines run what they are given, on what they are asked for, in memory that is shared."""
 
 import gc
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -253,6 +254,79 @@ def test_weights_that_several_graphs_use_are_held_once(
     anonymous, file = (float(value) for value in done.stdout.split())
     assert anonymous < private + 6
     assert file < mapped + 6
+
+
+OWNERS = """
+import gc, json, sys
+from pathlib import Path
+import numpy as np
+from tests.support.small_graphs import OUT, SIZE, write_product
+from trio_deploy.bundle.schema_1 import external_tensors
+from trio_deploy.config.options import RuntimeOptions
+from trio_deploy.runtimes.registry import open_runtime
+
+def churn():  # takes what memory was freed, of all sizes that are used here
+    gc.collect()
+    sizes = 99 * [SIZE, OUT, SIZE * OUT, 500 * OUT]
+    return [np.full(size, 7, np.float32) for size in sizes]
+
+def product(rows):
+    return np.random.default_rng(rows).standard_normal((rows, SIZE)).astype(np.float32)
+
+def opened():
+    path, weight = write_product(folder)
+    options = json.loads(sys.argv[2])
+    shares = options.pop("shares_weights")
+    engine = open_runtime(RuntimeOptions(threads=1, **options)).open(
+        path, external_tensors(path), shares_weights=shares
+    )
+    path.unlink()
+    (folder / "weights" / "w.bin").unlink()  # whoever reads it has to hold it
+    return engine, weight
+
+def bound(engine):
+    x, y, counts = product(3), np.empty((3, OUT), np.float32), np.empty(2, np.int64)
+    step = engine.bind({"x": x.view()}, {"y": y.view(), "counts": counts})
+    return step, y
+
+folder = Path(sys.argv[1])
+engine, weight = opened()
+held = churn()
+first = engine.run({"x": product(500)})["y"]
+step, y = bound(engine)
+held += churn()
+later = [engine.run({"x": product(500) * scale})["y"] for scale in (2, 3)]
+y[:] = np.nan
+step()
+del engine, step
+held += churn()
+for scale, got in enumerate([first, *later], start=1):
+    assert np.allclose(got, scale * product(500) @ weight, atol=1e-4), scale
+assert np.allclose(y, product(3) @ weight, atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"runtime": "onnxruntime", "shares_weights": False},
+        {"runtime": "onnxruntime", "shares_weights": True},
+        {"runtime": "onnxruntime", "shares_weights": False, "low_memory": True},
+        {"runtime": "openvino", "shares_weights": False},
+    ],
+    ids=str,
+)
+def test_memory_in_use_has_an_owner_when_all_else_is_freed_and_overwritten(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """In a process of its own: weights, inputs, bound arrays, results kept from run to run."""
+    done = subprocess.run(
+        [sys.executable, "-c", OWNERS, str(tmp_path), json.dumps(options)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # --------------------------------------------------------------------------------------------

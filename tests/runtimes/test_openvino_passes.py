@@ -18,6 +18,7 @@ from tests.support.selection_cases import batch_of, weights_of
 from tests.support.transformers_models import model_config, relative
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.stages import build_prefill
+from trio_deploy.runtimes import openvino_passes
 from trio_deploy.runtimes.base import Engine
 from trio_deploy.runtimes.registry import open_engine
 from trio_deploy.selection.stage import build_select
@@ -87,6 +88,30 @@ def test_queries_in_parts_give_what_they_give_at_once(tmp_path: Path, length: in
         got = parts.run(given)
         for name, array in want.items():
             assert relative(got[name], array) < 1e-6, name
+
+
+def test_numbers_that_passes_add_to_a_graph_are_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Overwritten before the model is compiled, as freed memory would be."""
+    made: list[np.ndarray] = []
+    monkeypatch.setattr(
+        openvino_passes, "_at", lambda *numbers: made.append(np.array(numbers)) or made[-1]
+    )
+    config = model_config()
+    model = build_prefill(config, 0, 0, 2, PRIMITIVE)
+    weights = random_weights(model)
+    onnx.save(filled(model, weights), tmp_path / "graph.onnx")
+    changed = openvino.Core().read_model(tmp_path / "graph.onnx")
+    openvino_passes.Passes().split_queries(changed)
+    assert made
+    for array in made:
+        array[:] = 99
+    compiled = openvino.Core().compile_model(changed, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    feeds = prompt(config, 2, 9)
+    got = compiled(feeds)
+    for name, array in Runner(model, weights, "openvino")(feeds).items():
+        assert relative(got[name], array) < 1e-6, name
 
 
 @needs_bfloat16

@@ -221,7 +221,7 @@ class TensorRT:
         with _Logging(self, log):
             builder = self._made(trt.Builder, self.logger)
             network = builder.create_network(self._network_flags())
-            self._parse(network, onnx, profiles)
+            parser = self._parse(network, onnx, profiles)  # owns weights until they are built in
             self._allow_decomposition(network)
             config = builder.create_builder_config()
             if workspace is not None:
@@ -243,6 +243,7 @@ class TensorRT:
                 monitor = _monitor(trt, progress, self._interrupts)
                 config.progress_monitor = monitor
             plan = builder.build_serialized_network(network, config)
+            del parser
             if monitor is not None and monitor.error is not None:
                 raise monitor.error
             if self._interrupts:
@@ -258,10 +259,11 @@ class TensorRT:
         flag = self.module.NetworkDefinitionCreationFlag
         return 1 << int(flag.STRONGLY_TYPED if self.strongly_typed else flag.EXPLICIT_BATCH)
 
-    def _parse(self, network: Any, onnx: Path, profiles: Sequence[ProfileLike]) -> None:
+    def _parse(self, network: Any, onnx: Path, profiles: Sequence[ProfileLike]) -> Any:
+        """Fill the network; returns the parser, whose memory the network's weights lie in."""
         parser = self._made(self.module.OnnxParser, network, self.logger)
         if parser.parse(_graph(onnx, profiles), str(onnx)):  # the path locates the weights
-            return
+            return parser
         errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
         raise TrioError(
             f"TensorRT {self.version} cannot parse {onnx.name}: "

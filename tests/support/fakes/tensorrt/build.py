@@ -114,6 +114,7 @@ class Builder:
         flags = trt.NetworkDefinitionCreationFlag
         wanted = flags.EXPLICIT_BATCH if self._simulated.old else flags.STRONGLY_TYPED
         assert network.flags == 1 << wanted, "the wrong kind of network"
+        assert network.parser() is not None, "the parser is gone, and with it the weights"
         total = self._simulated.cuda.total
         workspace = config.pools.get(trt.MemoryPoolType.WORKSPACE, total)
         assert workspace > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ class OnnxParser:
             return False
         assert path is not None, "weights are looked for where the path says"
         network.path = Path(path).resolve()
+        network.parser = weakref.ref(self)
         shapes = shape_inputs(proto.graph)
         network.inputs = [new("ITensor", info, shapes) for info in proto.graph.input]
         inferred = onnx.shape_inference.infer_shapes(proto).graph
