@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import make_llava
 from trio_deploy import Bundle, TrioError, check, export_model
+from trio_deploy.bundle.describe import inspect
 from trio_deploy.cli import main as cli
 from trio_deploy.export.attach import attach_weights
 from trio_deploy.verify.origin import compare_origin
@@ -67,6 +68,7 @@ def test_a_head_of_its_own_answers_as_transformers_does(own_head, tmp_path, caps
     assert "that head is used, as transformers does" in capsys.readouterr().err
     assert "lm_head.weight" in it.manifest.tensors
     assert not it.config.text.tie_word_embeddings
+    assert "output head: its own tensor" in inspect(it)
     for checkpoint in (own_head, None):  # transformers' load, and the bundle's own weights
         report = check(it, checkpoint=checkpoint, threads=1)
         assert report.passed, format_report(report)
@@ -120,6 +122,16 @@ def test_a_bundle_of_before_has_config_json_and_the_head_to_compare(bundle, tied
     older = Bundle(loaded.path, msgspec.structs.replace(loaded.manifest, checkpoint=None))
     assert [row.stage for row in compare_origin(older, tied)] == ["config.json", "output head"]
     assert [row.passed for row in compare_origin(older, own_head)] == [True, False]
+
+
+def test_inspect_names_what_was_left_out(bundle):
+    loaded = Bundle.load(bundle)
+    assert "output head: the embeddings" in inspect(loaded)
+    assert "left out" not in inspect(loaded)
+    assert loaded.manifest.checkpoint is not None
+    info = msgspec.structs.replace(loaded.manifest.checkpoint, unused=("a.bias", "b.bias"))
+    changed = Bundle(bundle, msgspec.structs.replace(loaded.manifest, checkpoint=info))
+    assert "left out, without a use in config.json: a.bias and 1 more" in inspect(changed)
 
 
 def test_a_checkpoint_of_another_model_is_refused(bundle, llava_checkpoint):

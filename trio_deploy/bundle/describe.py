@@ -9,6 +9,7 @@ from trio_deploy.bundle.manifest import (
     WEIGHTS,
     TensorInfo,
 )
+from trio_deploy.checkpoint.fit import CheckpointInfo
 from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.files import format_bytes
 
@@ -43,6 +44,7 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
         f"answers    {SamplingOptions.from_json(manifest.generation.sampling).describe()}",
         f"weights    {format_bytes(sum(i.size for i in weights.values()))} in {len(weights)} "
         f"file{'s' if len(weights) != 1 else ''}, {state}",
+        *_origin(manifest.checkpoint),
         f"checksums  {f'none yet of {unchecked}' if unchecked else 'of all files'}",
         f"graphs     {format_bytes(sum(graphs.values()))}",
     ]
@@ -54,6 +56,18 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
             lines.extend(f"    {word} {line}" for line in _tensor_lines(tensors))
     lines.append("made with  " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()))
     return "\n".join(lines)
+
+
+def _origin(made_from: CheckpointInfo | None) -> list[str]:
+    """What the manifest records of the checkpoint: where the head comes from, what is left out."""
+    if made_from is None:
+        return []
+    lines = [f"           output head: {'the embeddings' if made_from.tied else 'its own tensor'}"]
+    if made_from.unused:
+        more = len(made_from.unused) - 1
+        names = made_from.unused[0] + (f" and {more} more" if more else "")
+        lines.append(f"           left out, without a use in config.json: {names}")
+    return lines
 
 
 def _tensor_lines(tensors: tuple[TensorInfo, ...]) -> list[str]:

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from trio_deploy.checkpoint.fit import fit_config
 from trio_deploy.checkpoint.resolve import resolve
+from trio_deploy.checkpoint.safetensors import Checkpoint, missing_weights
 from trio_deploy.config.options import ExportOptions
 from trio_deploy.config.recipe import with_schedule_file
 from trio_deploy.config.target import Target
@@ -146,6 +148,8 @@ def plan(
     options = with_schedule_file(replace(options or ExportOptions(), **keywords))
     found = resolve(model, weights_needed=False)
     config = parse_config(found.raw_config)
+    if found.folder is not None and not missing_weights(found.folder):
+        config = fit_config(Checkpoint.from_path(found.folder), config)
     published = found.recipe.schedules if found.recipe else {}
     visual, tiles = _visual_tokens(config, visual_tokens)
     if visual < 0 or text_tokens < 0 or probes < 1:
