@@ -6,3 +6,14 @@ class TrioError(Exception):
 
     The command line prints the message alone, without a traceback, and exits with status 1.
     """
+
+
+def shown(value: object) -> str:
+    """A value as an error names it: short and at once, whatever it is."""
+    if isinstance(value, str):
+        return repr(value[:60])
+    if isinstance(value, float | bool | None):
+        return repr(value)
+    if isinstance(value, int) and abs(value) < 1 << 64:
+        return str(value)
+    return type(value).__name__

@@ -86,6 +86,11 @@ def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) ->
     )
 
 
+def visual_tokens(size: tuple[int, int], config: ModelConfig) -> int:
+    """Both tiles' rows, whatever the image's (height, width)."""
+    return 2 * config.vision.rows_per_tile
+
+
 def request_limits(config: ModelConfig) -> Limits:
     """Two tiles per image."""
     vision = config.vision
@@ -111,6 +116,7 @@ FAMILY = Family(
     settings=clip_settings,
     read=lambda raw: read_clip_llama(raw, "halves", _DEFAULTS),
     arrange=arrange,
+    visual_tokens=visual_tokens,
     request_limits=request_limits,
     reference="halves",
     tiny=partial(tiny_clip_llama, "LlavaForConditionalGeneration", model_type="halves"),

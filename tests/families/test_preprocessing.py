@@ -24,6 +24,7 @@ from tests.support.pictures import make_picture
 from trio_deploy import TrioError
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
+from trio_deploy.families.llava_next import visual_tokens as llava_next_tokens
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import parse_config
 
@@ -80,18 +81,22 @@ def test_llava_pixels_and_token_count_equal_transformers(llava, size):
     assert ours.rows.dtype == np.int64
     assert len(ours.rows) == len(ours.boxes) == _expanded(processor, image)
     assert ours.rows.tolist() == list(range(config.vision.rows_per_tile))
+    assert preprocessor.least_tokens(image) == len(ours.rows)
     assert ours.size == (size[1], size[0])
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_llava_next_pixels_and_token_count_equal_transformers(llava_next, size):
-    _, preprocessor, processor = llava_next
+    config, preprocessor, processor = llava_next
     image = make_picture(*size)
     ours = preprocessor(image)
     theirs = processor.image_processor(images=[image], return_tensors="np")
     np.testing.assert_array_equal(ours.feeds["pixel_values"], theirs["pixel_values"][0])
     assert ours.size == tuple(theirs["image_sizes"][0])
     assert len(ours.rows) == len(ours.boxes) == _expanded(processor, image)
+    counts = [llava_next_tokens(each, config) for each in (ours.size, ours.size[::-1])]
+    assert counts[0] == len(ours.rows)
+    assert preprocessor.least_tokens(image) == min(counts)
 
 
 @pytest.fixture(scope="module")

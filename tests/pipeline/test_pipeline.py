@@ -246,6 +246,34 @@ def test_prompts_and_answers_stay_inside_the_models_context(setup: Setup) -> Non
         pipeline.generate(Request(ask("a " * (words + missing)), [make_picture()]))
 
 
+def test_a_prompt_beyond_the_context_is_refused_before_its_pictures_are_decoded(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pipeline = setup.pipeline("llava")
+    context = pipeline.bundle.config.text.max_positions
+    make_picture().save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+
+    def decode(source: object) -> None:
+        raise AssertionError("a picture was decoded")
+
+    monkeypatch.setattr(pipeline._preparer._preprocessor, "open_image", decode)
+    for picture in (content, tmp_path / "a.png", make_picture()):
+        with pytest.raises(TrioError, match=f"of them visual.*context is {context}"):
+            pipeline.generate(Request(ask("what ?", context // 16), [picture] * (context // 16)))
+        with pytest.raises(TrioError, match=f"context is {context}"):
+            pipeline.generate(Request(ask("what is " * context), [picture]))
+        with pytest.raises(AssertionError, match="decoded"):
+            pipeline.generate(Request(ask("what ?"), [picture]))
+
+
+def test_what_is_no_request_is_named(setup: Setup) -> None:
+    with pytest.raises(TrioError, match="a request must be a Request, got str"):
+        setup.pipeline().generate("what ?")  # type: ignore[arg-type]
+    with pytest.raises(TrioError, match="max_new_tokens must be a whole number, got '5'"):
+        setup.pipeline().generate(Request("what ?", max_new_tokens="5"))  # type: ignore[arg-type]
+
+
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"images": [], "prompt": ask("what ?")}, "1 image placeholder.*0 image"),
     ({"images": [make_picture()] * 2, "prompt": ask("what ?")}, "1 image placeholder.*2 image"),

@@ -154,6 +154,99 @@ def test_a_prompt_without_text_is_refused(llava_checkpoint: Path, text: str) -> 
         )
 
 
+def test_a_prompt_of_blanks_is_refused_in_every_form(llava_checkpoint: Path) -> None:
+    templated, raw = encoder(llava_checkpoint), encoder(llava_checkpoint, None)
+    blank = [{"role": "user", "content": " "}]
+    pictured = [{"role": "user", "content": [IMAGE_ITEM, text_item("\n")]}]
+    for ask in (
+        lambda: templated.text("", 0),
+        lambda: templated.text(" \n", 1),
+        lambda: templated.text([], 0),
+        lambda: templated.text(blank, 0),
+        lambda: templated.text(pictured, 1),
+        lambda: templated.text("<image> ", 1, raw=True),
+        lambda: raw.text("", 0),
+        lambda: raw.text("\t", 1),
+    ):
+        with pytest.raises(TrioError, match="^the prompt has no text: write something to ask$"):
+            ask()
+
+
+def test_messages_that_are_no_unicode_are_refused(llava_checkpoint: Path) -> None:
+    for message in (
+        {"role": "user", "content": "\ud800"},
+        {"role": "\ud800", "content": "a"},
+        {"role": "user", "content": [text_item("a"), text_item("\udfff")]},
+    ):
+        with pytest.raises(TrioError, match="not valid Unicode, at character 0"):
+            encoder(llava_checkpoint).text([message], 0)
+
+
+def test_a_text_that_the_template_leaves_out_is_a_warning(llava_checkpoint: Path) -> None:
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    ours = encoder(llava_checkpoint, template)
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "what ?"}]
+    (warning,) = ours.warnings(messages, ours.encode(ours.text(messages, 0), []))
+    assert warning.startswith("the chat template leaves out the text of message 0 (system): ")
+    ours = encoder(llava_checkpoint, "{% for m in messages %}{{ m.role }}{% endfor %}")
+    encoded = ours.encode(ours.text("what ?", 0), [])
+    assert "message 0 (user)" in ours.warnings("what ?", encoded)[0]
+    assert ours.warnings("what ?", encoded, raw=True) == []
+
+
+def test_the_tokenizers_own_truncation_and_padding_are_off(llava_checkpoint: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(llava_checkpoint / "tokenizer.json"))
+    expected = PromptEncoder(tokenizer, IMAGE, TOKENS).encode("<image> what is this ?", ["<image>"])
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=40)
+    ours = PromptEncoder(tokenizer, IMAGE, TOKENS)
+    assert ours.encode("<image> what is this ?", ["<image>"]).ids.tolist() == expected.ids.tolist()
+    assert 3 < expected.length < 40
+    assert len(ours.answer("what is this ?")) == 4
+
+
+def test_a_template_that_writes_other_placeholders_than_images_is_an_error(
+    llava_checkpoint: Path,
+) -> None:
+    ours = encoder(llava_checkpoint)
+    for text, images in (("<image><image> what ?", 1), ("what ?", 1), ("<image> what ?", 0)):
+        with pytest.raises(
+            TrioError, match=rf"{text.count('<image>')} image placeholder.*{images}"
+        ):
+            ours.encode(text, [VISUAL_TOKEN] * images)
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.given = 0
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, **options: bool) -> object:
+        self.given += len(text)
+        return self._tokenizer.encode(text, **options)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._tokenizer, name)
+
+
+@pytest.mark.parametrize("word", ["what ", "what is ", "x" * 20 + " "])
+def test_a_prompt_beyond_the_context_is_not_tokenised_to_its_end(
+    llava_checkpoint: Path, word: str
+) -> None:
+    tokenizer = Counting(Tokenizer.from_file(str(llava_checkpoint / "tokenizer.json")))
+    ours = PromptEncoder(tokenizer, IMAGE, TOKENS, CHAT_TEMPLATE, 512)  # type: ignore[arg-type]
+    for count in (1_000_000, 2000, 600):
+        with pytest.raises(TrioError, match="context is 512: shorten the text"):
+            ours.check_fits(ours.text(word * count, 0), 0)
+        assert tokenizer.given <= 3 * 16 * 512
+        tokenizer.given = 0
+    ours.check_fits(ours.text(word * 100, 0), 0)
+    with pytest.raises(TrioError, match=r"tokens \(450 of them visual\), but .* context is 512"):
+        ours.check_fits(ours.text("what " * 100, 1), 450)
+
+
 def test_words_that_the_tokenizer_does_not_know_are_named_as_they_were_written() -> None:
     words = WordLevel({"<unk>": 0, "<image>": 1, "a": 2, "cat": 3, "?": 4}, unk_token="<unk>")
     tokenizer = Tokenizer(words)

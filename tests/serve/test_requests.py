@@ -139,7 +139,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
 BAD_MESSAGES = [
     ("{", "messages is not JSON"),
     ("[" * 190, "messages is not JSON"),
-    ("[]", "JSON list"),
+    ("[]", "the prompt has no text: write something to ask"),
+    ('[{"role": "user", "content": " "}]', "the prompt has no text: write something to ask"),
+    (
+        '[{"role": "user", "content": [{"type": "image"}]}]',
+        "the prompt has no text: write something to ask",
+    ),
     ('{"role": "user"}', "JSON list"),
     ('["hello"]', "a message must be"),
     ('[{"role": "user", "content": "a", "x": 1}]', "nothing else"),

@@ -189,6 +189,7 @@ class Family:
             in, and to what `arrange` takes. Raises TrioError on what does not fit the model.
         read: config.json to sizes and options. Raises TrioError on what is not supported.
         arrange: tiles and token order of an upright RGB image.
+        visual_tokens: tokens in the prompt of an upright image of (height, width) pixels.
         request_limits: the most that one image brings, for profiles, plans, admission, benchmarks.
         reference: name of the adapter in reference/adapters.py that the oracle runs it with.
         tiny: a config.json with small sizes, for tests with random weights.
@@ -200,6 +201,7 @@ class Family:
     settings: Callable[[Mapping[str, Any], ModelConfig], tuple[dict[str, Any], Any]]
     read: Callable[[Mapping[str, Any]], ModelConfig]
     arrange: Callable[[Image.Image, Any, ModelConfig], Layout]
+    visual_tokens: Callable[[tuple[int, int], ModelConfig], int]
     request_limits: Callable[[ModelConfig], Limits]
     reference: str
     tiny: Callable[[], dict[str, Any]]

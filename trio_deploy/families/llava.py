@@ -48,6 +48,11 @@ def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) ->
     )
 
 
+def visual_tokens(size: tuple[int, int], config: ModelConfig) -> int:
+    """The same for every image."""
+    return config.vision.rows_per_tile
+
+
 def request_limits(config: ModelConfig) -> Limits:
     """One tile per image, whose rows are the visual tokens."""
     vision = config.vision
@@ -86,6 +91,7 @@ FAMILY = Family(
     settings=clip_settings,
     read=read,
     arrange=arrange,
+    visual_tokens=visual_tokens,
     request_limits=request_limits,
     reference="llava",
     tiny=tiny,

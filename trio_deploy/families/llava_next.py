@@ -64,7 +64,7 @@ def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) ->
     order = np.arange(side * side, (1 + down * across) * side * side, dtype=np.int64)
     rows = order.reshape(down, across, side, side).swapaxes(1, 2).reshape(grid)
     boxes = grid_boxes(*grid, patch).reshape(*grid, 4)
-    shown = unpadded(size, grid)
+    shown = _shown_patches(size, config)
     rows, boxes = rows[shown], boxes[shown]
     rows = np.concatenate([rows, np.full((len(rows), 1), -1, dtype=np.int64)], axis=1)
     boxes = View(top, left, scaled_size).to_image(boxes, image.size)
@@ -81,6 +81,21 @@ def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) ->
         boxes=np.concatenate([base_boxes, boxes.reshape(-1, 4)]),
         size=size,
     )
+
+
+def visual_tokens(size: tuple[int, int], config: ModelConfig) -> int:
+    """The overview's, and the patches of the canvas that show the image, with a newline per row."""
+    side = config.vision.side
+    rows, columns = _shown_patches(size, config)
+    return side * side + (rows.stop - rows.start) * (columns.stop - columns.start + 1)
+
+
+def _shown_patches(size: tuple[int, int], config: ModelConfig) -> tuple[slice, slice]:
+    """Rows and columns of the canvas' patches that show an image of (height, width) pixels."""
+    canvas = best_canvas(size, config.grid_pinpoints)
+    vision = config.vision
+    down, across = (pixels // vision.image_size * vision.side for pixels in canvas)
+    return unpadded(size, (down, across))
 
 
 def request_limits(config: ModelConfig) -> Limits:
@@ -119,6 +134,7 @@ FAMILY = Family(
     settings=clip_settings,
     read=read,
     arrange=arrange,
+    visual_tokens=visual_tokens,
     request_limits=request_limits,
     reference="llava",
     tiny=tiny,

@@ -30,6 +30,8 @@ MAX_PIXELS = 89_478_485
 #: program (Ghostscript for EPS), which an untrusted picture must not do.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
+_SIZED = tuple(form for form in FORMATS if form != "ICO")  # whose headers tell the picture's size
+
 
 @dataclass(frozen=True)
 class ImageSettings:
@@ -128,9 +130,31 @@ def encoded_size(data: bytes) -> tuple[int, int]:
         TrioError: not a picture in one of `FORMATS` but ICO, whose header need not tell the size
             of the picture inside.
     """
-    formats = [form for form in FORMATS if form != "ICO"]
-    with _opened(io.BytesIO(data), "the image", formats) as image:
+    with _opened(io.BytesIO(data), "the image", _SIZED) as image:
         return image.size
+
+
+def header_size(source: Any) -> tuple[int, int] | None:
+    """(height, width) of anything that `open_image` takes, without decoding it.
+
+    None where that cannot be told: the source is no picture, or its header does not say it.
+    """
+    if isinstance(source, Image.Image):
+        width, height = source.size
+    elif isinstance(source, np.ndarray):
+        height, width = source.shape[:2] if source.ndim == 3 else (0, 0)
+    else:
+        try:
+            with (
+                Path(source).open("rb")
+                if isinstance(source, (str, os.PathLike))
+                else io.BytesIO(source) as file,
+                _opened(file, "the image", _SIZED) as image,
+            ):
+                width, height = image.size
+        except (TrioError, OSError, TypeError, ValueError):
+            return None
+    return (height, width) if width > 0 and height > 0 else None
 
 
 def resize(image: Image.Image, size: tuple[int, int], settings: ImageSettings) -> Image.Image:

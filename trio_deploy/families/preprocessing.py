@@ -9,7 +9,7 @@ from PIL import Image
 
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import Layout, ModelConfig
-from trio_deploy.families.pixels import open_image
+from trio_deploy.families.pixels import header_size, open_image
 from trio_deploy.families.registry import get_family
 from trio_deploy.files import brief
 
@@ -47,6 +47,17 @@ class Preprocessor:
     def open_image(source: Any) -> Image.Image:
         """A path, bytes or Pillow image as upright RGB; see `pixels.open_image`."""
         return open_image(source)
+
+    def least_tokens(self, source: Any) -> int:
+        """Tokens in the prompt that an image surely brings, from its header alone.
+
+        0 where the header does not tell: what is wrong with such an image shows when it is opened.
+        """
+        if (size := header_size(source)) is None:
+            return 0
+        # The picture may be stored lying on its side.
+        sizes = (size, size[::-1])
+        return min(self._family.visual_tokens(each, self._config) for each in sizes)
 
     def __call__(self, image: Any) -> Layout:
         """Preprocess one image: anything that `open_image` takes.

@@ -65,10 +65,16 @@ def with_pictures(requests: Sequence[Request]) -> list[Request]:
 
     return [
         replace(request, images=[file_of(source) for source in request.image_list])
-        if any(map(is_address, request.image_list))
+        if _has_address(request)
         else request
         for request in requests
     ]
+
+
+def _has_address(request: Request) -> bool:
+    """Whether there is anything to fetch; what is wrong with the request is found elsewhere."""
+    images = getattr(request, "images", ())
+    return any(map(is_address, images if isinstance(images, list | tuple) else [images]))
 
 
 def fetch(address: str, limits: FetchLimits | None = None) -> bytes:

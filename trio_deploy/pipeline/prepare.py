@@ -43,7 +43,11 @@ class RequestPreparer:
         tokens = {key: token for key, token in bundle.tokens.items() if isinstance(token, str)}
         tokenizer = load_tokenizer(bundle.tokenizer_path, "export the bundle again")
         self.encoder = PromptEncoder(
-            tokenizer, bundle.config.image_token_id, tokens, bundle.chat_template
+            tokenizer,
+            bundle.config.image_token_id,
+            tokens,
+            bundle.chat_template,
+            bundle.config.text.max_positions,
         )
         self._bundle = bundle
         self._preprocessor = Preprocessor.from_json(bundle.preprocessor, bundle.config)
@@ -88,11 +92,15 @@ class RequestPreparer:
         started: float,
         before_image: Callable[[], object] | None = None,
     ) -> SequenceState:
-        if request.max_new_tokens < 1:
-            raise TrioError(f"max_new_tokens must be 1 or more, got {request.max_new_tokens}")
+        if not isinstance(request, Request):
+            raise TrioError(f"a request must be a Request, got {type(request).__name__}")
         sampling = self._sampling_options(request)
         sources = request.image_list
         text = self.encoder.text(request.prompt, len(sources), raw=request.raw)
+        # Before anything large is tokenised or decoded.
+        visual = sum(self._preprocessor.least_tokens(source) for source in sources)
+        rendered = self.encoder.has_template and not request.raw
+        self.encoder.check_fits(text, visual, rendered=rendered)
         for source in sources:
             if before_image is not None:
                 before_image()
@@ -103,7 +111,6 @@ class RequestPreparer:
             image, layout = opened[id(source), request.bgr]
             images.append(image)
             layouts.append(layout)
-        rendered = self.encoder.has_template and not request.raw
         prompt = self.encoder.encode(text, [layout.text for layout in layouts], rendered=rendered)
         context = self._bundle.config.text.max_positions
         _check_context(prompt, len(request.forced), context)
@@ -126,7 +133,9 @@ class RequestPreparer:
             stop_scanner=StopScanner(request.stop_strings),
             end_tokens=self._end_tokens,
             started=started,
-            warnings=self.encoder.warnings(request.prompt, prompt),
+            warnings=self.encoder.warnings(
+                request.prompt, prompt, images=len(sources), raw=request.raw
+            ),
         )
 
     def _open(self, source: ImageSource, bgr: bool) -> tuple[Image.Image, Layout]:

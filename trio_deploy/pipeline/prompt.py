@@ -11,7 +11,9 @@ from tokenizers import Tokenizer
 from trio_deploy.checkpoint.chat_template import ChatTemplate, Message
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import VISUAL_TOKEN, Layout
+from trio_deploy.pipeline.conversation import NO_TEXT, Renderer, contents, require_text, texts_of
 
+_CHARACTERS_PER_TOKEN = 16  # the longest of many vocabularies' tokens
 _WORDS = 8  # maximum number of words that a warning names, so that it stays one line
 
 
@@ -54,8 +56,12 @@ class PromptEncoder:
         image_token_id: int,
         tokens: Mapping[str, str],
         template: str | None = None,
+        context: int | None = None,
     ) -> None:
-        """`tokens` maps `bos_token`, `eos_token`, … to strings; `template` is jinja2 source.
+        """Args:
+            tokens: `bos_token`, `eos_token`, … as strings.
+            template: jinja2 source of the chat template; None or empty: there is none.
+            context: tokens that the model takes; None: any number.
 
         Raises:
             TrioError: the tokenizer does not know the image token.
@@ -74,38 +80,44 @@ class PromptEncoder:
                 "config names; take tokenizer and config from one checkpoint"
             )
         self.image_token = image_token
-        self._template = ChatTemplate(template, tokens) if template else None
+        chat = ChatTemplate(template, tokens) if template else None
+        self._renderer = Renderer(chat, image_token) if chat else None
+        self._context = context
+        # Unknown words and spaces apart, no text is longer than its tokens.
+        longest = max(map(len, tokenizer.get_vocab()), default=0)
+        self._longest = max(longest, _CHARACTERS_PER_TOKEN)
 
     def text(self, prompt: str | Sequence[Message], images: int, *, raw: bool = False) -> str:
         """The prompt's full text, one placeholder per image.
 
-        A plain string becomes a user message after the images; where the checkpoint has no chat
+        A plain string becomes a user message after the images; where the bundle has no chat
         template or `raw` is set, it is taken as it is, with the images in front if it has no
         placeholder.
 
         Raises:
-            TrioError: messages without a chat template, or placeholders that do not match the
-                number of images.
+            TrioError: nothing is said, or more than the context holds; messages without a chat
+                template; placeholders that do not match the number of images.
         """
         token = self.image_token
-        if isinstance(prompt, str) and (raw or self._template is None):
+        texts = texts_of(prompt)
+        self._check_characters(sum(map(len, texts)))
+        if isinstance(prompt, str) and (raw or self._renderer is None):
             if images and token not in prompt:
                 prompt = f"{token}\n" * images + prompt
             self._check_count(prompt.count(token), images)
+            require_text(texts, token)
             return prompt
-        if self._template is None:
+        if self._renderer is None:
             raise TrioError(
                 "this bundle has no chat template, so messages cannot be rendered; pass the whole "
                 f"prompt as one string, with {token} where the image belongs"
             )
-        if isinstance(prompt, str):
-            content: list[dict[str, str]] = [{"type": "image"}] * images
-            prompt = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+        messages = _messages(prompt, images)
         placeholders = 0
-        for message in prompt:
-            items, texts = _contents(message)
-            placeholders += items + sum(text.count(token) for text in texts)
-            if any(token in text for text in texts):
+        for message in messages:
+            items, said = contents(message)
+            placeholders += items + sum(text.count(token) for text in said)
+            if any(token in text for text in said):
                 raise TrioError(
                     f"a message's text contains the image placeholder {token} itself "
                     f"({placeholders} placeholders for {images} images); "
@@ -116,7 +128,47 @@ class PromptEncoder:
             "plain-string content there is nowhere for the image)"
         )
         self._check_count(placeholders, images, None if placeholders else advice)
-        return self._template.render(prompt)
+        require_text(texts, token)
+        return self._renderer.render(messages)
+
+    def check_fits(self, text: str, visual: int, *, rendered: bool = True) -> None:
+        """Check that the context holds a prompt, without tokenising more than it takes to tell.
+
+        Args:
+            text: the full text, one placeholder per image.
+            visual: tokens that the images will have, or fewer.
+            rendered: as of `encode`.
+
+        Raises:
+            TrioError: it does not.
+        """
+        if self._context is None or (not visual and len(text) <= self._context):
+            return
+        size, special = _CHARACTERS_PER_TOKEN * self._context, not self._is_begun(text, rendered)
+        while True:
+            ids = self._tokenizer.encode(text[:size], add_special_tokens=special).ids
+            tokens = sum(token != self._image_token_id for token in ids)
+            if size >= len(text):
+                self._check_tokens(tokens + visual, visual)
+                return
+            # Where the text is cut, its last words may become more tokens than they are.
+            if tokens > self._context + self._context // 4 + _CHARACTERS_PER_TOKEN:
+                raise self._too_long(f"more than {self._context} tokens of text")
+            size *= 2
+
+    def _check_tokens(self, tokens: int, visual: int) -> None:
+        if self._context is not None and tokens >= self._context:
+            raise self._too_long(f"{tokens} tokens ({visual} of them visual)")
+
+    def _check_characters(self, characters: int) -> None:
+        if self._context is not None and characters > self._context * self._longest:
+            raise self._too_long(f"{characters} characters, {self._longest} per token or more")
+
+    def _too_long(self, size: str) -> TrioError:
+        return TrioError(
+            f"the prompt has {size}, but the model's context is {self._context}: shorten the text "
+            "or pass fewer images"
+        )
 
     def encode(self, text: str, images: Sequence[str], *, rendered: bool = True) -> Prompt:
         """Tokenise `text` with the i-th placeholder replaced by `images[i]`, a `Layout.text`.
@@ -130,35 +182,53 @@ class PromptEncoder:
         Raises:
             TrioError: placeholders and images differ in number, or there is no text at all.
         """
-        begun = rendered and bool(self._bos_token) and text.startswith(self._bos_token or "")
+        special = not self._is_begun(text, rendered)
         first, *rest = text.split(self.image_token)
         self._check_count(len(rest), len(images))
         pieces = [first]
         for image, piece in zip(images, rest, strict=True):
             pieces += [image.replace(VISUAL_TOKEN, self.image_token), piece]
         ids = np.array(
-            self._tokenizer.encode("".join(pieces), add_special_tokens=not begun).ids,
+            self._tokenizer.encode("".join(pieces), add_special_tokens=special).ids,
             dtype=np.int64,
         )
         visual = ids == self._image_token_id
         if visual.all():
-            raise TrioError("the prompt has no text: write something to ask")
+            raise TrioError(NO_TEXT)
         return Prompt(ids, visual, np.arange(len(ids), dtype=np.int64)[None])
+
+    def _is_begun(self, text: str, rendered: bool) -> bool:
+        """Whether a chat template wrote BOS already."""
+        return rendered and bool(self._bos_token) and text.startswith(self._bos_token or "")
 
     def answer(self, text: str) -> list[int]:
         """Token ids of an answer's text, without special tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def warnings(self, prompt: str | Sequence[Message], encoded: Prompt) -> list[str]:
+    def warnings(
+        self,
+        prompt: str | Sequence[Message],
+        encoded: Prompt,
+        *,
+        images: int = 0,
+        raw: bool = False,
+    ) -> list[str]:
         """What the asker should know about how a prompt was understood, a sentence each.
 
         Args:
             encoded: what `encode` made of the prompt.
+            images, raw: as of `text`.
         """
-        if self._unknown_id is None or self._unknown_id not in encoded.ids:
-            return []
-        words = dict.fromkeys(word for text in _texts(prompt) for word in self.unknown(text))
-        return [_unknown_words(list(words), self._tokenizer.get_vocab_size())] if words else []
+        found = []
+        if self._renderer is not None and not (raw and isinstance(prompt, str)):
+            messages = _messages(prompt, images)
+            if left_out := self._renderer.left_out(messages):
+                found.append(_left_out(messages, left_out))
+        if self._unknown_id is not None and self._unknown_id in encoded.ids:
+            words = dict.fromkeys(word for text in texts_of(prompt) for word in self.unknown(text))
+            if words:
+                found.append(_unknown_words(list(words), self._tokenizer.get_vocab_size()))
+        return found
 
     def unknown(self, text: str) -> list[str]:
         """Parts of a text that the tokenizer maps to its unknown token, each once, in order.
@@ -182,7 +252,7 @@ class PromptEncoder:
     @property
     def has_template(self) -> bool:
         """Whether messages can be rendered."""
-        return self._template is not None
+        return self._renderer is not None
 
     def decode(self, ids: list[int]) -> str:
         """Text of generated tokens, without special tokens."""
@@ -196,6 +266,24 @@ class PromptEncoder:
             )
 
 
+def _messages(prompt: str | Sequence[Message], images: int) -> Sequence[Message]:
+    """A conversation; of a plain question, a user message after its images."""
+    if not isinstance(prompt, str):
+        return prompt
+    items = [{"type": "image"}] * images
+    return [{"role": "user", "content": [*items, {"type": "text", "text": prompt}]}]
+
+
+def _left_out(messages: Sequence[Message], numbers: Sequence[int]) -> str:
+    """A warning of messages that the model does not get to see; one line."""
+    named = ", ".join(f"{number} ({messages[number]['role']!s:.20})" for number in numbers[:_WORDS])
+    more = f" and {len(numbers) - _WORDS} more" if len(numbers) > _WORDS else ""
+    return (
+        f"the chat template leaves out the text of message {named}{more}: the model does not see "
+        "it; correct the template, or export with --chat-template"
+    )
+
+
 def _unknown_words(words: Sequence[str], vocabulary: int) -> str:
     """A warning of words that the vocabulary lacks; one line."""
     named = ", ".join(map(repr, words[:_WORDS]))
@@ -204,41 +292,6 @@ def _unknown_words(words: Sequence[str], vocabulary: int) -> str:
         f"the model's vocabulary of {vocabulary} tokens lacks {named}{more}: the model cannot tell "
         "unknown words apart; ask in other words"
     )
-
-
-def _texts(prompt: str | Sequence[Message]) -> list[str]:
-    """What a prompt says, message by message."""
-    if isinstance(prompt, str):
-        return [prompt]
-    return [text for message in prompt for text in _contents(message)[1]]
-
-
-def _contents(message: Message) -> tuple[int, list[str]]:
-    """Number of image items of a message, and its texts.
-
-    Raises:
-        TrioError: it is not a message in Hugging Face's format.
-    """
-    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise TrioError('a message must be {"role": ..., "content": ...}')
-    content = message["content"]
-    if isinstance(content, str):
-        return 0, [content]
-    if not isinstance(content, list | tuple):
-        raise TrioError("a message's content must be a string or a list of items")
-    images, texts = 0, []
-    for item in content:
-        kind = item.get("type") if isinstance(item, Mapping) else None
-        if kind == "image":
-            images += 1
-        elif kind == "text" and isinstance(item.get("text"), str):
-            texts.append(item["text"])
-        else:
-            raise TrioError(
-                'a content item must be {"type": "image"} or {"type": "text", "text": "..."}, '
-                f"got {item!r:.80}"
-            )
-    return images, texts
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from trio_deploy.checkpoint.chat_template import Message
 from trio_deploy.config.sampling import SamplingOptions
+from trio_deploy.errors import TrioError, shown
 from trio_deploy.families.base import Layout
+from trio_deploy.files import require_unicode
 from trio_deploy.schedule.schedule import Schedule
 
 ImageSource = Image.Image | np.ndarray | str | os.PathLike[str] | bytes
+IMAGE_KINDS: tuple[type, ...] = (
+    Image.Image,
+    np.ndarray,
+    str,
+    os.PathLike,
+    bytes,
+    bytearray,
+    memoryview,
+)
+_LARGEST = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -54,17 +68,77 @@ class Request(SamplingOptions):
     bundle_sampling: bool = True
     bgr: bool = False
 
+    def check(self, vocabulary: int | None = None) -> None:
+        """Check the kinds of all fields, and the ranges of those that no bundle decides.
+
+        Args:
+            vocabulary: number of tokens of the model, if known.
+
+        Raises:
+            TrioError: which field is wrong, and what it must be.
+        """
+        super().check(vocabulary)
+        if isinstance(self.prompt, str):
+            require_unicode(self.prompt, "the prompt")
+        elif not isinstance(self.prompt, list | tuple):
+            raise TrioError(
+                f"prompt must be a text or a list of messages, got {shown(self.prompt)}"
+            )
+        if not isinstance(self.images, IMAGE_KINDS) and not isinstance(self.images, list | tuple):
+            raise TrioError(f"images must be pictures or a list of them, got {shown(self.images)}")
+        for number, image in enumerate(self.image_list):
+            if not isinstance(image, IMAGE_KINDS):
+                raise TrioError(
+                    f"images[{number}] must be a path, bytes, a Pillow image or an array, "
+                    f"got {shown(image)}"
+                )
+        _check_number("max_new_tokens", self.max_new_tokens, Integral)
+        if self.max_new_tokens < 1:
+            raise TrioError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+        for stop in _list("stop", self.stop, str):
+            if not isinstance(stop, str):
+                raise TrioError(f"stop must be texts, got {shown(stop)}")
+            require_unicode(stop, "a stop string")
+        if self.budget is not None:
+            _check_number("budget", self.budget, Real)
+        for keep in _list("keep", self.keep):
+            _check_number("keep", keep, Real)
+        for token in _list("forced", self.forced):
+            _check_number("forced", token, Integral)
+            if token < 0 or (vocabulary is not None and token >= vocabulary):
+                raise TrioError(f"forced has the token {token}, which the model does not have")
+        for name in ("raw", "bundle_sampling", "bgr"):
+            if not isinstance(getattr(self, name), bool):
+                raise TrioError(f"{name} must be true or false, got {shown(getattr(self, name))}")
+
     @property
     def image_list(self) -> list[ImageSource]:
         """The images, also where one came alone."""
-        if isinstance(self.images, str | bytes | os.PathLike | Image.Image | np.ndarray):
-            return [self.images]
-        return list(self.images)
+        if isinstance(self.images, IMAGE_KINDS):
+            return [self.images]  # type: ignore[list-item]
+        return list(self.images)  # type: ignore[arg-type]
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings, also where one came alone."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def _list(name: str, value: Any, *alone: type) -> Sequence[Any]:
+    """The items of a field; `alone` are kinds that may stand there without a list."""
+    if alone and isinstance(value, alone):
+        return [value]
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, list | tuple | range):
+        raise TrioError(f"{name} must be a list, got {shown(value)}")
+    return value
+
+
+def _check_number(name: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool) or not abs(value) < _LARGEST:
+        what = "a whole number" if kind is Integral else "a finite number"
+        raise TrioError(f"{name} must be {what}, got {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -92,7 +166,8 @@ class Generation:
         logprobs: natural logarithms of the forced tokens' probabilities; `greedy`: whether each was
             the most likely.
         warnings: what may make the answer wrong, a sentence each: words that the model does not
-            know, or a selection whose scores tell no visual token from another.
+            know, messages that the chat template leaves out, or a selection whose scores tell no
+            visual token from another.
         sampling: how the tokens were chosen: the request's options over the bundle's.
     """
 

@@ -18,6 +18,7 @@ from trio_deploy.checkpoint.chat_template import Message
 from trio_deploy.config.sampling import SAMPLING_OPTIONS, SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.pixels import encoded_size
+from trio_deploy.pipeline.conversation import require_text, texts_of
 from trio_deploy.pipeline.request import Request
 from trio_deploy.serve.limits import ServiceLimits
 
@@ -141,7 +142,9 @@ def _prompt(client: ClientRequest, limits: ServiceLimits) -> str | list[Message]
             f"{name} has {len(raw)} bytes, but max_prompt_bytes is {limits.max_prompt_bytes}"
         )
     text = _decode(raw, name)
-    return text if name == "prompt" else _messages(text)
+    prompt = text if name == "prompt" else _messages(text)
+    require_text(texts_of(prompt))
+    return prompt
 
 
 def _messages(text: str) -> list[Message]:
@@ -149,7 +152,7 @@ def _messages(text: str) -> list[Message]:
         messages = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TrioError(f"messages is not JSON: {str(error) or 'nested too deeply'}") from None
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list):
         raise TrioError('messages must be a JSON list of {"role": ..., "content": ...}')
     return [_message(message) for message in messages]
 
