@@ -231,12 +231,12 @@ class Bundle:
     def tokens(self) -> dict[str, Any]:
         """tokens.json: `bos_token`, `eos_token`, `pad_token`, `unk_token`, `image_token` (strings
         or null) and `image_token_id`."""
-        return dict(self._json(TOKENS))
+        return self._object(TOKENS)
 
     @cached_property
     def preprocessor(self) -> dict[str, Any]:
         """preprocessor.json, what `families.preprocessing.Preprocessor.to_json` gave."""
-        return dict(self._json(PREPROCESSOR))
+        return self._object(PREPROCESSOR)
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -245,12 +245,15 @@ class Bundle:
             return None
         return read_text(safe_path(self.path, CHAT_TEMPLATE), "export the bundle again")
 
-    def _json(self, name: str) -> Any:
+    def _object(self, name: str) -> dict[str, Any]:
         file = safe_path(self.path, name)
         try:
-            return read_json(file, "export the bundle again")
+            raw = read_json(file, "export the bundle again")
         except FileNotFoundError:
             raise TrioError(f"the bundle {self.path} lacks {name}: export it again") from None
+        if not isinstance(raw, dict):
+            raise TrioError(f"{file} does not hold a JSON object: export the bundle again")
+        return raw
 
 
 def _is_weight(name: str) -> bool:

@@ -26,8 +26,9 @@ def has_file(file: Path) -> bool:
             ) from None
         return False
     except OSError as error:
+        name = file if len(file.name) < 256 else file.with_name(f"{file.name[:80]}…")
         raise TrioError(
-            f"{file} cannot be read ({error.strerror}): download the checkpoint again"
+            f"{name} cannot be read ({error.strerror}): download the checkpoint again"
         ) from error
     if not stat.S_ISREG(mode):
         raise TrioError(f"{file} is not a file: download the checkpoint again")
