@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
+from tests.support.waiting import WAIT_S, wait_for
 from trio_deploy import RuntimeOptions
 from trio_deploy.bench.synthetic import RandomModel, make_bundle
 from trio_deploy.cli import main as cli
@@ -64,3 +69,32 @@ def test_several_numbers_of_pictures_are_a_sweep(capsys):
 def test_a_command_is_shown_without_this_machines_folders():
     arguments = ["bench", "/home/me/b", "--out=/tmp/x/f", "--budget", "0.1", "--cache", "c d"]
     assert shown_command(arguments) == "trio bench b --out=f --budget 0.1 --cache 'c d'"
+
+
+# Runs the command line with another interpreter for its children.
+PROGRAM = """
+import sys
+sys.executable = sys.argv[1]
+from trio_deploy.cli.main import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_signal_ends_the_process_that_measures_memory_too(random_bundle, tmp_path):
+    number, child = tmp_path / "number", tmp_path / "python"
+    waiting = f'exec {sys.executable} -c "import time; time.sleep(1000)"'
+    child.write_text(f"#!/bin/sh\necho $$ > {number}.part\nmv {number}.part {number}\n{waiting}\n")
+    child.chmod(0o755)
+    options = "--new-tokens 2 --runs 1 --warm-up 0 --baselines none --threads 1"
+    words = ["bench", str(random_bundle.path), *options.split(), "--out", str(tmp_path / "b")]
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(child), *words])
+    try:
+        wait_for(lambda: number.is_file() or process.poll() is not None)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 128 + signal.SIGTERM
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(number.read_text()), 0)
+    finally:
+        process.kill()
+        process.wait()
+    assert not list(tmp_path.glob("b.*"))

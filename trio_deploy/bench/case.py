@@ -38,6 +38,7 @@ class Case:
         options: how the bundle is run.
         checkpoint: folder of the checkpoint, for OpenVINO GenAI.
         python: interpreter that has OpenVINO GenAI.
+        pruning_ratio: per cent of the visual tokens that GenAI's own pruner is told to drop.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Case:
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
     checkpoint: str | None = None
     python: str | None = None
+    pruning_ratio: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -27,11 +27,25 @@ def main() -> None:
     config = pipeline.get_generation_config()
     config.max_new_tokens = options["new_tokens"]
     config.ignore_eos = True
+    ratio = options["pruning_ratio"]
+    pruning = None if ratio is None else {"known": hasattr(config, "pruning_ratio"), "ratio": ratio}
     for line in sys.stdin:
         pictures = [openvino.Tensor(picture[None]) for picture in np.load(line.strip())]
+
+        def answer(pictures: list[Any] = pictures) -> Any:
+            return pipeline.generate(options["prompt"], images=pictures, generation_config=config)
+
+        plain = None
+        if pruning is not None and pruning["known"] and "same" not in pruning:
+            plain = answer()  # once, to tell what the pruner does
+            config.pruning_ratio = ratio
         start = time.perf_counter()
-        result = pipeline.generate(options["prompt"], images=pictures, generation_config=config)
+        result = answer()
         wall = time.perf_counter() - start
+        if pruning is not None and plain is not None:
+            pruning["before"] = plain.perf_metrics.get_num_input_tokens()
+            pruning["after"] = result.perf_metrics.get_num_input_tokens()
+            pruning["same"] = plain.texts == result.texts
         metrics = result.perf_metrics
         several = options["new_tokens"] > 1
         reply = {
@@ -39,6 +53,7 @@ def main() -> None:
             "wall_s": wall,
             "tokens_per_s": 1000 / metrics.get_tpot().mean if several else 0.0,
             "input_tokens": metrics.get_num_input_tokens(),
+            "pruning": pruning,
             "peak_mib": _peak_mib(),
             "version": openvino_genai.__version__,
         }

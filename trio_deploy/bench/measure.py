@@ -164,7 +164,7 @@ class Measurement:
         except TrioError as error:
             if case.kind not in BASELINES or self._options.baselines:
                 raise
-            self._skipped[case.kind] = str(error)
+            self._skipped[case.name if case.pruning_ratio else case.kind] = str(error)
             return False
         self._answers[case.name] = answer
         return True
@@ -269,23 +269,36 @@ def list_cases(bundle: Bundle, options: BenchOptions) -> tuple[list[Case], dict[
                 raise TrioError(f"the baseline {kind} cannot be measured: {reason}")
             skipped[kind] = reason
             continue
-        cases.append(_baseline(kind, cases, options))
+        cases += _baseline(kind, cases, options, bundle)
     return cases, skipped
 
 
-def _baseline(kind: str, cases: Sequence[Case], options: BenchOptions) -> Case:
+def _baseline(
+    kind: str, cases: Sequence[Case], options: BenchOptions, bundle: Bundle
+) -> list[Case]:
     base = cases[0]
     if kind == "oracle":  # compared with the first pruned case
-        return replace(cases[1], name=f"oracle, autograd, {cases[1].name}", kind=kind)
+        return [replace(cases[1], name=f"oracle, autograd, {cases[1].name}", kind=kind)]
     if kind == "transformers":
-        return replace(base, name=f"transformers, {UNPRUNED}", kind=kind)
-    return replace(
+        return [replace(base, name=f"transformers, {UNPRUNED}", kind=kind)]
+    genai = replace(
         base,
         name=f"OpenVINO GenAI, {UNPRUNED}",
         kind=kind,
         checkpoint=options.checkpoint,
         python=options.genai_python or sys.executable,
     )
+    pruned = next((case for case in cases[1:] if case.kind == "trio"), None)
+    if pruned is None:
+        return [genai]
+    ratio = round(100 * (1 - _share(pruned.budget, bundle)))  # it takes whole per cent
+    own = replace(
+        genai,
+        name=f"OpenVINO GenAI, CDPruner, {100 - ratio} %",
+        budget=pruned.budget,
+        pruning_ratio=ratio,
+    )
+    return [genai, own]
 
 
 def _missing(kind: str, bundle: Bundle, options: BenchOptions) -> str | None:
@@ -312,8 +325,12 @@ def _missing(kind: str, bundle: Bundle, options: BenchOptions) -> str | None:
 
 def budget_name(budget: float | None, bundle: Bundle) -> str:
     """`11.1 %`; a bundle's own schedule is named by its average share."""
-    if budget is None:
-        visual = request_limits(bundle.config).tile_rows
-        layers = bundle.config.text.num_layers
-        budget = bundle.schedule.average(visual, layers) / visual
-    return f"{100 * budget:.3g} %"
+    return f"{100 * _share(budget, bundle):.3g} %"
+
+
+def _share(budget: float | None, bundle: Bundle) -> float:
+    """A budget, or the average share of a bundle's own schedule."""
+    if budget is not None:
+        return budget
+    visual = request_limits(bundle.config).tile_rows
+    return bundle.schedule.average(visual, bundle.config.text.num_layers) / visual

@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -108,6 +109,7 @@ class GenAI:
             "precision": _PRECISIONS[self._precision],
             "prompt": work.prompt,
             "new_tokens": work.new_tokens,
+            "pruning_ratio": case.pruning_ratio,
         }
         with self._errors.open("w", encoding="utf-8") as errors:
             self._child = subprocess.Popen(
@@ -153,6 +155,7 @@ class GenAI:
             first_token_s=reply["first_token_s"],
             tokens_per_s=reply["tokens_per_s"],
             prompt_tokens=reply["input_tokens"],
+            remark=pruning_text(reply["pruning"]),
             precision=self._precision,
             # GenAI does not say what it computes in: its properties are those that were passed.
             ran_as=RanAs("openvino genai", None, None, "float16", self._precision, "CPU"),
@@ -170,3 +173,23 @@ class GenAI:
         self._child.wait()
         errors = self._errors.read_text(encoding="utf-8").strip().splitlines() or ["no message"]
         raise TrioError(f"OpenVINO GenAI failed on this checkpoint ({errors[-1]})")
+
+
+def pruning_text(tried: Mapping[str, Any] | None) -> str:
+    """What GenAI's own pruner did, for a table; "" if it was not tried.
+
+    Args:
+        tried: `known`, whether this GenAI has a pruner; `ratio`, its per cent; `before` and
+            `after`, the input tokens without and with it; `same`, whether both gave one answer.
+    """
+    if tried is None:
+        return ""
+    if not tried["known"]:
+        return "this version has no pruning_ratio, so nothing was pruned"
+    told = f"pruning_ratio {tried['ratio']} %"
+    dropped = tried["before"] - tried["after"]
+    if dropped:
+        return f"{told} dropped {dropped} of {tried['before']} input tokens"
+    if tried["same"]:
+        return f"{told} was ignored: as many input tokens and the same answer without it"
+    return f"{told} changed the answer, and not the number of input tokens that is reported"
