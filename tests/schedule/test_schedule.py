@@ -91,7 +91,10 @@ def test_unreadable_json_is_refused(raw):
         ("-1:5", "layers 0 to 31"),
         ("1:54,10:92", "not increase"),
         ("1:0.1,10:0.2", "not increase"),
+        ("33:5", "layers 0 to 31"),
+        ("1:-0.5", "above 0"),
         ("1:0.5,10:54", "mixes"),
+        ("1:54,10:0.5", "mixes"),
     ],
 )
 def test_impossible_schedules_are_refused(text, words):
@@ -104,7 +107,12 @@ def test_unknown_method_is_refused():
         Schedule((PruningPoint(1, 0.5, "best"),)).validate(32)
 
 
-@pytest.mark.parametrize("text", ["1:1.0, 2:0.5", "1:1", "1:92, 10:54", "1:0.16"])
+@pytest.mark.parametrize("text", ["0:0", "31:576", "1:1.0", "0:0.5:vscan", "0:9:cls-attention"])
+def test_the_first_and_last_layer_and_every_keep_within_bounds_are_taken(text):
+    Schedule.parse(text).validate(32, visual=576)
+
+
+@pytest.mark.parametrize("text", ["1:1.0, 2:0.5", "1:1", "1:92, 10:54", "1:0.16", "0:0.5:vscan"])
 def test_a_schedule_prints_as_it_is_read(text):
     assert str(Schedule.parse(text)) == text
 

@@ -1,0 +1,203 @@
+"""Change one operator, number or statement of a module at a time and see whether a test fails.
+
+    pip install cosmic-ray
+    python scripts/mutation_test.py trio_deploy/schedule/budget.py tests/schedule
+    python scripts/mutation_test.py trio_deploy/selection/*.py tests/selection --sample 200
+
+Mutants are Cosmic Ray's. Each is written into a copy of the package, and the tests run in a child
+of this process, which has loaded the libraries already. A mutant that no test notices is printed as
+a diff, unless tests/mutants_without_effect.yaml lists it with the reason why it changes nothing.
+Exit status 1: a survivor is not listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from time import monotonic
+
+import yaml
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+WITHOUT_EFFECT = ROOT / "tests" / "mutants_without_effect.yaml"
+COPIED = ("trio_deploy", "export", "engines", "tests", "scripts", "examples", "pyproject.toml")
+NOT_COPIED = shutil.ignore_patterns("__pycache__")
+TIMEOUT = 4  # times the seconds that the tests take without a mutation, at least MIN_TIMEOUT
+MIN_TIMEOUT = 30
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One changed line of a module.
+
+    Attributes:
+        module: path from the repository's root.
+        code: the module's mutated text.
+        line: its number; before, after: its text.
+    """
+
+    module: str
+    code: str
+    line: int
+    before: str
+    after: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What identifies the mutant while lines move."""
+        return self.module, self.before.strip(), self.after.strip()
+
+
+def mutants(module: Path) -> Iterator[Mutant]:
+    """All mutants of a module but those that cannot matter.
+
+    These are the ones of annotations, which nothing evaluates, and `is` for `==`, which differs
+    for equal objects that are not the same: of booleans, small numbers and names there are none.
+    """
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    source = module.read_text(encoding="utf-8")
+    idle = annotated(source)
+    seen = set()
+    for name in operator_names():
+        kind = get_operator(name)
+        if kind.arguments() or name.endswith(("_Is", "_IsNot")):
+            continue
+        operator = kind()
+        places = [
+            place
+            for node in ast_nodes(get_ast(source))
+            for place in operator.mutation_positions(node)
+        ]
+        for number, (start, _) in enumerate(places):
+            if any(first <= start < last for first, last in idle):
+                continue
+            code = mutate_code(source, operator, number)
+            if code is None or code == source or code in seen:
+                continue
+            seen.add(code)
+            old, new = source.splitlines(), code.splitlines()
+            line = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
+            yield Mutant(str(module.relative_to(ROOT)), code, line + 1, old[line], new[line])
+
+
+def annotated(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """(line, column) of the begin and the end of each annotation."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        for name in ("annotation", "returns"):
+            inner = getattr(node, name, None)
+            if isinstance(inner, ast.expr):
+                assert inner.end_lineno is not None and inner.end_col_offset is not None
+                end = (inner.end_lineno, inner.end_col_offset)
+                found.append(((inner.lineno, inner.col_offset), end))
+    return found
+
+
+def noticed(copy: Path, tests: Sequence[str], seconds: float) -> bool:
+    """Whether a test fails in the copy; one that takes longer than `seconds` has failed, too."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        signal.alarm(int(seconds))
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        os._exit(run_tests(copy, tests))
+    _, status = os.waitpid(child, 0)
+    return status != 0
+
+
+def run_tests(copy: Path, tests: Sequence[str]) -> int:
+    """Run tests in the copy and return pytest's exit status; for a process of its own."""
+    import pytest
+
+    sys.dont_write_bytecode = True
+    os.chdir(copy)
+    sys.path.insert(0, str(copy))
+    os.environ["PYTHONPATH"] = str(copy)  # of what the tests start
+    quiet = ["-q", "-x", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    return int(pytest.main([*quiet, *tests]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("modules", nargs="+", type=Path, help="modules to change, then their tests")
+    parser.add_argument("--sample", type=int, help="number of mutants to draw (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    args = parser.parse_args()
+    paths = [path.resolve() for path in args.modules]
+    modules = [path for path in paths if path.is_relative_to(ROOT / "trio_deploy")]
+    tests = [str(path.relative_to(ROOT)) for path in paths if path not in modules]
+    if not modules or not tests:
+        parser.error("name at least one module of trio_deploy and one test")
+    # What the tests need, loaded here once and not in every child.
+    for name in (
+        "hypothesis.strategies",
+        "ml_dtypes",
+        "msgspec",
+        "numpy",
+        "PIL.Image",
+        "tokenizers",
+    ):
+        import_module(name)
+
+    found = [mutant for module in modules for mutant in mutants(module)]
+    if args.sample is not None and args.sample < len(found):
+        found = random.Random(args.seed).sample(found, args.sample)
+    listed = yaml.safe_load(WITHOUT_EFFECT.read_text(encoding="utf-8")) or []
+    known = {(one["module"], one["before"], one["after"]) for one in listed}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            from_, to = ROOT / name, copy / name
+            if from_.is_dir():
+                shutil.copytree(from_, to, ignore=NOT_COPIED)
+            else:
+                shutil.copy(from_, to)
+        survivors = surviving(copy, found, tests)
+    unlisted = [mutant for mutant in survivors if mutant.key not in known]
+    print(
+        f"{len(found)} mutants: {len(found) - len(survivors)} noticed, "
+        f"{len(survivors) - len(unlisted)} without effect as listed, {len(unlisted)} not noticed"
+    )
+    return 1 if unlisted else 0
+
+
+def surviving(copy: Path, found: Sequence[Mutant], tests: Sequence[str]) -> list[Mutant]:
+    """The mutants that no test notices, each printed when it is found."""
+    begin = monotonic()
+    if noticed(copy, tests, 3600):
+        raise SystemExit("the tests fail without a mutation: mend that first")
+    seconds = max(MIN_TIMEOUT, TIMEOUT * (monotonic() - begin))
+    survivors = []
+    for mutant in tqdm(found, unit="mutant", desc="mutants"):
+        file = copy / mutant.module
+        source = file.read_text(encoding="utf-8")
+        file.write_text(mutant.code, encoding="utf-8")
+        if not noticed(copy, tests, seconds):
+            survivors.append(mutant)
+            lines = source.splitlines(), mutant.code.splitlines()
+            diff = difflib.unified_diff(*lines, mutant.module, "mutant", n=1, lineterm="")
+            tqdm.write("\n".join(diff), file=sys.stdout)
+            sys.stdout.flush()
+        file.write_text(source, encoding="utf-8")
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main())
