@@ -24,7 +24,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dry-run",
         action="store_true",
-        help="check the graphs against TensorRT's operators and the target's limits; needs no GPU",
+        help="check the graphs against TensorRT's operators, and the target's limits and memory; "
+        "needs no GPU",
     )
     command.add_argument(
         "--tensorrt",
@@ -38,6 +39,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="build or check only this stage; may be repeated (default: all)",
     )
     command.add_argument("--force", action="store_true", help="rebuild engines that exist")
+    command.add_argument(
+        "--allow-oversized",
+        action="store_true",
+        help="go on although weights and KV cache exceed the target's memory",
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
@@ -68,12 +74,34 @@ def _target(bundle: Bundle, args: argparse.Namespace) -> Target:
 
 def _dry_run(bundle: Bundle, target: Target, args: argparse.Namespace) -> int:
     from trio_deploy.runtimes.tensorrt.dry_run.rules import dry_run
+    from trio_deploy.runtimes.tensorrt.memory import bundle_fit
 
     if args.force:
         raise TrioError("--force rebuilds engines, and --dry-run builds none: drop one")
     report = dry_run(bundle, target, tensorrt=args.tensorrt, stages=args.stage or None)
-    print(json.dumps(report.to_json(), indent=2) if args.json else report.to_text())
-    return 0 if report.passed else 1
+    memory = None if args.stage else bundle_fit(bundle, target)  # all stages are loaded together
+    if args.json:
+        more = {} if memory is None else {"memory": memory.to_json()}
+        print(json.dumps({**report.to_json(), **more}, indent=2))
+    else:
+        print(report.to_text())
+        if memory is not None:
+            print(f"memory: {memory.verdict}")
+    oversized = memory is not None and memory.oversized and not args.allow_oversized
+    return 0 if report.passed and not oversized else 1
+
+
+def _refuse_oversized(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
+    """Raises TrioError where engines would be built that the device cannot hold."""
+    from trio_deploy.runtimes.tensorrt.memory import bundle_fit
+
+    if args.allow_oversized or args.stage:
+        return
+    memory = bundle_fit(bundle, target)
+    if memory.oversized:
+        raise TrioError(
+            f"{args.bundle} {memory.verdict} (--allow-oversized builds it nevertheless)"
+        )
 
 
 def _build(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
@@ -84,6 +112,7 @@ def _build(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
     from trio_deploy.runtimes.tensorrt.gpu import this_gpu
 
     require_buildable(bundle, target, args.stage or None)
+    _refuse_oversized(bundle, target, args)
     tensorrt, device = bindings.load(), Device()
     outcome = build_engines(
         bundle,

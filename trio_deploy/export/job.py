@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from trio_deploy.bundle.bundle import Bundle
@@ -22,6 +23,7 @@ from trio_deploy.bundle.manifest import (
     FileInfo,
     Manifest,
     ModelInfo,
+    StageInfo,
     TensorPlace,
 )
 from trio_deploy.bundle.weights import (
@@ -259,6 +261,7 @@ def write_bundle(
     options, target, source, assets = job.options, job.target, job.source, job.assets
     planned = plan_stages(job.config, job.schedule.points, job.graphs.separate_decode)
     stages, contents = serialised(planned, models, weights.places)
+    _print_memory(job, stages, contents, progress)
     contents |= assets.files
     needed = sum(len(content) for content in contents.values())
     if not (options.graphs_only or options.link_weights):
@@ -378,6 +381,26 @@ def write_weights(
     if link and kept.linked < len(files):
         print_note(progress, "the file system refused hard links here, so weights were copied")
     return "linked" if kept.linked else "copied"
+
+
+def _print_memory(
+    job: ExportJob, stages: Sequence[StageInfo], contents: Mapping[str, bytes], show: bool
+) -> None:
+    """Say whether the engines of a TensorRT target will fit it, before weights are copied."""
+    if job.target.runtime != "tensorrt" or not show:
+        return
+    from trio_deploy.runtimes.tensorrt.memory import Fit, memory
+
+    graphs = {s.name: onnx.load_model_from_string(contents[s.file]) for s in stages}
+    target = replace(job.target, dialect=job.graphs.dialect, dtype=job.graphs.dtype)
+    budgets = budgets_for_layers(
+        job.source.recipe.schedules if job.source.recipe else {}, job.schedule, job.options.method
+    )
+    try:
+        needed = memory(stages, graphs, job.config, job.schedule, target, budgets)
+    except TrioError:  # limits that do not suit the model, which `trio build` refuses
+        return
+    print_note(show, Fit(job.target, (needed,)).verdict)
 
 
 def print_note(show: bool, text: str) -> None:

@@ -11,15 +11,17 @@ All engines share one scratch buffer, so the largest counts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from onnx import ModelProto, TensorProto
 
+from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import Kind, StageInfo
 from trio_deploy.config.target import Target
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.files import format_bytes
+from trio_deploy.runtimes.tensorrt.dry_run.rules import read_graph
 from trio_deploy.runtimes.tensorrt.dry_run.shapes import Resolved, activation_bytes, resolve
 from trio_deploy.runtimes.tensorrt.profiles import DECODE, buffer_bytes, cache_bytes, stage_profiles
 from trio_deploy.schedule.schedule import Schedule
@@ -64,6 +66,11 @@ class Memory:
     def total(self) -> int:
         buffers = self.cache + self.tensors + self.cached
         return self.all_weights + self.activations + buffers + CONTEXT_BYTES
+
+    @property
+    def at_least(self) -> int:
+        """Weights and KV cache, which no fusion makes smaller."""
+        return self.all_weights + self.cache
 
     @property
     def total_fused(self) -> int:
@@ -137,6 +144,21 @@ def memory(
     )
 
 
+def bundle_fit(bundle: Bundle, target: Target) -> Fit:
+    """Whether the engines of a bundle's own graphs fit a target.
+
+    Raises:
+        TrioError: the target's limits do not fit the model, or a graph cannot be read.
+    """
+    manifest = bundle.manifest
+    graphs = {stage.name: read_graph(bundle.graph(stage.name)) for stage in manifest.stages}
+    own = replace(target, dialect=manifest.dialect, dtype=manifest.dtype)
+    return Fit(
+        target,
+        (memory(manifest.stages, graphs, bundle.config, bundle.schedule, own, bundle.budgets),),
+    )
+
+
 def _outside(stage: StageInfo, resolved: Resolved, decodes: bool) -> int:
     """Bytes of inputs and outputs, without the caches that a decode step reads and writes."""
     tensors = (*stage.inputs, *stage.outputs)
@@ -184,6 +206,30 @@ class Fit:
         """Whether it fits if TensorRT makes every Attention node one kernel; None: unknown."""
         return None if self.usable is None else self.layouts[0].total_fused <= self.usable
 
+    @property
+    def oversized(self) -> bool:
+        """Whether weights and KV cache of the target's own layout alone exceed its memory."""
+        return self.usable is not None and self.layouts[0].at_least > self.usable
+
+    @property
+    def verdict(self) -> str:
+        """One line: whether the target's own layout fits, with the figures that decide it."""
+        own, name = self.layouts[0], self.target.name
+        if self.usable is None:
+            return f"unknown: the target {name} does not say how much memory it has"
+        has = format_bytes(self.usable)
+        if self.oversized:
+            return (
+                f"does not fit {name}: weights, {format_bytes(own.all_weights)}, and KV cache, "
+                f"{format_bytes(own.cache)}, exceed its {has}"
+            )
+        if not self.fits:
+            return (
+                f"may not fit {name}: with activations of at most {format_bytes(own.activations)} "
+                f"it takes {format_bytes(own.total)}, beyond its {has}"
+            )
+        return f"fits {name}: at most {format_bytes(own.total)} of its {has}"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, in bytes."""
         return {
@@ -191,6 +237,8 @@ class Fit:
             "dtype": self.target.dtype,
             "usable": self.usable,
             "fits": self.fits,
+            "oversized": self.oversized,
+            "verdict": self.verdict,
             "fits_if_attention_is_fused": self.fits_if_fused,
             "layouts": [each.to_json() for each in self.layouts],
             "advice": list(self.advice),

@@ -156,11 +156,11 @@ class DryRun:
         count = sum(len(check.corners) for check in self.stages)
         if self.passed:
             lines.append(
-                f"passed: {len(self.stages)} graphs at the smallest, typical and largest sizes of "
-                f"their profiles ({count} in all); nothing was built"
+                f"graphs: passed, {len(self.stages)} of them at the smallest, typical and largest "
+                f"sizes of their profiles ({count} in all); nothing was built"
             )
         else:
-            lines.append("failed: TensorRT cannot build these graphs")
+            lines.append("graphs: failed, TensorRT cannot build them")
         return "\n".join(lines)
 
     def _all(self, kind: str) -> list[str]:

@@ -1,0 +1,73 @@
+"""`trio build` says whether the engines fit the target's memory, and stops where they cannot."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from trio_deploy import export_model
+from trio_deploy.cli.main import main
+from trio_deploy.config.target import target_folder
+
+NANO = "jetson-orin-nano-8gb"
+
+
+@pytest.fixture
+def target(tmp_path):
+    """Writes a target like the Nano, with other memory."""
+
+    def write(gib: float) -> str:
+        text = (target_folder() / f"{NANO}.yaml").read_text()
+        lines = [
+            f"{key}: {gib}" if (key := line.partition(":")[0]) == "memory_gib" else line
+            for line in text.splitlines()
+            if not line.startswith("reserved_gib")
+        ]
+        file = tmp_path / f"device-{gib}.yaml"
+        file.write_text("\n".join(lines))
+        return str(file)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("gib", "verdict", "status"),
+    [
+        (0.01, "does not fit device-0.01: weights, ", 1),
+        (0.1, "may not fit device-0.1: with activations of at most ", 0),
+        (7.4, "fits device-7.4: at most ", 0),
+    ],
+)
+def test_the_dry_run_weighs_memory_beside_the_operators(
+    bundles, target, capsys, gib, verdict, status
+):
+    folder = bundles.path("tiny", target=NANO, graphs_only=True)
+    command = ["build", str(folder), "--dry-run", "--target", target(gib)]
+    assert main(command) == status
+    *_, graphs, memory = capsys.readouterr().out.splitlines()
+    assert graphs.startswith("graphs: passed") and memory.startswith(f"memory: {verdict}")
+    assert main([*command, "--allow-oversized"]) == 0
+    capsys.readouterr()
+    assert main([*command, "--json"]) == status
+    said = json.loads(capsys.readouterr().out)
+    assert said["passed"] is True and said["memory"]["oversized"] is (status == 1)
+    assert main([*command, "--stage", "embed"]) == 0, "a stage alone is not weighed"
+
+
+def test_export_says_it_before_weights_are_copied(tmp_path, target, capsys):
+    export_model("tiny", tmp_path / "b", target=target(0.01), graphs_only=True)
+    assert "trio: does not fit device-0.01: weights, " in capsys.readouterr().err
+    export_model("tiny", tmp_path / "c", target=target(7.4), graphs_only=True, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_verdict_of_a_bundle_is_that_of_the_plan(bundles):
+    from trio_deploy import Bundle, plan
+    from trio_deploy.runtimes.registry import load_target
+    from trio_deploy.runtimes.tensorrt.memory import bundle_fit
+
+    bundle = Bundle.load(bundles.path("tiny", target=NANO, graphs_only=True))
+    planned = plan("tiny", target=NANO).fit
+    assert planned is not None
+    assert bundle_fit(bundle, load_target(NANO)).layouts[0] == planned.layouts[0]
