@@ -38,3 +38,17 @@ def test_a_row_copied_between_caches_brings_its_tokens_and_no_other() -> None:
     assert all(np.isnan(array).all() for array in target.buffers[0].values())
     with pytest.raises(TrioError, match="holds 2 tokens, but 5 are needed"):
         cache(1, [0], 2).copy_rows([0], source, [1])
+
+
+def test_a_capacity_is_what_fits_exactly() -> None:
+    shape = CacheShape(1, 2, np.dtype(np.float32))
+
+    def allocate(lengths: list[int], capacity: int) -> SegmentCache:
+        arrays = [np.zeros((len(lengths), 1, capacity, 2), np.float32) for _ in range(4)]
+        return SegmentCache.allocate(
+            [3, 4], np.array(lengths), capacity, shape, lambda *_: arrays, 1
+        )
+
+    assert allocate([2, 5], 5).lengths.tolist() == [2, 5]
+    with pytest.raises(TrioError, match="of layers 3 to 4 holds 4 tokens, but 5 are needed"):
+        allocate([2, 5], 4)

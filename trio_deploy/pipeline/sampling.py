@@ -105,8 +105,8 @@ def draw(scores: np.ndarray, generator: np.random.Generator) -> int:
     """Draw a token from the softmax of float64 [V], by one number of the generator."""
     probabilities = softmax(scores)
     cumulative = np.cumsum(probabilities)
-    place = int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
-    return min(place, int(np.flatnonzero(probabilities)[-1]))  # their product may be rounded up
+    place = int(np.searchsorted(cumulative, generator.random(), side="right"))
+    return min(place, int(np.flatnonzero(probabilities)[-1]))  # the sum may be just below 1
 
 
 def penalize_repetition(scores: np.ndarray, tokens: np.ndarray, penalty: float) -> np.ndarray:

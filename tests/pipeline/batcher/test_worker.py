@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 
 from tests.support.batching import SHORT, Gate, expire, unfinished, waiting
+from tests.support.hand_clock import HandClock
 from tests.support.questions import COLOR, alike, ask
 from tests.support.waiting import WAIT_S, wait_for
 from trio_deploy import Batcher, Pipeline, Request, TrioError
 from trio_deploy.evaluation import scenes
+from trio_deploy.pipeline.batch import DecodeBatch
 from trio_deploy.pipeline.batcher.events import (
     Cancelled,
     DeadlinePassed,
     Event,
     Failed,
 )
+from trio_deploy.pipeline.batcher.scheduler import BatcherLimits, Wait, next_action
 from trio_deploy.pipeline.sampling import Detokenizer
 from trio_deploy.pipeline.sequence import SequenceState
 
@@ -64,6 +67,49 @@ def test_requests_wait_until_their_keys_and_values_fit(pipeline: Pipeline) -> No
         pytest.raises(TrioError, match="max_kv_bytes"),
     ):
         batcher.submit(request).result(WAIT_S)
+
+
+def test_rows_in_prefill_count_for_the_limits_of_rows_and_bytes(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, empty = pipeline.prepare(SHORT), pipeline.decode_batch()
+    two, three = (empty.required_bytes([row] * count) for count in (2, 3))
+    for limit in ({"max_rows": 2}, {"max_rows": 8, "max_kv_bytes": three - 1}):
+        gate = Gate(pipeline, monkeypatch)
+        limits = BatcherLimits(prefillers=2, **limit)
+        with Batcher(pipeline, limits) as batcher:
+            handles = [batcher.submit(SHORT) for _ in range(2)]
+            wait_for(lambda gate=gate: sum(gate.turns) == 2)
+            handles += [batcher.submit(SHORT)]
+            wait_for(lambda batcher=batcher: len(waiting(batcher)) == 1)
+            state = replace(batcher._worker._state(), prefills=0)  # a thread would be free
+            assert state.prefilling == 2
+            assert next_action(state, limits) == Wait(None)
+            if limits.max_kv_bytes is not None:
+                assert state.kv_bytes == [three] and two < limits.max_kv_bytes
+            assert sum(gate.turns) == 2
+            gate.open.set()
+            for handle in handles:
+                handle.result(WAIT_S)
+        monkeypatch.undo()
+
+
+def test_the_first_token_is_timed_from_submit_on(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = HandClock(monkeypatch)
+    clock.before(pipeline._preparer, "_open", 10)
+    clock.before(pipeline, "prepare", 7)  # until a thread is free
+    clock.before(pipeline, "prefill", 1000)
+    clock.before(DecodeBatch, "step", 4)
+    picture = Request(ask(COLOR), [scenes.generate(0).image], max_new_tokens=3)
+    with Batcher(pipeline, max_rows=1) as batcher:
+        answer = batcher.submit(picture).result(WAIT_S)
+        metrics = batcher.metrics()
+    assert answer.first_token_s == metrics.first_token_s == 7 + 10 + 1000
+    assert answer.timings["preprocess"] >= 10
+    assert (answer.timings["queue"], metrics.queue_s) == (7, 7)
+    assert answer.tokens_per_s == 2 / (2 * 4) and answer.timings["decode"] == 2 * 4
 
 
 def test_a_waiting_request_can_be_cancelled_and_overdue(
