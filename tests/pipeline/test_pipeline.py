@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -15,8 +18,11 @@ from tests.support.bundles import Bundles
 from tests.support.checkpoints import EOS
 from tests.support.pictures import make_picture
 from tests.support.questions import COLOR, alike, ask
-from trio_deploy import Bundle, Pipeline, Request, RuntimeOptions, TrioError, export_model
+from trio_deploy import Batcher, Bundle, Pipeline, Request, RuntimeOptions, TrioError, export_model
+from trio_deploy.bundle.describe import inspect
+from trio_deploy.checkpoint.generation_config import read_sampling
 from trio_deploy.pipeline.draw import draw_generation
+from trio_deploy.pipeline.sampling import warp
 from trio_deploy.runtimes.registry import complete_options
 from trio_deploy.schedule.methods import METHODS
 
@@ -102,6 +108,112 @@ def test_unpruned_answers_are_those_of_transformers(setup: Setup, family: str, c
     assert answer.token_ids == expected
     assert answer.prompt_tokens == prompt
     assert "select_1" not in answer.timings, "nothing to prune, yet a selection ran"
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.4},
+    {"repetition_penalty": 0.7, "min_new_tokens": 12},
+    {"no_repeat_ngram_size": 1},
+    {"suppress_tokens": list(range(10, 30)), "begin_suppress_tokens": [31, 35, 40]},
+    {"bad_words_ids": [[each] for each in range(20, 40)] + [[41, 41], [42, 43]]},
+    {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "min_new_tokens": 12},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_penalties_and_bans_give_the_tokens_of_transformers(
+    setup: Setup, settings: dict[str, Any]
+) -> None:
+    """With a picture: its visual tokens count as the image token's id, as in transformers."""
+    image = make_picture(100, 60)
+    inputs = inputs_of(setup.checkpoints["llava"], ask(COLOR, 1), [image])
+    model = setup.oracle("llava").model
+    prompt = inputs["input_ids"].shape[1]
+    plain, expected = (
+        model.generate(**inputs, do_sample=False, max_new_tokens=12, **each)[0, prompt:].tolist()
+        for each in ({}, settings)
+    )
+    answer = setup.pipeline("llava").generate(
+        Request(ask(COLOR, 1), image, max_new_tokens=12, budget=1.0, **settings)
+    )
+    assert answer.token_ids == expected != plain
+    assert answer.sampling.to_json() == settings
+
+
+def test_a_bundle_answers_as_its_checkpoints_generation_config_says(
+    llava_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    checkpoint = Path(shutil.copytree(llava_checkpoint, tmp_path / "checkpoint"))
+    path = checkpoint / "generation_config.json"
+    said = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 5}
+    path.write_text(json.dumps(json.loads(path.read_text()) | said | {"typical_p": 0.9}))
+    bundle = export_model(checkpoint, tmp_path / "b", schedule="1:0.5")
+    assert bundle.manifest.generation.sampling == said
+    assert "generation_config.json asks for typical_p 0.9, which is not" in capsys.readouterr().err
+    assert "greedy, repetition_penalty 1.3, no_repeat_ngram_size 2, min" in inspect(bundle)
+
+    image = make_picture(100, 60)
+    inputs = inputs_of(checkpoint, ask(COLOR, 1), [image])
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(checkpoint)
+    whole, plain = (
+        model.generate(**inputs, max_new_tokens=12, **each)[0, inputs["input_ids"].shape[1] :]
+        for each in ({}, {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0})
+    )
+    request = Request(ask(COLOR, 1), image, max_new_tokens=12, budget=1.0)
+    neutral = replace(request, repetition_penalty=1.0, no_repeat_ngram_size=0)
+    with_nothing = replace(request, bundle_sampling=False)
+    pipeline = Pipeline.open(bundle)
+    batch = [request, neutral, with_nothing]
+    answers = pipeline.generate_batch(batch)
+    assert answers[0].token_ids == whole.tolist() != plain.tolist()
+    assert answers[1].token_ids == plain.tolist()
+    assert answers[2].sampling.to_json() == {}
+    with Batcher(pipeline, max_rows=3) as batcher:
+        handles = [batcher.submit(each) for each in batch]
+        assert [each.result().token_ids for each in handles] == [a.token_ids for a in answers]
+
+
+def test_a_bundle_draws_from_what_its_checkpoint_draws_from(setup: Setup) -> None:
+    settings = {"do_sample": True, "temperature": 0.7, "top_k": 12, "top_p": 0.9, "min_p": 0.05}
+    image = make_picture(100, 60)
+    inputs = inputs_of(setup.checkpoints["llava"], ask(COLOR, 1), [image])
+    drawn = setup.oracle("llava").model.generate(
+        **inputs, max_new_tokens=1, output_scores=True, return_dict_in_generate=True, **settings
+    )
+    pipeline = setup.pipeline("llava")
+    sampling = read_sampling(settings)[0]
+    generation = structs.replace(pipeline.bundle.manifest.generation, sampling=sampling.to_json())
+    bundle = replace(
+        pipeline.bundle, manifest=structs.replace(pipeline.bundle.manifest, generation=generation)
+    )
+    opened = Pipeline.open(bundle)
+    requests = [
+        Request(ask(COLOR, 1), image, max_new_tokens=1, budget=1.0, seed=seed) for seed in range(60)
+    ]
+    answers = opened.generate_batch(requests)
+    possible = np.flatnonzero(np.isfinite(drawn.scores[0][0].numpy()))
+    assert 1 < len(possible) < 12
+    assert {answer.token_ids[0] for answer in answers} == set(possible.tolist())
+    ours = warp(answers[0].first_logits.astype(np.float64), sampling)
+    theirs = drawn.scores[0][0].numpy()
+    assert np.allclose(ours[possible], (theirs - theirs.max())[possible], atol=1e-4)
+
+    greedy = opened.generate_batch([replace(each, temperature=0.0) for each in requests[:4]])
+    assert {each.token_ids[0] for each in greedy} == {int(theirs.argmax())}
+    assert greedy[0].sampling.describe() == "greedy"
+
+
+def test_bad_words_are_banned_after_a_space_and_without(setup: Setup) -> None:
+    request = Request("what color ?", max_new_tokens=8, min_new_tokens=8)
+    pipeline = setup.pipeline("llava")
+    words = pipeline.generate(request).text.split()
+    answer = pipeline.generate(replace(request, bad_words=[words[0], words[-1]]))
+    assert not {words[0], words[-1]} & set(answer.text.split())
+    assert [words[0]] != answer.text.split()[:1]
+    both = pipeline.generate(replace(request, bad_words=[words[0]], bad_words_ids=[[8]]))
+    assert [8] in both.sampling.to_json()["bad_words_ids"] and both.sampling.bad_words is None
 
 
 ENGINES = [("ort", "onnxruntime"), ("onnx", "onnxruntime"), ("primitive", "openvino")]
@@ -282,6 +394,8 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"images": ["no-such-file.png"], "prompt": ask("what ?")}, "no-such-file.png"),
     ({"prompt": "what ?", "max_new_tokens": 0}, "max_new_tokens"),
     ({"prompt": "what ?", "temperature": -1.0}, "temperature"),
+    ({"prompt": "what ?", "suppress_tokens": [10**6]}, "suppress_tokens has the token 1000000"),
+    ({"prompt": "what ?", "min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9"),
     ({"prompt": "what ?", "stop": [""]}, "stop string"),
 ]
 

@@ -63,7 +63,7 @@ def read_sampling(settings: Mapping[str, Any]) -> tuple[SamplingOptions, tuple[s
     that set a temperature. Lengths (max_length, max_new_tokens) are what requests ask for.
 
     Args:
-        settings: the file's content; empty without the file.
+        settings: the file's content, or config.json's where there is no such file.
 
     Returns:
         The options, and settings as `name value` that have an effect in transformers and none here.

@@ -106,7 +106,10 @@ def checkpoint_assets(
     files[TOKENS] = _json_bytes(tokens)
     settings = read_object(folder / GENERATION_CONFIG)
     info = _generation(raw_config, settings, ids)
-    options, unsupported = read_sampling(settings or {})
+    if settings is None:  # then transformers looks into config.json, as older checkpoints need it
+        text = raw_config.get("text_config")
+        settings = {**(text if isinstance(text, dict) else {}), **raw_config}
+    options, unsupported = read_sampling(settings)
     info = msgspec.structs.replace(info, sampling=options.to_json())
     notes = [
         f"{GENERATION_CONFIG} asks for {setting}, which is not supported and has no effect: "
