@@ -85,6 +85,7 @@ def test_unreadable_json_is_refused(raw):
         ("1:1.5", "at most 1"),
         ("1:0.0", "above 0"),
         ("1:-3", "keeps -3"),
+        ("1:-1", "keeps -1"),
         ("10:54,1:22", "must increase"),
         ("1:54,1:22", "must increase"),
         ("32:5", "layers 0 to 31"),
@@ -102,7 +103,21 @@ def test_impossible_schedules_are_refused(text, words):
         Schedule.parse(text).validate(32, visual=576)
 
 
+def test_as_many_keeps_as_points_are_taken():
+    assert PAPER_11.with_keeps((3, 2, 1)) == Schedule.parse("1:3,10:2,15:1")
+    for keeps in ((3, 2), (3, 2, 1, 1)):
+        with pytest.raises(ValueError, match="zip"):
+            PAPER_11.with_keeps(keeps)
+
+
+def test_schedules_and_points_serve_as_keys():
+    assert {PAPER_11: "paper"}[Schedule.parse("1:92,10:54,15:22")] == "paper"
+    assert {PruningPoint(1, 92): "first"}[PAPER_11.points[0]] == "first"
+
+
 def test_unknown_method_is_refused():
+    with pytest.raises(TrioError, match="unknown pruning method 'trio:x'"):
+        Schedule.parse("1:0.5:trio:x").validate(32)
     with pytest.raises(TrioError, match="unknown pruning method 'best'"):
         Schedule((PruningPoint(1, 0.5, "best"),)).validate(32)
 
