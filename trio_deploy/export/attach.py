@@ -63,7 +63,7 @@ def attach_weights(
     if difference := first_difference(old.config, config):
         raise TrioError(
             f"{folder} is not a checkpoint of {old.manifest.model.name}, for which the graphs were "
-            f"made: {difference}"
+            f"made ({difference}): pass that model's folder, or export this one"
         )
     used = [
         weight

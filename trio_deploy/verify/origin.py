@@ -26,7 +26,8 @@ def compare_origin(bundle: Bundle, folder: Path) -> list[ParityRow]:
     tied = bundle.config.text.tie_word_embeddings
     if difference := first_difference(bundle.config, config.with_tied_head(tied)):
         raise TrioError(
-            f"{folder} is not a checkpoint of {bundle.manifest.model.name}: {difference}"
+            f"{folder} is not a checkpoint of {bundle.manifest.model.name} ({difference}): pass "
+            "the folder that the bundle was made from"
         )
     made_from, rows = bundle.manifest.checkpoint, []
     if made_from is None:  # an older bundle, which has config.json alone
