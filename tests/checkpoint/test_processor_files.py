@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.checkpoints import EOS
 from trio_deploy import TrioError
-from trio_deploy.checkpoint.processor_files import Assets, checkpoint_assets
+from trio_deploy.checkpoint.processor_files import Assets, checkpoint_assets, read_chosen_template
 from trio_deploy.checkpoint.resolve import from_folder
 from trio_deploy.families.registry import parse_config
 
@@ -36,6 +36,49 @@ def _edit(file: Path, *path: str, value: Any) -> None:
 def _read(folder: Path) -> Assets:
     raw = from_folder(folder).raw_config
     return checkpoint_assets(folder, parse_config(raw), raw, preprocessing=None, chat_template=None)
+
+
+def _template(folder: Path, chosen: str | None, recipe: str | None = None) -> bytes | None:
+    raw = from_folder(folder).raw_config
+    assets = checkpoint_assets(
+        folder,
+        parse_config(raw),
+        raw,
+        preprocessing=None,
+        chat_template=recipe,
+        chosen_template=chosen,
+    )
+    return assets.files.get("chat_template.jinja")
+
+
+def test_a_checkpoint_without_a_chat_template_is_refused_unless_one_is_given(folder, tmp_path):
+    own = _template(folder, None)
+    assert own and _template(folder, None, "of the recipe") == own
+    (folder / "chat_template.jinja").unlink()
+    assert _template(folder, None, "of the recipe") == b"of the recipe"
+    with pytest.raises(TrioError, match="pass --chat-template FILE .* --chat-template none for a"):
+        _template(folder, None)
+    assert _template(folder, read_chosen_template("none"), "of the recipe") is None
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages }}")
+    for given in (file, str(file)):
+        assert _template(folder, read_chosen_template(given), "other") == b"{{ messages }}"
+    assert read_chosen_template(None) is None
+
+
+def test_a_chat_template_that_is_none_is_refused_at_export(folder, tmp_path):
+    with pytest.raises(TrioError, match="there is no file .*missing.jinja: pass a jinja2 file"):
+        read_chosen_template(tmp_path / "missing.jinja")
+    (tmp_path / "empty.jinja").write_text(" \n")
+    with pytest.raises(TrioError, match=r"empty\.jinja is empty"):
+        read_chosen_template(tmp_path / "empty.jinja")
+    (folder / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(TrioError, match="the chat template does not parse"):
+        _template(folder, None)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.jinja").symlink_to("nowhere")
+    with pytest.raises(TrioError, match="is a link to nowhere"):
+        _template(folder, None)
 
 
 PLACES = (("generation_config.json",), ("config.json",), ("config.json", "text_config"))

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 from tests.support.checkpoints import (
     CHAT_TEMPLATE,
@@ -28,7 +29,7 @@ from tests.support.checkpoints import (
     read_tensor,
 )
 from tests.support.waiting import WAIT_S
-from trio_deploy import Bundle, Schedule, TrioError, export_model
+from trio_deploy import Bundle, Request, Schedule, TrioError, export_model
 from trio_deploy.bundle import weights as weights_module
 from trio_deploy.bundle.describe import inspect
 from trio_deploy.checkpoint.resolve import load_recipe
@@ -41,6 +42,7 @@ from trio_deploy.families.names import map_checkpoint_names
 from trio_deploy.families.registry import family_of, parse_config
 from trio_deploy.files import sha256_of
 from trio_deploy.graphs.weights import canonical_tensors
+from trio_deploy.pipeline.prepare import RequestPreparer
 from trio_deploy.schedule.budget import solve
 
 SCHEDULE = "1:0.5,3:0.25"
@@ -575,7 +577,7 @@ def test_a_tokenizer_of_another_model_is_noticed(checkpoint, tmp_path):
         export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
 
 
-@pytest.mark.parametrize("place", ["chat_template.json", "tokenizer_config.json", "named", "none"])
+@pytest.mark.parametrize("place", ["chat_template.json", "tokenizer_config.json", "named"])
 def test_the_chat_template_is_found_wherever_a_release_put_it(place, checkpoint, tmp_path):
     for name in ("chat_template.jinja", "chat_template.json"):
         (checkpoint / name).unlink(missing_ok=True)
@@ -589,7 +591,7 @@ def test_the_chat_template_is_found_wherever_a_release_put_it(place, checkpoint,
         named = [{"name": "tool", "template": "X"}, {"name": "default", "template": "T"}]
         edit_json(checkpoint / "tokenizer_config.json", lambda raw: raw.update(chat_template=named))
     it = export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
-    assert it.chat_template == (None if place == "none" else "T")
+    assert it.chat_template == "T"
 
 
 def test_several_end_tokens_are_kept(checkpoint, tmp_path):
@@ -673,6 +675,8 @@ def test_a_snapshot_with_a_damaged_index_is_not_taken(index, cache, llava_checkp
         ({"schedule": "1:0.5", "positions": "random"}, "[Uu]nknown positions"),
         ({"schedule": "1:0.5", "threshold": 3.0}, "threshold is 3.0"),
         ({"schedule": "1:0.5", "graphs_only": True, "link_weights": True}, "leave out"),
+        ({"graphs_only": True, "chat_template": "none"}, "pass it to trio attach-weights"),
+        ({"chat_template": "no-such-file"}, "there is no file no-such-file"),
     ],
 )
 def test_impossible_wishes_are_refused_before_anything_is_written(
@@ -756,3 +760,25 @@ def test_options_are_an_object_or_keywords_and_keywords_win(tmp_path):
     assert made.manifest.threshold == 0.6 and made.manifest.weights == "planned"
     again = export_model("tiny", tmp_path / "b", options, force=True, progress=False)
     assert again.manifest.threshold == 0.7
+
+
+def test_a_base_model_takes_raw_prompts_alone(llava_checkpoint, tmp_path):
+    small = Path(shutil.copytree(llava_checkpoint, tmp_path / "c"))
+    (small / "chat_template.jinja").unlink()
+    with pytest.raises(TrioError, match="--chat-template none for a base model"):
+        export_model(small, tmp_path / "b", schedule="1:0.5", progress=False)
+    it = export_model(small, tmp_path / "b", schedule="1:0.5", chat_template="none", progress=False)
+    planned = export_model(
+        small, tmp_path / "p", schedule="1:0.5", graphs_only=True, progress=False
+    )
+    with pytest.raises(TrioError, match="--chat-template none for a base model"):
+        attach_weights(planned, small, progress=False)
+    attached = attach_weights(planned, small, chat_template="none", progress=False)
+    for bundle in (it, attached):
+        assert "chat_template.jinja" not in bundle.manifest.files
+    preparer = RequestPreparer(it)
+    asked = preparer.prepare(Request("what ?", Image.new("RGB", (8, 8))))
+    text = preparer.encoder.decode(asked.prompt.ids.tolist())
+    assert asked.prompt.visual.any() and text == "what?"
+    with pytest.raises(TrioError, match="no chat template, so messages cannot be rendered"):
+        preparer.prepare(Request([{"role": "user", "content": "what ?"}]))

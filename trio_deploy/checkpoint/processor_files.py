@@ -6,6 +6,7 @@ transformers' releases put the same facts into different files; a bundle has one
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from trio_deploy.checkpoint.chat_template import ChatTemplate
 from trio_deploy.checkpoint.folder import has_file, image_settings, read_object, read_template
 from trio_deploy.checkpoint.generation_config import GENERATION_CONFIG, read_sampling
 from trio_deploy.checkpoint.resolve import Source
@@ -21,12 +23,14 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.bounds import WHOLE, whole
 from trio_deploy.families.preprocessing import Preprocessor
-from trio_deploy.files import brief
+from trio_deploy.files import brief, read_text, require_unicode
 
 TOKENIZER = "tokenizer.json"
 TOKENS = "tokens.json"
 PREPROCESSOR = "preprocessor.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+NO_TEMPLATE = "none"
+"""What `--chat-template` says for a model that takes raw prompts alone."""
 
 # Files that transformers makes a tokenizer.json of.
 _SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
@@ -82,11 +86,16 @@ def checkpoint_assets(
     *,
     preprocessing: Mapping[str, Any] | None,
     chat_template: str | None,
+    chosen_template: str | None = None,
 ) -> Assets:
     """Read all of a checkpoint folder but its weights, in the bundle's own form.
 
     Args:
         preprocessing, chat_template: a recipe's or an earlier bundle's, for a folder without.
+        chosen_template: what `read_chosen_template` gives; it counts before all others.
+
+    Raises:
+        TrioError: one of them is missing or damaged.
     """
     path = folder / TOKENIZER
     if not has_file(path):
@@ -99,10 +108,19 @@ def checkpoint_assets(
             "processor_config.json: copy one of them from the model's repository"
         )
     files[PREPROCESSOR] = _json_bytes(Preprocessor.from_json(raw, config).to_json())
-    template = read_template(folder) or chat_template
-    if template:
-        files[CHAT_TEMPLATE] = template.encode()
+    template = chosen_template
+    if template is None:
+        template = read_template(folder) or chat_template
+    if template is None:
+        raise TrioError(
+            f"{folder} has no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json): pass --chat-template FILE with the one that the model was "
+            "trained with, or --chat-template none for a base model, which takes raw prompts alone"
+        )
     tokens, ids = _tokens(folder, config)
+    if template:
+        files[CHAT_TEMPLATE] = require_unicode(template, "the chat template").encode()
+        ChatTemplate(template, {})  # whether it parses
     files[TOKENS] = _json_bytes(tokens)
     settings = read_object(folder / GENERATION_CONFIG)
     info = _generation(raw_config, settings, ids)
@@ -117,6 +135,27 @@ def checkpoint_assets(
         for setting in unsupported
     ]
     return Assets(files, info, tuple(notes))
+
+
+def read_chosen_template(given: str | os.PathLike[str] | None) -> str | None:
+    """The template that `--chat-template` names: its source; empty for `none`.
+
+    None where the option is not given.
+
+    Raises:
+        TrioError: there is no such file, or nothing is in it.
+    """
+    if given is None or os.fspath(given) == NO_TEMPLATE:
+        return given if given is None else ""
+    file = Path(given).expanduser()
+    remedy = "pass a jinja2 file as --chat-template"
+    try:
+        source = read_text(file, remedy)
+    except FileNotFoundError:
+        raise TrioError(f"there is no file {file}: {remedy}, or none") from None
+    if not source.strip():
+        raise TrioError(f"{file} is empty: {remedy}, or none")
+    return source
 
 
 def _tokenizer_advice(folder: Path) -> str:

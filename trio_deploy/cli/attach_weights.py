@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from trio_deploy.cli.options import add_chat_template
+
 SUMMARY = "Add a checkpoint's weights to a bundle exported with --graphs-only."
 
 
@@ -12,6 +14,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
     command.add_argument("bundle", type=Path, help="folder of the bundle")
     command.add_argument("checkpoint", type=Path, help="checkpoint folder")
+    add_chat_template(command)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -19,4 +22,5 @@ def run(args: argparse.Namespace) -> None:
     from trio_deploy.bundle.describe import inspect
     from trio_deploy.export.attach import attach_weights
 
-    print(inspect(attach_weights(args.bundle, args.checkpoint), interface=False))
+    bundle = attach_weights(args.bundle, args.checkpoint, chat_template=args.chat_template)
+    print(inspect(bundle, interface=False))

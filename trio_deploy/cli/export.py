@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trio_deploy.cli.options import add_schedule
+from trio_deploy.cli.options import add_chat_template, add_schedule
 from trio_deploy.config.options import DEFAULT_THRESHOLD
 
 SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
@@ -21,6 +21,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", help="float32, float16 or bfloat16 (default: the target's)")
     command.add_argument("--dialect", help="ort, onnx or primitive (default: the target's)")
     command.add_argument("--target", help="name or file of the target (default: cpu)")
+    add_chat_template(command)
     command.add_argument(
         "--link-weights",
         action="store_true",
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         dialect=args.dialect,
         target=args.target,
+        chat_template=args.chat_template,
         link_weights=args.link_weights,
         graphs_only=args.graphs_only,
         force=args.force,

@@ -40,6 +40,16 @@ def bundle_of(args: argparse.Namespace, options: RuntimeOptions | None = None) -
     return Bundle.load(find_bundle(args.bundle, options))
 
 
+def add_chat_template(command: argparse.ArgumentParser) -> None:
+    """Add the option for checkpoints without a chat template."""
+    command.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="jinja2 file with the chat template (default: the checkpoint's), or none for a base "
+        "model, which takes prompts as they are",
+    )
+
+
 def add_runtime_options(command: argparse.ArgumentParser) -> None:
     """Options for how bundles are run: the fields of `RuntimeOptions`."""
     *others, last = RUNTIMES

@@ -63,6 +63,8 @@ class ExportOptions:
         dtype: float type of graphs and weights; None: the target's.
         dialect: dialect of the graphs; None: the target's.
         target: name or file of a target, or the target itself; None: `cpu`.
+        chat_template: file with the chat template, instead of the checkpoint's; `none`: there is
+            none, and the bundle takes raw prompts alone, as base models do.
         link_weights: hard-link the checkpoint's files instead of copying weights.
         graphs_only: write graphs without weights.
         force: replace an existing bundle, once the new one is complete.
@@ -75,6 +77,7 @@ class ExportOptions:
     dtype: str | None = None
     dialect: str | None = None
     target: str | Path | Target | None = None
+    chat_template: str | Path | None = None
     link_weights: bool = False
     graphs_only: bool = False
     force: bool = False

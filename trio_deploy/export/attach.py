@@ -18,7 +18,11 @@ from trio_deploy.bundle.weights import (
 from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.checkpoint.fit import first_difference
 from trio_deploy.checkpoint.hub import Part, hub_folder
-from trio_deploy.checkpoint.processor_files import PREPROCESSOR, checkpoint_assets
+from trio_deploy.checkpoint.processor_files import (
+    PREPROCESSOR,
+    checkpoint_assets,
+    read_chosen_template,
+)
 from trio_deploy.checkpoint.resolve import HUB_ID, from_folder
 from trio_deploy.errors import TrioError
 from trio_deploy.export.checkpoint import read_checkpoint
@@ -31,6 +35,7 @@ def attach_weights(
     bundle: Bundle | str | os.PathLike[str],
     checkpoint: str | os.PathLike[str],
     *,
+    chat_template: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Bundle:
     """Add weights to a bundle that was exported with --graphs-only, completely or not at all.
@@ -38,6 +43,7 @@ def attach_weights(
     Args:
         bundle: the bundle or its folder.
         checkpoint: a checkpoint folder, or a hub id that is in the local cache or can be reached.
+        chat_template: as in `ExportOptions`.
 
     Raises:
         TrioError: the bundle has weights already, the checkpoint is of another model, or what
@@ -46,6 +52,7 @@ def attach_weights(
     old = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     if old.manifest.weights != "planned":
         raise TrioError(f"the bundle {old.path} has its weights already")
+    chosen = read_chosen_template(chat_template)
     name = os.fspath(checkpoint)
     revision = None
     folder = Path(name).expanduser()
@@ -53,7 +60,7 @@ def attach_weights(
         if not HUB_ID.fullmatch(name):
             raise TrioError(f"{name} is not a folder: pass the checkpoint's folder or its hub id")
         given: list[Part] = ["preprocessing"] if PREPROCESSOR in old.manifest.files else []
-        if old.chat_template:
+        if old.chat_template or chosen is not None:
             given.append("template")
         advice = "pass the folder as the checkpoint"
         folder, revision = hub_folder(name, advice, unneeded=given)
@@ -78,6 +85,7 @@ def attach_weights(
         found.raw_config,
         preprocessing=old.preprocessor if PREPROCESSOR in old.manifest.files else None,
         chat_template=old.chat_template,
+        chosen_template=chosen,
     )
     files = assets.files
     needed = layout.nbytes + sum(len(content) for content in files.values())

@@ -37,7 +37,12 @@ from trio_deploy.bundle.weights import (
     write_layout,
 )
 from trio_deploy.bundle.writer import BundleWriter
-from trio_deploy.checkpoint.processor_files import Assets, checkpoint_assets, planned_assets
+from trio_deploy.checkpoint.processor_files import (
+    Assets,
+    checkpoint_assets,
+    planned_assets,
+    read_chosen_template,
+)
 from trio_deploy.checkpoint.resolve import (
     Source,
     described,
@@ -157,6 +162,12 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
     options = with_schedule_file(options)
     if options.graphs_only and options.link_weights:
         raise TrioError("--graphs-only writes no weights, so leave out --link-weights")
+    if options.graphs_only and options.chat_template is not None:
+        raise TrioError(
+            "--graphs-only reads no chat template of a checkpoint: leave out --chat-template, and "
+            "pass it to trio attach-weights"
+        )
+    chosen = read_chosen_template(options.chat_template)
     BundleWriter(out, options.force).refuse_existing()  # before anything that takes time
     target = load_target("cpu" if options.target is None else options.target)
     dtype = options.dtype or target.dtype
@@ -171,7 +182,10 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
     if source.folder is not None and not (options.graphs_only and missing_weights(source.folder)):
         checkpoint = read_checkpoint(source.folder)
         config = checkpoint.config
-    assets = _assets(source, config, options)
+    if options.graphs_only:
+        assets = planned_assets(source, config)
+    else:
+        assets = _assets(source, config, chosen)
     schedule = plan_schedule(source, config, options)
     options = replace(options, dtype=dtype, dialect=options.dialect or target.dialect)
     graphs = _graph_options(source.recipe, target, options)
@@ -179,14 +193,12 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
     return ExportJob(options, target, source, config, schedule, graphs, checkpoint, assets)
 
 
-def _assets(source: Source, config: ModelConfig, options: ExportOptions) -> Assets:
+def _assets(source: Source, config: ModelConfig, chosen_template: str | None) -> Assets:
     """Tokenizer, preprocessing, chat template and token ids of a model.
 
     Raises:
         TrioError: the checkpoint's small files are incomplete or damaged.
     """
-    if options.graphs_only:
-        return planned_assets(source, config)
     assert source.folder is not None
     recipe = source.recipe
     return checkpoint_assets(
@@ -195,6 +207,7 @@ def _assets(source: Source, config: ModelConfig, options: ExportOptions) -> Asse
         source.raw_config,
         preprocessing=recipe.preprocessing if recipe else None,
         chat_template=recipe.chat_template if recipe else None,
+        chosen_template=chosen_template,
     )
 
 
