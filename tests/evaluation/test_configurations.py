@@ -84,6 +84,24 @@ def test_engines_of_a_bundle_are_found_by_their_target_without_its_file(tmp_path
         identity("other")
 
 
+def test_answers_of_a_bundle_are_named_by_what_it_runs_with_asked_for_or_its_own(bundles, tmp_path):
+    opened = Source.open(bundles.path("tiny", dialect="primitive", target="cpu-openvino"))
+
+    def identity(**options: str) -> str:
+        return Bundles(opened, tmp_path, RuntimeOptions(**options)).identity(unpruned(opened))
+
+    own = identity()
+    assert own == identity(target="cpu-openvino") == identity(runtime="openvino")
+    assert own == identity(precision="float32")
+    others = [
+        identity(precision="bfloat16"),
+        identity(target="cpu-openvino-bf16"),
+        identity(target="cpu"),
+        identity(runtime="onnxruntime"),
+    ]
+    assert len({own, *others}) == 5
+
+
 def test_what_answers_is_named_by_model_target_runtime_and_schedule(source, tmp_path):
     one = named(source, "0:44:divprune,6:19")
 

@@ -14,8 +14,9 @@ from tests.support.results import results_of
 from trio_deploy import Schedule, TrioError
 from trio_deploy.bundle.manifest import MANIFEST
 from trio_deploy.files import sha256_of
+from trio_deploy.pipeline.ran_as import RanAs
 from trio_deploy.report.facts import arithmetic, exported, schedule
-from trio_deploy.report.figures import accuracy, parity, read_bench, summarise
+from trio_deploy.report.figures import accuracy, cost, parity, read_bench, summarise
 from trio_deploy.report.page import render
 from trio_deploy.verify.compare import ParityRow
 from trio_deploy.verify.report import Report
@@ -75,6 +76,16 @@ def test_figures_that_are_none_are_refused(bundle, tmp_path, content, words):
         file.write_text(content)
     with pytest.raises(TrioError, match=words):
         read_bench(file, bundle)
+
+
+def test_figures_say_how_they_ran(bundle, measured):
+    (sentence,) = cost(bundle, measured, quick=False)["ran"]
+    assert "onnxruntime on CPUExecutionProvider, target cpu, ort graphs in float32" in sentence
+    ran = RanAs("openvino", "t", "primitive", "float32", "bfloat16", "CPU")
+    results = results_of(bundle.manifest.model.name, ("trio", 0.4, 0.9, bundle.schedule))
+    one = replace(results, results=[replace(each, ran_as=ran) for each in results.results])
+    assert summarise(one, bundle)["ran"] == [f"Ran as {ran}."]
+    assert parity(Report("t", [], ran))["ran"] == [f"Ran as {ran}."]
 
 
 def test_figures_of_another_model_are_refused(bundle, measured, evaluated, tmp_path):
