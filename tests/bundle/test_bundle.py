@@ -189,9 +189,12 @@ def test_a_missing_file_is_named(target):
 
 def test_a_file_of_another_size_is_named(target):
     write_bundle(target)
-    (target / "embed.onnx").write_bytes(b"gra")
-    with pytest.raises(TrioError, match=r"embed\.onnx .* has 3 bytes where .* says 5"):
-        Bundle.load(target)
+    for content in (b"gra", b"graph, and more", b""):
+        (target / "embed.onnx").write_bytes(content)
+        with pytest.raises(
+            TrioError, match=rf"embed\.onnx .* has {len(content)} bytes where .* says 5"
+        ):
+            Bundle.load(target)
 
 
 def test_a_flipped_byte_is_found_on_request_and_named(target):
@@ -235,6 +238,27 @@ def test_a_symlink_out_of_the_folder_is_refused(target):
         Bundle.load(target)
 
 
+@pytest.mark.parametrize("name", ["embed.onnx", "weights"])
+def test_a_symlink_to_itself_is_refused(name, target):
+    write_bundle(target)
+    if (target / name).is_dir():
+        shutil.rmtree(target / name)
+    else:
+        (target / name).unlink()
+    (target / name).symlink_to(name)
+    with pytest.raises(TrioError, match=rf"{name}.*(leads to no file|lacks weights)|lacks {name}"):
+        Bundle.load(target)
+
+
+def test_a_file_in_a_folder_of_too_long_a_name_is_refused(target):
+    write_bundle(target)
+    name = f"{'x' * 300}/embed.onnx"
+    edit_manifest(target, lambda raw: raw["files"].update({name: {"size": 5, "sha256": None}}))
+    with pytest.raises(TrioError, match="longer than a path can be") as refused:
+        Bundle.load(target)
+    assert len(str(refused.value)) < 400
+
+
 def test_a_symlinked_weights_folder_is_refused(target):
     write_bundle(target)
     shutil.move(target / "weights", target.parent / "weights")
@@ -261,6 +285,21 @@ def test_seal_records_missing_checksums(target):
     it.record_checksums()
     (target / "weights" / "w.safetensors").write_bytes(b"1235")
     with pytest.raises(TrioError, match=r"w\.safetensors .* is damaged"):
+        Bundle.load(target, verify=True)
+
+
+def test_recording_checksums_blesses_no_file_that_has_one(target):
+    with BundleWriter(target) as writer:
+        writer.write("embed.onnx", b"graph")
+        writer.path("weights/w.safetensors").write_bytes(b"1234")
+        writer.record("weights/w.safetensors", None)
+        it = manifest(files=dict(writer.files), weights="linked")
+        writer.write(MANIFEST, it.dump())
+    (target / "embed.onnx").write_bytes(b"grapH")
+    before = Bundle.load(target).manifest.files["embed.onnx"]
+    after = Bundle.load(target).record_checksums().manifest.files
+    assert after["embed.onnx"] == before and after["weights/w.safetensors"].sha256
+    with pytest.raises(TrioError, match=r"embed\.onnx .* is damaged"):
         Bundle.load(target, verify=True)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from trio_deploy import TrioError
+from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.pipeline.batcher.scheduler import BatcherLimits
+from trio_deploy.serve import limits
 from trio_deploy.serve.limits import ServiceLimits, parse_settings, setting_kinds
 
 KINDS = setting_kinds(ServiceLimits, BatcherLimits)
@@ -68,9 +70,51 @@ def test_flags_and_texts_are_read(text: str, kind: str, value: Any) -> None:
         ({"max_queue_bytes": "0"}, "max_queue_bytes must be 1 or more"),
         ({"max_rows": "5000"}, "max_rows must be at most 4096, got 5000"),
         ({"max_queue": "1000000"}, "max_queue must be at most 65536"),
-        ({"max_timeout_s": "1e9"}, "max_timeout_s must be at most 86400"),
+        ({"max_timeout_s": "1e9"}, "max_timeout_s must be at most 86400, got 1000000000"),
+        ({"max_timeout_s": "86400.5"}, "max_timeout_s must be at most 86400, got 86400.5"),
+        ({"max_timeout_s": "0"}, "max_timeout_s must be above 0, got 0"),
+        ({"max_timeout_s": "inf"}, "max_timeout_s must be above 0, got inf"),
+        ({"max_tokens": "1" * 5000}, "max_tokens must be a whole number"),
+        ({"max_tokens": str(2**63)}, "max_tokens must be 1 or more"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, str], message: str) -> None:
     with pytest.raises(TrioError, match=message):
         ServiceLimits.from_settings(parse_settings(settings, KINDS))
+
+
+@pytest.mark.parametrize("name", sorted(limits._MAXIMA))
+def test_the_greatest_value_of_a_limit_is_taken_and_nothing_above_it(name: str) -> None:
+    greatest = limits._MAXIMA[name]
+    kinds = KINDS | setting_kinds(RuntimeOptions)
+    assert parse_settings({name: str(greatest)}, kinds) == {name: greatest}
+    above = greatest + (1 if kinds[name] == "int" else 0.001)
+    with pytest.raises(TrioError, match=f"{name} must be at most {greatest}, got "):
+        parse_settings({name: str(above)}, kinds)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_timeout_s": 0}, "max_timeout_s must be 1 or more, got 0"),
+        ({"max_timeout_s": 0.0}, "max_timeout_s must be above 0, got 0.0"),
+        ({"max_timeout_s": float("nan")}, "max_timeout_s must be above 0, got nan"),
+        ({"max_timeout_s": 1e9}, "max_timeout_s must be at most 86400"),
+        ({"max_tokens": 0}, "max_tokens must be 1 or more"),
+        ({"max_tokens": "64"}, "max_tokens must be a whole number, got '64'"),
+        ({"max_tokens": 64.0}, "max_tokens must be a whole number, got 64.0"),
+        ({"max_tokens": True}, "max_tokens must be a whole number, got True"),
+        ({"budget": [0.2]}, r"budget must be a number, got \[0.2\]"),
+        ({"budget": 1.5}, "budget must be at most 1, got 1.5"),
+        ({"max_images": 10**30}, "max_images must be 1 or more"),
+    ],
+)
+def test_limits_made_in_python_are_checked_too(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrioError, match=message):
+        ServiceLimits(**values)
+
+
+def test_limits_of_the_batch_are_whole_numbers() -> None:
+    for wrong in ("3", 2.5, True, [1]):
+        with pytest.raises(TrioError, match="max_rows must be 1 or more, got"):
+            BatcherLimits(max_rows=wrong)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from typing import Any
 
 from trio_deploy.errors import TrioError
 from trio_deploy.families.pixels import MAX_PIXELS
+from trio_deploy.files import brief
 from trio_deploy.pipeline.batcher.scheduler import BatcherLimits
 from trio_deploy.runtimes.registry import MAX_THREADS
 
@@ -21,7 +22,9 @@ _MAXIMA = {
     "max_rows": 4096,
     "max_queue": 65_536,
     "max_images": 4096,
-    "max_timeout_s": 86_400.0,
+    "max_timeout_s": 86_400,
+    "max_image_pixels": MAX_PIXELS,
+    "budget": 1,
 }
 
 
@@ -61,7 +64,14 @@ class ServiceLimits:
     batcher: BatcherLimits = field(default_factory=BatcherLimits)
 
     def __post_init__(self) -> None:
-        """Raises TrioError for limits that contradict each other."""
+        """Raises TrioError for limits out of range, of a wrong type, or that contradict others."""
+        for name, kind in setting_kinds(type(self)).items():
+            if (value := getattr(self, name)) is not None:
+                number = type(value) is int or (kind == "float" and type(value) is float)
+                if not number:
+                    what = "a whole number" if kind == "int" else "a number"
+                    raise TrioError(f"{name} must be {what}, got {brief(value)}")
+                _check_range(name, value)
         if self.default_max_tokens <= self.max_tokens:
             return
         if self.default_max_tokens != type(self).default_max_tokens:
@@ -77,10 +87,6 @@ class ServiceLimits:
         """
         own = {name: values[name] for name in setting_kinds(cls) if name in values}
         batcher = {name: values[name] for name in setting_kinds(BatcherLimits) if name in values}
-        if own.get("budget", 1.0) > 1.0:
-            raise TrioError(f"budget must be at most 1, got {own['budget']}")
-        if own.get("max_image_pixels", 1) > MAX_PIXELS:
-            raise TrioError(f"max_image_pixels must be at most {MAX_PIXELS}")
         return cls(**own, batcher=BatcherLimits(**batcher))
 
 
@@ -109,13 +115,18 @@ def parse_settings(settings: Mapping[str, str], kinds: Mapping[str, str]) -> dic
     unknown = sorted(set(settings) - set(kinds))
     if unknown:
         raise TrioError(f"unknown parameter {unknown[0]!r}: there are {', '.join(sorted(kinds))}")
-    values = {
-        name: _READERS[kinds[name]](name, text) for name, text in settings.items() if text != ""
-    }
-    for name, maximum in _MAXIMA.items():
-        if values.get(name, 0) > maximum:
-            raise TrioError(f"{name} must be at most {maximum:g}, got {values[name]}")
-    return values
+    return {name: _READERS[kinds[name]](name, text) for name, text in settings.items() if text}
+
+
+def _check_range(name: str, value: float) -> None:
+    """Raises TrioError for a number that a setting of this name cannot have."""
+    if isinstance(value, float) and not (math.isfinite(value) and value > 0):
+        raise TrioError(f"{name} must be above 0, got {value}")
+    minimum = 0 if name == "prefillers" else 1
+    if isinstance(value, int) and not minimum <= value < 2**63:
+        raise TrioError(f"{name} must be {minimum} or more, got {brief(value)}")
+    if value > _MAXIMA.get(name, value):
+        raise TrioError(f"{name} must be at most {_MAXIMA[name]}, got {value:.12g}")
 
 
 def _text(name: str, text: str) -> str:
@@ -123,13 +134,11 @@ def _text(name: str, text: str) -> str:
 
 
 def _count(name: str, text: str) -> int:
-    minimum = 0 if name == "prefillers" else 1
     try:
         number = int(text)
     except ValueError:
         raise TrioError(f"{name} must be a whole number, got {text!r:.40}") from None
-    if not minimum <= number < 2**63:
-        raise TrioError(f"{name} must be {minimum} or more, got {text:.40}")
+    _check_range(name, number)
     return number
 
 
@@ -138,8 +147,7 @@ def _number(name: str, text: str) -> float:
         number = float(text)
     except ValueError:
         raise TrioError(f"{name} must be a number, got {text!r:.40}") from None
-    if not (math.isfinite(number) and number > 0):
-        raise TrioError(f"{name} must be above 0, got {text:.40}")
+    _check_range(name, number)
     return number
 
 

@@ -54,8 +54,8 @@ class BatcherLimits:
         for field in fields(self):
             minimum = 0 if field.name == "prefillers" else 1
             value = getattr(self, field.name)
-            if value is not None and value < minimum:
-                raise TrioError(f"{field.name} must be {minimum} or more, got {value}")
+            if value is not None and (type(value) is not int or value < minimum):
+                raise TrioError(f"{field.name} must be {minimum} or more, got {value!r:.40}")
 
 
 @dataclass(frozen=True)
