@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.support.damage import damaged_bytes, damaged_json, damaged_yaml, limits
+from tests.support.limited import limited_python
 from tests.support.pictures import make_picture
 from trio_deploy import TrioError
 from trio_deploy.bundle.bundle import Bundle
@@ -27,14 +28,16 @@ from trio_deploy.bundle.describe import inspect
 from trio_deploy.checkpoint.processor_files import checkpoint_assets
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
-from trio_deploy.config.recipe import recipe_folder
+from trio_deploy.config.recipe import read_schedule, recipe_folder
 from trio_deploy.config.target import list_targets, target_folder
 from trio_deploy.evaluation.questions import annotate, read_questions
+from trio_deploy.evaluation.results import Results
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.graphs.weights import canonical_tensors
 from trio_deploy.pipeline.prepare import RequestPreparer
 from trio_deploy.pipeline.request import Request
+from trio_deploy.report.figures import accuracy, cost
 from trio_deploy.runtimes.registry import load_target
 from trio_deploy.serve.triton_server.repository import read_settings
 from trio_deploy.serve.triton_server.settings import Settings
@@ -282,6 +285,7 @@ LIMITS = {
 def test_limits_of_a_server(tmp_path, data):
     source, file = tmp_path / "source.yaml", tmp_path / "limits.yaml"
     source.write_text(yaml.safe_dump(LIMITS))
+    Settings.parse({"bundle": "b", **read_settings(source, [])})  # as it is, it is read
     file.write_bytes(data.draw(damaged_yaml(source)))
     works_or_is_refused(lambda: Settings.parse({"bundle": "b", **read_settings(file, [])}))
 
@@ -334,3 +338,86 @@ def test_picture(form, tmp_path, data):
     file = tmp_path / "picture"
     file.write_bytes(data.draw(damaged_bytes(content.getvalue())))
     works_or_is_refused(lambda: Preprocessor.open_image(file))
+
+
+# The reader of tokenizers is native code, which may end the process: in a child.
+TOKENIZERS = """
+import json, sys
+from pathlib import Path
+from hypothesis import HealthCheck, Phase, given, settings
+from tests.support.damage import damaged_json
+from tests.support.pictures import make_picture
+from trio_deploy import TrioError
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.pipeline.prepare import RequestPreparer
+from trio_deploy.pipeline.request import Request
+bundle = Bundle.load(sys.argv[1])
+file = bundle.path / "tokenizer.json"
+read = worked = 0
+@given(damaged_json(json.loads(file.read_bytes())))
+@settings(
+    max_examples=100, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+def check(content):
+    global read, worked
+    file.write_bytes(content)
+    read += 1
+    try:
+        RequestPreparer(bundle).prepare(Request("what color is the circle ?", [make_picture()], 3))
+        worked += 1
+    except TrioError as error:
+        assert len(str(error)) < 2000, str(error)[:200]
+check()
+print(read, worked)
+"""
+
+
+def test_tokenizer(bundle):
+    done = limited_python(TOKENIZERS, bundle, memory_mib=1500, cpu_s=60)
+    assert done.rc == 0, done.err[-3000:]
+    read, worked = map(int, done.out.split())
+    assert read > worked > 0
+    assert done.peak_mib < 500
+
+
+MEASURED = Path(__file__).parents[1] / "docs" / "measurements"
+
+
+@pytest.mark.parametrize("name", ["eval-budgets", "bench-tiny"])
+@given(data=st.data())
+@settings(many, max_examples=25)
+def test_measurements(name, bundles, tmp_path, data):
+    opened = Bundle.load(bundles.path("tiny"))
+    file = tmp_path / "measured.json"
+    file.write_bytes(data.draw(damaged_json(json.loads((MEASURED / f"{name}.json").read_bytes()))))
+
+    def read() -> None:
+        if name == "bench-tiny":
+            cost(opened, file, quick=False)
+        else:
+            Results.load(file).to_text()
+            accuracy(opened, file, quick=False)
+
+    works_or_is_refused(read)
+
+
+TUNED = """\
+schedules:
+  '0.111':
+  - {layer: 1, keep: 0.159722, method: trio}
+  - {layer: 5, keep: 0.09375, method: divprune}
+probe: shifted
+positions: renumber
+threshold: 0.8
+"""
+
+
+@given(data=st.data())
+@many
+def test_schedule_file(tmp_path, data):
+    source, file = tmp_path / "source.yaml", tmp_path / "schedule.yaml"
+    source.write_text(TUNED)
+    read_schedule(source)  # as it is, it is read
+    file.write_bytes(data.draw(damaged_yaml(source)))
+    works_or_is_refused(lambda: read_schedule(file))

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from pathlib import Path
 
 import pytest
 
 from tests.support.limited import limited_python
 from trio_deploy import TrioError
+from trio_deploy.checkpoint.safetensors import MAX_HEADER
+from trio_deploy.checkpoint.tokenizer import MAX_TOKENIZER
+from trio_deploy.evaluation.questions import MAX_QUESTIONS
+from trio_deploy.families.pixels import MAX_PIXELS
 from trio_deploy.files import (
+    MAX_JSON,
+    MAX_TEXT,
+    MAX_VALUES,
+    MAX_YAML,
+    format_bytes,
     read_json,
     read_text,
     read_yaml,
@@ -17,6 +28,7 @@ from trio_deploy.files import (
     write_atomically,
     write_together,
 )
+from trio_deploy.pipeline.fetch import FetchLimits
 
 READERS = {"json": read_json, "yaml": read_yaml}
 
@@ -48,8 +60,8 @@ def test_what_cannot_be_trusted_is_refused(kind, text, reason, tmp_path):
         ("yaml", "[.inf]", "not a finite number"),
         ("yaml", ".nan", "not a finite number"),
         ("yaml", ".nan: 1", "not a finite number"),
-        ("json", f"[1{'0' * 5000}]", "4300 digits"),
-        ("yaml", f"[1{'0' * 5000}]", "4300 digits"),
+        ("json", f"[1{'0' * 5000}]", "a number has too many digits"),
+        ("yaml", f"[1{'0' * 5000}]", "a number has too many digits"),
         ("json", f"[1{'0' * 40}]", "a number has more than 128 bits"),
         ("yaml", f"[0x{'f' * 5000}]", "a number has more than 128 bits"),
         ("yaml", "1" + ":1" * 5000, "a number has more than 128 bits"),
@@ -266,3 +278,22 @@ def test_a_folder_that_is_not_there_or_in_the_way_is_named(tmp_path):
     with pytest.raises(TrioError, match=r"cannot write .*/folder .*Is a directory"):
         write_atomically(tmp_path / "folder", b"")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+# ---------------------------------------------------------------------------------- documents
+
+
+def test_the_limits_in_security_md_are_those_of_the_code():
+    text = (Path(__file__).parents[1] / "SECURITY.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE))
+    fetch = FetchLimits()
+    assert rows["JSON file"].startswith(f"{format_bytes(MAX_JSON)}, {MAX_VALUES:,} values")
+    assert rows["YAML file"].startswith(format_bytes(MAX_YAML))
+    assert rows["chat template"] == format_bytes(MAX_TEXT)
+    assert rows["tokenizer.json"] == format_bytes(MAX_TOKENIZER)
+    assert rows["header of a .safetensors file"].startswith(f"{MAX_HEADER / 1e6:.0f} MB")
+    assert rows["question file, annotations"].startswith(format_bytes(MAX_QUESTIONS))
+    assert rows["picture"] == f"{MAX_PIXELS:,} pixels"
+    assert rows["picture at a URL"] == (
+        f"{format_bytes(fetch.max_bytes)}, {fetch.timeout_s:.0f} s, {fetch.max_redirects} redirects"
+    )

@@ -374,6 +374,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem}, line {error.problem_mark.line + 1}"
     text = " ".join(str(error).split())
+    if "integer string conversion" in text:  # Python's words advise to lift its limit
+        return "a number has too many digits"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 

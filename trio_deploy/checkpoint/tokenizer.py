@@ -13,7 +13,7 @@ from trio_deploy.files import brief, read_bytes
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_MAX_BYTES = 1 << 27  # Gemma's, the longest in use, has 33 MB
+MAX_TOKENIZER = 1 << 27  # Gemma's, the longest in use, has 33 MB
 _MAX_GROWTH = 64
 _MAX_PIECES = 256
 _MAX_TOKEN = 1 << 12  # characters; long runs of spaces have a few hundred
@@ -31,7 +31,7 @@ def load_tokenizer(file: Path, remedy: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        content = read_bytes(file, remedy, _MAX_BYTES)
+        content = read_bytes(file, remedy, MAX_TOKENIZER)
     except FileNotFoundError:
         raise TrioError(f"there is no {file}: {remedy}") from None
     try:

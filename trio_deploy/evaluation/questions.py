@@ -27,7 +27,7 @@ _PLACEHOLDER = "<image>"
 _EXAMPLE = '{"question_id": 7, "image": "cat.jpg", "text": "What is this?"}'
 _AGAIN_DOWNLOAD = "download it again"
 # VQAv2's annotations of its 214,354 questions are 372 MB with 9.4 million values.
-_MAX_QUESTIONS = 1 << 29
+MAX_QUESTIONS = 1 << 29
 _MAX_VALUES = 30_000_000
 _AGAIN = " #"  # before the number of a question whose id others had before
 
@@ -207,7 +207,7 @@ def _entries(file: Path) -> list[tuple[str, Any]]:
     """Entries of the file, each with its place in words."""
     lines = f"pass a JSON Lines file of lines like {_EXAMPLE}"
     try:
-        text = read_text(file, lines, limit=_MAX_QUESTIONS)
+        text = read_text(file, lines, limit=MAX_QUESTIONS)
     except FileNotFoundError:
         raise TrioError(f"there are no questions at {file}: {lines}") from None
     if text.lstrip().startswith("["):
@@ -278,7 +278,7 @@ def _pope(questions: Sequence[Question], source: Path) -> list[Any]:
     labels: dict[str, list[str]] = {}
     for category in {q.kind for q in questions}:
         file = source / f"coco_pope_{category}.json" if source.is_dir() else source
-        lines = read_text(file, _AGAIN_DOWNLOAD, limit=_MAX_QUESTIONS).splitlines()
+        lines = read_text(file, _AGAIN_DOWNLOAD, limit=MAX_QUESTIONS).splitlines()
         labels[category] = [
             parse_json(line, str(file), _AGAIN_DOWNLOAD)["label"] for line in lines if line.strip()
         ]
@@ -298,7 +298,7 @@ def _textvqa(questions: Sequence[Question], source: Path) -> list[Any]:
 
 
 def _annotations(source: Path) -> Any:
-    return read_json(source, _AGAIN_DOWNLOAD, limit=_MAX_QUESTIONS, values=_MAX_VALUES)
+    return read_json(source, _AGAIN_DOWNLOAD, limit=MAX_QUESTIONS, values=_MAX_VALUES)
 
 
 def _plain(prompt: str) -> str:
