@@ -11,7 +11,7 @@ TESTED := -c requirements/tested.txt
 DEPENDENCIES := pyproject.toml requirements/tested.txt
 PROMPT ?= what color is the circle?
 
-.PHONY: demo test lint types tests server-tests real-weights check-python clean
+.PHONY: demo demo-intro test lint types tests server-tests real-weights check-python clean
 .DELETE_ON_ERROR:
 
 check-python:
@@ -21,7 +21,7 @@ $(BIN)/python: | check-python
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo-ready: $(DEPENDENCIES) | $(BIN)/python
-	$(PIP) install --quiet $(TESTED) --editable '.[cpu,export]'
+	$(PIP) install $(TESTED) --editable '.[cpu,export]'
 	@touch $@
 
 # torch first and by its exact version, so that no later requirement brings another build of it.
@@ -36,7 +36,12 @@ $(TRITON)/.triton-ready: pyproject.toml requirements/triton.txt scripts/setup_tr
 	PYTHON=$(BIN)/python scripts/setup_triton.sh || [ $$? -eq 3 ]
 	@[ -e $(TRITON)/unavailable ] || touch $@
 
-demo: $(VENV)/.demo-ready
+# Said first, and the sizes of what is downloaded only where something is.
+demo-intro:
+	@echo "This exports a small model that is part of the package (16 MB) and asks it about a picture, on the CPU."
+	@[ -e $(VENV)/.demo-ready ] || echo "First it installs Python packages into $(VENV), about 75 MB from PyPI (once, a minute or so):"
+
+demo: demo-intro $(VENV)/.demo-ready
 	$(BIN)/trio export --model tiny --budget 0.111 --out out/tiny --force
 	$(BIN)/trio run out/tiny --image examples/scene.png --prompt "$(PROMPT)" --show out/kept.png
 	@echo "The kept visual tokens are drawn in out/kept.png"

@@ -14,7 +14,7 @@ from trio_deploy.cli.main import main
 
 def test_the_papers_rows_stand_beside_ours_and_differences_are_explained():
     planned = plan("llava-next-7b", budget=0.111, visual_tokens=2880)
-    text = planned.to_text()
+    text = planned.to_text(paper=True)
     ours, papers = text.split("the paper's own figures")
     assert "16.670 T" in ours
     assert "1.699 T" in ours and "2.68" not in ours
@@ -23,6 +23,46 @@ def test_the_papers_rows_stand_beside_ours_and_differences_are_explained():
     # its KV row belongs to 2312 tokens; a whole layer a probe explains part of its FLOPs
     assert "2312 tokens" in papers and "2940 here" in papers
     assert "2.34 T" in papers
+
+
+def test_the_plan_leads_with_what_a_user_asks():
+    planned = plan("llava-1.5-7b", budget=0.111, target="jetson-agx-orin-64gb")
+    lines = planned.to_text().splitlines()
+    assert len(lines) <= 10
+    for line in (
+        "prompt     576 visual and 60 text tokens",
+        "pruning    92, 54 and 22 visual tokens kept from layers 1, 10, 15 on",
+        "kept       11.1% of the visual tokens, averaged over 32 layers",
+        "KV cache   62 MiB instead of 318 MiB, 5.1x less: in 16 bits",
+    ):
+        assert line in lines
+    assert lines[-1].startswith("memory     fits jetson-agx-orin-64gb: at most ")
+    assert "paper" not in planned.to_text()
+    nano = plan("llava-1.5-7b", target="jetson-orin-nano-8gb").to_text()
+    assert "memory     does not fit jetson-orin-nano-8gb: weights, 15 GiB, and KV cache" in nano
+    assert "- the smallest target that fits it is l4" in nano
+
+
+@pytest.mark.parametrize(
+    ("gib", "verdict"), [(20, "does not fit: "), (40, "may not fit: "), (64, "fits: ")]
+)
+def test_a_cpu_target_is_compared_with_this_machine(monkeypatch, gib, verdict):
+    monkeypatch.setattr("trio_deploy.cost.plan.machine_memory", lambda: gib * 2**30)
+    fit = plan("llava-1.5-7b").fit
+    assert fit.verdict.startswith(verdict) and f"this machine's {gib} GiB" in fit.verdict
+    assert 26 * 2**30 < fit.weights < 27 * 2**30
+    half = plan("llava-1.5-7b", dtype="float16").fit
+    assert half.weights * 2 == fit.weights and half.cache * 2 == fit.cache
+    assert plan("llava-1.5-7b", target="cuda").fit.machine is None, "its memory is the GPU's"
+
+
+def test_a_budget_below_one_token_is_said_and_the_floor_is_that_of_the_schedule():
+    few = plan("tiny", schedule="0:0.001:divprune")
+    assert "less than one of 256 visual tokens (0.26 before layer 0)" in few.to_text()
+    assert any("before layer 0, any budget above 0" in note for note in few.notes)
+    assert not any("0.000" in note for note in few.notes)
+    assert any("must exceed 0.031" in note for note in plan("llava-1.5-7b").notes)
+    assert plan("tiny").warnings == ()
 
 
 def test_rows_that_agree_with_the_paper_are_not_remarked_upon():
@@ -99,6 +139,7 @@ def test_an_unreadable_configuration_is_named(tmp_path):
         ({"model": "llava-9"}, "llava-9"),
         ({"model": "llava-1.5-7b", "budget": 0.01}, "0.03"),
         ({"model": "llava-1.5-7b", "budget": 1.5}, "not possible"),
+        ({"model": "llava-1.5-7b", "budget": 11}, "did you mean 0.11.$"),
         ({"model": "llava-1.5-7b", "schedule": "1:900"}, "only 576"),
         ({"model": "llava-1.5-7b", "schedule": "40:9"}, "layers 0 to 31"),
         ({"model": "llava-1.5-7b", "visual_tokens": -1}, "negative"),
@@ -117,5 +158,5 @@ def test_the_cost_counts_the_block_size_that_the_graphs_use():
 
 
 def test_a_prompt_beyond_the_context_is_remarked():
-    assert any("context of 4096" in n for n in plan("llava-1.5-7b", text_tokens=4000).notes)
-    assert not any("context" in note for note in plan("llava-1.5-7b").notes)
+    assert any("context of 4096" in n for n in plan("llava-1.5-7b", text_tokens=4000).warnings)
+    assert plan("llava-1.5-7b").warnings == ()

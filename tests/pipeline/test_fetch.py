@@ -138,6 +138,14 @@ def test_a_pipeline_fetches_and_what_servers_use_does_not(site, bundles):
     assert site.asked == fetched
 
 
+def test_a_budget_below_one_token_is_named_in_the_answer(site, bundles):
+    pipeline = Pipeline.open(bundles.path("tiny"), threads=1)
+    for budget, said in ((0.001, True), (0.111, False)):
+        asked = Request("what color is the circle?", site.picture, max_new_tokens=1, budget=budget)
+        warnings = pipeline.generate(asked).warnings
+        assert any("keeps less than one of 256 visual tokens" in w for w in warnings) is said
+
+
 def test_arrays_are_pictures_in_either_order_of_channels(site, bundles):
     pipeline = Pipeline.open(bundles.path("tiny"), threads=1)
     array = np.asarray(Image.open(io.BytesIO(site.picture)))

@@ -140,3 +140,14 @@ def test_a_point_may_name_its_method():
     assert Schedule.parse("1:92,10:54:fastv", "dart").methods == ("dart", "fastv")
     assert PAPER_11.with_method("random").methods == ("random",) * 3
     assert PAPER_11.with_method("random").resolve(576) == PAPER_11.resolve(576)
+
+
+def test_a_ratio_of_less_than_half_a_token_is_said_to_be_rounded_up():
+    schedule = Schedule.parse("0:0.1:divprune,8:0.004")
+    assert schedule.resolve(16) == (2, 1)
+    assert schedule.rounded_up(16) == (
+        "the budget keeps less than one of 16 visual tokens (0.064 before layer 8): one is kept, "
+        "which is more than was asked for"
+    )
+    assert schedule.rounded_up(125) is None, "half a token is rounded as any number"
+    assert schedule.rounded_up(0) is None and Schedule.parse("1:1").rounded_up(9) is None

@@ -7,7 +7,7 @@ import json
 
 from trio_deploy.cli.options import add_schedule
 
-SUMMARY = "Compute the tokens, operations and KV cache of a budget."
+SUMMARY = "Compute what a budget keeps and costs, and whether it fits."
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -28,12 +28,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="text tokens of the prompt (default: 60, as in the paper)",
     )
     command.add_argument(
-        "--target", help="name or file of a TensorRT target: say whether the model fits"
+        "--target", help="name or file of the target whose memory is counted (default: cpu)"
     )
-    command.add_argument(
-        "--dtype", help="float type of the engines, with --target (default: the target's)"
-    )
+    command.add_argument("--dtype", help="float type of the weights (default: the target's)")
     command.add_argument("--probes", type=int, default=4, help="probe positions (default: 4)")
+    command.add_argument(
+        "--paper",
+        action="store_true",
+        help="show layers, all operations counted, memory in detail and the paper's own figures",
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
@@ -52,4 +55,6 @@ def run(args: argparse.Namespace) -> None:
         target=args.target,
         dtype=args.dtype,
     )
-    print(json.dumps(planned.to_json(), indent=2) if args.json else planned.to_text())
+    print(
+        json.dumps(planned.to_json(), indent=2) if args.json else planned.to_text(paper=args.paper)
+    )

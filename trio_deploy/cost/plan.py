@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -24,7 +27,9 @@ from trio_deploy.cost.flops import (
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config, request_limits
-from trio_deploy.runtimes.registry import load_target
+from trio_deploy.files import format_bytes
+from trio_deploy.quant.stored_weight import parts_of
+from trio_deploy.runtimes.registry import default_target, load_target
 from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule, smallest_budget
 from trio_deploy.schedule.schedule import Schedule
 
@@ -50,8 +55,57 @@ class PaperRow:
 
 
 @dataclass(frozen=True)
+class HostMemory:
+    """Memory of a bundle on a target without TensorRT, and on this machine if that is a CPU.
+
+    Attributes:
+        weights: bytes of the weights in the target's float type.
+        cache: bytes of the KV cache in it, for the planned prompt.
+        machine: bytes of this machine's memory; None: unknown, or of no importance (a GPU).
+    """
+
+    target: Target
+    weights: int
+    cache: int
+    machine: int | None
+
+    @property
+    def verdict(self) -> str:
+        """One line: whether it fits this machine."""
+        least = self.weights + self.cache
+        if self.machine is None:
+            return f"takes {format_bytes(least)} and working memory on {self.target.name}"
+        has = f"this machine's {format_bytes(self.machine)}"
+        if least > self.machine:
+            return f"does not fit: {format_bytes(least)} exceed {has}"
+        # Runtimes lay weights out anew, of which the files' pages are a second copy.
+        if least + self.weights > self.machine:
+            return (
+                f"may not fit: {format_bytes(least)}, and up to {format_bytes(self.weights)} more "
+                f"for copies of weights, of {has}"
+            )
+        return f"fits: {format_bytes(least)} to {format_bytes(least + self.weights)} of {has}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, in bytes."""
+        return {
+            "target": self.target.name,
+            "dtype": self.target.dtype,
+            "weights": self.weights,
+            "kv_cache": self.cache,
+            "machine": self.machine,
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Cost of a schedule on one model; `cost` with, `unpruned` without pruning."""
+    """Cost of a schedule on one model; `cost` with, `unpruned` without pruning.
+
+    Attributes:
+        fit: memory on a target; None where the packages are missing that count weights.
+        warnings: notes of importance whoever reads the plan; the others are on its arithmetic.
+    """
 
     model: str
     config: ModelConfig
@@ -64,7 +118,8 @@ class Plan:
     vision: int
     paper: tuple[PaperRow, ...]
     notes: tuple[str, ...]
-    fit: Fit | None = None
+    fit: Fit | HostMemory | None = None
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Multiply-adds and bytes; the paper's figures under `paper`, in their units."""
@@ -78,11 +133,50 @@ class Plan:
             "unpruned": _cost_json(self.unpruned),
             "vision": {"tiles": self.tiles, "flops": self.vision},
             "paper": [asdict(row) for row in self.paper],
-            "notes": list(self.notes),
+            "notes": [*self.warnings, *self.notes],
             **({"memory": self.fit.to_json()} if self.fit else {}),
         }
 
-    def to_text(self) -> str:
+    def to_text(self, paper: bool = False) -> str:
+        """What a budget keeps and costs, and whether it fits, in about ten lines.
+
+        Args:
+            paper: show the layers, all that is counted and the paper's own figures instead.
+        """
+        return self._paper_text() if paper else self._short_text()
+
+    def _short_text(self) -> str:
+        ours, full, depth = self.cost, self.unpruned, self.config.text.num_layers
+        *others, last = map(str, self.schedule.resolve(self.visual) or ["all"])
+        kept = f"{', '.join(others)} and {last}" if others else last
+        layers = ", ".join(map(str, self.schedule.layers))
+        where = f" from layer{'s' * bool(others)} {layers} on" if layers else ""
+        share = ours.average / self.visual if self.visual else 1.0
+        flops = _instead(_count(ours.prefill), _count(full.prefill), full.prefill / ours.prefill)
+        cache = _instead(
+            format_bytes(ours.kv_bytes),
+            format_bytes(full.kv_bytes),
+            full.kv_bytes / max(1, ours.kv_bytes),
+        )
+        lines = [
+            self.model,
+            f"prompt     {self.visual} visual and {self.text} text tokens",
+            f"pruning    {kept} visual tokens kept{where}",
+            f"kept       {share:.1%} of the visual tokens, averaged over {depth} layers",
+            f"prefill    {flops}: multiply-adds of the language model",
+            f"KV cache   {cache}: in 16 bits",
+        ]
+        if self.fit is None:
+            lines.append("memory     not counted: pip install 'trio-deploy[export]'")
+        else:
+            target = self.fit.target
+            weights = f"{format_bytes(self.fit.weights)} in {target.dtype}"
+            lines.append(f"weights    {weights}, for the target {target.name}")
+            lines.append(f"memory     {self.fit.verdict}")
+        advice = () if self.fit is None or isinstance(self.fit, HostMemory) else self.fit.advice
+        return "\n".join([*lines, *(f"- {each}" for each in (*advice, *self.warnings))])
+
+    def _paper_text(self) -> str:
         text = self.config.text
         lines = [
             f"{self.model}: {text.num_layers} layers, hidden size {text.hidden_size}; "
@@ -115,8 +209,8 @@ class Plan:
         if self.paper:
             lines += ["", "the paper's own figures (11.1 %)"]
             lines += [_row(r.label, r.pruned, r.unpruned, r.unit) for r in self.paper]
-        lines += ["", *(f"- {note}" for note in self.notes)]
-        if self.fit is not None:
+        lines += ["", *(f"- {note}" for note in (*self.warnings, *self.notes))]
+        if self.fit is not None and not isinstance(self.fit, HostMemory):
             lines += ["", self.fit.to_text()]
         return "\n".join(lines)
 
@@ -134,8 +228,8 @@ def plan(
 
     Args:
         model: recipe name or file, checkpoint folder (its config.json is enough), or hub id.
-        options: budget, schedule, method, target and dtype are used, as in `export_model`; a
-            target with TensorRT adds whether the engines fit its memory.
+        options: budget, schedule, method, target and dtype are used, as in `export_model`;
+            whether it fits is said of the target, or of this machine if that is a CPU.
         visual_tokens: visual tokens of the prompt; None: the maximum of one image, without
             newlines.
         text_tokens: text tokens of the prompt.
@@ -165,12 +259,8 @@ def plan(
 
     pruned, unpruned = cost(chosen), cost(Schedule())
     paper = _paper_rows(found.name)
-    device, memory = _device(options), None
-    if device is not None:
-        # Builds graphs, which the arithmetic does not need.
-        from trio_deploy.cost.device_memory import fit
-
-        memory = fit(config, chosen, device, budgets_for_layers(published, chosen, options.method))
+    device = _device(options)
+    budgets = budgets_for_layers(published, chosen, options.method)
     return Plan(
         model=found.name,
         config=config,
@@ -182,9 +272,54 @@ def plan(
         unpruned=unpruned,
         vision=vision_flops(config, tiles),
         paper=paper,
-        notes=_notes(config, chosen, visual, text_tokens, pruned, unpruned, paper),
-        fit=memory,
+        notes=_notes(config, chosen, visual, pruned, unpruned, paper),
+        fit=_memory(config, chosen, device, budgets, pruned),
+        warnings=_warnings(config, chosen, visual, text_tokens),
     )
+
+
+def _memory(
+    config: ModelConfig,
+    schedule: Schedule,
+    device: Target,
+    budgets: Mapping[float, Schedule],
+    cost: Cost,
+) -> Fit | HostMemory | None:
+    """Memory on a target; None where weights cannot be counted without the extra [export]."""
+    if device.tensorrt is None:
+        try:
+            from trio_deploy.graphs.weights import stored_weights
+        except ModuleNotFoundError:
+            return None
+        parts = parts_of(stored_weights(config, device.dtype))
+        scale = 2 if device.dtype == "float32" else 1
+        machine = None if device.provider == "cuda" else machine_memory()
+        weights = sum(part.nbytes for part in parts)
+        return HostMemory(device, weights, cost.kv_bytes * scale, machine)
+    # Builds graphs, which the arithmetic does not need.
+    from trio_deploy.cost.device_memory import fit
+
+    return fit(config, schedule, device, budgets)
+
+
+def machine_memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not say."""
+    with suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def _warnings(
+    config: ModelConfig, schedule: Schedule, visual: int, text_tokens: int
+) -> tuple[str, ...]:
+    few = schedule.rounded_up(visual)
+    warnings = [] if few is None else [f"{few[:1].upper()}{few[1:]}."]
+    if visual + text_tokens > config.text.max_positions:
+        warnings.append(
+            f"A prompt of {visual} visual and {text_tokens} text tokens is longer than the model's "
+            f"context of {config.text.max_positions} tokens and will be rejected."
+        )
+    return tuple(warnings)
 
 
 def _visual_tokens(config: ModelConfig, asked: int | None) -> tuple[int, int]:
@@ -195,16 +330,12 @@ def _visual_tokens(config: ModelConfig, asked: int | None) -> tuple[int, int]:
     return asked, min(largest.tiles, math.ceil(asked / largest.tile_rows))
 
 
-def _device(options: ExportOptions) -> Target | None:
+def _device(options: ExportOptions) -> Target:
     """The target whose memory is planned, with the float type that was asked for."""
     dtype = options.dtype
-    if options.target is None:
-        if dtype is not None:
-            raise TrioError("--dtype is the float type of engines: pass their --target, too")
-        return None
     if dtype is not None and dtype not in DTYPES:
         raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    device = load_target(options.target)
+    device = load_target(options.target or default_target())
     return device if dtype is None else replace(device, dtype=dtype)
 
 
@@ -226,7 +357,6 @@ def _notes(
     config: ModelConfig,
     schedule: Schedule,
     visual: int,
-    text_tokens: int,
     pruned: Cost,
     unpruned: Cost,
     paper: tuple[PaperRow, ...],
@@ -243,12 +373,9 @@ def _notes(
             "Visual tokens are those of the tiles, as the paper counts them; a prompt has one "
             "newline more per row of the tiled image: --visual-tokens takes the exact number."
         )
-    if visual + text_tokens > text.max_positions:
-        notes.append(
-            f"A prompt of {visual} visual and {text_tokens} text tokens is longer than the model's "
-            f"context of {text.max_positions} tokens and will be rejected."
-        )
-    if schedule.layers:
+    if schedule.layers and schedule.layers[0] == 0:
+        notes.append("With a first pruning point before layer 0, any budget above 0 can be had.")
+    elif schedule.layers:
         notes.append(
             f"With a first pruning point before layer {schedule.layers[0]}, a budget must exceed "
             f"{smallest_budget(text.num_layers, schedule.layers):.3f}."
@@ -302,6 +429,16 @@ def _kv_note(row: PaperRow, config: ModelConfig, pruned: Cost, unpruned: Cost) -
 
 def _close(ours: float, theirs: float) -> bool:
     return math.isclose(ours, theirs, rel_tol=_SAME)
+
+
+def _instead(ours: str, full: str, ratio: float) -> str:
+    return f"{ours} instead of {full}, {ratio:.1f}x less" if ratio > 1 else f"{ours}, nothing less"
+
+
+def _count(flops: float) -> str:
+    """A number of operations with its magnitude: `2.98 T`."""
+    size, unit = (1e12, "T") if flops >= 1e12 else (1e9, "G") if flops >= 1e9 else (1e6, "M")
+    return f"{flops / size:.3g} {unit}"
 
 
 def _tiles(count: int) -> str:

@@ -133,9 +133,12 @@ class RequestPreparer:
             stop_scanner=StopScanner(request.stop_strings),
             end_tokens=self._end_tokens,
             started=started,
-            warnings=self.encoder.warnings(
-                request.prompt, prompt, images=len(sources), raw=request.raw
-            ),
+            warnings=[
+                *self.encoder.warnings(
+                    request.prompt, prompt, images=len(sources), raw=request.raw
+                ),
+                *filter(None, [schedule.rounded_up(prompt.visual_tokens)]),
+            ],
         )
 
     def _open(self, source: ImageSource, bgr: bool) -> tuple[Image.Image, Layout]:

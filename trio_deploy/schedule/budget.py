@@ -68,7 +68,7 @@ def solve(
     if not 0 < budget <= 1:
         raise TrioError(
             f"a budget of {budget:g} is not possible: it is the average share of visual tokens "
-            "per layer, above 0 and at most 1"
+            f"per layer, above 0 and at most 1{_as_percent(budget)}"
         )
     layers = default_layers(num_layers) if layers is None else tuple(layers)
     methods = ("trio",) * len(layers) if methods is None else tuple(methods)
@@ -93,6 +93,10 @@ def solve(
     keeps = _water_fill(shares, sizes, budget * num_layers - layers[0])
     ratios = [min(1.0, max(SMALLEST_RATIO, round(keep, RATIO_DIGITS))) for keep in keeps]
     return _schedule(layers, ratios, methods)
+
+
+def _as_percent(budget: float) -> str:
+    return f"; did you mean {budget / 100:g}?" if 1 < budget <= 100 else ""
 
 
 def _schedule(layers: Sequence[int], keeps: Sequence[float], methods: Sequence[str]) -> Schedule:

@@ -71,6 +71,23 @@ class Schedule:
             kept.append(left)
         return tuple(kept)
 
+    def rounded_up(self, visual: int) -> str | None:
+        """A sentence on pruning points that keep one token where their ratio is less than half.
+
+        A picture decides it, so it is no error: a server's budget meets pictures of all sizes.
+        """
+        few = [
+            f"{point.keep * visual:.2g} before layer {point.layer}"
+            for point in self.points
+            if visual and not isinstance(point.keep, int) and point.keep * visual < 0.5
+        ]
+        if not few:
+            return None
+        return (
+            f"the budget keeps less than one of {visual} visual tokens ({', '.join(few)}): one is "
+            "kept, which is more than was asked for"
+        )
+
     def visual_per_layer(self, visual: int, num_layers: int) -> list[int]:
         """Visual tokens in each layer, [L]."""
         counts = (visual, *self.resolve(visual))

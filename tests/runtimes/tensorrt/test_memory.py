@@ -196,16 +196,15 @@ def test_trio_plan_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> N
     assert raw["layouts"][0]["total"] > raw["usable"] > 12 * _GIB
 
 
-def test_a_plan_without_a_target_has_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_without_a_target_is_for_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "tiny", "--budget", "0.5", "--json"]) == 0
-    assert "memory" not in json.loads(capsys.readouterr().out)
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert (memory["target"], memory["dtype"]) == ("cpu", "float32") and "layouts" not in memory
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--target", "cpu"], "the target cpu runs onnxruntime"),
-        (["--dtype", "float16"], "--dtype is the float type of engines"),
         (["--target", "l4", "--dtype", "int4"], "unknown dtype 'int4'"),
         (["--target", "l5"], "no target called 'l5'.*did you mean 'l4'"),
     ],

@@ -207,6 +207,11 @@ class Fit:
         return None if self.usable is None else self.layouts[0].total_fused <= self.usable
 
     @property
+    def weights(self) -> int:
+        """Bytes of the weights in the target's own layout."""
+        return self.layouts[0].all_weights
+
+    @property
     def oversized(self) -> bool:
         """Whether weights and KV cache of the target's own layout alone exceed its memory."""
         return self.usable is not None and self.layouts[0].at_least > self.usable
