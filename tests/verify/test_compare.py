@@ -141,6 +141,29 @@ def test_what_is_not_finite_is_no_small_difference():
     assert difference(np.zeros(0), np.zeros(0)) == (0.0, 0.0)
 
 
+def test_a_token_with_huge_hidden_states_hides_no_other():
+    """As in trained models: the first token's hidden states are a thousand times the others'."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(1, 9, 16)).astype(np.float32)
+    hidden[0, 0, 3] = 25_000
+    stage = Stage({"lengths": np.array([9])}, {"hidden_states": hidden})
+    half = TOLERANCES["float16"]
+    near = {"hidden_states": hidden.astype(np.float16).astype(np.float32)}
+    assert compare_outputs("prefill_0", stage, near, half).passed
+    other = hidden.copy()
+    other[0, 5] = rng.normal(size=16)
+    row = compare_outputs("prefill_0", stage, {"hidden_states": other}, half)
+    assert not row.passed and "hidden_states differs" in row.problem
+    small = hidden.copy()
+    small[0, 5] *= 1e-4  # a token of almost nothing is held to the size of the others
+    stage = Stage(stage.inputs, {"hidden_states": small})
+    off = {"hidden_states": small + 1e-6 * np.eye(9, 16, dtype=np.float32)}
+    assert compare_outputs("prefill_0", stage, off, EXACT).passed
+    zero = Stage(stage.inputs, {"hidden_states": np.zeros_like(hidden)})
+    assert compare_outputs("prefill_0", zero, zero.outputs, EXACT).passed
+    assert not compare_outputs("prefill_0", zero, {"hidden_states": hidden}, EXACT).passed
+
+
 def picked(method: str, kept: list[list[int]], scores: np.ndarray) -> Stage:
     """`selection` with other tokens and scores."""
     stage = selection()
