@@ -376,6 +376,17 @@ def test_a_full_disk_says_how_much_is_needed_and_free(target):
     assert names(target.parent) == []
 
 
+@pytest.mark.parametrize("code", [errno.EFBIG, errno.EIO, errno.EROFS])
+def test_a_disk_that_fails_is_an_error_that_names_the_bundle(code, target):
+    with (
+        pytest.raises(TrioError, match=rf"cannot write the bundle {target} \(.*nothing was left"),
+        BundleWriter(target) as writer,
+    ):
+        writer.write("embed.onnx", b"half")
+        raise OSError(code, os.strerror(code))
+    assert names(target.parent) == []
+
+
 @pytest.mark.skipif(os.geteuid() != 0 if hasattr(os, "geteuid") else True, reason="needs mount")
 def test_a_disk_that_is_really_full(tmp_path):
     disk = tmp_path / "disk"

@@ -18,7 +18,15 @@ from typing import ClassVar
 
 from trio_deploy.bundle.manifest import MANIFEST, FileInfo
 from trio_deploy.errors import TrioError
-from trio_deploy.files import exchange, exists, format_bytes, fsync, is_empty_folder, safe_path
+from trio_deploy.files import (
+    exchange,
+    exists,
+    format_bytes,
+    fsync,
+    is_empty_folder,
+    safe_path,
+    write_remedy,
+)
 
 
 @dataclass
@@ -102,9 +110,15 @@ class BundleWriter:
         self._explain(error)
 
     def _explain(self, error: BaseException) -> None:
-        full = (errno.ENOSPC, errno.EDQUOT)
-        if isinstance(error, OSError) and error.errno in full:
+        if not isinstance(error, OSError):
+            return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise self._too_full() from error
+        if error.errno in (errno.EFBIG, errno.EIO, errno.EROFS):  # they name no file themselves
+            raise TrioError(
+                f"cannot write the {self.kind} {self.target} ({error.strerror}): "
+                f"{write_remedy(error)} (nothing was left behind)"
+            ) from error
 
     def require_space(self, left: int) -> None:
         """Check that `left` more bytes can be written.
