@@ -21,7 +21,7 @@ WRONG: list[tuple[str, Any]] = [
     *[("seed", value) for value in (-3, 1.0)],
     *[("suppress_tokens", value) for value in ([-1], 5, "12", [1.0], [True], [9], {3})],
     *[("begin_suppress_tokens", value) for value in ([-1], 5, [9])],
-    *[("bad_words", value) for value in ("word", [1], [""], 3)],
+    *[("bad_words", value) for value in ("word", [1], [""], 3, ["\ud800"])],
     *[("bad_words_ids", value) for value in ([1], [[]], [[-1]], [[1], [9]], "12")],
 ]
 

@@ -212,6 +212,8 @@ def test_bad_words_are_banned_after_a_space_and_without(setup: Setup) -> None:
     answer = pipeline.generate(replace(request, bad_words=[words[0], words[-1]]))
     assert not {words[0], words[-1]} & set(answer.text.split())
     assert [words[0]] != answer.text.split()[:1]
+    nothing = pipeline.generate(replace(request, bad_words=[" "]))
+    assert nothing.text.split() == words and nothing.sampling.bad_words_ids == ()
     both = pipeline.generate(replace(request, bad_words=[words[0]], bad_words_ids=[[8]]))
     assert [8] in both.sampling.to_json()["bad_words_ids"] and both.sampling.bad_words is None
 

@@ -60,6 +60,11 @@ def mixed(count: int) -> list[Request]:
                 temperature=(0.0, 1.0)[number % 2],
                 top_p=0.9,
                 seed=number,
+                repetition_penalty=(None, 1.3)[number % 2],
+                frequency_penalty=(None, 0.4, None)[number % 3],
+                no_repeat_ngram_size=(None, None, 2)[number % 3],
+                min_new_tokens=min(2, 1 + number * 7 % 12),
+                suppress_tokens=range(number % 7),
                 stop=["a", "is"] if number % 5 == 4 else (),
                 budget=(None, 0.15, 1.0, 0.5)[number % 4],
             )

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from trio_deploy.errors import TrioError
-from trio_deploy.files import nearest_name
+from trio_deploy.files import nearest_name, require_unicode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +112,7 @@ class SamplingOptions:
         for text in self.bad_words or ():
             if not isinstance(text, str):
                 raise TrioError(f"bad_words must be texts, got {text!r:.80}")
+            require_unicode(text, "a bad word")
         if not all([*(self.bad_words or ()), *(self.bad_words_ids or ())]):
             raise TrioError("a bad word must not be empty")
 

@@ -167,7 +167,8 @@ class RequestPreparer:
         for text in request.bad_words:
             # Within an answer a word mostly follows a space, which may make it another token.
             words += (tuple(self.encoder.answer(each)) for each in (text, " " + text.lstrip()))
-        return replace(options, bad_words=None, bad_words_ids=tuple(dict.fromkeys(words)))
+        distinct = dict.fromkeys(ids for ids in words if ids)  # white space may be no token at all
+        return replace(options, bad_words=None, bad_words_ids=tuple(distinct))
 
     def _schedule(self, request: Request) -> Schedule:
         schedule, budget = self._bundle.schedule, request.budget
