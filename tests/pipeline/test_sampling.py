@@ -16,10 +16,13 @@ from trio_deploy.checkpoint.generation_config import read_sampling
 from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.pipeline.sampling import (
     Detokenizer,
+    Forced,
     Sampler,
     StopScanner,
     draw,
+    log_softmax,
     process,
+    softmax,
     warp,
 )
 
@@ -220,6 +223,11 @@ def test_the_highest_number_draws_the_last_token_that_is_possible() -> None:
         assert draw(scores, Given([np.nextafter(1.0, 0.0)])) == count - 1
 
 
+def test_large_scores_have_probabilities() -> None:
+    assert np.allclose(softmax(np.array([1000.0, 1000.0, -np.inf])), [0.5, 0.5, 0.0])
+    assert draw(np.array([-np.inf, 900.0]), Given([0.3])) == 1
+
+
 def test_no_seed_draws_other_tokens_each_time() -> None:
     logits = np.zeros(1000, np.float32)
     drawn = {
@@ -229,6 +237,21 @@ def test_no_seed_draws_other_tokens_each_time() -> None:
     assert len(drawn) == 3
     seeded = Sampler(SamplingOptions(temperature=1.0, seed=0))
     assert tuple(seeded(logits) for _ in range(4)) not in drawn
+
+
+def test_forced_tokens_are_taken_and_their_probabilities_recorded() -> None:
+    probabilities = np.array([[0.2, 0.5, 0.3], [0.7, 0.1, 0.2], [0.1, 0.3, 0.6]])
+    offsets = np.array([[3.0], [-40.0], [900.0]])
+    logits = (np.log(probabilities) + offsets).astype(np.float32)
+    for tokens in ([1, 1, 0], [0, 0, 2], [2, 2, 1]):
+        forced = Forced(tokens)
+        assert [forced(row) for row in logits] == tokens
+        expected = np.log(probabilities[range(3), tokens])
+        assert np.allclose(forced.logprobs, expected, atol=1e-4)
+        assert forced.greedy == [
+            best == token for best, token in zip([1, 0, 2], tokens, strict=True)
+        ]
+    assert np.allclose(log_softmax(logits), np.log(probabilities), atol=1e-4)
 
 
 def byte_tokenizer() -> Tokenizer:
