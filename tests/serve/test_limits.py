@@ -8,6 +8,7 @@ import pytest
 
 from trio_deploy import TrioError
 from trio_deploy.config.options import RuntimeOptions
+from trio_deploy.families.pixels import MAX_PIXELS
 from trio_deploy.pipeline.batcher.scheduler import BatcherLimits
 from trio_deploy.serve import limits
 from trio_deploy.serve.limits import ServiceLimits, parse_settings, setting_kinds
@@ -65,7 +66,7 @@ def test_flags_and_texts_are_read(text: str, kind: str, value: Any) -> None:
         ({"prefillers": "-1"}, "prefillers must be 0 or more"),
         ({"budget": "nan"}, "budget must be above 0"),
         ({"budget": "2"}, "budget must be at most 1"),
-        ({"max_image_pixels": "999999999"}, "max_image_pixels must be at most"),
+        ({"max_image_pixels": str(MAX_PIXELS + 1)}, "max_image_pixels must be at most"),
         ({"default_max_tokens": "2000"}, "default_max_tokens must be at most"),
         ({"max_queue_bytes": "0"}, "max_queue_bytes must be 1 or more"),
         ({"max_rows": "5000"}, "max_rows must be at most 4096, got 5000"),
@@ -118,3 +119,10 @@ def test_limits_of_the_batch_are_whole_numbers() -> None:
     for wrong in ("3", 2.5, True, [1]):
         with pytest.raises(TrioError, match="max_rows must be 1 or more, got"):
             BatcherLimits(max_rows=wrong)  # type: ignore[arg-type]
+
+
+def test_as_many_pixels_as_are_decoded_may_be_allowed() -> None:
+    limits = ServiceLimits.from_settings(
+        parse_settings({"max_image_pixels": str(MAX_PIXELS)}, KINDS)
+    )
+    assert limits.max_image_pixels == MAX_PIXELS

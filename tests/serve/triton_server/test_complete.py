@@ -39,6 +39,8 @@ def test_a_plain_request_gets_one_whole_answer(both: tuple[Any, Any], pipeline: 
         expected = pipeline.generate(Request(QUESTION, [file()], max_new_tokens=number))
         assert response["token_ids"] == expected.token_ids
         assert response["text"] == [expected.text.encode()] and response["timings"]
+    (response,) = ask(both[0], {"id": 12}, prompt=QUESTION, max_tokens=2).outputs()
+    assert response["id"] == [b"12"]
 
 
 def test_a_plain_requests_error_keeps_its_code(both: tuple[Any, Any]) -> None:

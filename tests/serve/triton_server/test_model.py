@@ -50,6 +50,19 @@ def test_words_that_the_model_does_not_know_come_with_the_last_response(
     assert "warnings" not in ask(model, prompt=QUESTION, max_tokens=4).outputs()[-1]
 
 
+@pytest.mark.parametrize(("given", "echoed"), [(7, b"7"), ("a-1 ä", "a-1 ä".encode())])
+def test_a_requests_id_comes_back_with_each_response(
+    load: Callable[..., Any], given: object, echoed: bytes
+) -> None:
+    model = load()
+    for stream in (True, False):
+        request = ask(model, {"stream": stream, "id": given}, prompt=QUESTION, max_tokens=3)
+        responses = request.outputs()
+        assert len(responses) == (3 if stream else 1)
+        assert [response["id"] for response in responses] == [[echoed]] * len(responses)
+    assert all("id" not in response for response in ask(model, prompt=QUESTION).outputs())
+
+
 def test_without_streaming_it_is_one_response(load: Callable[..., Any], pipeline: Pipeline) -> None:
     request = ask(load(), {"stream": False}, prompt=QUESTION, images=file(), max_tokens=5)
     (response,) = request.outputs()

@@ -39,8 +39,8 @@ def checked(
     tensors: Mapping[str, np.ndarray], parameters: str = "", timeout_us: int = 0
 ) -> tuple[Request, float, bool]:
     """The whole way of a request: the pipeline's, its deadline, and whether it is streamed."""
-    client, stream = read(tensors, parameters, timeout_us)
-    return *check_request(client, LIMITS), stream
+    client, delivery = read(tensors, parameters, timeout_us)
+    return *check_request(client, LIMITS), delivery.stream
 
 
 def test_a_whole_request_is_read() -> None:
@@ -120,7 +120,7 @@ BAD: list[tuple[dict[str, np.ndarray], str]] = [
     ({"prompt": texts("a" * 201)}, "201 bytes, but max_prompt_bytes is 200"),
     ({"messages": texts("{")}, "messages is not JSON"),
     ({"messages": texts("[" * 190)}, "messages is not JSON"),
-    ({"messages": texts("[]")}, "JSON list"),
+    ({"messages": texts("[]")}, "the prompt has no text"),
     ({"messages": texts('{"role": "user"}')}, "JSON list"),
     ({"messages": texts('["hello"]')}, "a message must be"),
     ({"messages": texts('[{"role": "user", "content": "a", "x": 1}]')}, "nothing else"),
@@ -190,6 +190,11 @@ def test_what_is_wrong_is_named(tensors: dict[str, np.ndarray], message: str) ->
     [
         ('{"temprature": 1}', "unknown parameter 'temprature'"),
         ('{"stream": "no"}', "stream must"),
+        ('{"id": 1.5}', "id must be a whole number or a text"),
+        ('{"id": true}', "id must be a whole number or a text"),
+        ('{"id": null}', "id must be a whole number or a text"),
+        ('{"id": "\\ud800"}', "id.* is no Unicode"),
+        (json.dumps({"id": "x" * 257}), "id has 257 characters, but it may have 256"),
         ("[1]", "parameters must be an object"),
         ("[" * 100_000, "parameters is not valid JSON"),
         ('{"stream": nan}', "parameters is not valid JSON"),

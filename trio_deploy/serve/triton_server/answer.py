@@ -21,6 +21,7 @@ from trio_deploy.pipeline.batcher.events import (
 from trio_deploy.pipeline.request import Generation
 from trio_deploy.serve.requests import ClientRequest
 from trio_deploy.serve.service import Service
+from trio_deploy.serve.triton_server.request import Delivery
 from trio_deploy.serve.triton_server.sender import Sender
 
 _LOG = logging.getLogger(__name__)
@@ -48,16 +49,12 @@ class Answer:
         self._done = done
         self._handle: Handle | None = None
         self._submitting = threading.Lock()
-        self._stream = True
+        self._delivery = Delivery()
         self.begun = False
 
-    def submit(self, service: Service, client: ClientRequest, stream: bool) -> None:
-        """Have the service answer; if it does not take the request, that is the answer.
-
-        Args:
-            stream: send a response per token rather than one for all.
-        """
-        self._stream = stream
+    def submit(self, service: Service, client: ClientRequest, delivery: Delivery) -> None:
+        """Have the service answer; if it does not take the request, that is the answer."""
+        self._delivery = delivery
         try:
             with self._submitting:
                 self._handle = service.submit(client, self._on_event)
@@ -87,14 +84,19 @@ class Answer:
             return
         if event.generation is not None:
             self._done(self)
-            self._sender.send(self._last_outputs(event, event.generation), last=True)
+            self._send(self._last_outputs(event, event.generation), last=True)
             return
         self.check_cancelled()
-        if self._stream:
-            self._sender.send(_outputs(event), last=False)
+        if self._delivery.stream:
+            self._send(_outputs(event), last=False)
+
+    def _send(self, outputs: dict[str, np.ndarray], *, last: bool) -> None:
+        if self._delivery.id:
+            outputs["id"] = _string(self._delivery.id)
+        self._sender.send(outputs, last=last)
 
     def _last_outputs(self, event: Event, generation: Generation) -> dict[str, np.ndarray]:
-        if self._stream:
+        if self._delivery.stream:
             return _outputs(event) | _end(generation)
         text, ids = _string(generation.text), np.array(generation.token_ids, np.int64)
         return {"text": text, "token_ids": ids} | _end(generation)

@@ -97,13 +97,13 @@ class TritonPythonModel:
     def _take(self, sender: Sender, request: InferRequest) -> None:
         answer = Answer(sender, self._answers.discard)
         try:
-            client, stream = read(request.tensors, request.parameters, request.timeout_us)
+            client, delivery = read(request.tensors, request.parameters, request.timeout_us)
         except Exception as error:
             self._service.count_rejected(error)
             answer.fail(error)
             return
         self._answers.add(answer)
-        answer.submit(self._service, client, stream)
+        answer.submit(self._service, client, delivery)
 
     def _poll(self) -> None:
         """Cancel requests that have no tokens yet and whose clients are gone; export metrics."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,23 @@ OUTPUTS: dict[str, tuple[str, int]] = {
     "finish_reason": ("string", 1),
     "timings": ("string", 1),
     "warnings": ("string", -1),
+    "id": ("string", 1),
 }
+
+_MAX_ID = 256  # characters
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """How a request wants its answer.
+
+    Attributes:
+        stream: a response per token rather than one for all.
+        id: what the client calls the request, sent back with each response; empty: nothing.
+    """
+
+    stream: bool = True
+    id: str = ""
 
 
 def nbytes(array: np.ndarray) -> int:
@@ -52,7 +69,7 @@ def nbytes(array: np.ndarray) -> int:
 
 def read(
     tensors: Mapping[str, np.ndarray], parameters: str, timeout_us: int
-) -> tuple[ClientRequest, bool]:
+) -> tuple[ClientRequest, Delivery]:
     """Read a request.
 
     Args:
@@ -61,7 +78,7 @@ def read(
         timeout_us: Triton's timeout of the request, microseconds; 0: none.
 
     Returns:
-        The request, and whether it wants a response per token rather than one for all.
+        The request, and how it wants its answer.
 
     Raises:
         TrioError: an input is unknown, or of the wrong kind.
@@ -73,7 +90,7 @@ def read(
         **{name: _value(name, array) for name, array in tensors.items()},
         transport_timeout_s=timeout_us / 1e6 if timeout_us else None,
     )
-    return client, _streams(parameters)
+    return client, _delivery(parameters)
 
 
 def _value(name: str, array: np.ndarray) -> Any:
@@ -93,16 +110,23 @@ def _value(name: str, array: np.ndarray) -> Any:
     return values if count == -1 else values[0]
 
 
-def _streams(parameters: str) -> bool:
+def _delivery(parameters: str) -> Delivery:
     given = parse_json(parameters or "{}", "the request's parameters", "send an object")
     if not isinstance(given, dict):
         raise TrioError(f"the request's parameters must be an object, not {brief(given)}")
     stream = given.pop("stream", True)
     if not isinstance(stream, bool):
         raise TrioError(f"the parameter stream must be true or false, got {stream!r:.40}")
+    # Triton makes a parameter of the "id" of a generate request.
+    name = given.pop("id", "")
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise TrioError(f"id must be a whole number or a text, got {brief(name)}")
     if given:
         raise TrioError(
             f"unknown parameter {sorted(given)[0]!r:.80}: inputs are {', '.join(INPUTS)}, and the "
-            "only parameter is stream"
+            "only parameters are id and stream"
         )
-    return stream
+    text = str(name)
+    if len(text) > _MAX_ID:
+        raise TrioError(f"id has {len(text)} characters, but it may have {_MAX_ID}")
+    return Delivery(stream, text)
