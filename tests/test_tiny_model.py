@@ -105,3 +105,18 @@ def test_every_kind_reaches_its_bound_unpruned_through_the_runtime(bundles: Bund
     for kind, bound in bounds.items():
         assert len(right[kind]) >= 10
         assert sum(right[kind]) / len(right[kind]) >= bound, kind
+
+
+def test_the_readmes_follow_up_question_is_answered_rightly(bundles: Bundles) -> None:
+    pipeline = Pipeline.open(bundles.path("tiny", budget=0.111), threads=1)
+    picture = Path(__file__).parents[1] / "examples" / "scene.png"
+    question = {"type": "text", "text": "what color is the circle?"}
+    asked = [{"role": "user", "content": [{"type": "image"}, question]}]
+    answer = pipeline.generate(Request(asked, picture))
+    assert answer.text == "white"
+    follow_up = [
+        *asked,
+        {"role": "assistant", "content": [{"type": "text", "text": answer.text}]},
+        {"role": "user", "content": [{"type": "text", "text": "where is the circle?"}]},
+    ]
+    assert pipeline.generate(Request(follow_up, picture)).text == "top right"
