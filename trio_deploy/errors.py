@@ -8,6 +8,18 @@ class TrioError(Exception):
     """
 
 
+class OutOfMemory(TrioError):
+    """Memory ran out.
+
+    Attributes:
+        stage: what was being done; "" where a runtime raises it, which does not know.
+    """
+
+    def __init__(self, message: str, stage: str = "") -> None:
+        super().__init__(message)
+        self.stage = stage
+
+
 def shown(value: object) -> str:
     """A value as an error names it: short and at once, whatever it is."""
     if isinstance(value, str):

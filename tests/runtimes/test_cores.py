@@ -96,6 +96,8 @@ def test_one_core_counts_as_one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path
     runtime = openvino.OvRuntime()
     runtime._precision = "bfloat16"  # as on a CPU that has it
     compiled = []
-    monkeypatch.setattr(openvino, "OvEngine", lambda _, model: compiled.append(model))
+    monkeypatch.setattr(
+        openvino, "OvEngine", lambda _, compile_model: compiled.append(compile_model())
+    )
     runtime.open(write_product(tmp_path)[0])
     assert unfused and compiled[0].get_property("INFERENCE_NUM_THREADS") == 1

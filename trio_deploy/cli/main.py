@@ -104,6 +104,15 @@ def _execute(args: argparse.Namespace) -> int:
     except BrokenPipeError:  # `trio plan … | head`
         sys.stderr.close()
         return 1
+    except MemoryError as error:  # outside of the stages of a model, which name themselves
+        if args.debug:
+            raise
+        words = f" ({error})" if str(error) else ""
+        print(
+            "trio: out of memory: end other programs, or allow this process more" + words,
+            file=sys.stderr,
+        )
+        return 1
     except OSError as error:  # no permission, a disk that fails: not foreseen by a command
         if args.debug:
             raise

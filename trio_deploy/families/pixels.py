@@ -267,7 +267,7 @@ def _opened(file: Any, name: str, formats: Sequence[str]) -> Iterator[Image.Imag
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=known) as image:
                 yield image
-    except TrioError:
+    except (TrioError, MemoryError):
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, above ours, before there is a size
         raise _bomb(name, "it is far too large") from None
@@ -306,6 +306,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
+    except MemoryError:
+        raise
     except Exception as error:  # lazily decoded images fail here
         raise TrioError(f"{name} cannot be read as a picture: {error}") from error
 

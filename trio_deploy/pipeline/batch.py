@@ -8,6 +8,7 @@ import numpy as np
 
 from trio_deploy.pipeline.cache import SegmentCache
 from trio_deploy.pipeline.decode import Decoder
+from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.prefill import Prefilled, Stages
 from trio_deploy.pipeline.sequence import SequenceState
 
@@ -100,7 +101,8 @@ class DecodeBatch:
         if not new:
             return
         lengths = {name: cache.lengths for name, cache in prefilled.caches.items()}
-        self._grow([(each, [int(x[number]) for x in lengths.values()]) for number, each in new])
+        with memory_for("decode"):
+            self._grow([(each, [int(x[number]) for x in lengths.values()]) for number, each in new])
         free = [row for row, sequence in enumerate(self._rows) if sequence is None]
         free += range(len(self._rows), len(self._next_positions))
         free = free[: len(new)]
@@ -115,17 +117,18 @@ class DecodeBatch:
         """Feed each sequence its last token; logits [V] of its next, valid until the next step.
 
         Raises:
-            TrioError: the runtime failed.
+            TrioError: the runtime failed, or memory ran out.
         """
-        if self._decoder is None:
-            self._decoder = Decoder(
-                self._stages, self._caches, self._next_positions, self._positions
-            )
         tokens = np.array(
             [self._pad_token if each is None else each.token_ids[-1] for each in self._rows]
         )
         active = np.array([each is not None for each in self._rows])
-        logits = self._decoder.step(tokens, active)
+        with memory_for("decode"):
+            if self._decoder is None:
+                self._decoder = Decoder(
+                    self._stages, self._caches, self._next_positions, self._positions
+                )
+            logits = self._decoder.step(tokens, active)
         return [(each, logits[row]) for row, each in enumerate(self._rows) if each is not None]
 
     def release(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.export.cache import find_bundle
 from trio_deploy.pipeline.batch import DecodeBatch
 from trio_deploy.pipeline.fetch import with_pictures
+from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.prefill import Clock, Prefilled, Stages
 from trio_deploy.pipeline.prepare import RequestPreparer
 from trio_deploy.pipeline.prompt import collate
@@ -77,6 +78,16 @@ class Pipeline:
         Raises:
             TrioError: the bundle is damaged or incomplete, or the runtime is not installed.
         """
+        with memory_for("loading the bundle"):
+            return cls._open(bundle, options, keywords)
+
+    @classmethod
+    def _open(
+        cls,
+        bundle: str | os.PathLike[str] | Bundle,
+        options: RuntimeOptions | None,
+        keywords: Mapping[str, Any],
+    ) -> Pipeline:
         options = replace(options or RuntimeOptions(), **keywords)
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(find_bundle(bundle, options))
         loaded.require_weights()

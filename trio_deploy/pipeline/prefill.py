@@ -13,6 +13,7 @@ from trio_deploy.bundle.manifest import Role, StageInfo
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import TILES_AT_ONCE, Layout
 from trio_deploy.pipeline.cache import Allocate, CacheShape, SegmentCache
+from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.prompt import Batch
 from trio_deploy.runtimes.arrays import concatenate, on_host, to_host
 from trio_deploy.runtimes.base import Array, Blocks, Engine, HostMoment, Moment, Runtime
@@ -28,9 +29,13 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str, moment: Callable[[], Moment] = HostMoment.now) -> Iterator[None]:
-        """Add the time spent inside to stage `name`; `moment` as in `Runtime.moment`."""
+        """Add the time spent inside to stage `name`, which is named where memory runs out.
+
+        `moment` is as in `Runtime.moment`.
+        """
         start = moment()
-        yield
+        with memory_for(name):
+            yield
         self._spans.append((name, start, moment()))
 
     @property
@@ -90,12 +95,13 @@ class Stages:
         self.info = bundle.stages
         for name, stage in self.info.items():
             selects = stage.kind == "select"
-            self.engines[name] = runtime.open(
-                bundle.graph(name),
-                bundle.places(name),
-                keep_precision=selects,
-                shares_weights=selects or stage.kind == "embed",
-            )
+            with memory_for(f"loading {name}"):
+                self.engines[name] = runtime.open(
+                    bundle.graph(name),
+                    bundle.places(name),
+                    keep_precision=selects,
+                    shares_weights=selects or stage.kind == "embed",
+                )
         self.vision, self.embed = bundle.only("vision"), bundle.only("embed")
         self.segments = [stage.name for stage in bundle.of_kind("prefill")]
         self.decode = next(iter(bundle.of_kind("decode")), None)

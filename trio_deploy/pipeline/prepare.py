@@ -16,6 +16,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import Layout
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.pipeline.fetch import is_address
+from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
 from trio_deploy.pipeline.request import ImageSource, Request
 from trio_deploy.pipeline.sampling import Detokenizer, Forced, Sampler, StopScanner
@@ -149,8 +150,9 @@ class RequestPreparer:
             )
         if bgr and isinstance(source, np.ndarray):
             source = source[..., ::-1]
-        image = self._preprocessor.open_image(source)
-        return image, self._preprocessor(image)
+        with memory_for("preprocess"):
+            image = self._preprocessor.open_image(source)
+            return image, self._preprocessor(image)
 
     def _sampling_options(self, request: Request) -> SamplingOptions:
         """The request's options over the bundle's, texts of bad words as token ids."""

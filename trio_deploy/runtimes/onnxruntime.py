@@ -39,6 +39,7 @@ from trio_deploy.runtimes.base import (
     float_type,
 )
 from trio_deploy.runtimes.cores import cores_to_name
+from trio_deploy.runtimes.failures import failure
 from trio_deploy.runtimes.mapped_weights import WeightMap
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -165,7 +166,7 @@ class OrtRuntime(HostRuntime):
         try:
             session = ort.InferenceSession(str(path), options, providers=[self.provider])
         except Exception as error:  # ONNX Runtime raises many types for this
-            raise TrioError(f"ONNX Runtime cannot load {path.name}: {error}") from error
+            raise failure(f"ONNX Runtime cannot load {path.name}", error) from error
         used = session.get_providers()
         if self.provider not in used:
             raise TrioError(
@@ -218,7 +219,7 @@ class OrtEngine:
         free = [name for name in self.outputs if name not in into]
         for name in free:
             binding.bind_output(name, "cpu")
-        self._run(binding)
+        _run(self._session, binding)
         values = dict(zip([*into, *free], binding.get_outputs(), strict=True))
         return {name: _numpy(values[name]) for name in free}
 
@@ -260,11 +261,12 @@ class OrtEngine:
             raise TrioError("an array is not contiguous: pass contiguous arrays")
         return self._ort.OrtValue.ortvalue_from_numpy(array, device, 0)
 
-    def _run(self, binding: Any) -> None:
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # ONNX Runtime raises many types for this
-            raise TrioError(f"ONNX Runtime failed: {error}") from error
+
+def _run(session: Any, binding: Any) -> None:
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:  # ONNX Runtime raises many types for this
+        raise failure("ONNX Runtime failed", error) from error
 
 
 class _Step:
@@ -285,7 +287,7 @@ class _Step:
     def __call__(self) -> None:
         for value, array in self._copied:  # on a GPU, inputs from the host are copies
             value.update_inplace(array)
-        self._session.run_with_iobinding(self._binding)
+        _run(self._session, self._binding)
 
 
 def _specs(args: list[Any]) -> dict[str, TensorSpec]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from trio_deploy.errors import TrioError
+from trio_deploy.errors import OutOfMemory, TrioError
 from trio_deploy.pipeline.batcher.events import Event, EventThread, Failed, Handle, Refused, outcome
 from trio_deploy.pipeline.batcher.metrics import Recorder
 from trio_deploy.pipeline.batcher.scheduler import BatcherLimits, Entry, refusal
@@ -222,6 +222,8 @@ class Preparer:
                 self._check(row)
             except _NobodyWaits:
                 pass  # the worker finds it among those that wait
+            except OutOfMemory as caught:
+                error = Failed(str(caught))
             except TrioError as caught:
                 error = caught
             except Exception as caught:

@@ -33,7 +33,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from trio_deploy.errors import TrioError
+from trio_deploy.errors import OutOfMemory, TrioError
 from trio_deploy.files import format_bytes
 
 OLDEST = (8, 6)
@@ -71,8 +71,11 @@ _NO_TACTIC = "could not find any implementation"
 _LOGGERS: list[Any] = []
 
 
-class OutOfDeviceMemory(TrioError):
-    """TensorRT requested more GPU memory than is free."""
+class OutOfDeviceMemory(OutOfMemory):
+    """TensorRT requested more GPU memory than is free; its message says what takes less."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "the GPU")
 
 
 class ProfileLike(Protocol):
