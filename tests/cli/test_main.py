@@ -45,13 +45,14 @@ def test_export_hands_on_what_was_asked(calls, capsys):
     command = (
         "export --model llava-next-7b --budget 0.222 --dtype float16 --dialect onnx "
         "--target t.yaml --out b --link-weights --graphs-only --force "
-        "--positions original --probe shifted --threshold 0.9 --method dart"
+        "--positions original --probe shifted --threshold 0.9 --method dart --chat-template none"
     )
     assert cli.main(command.split()) == 0
     args, options = calls["export_model"]
     assert args == ("llava-next-7b", Path("b"))
     assert options == {
         "budget": 0.222,
+        "chat_template": "none",
         "method": "dart",
         "schedule": None,
         "dtype": "float16",
