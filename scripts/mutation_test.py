@@ -63,8 +63,9 @@ class Mutant:
 def mutants(module: Path) -> Iterator[Mutant]:
     """All mutants of a module but those that cannot matter.
 
-    These are the ones of annotations, which nothing evaluates, and `is` for `==`, which differs
-    for equal objects that are not the same: of booleans, small numbers and names there are none.
+    These are the ones of annotations, which nothing evaluates; of `is` and `==`, which differ for
+    equal objects that are not the same (of booleans, small numbers, types and names there are
+    none); and of `frozen=True`, which guards against code that is not there.
     """
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
@@ -75,7 +76,7 @@ def mutants(module: Path) -> Iterator[Mutant]:
     seen = set()
     for name in operator_names():
         kind = get_operator(name)
-        if kind.arguments() or name.endswith(("_Is", "_IsNot")):
+        if kind.arguments() or name.endswith(("_Is", "_IsNot", "_Is_Eq", "_IsNot_NotEq")):
             continue
         operator = kind()
         places = [
@@ -92,6 +93,8 @@ def mutants(module: Path) -> Iterator[Mutant]:
             seen.add(code)
             old, new = source.splitlines(), code.splitlines()
             line = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
+            if "@dataclass(frozen=True" in old[line] and "@dataclass(frozen=False" in new[line]:
+                continue
             yield Mutant(str(module.relative_to(ROOT)), code, line + 1, old[line], new[line])
 
 

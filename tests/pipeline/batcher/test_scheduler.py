@@ -30,6 +30,7 @@ THREADS = replace(LIMITS, prefillers=2)
 KV = replace(LIMITS, max_kv_bytes=50)
 A, B, C, D = (Entry(key, tokens=tokens) for key, tokens in enumerate((10, 20, 30, 40)))
 LATE = Entry(7, deadline=5.0, tokens=10)
+HALF = Entry(8, tokens=50)  # of the tokens of one prefill
 
 SITUATIONS: dict[str, tuple[State, BatcherLimits, Action]] = {
     "nothing to do": (State(), LIMITS, Wait(None)),
@@ -52,12 +53,18 @@ SITUATIONS: dict[str, tuple[State, BatcherLimits, Action]] = {
         LIMITS,
         Prefill((0,)),
     ),
+    "as many padded tokens as are allowed": (
+        State(waiting=[HALF, HALF, A]),
+        LIMITS,
+        Prefill((8, 8)),
+    ),
     "as many as there are free rows": (
         State(waiting=[B, C, D], decoding=[A, A, A]),
         LIMITS,
         Prefill((1,)),
     ),
     "no free row": (State(waiting=[B], decoding=[A] * 4), LIMITS, Decode()),
+    "more rows than the limit": (State(waiting=[B], decoding=[A] * 5), LIMITS, Decode()),
     "prefilling rows count": (
         State(waiting=[B, C], decoding=[A], prefilling=2, prefills=1),
         THREADS,
@@ -87,12 +94,18 @@ SITUATIONS: dict[str, tuple[State, BatcherLimits, Action]] = {
         THREADS,
         Decode(),
     ),
+    "more prefills than threads": (
+        State(waiting=[A], decoding=[B], prefilling=3, prefills=3),
+        replace(THREADS, max_rows=9),
+        Decode(),
+    ),
     "all threads are prefilling, nothing to decode": (
         State(waiting=[LATE], prefilling=2, prefills=2),
         THREADS,
         Wait(5.0),
     ),
     "keys and values fit": (State(waiting=[A, B], kv_bytes=[20, 50]), KV, Prefill((0, 1))),
+    "keys and values leave room": (State(waiting=[A, B], kv_bytes=[20, 40]), KV, Prefill((0, 1))),
     "keys and values do not fit": (State(waiting=[A, B], kv_bytes=[20, 51]), KV, Prefill((0,))),
     "keys and values of the batch": (State(waiting=[A], decoding=[B], kv_bytes=[51]), KV, Decode()),
     "keys and values of one alone": (State(waiting=[A], kv_bytes=[51]), KV, Prefill((0,))),
@@ -140,7 +153,13 @@ def test_what_comes_next(situation: str) -> None:
 
 @pytest.mark.parametrize(
     ("queued", "closing", "reason"),
-    [(0, False, None), (63, False, None), (64, False, "max_queue = 64"), (0, True, "shutting")],
+    [
+        (0, False, None),
+        (63, False, None),
+        (64, False, "max_queue = 64"),
+        (65, False, "max_queue = 64"),
+        (0, True, "shutting"),
+    ],
 )
 def test_who_may_wait(queued: int, closing: bool, reason: str | None) -> None:
     said = refusal(queued, closing, BatcherLimits())
