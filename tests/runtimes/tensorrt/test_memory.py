@@ -186,6 +186,9 @@ def test_a_target_of_unknown_memory_gets_no_verdict() -> None:
 def test_trio_plan_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--model", "llava-1.5-7b", "--target", "jetson-orin-nx-16gb"]
     assert main(command) == 0
+    short = capsys.readouterr().out
+    assert "does not fit jetson-orin-nx-16gb" in short and "decode layout" not in short
+    assert main([*command, "--paper"]) == 0
     text = capsys.readouterr().out
     assert "memory on jetson-orin-nx-16gb (15.2 GiB, 12.2 GiB of them for this), float16" in text
     assert "decode layout" in text and "no" in text.split("fits")[1]

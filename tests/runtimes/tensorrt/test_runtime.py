@@ -210,7 +210,7 @@ def test_rows_join_and_leave_on_the_device(shared: Machine) -> None:
 # ------------------------------------------------------------------------- what stays on the device
 
 
-def test_only_logits_and_kept_indices_leave_the_device(shared: Machine) -> None:
+def test_only_logits_kept_indices_and_scores_leave_the_device(shared: Machine) -> None:
     pipeline = shared.pipeline()
     shared.cuda.fetched.clear()
     answer = pipeline.generate(Request(ask(COLOR), [make_picture()], max_new_tokens=8))
@@ -219,8 +219,9 @@ def test_only_logits_and_kept_indices_leave_the_device(shared: Machine) -> None:
     index = [8 * count for _, _, count in answer.layer_ranges[1:]]
     converged = [1, 1]
     first = [logits, *(size for pair in zip(converged, index, strict=True) for size in pair)]
+    scores = [4 * count for _, _, count in answer.layer_ranges[:-1]]  # looked at after the logits
     steps = [logits] * (len(answer.token_ids) - 1)
-    assert shared.cuda.fetched == first + steps
+    assert shared.cuda.fetched == first + scores + steps
 
 
 def test_a_second_request_needs_no_more_memory(shared: Machine) -> None:

@@ -96,7 +96,7 @@ def test_nothing_is_left_behind_when_writing_fails(bundle, tmp_path, monkeypatch
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("trio_deploy.serve.triton_server.repository._model_py", fail)
-    with pytest.raises(OSError):
+    with pytest.raises(TrioError, match=r"cannot write the model repository .*nothing was left"):
         write_repository(bundle, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
