@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from tests.support.checkpoints import LAYOUTS, make_llava, make_llava_next
 from trio_deploy import TrioError
 from trio_deploy.families.base import RopeConfig
 from trio_deploy.families.registry import parse_config
+
+#: For a key that config.json does not have.
+ABSENT = object()
 
 CLIP_336 = {
     "model_type": "clip_vision_model",
@@ -166,6 +170,25 @@ def test_rope_of_both_styles():
     assert parse_config(new).text.rope == wanted
     none = _with("text_config", rope_scaling=None)
     assert parse_config(none).text.rope == RopeConfig(10000.0)
+
+
+def test_rope_of_both_styles_at_once_is_what_transformers_makes_of_it():
+    linear = {"rope_type": "linear", "factor": 4.0}
+    whole, other = {**linear, "rope_theta": 5e5}, {"type": "linear", "factor": 2.0}
+    choices = {
+        "rope_theta": (ABSENT, 1e6),
+        "rope_parameters": (ABSENT, None, {}, {"rope_theta": 7e4}, whole, linear),
+        "rope_scaling": (ABSENT, None, {}, whole, linear, other),
+    }
+    for values in product(*choices.values()):
+        given = {
+            key: value for key, value in zip(choices, values, strict=True) if value is not ABSENT
+        }
+        raw = _with("text_config", **given)
+        theirs = LlavaConfig.from_dict(json.loads(json.dumps(raw))).text_config.rope_parameters
+        wanted = (theirs["rope_theta"], theirs["rope_type"], theirs.get("factor", 1.0))
+        rope = parse_config(raw).text.rope
+        assert (rope.theta, rope.scaling, rope.factor) == wanted, given
 
 
 @pytest.mark.parametrize(

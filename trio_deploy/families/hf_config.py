@@ -383,12 +383,15 @@ def _text(section: Mapping[str, Any], tied: bool) -> TextConfig:
 
 
 def _rope(section: Mapping[str, Any]) -> RopeConfig:
-    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
+    """Read `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (before).
+
+    Where both are there, transformers takes `rope_scaling` alone.
+    """
     part = "text_config"
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(section.get(key, {}), Mapping):
             raise TrioError(f"config.json: {part}.{key} must be an object")
-    parameters = _given(section.get("rope_parameters") or section.get("rope_scaling") or {})
+    parameters = _given(section.get("rope_scaling") or section.get("rope_parameters") or {})
     theta = _real({"rope_theta": section["rope_theta"], **parameters}, "rope_theta", part)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     partial = parameters.get("partial_rotary_factor", section.get("partial_rotary_factor", 1.0))
