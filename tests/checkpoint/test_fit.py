@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-from tests.support.checkpoints import make_llava, make_llava_next, read_tensor
+from tests.support.checkpoints import VOCAB_SIZE, make_llava, make_llava_next, read_tensor
 from trio_deploy import TrioError
 from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.export.checkpoint import read_checkpoint
@@ -103,6 +103,49 @@ def test_the_head_is_the_one_that_transformers_takes(saved, tmp_path, family, we
         assert np.array_equal(read_tensor(head), theirs.lm_head.weight.detach()), (top, text)
         table = theirs.get_input_embeddings().weight.detach()
         assert np.array_equal(read_tensor(tensors[EMBEDDINGS]), table), (top, text)
+
+
+def _shard(folder: Path, unlisted: str) -> list[Path]:
+    """Split the weights into two shards, by an index that does not name one of the tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    half = names[: len(names) // 2]
+    files = [folder / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    parts = (half, [name for name in names if name not in half])
+    for file, part in zip(files, parts, strict=True):
+        save_file({name: tensors[name] for name in part}, file, metadata={"format": "pt"})
+    listed = {
+        name: file.name
+        for file, part in zip(files, parts, strict=True)
+        for name in part
+        if name != unlisted
+    }
+    index = {"metadata": {}, "weight_map": listed}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return files
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_shards_give_the_head_that_transformers_takes_whatever_the_index_names(
+    saved, tmp_path, family
+):
+    """A head that only a shard's header names; then one that two shards hold."""
+    head = HEADS[LAYOUTS[family]]
+    folder = Path(shutil.copytree(saved(family, "both, different"), tmp_path / "c"))
+    files = _shard(folder, head)
+    for held_twice in (False, True):
+        if held_twice:
+            for number, file in enumerate(files):
+                tensors = load_file(file)
+                tensors[head] = torch.full((VOCAB_SIZE, 32), number + 1.0)
+                save_file(tensors, file, metadata={"format": "pt"})
+            index = json.loads((folder / "model.safetensors.index.json").read_text())
+            index["weight_map"][head] = files[0].name
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        theirs = MAKERS[family][1].from_pretrained(folder)
+        tensors = read_checkpoint(folder).tensors
+        assert np.array_equal(read_tensor(tensors[HEAD]), theirs.lm_head.weight.detach())
 
 
 def test_equal_tensors_are_shipped_once(saved):

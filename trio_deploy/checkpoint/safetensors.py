@@ -239,7 +239,11 @@ def missing_weights(folder: Path) -> list[str]:
 
 
 def _weights(folder: Path) -> dict[str, TensorEntry]:
-    """Like transformers, prefer the single file to the index."""
+    """Read the headers of the weights, and take from them what transformers takes.
+
+    The single file comes before the index. Of an index, each listed shard counts as a whole, with
+    tensors that the index does not name; a tensor that two shards hold comes from the later name.
+    """
     single = folder / SINGLE
     if has_file(single):
         return read_header(single)
@@ -253,15 +257,12 @@ def _weights(folder: Path) -> dict[str, TensorEntry]:
         )
         raise TrioError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there{hint}.")
     weight_map = _weight_map(folder, index)
-    shards: dict[str, dict[str, TensorEntry]] = {}
     tensors: dict[str, TensorEntry] = {}
+    for shard, name in sorted({shard: name for name, shard in weight_map.items()}.items()):
+        tensors |= _shard(folder, shard, name)
     for name, shard in weight_map.items():
-        if shard not in shards:
-            shards[shard] = _shard(folder, shard, name)
-        entry = shards[shard].get(name)
-        if entry is None:
+        if name not in tensors:
             raise TrioError(f"{folder / shard} lacks tensor {name!r}, which {INDEX} says it has.")
-        tensors[name] = entry
     return tensors
 
 
