@@ -70,6 +70,17 @@ def test_a_checkpoint_without_its_weights_is_refused_whatever_the_budget(
         export_model(folder, tmp_path / "b", budget=budget, progress=False)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_adapter_beside_a_model_or_alone_is_to_be_merged_first(whole, tmp_path, alone):
+    folder = Path(shutil.copytree(whole, tmp_path / "c"))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if alone:
+        (folder / "config.json").unlink()
+    with pytest.raises(TrioError, match=r"not merged \(adapter_config\.json\): merge it first"):
+        export_model(folder, tmp_path / "b", schedule="1:0.5", progress=False)
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_link_in_a_circle_and_a_folder_are_no_files(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")

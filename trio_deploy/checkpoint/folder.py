@@ -9,6 +9,8 @@ from typing import Any
 from trio_deploy.errors import TrioError
 from trio_deploy.files import brief, read_json, read_text
 
+_ADAPTER = "adapter_config.json"  # PEFT's
+
 
 def has_file(file: Path) -> bool:
     """Whether a checkpoint has a file; a link that leads nowhere is not the same as none.
@@ -47,6 +49,16 @@ def read_object(file: Path) -> dict[str, Any] | None:
     if not isinstance(raw, dict):
         raise TrioError(f"{file} does not hold a JSON object: download it again")
     return raw
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises TrioError where a folder has an adapter, which transformers would add to a model."""
+    if has_file(folder / _ADAPTER):
+        raise TrioError(
+            f"{folder} holds an adapter that was not merged ({_ADAPTER}): merge it first, e.g. "
+            "with PEFT's merge_and_unload(), save the result and export that; if the weights have "
+            f"it in them already, remove {_ADAPTER}"
+        )
 
 
 def image_settings(folder: Path) -> dict[str, Any]:

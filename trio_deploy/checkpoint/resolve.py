@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trio_deploy.checkpoint.folder import image_settings, read_object
+from trio_deploy.checkpoint.folder import image_settings, read_object, refuse_adapter
 from trio_deploy.checkpoint.hub import Part, hub_folder
 from trio_deploy.config.recipe import Recipe, list_recipes, read_recipe, recipe_name
 from trio_deploy.errors import TrioError
@@ -153,6 +153,7 @@ def from_folder(folder: Path) -> Source:
                 f"{folder} is a bundle, which has been exported already: pass the checkpoint that "
                 "it was made from"
             )
+        refuse_adapter(folder)
         raise TrioError(
             f"{folder} has no config.json, so it is not a checkpoint: pass a folder that "
             "transformers' save_pretrained wrote"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trio_deploy.checkpoint.fit import CheckpointInfo, describe_checkpoint, fit_config
+from trio_deploy.checkpoint.folder import refuse_adapter
 from trio_deploy.checkpoint.safetensors import Checkpoint, TensorEntry
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config
@@ -36,9 +37,10 @@ def read_checkpoint(folder: Path) -> ReadCheckpoint:
     """Read config.json and the headers of the weights, and compare the two.
 
     Raises:
-        TrioError: a file is missing or damaged, or config.json and the tensors contradict each
-            other in a way that transformers does not resolve.
+        TrioError: a file is missing or damaged, an adapter is not merged, or config.json and the
+            tensors contradict each other in a way that transformers does not resolve.
     """
+    refuse_adapter(folder)
     checkpoint = Checkpoint.from_path(folder)
     said = parse_config(checkpoint.config)
     config = fit_config(checkpoint, said)
