@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -18,7 +20,7 @@ from transformers.image_utils import load_image
 from tests.support.checkpoints import preprocessor_of
 from tests.support.pictures import make_picture
 from trio_deploy import TrioError
-from trio_deploy.families.pixels import MAX_PIXELS, open_image
+from trio_deploy.families.pixels import MAX_PIXELS, header_size, open_image
 
 
 def _bytes(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -192,3 +194,15 @@ def test_any_path_like_is_a_path(tmp_path: Path) -> None:
 
     Image.new("RGB", (3, 2), "red").save(tmp_path / "red.png")
     assert open_image(Elsewhere()).size == (3, 2)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    found: list[object] = []
+    reader = threading.Thread(target=lambda: found.append(header_size(pipe)), daemon=True)
+    reader.start()
+    reader.join(20)
+    assert found == [None]
+    with pytest.raises(TrioError, match="there is no image file at .*pipe"):
+        open_image(pipe)

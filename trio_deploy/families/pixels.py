@@ -138,6 +138,7 @@ def header_size(source: Any) -> tuple[int, int] | None:
     """(height, width) of anything that `open_image` takes, without decoding it.
 
     None where that cannot be told: the source is no picture, or its header does not say it.
+    A path of anything but a file is not opened: a pipe's reader waits for its writer.
     """
     if isinstance(source, Image.Image):
         width, height = source.size
@@ -145,10 +146,11 @@ def header_size(source: Any) -> tuple[int, int] | None:
         height, width = source.shape[:2] if source.ndim == 3 else (0, 0)
     else:
         try:
+            is_path = isinstance(source, (str, os.PathLike))
+            if is_path and not Path(source).is_file():
+                return None
             with (
-                Path(source).open("rb")
-                if isinstance(source, (str, os.PathLike))
-                else io.BytesIO(source) as file,
+                Path(source).open("rb") if is_path else io.BytesIO(source) as file,
                 _opened(file, "the image", _SIZED) as image,
             ):
                 width, height = image.size
