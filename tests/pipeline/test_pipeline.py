@@ -218,6 +218,26 @@ def test_bad_words_are_banned_after_a_space_and_without(setup: Setup) -> None:
     assert [8] in both.sampling.to_json()["bad_words_ids"] and both.sampling.bad_words is None
 
 
+def test_bad_words_of_a_request_join_those_of_the_bundle(setup: Setup) -> None:
+    bundle = setup.pipeline("llava").bundle
+    generation = structs.replace(
+        bundle.manifest.generation, sampling={"bad_words_ids": [[8], [9, 10]]}
+    )
+    manifest = structs.replace(bundle.manifest, generation=generation)
+    pipeline = Pipeline.open(replace(bundle, manifest=manifest))
+
+    def banned(**options: Any) -> Any:
+        request = Request("what color ?", max_new_tokens=1, **options)
+        return pipeline.generate(request).sampling.to_json()["bad_words_ids"]
+
+    own = [[8], [9, 10]]
+    assert banned() == banned(bad_words=[]) == own
+    joined = banned(bad_words=["red"])
+    assert joined[:2] == own and len(joined) > 2
+    assert banned(bad_words=["red"], bad_words_ids=[]) == joined[2:]
+    assert banned(bad_words=["red"], bundle_sampling=False) == joined[2:]
+
+
 ENGINES = [("ort", "onnxruntime"), ("onnx", "onnxruntime"), ("primitive", "openvino")]
 
 

@@ -163,10 +163,10 @@ class RequestPreparer:
                 f"{request.max_new_tokens}"
             )
         options = request.over(self._sampling if request.bundle_sampling else SamplingOptions())
-        if request.bad_words is None:
+        if options.bad_words is None:
             return options
-        words = [tuple(ids) for ids in request.bad_words_ids or ()]
-        for text in request.bad_words:
+        words = [tuple(ids) for ids in options.bad_words_ids or ()]
+        for text in options.bad_words:
             # Within an answer a word mostly follows a space, which may make it another token.
             words += (tuple(self.encoder.answer(each)) for each in (text, " " + text.lstrip()))
         distinct = dict.fromkeys(ids for ids in words if ids)  # white space may be no token at all
