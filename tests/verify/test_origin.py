@@ -16,6 +16,7 @@ from trio_deploy import Bundle, TrioError, check, export_model
 from trio_deploy.bundle.describe import inspect
 from trio_deploy.cli import main as cli
 from trio_deploy.export.attach import attach_weights
+from trio_deploy.verify.check import record
 from trio_deploy.verify.origin import compare_origin
 from trio_deploy.verify.report import format_report
 
@@ -102,6 +103,18 @@ def test_without_a_checkpoint_the_check_says_so(bundle, tied, capsys):
     assert {"config.json", "headers", "output"} <= {
         line.split()[0] for line in text.split("\n") if line
     }
+
+
+def test_a_recorded_reference_says_that_no_weights_of_the_checkpoint_were_compared(
+    bundle, tied, tmp_path
+):
+    other = Path(shutil.copytree(tied, tmp_path / "c"))
+    _reweigh(other, lambda tensors: tensors[TABLE].mul_(2))
+    recorded = record(shutil.copytree(bundle, tmp_path / "b"), threads=1)
+    report = check(recorded, golden=True, checkpoint=other, threads=1)
+    assert report.passed  # on the weights of another checkpoint
+    assert report.title.endswith("; of the checkpoint only config.json and headers compared")
+    assert "only config.json" not in check(recorded, checkpoint=tied, threads=1).title
 
 
 def test_a_config_json_that_was_edited_is_seen_but_not_its_layout(bundle, tied, tmp_path):

@@ -25,7 +25,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=Path,
         help="checkpoint folder that the bundle was made from: its files are compared, and the "
-        "reference is loaded from it (default: the reference has the weights in the bundle)",
+        "reference is loaded from it (default: the reference has the weights in the bundle); with "
+        "--golden only config.json and the headers of weights are compared",
     )
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
     add_runtime_options(command)

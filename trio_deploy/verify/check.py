@@ -54,9 +54,10 @@ def check(
         options: how the bundle is run.
         golden: compare with what `record` stored, which needs no torch.
         checkpoint: folder that the bundle was made from: its config.json, the headers of its
-            weights and its output head are compared, the oracle is transformers' model as loaded
-            from it, and prompts are compared with its processor's. None: the oracle has the
-            weights in the bundle, which are not compared with any checkpoint.
+            weights and its output head are compared. Without `golden` the oracle is transformers'
+            model as loaded from it, and prompts are compared with its processor's; with `golden`
+            nothing compares the values of its weights. None: the oracle has the weights in the
+            bundle, which are not compared with any checkpoint.
         examples: questions to ask; None: `default_examples`.
         keywords: fields of `RuntimeOptions`, which replace those of `options`.
 
@@ -101,6 +102,8 @@ def check(
     rows += _compare_answers(pipeline, reference, tolerance)
     if checkpoint is None:
         title += "; not compared with the checkpoint"
+    elif golden:
+        title += "; of the checkpoint only config.json and headers compared"
     return Report(title, rows, pipeline.ran_as)
 
 
