@@ -11,13 +11,13 @@ import pytest
 
 from tests.support.limited import limited_python
 from trio_deploy import TrioError
+from trio_deploy.checkpoint.chat_template import MAX_SOURCE
 from trio_deploy.checkpoint.safetensors import MAX_HEADER
 from trio_deploy.checkpoint.tokenizer import MAX_TOKENIZER
 from trio_deploy.evaluation.questions import MAX_QUESTIONS
 from trio_deploy.families.pixels import MAX_PIXELS
 from trio_deploy.files import (
     MAX_JSON,
-    MAX_TEXT,
     MAX_VALUES,
     MAX_YAML,
     format_bytes,
@@ -289,7 +289,7 @@ def test_the_limits_in_security_md_are_those_of_the_code():
     fetch = FetchLimits()
     assert rows["JSON file"].startswith(f"{format_bytes(MAX_JSON)}, {MAX_VALUES:,} values")
     assert rows["YAML file"].startswith(format_bytes(MAX_YAML))
-    assert rows["chat template"] == format_bytes(MAX_TEXT)
+    assert rows["chat template"] == f"{MAX_SOURCE:,} characters"
     assert rows["tokenizer.json"] == format_bytes(MAX_TOKENIZER)
     assert rows["header of a .safetensors file"].startswith(f"{MAX_HEADER / 1e6:.0f} MB")
     assert rows["question file, annotations"].startswith(format_bytes(MAX_QUESTIONS))

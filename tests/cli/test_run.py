@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -137,6 +138,17 @@ def test_nothing_to_draw_or_nowhere_to_write_is_an_error(tmp_path, monkeypatch):
     generation = answer(images=[Image.new("RGB", (3, 3))], processed=[Tokens])
     with pytest.raises(TrioError, match="cannot write"):
         answers.save_kept(generation, tmp_path / "no" / "kept.png")
+    before = tmp_path / "before.png"
+    before.write_bytes(b"an older picture")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(TrioError, match=r"before\.png .*make room"):
+        answers.save_kept(generation, before)
+    assert before.read_bytes() == b"an older picture"
+    assert [path.name for path in tmp_path.iterdir()] == ["before.png"]
 
 
 @pytest.mark.parametrize(

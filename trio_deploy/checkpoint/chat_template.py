@@ -20,7 +20,7 @@ from trio_deploy.files import require_unicode
 
 Message = Mapping[str, Any]
 
-_MAX_SOURCE = 1 << 17  # characters; the longest in use have some 30,000
+MAX_SOURCE = 1 << 17  # characters; the longest in use have some 30,000
 # What a rendering may take, in nodes of the template; the second and third are what long templates
 # take for a message and for each of its characters, several times over.
 _STEPS, _STEPS_PER_MESSAGE, _STEPS_PER_CHARACTER = 1_000_000, 20_000, 16
@@ -83,9 +83,9 @@ class ChatTemplate:
         Raises:
             TrioError: the template is too long, or does not parse.
         """
-        if len(source) > _MAX_SOURCE:
+        if len(source) > MAX_SOURCE:
             raise TrioError(
-                f"the chat template has {len(source)} characters, but at most {_MAX_SOURCE} are "
+                f"the chat template has {len(source)} characters, but at most {MAX_SOURCE} are "
                 "read: correct it"
             )
         self._tokens = dict(tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -248,12 +249,16 @@ def save_kept(generation: Generation, path: Path) -> None:
     Raises:
         TrioError: the prompt had no image, or the file cannot be written.
     """
+    from PIL import Image
+
+    from trio_deploy.files import write_atomically
     from trio_deploy.pipeline.draw import draw_generation
 
     if not generation.images:
         raise TrioError("--show draws what was kept of an image: name a picture")
-    sheet = draw_generation(generation)
+    sheet, drawn = draw_generation(generation), io.BytesIO()
     try:
-        sheet.save(path)
-    except (OSError, ValueError) as error:
+        sheet.save(drawn, Image.registered_extensions()[path.suffix.lower()])
+    except (OSError, ValueError, KeyError) as error:
         raise TrioError(f"cannot write the picture to {path}: {error}") from error
+    write_atomically(path, drawn.getvalue())
