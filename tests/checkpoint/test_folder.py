@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+from transformers import AutoProcessor
 
 from tests.support.checkpoints import make_llava
 from trio_deploy import TrioError, export_model
-from trio_deploy.checkpoint.folder import has_file, read_object
+from trio_deploy.checkpoint.folder import has_file, read_object, read_template
 
 OPTIONAL = ("chat_template.json", "chat_template.jinja", "special_tokens_map.json")
 
@@ -43,8 +45,6 @@ def whole(tmp_path_factory) -> Path:
 )
 def test_a_dangling_link_is_an_error_whichever_file_it_is(whole, tmp_path, name):
     folder = Path(shutil.copytree(whole, tmp_path / "c"))
-    if name == "chat_template.json":  # read where there is no .jinja
-        (folder / "chat_template.jinja").unlink()
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("../blobs/none")
     with pytest.raises(TrioError, match=rf"{name} is a link to .*none, which does not exist"):
@@ -100,3 +100,50 @@ def test_a_file_that_is_not_there_is_absent(tmp_path):
     assert not has_file(tmp_path / "file" / "below")
     assert has_file(tmp_path / "file")
     assert read_object(tmp_path / "none.json") is None
+
+
+TEMPLATES = (
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "tokenizer_config.json",
+)
+
+
+def _put_template(file: Path, template: str) -> None:
+    """Write a chat template where a file of this name has it; what else is in the file stays."""
+    if file.suffix == ".jinja":
+        file.write_text(template)
+        return
+    raw = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**raw, "chat_template": template}))
+
+
+@pytest.fixture(scope="module")
+def untold(tmp_path_factory) -> Path:
+    """A checkpoint's small files without any chat template."""
+    folder = make_llava(tmp_path_factory.mktemp("u") / "c", layers=1, hidden=32)
+    for name in ("chat_template.json", "chat_template.jinja", "model.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    assert read_template(folder) is None
+    return folder
+
+
+@pytest.mark.parametrize("names", list(combinations(TEMPLATES, 2)), ids=" ".join)
+def test_of_two_chat_templates_the_one_of_transformers_is_taken(untold, tmp_path, names):
+    folder = Path(shutil.copytree(untold, tmp_path / "c"))
+    for name in names:
+        _put_template(folder / name, f"from {name}")
+    theirs = AutoProcessor.from_pretrained(folder, backend="pil").chat_template
+    assert read_template(folder) == theirs == f"from {names[0]}"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_template_of_white_space_is_none(untold, tmp_path, name):
+    folder = Path(shutil.copytree(untold, tmp_path / "c"))
+    for text in ("", " \n\t"):
+        _put_template(folder / name, text)
+        assert read_template(folder) is None
+    other = "tokenizer_config.json" if name != "tokenizer_config.json" else "chat_template.jinja"
+    _put_template(folder / other, "a real one")
+    assert read_template(folder) == "a real one"

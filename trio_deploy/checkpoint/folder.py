@@ -10,6 +10,12 @@ from trio_deploy.errors import TrioError
 from trio_deploy.files import brief, read_json, read_text
 
 _ADAPTER = "adapter_config.json"  # PEFT's
+_TEMPLATES = (
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "tokenizer_config.json",
+)
 
 
 def has_file(file: Path) -> bool:
@@ -77,24 +83,33 @@ def image_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_template(folder: Path) -> str | None:
-    """The chat template from any of the places of transformers' releases, newest first.
+    """The chat template, None where there is none or nothing is in it.
+
+    The places are those of transformers' releases, in the order in which the processors of
+    transformers 5 take them; tokenizer_config.json, which only tokenizers read, comes last.
 
     Raises:
         TrioError: one of the files is damaged, or what it calls a chat template is none.
     """
-    jinja = folder / "chat_template.jinja"
-    if has_file(jinja):
-        return read_text(jinja, "download it again")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = (read_object(folder / name) or {}).get("chat_template")
-        if isinstance(template, list) and all(isinstance(item, dict) for item in template):
-            named = {str(item.get("name")): item.get("template") for item in template}
-            template = named.get("default")
-        if template is not None and not isinstance(template, str):
-            raise TrioError(
-                f"{folder / name}: chat_template must be text or a list of named texts, not "
-                f"{brief(template)}"
-            )
-        if template:
+    for name in _TEMPLATES:
+        file = folder / name
+        if file.suffix == ".jinja":
+            template = read_text(file, "download it again") if has_file(file) else None
+        else:
+            template = _template_inside(file)
+        if template and not template.isspace():
             return template
     return None
+
+
+def _template_inside(file: Path) -> str | None:
+    """The chat template inside a JSON file; of named ones the default."""
+    template = (read_object(file) or {}).get("chat_template")
+    if isinstance(template, list) and all(isinstance(item, dict) for item in template):
+        named = {str(item.get("name")): item.get("template") for item in template}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise TrioError(
+            f"{file}: chat_template must be text or a list of named texts, not {brief(template)}"
+        )
+    return template
