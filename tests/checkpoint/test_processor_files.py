@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
 from tests.support.checkpoints import EOS
 from trio_deploy import TrioError
@@ -81,6 +82,14 @@ def test_a_chat_template_that_is_none_is_refused_at_export(folder, tmp_path):
         _template(folder, None)
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_chat_template_with_nothing_in_it_is_refused_at_export(folder, text):
+    (folder / "chat_template.jinja").write_text(text)
+    with pytest.raises(TrioError, match="has no chat template .* pass --chat-template FILE"):
+        _template(folder, None)
+    assert _template(folder, None, "of the recipe") == b"of the recipe"
+
+
 PLACES = (("generation_config.json",), ("config.json",), ("config.json", "text_config"))
 
 
@@ -102,3 +111,23 @@ def test_several_tokens_may_end_an_answer(folder):
     assert _read(folder).generation.eos_token_ids == (EOS,)
     _edit(folder / "generation_config.json", "eos_token_id", value=[2, 7, -1])
     assert _read(folder).generation.eos_token_ids == (2, 7)
+
+
+def test_without_generation_config_json_settings_are_those_of_config_json(folder):
+    """A null at the top hides nothing of text_config, as in transformers."""
+    (folder / "generation_config.json").unlink()
+    config = folder / "config.json"
+    _edit(config, "repetition_penalty", value=None)
+    _edit(config, "text_config", "repetition_penalty", value=1.2)
+    _edit(config, "top_k", value=7)
+    _edit(config, "text_config", "top_k", value=9)
+    _edit(config, "text_config", "num_beams", value=4)
+    theirs = GenerationConfig.from_model_config(json.loads(config.read_text()))
+    assets = _read(folder)
+    wanted = {"repetition_penalty": theirs.repetition_penalty, "top_k": theirs.top_k}
+    assert assets.generation.sampling == wanted == {"repetition_penalty": 1.2, "top_k": 7}
+    (note,) = assets.notes
+    assert note.startswith("config.json asks for num_beams 4")
+    _edit(config, "text_config", "repetition_penalty", value=0)
+    with pytest.raises(TrioError, match=r"^config\.json: "):
+        _read(folder)

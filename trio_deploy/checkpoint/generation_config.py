@@ -56,7 +56,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_sampling(settings: Mapping[str, Any]) -> tuple[SamplingOptions, tuple[str, ...]]:
+def read_sampling(
+    settings: Mapping[str, Any], file: str = GENERATION_CONFIG
+) -> tuple[SamplingOptions, tuple[str, ...]]:
     """Read the options that a bundle carries.
 
     Without do_sample the most likely token is chosen; top_k, top_p and min_p then hold for requests
@@ -64,6 +66,7 @@ def read_sampling(settings: Mapping[str, Any]) -> tuple[SamplingOptions, tuple[s
 
     Args:
         settings: the file's content, or config.json's where there is no such file.
+        file: the name of the file that they are from, for errors.
 
     Returns:
         The options, and settings as `name value` that have an effect in transformers and none here.
@@ -80,7 +83,7 @@ def read_sampling(settings: Mapping[str, Any]) -> tuple[SamplingOptions, tuple[s
     try:
         options.check()
     except TrioError as error:
-        raise TrioError(f"{GENERATION_CONFIG}: {error}") from None
+        raise TrioError(f"{file}: {error}") from None
     unsupported = tuple(
         f"{name} {settings[name]!r:.60}"
         for name, neutral in _UNSUPPORTED.items()

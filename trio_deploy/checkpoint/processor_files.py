@@ -124,17 +124,26 @@ def checkpoint_assets(
     files[TOKENS] = _json_bytes(tokens)
     settings = read_object(folder / GENERATION_CONFIG)
     info = _generation(raw_config, settings, ids)
+    place = GENERATION_CONFIG
     if settings is None:  # then transformers looks into config.json, as older checkpoints need it
-        text = raw_config.get("text_config")
-        settings = {**(text if isinstance(text, dict) else {}), **raw_config}
-    options, unsupported = read_sampling(settings)
+        place, settings = "config.json", _settings_inside(raw_config)
+    options, unsupported = read_sampling(settings, place)
     info = msgspec.structs.replace(info, sampling=options.to_json())
     notes = [
-        f"{GENERATION_CONFIG} asks for {setting}, which is not supported and has no effect: "
+        f"{place} asks for {setting}, which is not supported and has no effect: "
         "answers differ from transformers'"
         for setting in unsupported
     ]
     return Assets(files, info, tuple(notes))
+
+
+def _settings_inside(raw_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Generation settings of config.json: those at the top, else those of text_config."""
+    text = raw_config.get("text_config")
+    sections = (text if isinstance(text, Mapping) else {}, raw_config)
+    return {
+        key: value for section in sections for key, value in section.items() if value is not None
+    }
 
 
 def read_chosen_template(given: str | os.PathLike[str] | None) -> str | None:
