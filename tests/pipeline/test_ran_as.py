@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from trio_deploy import Pipeline, RuntimeOptions
-from trio_deploy.pipeline.ran_as import RanAs
+from trio_deploy import Bundle, Pipeline, RuntimeOptions, TrioError
+from trio_deploy.pipeline.ran_as import RanAs, require_served
 from trio_deploy.runtimes.registry import complete_options, load_target
 
 CPU = "CPUExecutionProvider"
@@ -18,6 +18,14 @@ CPU = "CPUExecutionProvider"
         (
             {"runtime": "openvino"},
             RanAs("openvino", None, "primitive", "float32", "float32", "CPU"),
+        ),
+        (  # the target's settings are another runtime's, and count for nothing
+            {"target": "cpu", "runtime": "openvino"},
+            RanAs("openvino", None, "primitive", "float32", "float32", "CPU"),
+        ),
+        (
+            {"target": load_target("cpu-openvino"), "runtime": "onnxruntime"},
+            RanAs("onnxruntime", None, "primitive", "float32", "float32", CPU),
         ),
         (
             {"target": "cpu-openvino"},
@@ -57,3 +65,15 @@ def test_what_the_engines_report_counts_and_not_what_was_asked_for(bundles):
     assert RanAs.of(bundle, asked, engines).precision == "float32"
     engines[last].execution = replace(engines[last].execution, precision="bfloat16")
     assert RanAs.of(bundle, asked, engines).precision == "float32 and bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("target", "runtime"), [("cpu", "openvino"), ("cpu-openvino", "onnxruntime")]
+)
+def test_a_target_of_another_runtime_than_the_named_one_is_not_measured(bundles, target, runtime):
+    bundle = Bundle.load(bundles.path("tiny", dialect="primitive"))
+    assert bundle.manifest.target == "cpu"
+    with pytest.raises(TrioError, match=f"target {target} is of .*, not of {runtime}: name one"):
+        require_served(bundle, RuntimeOptions(target=target, runtime=runtime))
+    for allowed in ({"target": target}, {"runtime": runtime}, {}):
+        require_served(bundle, RuntimeOptions(**allowed))

@@ -14,7 +14,7 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.runtimes.base import Engine, float_type
-from trio_deploy.runtimes.registry import load_target, runtime_spec
+from trio_deploy.runtimes.registry import complete_options, load_target, runtime_spec
 
 
 class RanAs(msgspec.Struct, frozen=True):
@@ -69,7 +69,8 @@ def require_served(bundle: Bundle, options: RuntimeOptions, dtype: str | None = 
     """Refuse a target or float type that a bundle was not exported for, before it is measured.
 
     Raises:
-        TrioError: the bundle's graphs are of another type, or are none that the target reads.
+        TrioError: the bundle's graphs are of another type, or are none that the target reads, or
+            the target is of another runtime than the one named.
     """
     manifest, asked = bundle.manifest, options.target
     if dtype not in (None, manifest.dtype):
@@ -77,16 +78,21 @@ def require_served(bundle: Bundle, options: RuntimeOptions, dtype: str | None = 
             f"{bundle.path} is in {manifest.dtype}, not in {dtype}: export another bundle with "
             f"--dtype {dtype}"
         )
-    if asked in (None, manifest.target) or (
+    if asked is None:
+        return
+    if options.runtime not in (None, runtime := _runtime_of(bundle, asked)):
+        name = target_name(bundle, RuntimeOptions(target=asked, runtime=runtime))
+        raise TrioError(
+            f"the target {name} is of {runtime}, not of {options.runtime}: name one of the two"
+        )
+    if asked == manifest.target or (
         isinstance(asked, str) and (bundle.path / ENGINES / asked).is_dir()
     ):
         return
     target = asked if isinstance(asked, Target) else load_target(str(asked))
     readable = runtime_spec(target.runtime).readable_dialects(target)
     problem = ""
-    if options.runtime not in (None, target.runtime):
-        problem = f"the target {target.name} is of {target.runtime}, not of {options.runtime}"
-    elif manifest.dialect not in readable:
+    if manifest.dialect not in readable:
         problem = f"the target {target.name} reads no {manifest.dialect} graphs"
     elif manifest.dtype != target.dtype:
         problem = f"the target {target.name} is in {target.dtype}"
@@ -98,14 +104,26 @@ def require_served(bundle: Bundle, options: RuntimeOptions, dtype: str | None = 
 
 
 def target_name(bundle: Bundle, options: RuntimeOptions) -> str | None:
-    """Name of the target whose settings a bundle runs with; None: the runtime alone was named.
+    """Name of the target whose settings a bundle runs with.
+
+    None: the runtime alone was named, or one that is not the target's, whose settings then count
+    for nothing (`complete_options`).
 
     Args:
         options: completed options.
     """
     target, manifest = options.target, bundle.manifest
+    if target is not None and options.runtime != _runtime_of(bundle, target):
+        return None
     if isinstance(target, Target):
         return target.name
     if target is not None:
         return Path(target).stem if Path(target).suffix in (".yaml", ".yml") else str(target)
     return manifest.target if options.runtime == manifest.runtime else None
+
+
+def _runtime_of(bundle: Bundle, target: str | Path | Target) -> str | None:
+    """Runtime of a target, whose file may be on the machine that made the bundle."""
+    if target == bundle.manifest.target:
+        return bundle.manifest.runtime
+    return complete_options(bundle, RuntimeOptions(target=target)).runtime
