@@ -87,7 +87,9 @@ def test_an_answer_of_other_weights_is_not_taken_nor_a_bundle_of_them(tmp_path, 
 def test_a_line_that_was_cut_short_is_asked_again(tmp_path):
     file = tmp_path / "answers.jsonl"
     ran = RanAs("onnxruntime", "cpu", "ort", "float32", "float32", "CPUExecutionProvider")
-    first, second, third = (AnswerLine(name, "x", 8, ran, "red") for name in "abc")
+    first, second, third = (
+        AnswerLine(id=name, asked="x", limit=8, ran=ran, text="red") for name in "abc"
+    )
     with AnswerLog(file, AnswerLine) as log:
         log.add(first)
         log.add(second)
@@ -106,7 +108,7 @@ def test_a_line_that_was_cut_short_is_asked_again(tmp_path):
 def test_a_line_that_is_damaged_is_named(tmp_path, line):
     file = tmp_path / "answers.jsonl"
     with AnswerLog(file, AnswerLine) as log:
-        log.add(AnswerLine("a", "x", 8, None, "red"))
+        log.add(AnswerLine(id="a", asked="x", limit=8, text="red"))
     with file.open("ab") as stream:
         stream.write(line + b"\n")
     with pytest.raises(TrioError, match=r"line 2 of .*answers\.jsonl is damaged .*: delete"):
@@ -120,7 +122,7 @@ def test_a_full_disk_is_said_with_the_file(tmp_path):
     log = AnswerLog(tmp_path / "other.jsonl", AnswerLine)
     log._file = file
     with pytest.raises(TrioError, match=r"cannot write .*answers\.jsonl \(No space left"), log:
-        log.add(AnswerLine("a", "x", 8, None, "red"))
+        log.add(AnswerLine(id="a", asked="x", limit=8, text="red"))
 
 
 def test_answers_of_engines_that_ran_otherwise_are_not_taken(

@@ -1,5 +1,7 @@
 """The search for a schedule: inside the budget, resumable, no worse than where it began."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -220,6 +222,19 @@ def test_a_search_goes_on_where_it_stopped(searched, source, monkeypatch):
 
     monkeypatch.setattr(Pipeline, "generate_batch", refuse)
     assert search(source, out).text == tuned.text
+
+
+def test_files_without_how_the_engines_ran_are_read_and_asked_again(searched, source, tmp_path):
+    out, tuned = searched
+    older = shutil.copytree(out, tmp_path / "older")
+    for file in older.glob("*.jsonl"):
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        assert all(line.pop("ran") for line in lines)
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    tuner = Tuner(source, scene_questions(2, split="tuning", each=5), older, ONE_THREAD)
+    assert tuner.ran_as == tuned.ran_as
+    with pytest.raises(KeyError):
+        tuner.losses(tuned.best)
 
 
 def test_the_loss_is_the_chance_of_another_answer(source, searched):

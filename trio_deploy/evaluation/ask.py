@@ -61,7 +61,7 @@ class AskOptions:
             raise TrioError(f"a batch has 1 request or more, not {self.batch}")
 
 
-class Line(msgspec.Struct, frozen=True):
+class Line(msgspec.Struct, frozen=True, kw_only=True):
     """What all stored lines have.
 
     Attributes:
@@ -72,7 +72,7 @@ class Line(msgspec.Struct, frozen=True):
     id: str
     asked: str
     limit: int
-    ran: RanAs | None
+    ran: RanAs | None = None
 
 
 class FirstToken(msgspec.Struct, frozen=True):
@@ -82,7 +82,7 @@ class FirstToken(msgspec.Struct, frozen=True):
     logprobs: list[float]
 
 
-class AnswerLine(Line, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+class AnswerLine(Line, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """One answer; the unpruned model's have `first`, and no `kl` from themselves."""
 
     text: str
@@ -242,11 +242,11 @@ class Examiner:
                     seconds += time.perf_counter() - start
                     for question, generation in zip(group, generations, strict=True):
                         entry = AnswerLine(
-                            question.id,
-                            self._asked[question.id],
-                            self._limit,
-                            ran,
-                            generation.text,
+                            id=question.id,
+                            asked=self._asked[question.id],
+                            limit=self._limit,
+                            ran=ran,
+                            text=generation.text,
                             **more(question, generation),
                         )
                         log.add(entry)

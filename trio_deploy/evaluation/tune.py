@@ -63,7 +63,7 @@ _STEP = 1.25  # factor between the keeps of neighbours
 _TAU_STEP = 0.1
 
 
-class LossLine(Line, frozen=True, forbid_unknown_fields=True):
+class LossLine(Line, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A candidate's loss on a question; `candidate`: checksum of what answered."""
 
     candidate: str
@@ -71,7 +71,7 @@ class LossLine(Line, frozen=True, forbid_unknown_fields=True):
     agrees: bool
 
 
-class TokensLine(Line, frozen=True, forbid_unknown_fields=True):
+class TokensLine(Line, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The unpruned model's answer; `candidate`: checksum of what answered."""
 
     candidate: str
@@ -349,7 +349,9 @@ class Tuner:
         stored = [
             entry
             for entry in log.entries
-            if entry.candidate == whole and same(entry, self._asked, self._limit)
+            if entry.candidate == whole
+            and entry.ran is not None  # else the candidates' engines could not be told to be alike
+            and same(entry, self._asked, self._limit)
         ]
         self.ran_as = stored[-1].ran if stored else None
         known = {entry.id: entry.tokens for entry in stored if entry.ran == self.ran_as}
@@ -375,12 +377,12 @@ class Tuner:
                         known[question.id] = given.token_ids
                         log.add(
                             TokensLine(
-                                question.id,
-                                self._asked[question.id],
-                                self._limit,
-                                self.ran_as,
-                                whole,
-                                given.token_ids,
+                                id=question.id,
+                                asked=self._asked[question.id],
+                                limit=self._limit,
+                                ran=self.ran_as,
+                                candidate=whole,
+                                tokens=given.token_ids,
                             )
                         )
                     bar.update(len(group))
@@ -439,13 +441,13 @@ class Tuner:
                     self._losses[(key, question.id)] = loss, agrees
                     self._log.add(
                         LossLine(
-                            question.id,
-                            self._asked[question.id],
-                            self._limit,
-                            self.ran_as,
-                            key,
-                            loss,
-                            agrees,
+                            id=question.id,
+                            asked=self._asked[question.id],
+                            limit=self._limit,
+                            ran=self.ran_as,
+                            candidate=key,
+                            loss=loss,
+                            agrees=agrees,
                         )
                     )
                 bar.update(len(group))
