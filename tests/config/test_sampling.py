@@ -86,5 +86,7 @@ def test_a_description_names_what_has_an_effect() -> None:
     assert SamplingOptions(top_k=50, temperature=0.0).describe() == "greedy"
     drawn = SamplingOptions(temperature=0.7, top_k=50, bad_words_ids=[[1], [2, 3]], seed=4)
     assert drawn.describe() == "temperature 0.7, top_k 50, 2 bad_words_ids, seed 4"
+    long = SamplingOptions(temperature=0.7, seed=12_345_678, top_k=np.int64(1_234_567))
+    assert long.describe() == "temperature 0.7, top_k 1234567, seed 12345678"
     penalised = SamplingOptions(repetition_penalty=1.1, min_new_tokens=2)
     assert penalised.describe() == "greedy, repetition_penalty 1.1, min_new_tokens 2"

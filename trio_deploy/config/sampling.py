@@ -123,7 +123,8 @@ class SamplingOptions:
             if isinstance(value, list):
                 parts += [f"{len(value)} {name}"] if value else []
             elif value != _NEUTRAL.get(name) and not (self.greedy and name in _OF_DRAWING):
-                parts.append(f"{name} {value:g}")
+                whole = isinstance(value, Integral)
+                parts.append(f"{name} {value}" if whole else f"{name} {value:g}")
         return ", ".join(parts)
 
 
