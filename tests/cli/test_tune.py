@@ -8,9 +8,10 @@ import yaml
 from trio_deploy import Bundle, Schedule
 from trio_deploy.cli.main import main
 from trio_deploy.cli.tune import tuned_text
+from trio_deploy.config.options import DEFAULT_THRESHOLD
 from trio_deploy.evaluation.configurations import Configuration
 from trio_deploy.evaluation.statistics import Estimate
-from trio_deploy.evaluation.tune import Candidate, Ranked, Tuned
+from trio_deploy.evaluation.tune import Candidate, Ranked, Search, Tuned
 
 
 @pytest.mark.parametrize("options", ["--budget 0", "--budget 1.5", "--candidates 0", "--points 9"])
@@ -34,6 +35,28 @@ def test_the_command_searches_and_prints_the_command_that_exports_what_it_found(
     assert manifest.threshold == written["threshold"]
     assert main(f"tune tiny --out {tmp_path} --budget 0.0001 --scenes 1 --threads 1".split()) == 1
     assert "no schedule of this model reaches" in capsys.readouterr().err
+
+
+def test_a_file_to_start_with_keeps_what_its_schedule_was_found_with(tmp_path, monkeypatch):
+    begun = []
+
+    def begin(self, limit, start):
+        begun.extend(self._known[key] for key in first(self, limit, start))
+        return []
+
+    first = Search.begin
+    monkeypatch.setattr("trio_deploy.evaluation.tune.Tuner", lambda *_: None)
+    monkeypatch.setattr(Search, "begin", begin)
+    file = tmp_path / "found.yaml"
+    file.write_text(
+        'schedules:\n  "0.111":\n    - {layer: 3, keep: 0.02, method: trio}\n'
+        "threshold: 0.65\nprobe: shifted\npositions: original\n"
+    )
+    arguments = f"tune tiny --out {tmp_path} --scenes 1 --candidates 1 --budget 0.3"
+    assert main([*arguments.split(), "--start", str(file), "--start", "3:0.02:trio"]) == 1
+    expected = [(0.65, "shifted", "original"), (DEFAULT_THRESHOLD, None, None)]
+    found = [one for _, one in begun[1:]]
+    assert [(one.threshold, one.probe, one.positions) for one in found] == expected
 
 
 def test_the_table_has_how_far_finalists_are_behind_the_best():

@@ -12,6 +12,7 @@ import yaml
 
 from tests.support.evaluation import requests_asked
 from trio_deploy import Pipeline, Request, RuntimeOptions, Schedule, TrioError, export_model
+from trio_deploy.config.recipe import TunedSchedule
 from trio_deploy.evaluation.ask import AskOptions
 from trio_deploy.evaluation.configurations import Bundles, Source
 from trio_deploy.evaluation.questions import scene_questions
@@ -139,7 +140,7 @@ def search(source: Source, out: Path):
         ONE_THREAD,
         space=Space(points=2),
         limit=2,
-        start=[Schedule.parse("0:0.17:divprune,6:0.07")],
+        start=[TunedSchedule(Schedule.parse("0:0.17:divprune,6:0.07"))],
     )
 
 

@@ -63,7 +63,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SCHEDULE",
-        help="further schedule to begin with, or a file that `trio tune` wrote; may be repeated",
+        help="further schedule to begin with, or a file that `trio tune` wrote, with its "
+        "threshold, probe and positions; may be repeated",
     )
     add_question_arguments(command, split="tuning", scenes=40)
     command.set_defaults(scorer="exact", annotations=None)
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
             last=tuple(values(args.last, str)),
         ),
         limit=args.candidates,
-        start=[schedule_of(text).schedule for text in args.start],
+        start=[schedule_of(text) for text in args.start],
     )
     print(f"trio: wrote {BEST} to {args.out}", file=sys.stderr)
     print(tuned_text(tuned))

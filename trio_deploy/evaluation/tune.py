@@ -28,6 +28,7 @@ import yaml
 from tqdm import tqdm
 
 from trio_deploy.config.options import DEFAULT_THRESHOLD
+from trio_deploy.config.recipe import TunedSchedule
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluation.ask import AnswerLog, AskOptions, Line, batches, checksums, same
 from trio_deploy.evaluation.configurations import (
@@ -482,7 +483,7 @@ class Search:
         self._asked: dict[int, set[str]] = {}
         self.ranked: list[Ranked] = []
 
-    def begin(self, limit: int | None, start: Sequence[Schedule]) -> list[str]:
+    def begin(self, limit: int | None, start: Sequence[TunedSchedule]) -> list[str]:
         """Keys of the first candidates: coarse ones, `limit` of them evenly taken, and `start`."""
         found = self._add(coarse(self._space, self._budget, self._layers))
         if limit is not None and limit < len(found):
@@ -491,12 +492,12 @@ class Search:
         space = self._space
         found += self._add(
             Candidate(
-                tuple((p.layer, float(p.keep), p.method) for p in schedule.points),
-                space.thresholds[0],
-                space.probes[0],
-                space.positions[0],
+                tuple((p.layer, float(p.keep), p.method) for p in given.schedule.points),
+                given.threshold if given.threshold is not None else space.thresholds[0],
+                given.probe or space.probes[0],
+                given.positions or space.positions[0],
             )
-            for schedule in start
+            for given in start
         )
         return list(dict.fromkeys(found))
 
@@ -554,7 +555,7 @@ def tune(
     *,
     space: Space | None = None,
     limit: int | None = None,
-    start: Sequence[Schedule] = (),
+    start: Sequence[TunedSchedule] = (),
 ) -> Tuned:
     """Search for the schedule of a budget; the same call after an interrupt goes on.
 
@@ -564,7 +565,8 @@ def tune(
         out: folder for bundles, what was asked, and the result in the form of a recipe,
             `schedule.yaml`.
         limit: maximum number of candidates to begin with, evenly taken.
-        start: schedules to begin with as well, scaled to the budget.
+        start: schedules to begin with as well, scaled to the budget; τ, probe and positions that
+            one does not say are the first of the space.
 
     Raises:
         TrioError: the budget cannot be reached, or what exporting and running raises.
