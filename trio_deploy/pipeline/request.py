@@ -165,9 +165,10 @@ class Generation:
         first_logits: float [V], from which the first token was chosen.
         logprobs: natural logarithms of the forced tokens' probabilities; `greedy`: whether each was
             the most likely.
-        warnings: what may make the answer wrong, a sentence each: words that the model does not
-            know, messages that the chat template leaves out, or a selection whose scores tell no
-            visual token from another.
+        warnings: what may make the answer wrong or cost more than asked for, a sentence each: words
+            that the model does not know, messages that the chat template leaves out, a selection
+            whose scores tell no visual token from another, or a budget that keeps less than one
+            visual token (one is kept).
         sampling: how the tokens were chosen: the request's options over the bundle's.
     """
 
