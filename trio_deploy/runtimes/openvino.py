@@ -124,7 +124,8 @@ class OvEngine:
         """Compile; again after memory ran out, which leaves a model between two prompts' shapes."""
         self._openvino = openvino
         self._compile = compile_model
-        self._model = model = compile_model()
+        model = compile_model()
+        self._model: Any = model
         self._sound = True
         self.inputs = _specs(model.inputs)
         self.outputs = _specs(model.outputs)
@@ -163,6 +164,7 @@ class OvEngine:
 
     def _bound(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Any:
         if not self._sound:
+            self._model = None  # both at once would take twice the memory, just after it ran out
             self._model, self._sound = self._compile(), True
         try:
             request = self._model.create_infer_request()
