@@ -102,6 +102,13 @@ def test_a_line_that_was_cut_short_is_asked_again(tmp_path):
     assert AnswerLog(file, AnswerLine).entries == [first, second, third]
 
 
+def test_a_line_of_an_earlier_version_has_no_engines(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"id":"a","asked":"x","limit":8,"text":"red","kl":0.5}\n')
+    older = AnswerLine(id="a", asked="x", limit=8, ran=None, text="red", kl=0.5)
+    assert AnswerLog(file, AnswerLine).entries == [older]
+
+
 @pytest.mark.parametrize(
     "line", [b"{}", b"no json", b"[" * 100_000, b'{"id": "\xff"}', b'{"id": 7, "asked": "x"}']
 )
