@@ -90,3 +90,21 @@ def test_a_description_names_what_has_an_effect() -> None:
     assert long.describe() == "temperature 0.7, top_k 1234567, seed 12345678"
     penalised = SamplingOptions(repetition_penalty=1.1, min_new_tokens=2)
     assert penalised.describe() == "greedy, repetition_penalty 1.1, min_new_tokens 2"
+
+
+@pytest.mark.parametrize(
+    ("options", "alters"),
+    [
+        ({}, False),
+        ({"temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "seed": 1}, False),
+        ({"repetition_penalty": 1.0, "presence_penalty": 0.0, "suppress_tokens": ()}, False),
+        ({"repetition_penalty": 0.9}, True),
+        ({"frequency_penalty": -0.1}, True),
+        ({"no_repeat_ngram_size": 2}, True),
+        ({"min_new_tokens": 1}, True),
+        ({"begin_suppress_tokens": (3,)}, True),
+        ({"bad_words_ids": ((3,),)}, True),
+    ],
+)
+def test_penalties_and_bans_alone_alter_logits(options, alters):
+    assert SamplingOptions(**options).alters_logits is alters

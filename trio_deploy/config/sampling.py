@@ -88,6 +88,15 @@ class SamplingOptions:
         """Whether the most likely token is chosen, after penalties."""
         return not self.temperature
 
+    @property
+    def alters_logits(self) -> bool:
+        """Whether a penalty or a ban has an effect on logits."""
+        return any(
+            value and value != _NEUTRAL.get(name)
+            for name, value in self._said().items()
+            if name not in _OF_DRAWING
+        )
+
     def check(self, vocabulary: int | None = None) -> None:
         """Check kinds and ranges of all options.
 

@@ -26,6 +26,7 @@ class Sampler:
             ends: tokens that end an answer.
         """
         self._options = options
+        self._alters_logits = options.alters_logits
         self._prompt_length = len(prompt)
         self._tokens = np.array(prompt, np.int64)
         self._ends = tuple(ends)
@@ -38,21 +39,24 @@ class Sampler:
             TrioError: the logits are not numbers (an overflow in half precision, for example), or
                 the options leave no token to choose.
         """
-        if not np.isfinite(logits[np.argmax(logits)]):
+        token = int(np.argmax(logits))
+        if not np.isfinite(logits[token]):
             raise TrioError(
                 "the model produced logits that are not finite; a float16 bundle may have "
                 "overflowed: export it with --dtype float32"
             )
-        scores = process(logits, self._tokens, self._prompt_length, self._ends, self._options)
-        token = int(np.argmax(scores))
-        if scores[token] == -np.inf:
-            raise TrioError(
-                "suppress_tokens, bad_words, no_repeat_ngram_size and min_new_tokens together "
-                "leave no token to choose: ask for less"
-            )
+        if self._alters_logits:
+            logits = process(logits, self._tokens, self._prompt_length, self._ends, self._options)
+            token = int(np.argmax(logits))
+            if logits[token] == -np.inf:
+                raise TrioError(
+                    "suppress_tokens, bad_words, no_repeat_ngram_size and min_new_tokens together "
+                    "leave no token to choose: ask for less"
+                )
         if not self._options.greedy:
-            token = draw(warp(scores, self._options), self._generator)
-        self._tokens = np.append(self._tokens, token)
+            token = draw(warp(logits.astype(np.float64), self._options), self._generator)
+        if self._alters_logits:  # which alone reads them
+            self._tokens = np.append(self._tokens, token)
         return token
 
 
