@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from trio_deploy.cost.plan import machine_memory
 from trio_deploy.runtimes.cores import usable_cores
 
 _PACKAGES = (
@@ -41,14 +42,12 @@ def machine(threads: int | None) -> dict[str, Any]:
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    memory = None
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    memory = machine_memory()
     return {
         "cpu": cpu,
         "cores": usable_cores(),
         "threads": threads,
-        "memory_gib": memory,
+        "memory_gib": None if memory is None else round(memory / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": versions,
     }
