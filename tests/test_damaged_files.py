@@ -64,6 +64,16 @@ def works_or_is_refused(read: Callable[[], Any]) -> None:
         assert len(message) < 2_000, message[:200]
 
 
+def damaged_in_place(file: Path, data: st.DataObject, read: Callable[[], Any]) -> None:
+    """Damage a JSON file, read it, and put its content back."""
+    original = file.read_bytes()
+    try:
+        rewrite(file, data.draw(damaged_json(json.loads(original))))
+        works_or_is_refused(read)
+    finally:
+        rewrite(file, original)
+
+
 @pytest.fixture
 def bundle(bundles, tmp_path) -> Path:
     return bundles.copy(tmp_path / "bundle", "tiny")
@@ -105,7 +115,6 @@ def rewrite(file: Path, content: bytes) -> None:
 @many
 def test_manifest(bundle, data):
     file = bundle / "manifest.json"
-    original = file.read_bytes()
 
     def read() -> None:
         opened = Bundle.load(bundle)
@@ -114,11 +123,7 @@ def test_manifest(bundle, data):
         canonical_tensors(opened.config)
         RequestPreparer(opened).prepare(Request("what color ?", [make_picture()], 3))
 
-    try:
-        rewrite(file, data.draw(damaged_json(json.loads(original))))
-        works_or_is_refused(read)
-    finally:
-        rewrite(file, original)
+    damaged_in_place(file, data, read)
 
 
 @pytest.mark.parametrize("name", ["tokens.json", "preprocessor.json"])
@@ -127,17 +132,12 @@ def test_manifest(bundle, data):
 def test_small_files_of_a_bundle(bundle, name, data):
     opened = Bundle.load(bundle)
     file = bundle / name
-    original = file.read_bytes()
 
     def read() -> None:
         fresh = Bundle(opened.path, opened.manifest)
         RequestPreparer(fresh).prepare(Request("what color ?", [make_picture()], 3))
 
-    try:
-        rewrite(file, data.draw(damaged_json(json.loads(original))))
-        works_or_is_refused(read)
-    finally:
-        rewrite(file, original)
+    damaged_in_place(file, data, read)
 
 
 @pytest.mark.parametrize("kind", ["llava_checkpoint", "llava_next_checkpoint"])

@@ -273,13 +273,18 @@ def test_a_bundle_reached_through_a_symlink_is_fine(target, tmp_path):
     Bundle.load(tmp_path / "link", verify=True)
 
 
-def test_seal_records_missing_checksums(target):
+def write_linked_bundle(target):
+    """A bundle whose weights have no checksum yet."""
     with BundleWriter(target) as writer:
         writer.write("embed.onnx", b"graph")
         writer.path("weights/w.safetensors").write_bytes(b"1234")
         writer.record("weights/w.safetensors", None)
         it = manifest(files=dict(writer.files), weights="linked")
         writer.write(MANIFEST, it.dump())
+
+
+def test_seal_records_missing_checksums(target):
+    write_linked_bundle(target)
     it = Bundle.load(target, verify=True)
     assert it.files_without_checksum == ["weights/w.safetensors"]
     it.record_checksums()
@@ -289,12 +294,7 @@ def test_seal_records_missing_checksums(target):
 
 
 def test_recording_checksums_blesses_no_file_that_has_one(target):
-    with BundleWriter(target) as writer:
-        writer.write("embed.onnx", b"graph")
-        writer.path("weights/w.safetensors").write_bytes(b"1234")
-        writer.record("weights/w.safetensors", None)
-        it = manifest(files=dict(writer.files), weights="linked")
-        writer.write(MANIFEST, it.dump())
+    write_linked_bundle(target)
     (target / "embed.onnx").write_bytes(b"grapH")
     before = Bundle.load(target).manifest.files["embed.onnx"]
     after = Bundle.load(target).record_checksums().manifest.files

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.support.damage import with_value
 from tests.support.evaluation import run
 from trio_deploy import (
     TrioError,
@@ -144,13 +145,7 @@ def test_what_is_no_result_is_named_with_what_to_pass(tmp_path):
     ],
 )
 def test_damaged_results_are_one_error(results, tmp_path, keys, value):
-    raw = results.to_json()
-    *path, last = keys
-    place = raw
-    for key in path:
-        place = place[key]
-    place[last] = value
     file = tmp_path / "results.json"
-    file.write_text(json.dumps(raw))
+    file.write_text(json.dumps(with_value(results.to_json(), keys, value)))
     with pytest.raises(TrioError, match=r"results\.json holds no results of trio eval .*measure"):
         Results.load(file)

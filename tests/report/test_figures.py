@@ -9,6 +9,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from tests.support.damage import with_value
 from tests.support.page import Page
 from tests.support.results import results_of
 from trio_deploy import Schedule, TrioError
@@ -130,13 +131,7 @@ def test_a_difference_that_is_not_finite_can_be_shown():
     ],
 )
 def test_damaged_figures_are_one_error(bundle, measured, tmp_path, keys, value):
-    raw = json.loads(measured.read_text())
-    *path, last = keys
-    place = raw
-    for key in path:
-        place = place[key]
-    place[last] = value
     file = tmp_path / "bench.json"
-    file.write_text(json.dumps(raw))
+    file.write_text(json.dumps(with_value(json.loads(measured.read_text()), keys, value)))
     with pytest.raises(TrioError, match=r"bench\.json holds no measurements of trio bench that"):
         read_bench(file, bundle)

@@ -12,7 +12,7 @@ import copy
 import json
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,21 @@ ODD: list[Any] = [
     *["", "x", "0", "1.5", "nan", "None", "é", "\0", "\n", "../x", "/", ".", "x" * 5_000, "\ud800"],
     *[[], {}, [[]], [{}], [0], [None], ["x"], [1, 2], [1.5] * 100, {"a": 1}, {"": None}],
 ]
+
+
+def with_value(raw: Any, keys: Sequence[str | int], value: Any) -> Any:
+    """A copy of a plain value, with one place in it changed.
+
+    Args:
+        keys: names and positions on the way to the place.
+    """
+    changed = copy.deepcopy(raw)
+    *way, last = keys
+    place = changed
+    for key in way:
+        place = place[key]
+    place[last] = value
+    return changed
 
 
 _odd = st.sampled_from(ODD).map(copy.deepcopy)
