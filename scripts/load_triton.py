@@ -36,7 +36,7 @@ from trio_deploy import Bundle, Pipeline, Request, export_model
 from trio_deploy.bench.environment import load_average, machine, machine_text
 from trio_deploy.bench.measure import budget_name
 from trio_deploy.evaluation import scenes
-from trio_deploy.runtimes.cores import usable_cores
+from trio_deploy.runtimes.machine import usable_cores
 from trio_deploy.serve.triton_server.repository import Options, read_settings, write_repository
 
 MODEL = "trio_vlm"

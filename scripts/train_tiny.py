@@ -43,7 +43,7 @@ from transformers import (
 from transformers import LlavaForConditionalGeneration as Llava
 
 from trio_deploy.evaluation import scenes
-from trio_deploy.runtimes.cores import usable_cores
+from trio_deploy.runtimes.machine import usable_cores
 
 SCENES, SMOOTH_EVERY, SETS, ASKED = 24_000, 8, 4, 16
 TOWER_STEPS, TOWER_BATCH = 1600, 32

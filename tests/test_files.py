@@ -271,11 +271,21 @@ def test_files_are_all_replaced_or_none_and_the_one_that_fails_is_named(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_folder_in_the_place_of_a_file_leaves_all_files_as_they_were(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("old")
+    second.mkdir()
+    with pytest.raises(TrioError, match=r"cannot write .*/second: it is a folder"):
+        write_together({first: b"new", second: b"new"})
+    assert first.read_text() == "old"
+    assert sorted(tmp_path.iterdir()) == [first, second] and not list(second.iterdir())
+
+
 def test_a_folder_that_is_not_there_or_in_the_way_is_named(tmp_path):
     with pytest.raises(TrioError, match=r"cannot write .*/none/file .*No such file"):
         write_atomically(tmp_path / "none" / "file", b"")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(TrioError, match=r"cannot write .*/folder .*Is a directory"):
+    with pytest.raises(TrioError, match=r"cannot write .*/folder: it is a folder"):
         write_atomically(tmp_path / "folder", b"")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 

@@ -394,9 +394,15 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 def write_together(contents: Mapping[Path, bytes | memoryview]) -> None:
     """Replace files by ones that are wholly written: all of them, or none where one fails.
 
+    What can be known is known before the first one is replaced: none of them is a folder, and each
+    new one is on the disk.
+
     Raises:
         TrioError: a file cannot be written; names it.
     """
+    for path in contents:
+        if path.is_dir():
+            raise TrioError(f"cannot write {path}: it is a folder, so write elsewhere")
     written: list[tuple[Path, Path]] = []
     path = Path()
     try:

@@ -47,7 +47,7 @@ def test_the_plan_leads_with_what_a_user_asks():
     ("gib", "verdict"), [(20, "does not fit: "), (40, "may not fit: "), (64, "fits: ")]
 )
 def test_a_cpu_target_is_compared_with_this_machine(monkeypatch, gib, verdict):
-    monkeypatch.setattr("trio_deploy.cost.plan.machine_memory", lambda: gib * 2**30)
+    monkeypatch.setattr("trio_deploy.cost.plan.usable_memory", lambda: gib * 2**30)
     fit = plan("llava-1.5-7b").fit
     assert fit.verdict.startswith(verdict) and f"this machine's {gib} GiB" in fit.verdict
     assert 26 * 2**30 < fit.weights < 27 * 2**30

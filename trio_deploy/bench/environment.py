@@ -10,8 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from trio_deploy.cost.plan import machine_memory
-from trio_deploy.runtimes.cores import usable_cores
+from trio_deploy.runtimes.machine import usable_cores, usable_memory
 
 _PACKAGES = (
     "trio-deploy",
@@ -42,7 +41,7 @@ def machine(threads: int | None) -> dict[str, Any]:
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    memory = machine_memory()
+    memory = usable_memory()
     return {
         "cpu": cpu,
         "cores": usable_cores(),

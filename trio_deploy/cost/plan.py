@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -29,6 +27,7 @@ from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.files import format_bytes
 from trio_deploy.quant.stored_weight import parts_of
+from trio_deploy.runtimes.machine import usable_memory
 from trio_deploy.runtimes.registry import default_target, load_target
 from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule, smallest_budget
 from trio_deploy.schedule.schedule import Schedule
@@ -61,7 +60,8 @@ class HostMemory:
     Attributes:
         weights: bytes of the weights in the target's float type.
         cache: bytes of the KV cache in it, for the planned prompt.
-        machine: bytes of this machine's memory; None: unknown, or of no importance (a GPU).
+        machine: bytes of this machine's memory, or its container's; None: unknown, or of no
+            importance (a GPU).
     """
 
     target: Target
@@ -293,20 +293,13 @@ def _memory(
             return None
         parts = parts_of(stored_weights(config, device.dtype))
         scale = 2 if device.dtype == "float32" else 1
-        machine = None if device.provider == "cuda" else machine_memory()
+        machine = None if device.provider == "cuda" else usable_memory()
         weights = sum(part.nbytes for part in parts)
         return HostMemory(device, weights, cost.kv_bytes * scale, machine)
     # Builds graphs, which the arithmetic does not need.
     from trio_deploy.cost.device_memory import fit
 
     return fit(config, schedule, device, budgets)
-
-
-def machine_memory() -> int | None:
-    """Bytes of this machine's memory; None where the system does not say."""
-    with suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
 
 
 def _warnings(

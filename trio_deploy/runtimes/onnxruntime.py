@@ -38,8 +38,8 @@ from trio_deploy.runtimes.base import (
     check_feeds,
     float_type,
 )
-from trio_deploy.runtimes.cores import cores_to_name
 from trio_deploy.runtimes.failures import failure
+from trio_deploy.runtimes.machine import cores_to_name
 from trio_deploy.runtimes.mapped_weights import WeightMap
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

@@ -28,8 +28,8 @@ from trio_deploy.runtimes.base import (
     TensorSpec,
     check_feeds,
 )
-from trio_deploy.runtimes.cores import cores_to_name, usable_cores
 from trio_deploy.runtimes.failures import failure
+from trio_deploy.runtimes.machine import cores_to_name, usable_cores
 from trio_deploy.runtimes.openvino_passes import Passes
 
 # Compiled kernels that a graph keeps, per kind of kernel: those used last. Every new length of a

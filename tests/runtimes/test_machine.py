@@ -1,4 +1,4 @@
-"""The cores that a process may use, by its affinity and its control group."""
+"""The cores and the memory that a process may use, by its affinity and its control group."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from trio_deploy.runtimes.cores import cores_to_name, usable_cores
+from trio_deploy.bench import environment
+from trio_deploy.cost.plan import HostMemory, plan
+from trio_deploy.runtimes import machine
+from trio_deploy.runtimes.machine import cores_to_name, usable_cores, usable_memory
 
 MANY = 64
+MUCH = 1 << 36
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +71,58 @@ def test_no_quota_and_no_groups_leave_what_the_affinity_allows(
     assert usable_cores(tmp_path / "b") == MANY
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     assert usable_cores(tmp_path / "b") == 1
+
+
+@pytest.fixture
+def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": MUCH // 4096}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+
+
+@pytest.mark.usefixtures("much_memory")
+@pytest.mark.parametrize(
+    ("limits", "memory"),
+    [
+        ({"pod__a__memory_DOT_max": f"{3 * 2**30}\n"}, 3 * 2**30),
+        ({"pod__memory_DOT_max": f"{2**30}\n", "pod__a__memory_DOT_max": f"{2**31}\n"}, 2**30),
+        ({"memory_DOT_max": f"{2**30}\n"}, 2**30),  # where a container sees its own group
+        ({"pod__a__memory_DOT_max": "max\n"}, MUCH),
+        ({"pod__a__memory_DOT_max": f"{2 * MUCH}\n"}, MUCH),
+        ({}, MUCH),
+    ],
+)
+def test_a_limit_of_version_2_bounds_the_memory(
+    tmp_path: Path, limits: dict[str, str], memory: int
+) -> None:
+    assert usable_memory(system(tmp_path, "0::/pod/a\n", **limits)) == memory
+
+
+@pytest.mark.usefixtures("much_memory")
+@pytest.mark.parametrize("inside", ["", "docker__1__"])
+def test_a_limit_of_version_1_bounds_the_memory(tmp_path: Path, inside: str) -> None:
+    groups = "5:memory:/docker/1\n4:cpu:/docker/1\n"
+    files = {f"memory__{inside}memory_DOT_limit_in_bytes": f"{2**31}\n"}
+    assert usable_memory(system(tmp_path / "a", groups, **files)) == 2**31
+    none = {f"memory__{inside}memory_DOT_limit_in_bytes": "9223372036854771712\n"}
+    assert usable_memory(system(tmp_path / "b", groups, **none)) == MUCH
+
+
+def test_memory_is_unknown_where_no_system_says_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sysconf")
+    assert usable_memory(tmp_path) is None
+
+
+def test_plans_and_benchmarks_count_the_memory_of_a_container(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root = system(tmp_path, "0::/\n", memory_DOT_max=f"{4 * 2**30}\n")
+    monkeypatch.setattr(machine.usable_memory, "__defaults__", (root,))
+    assert environment.machine(None)["memory_gib"] == 4
+    fit = plan("llava-1.5-7b").fit
+    assert isinstance(fit, HostMemory)
+    assert "does not fit" in fit.verdict and "this machine's 4 GiB" in fit.verdict
 
 
 @pytest.fixture
