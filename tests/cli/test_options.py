@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -118,6 +119,35 @@ def test_the_options_become_one_struct() -> None:
 def test_what_cannot_be_had_is_one_sentence(given: str, says: str) -> None:
     with pytest.raises(TrioError, match=says):
         options_of(*given.split())
+
+
+@pytest.mark.parametrize("budget", ["11", "11%"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "export --model llava-next-7b --out b --budget",
+        "plan --model llava-next-7b --budget",
+        "run someone/model scene.png why --budget",
+        "eval tiny --out b --scenes 1 --budgets",
+        "tune someone/model --out b --budget",
+        "bench someone/model --budget",
+    ],
+)
+def test_a_budget_in_percent_is_one_and_the_same_hint_before_anything_else(
+    command: str,
+    budget: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*command.split(), budget]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"trio: a budget of {budget} is not possible: it is the average share of visual tokens "
+        "per layer, above 0 and at most 1; did you mean 0.11?"
+    )
+    assert said.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_help_needs_no_numpy() -> None:

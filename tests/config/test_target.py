@@ -135,7 +135,10 @@ class TestTargets:
             (_TENSORRT + "limits: 4\n", "`limits` is not a mapping"),
             (_TENSORRT + "limits: {max_bach: 4}\n", "'max_bach'.*did you mean 'max_batch'"),
             (_TENSORRT + "limits: {max_batch: 0}\n", "max_batch must be a positive"),
-            (_TENSORRT + "limits: {max_budget: 2}\n", "max_budget must be above 0"),
+            (
+                _TENSORRT + "limits: {max_budget: 2}\n",
+                "max_budget: a budget of 2 is not possible: .* did you mean 0.02",
+            ),
             (
                 _TENSORRT + "limits: {max_batch: 2, typical_batch: 3}\n",
                 "typical_batch 3 exceeds max_batch 2",

@@ -68,6 +68,8 @@ def test_schedules_come_first_and_replace_the_recipes(source):
     ("asked", "words"),
     [
         ({"budgets": "a third"}, "cannot read the budget 'a third'"),
+        ({"budgets": 11}, "a budget of 11 is not possible: .* did you mean 0.11"),
+        ({"budgets": "own,11%"}, "a budget of 11% is not possible: .* did you mean 0.11"),
         ({"seeds": 0}, "seeds must be 1 or more"),
         ({"methods": "fastv@2", "budgets": 0.111}, "nothing is left to measure: .*; fastv@2 at"),
     ],

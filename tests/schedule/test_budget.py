@@ -12,8 +12,10 @@ from trio_deploy.config.recipe import list_recipes
 from trio_deploy.families.registry import parse_config
 from trio_deploy.schedule.budget import (
     budgets_for_layers,
+    check_budget,
     default_layers,
     for_budget,
+    read_budget,
     resolve_schedule,
     schedule_at_budget,
     smallest_budget,
@@ -191,6 +193,38 @@ def test_a_default_budget_that_cannot_be_reached_is_called_the_default():
         for_budget(None, 8)
     with pytest.raises(TrioError, match=r"above 0\.125$"):
         for_budget(0.111, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("11", r"a budget of 11 is not possible: .* at most 1; did you mean 0\.11\?$"),
+        ("11%", r"a budget of 11% is not possible: .* at most 1; did you mean 0\.11\?$"),
+        (" 100 %", r"a budget of 100 % is not possible: .*; did you mean 1\?$"),
+        ("250", r"a budget of 250 is not possible: .* at most 1$"),
+        ("-1%", r"a budget of -1% is not possible: .* at most 1$"),
+        ("0", r"a budget of 0 is not possible: .* at most 1$"),
+        ("nan", r"a budget of nan is not possible: .* at most 1$"),
+        ("inf", r"a budget of inf is not possible: .* at most 1$"),
+        ("1%1", r"cannot read the budget '1%1': it is the average share .* such as 0\.111$"),
+        ("", "cannot read the budget ''"),
+    ],
+)
+def test_a_text_that_is_no_budget_is_refused_and_percent_is_understood(text, words):
+    with pytest.raises(TrioError, match=words):
+        read_budget(text)
+
+
+@pytest.mark.parametrize("budget", [11, 11.0, float("inf"), float("nan"), 0, True, "0.2"])
+def test_every_schedule_for_a_budget_refuses_what_is_none(budget):
+    published = {"0.2": Schedule.parse("0:0.2")}
+    for solver in (check_budget, lambda it: for_budget(it, 8, published), lambda it: solve(it, 8)):
+        with pytest.raises(TrioError, match="a budget (of|must be a number)"):
+            solver(budget)
+
+
+def test_texts_of_budgets_are_read():
+    assert [read_budget(text) for text in ("0.11", " 1", "1e-3")] == [0.11, 1, 0.001]
 
 
 def test_a_budget_below_the_first_layers_names_the_smallest():

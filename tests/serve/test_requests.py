@@ -132,7 +132,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"stop": [b"abcdef"]}, "max_stop_bytes = 5"),
     ({"stop": [b""]}, "a stop string has 0 bytes"),
     ({"stop": [b"\xff"]}, "a stop string is not UTF-8"),
-    ({"budget": 1.5}, "budget must be above 0"),
+    ({"budget": 11.0}, "a budget of 11 is not possible: .* did you mean 0.11"),
     ({"timeout_s": 11.0}, "max_timeout_s = 10"),
     ({"timeout_s": float("inf")}, "finite"),
 ]

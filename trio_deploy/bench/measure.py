@@ -24,6 +24,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.registry import request_limits
 from trio_deploy.pipeline.ran_as import require_served
 from trio_deploy.runtimes.registry import complete_options
+from trio_deploy.schedule.budget import check_budget
 
 T = TypeVar("T")
 
@@ -64,7 +65,10 @@ class BenchOptions:
     genai_python: str | None = None
 
     def check(self) -> None:
-        """Raise TrioError if a count is impossible or a baseline unknown."""
+        """Raise TrioError if a budget or count is impossible or a baseline unknown."""
+        for budget in self.budgets:
+            if budget is not None:
+                check_budget(budget)
         for name in ("images", "text_tokens", "new_tokens", "runs"):
             if getattr(self, name) < 1:
                 raise TrioError(f"{name.replace('_', ' ')} must be 1 or more")

@@ -21,6 +21,7 @@ from trio_deploy.cli.options import (
     runtime_options,
 )
 from trio_deploy.errors import TrioError
+from trio_deploy.schedule.budget import read_budget
 
 if TYPE_CHECKING:
     from trio_deploy.bench.measure import BenchOptions
@@ -40,7 +41,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--budget",
-        type=list_of(float),
+        type=list_of(str),
         help="shares of visual tokens, comma-separated, measured beside no pruning (default: the "
         "bundle's, or 0.111; with --sweep 0.111,0.222,0.333)",
     )
@@ -115,8 +116,9 @@ def run(args: argparse.Namespace) -> None:
         raise TrioError("several numbers of --images are a sweep: pass --sweep, or one number")
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise TrioError(f"--out cannot write {args.out}: there is no folder {args.out.parent}")
+    budgets = tuple(map(read_budget, args.budget or ()))
     options = BenchOptions(
-        budgets=tuple(args.budget or ([0.111, 0.222, 0.333] if args.sweep else [None])),
+        budgets=budgets or ((0.111, 0.222, 0.333) if args.sweep else (None,)),
         images=images[0],
         picture=args.picture,
         text_tokens=args.text_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trio_deploy.cli.options import add_chat_template, add_schedule
+from trio_deploy.cli.options import add_chat_template, add_schedule, budget_of
 from trio_deploy.config.options import DEFAULT_THRESHOLD
 
 SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     bundle = export_model(
         args.model,
         args.out,
-        budget=args.budget,
+        budget=budget_of(args),
         schedule=args.schedule,
         method=args.method,
         dtype=args.dtype,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.runtimes.registry import RUNTIMES, check_options
+from trio_deploy.schedule.budget import read_budget
 from trio_deploy.schedule.methods import METHODS
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def add_schedule(command: argparse.ArgumentParser) -> None:
     """Options for where, how much and by what method a model is pruned."""
     choice = command.add_mutually_exclusive_group()
     choice.add_argument(
-        "--budget", type=float, help="average share of visual tokens per layer (default: 0.111)"
+        "--budget", help="average share of visual tokens per layer (default: 0.111)"
     )
     choice.add_argument(
         "--schedule",
@@ -109,6 +110,15 @@ def add_schedule(command: argparse.ArgumentParser) -> None:
         "--method",
         help="method of pruning points that name none (default: trio): " + ", ".join(METHODS),
     )
+
+
+def budget_of(args: argparse.Namespace) -> float | None:
+    """Read --budget; None where it is not given.
+
+    Raises:
+        TrioError: it is no share.
+    """
+    return None if args.budget is None else read_budget(args.budget)
 
 
 def list_of(kind: Callable[[str], Any], none: str | None = None) -> Callable[[str], list[Any]]:

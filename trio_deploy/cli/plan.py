@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from trio_deploy.cli.options import add_schedule
+from trio_deploy.cli.options import add_schedule, budget_of
 
 SUMMARY = "Compute what a budget keeps and costs, and whether it fits."
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
     planned = plan(
         args.model,
-        budget=args.budget,
+        budget=budget_of(args),
         schedule=args.schedule,
         method=args.method,
         visual_tokens=args.visual_tokens,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trio_deploy.cli.options import add_bundle, add_runtime_options, runtime_options
+from trio_deploy.cli.options import add_bundle, add_runtime_options, budget_of, runtime_options
 from trio_deploy.config.sampling import SAMPLING_OPTIONS
 from trio_deploy.errors import TrioError
 
@@ -43,9 +43,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="path or http(s) address of a picture; may be repeated",
     )
     command.add_argument("--prompt", help="question about the pictures")
-    command.add_argument(
-        "--budget", type=float, help="average share of visual tokens (default: the bundle's)"
-    )
+    command.add_argument("--budget", help="average share of visual tokens (default: the bundle's)")
     command.add_argument(
         "--show",
         type=Path,
@@ -116,17 +114,18 @@ def run(args: argparse.Namespace) -> None:
         if not images:
             raise TrioError("--show draws what was kept of an image: name a picture")
         check_picture_path(args.show)
-    pipeline = Pipeline.open(args.bundle, runtime_options(args))
+    options = runtime_options(args)
     sampling: dict[str, Any] = {name: getattr(args, name, None) for name in SAMPLING_OPTIONS}
     request = Request(
         prompt,
         images,
         max_new_tokens=args.max_new_tokens,
         stop=args.stop,
-        budget=args.budget,
+        budget=budget_of(args),
         **sampling,
     )
-    stream = pipeline.stream(request)
+    request.check()  # a model may have to be exported before it is asked
+    stream = Pipeline.open(args.bundle, options).stream(request)
     for piece in stream:
         if not args.json:
             print(piece, end="", flush=True)

@@ -15,7 +15,7 @@ from trio_deploy.cli.eval import (
     read_questions_of,
     values,
 )
-from trio_deploy.cli.options import runtime_options
+from trio_deploy.cli.options import budget_of, runtime_options
 from trio_deploy.config.options import DEFAULT_THRESHOLD
 from trio_deploy.runtimes.registry import default_target
 
@@ -34,7 +34,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, help="folder for the search and its result"
     )
     command.add_argument(
-        "--budget", type=float, help="average share of visual tokens per layer (default: 0.111)"
+        "--budget", help="average share of visual tokens per layer (default: 0.111)"
     )
     command.add_argument(
         "--methods", default="trio,divprune", help="methods to try (default: trio,divprune)"
@@ -82,12 +82,13 @@ def run(args: argparse.Namespace) -> None:
     from trio_deploy.evaluation.tune import BEST, Space, tune
     from trio_deploy.schedule.budget import DEFAULT_BUDGET
 
+    budget = budget_of(args)
     source = Source.open(args.model)
     asked = read_questions_of(args)
     tuned = tune(
         source,
         asked.questions,
-        args.budget if args.budget is not None else DEFAULT_BUDGET,
+        DEFAULT_BUDGET if budget is None else budget,
         args.out,
         AskOptions(runtime_options(args), args.dtype, args.batch, asked.max_new_tokens),
         space=Space(

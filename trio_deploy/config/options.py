@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trio_deploy.config.target import Target
+from trio_deploy.schedule.budget import check_budget
 from trio_deploy.schedule.schedule import Schedule
 
 DEFAULT_THRESHOLD = 0.8
@@ -82,3 +83,8 @@ class ExportOptions:
     graphs_only: bool = False
     force: bool = False
     selection: SelectionOptions = field(default_factory=SelectionOptions)
+
+    def __post_init__(self) -> None:
+        """Raises TrioError for a budget that is no share."""
+        if self.budget is not None:
+            check_budget(self.budget)

@@ -22,7 +22,7 @@ from trio_deploy.config.yaml_files import (
     text_of,
 )
 from trio_deploy.errors import TrioError
-from trio_deploy.schedule.budget import is_budget
+from trio_deploy.schedule.budget import is_budget, read_budget
 from trio_deploy.schedule.schedule import Schedule
 
 #: `checkpoint: package:data/tiny` in a recipe is a folder inside the installed package.
@@ -227,13 +227,10 @@ def _schedules(file: Path, raw: Any) -> dict[str, Schedule]:
     schedules = {}
     for budget, points in raw.items():
         try:
-            if is_budget(str(budget)) and not 0 < float(budget) <= 1:
-                raise ValueError
-        except (TypeError, ValueError):
-            raise TrioError(
-                f"{file}: the budget {budget!r} in `schedules` must be a share above 0 and at "
-                "most 1, or a name that begins with a letter"
-            ) from None
+            if is_budget(str(budget)):
+                read_budget(str(budget))
+        except TrioError as error:
+            raise TrioError(f"{file}, budget {budget!r} in `schedules`: {error}") from None
         try:
             schedules[str(budget)] = Schedule.from_json(points)
         except TrioError as error:

@@ -18,6 +18,7 @@ from trio_deploy.config.yaml_files import (
     text_of,
 )
 from trio_deploy.errors import TrioError
+from trio_deploy.schedule.budget import check_budget
 
 #: Keys that only some runtimes take; each says which, in its RuntimeSpec.
 RUNTIME_KEYS = (
@@ -176,8 +177,10 @@ def _limits(file: Path, raw: Any) -> Limits:
                 f"{', '.join(known)}"
             )
         if key == "max_budget":
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-                raise TrioError(f"{file}: max_budget must be above 0 and at most 1, not {value!r}")
+            try:
+                check_budget(value)
+            except TrioError as error:
+                raise TrioError(f"{file}: max_budget: {error}") from None
         elif type(value) is not int or value < (0 if "visual" in key or "images" in key else 1):
             raise TrioError(f"{file}: {key} must be a positive whole number, not {value!r}")
     limits = Limits(**raw)

@@ -17,6 +17,7 @@ from trio_deploy.evaluation.configurations import (
     named,
     used,
 )
+from trio_deploy.schedule.budget import read_budget
 from trio_deploy.schedule.schedule import Schedule
 
 BUDGETS = (0.111, 0.222, 0.333)
@@ -61,6 +62,7 @@ class Comparison:
         if not asked:
             pruned = source.bundle is not None and source.bundle.schedule.layers
             asked = [OWN] * bool(pruned) + [f"{budget:g}" for budget in BUDGETS]
+        shares = [read_budget(part) for part in asked if part != OWN]
         own = [as_exported(source)] if OWN in asked else []
         methods = _parts(self.methods)
         schedules = self.schedules
@@ -74,7 +76,7 @@ class Comparison:
             found, refused = grid(
                 source,
                 methods,
-                [_share(part) for part in asked if part != OWN],
+                shares,
                 thresholds=self.thresholds or [None],
                 probes=self.probes or [None],
                 positions=self.positions or [None],
@@ -100,10 +102,3 @@ def _parts(values: str | float | Sequence[str | float]) -> list[str]:
         values = [values]
     parts = [part.strip() for value in values for part in str(value).split(",")]
     return [part for part in parts if part]
-
-
-def _share(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise TrioError(f"cannot read the budget {text!r}: write a number or `{OWN}`") from None

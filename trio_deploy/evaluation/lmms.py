@@ -18,6 +18,7 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.request import Request
+from trio_deploy.schedule.budget import read_budget
 
 if TYPE_CHECKING:
     Lmms: Any = object
@@ -67,7 +68,7 @@ class Trio(Lmms):
         if options.get("threads") is not None:
             options["threads"] = _number("threads", options["threads"], int)
         self.pipeline = Pipeline.open(bundle, RuntimeOptions(**options))
-        self.budget = None if budget is None else _number("budget", budget, float)
+        self.budget = None if budget is None else read_budget(str(budget))
         self.batch_size = _number("batch_size", batch_size, int)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

@@ -44,7 +44,7 @@ from trio_deploy.files import write_atomically
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.ran_as import RanAs
 from trio_deploy.pipeline.request import Request
-from trio_deploy.schedule.budget import default_layers, solve
+from trio_deploy.schedule.budget import check_budget, default_layers, solve
 from trio_deploy.schedule.methods import METHODS
 from trio_deploy.schedule.schedule import RATIO_DIGITS, PruningPoint, Schedule
 
@@ -572,8 +572,7 @@ def tune(
         TrioError: the budget cannot be reached, or what exporting and running raises.
     """
     space = space or Space()
-    if not 0 < budget <= 1:
-        raise TrioError(f"a budget of {budget:g} is not possible: it is above 0 and at most 1")
+    check_budget(budget)
     if limit is not None and limit < 1:
         raise TrioError(f"a search begins with 1 candidate or more, not {limit}")
     tuner = Tuner(source, questions, out, options)

@@ -16,6 +16,7 @@ from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError, shown
 from trio_deploy.families.base import Layout
 from trio_deploy.files import require_unicode
+from trio_deploy.schedule.budget import check_budget
 from trio_deploy.schedule.schedule import Schedule
 
 ImageSource = Image.Image | np.ndarray | str | os.PathLike[str] | bytes
@@ -101,6 +102,7 @@ class Request(SamplingOptions):
             require_unicode(stop, "a stop string")
         if self.budget is not None:
             _check_number("budget", self.budget, Real)
+            check_budget(self.budget)
         for keep in _list("keep", self.keep):
             _check_number("keep", keep, Real)
         for token in _list("forced", self.forced):

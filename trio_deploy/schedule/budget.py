@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from numbers import Real
 
-from trio_deploy.errors import TrioError
+from trio_deploy.errors import TrioError, shown
 from trio_deploy.schedule.schedule import RATIO_DIGITS, SMALLEST_RATIO, PruningPoint, Schedule
 
 _Shapes = list[tuple[float, list[float]]]
@@ -22,7 +23,45 @@ _PUBLISHED_LAYERS = (1, 10, 15)
 _PUBLISHED_VISUAL = 576
 _PUBLISHED_KEEPS = {64: (92, 54, 22), 128: (218, 128, 54)}
 
+_MEANING = "it is the average share of visual tokens per layer, above 0 and at most 1"
 _SAME_BUDGET = 1e-6  # budgets this close to each other count as equal
+
+
+def check_budget(budget: float) -> float:
+    """Return a budget that some schedule may have.
+
+    Raises:
+        TrioError: it is no number above 0 and at most 1.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, Real):
+        raise TrioError(f"a budget must be a number, got {shown(budget)}")
+    if not 0 < budget <= 1:
+        raise _impossible(f"{budget:g}", budget if budget > 1 else 0)
+    return budget
+
+
+def read_budget(text: str) -> float:
+    """The budget that a text stands for.
+
+    Raises:
+        TrioError: as `check_budget`, or it cannot be read.
+    """
+    number = text.strip()
+    try:
+        value = float(number.removesuffix("%"))
+    except ValueError:
+        raise TrioError(
+            f"cannot read the budget {shown(text)}: {_MEANING}, such as {DEFAULT_BUDGET:g}"
+        ) from None
+    if number.endswith("%"):
+        raise _impossible(number, value)
+    return check_budget(value)
+
+
+def _impossible(budget: str, percent: float) -> TrioError:
+    """The error for a budget; `percent` is what it may have been meant as."""
+    meant = f"; did you mean {percent / 100:g}?" if 0 < percent <= 100 else ""
+    return TrioError(f"a budget of {budget} is not possible: {_MEANING}{meant}")
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
@@ -65,11 +104,7 @@ def solve(
     Raises:
         TrioError: the budget is not in (0, 1], or below the share of the first layers.
     """
-    if not 0 < budget <= 1:
-        raise TrioError(
-            f"a budget of {budget:g} is not possible: it is the average share of visual tokens "
-            f"per layer, above 0 and at most 1{_as_percent(budget)}"
-        )
+    check_budget(budget)
     layers = default_layers(num_layers) if layers is None else tuple(layers)
     methods = ("trio",) * len(layers) if methods is None else tuple(methods)
     if budget == 1:
@@ -93,10 +128,6 @@ def solve(
     keeps = _water_fill(shares, sizes, budget * num_layers - layers[0])
     ratios = [min(1.0, max(SMALLEST_RATIO, round(keep, RATIO_DIGITS))) for keep in keeps]
     return _schedule(layers, ratios, methods)
-
-
-def _as_percent(budget: float) -> str:
-    return f"; did you mean {budget / 100:g}?" if 1 < budget <= 100 else ""
 
 
 def _schedule(layers: Sequence[int], keeps: Sequence[float], methods: Sequence[str]) -> Schedule:
@@ -123,7 +154,8 @@ def for_budget(
     published = published or {}
     listed = {float(key): published[key] for key in published if is_budget(key) and float(key) < 1}
     try:
-        if not listed or wanted <= 0:
+        check_budget(wanted)
+        if not listed:
             return solve(wanted, num_layers)
         nearest = listed[min(listed, key=lambda known: abs(math.log(known / wanted)))]
         return schedule_at_budget(

@@ -13,6 +13,9 @@ from trio_deploy.families.pixels import MAX_PIXELS
 from trio_deploy.files import brief
 from trio_deploy.pipeline.batcher.scheduler import BatcherLimits
 from trio_deploy.runtimes.registry import MAX_THREADS
+from trio_deploy.schedule.budget import check_budget, read_budget
+
+_BUDGET = "budget"
 
 # A larger number is a typing error, and would exhaust the machine's threads or memory.
 _MAXIMA = {
@@ -24,7 +27,6 @@ _MAXIMA = {
     "max_images": 4096,
     "max_timeout_s": 86_400,
     "max_image_pixels": MAX_PIXELS,
-    "budget": 1,
 }
 
 
@@ -71,7 +73,10 @@ class ServiceLimits:
                 if not number:
                     what = "a whole number" if kind == "int" else "a number"
                     raise TrioError(f"{name} must be {what}, got {brief(value)}")
-                _check_range(name, value)
+                if name == _BUDGET:
+                    check_budget(value)
+                else:
+                    _check_range(name, value)
         if self.default_max_tokens <= self.max_tokens:
             return
         if self.default_max_tokens != type(self).default_max_tokens:
@@ -143,6 +148,8 @@ def _count(name: str, text: str) -> int:
 
 
 def _number(name: str, text: str) -> float:
+    if name == _BUDGET:
+        return read_budget(text)
     try:
         number = float(text)
     except ValueError:

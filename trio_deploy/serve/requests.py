@@ -20,6 +20,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.pixels import encoded_size
 from trio_deploy.pipeline.conversation import require_text, texts_of
 from trio_deploy.pipeline.request import Request
+from trio_deploy.schedule.budget import check_budget
 from trio_deploy.serve.limits import ServiceLimits
 
 # A JPEG file may go over all of its picture again and again, with a few bytes per scan: a hundred
@@ -106,7 +107,7 @@ def check_request(client: ClientRequest, limits: ServiceLimits) -> tuple[Request
         images,
         max_new_tokens=_max_tokens(client, limits),
         stop=_stop(client, limits),
-        budget=_budget(client, limits),
+        budget=limits.budget if client.budget is None else check_budget(client.budget),
         **_sampling(client, limits),
     )
     return request, _timeout(client, limits)
@@ -278,13 +279,6 @@ def _texts(texts: Sequence[bytes], what: str, limits: ServiceLimits) -> list[str
                 f"{limits.max_stop_bytes}"
             )
     return [_decode(text, f"a {what}") for text in texts]
-
-
-def _budget(client: ClientRequest, limits: ServiceLimits) -> float | None:
-    budget = limits.budget if client.budget is None else client.budget
-    if budget is not None and not 0.0 < budget <= 1.0:
-        raise TrioError(f"budget must be above 0 and at most 1, got {budget}")
-    return budget
 
 
 def _timeout(client: ClientRequest, limits: ServiceLimits) -> float:

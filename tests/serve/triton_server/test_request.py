@@ -172,7 +172,7 @@ BAD: list[tuple[dict[str, np.ndarray], str]] = [
     ({**ASKED, "stop": texts("a", "b", "c")}, "3 stop strings, but max_stop is 2"),
     ({**ASKED, "stop": texts("abcdef")}, "max_stop_bytes = 5"),
     ({**ASKED, "stop": texts("")}, "a stop string has 0 bytes"),
-    ({**ASKED, "budget": one(1.5, "float64")}, "budget must be above 0"),
+    ({**ASKED, "budget": one(1.5, "float64")}, "a budget of 1.5 is not possible"),
     ({**ASKED, "timeout_s": one(11, "float64")}, "max_timeout_s = 10"),
     ({**ASKED, "timeout_s": one(np.inf, "float64")}, "finite"),
     ({**ASKED, "image": texts(file())}, "unknown input 'image'"),
