@@ -68,7 +68,7 @@ ALLOWED = {
         "runtimes.openvino_passes",
         "bench.genai_child",
     ),
-    "tensorrt": ("runtimes.tensorrt.bindings",),
+    "tensorrt tensorrt_rtx_bindings": ("runtimes.tensorrt.bindings",),
     "cuda": ("runtimes.tensorrt.device",),
 }
 LAZY = {"onnxruntime", "openvino", "tensorrt", "cuda"}

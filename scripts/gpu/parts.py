@@ -145,12 +145,13 @@ class Part:
         from trio_deploy.runtimes.tensorrt import bindings as adapter
         from trio_deploy.runtimes.tensorrt.device import Device
         from trio_deploy.runtimes.tensorrt.gpu import this_gpu
+        from trio_deploy.runtimes.tensorrt.target import parse_version
 
         figures = self.result.figures
         figures["machine"] = machine(None)
         tensorrt = adapter.load()
         figures["tensorrt"] = tensorrt.version
-        figures["release"] = ".".join(map(str, tensorrt.release))
+        figures["release"] = ".".join(map(str, parse_version(tensorrt.version)))
         figures["dialect"] = "onnx" if tensorrt.updates_in_place else "primitive"
         device = Device()
         gpu = this_gpu(device)
@@ -434,6 +435,7 @@ class Part:
         from trio_deploy.runtimes.registry import load_target
         from trio_deploy.runtimes.tensorrt import bindings as adapter
         from trio_deploy.runtimes.tensorrt.build import build_engines
+        from trio_deploy.runtimes.tensorrt.compiling import ChildCompiler
         from trio_deploy.runtimes.tensorrt.device import Device
         from trio_deploy.runtimes.tensorrt.first_run import run_once
         from trio_deploy.runtimes.tensorrt.gpu import this_gpu
@@ -443,7 +445,7 @@ class Part:
         outcome = build_engines(
             bundle,
             load_target(target),
-            self._tensorrt,
+            ChildCompiler(self._tensorrt.version),
             self._gpu,
             verify=lambda place, stage: run_once(bundle, self._tensorrt, place, stage),
             stages=stages,

@@ -19,9 +19,11 @@ from trio_deploy.runtimes import arrays
 from trio_deploy.runtimes.onnxruntime import OrtRuntime
 from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.build import build_engines
+from trio_deploy.runtimes.tensorrt.compiling import ChildCompiler
 from trio_deploy.runtimes.tensorrt.first_run import run_once
 from trio_deploy.runtimes.tensorrt.record import RECORD, Record
 from trio_deploy.runtimes.tensorrt.runtime import TrtRuntime, engine_folder
+from trio_deploy.runtimes.tensorrt.target import parse_version
 from trio_deploy.verify.compare import TOLERANCES
 from trio_deploy.verify.engines import compare_engines
 
@@ -59,7 +61,7 @@ class Built:
         host = self._host
         folder = self._folder / f"{layout}-{dtype}"
         folder.mkdir()
-        release = ".".join(map(str, host.tensorrt.release))
+        release = ".".join(map(str, parse_version(host.tensorrt.version)))
         text = TARGET.format(tensorrt=release, dialect=host.dialect, layout=layout)
         text = text.replace(
             'compute_capability: "9.0"', f'compute_capability: "{host.gpu.compute_capability}"'
@@ -75,7 +77,7 @@ class Built:
         build_engines(
             bundle,
             load_target(folder / "here.yaml"),
-            host.tensorrt,
+            ChildCompiler(host.tensorrt.version),
             host.gpu,
             verify=lambda place, stage: run_once(bundle, host.tensorrt, place, stage),
             progress=False,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tests.support.fakes.tensorrt.install import Simulation
 from trio_deploy import Bundle, export_model
 from trio_deploy.runtimes.registry import load_target
-from trio_deploy.runtimes.tensorrt.bindings import load
+from trio_deploy.runtimes.tensorrt.bindings import Log, Progress, load
 from trio_deploy.runtimes.tensorrt.build import build_engines
+from trio_deploy.runtimes.tensorrt.compiling import Compiled, Job, compile_here
 from trio_deploy.runtimes.tensorrt.record import Gpu
 
 TARGET = """
@@ -62,6 +64,16 @@ def export_for(checkpoint: Path, folder: Path, target: Path, schedule: str) -> B
     )
 
 
+class Here:
+    """Compiles in this process, where a simulated TensorRT or a stub is."""
+
+    def __init__(self, tensorrt: Any) -> None:
+        self.tensorrt, self.version = tensorrt, tensorrt.version
+
+    def compile(self, job: Job, log: Log, progress: Progress) -> Compiled:
+        return compile_here(self.tensorrt, job, log, progress)
+
+
 def unverified(folder: Path, stage: str) -> None:
     """Takes an engine as it is, which saves its first run."""
 
@@ -70,7 +82,7 @@ def build(bundle: Bundle, target: Path, simulation: Simulation) -> Path:
     """Engines by the simulated TensorRT; returns their folder."""
     gpu = Gpu("NVIDIA H200", "9.0", "12.4")
     outcome = build_engines(
-        bundle, load_target(target), load(), gpu, verify=unverified, progress=False
+        bundle, load_target(target), Here(load()), gpu, verify=unverified, progress=False
     )
     assert simulation.tensorrt.__version__ == outcome.record.tensorrt
     return outcome.folder

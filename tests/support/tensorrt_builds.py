@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.engines import unverified
+from tests.support.engines import Here, unverified
 from trio_deploy import Bundle
 from trio_deploy.config.target import Target
 from trio_deploy.runtimes.tensorrt import build as builder
-from trio_deploy.runtimes.tensorrt.bindings import Built
+from trio_deploy.runtimes.tensorrt.bindings import BuildOptions, Built
 from trio_deploy.runtimes.tensorrt.build import build_engines
 from trio_deploy.runtimes.tensorrt.record import Gpu
 
@@ -31,14 +31,13 @@ class Stub:
         self,
         onnx: Path,
         profiles: Sequence[Any],
+        options: BuildOptions,
         *,
-        workspace: int | None = None,
-        dtype: str = "float32",
         timing_cache: bytes = b"",
         log: Callable[[str, str], None] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Built:
-        assert profiles and dtype == "float32"
+        assert profiles and options.dtype == "float32"
         assert log is not None and progress is not None
         log("VERBOSE", "far too much")
         log("WARNING", f"about {onnx.stem}")
@@ -47,11 +46,11 @@ class Stub:
             raise self.error
         self.built.append(onnx.stem)
         self.caches.append(timing_cache)
-        self.workspaces.append(workspace)
+        self.workspaces.append(options.workspace)
         plan = f"{onnx.stem} {len(self.built)}".encode()
         return Built(memoryview(plan), timing_cache + b"+" + onnx.stem.encode())
 
 
 def build(bundle: Bundle, target: Target, tensorrt: Any, **options: Any) -> builder.Outcome:
     options = {"verify": unverified, **options}
-    return build_engines(bundle, target, tensorrt, GPU, progress=False, **options)
+    return build_engines(bundle, target, Here(tensorrt), GPU, progress=False, **options)

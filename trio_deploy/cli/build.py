@@ -107,6 +107,7 @@ def _refuse_oversized(bundle: Bundle, target: Target, args: argparse.Namespace) 
 def _build(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
     from trio_deploy.runtimes.tensorrt import bindings
     from trio_deploy.runtimes.tensorrt.build import build_engines, require_buildable
+    from trio_deploy.runtimes.tensorrt.compiling import ChildCompiler
     from trio_deploy.runtimes.tensorrt.device import Device
     from trio_deploy.runtimes.tensorrt.first_run import run_once
     from trio_deploy.runtimes.tensorrt.gpu import this_gpu
@@ -117,7 +118,7 @@ def _build(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
     outcome = build_engines(
         bundle,
         target,
-        tensorrt,
+        ChildCompiler(tensorrt.version),
         this_gpu(device),
         verify=lambda folder, stage: run_once(bundle, tensorrt, folder, stage),
         stages=args.stage or None,

@@ -25,7 +25,7 @@ from onnx import helper
 
 from tests.support.fakes.tensorrt.install import Simulation, install
 from trio_deploy import TrioError
-from trio_deploy.runtimes.tensorrt.bindings import Bounds, TensorRT, load
+from trio_deploy.runtimes.tensorrt.bindings import Bounds, BuildOptions, TensorRT, load
 
 API = json.loads((Path(__file__).parent / "tensorrt_api.json").read_text())
 SIMULATED = {
@@ -56,7 +56,7 @@ def test_the_simulation_has_no_name_that_the_bindings_lack(
     """What runs on the simulation, then, calls nothing that the real TensorRT does not have."""
     module = install(monkeypatch, version).tensorrt
     public = [getattr(module, name) for name in dir(module) if name[0].isupper()]
-    for kind in [*public, *module.met]:
+    for kind in public:
         if inspect.isclass(kind):
             mine = {name for name in vars(kind) if not name.startswith("_")}
             if issubclass(kind, enum.Enum):
@@ -200,7 +200,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
 @pytest.mark.parametrize("version", SIMULATED)
 def test_an_engine_is_built_and_describes_itself(start: Start, graph: Path, version: str) -> None:
     tensorrt, simulation = start(version)
-    built = tensorrt.build(graph, [ADMITS], workspace=1 << 20, dtype="float16")
+    built = tensorrt.build(graph, [ADMITS], BuildOptions(workspace=1 << 20, dtype="float16"))
     engine = tensorrt.deserialize(built.plan, "squares.engine")
     found = {tensor.name: tensor for tensor in tensorrt.tensors(engine)}
     assert list(found) == ["x", "width", "y"]
@@ -221,7 +221,7 @@ def test_an_engine_is_built_and_describes_itself(start: Start, graph: Path, vers
 
 def test_before_strong_typing_float32_layers_are_told_to_stay(start: Start, graph: Path) -> None:
     tensorrt, simulation = start(OLD)
-    tensorrt.build(graph, [ADMITS], workspace=1 << 20, dtype="float16")
+    tensorrt.build(graph, [ADMITS], BuildOptions(workspace=1 << 20, dtype="float16"))
     network, config = simulation.tensorrt.last
     trt = simulation.tensorrt
     assert {trt.BuilderFlag.FP16, trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS} <= config.flags
@@ -236,7 +236,10 @@ def test_how_many_layers_keep_float32_is_in_the_log(start: Start, graph: Path) -
     tensorrt, _ = start(OLD)
     said: list[tuple[str, str]] = []
     tensorrt.build(
-        graph, [ADMITS], workspace=1, dtype="float16", log=lambda *line: said.append(line)
+        graph,
+        [ADMITS],
+        BuildOptions(workspace=1, dtype="float16"),
+        log=lambda *line: said.append(line),
     )
     assert ("INFO", "2 of 6 layers of squares.onnx keep float32") in said
 
@@ -323,7 +326,9 @@ def test_products_that_would_run_in_float32_unasked_are_refused(
     tensorrt, simulation = start(OLD)
 
     def build() -> None:
-        tensorrt.build(tmp_path / "product.onnx", [admits], workspace=1, dtype="float16")
+        tensorrt.build(
+            tmp_path / "product.onnx", [admits], BuildOptions(workspace=1, dtype="float16")
+        )
 
     build()
     network, _ = simulation.tensorrt.last
@@ -344,7 +349,7 @@ def test_products_that_would_run_in_float32_unasked_are_refused(
 
 def test_strongly_typed_networks_are_told_nothing(start: Start, graph: Path) -> None:
     tensorrt, simulation = start(NEW)
-    tensorrt.build(graph, [ADMITS], workspace=1 << 20, dtype="float16")
+    tensorrt.build(graph, [ADMITS], BuildOptions(workspace=1 << 20, dtype="float16"))
     network, config = simulation.tensorrt.last
     assert config.flags == set()
     assert all(layer.precision is None for layer in network.layers)
@@ -353,7 +358,7 @@ def test_strongly_typed_networks_are_told_nothing(start: Start, graph: Path) -> 
 def test_bfloat16_needs_tensorrt_10(start: Start, graph: Path) -> None:
     tensorrt, _ = start(OLD)
     with pytest.raises(TrioError, match=r"8\.6\.1 has no bfloat16: export with --dtype float16"):
-        tensorrt.build(graph, [ADMITS], workspace=1 << 20, dtype="bfloat16")
+        tensorrt.build(graph, [ADMITS], BuildOptions(workspace=1 << 20, dtype="bfloat16"))
 
 
 @pytest.mark.parametrize(("version", "where"), [(OLD, "node 0"), (NEW, "node a_node, AnOperator")])
@@ -365,13 +370,17 @@ def test_what_cannot_be_parsed_is_listed(
     onnx.save(model, graph)
     tensorrt, _ = start(version)
     with pytest.raises(TrioError, match=rf"cannot parse squares\.onnx: Plugin not.*\({where}\)"):
-        tensorrt.build(graph, [ADMITS], workspace=1 << 20)
+        tensorrt.build(graph, [ADMITS], BuildOptions(workspace=1 << 20))
 
 
 def test_axes_of_one_size_are_fixed_before_a_graph_is_parsed(start: Start, graph: Path) -> None:
     """KVCacheUpdate wants a fixed capacity when it is added to the network."""
     tensorrt, simulation = start()
-    tensorrt.build(graph, [Admits({"x": rising((1, 4, 8), (2, 4, 8))}, ADMITS.values)], workspace=1)
+    tensorrt.build(
+        graph,
+        [Admits({"x": rising((1, 4, 8), (2, 4, 8))}, ADMITS.values)],
+        BuildOptions(workspace=1),
+    )
     network, _ = simulation.tensorrt.last
     assert next(t.shape for t in network.inputs if t.name == "x") == (-1, 4, 8)
 
@@ -388,27 +397,27 @@ def test_a_profile_must_bound_every_input(
 ) -> None:
     tensorrt, _ = start()
     with pytest.raises(TrioError, match=message):
-        tensorrt.build(graph, [profile], workspace=1 << 20)
+        tensorrt.build(graph, [profile], BuildOptions(workspace=1 << 20))
 
 
 def test_bounds_that_tensorrt_does_not_take_are_an_error(start: Start, graph: Path) -> None:
     tensorrt, _ = start()
     falling = Admits({"x": ((2, 4, 8), (1, 4, 8), (2, 4, 8))}, ADMITS.values)
     with pytest.raises(TrioError, match=r"rejects x .* in profile default of squares\.onnx: bound"):
-        tensorrt.build(graph, [falling], workspace=1 << 20)
+        tensorrt.build(graph, [falling], BuildOptions(workspace=1 << 20))
 
 
 def test_a_build_that_fails_says_what_tensorrt_said(start: Start, graph: Path) -> None:
     tensorrt, _ = start()
     with pytest.raises(TrioError, match=r"could not build squares\.onnx: .*needs a profile"):
-        tensorrt.build(graph, [], workspace=1 << 20)
+        tensorrt.build(graph, [], BuildOptions(workspace=1 << 20))
 
 
 def test_scratch_memory_has_a_ceiling_only_where_one_is_given(start: Start, graph: Path) -> None:
     tensorrt, simulation = start()
     tensorrt.build(graph, [ADMITS])
     assert simulation.tensorrt.last[1].pools == {}
-    tensorrt.build(graph, [ADMITS], workspace=1 << 20)
+    tensorrt.build(graph, [ADMITS], BuildOptions(workspace=1 << 20))
     pool = simulation.tensorrt.MemoryPoolType.WORKSPACE
     assert simulation.tensorrt.last[1].pools == {pool: 1 << 20}
 
@@ -425,7 +434,7 @@ def test_a_build_that_lacks_scratch_memory_says_how_much_to_allow(
         match=r"Could not find any implementation.*requested 1\.5 GiB of scratch memory, beyond "
         r"workspace_gib 1 of the target: raise workspace_gib to at least 2, or leave it out",
     ):
-        tensorrt.build(graph, [ADMITS], workspace=1 << 30)
+        tensorrt.build(graph, [ADMITS], BuildOptions(workspace=1 << 30))
     simulation.tensorrt.needs["squares"] = 3 << 30  # beyond the GPU's 2 GiB
     with pytest.raises(TrioError, match="3 GiB of scratch memory, more than the GPU had free: end"):
         tensorrt.build(graph, [ADMITS])
@@ -450,10 +459,10 @@ def test_what_a_tactic_asked_for_is_read_in_bytes_or_mebibytes(
     narrowing = Admits({"x": rising((1, 4, 8), (2, 4, 8))}, ADMITS.values)
     trt.Builder.build_serialized_network = failing(trt.Builder.build_serialized_network)
     with pytest.raises(TrioError, match=rf"a tactic requested {asked} GiB of scratch memory, beyo"):
-        tensorrt.build(graph, [narrowing], workspace=1 << 30)
+        tensorrt.build(graph, [narrowing], BuildOptions(workspace=1 << 30))
     trt.says.pop(0)
     with pytest.raises(TrioError, match="workspace_gib 1 of the target may be too little for it"):
-        tensorrt.build(graph, [narrowing], workspace=1 << 30)
+        tensorrt.build(graph, [narrowing], BuildOptions(workspace=1 << 30))
 
 
 def failing(build: Callable[..., Any]) -> Callable[..., None]:
@@ -472,13 +481,13 @@ def test_progress_and_messages_are_handed_on(start: Start, graph: Path) -> None:
     tensorrt.build(
         graph,
         [ADMITS],
-        workspace=1 << 20,
+        BuildOptions(workspace=1 << 20),
         progress=lambda *steps: told.append(steps),
         log=lambda *line: said.append(line),
     )
     assert told == [("building", done, 2) for done in (0, 1, 2, 2)]
     assert said == [("INFO", "built squares.onnx")]
-    tensorrt.build(graph, [ADMITS], workspace=1 << 20)
+    tensorrt.build(graph, [ADMITS], BuildOptions(workspace=1 << 20))
     assert len(said) == 1, "a build is heard by its own log alone"
 
 
@@ -489,7 +498,7 @@ def test_an_interrupt_ends_the_build(start: Start, graph: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tensorrt.build(graph, [ADMITS], workspace=1 << 20, progress=interrupt)
+        tensorrt.build(graph, [ADMITS], BuildOptions(workspace=1 << 20), progress=interrupt)
 
 
 @pytest.mark.parametrize("version", [OLD, NEW])
@@ -509,8 +518,8 @@ def test_an_interrupt_while_a_message_is_heard_is_not_lost(
 
     monkeypatch.setattr(tensorrt.logger, "log", swallowing)
     with pytest.raises(KeyboardInterrupt):
-        tensorrt.build(graph, [ADMITS], workspace=1 << 20, log=interrupt)
-    tensorrt.build(graph, [ADMITS], workspace=1 << 20)
+        tensorrt.build(graph, [ADMITS], BuildOptions(workspace=1 << 20), log=interrupt)
+    tensorrt.build(graph, [ADMITS], BuildOptions(workspace=1 << 20))
 
 
 def test_the_logger_outlives_who_made_it(start: Start) -> None:
@@ -537,10 +546,14 @@ def test_attention_may_be_split_where_no_fused_kernel_fits(start: Start) -> None
 
 def test_a_timing_cache_is_handed_from_build_to_build(start: Start, graph: Path) -> None:
     tensorrt, _ = start()
-    first = tensorrt.build(graph, [ADMITS], workspace=1 << 20).timing_cache
-    second = tensorrt.build(graph, [ADMITS], workspace=1 << 20, timing_cache=first).timing_cache
+    first = tensorrt.build(graph, [ADMITS], BuildOptions(workspace=1 << 20)).timing_cache
+    second = tensorrt.build(
+        graph, [ADMITS], BuildOptions(workspace=1 << 20), timing_cache=first
+    ).timing_cache
     assert (first, second) == (b"+", b"++")
-    foreign = tensorrt.build(graph, [ADMITS], workspace=1 << 20, timing_cache=b"other GPU")
+    foreign = tensorrt.build(
+        graph, [ADMITS], BuildOptions(workspace=1 << 20), timing_cache=b"other GPU"
+    )
     assert foreign.timing_cache == b"+", "one of another GPU is not taken"
 
 
@@ -556,4 +569,57 @@ def test_a_builder_that_does_not_start_is_an_error(start: Start, graph: Path) ->
     with pytest.raises(
         TrioError, match="does not start on this machine: CUDA initialization .* 35"
     ):
-        tensorrt.build(graph, [ADMITS], workspace=1 << 20)
+        tensorrt.build(graph, [ADMITS], BuildOptions(workspace=1 << 20))
+
+
+@pytest.fixture
+def ahead(start: Start) -> tuple[TensorRT, Simulation]:
+    """A simulation with the names by which TensorRT-RTX compiles ahead of time."""
+    _, simulation = start("11.4.0")
+    trt = simulation.tensorrt
+    trt.__version__ = "1.7.1.116"
+    trt.ComputeCapability = enum.IntEnum("ComputeCapability", "NONE CURRENT SM86 SM89 SM120")
+    trt.ProfilingVerbosity = enum.IntEnum("ProfilingVerbosity", "LAYER_NAMES_ONLY DETAILED")
+    trt.BuilderFlag = enum.IntEnum("BuilderFlag", "TF32 REQUIRE_USER_ALLOCATION")
+
+    def set_compute_capability(config: Any, capability: Any, number: int) -> None:
+        assert number < config.num_compute_capabilities
+        config.capabilities = [*getattr(config, "capabilities", []), capability.name]
+
+    trt.IBuilderConfig.set_compute_capability = set_compute_capability
+    return TensorRT(trt), simulation
+
+
+def test_a_compiler_ahead_of_time_is_known_by_its_names(
+    ahead: tuple[TensorRT, Simulation], graph: Path
+) -> None:
+    """TensorRT-RTX counts from 1, which must not be read as older than TensorRT 8.6."""
+    tensorrt, simulation = ahead
+    assert tensorrt.name == "TensorRT-RTX 1.7.1.116"
+    assert tensorrt.compiles_ahead and tensorrt.strongly_typed and tensorrt.updates_in_place
+    listed = BuildOptions(compute_capabilities=("8.9", "12.0"), detailed=True)
+    built = tensorrt.build(graph, [ADMITS], listed, timing_cache=b"of another")
+    assert built.timing_cache == b""
+    trt, (_, config) = simulation.tensorrt, simulation.tensorrt.last
+    assert config.capabilities == ["SM89", "SM120"] and config.cache is None
+    assert config.flags == {trt.BuilderFlag.REQUIRE_USER_ALLOCATION}
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
+
+
+def test_gpus_that_are_not_compiled_for_are_named(
+    ahead: tuple[TensorRT, Simulation], start: Start, graph: Path
+) -> None:
+    with pytest.raises(
+        TrioError, match=r"not compile for compute capability 8\.7: it has 8\.6, 8\.9"
+    ):
+        ahead[0].build(graph, [ADMITS], BuildOptions(compute_capabilities=("8.7",)))
+    with pytest.raises(TrioError, match=r"TensorRT 10\.3\.0 builds for this machine's GPU alone"):
+        start()[0].build(graph, [ADMITS], BuildOptions(compute_capabilities=("8.6",)))
+
+
+def test_a_flavour_that_is_not_installed_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
+    with pytest.raises(TrioError, match=r"TensorRT-RTX is not installed: pip install .*\[rtx\]"):
+        load("rtx")

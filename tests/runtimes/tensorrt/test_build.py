@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from tests.support.engines import export_for, make_target, unverified
+from tests.support.engines import Here, export_for, make_target, unverified
 from tests.support.fakes.tensorrt.install import install
 from tests.support.tensorrt_builds import GPU, Stub, build
 from trio_deploy import Bundle, TrioError, export_model
@@ -33,6 +33,7 @@ from trio_deploy.config.target import Target
 from trio_deploy.runtimes.base import TensorSpec
 from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt import build as builder
+from trio_deploy.runtimes.tensorrt import compiling
 from trio_deploy.runtimes.tensorrt import first_run as verify
 from trio_deploy.runtimes.tensorrt.bindings import load
 from trio_deploy.runtimes.tensorrt.build import build_engines
@@ -307,11 +308,11 @@ def test_a_smaller_gpu_of_the_same_name_than_the_targets_is_refused(
     """CUDA calls every Jetson Orin "Orin" with compute capability 8.7."""
     agx = replace(load_target("jetson-agx-orin-64gb"), dtype="float32")
     with pytest.raises(TrioError, match=r"has 61 GiB of memory, but .*Orin NX.*, has 15\.3 GiB"):
-        build_engines(bundle, agx, Stub(), ORIN_NX, verify=unverified, progress=False)
+        build_engines(bundle, agx, Here(Stub()), ORIN_NX, verify=unverified, progress=False)
     for memory in (59.0, 61.4):  # firmware leaves more or less of it
         gpu = replace(AGX_ORIN, memory_gib=memory)
         built = build_engines(
-            bundle, agx, Stub(), gpu, verify=unverified, force=True, progress=False
+            bundle, agx, Here(Stub()), gpu, verify=unverified, force=True, progress=False
         )
         assert built.built
 
@@ -323,7 +324,7 @@ def test_engines_of_another_jetson_are_all_built_again_without_its_timing_cache(
     stubs = {}
     for gpu in (AGX_ORIN, ORIN_NX):
         stubs[gpu] = Stub()
-        build_engines(bundle, anywhere, stubs[gpu], gpu, verify=unverified, progress=False)
+        build_engines(bundle, anywhere, Here(stubs[gpu]), gpu, verify=unverified, progress=False)
     assert stubs[ORIN_NX].built == STAGES and stubs[ORIN_NX].caches[0] == b""
 
 
@@ -420,25 +421,31 @@ def test_a_disk_that_fills_up_leaves_no_half_engine(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    written = compiling.write_atomically
+
+    def written_on_full_disk(path: Path, content: Any) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", full)
+            written(path, content)
+
+    monkeypatch.setattr(compiling, "write_atomically", written_on_full_disk)
+    with pytest.raises(TrioError, match=r"vision.engine of 8 B \(No space left.*are kept"):
+        build(bundle, target, Stub())
     folder = bundle.path / "engines" / "test-gpu"
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        with pytest.raises(TrioError, match=r"vision.engine of 8 B \(No space left.*are kept"):
-            builder.write_whole(bundle.path / "vision.engine", b"vision 1")
-    assert not list(bundle.path.glob(".vision*")) and not folder.exists()
+    assert sorted(files(folder)) == ["build.log", "record.json"]
 
 
 def test_a_full_disk_that_loses_the_timing_cache_keeps_the_engine(
     bundle: Bundle, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = builder.write_atomically
+    written = compiling.write_atomically
 
     def full(path: Path, content: Any) -> None:
         if path.name == "timing.cache":
             raise TrioError(f"cannot write {path}: make room on its disk")
         written(path, content)
 
-    monkeypatch.setattr(builder, "write_atomically", full)
+    monkeypatch.setattr(compiling, "write_atomically", full)
     outcome = build(bundle, target, Stub())
     assert outcome.built == tuple(STAGES) and "timing.cache" not in files(outcome.folder)
     assert "timing.cache: make room" in (outcome.folder / "build.log").read_text()

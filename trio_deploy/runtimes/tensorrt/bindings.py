@@ -1,7 +1,9 @@
-"""TensorRT 8.6, 10.x and 11.x behind one interface: every difference between them is here.
+"""TensorRT 8.6, 10.x and 11.x and TensorRT-RTX behind one interface: every difference is here.
 
-Read from the bindings of 8.6.1, 10.0, 10.3, 10.15, 11.0 and 11.4 (docs/tensorrt.md;
-`tests/runtimes/tensorrt/test_bindings.py` compares this file with any bindings that are installed):
+Nothing asks for a release number: each difference is asked for by the name that the bindings have
+or lack. Read from the bindings of 8.6.1, 10.0, 10.3, 10.15, 11.0, 11.4 and of TensorRT-RTX 1.7
+(docs/tensorrt.md; `tests/runtimes/tensorrt/test_bindings.py` compares this file with any bindings
+that are installed):
 
 =====================================  ======================================================
 `EXPLICIT_BATCH`                       required in 8.6, the only mode in 10, removed in 11
@@ -17,6 +19,9 @@ INT64, BF16                            from 10; 8.6 narrows INT64 to INT32
                                        decomposition is allowed
 `device_memory_size`, contexts         `…_v2` from 10.3 and alone in 11; contexts without memory
 without memory                         of their own by `ExecutionContextAllocationStrategy` from 10
+`set_compute_capability`               TensorRT-RTX alone: it compiles for listed GPUs, without one
+                                       and without a driver, and keeps no timing cache
+`REQUIRE_USER_ALLOCATION`              TensorRT-RTX alone: what it takes to record a run
 =====================================  ======================================================
 """
 
@@ -31,12 +36,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ml_dtypes
+import msgspec
 import numpy as np
 
 from trio_deploy.errors import OutOfMemory, TrioError
 from trio_deploy.files import format_bytes
 
-OLDEST = (8, 6)
+#: Flavour → its module. `rtx` compiles ahead of time, on machines without a GPU.
+MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx_bindings"}
+_INSTALL = {
+    "tensorrt": "TensorRT is not installed: pip install 'trio-deploy[tensorrt]' (on a Jetson it "
+    "comes with JetPack: use a Python environment with --system-site-packages)",
+    "rtx": "TensorRT-RTX is not installed: pip install 'trio-deploy[rtx]' (wheels for Linux on "
+    "x86-64 and Windows)",
+}
 Log = Callable[[str, str], None]
 """Function of a severity (`ERROR`, `WARNING`, `INFO`, `VERBOSE`) and a message."""
 Progress = Callable[[str, int, int], None]
@@ -97,6 +110,28 @@ class ProfileLike(Protocol):
     def values(self) -> Mapping[str, Bounds]: ...
 
 
+class BuildOptions(msgspec.Struct, frozen=True):
+    """How an engine is built.
+
+    Attributes:
+        dtype: the graph's float type, which TensorRT before 10 does not infer.
+        workspace: maximum bytes of scratch memory of a layer's tactic; None: as much as the GPU
+            has. It allocates nothing but excludes tactics; fused nodes keep their intermediate
+            results there.
+        compute_capabilities: GPUs to compile for, such as `8.9`; empty: this machine's GPU, or all
+            that a compiler ahead of time has by default.
+        detailed: whether the log (`VERBOSE`) has every kernel with its tensors.
+    """
+
+    dtype: str = "float32"
+    workspace: int | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    detailed: bool = False
+
+
+_DEFAULTS = BuildOptions()
+
+
 @dataclass(frozen=True)
 class Built:
     """A serialized engine, and the timing cache of its build."""
@@ -124,60 +159,68 @@ class IoTensor:
     alias: str
 
 
-def load() -> TensorRT:
+def load(flavour: str = "tensorrt") -> TensorRT:
     """Load the installed TensorRT.
 
-    The driver is checked first: without one `tensorrt.Runtime` ends the process (8.6).
+    TensorRT proper needs a driver for anything: it is checked first, since without one
+    `tensorrt.Runtime` ends the process (8.6).
+
+    Args:
+        flavour: one of `MODULES`.
 
     Raises:
-        TrioError: no CUDA driver, or TensorRT is missing, broken or older than 8.6.
+        TrioError: TensorRT is missing, broken or older than 8.6, or has no CUDA driver.
     """
-    from trio_deploy.runtimes.tensorrt.device import require_driver
+    if flavour == "tensorrt":
+        from trio_deploy.runtimes.tensorrt.device import require_driver
 
-    require_driver()
+        require_driver()
+    name = MODULES[flavour]
     try:
-        module = importlib.import_module("tensorrt")
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name not in ("tensorrt", "tensorrt_bindings", "tensorrt_libs"):
+        known = (name, f"{name}_bindings", name.replace("_bindings", "") + "_libs")
+        if error.name not in known:
             raise
-        raise TrioError(
-            "TensorRT is not installed: pip install 'trio-deploy[tensorrt]' (on a Jetson it comes "
-            "with JetPack: use a Python environment with --system-site-packages)"
-        ) from error
+        raise TrioError(_INSTALL[flavour]) from error
     except (ImportError, OSError) as error:
         raise TrioError(
-            f"TensorRT is installed, but does not load ({error}): install it again"
+            f"{_INSTALL[flavour].partition(' is ')[0]} is installed, but does not load ({error}): "
+            "install it again"
         ) from error
     return TensorRT(module)
 
 
 class TensorRT:
-    """One version of TensorRT.
+    """One version of TensorRT or TensorRT-RTX.
 
     Attributes:
-        module: the `tensorrt` module.
-        version: such as "10.3.0".
+        module: the module of the bindings.
+        version: such as "10.3.0"; TensorRT-RTX has numbers of its own.
+        compiles_ahead: whether it builds for listed GPUs on any machine, and only then.
         strongly_typed: whether an engine uses its graph's types.
         narrows_int64: whether int64 inputs and outputs become int32.
         updates_in_place: whether a cache's past and present share a buffer (KVCacheUpdate).
     """
 
     def __init__(self, module: Any) -> None:
-        """Wrap the module `tensorrt`.
+        """Wrap a module of bindings.
 
         Raises:
             TrioError: the version is too old.
         """
         self.module = module
         self.version = str(module.__version__)
-        self.release = tuple(int(n) for n in re.findall(r"\d+", self.version)[:2])
-        if self.release < OLDEST:
-            raise TrioError(
-                f"TensorRT {self.version} is too old: {OLDEST[0]}.{OLDEST[1]} or later is needed"
-            )
-        self.strongly_typed = self.release >= (10, 0)
-        self.narrows_int64 = self.release < (10, 0)
-        self.updates_in_place = self.release >= (10, 15)
+        self.compiles_ahead = hasattr(module.IBuilderConfig, "set_compute_capability")
+        self.name = f"TensorRT{'-RTX' if self.compiles_ahead else ''} {self.version}"
+        self.strongly_typed = hasattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+        self.narrows_int64 = not hasattr(module.DataType, "INT64")
+        self.updates_in_place = hasattr(module.ICudaEngine, "get_aliased_input_tensor")
+        shares_profiles = self.strongly_typed or hasattr(
+            module.PreviewFeature, "PROFILE_SHARING_0806"
+        )
+        if not shares_profiles:
+            raise TrioError(f"{self.name} is too old: 8.6 or later is needed")
         self._messages: deque[str] = deque(maxlen=_MAX_MESSAGES)
         self._requests: deque[str] = deque(
             maxlen=_MAX_MESSAGES
@@ -194,22 +237,18 @@ class TensorRT:
         self,
         onnx: Path,
         profiles: Sequence[ProfileLike],
+        options: BuildOptions = _DEFAULTS,
         *,
-        workspace: int | None = None,
-        dtype: str = "float32",
         timing_cache: bytes = b"",
         log: Log | None = None,
         progress: Progress | None = None,
     ) -> Built:
-        """Build an engine of a graph for this machine's GPU.
+        """Build an engine of a graph.
 
         Args:
             profiles: in the engine's order.
-            workspace: maximum bytes of scratch memory of a layer's tactic; None: as much as the GPU
-                has. It allocates nothing but excludes tactics; fused nodes keep their intermediate
-                results there.
-            dtype: the graph's float type, which TensorRT before 10 does not infer.
-            timing_cache: cache of an earlier build on this GPU; one of another GPU is ignored.
+            timing_cache: cache of an earlier build on this GPU; one of another GPU is ignored, and
+                every one by a compiler ahead of time, which times nothing.
             log: function that receives the builder's messages.
             progress: function called during the build (from TensorRT 10); an exception in it ends
                 the build and is raised here.
@@ -217,30 +256,23 @@ class TensorRT:
         Raises:
             TrioError: the graph cannot be parsed, an input has no profile, or the build failed.
         """
-        trt = self.module
+        trt, dtype = self.module, options.dtype
         if dtype == "bfloat16" and not self.strongly_typed:
-            raise TrioError(f"TensorRT {self.version} has no bfloat16: export with --dtype float16")
+            raise TrioError(f"{self.name} has no bfloat16: export with --dtype float16")
         self._interrupts.clear()
         with _Logging(self, log):
             builder = self._made(trt.Builder, self.logger)
             network = builder.create_network(self._network_flags())
             parser = self._parse(network, onnx, profiles)  # owns weights until they are built in
             self._allow_decomposition(network)
-            config = builder.create_builder_config()
-            if workspace is not None:
-                config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-            # No TF32: selections compare cosines with a threshold, which takes full float32.
-            config.clear_flag(trt.BuilderFlag.TF32)
-            self._without_libraries(config)
-            if not self.strongly_typed:  # contexts may share a profile, the default from 10
-                config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
+            config = self._configured(builder, options)
             if dtype == "float16" and not self.strongly_typed:
                 config.set_flag(trt.BuilderFlag.FP16)
                 config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
                 self._keep_float32(network, onnx)
             for profile in profiles:
                 self._add_profile(builder, network, config, profile, onnx.name)
-            cache = self._timing_cache(config, timing_cache)
+            cache = None if self.compiles_ahead else self._timing_cache(config, timing_cache)
             monitor = None
             if progress is not None and hasattr(trt, "IProgressMonitor"):
                 monitor = _monitor(trt, progress, self._interrupts)
@@ -252,11 +284,45 @@ class TensorRT:
             if self._interrupts:
                 raise self._interrupts[0]
             if plan is None:
-                advice = self._memory_advice(workspace)
+                advice = self._memory_advice(options.workspace)
                 raise TrioError(
-                    f"TensorRT could not build {onnx.name}: {self._last_errors()}{advice}"
+                    f"{self.name} could not build {onnx.name}: {self._last_errors()}{advice}"
                 )
-            return Built(memoryview(plan), bytes(memoryview(cache.serialize())))
+            timings = b"" if cache is None else bytes(memoryview(cache.serialize()))
+            return Built(memoryview(plan), timings)
+
+    def _configured(self, builder: Any, options: BuildOptions) -> Any:
+        """The configuration of a build, without what depends on its graph."""
+        trt, config = self.module, builder.create_builder_config()
+        if options.workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+        # No TF32: selections compare cosines with a threshold, which takes full float32.
+        config.clear_flag(trt.BuilderFlag.TF32)
+        self._without_libraries(config)
+        if not self.strongly_typed:  # contexts may share a profile, the default from 10
+            config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # a step of decoding is recorded
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        if options.detailed:
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if options.compute_capabilities:
+            self._compile_for(config, options.compute_capabilities)
+        return config
+
+    def _compile_for(self, config: Any, capabilities: Sequence[str]) -> None:
+        if not self.compiles_ahead:
+            raise TrioError(f"{self.name} builds for this machine's GPU alone")
+        known = self.module.ComputeCapability.__members__
+        config.num_compute_capabilities = len(capabilities)
+        for number, capability in enumerate(capabilities):
+            kind = f"SM{capability.replace('.', '')}"
+            if kind not in known:
+                has = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in known if name[:2] == "SM")
+                raise TrioError(
+                    f"{self.name} does not compile for compute capability {capability}: it has "
+                    f"{has}"
+                )
+            config.set_compute_capability(known[kind], number)
 
     def _network_flags(self) -> int:
         flag = self.module.NetworkDefinitionCreationFlag
@@ -269,8 +335,7 @@ class TensorRT:
             return parser
         errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
         raise TrioError(
-            f"TensorRT {self.version} cannot parse {onnx.name}: "
-            + ("; ".join(errors) or self._last_errors())
+            f"{self.name} cannot parse {onnx.name}: " + ("; ".join(errors) or self._last_errors())
         )
 
     def _allow_decomposition(self, network: Any) -> None:
@@ -320,7 +385,7 @@ class TensorRT:
             for name in (outputs[i].name for i in results):
                 if name in products:
                     raise TrioError(
-                        f"TensorRT {self.version} takes the product with {products[name]} in "
+                        f"{self.name} takes the product with {products[name]} in "
                         f"{onnx.name} for float32, though it is float16 in the graph, and would "
                         "run it all in float32: use TensorRT 10 or later, or export with "
                         "--dtype float32"
@@ -446,7 +511,7 @@ class TensorRT:
             return kind(*arguments)
         except TypeError as error:
             raise TrioError(
-                f"TensorRT {self.version} does not start on this machine: {self._last_errors()}"
+                f"{self.name} does not start on this machine: {self._last_errors()}"
             ) from error
 
     def _say(self, severity: str, message: str) -> None:

@@ -3,7 +3,8 @@
 An engine and its record are written atomically, so an interrupted build continues with the next
 engine. An engine is rebuilt if its graph, weights, profiles, TensorRT or GPU have changed. It is
 verified once its first run has ended: an engine whose first run ended the process is recorded as
-not verified, and is tried once more.
+not verified, and is tried once more. Each engine is built in a process of its own, whose death is
+that stage's failure.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import ENGINES
 from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
-from trio_deploy.files import format_bytes, sha256_of, write_atomically
-from trio_deploy.runtimes.tensorrt.bindings import Built, Log, ProfileLike, Progress
+from trio_deploy.files import format_bytes, sha256_of
+from trio_deploy.runtimes.tensorrt.bindings import BuildOptions, Log, Progress
+from trio_deploy.runtimes.tensorrt.compiling import Compiled, Job
 from trio_deploy.runtimes.tensorrt.dry_run.rules import (
     require_dialect,
     require_tensorrt,
@@ -46,23 +48,16 @@ _MEMORY_SHARE = 0.85
 _LOGGED = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")  # VERBOSE writes hundreds of megabytes
 
 
-class Builder(Protocol):
-    """The part of TensorRT that a build needs; see `bindings.TensorRT`."""
+class Compiler(Protocol):
+    """What builds the engines of a folder; see `compiling.ChildCompiler`."""
 
-    version: str
+    @property
+    def version(self) -> str:
+        """TensorRT's version."""
+        ...
 
-    def build(
-        self,
-        onnx: Path,
-        profiles: Sequence[ProfileLike],
-        *,
-        workspace: int | None = None,
-        dtype: str = "float32",
-        timing_cache: bytes = b"",
-        log: Log | None = None,
-        progress: Progress | None = None,
-    ) -> Built:
-        """Build an engine of a graph."""
+    def compile(self, job: Job, log: Log, progress: Progress) -> Compiled:
+        """Build an engine into the job's file; TrioError if that fails."""
         ...
 
 
@@ -118,7 +113,7 @@ def require_buildable(bundle: Bundle, target: Target, stages: Sequence[str] | No
 def build_engines(
     bundle: Bundle,
     target: Target,
-    tensorrt: Builder,
+    compiler: Compiler,
     gpu: Gpu,
     *,
     verify: Verify,
@@ -129,7 +124,7 @@ def build_engines(
     """Build the engines that a bundle lacks.
 
     Args:
-        tensorrt: the builder, from `bindings.load`.
+        compiler: builds one engine at a time.
         gpu: the GPU to build on.
         verify: called for every engine as soon as it is built; an engine that fails is deleted. An
             engine that an earlier build could not verify is verified now, and rebuilt if it fails.
@@ -144,32 +139,32 @@ def build_engines(
     """
     require_buildable(bundle, target, stages)
     _require_gpu(target, gpu)
-    require_dialect(bundle.manifest.dialect, tensorrt.version, str(bundle.path))
+    require_dialect(bundle.manifest.dialect, compiler.version, str(bundle.path))
     wanted = _chosen(bundle, stages)
     folder = bundle.path / ENGINES / target.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrioError(f"cannot write to {folder}: {error.strerror}") from error
-    job = _Job(bundle, target, tensorrt, gpu, folder, profiles(bundle, target), verify)
+    job = _Build(bundle, target, compiler, gpu, folder, profiles(bundle, target), verify)
     with _locked(folder):
         return _make(job, wanted, force=force, progress=progress)
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Build:
     """Arguments of `build_engines`, with the folder and profiles of its engines."""
 
     bundle: Bundle
     target: Target
-    tensorrt: Builder
+    compiler: Compiler
     gpu: Gpu
     folder: Path
     profiles: Mapping[str, Sequence[Profile]]
     verify: Verify
 
 
-def _make(job: _Job, wanted: Sequence[str], *, force: bool, progress: bool) -> Outcome:
+def _make(job: _Build, wanted: Sequence[str], *, force: bool, progress: bool) -> Outcome:
     """Build, in the locked folder of a job, the wanted stages that it lacks."""
     bundle, folder = job.bundle, job.folder
     record = _record(job)
@@ -220,7 +215,7 @@ def _make(job: _Job, wanted: Sequence[str], *, force: bool, progress: bool) -> O
     )
 
 
-def _verified(job: _Job, record: Record, stage: str, log: Log, bar: Any) -> Record:
+def _verified(job: _Build, record: Record, stage: str, log: Log, bar: Any) -> Record:
     """Run an engine for the first time and record that; delete an engine that fails.
 
     The run may be interrupted or end the process (out of memory, a crash): the record on disk then
@@ -238,59 +233,43 @@ def _verified(job: _Job, record: Record, stage: str, log: Log, bar: Any) -> Reco
     return record
 
 
-def _build(job: _Job, stage: str, fingerprint: str, log: Log, bar: Any) -> StageRecord:
-    """Build one engine, and write it and the timing cache of its build."""
-    found, tensorrt, target = job.profiles[stage], job.tensorrt, job.target
+def _build(job: _Build, stage: str, fingerprint: str, log: Log, bar: Any) -> StageRecord:
+    """Build one engine into the folder."""
+    found, target = job.profiles[stage], job.target
 
     def tell(phase: str, done: int, steps: int) -> None:
         bar.set_postfix_str(f"{stage}: {phase} {done}/{steps}")
 
     bar.set_postfix_str(stage)
-    log("INFO", f"==== {stage}: {len(found)} profile(s), TensorRT {tensorrt.version}")
+    log("INFO", f"==== {stage}: {len(found)} profile(s), TensorRT {job.compiler.version}")
     for profile in found:
         log("INFO", f"profile {json.dumps(profile.to_json())}")
-    cache = job.folder / TIMING_CACHE
     workspace = None if target.workspace_gib is None else int(target.workspace_gib * _GIB)
-    start = time.monotonic()
-    built = tensorrt.build(
-        job.bundle.graph(stage),
-        found,
-        workspace=workspace,
-        dtype=job.bundle.manifest.dtype,
-        timing_cache=cache.read_bytes() if cache.is_file() else b"",
-        log=log,
-        progress=tell,
-    )
-    seconds = time.monotonic() - start
-    file = f"{stage}.engine"
-    write_whole(job.folder / file, built.plan)
+    file = job.folder / f"{stage}.engine"
     try:
-        write_atomically(cache, built.timing_cache)
-    except TrioError as error:  # only the next build would use it
-        log("WARNING", str(error))
-    digest = hashlib.sha256(built.plan).hexdigest()
-    log("INFO", f"==== {stage}: {len(built.plan)} bytes in {seconds:.1f} s")
+        done = job.compiler.compile(
+            Job(
+                graph=str(job.bundle.graph(stage)),
+                plan=str(file),
+                profiles=tuple(found),
+                options=BuildOptions(job.bundle.manifest.dtype, workspace),
+                timing_cache=str(job.folder / TIMING_CACHE),
+            ),
+            log,
+            tell,
+        )
+    except TrioError as error:
+        raise TrioError(f"{error} (engines built before it are kept)") from error
+    log("INFO", f"==== {stage}: {done.plan_bytes} bytes in {done.seconds:.1f} s")
     return StageRecord(
-        file=file,
-        sha256=digest,
-        bytes=len(built.plan),
+        file=file.name,
+        sha256=sha256_of(file),
+        bytes=done.plan_bytes,
         graph_sha256=_graph_sha256(job.bundle, stage),
         fingerprint=fingerprint,
         profiles=tuple(found),
-        seconds=round(seconds, 1),
+        seconds=round(done.seconds, 1),
     )
-
-
-def write_whole(path: Path, content: memoryview | bytes) -> None:
-    """Write a file atomically.
-
-    Raises:
-        TrioError: it cannot be written.
-    """
-    try:
-        write_atomically(path, content)
-    except TrioError as error:
-        raise TrioError(f"{error} (engines built before it are kept)") from error
 
 
 def _require_gpu(target: Target, gpu: Gpu) -> None:
@@ -342,12 +321,12 @@ def _chosen(bundle: Bundle, stages: Sequence[str] | None) -> list[str]:
     return [stage for stage in bundle.stages if stages is None or stage in stages]
 
 
-def _record(job: _Job) -> Record:
+def _record(job: _Build) -> Record:
     """The folder's record if it is for this GPU, TensorRT and bundle, else an empty one."""
     manifest, folder = job.bundle.manifest, job.folder
     fresh = Record(
         target=job.target.name,
-        tensorrt=job.tensorrt.version,
+        tensorrt=job.compiler.version,
         gpu=job.gpu,
         dialect=manifest.dialect,
         dtype=manifest.dtype,
@@ -366,7 +345,7 @@ def _record(job: _Job) -> Record:
     return replace(fresh, stages=known.stages) if same == fresh else fresh
 
 
-def _fingerprint(job: _Job, stage: str, record: Record) -> str:
+def _fingerprint(job: _Build, stage: str, record: Record) -> str:
     """Checksum of an engine's inputs: graph, weights, profiles, TensorRT and GPU."""
     bundle = job.bundle
     weights = _weight_files(bundle, stage)

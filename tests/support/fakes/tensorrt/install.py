@@ -40,7 +40,8 @@ from tests.support.fakes.tensorrt.network import (
     ParserError,
 )
 from tests.support.fakes.tensorrt.versions import Simulated, add_enumerations
-from trio_deploy.runtimes.tensorrt import device
+from trio_deploy.runtimes.tensorrt import compiling, device
+from trio_deploy.runtimes.tensorrt.bindings import Log, Progress, load
 
 #: Classes that a program constructs.
 _CONSTRUCTED = (ILogger, Builder, OnnxParser, Runtime)
@@ -77,7 +78,6 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
         needs: graph name → bytes of scratch memory without which no tactic takes one of its nodes.
         says: (severity, message) that every build logs before anything else.
         last: network and configuration of the last build.
-        met: classes whose objects a program gets without constructing them.
     """
     trt: Any = types.ModuleType("tensorrt")
     trt.__version__ = version
@@ -86,10 +86,16 @@ def make(version: str, cuda: Cuda) -> types.ModuleType:
     add_enumerations(trt, simulated.release)
     constructed = _CONSTRUCTED if simulated.old else (*_CONSTRUCTED, IProgressMonitor)
     simulated.classes = {kind.__name__: simulated.bind(kind) for kind in (*constructed, *_MET)}
-    for kind in constructed:
-        setattr(trt, kind.__name__, simulated.classes[kind.__name__])
-    trt.met = tuple(simulated.classes[kind.__name__] for kind in _MET)
+    for name, kind in simulated.classes.items():
+        setattr(trt, name, kind)
     return trt
+
+
+def _compile_here(
+    _: compiling.ChildCompiler, job: compiling.Job, log: Log, progress: Progress
+) -> compiling.Compiled:
+    """Compile in the process that has the simulation, which a child would not have."""
+    return compiling.compile_here(load(job.flavour), job, log, progress)
 
 
 def install(
@@ -115,4 +121,5 @@ def install(
         monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
         monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
     monkeypatch.setattr(device, "load_driver", Driver)
+    monkeypatch.setattr(compiling.ChildCompiler, "compile", _compile_here)
     return Simulation(tensorrt, cuda)

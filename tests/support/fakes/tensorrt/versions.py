@@ -104,7 +104,7 @@ def add_enumerations(module: ModuleType, release: tuple[int, ...]) -> None:
         "BuilderFlag": "DEBUG TF32" + ("" if new else " FP16 OBEY_PRECISION_CONSTRAINTS"),
     }
     if old:
-        members["PreviewFeature"] = "PROFILE_SHARING_0806"
+        members["PreviewFeature"] = "PROFILE_SHARING_0806" if release >= (8, 6) else "OTHER"
     else:
         members["ExecutionContextAllocationStrategy"] = "STATIC ON_PROFILE_CHANGE USER_MANAGED"
     for name, names in members.items():
