@@ -338,7 +338,7 @@ def test_a_tensorrt_that_does_not_load_is_an_error(
 
 
 def test_an_old_tensorrt_is_an_error(shared: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    shared.simulation.tensorrt.__version__ = "8.5.3"
+    install(monkeypatch, "8.5.3")
     with pytest.raises(TrioError, match="TensorRT 8.5.3 is too old: 8.6 or later"):
         load()
 
