@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from trio_deploy import Batcher, Pipeline, Request, TrioError
-from trio_deploy.pipeline.fetch import FetchLimits, fetch, is_address, with_pictures
+from trio_deploy.pipeline.fetch import FetchLimits, fetch, fetch_pictures, is_address
 
 
 class Site(http.server.BaseHTTPRequestHandler):
@@ -24,6 +24,8 @@ class Site(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.asked.append(self.path)
         place, _, to = self.path.partition("?")
+        if place == "/circle":
+            place, to = "/go", "/circle"
         if place == "/go":
             self.send_response(302)
             self.send_header("Location", to)
@@ -34,6 +36,23 @@ class Site(http.server.BaseHTTPRequestHandler):
             self.answer(self.picture[:50], len(self.picture))
         elif place == "/unsaid":  # without Content-Length
             self.answer(self.picture, None)
+        elif place == "/chunks":  # the second of which is cut
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"5\r\nabcde\r\nff\r\nab")
+        elif place == "/nowhere":
+            self.send_response(302)
+            self.end_headers()
+        elif place == "/odd":
+            self.send_response(304)
+            self.end_headers()
+        elif place == "/closed":
+            pass
+        elif place == "/rubbish":
+            self.wfile.write(b"no HTTP\r\n")
+        elif place == "/page":
+            self.answer(b"<!DOCTYPE html><html><body>a picture's page</body></html>", None)
         elif place == "/slow":
             self.send_response(200)
             self.end_headers()
@@ -91,6 +110,16 @@ def test_a_picture_is_fetched_also_over_redirects(site):
         ("/go?file:///etc/hostname", {}, "redirects to a scheme other than http"),
         ("/go?ftp://127.0.0.1/x", {}, "redirects to a scheme other than http"),
         ("/go?/go?/go?/picture", {"max_redirects": 2}, "redirects too often"),
+        ("/circle", {}, "redirects too often"),
+        ("/circle", {"max_redirects": 30}, "redirects too often"),
+        ("/nowhere", {}, "the server says 302 and names no address to go to"),
+        ("/odd", {}, "the server says 304"),
+        ("/chunks", {}, "the connection broke off"),
+        ("/closed", {}, "the server closed the connection without an answer"),
+        ("/rubbish", {}, "the server does not speak HTTP"),
+        ("/go?http://127.0.0.1:port/x", {}, "not valid .nonnumeric port"),
+        ("/two words", {}, "the address.* is not valid"),
+        ("/B\u00e4r", {}, "the address.* is not valid"),
         ("/slow", {"timeout_s": 0.3}, "it took longer than 0.3 s"),
     ],
 )
@@ -116,11 +145,64 @@ def test_an_address_nobody_answers_is_one_error():
 
 def test_one_address_in_several_requests_is_fetched_once(site):
     address = f"{site.address}/picture"
-    asked = [Request("a", address), Request("b", [address, "local.png"]), Request("c")]
-    first, second, third = with_pictures(asked)
-    assert first.images[0] is second.images[0] == site.picture
-    assert second.images[1] == "local.png" and third is asked[2]
+    asked = [Request("a", address), Request("b", [address, "local.png", address]), Request("c")]
+    first, second, third = fetch_pictures(asked)
+    assert first[0] is second[0] is second[2] == site.picture
+    assert second[1] == "local.png" and third == []
     assert site.asked == ["/picture"]
+
+
+def test_pictures_of_a_request_are_bounded_together(site):
+    """Each request's alone, whether a file's length is said, and whoever fetched it first."""
+    size = len(site.picture)
+    kinds = ("picture", "unsaid")
+    addresses = [f"{site.address}/{kind}?{number}" for number in (1, 2) for kind in kinds]
+    limits = FetchLimits(max_request_bytes=2 * size)
+    for pair in (addresses[:2], addresses[2:]):
+        assert fetch_pictures([Request("a", pair), Request("b", pair[:1])], limits)
+    alone = [Request("a", [address]) for address in addresses]
+    assert len(fetch_pictures(alone, limits)) == 4
+    for three in (addresses[:3], addresses[1:]):
+        for before in ([], alone):
+            with pytest.raises(
+                TrioError,
+                match=f"cannot fetch {site.address}.* the request have more than .* together: pass",
+            ):
+                fetch_pictures([*before, Request("b", three)], limits)
+
+
+def test_nothing_is_fetched_for_a_request_that_is_wrong_without_it(site, bundles):
+    pipeline = Pipeline.open(bundles.path("tiny"), threads=1)
+    address = f"{site.address}/picture"
+    placeholders = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
+    good = Request("what color is the circle?", address, max_new_tokens=1)
+    wrong = [
+        Request("", address),
+        Request("x", address, budget=7.0),
+        Request("x", address, budget=1e-9, keep=[1]),
+        Request(placeholders, [address, address]),
+        Request("x", address, max_new_tokens=0),
+        Request("x", address, min_new_tokens=9, max_new_tokens=3),
+        Request("x " * 100_000, address),
+        Request("x", [f"{address}?{number}" for number in range(5000)]),
+        "x",
+    ]
+    for request in wrong:
+        for asked in ([request], [good, request]):
+            with pytest.raises(TrioError):
+                pipeline.generate_batch(asked)
+    with pytest.raises(TrioError, match="request 1: prompt must be"):
+        pipeline.generate_batch([good, Request(7, address)])
+    assert site.asked == []
+
+
+def test_an_error_of_a_fetched_picture_names_its_address(site, bundles):
+    pipeline = Pipeline.open(bundles.path("tiny"), threads=1)
+    page = f"{site.address}/page"
+    with pytest.raises(TrioError, match=f"^{page} cannot be read as a picture"):
+        pipeline.generate(Request("what color is the circle?", page))
+    with pytest.raises(TrioError, match=f"^request 1: {page} cannot be read as a picture"):
+        pipeline.generate_batch([Request("what?"), Request("what?", page)])
 
 
 def test_a_pipeline_fetches_and_what_servers_use_does_not(site, bundles):

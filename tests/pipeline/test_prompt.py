@@ -105,7 +105,7 @@ def test_images_and_placeholders_must_agree(
     with pytest.raises(TrioError, match=rf"{count} image placeholder.*{images} image"):
         encoder(llava_checkpoint).text([{"role": "user", "content": content}], images)
     with pytest.raises(TrioError, match="image placeholder"):
-        encoder(llava_checkpoint, None).text("<image>" * count, images)
+        encoder(llava_checkpoint, None).text("<image>" * count + "what ?", images)
 
 
 @pytest.mark.parametrize("content", ["what ?", [text_item("what ?")]])

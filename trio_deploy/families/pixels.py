@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trio_deploy.errors import TrioError
+from trio_deploy.files import is_file
 
 #: Most pixels of a picture that is decoded or made by resizing. This is Pillow's own warning
 #: threshold (a quarter of a GiB as RGB); nothing here needs more, and a small file that unpacks to
@@ -81,7 +82,7 @@ class View:
         return np.clip((boxes - offset) * scale, 0, np.array([width, height] * 2))
 
 
-def open_image(source: Any) -> Image.Image:
+def open_image(source: Any, name: str | None = None) -> Image.Image:
     """Read a picture as upright RGB, as a viewer shows it.
 
     EXIF rotation is applied; transparency is laid on white (as transformers does); palettes, CMYK
@@ -89,20 +90,22 @@ def open_image(source: Any) -> Image.Image:
 
     Args:
         source: a path, the bytes of a file, a Pillow image, or an array uint8 [height, width, 3].
+        name: what an error calls a picture that is no path; None: "the image".
 
     Raises:
         TrioError: not a picture in one of `FORMATS`, a damaged one, one without pixels, or one
             with more than `MAX_PIXELS`.
     """
+    name = name or "the image"
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image")
+        return _to_rgb(source, name)
     if isinstance(source, np.ndarray):
-        return _to_rgb(_from_array(source), "the image")
+        return _to_rgb(_from_array(source), name)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(bytes(source)), "the image")
+        return _decode(io.BytesIO(bytes(source)), name)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        if not path.is_file():
+        if not is_file(path):
             raise TrioError(f"there is no image file at {path}")
         try:
             with path.open("rb") as file:
@@ -147,7 +150,7 @@ def header_size(source: Any) -> tuple[int, int] | None:
     else:
         try:
             is_path = isinstance(source, (str, os.PathLike))
-            if is_path and not Path(source).is_file():
+            if is_path and not is_file(Path(source)):
                 return None
             with (
                 Path(source).open("rb") if is_path else io.BytesIO(source) as file,

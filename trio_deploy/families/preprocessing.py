@@ -44,9 +44,9 @@ class Preprocessor:
         return dict(self._raw)
 
     @staticmethod
-    def open_image(source: Any) -> Image.Image:
+    def open_image(source: Any, name: str | None = None) -> Image.Image:
         """A path, bytes or Pillow image as upright RGB; see `pixels.open_image`."""
-        return open_image(source)
+        return open_image(source, name)
 
     def least_tokens(self, source: Any) -> int:
         """Tokens in the prompt that an image surely brings, from its header alone.

@@ -8,12 +8,14 @@ client reach the server's own network.
 from __future__ import annotations
 
 import http.client
+import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import IO, Any, TypeGuard
 
 from trio_deploy import __version__
@@ -24,19 +26,23 @@ from trio_deploy.pipeline.request import ImageSource, Request
 _SCHEMES = ("http", "https")
 _CHUNK = 2**16
 _ELSEWHERE = "it redirects to a scheme other than http and https"
+_BROKE_OFF = "the connection broke off"
+_REDIRECTS = (301, 302, 303, 307, 308)
 
 
 @dataclass(frozen=True)
 class FetchLimits:
-    """Limits of one picture that is fetched.
+    """Limits of the pictures that are fetched.
 
     Attributes:
-        max_bytes: bytes of its file.
-        timeout_s: seconds from the first connection to the last byte, redirects included.
-        max_redirects: redirects, each to http or https.
+        max_bytes: bytes of one picture's file.
+        max_request_bytes: bytes of the files at all distinct addresses of one request.
+        timeout_s: seconds from the first connection to the last byte of a file, redirects included.
+        max_redirects: redirects per picture, each to http or https.
     """
 
     max_bytes: int = 50 * 2**20
+    max_request_bytes: int = 200 * 2**20
     timeout_s: float = 30.0
     max_redirects: int = 5
 
@@ -48,37 +54,43 @@ def is_address(source: object) -> TypeGuard[str]:
     )
 
 
-def with_pictures(requests: Sequence[Request]) -> list[Request]:
-    """Requests with the files in place of addresses; one that occurs again is fetched once.
+def fetch_pictures(
+    requests: Sequence[Request], limits: FetchLimits | None = None
+) -> list[list[ImageSource]]:
+    """The pictures of each request, with the files in place of addresses.
+
+    An address that occurs again is fetched once.
+
+    Args:
+        requests: checked ones, since each address costs time and memory.
 
     Raises:
         TrioError: a picture cannot be fetched within the limits.
     """
+    limits = limits or FetchLimits()
     files: dict[str, bytes] = {}
-
-    def file_of(source: ImageSource) -> ImageSource:
-        if not is_address(source):
-            return source
-        if source not in files:
-            files[source] = fetch(source)
-        return files[source]
-
-    return [
-        replace(request, images=[file_of(source) for source in request.image_list])
-        if _has_address(request)
-        else request
-        for request in requests
-    ]
+    return [_pictures(request.image_list, files, limits) for request in requests]
 
 
-def _has_address(request: Request) -> bool:
-    """Whether there is anything to fetch; what is wrong with the request is found elsewhere."""
-    images = getattr(request, "images", ())
-    return any(map(is_address, images if isinstance(images, list | tuple) else [images]))
+def _pictures(
+    sources: Sequence[ImageSource], files: dict[str, bytes], limits: FetchLimits
+) -> list[ImageSource]:
+    """The pictures of one request; what is fetched is added to `files`."""
+    left = limits.max_request_bytes
+    for address in dict.fromkeys(filter(is_address, sources)):
+        if address not in files:
+            files[address] = fetch(address, limits, left)
+        left -= len(files[address])
+        if left < 0:
+            raise _too_large_together(address, limits)
+    return [files[source] if is_address(source) else source for source in sources]
 
 
-def fetch(address: str, limits: FetchLimits | None = None) -> bytes:
+def fetch(address: str, limits: FetchLimits | None = None, left: int | None = None) -> bytes:
     """Content of the file at an http or https address.
+
+    Args:
+        left: bytes that remain of the request's; None: `max_request_bytes`.
 
     Raises:
         TrioError: another scheme, no answer, an error status, or beyond the limits.
@@ -86,11 +98,12 @@ def fetch(address: str, limits: FetchLimits | None = None) -> bytes:
     limits = limits or FetchLimits()
     if not is_address(address):
         raise TrioError(f"cannot fetch {address}: an address begins with http:// or https://")
+    left = limits.max_request_bytes if left is None else left
     results: list[bytes | Exception] = []
 
     def download() -> None:
         try:
-            results.append(_download(address, limits))
+            results.append(_download(address, limits, left))
         except Exception as error:
             results.append(error)
 
@@ -106,7 +119,7 @@ def fetch(address: str, limits: FetchLimits | None = None) -> bytes:
     raise TrioError(f"cannot fetch {address}: {_reason(result, limits)}") from result
 
 
-def _download(address: str, limits: FetchLimits) -> bytes:
+def _download(address: str, limits: FetchLimits, left: int) -> bytes:
     opener = urllib.request.OpenerDirector()  # no handlers of files, ftp or data
     for handler in (
         urllib.request.ProxyHandler(),
@@ -122,22 +135,23 @@ def _download(address: str, limits: FetchLimits) -> bytes:
     deadline = time.monotonic() + limits.timeout_s
     with opener.open(asked, timeout=limits.timeout_s) as answer:
         length = answer.headers.get("Content-Length", "")
-        if length.isdecimal() and int(length[:20]) > limits.max_bytes:
-            raise _too_large(address, limits)
+        if length.isdecimal():
+            _check_size(int(length[:20]), address, limits, left)
         content = bytearray()
         while chunk := answer.read1(_CHUNK):
             content += chunk
-            if len(content) > limits.max_bytes:
-                raise _too_large(address, limits)
+            _check_size(len(content), address, limits, left)
             if time.monotonic() > deadline:  # nobody waits any more
                 raise TimeoutError
     if length.isdecimal() and len(content) < int(length):
-        raise TrioError(f"cannot fetch {address}: the connection broke off")
+        raise TrioError(f"cannot fetch {address}: {_BROKE_OFF}")
     return bytes(content)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows a number of redirects, to http and https alone."""
+
+    max_redirections = max_repeats = sys.maxsize  # urllib's own counts, with other words
 
     def __init__(self, most: int) -> None:
         self._left = most
@@ -159,20 +173,52 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _too_large(address: str, limits: FetchLimits) -> TrioError:
+def _check_size(size: int, address: str, limits: FetchLimits, left: int) -> None:
+    if size > limits.max_bytes:
+        raise TrioError(
+            f"cannot fetch {address}: the file is larger than {format_bytes(limits.max_bytes)}"
+        )
+    if size > left:
+        raise _too_large_together(address, limits)
+
+
+def _too_large_together(address: str, limits: FetchLimits) -> TrioError:
     return TrioError(
-        f"cannot fetch {address}: the file is larger than {format_bytes(limits.max_bytes)}"
+        f"cannot fetch {address}: with it the pictures of the request have more than "
+        f"{format_bytes(limits.max_request_bytes)} together: pass fewer or smaller ones"
     )
 
 
 def _reason(error: Exception, limits: FetchLimits) -> str:
+    """Why an address cannot be fetched, in words for a user."""
     if isinstance(error, urllib.error.HTTPError):
-        if 300 <= error.code < 400:  # some of which urllib refuses itself
-            return _ELSEWHERE
-        return f"the server says {error.code} {error.reason}"
+        return _reason_of_status(error)
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(cause, TimeoutError):
         return f"it took longer than {limits.timeout_s:g} s"
+    if isinstance(cause, http.client.RemoteDisconnected):
+        return "the server closed the connection without an answer"
+    if isinstance(cause, http.client.IncompleteRead):
+        return _BROKE_OFF
+    # Of the address that was given, or of one that a redirect leads to. ValueError: half an IPv6
+    # address, a name that no host can have, letters that are not percent-encoded.
+    if isinstance(cause, http.client.InvalidURL | ValueError):
+        return f"the address, or one that it redirects to, is not valid ({_one_line(cause)})"
     if isinstance(cause, http.client.HTTPException):
         return "the server does not speak HTTP"
-    return str(getattr(cause, "strerror", None) or cause)
+    return _one_line(getattr(cause, "strerror", None) or cause)
+
+
+def _reason_of_status(error: urllib.error.HTTPError) -> str:
+    """Why an answer with a status that is no success, and no redirect followed, is no picture."""
+    if error.code in _REDIRECTS:
+        to = error.headers.get("Location") or error.headers.get("URI")
+        if not to:
+            return f"the server says {error.code} and names no address to go to"
+        if not is_address(urllib.parse.urljoin(error.url, to)):
+            return _ELSEWHERE  # which urllib refuses itself
+    return f"the server says {error.code} {_one_line(error.reason)}".rstrip()
+
+
+def _one_line(words: object) -> str:
+    return " ".join(str(words).split())

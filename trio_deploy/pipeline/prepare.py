@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,32 @@ from trio_deploy.schedule.schedule import Schedule
 _Opened = dict[tuple[int, bool], tuple[Image.Image, Layout]]
 """Images of a batch by the identity of their source and `Request.bgr`, so that requests can share
 them."""
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A request that was checked as far as it can be without its pictures.
+
+    Attributes:
+        text: the whole prompt, one placeholder per image; `rendered`: by a chat template.
+    """
+
+    request: Request
+    sampling: SamplingOptions
+    schedule: Schedule
+    text: str
+    rendered: bool
+
+
+@contextmanager
+def _naming(number: int, requests: Sequence[Request]) -> Iterator[None]:
+    """Name the request in an error, if there are several."""
+    try:
+        yield
+    except TrioError as error:
+        if len(requests) == 1:
+            raise
+        raise TrioError(f"request {number}: {error}") from error
 
 
 class RequestPreparer:
@@ -64,58 +91,95 @@ class RequestPreparer:
             before_image: called before each image; an exception from it ends the preparation.
 
         Raises:
-            TrioError: as `Pipeline.generate`.
+            TrioError: as `Pipeline.generate`; a picture is an address.
         """
-        return self._prepare(request, {}, time.perf_counter(), before_image)
+        started = time.perf_counter()
+        checked = self._check(request)
+        for source in request.image_list:
+            if is_address(source):
+                raise TrioError(
+                    f"the picture {source} is an address, which `Pipeline.generate` and `trio run` "
+                    "fetch and nothing else does: pass the content of the file"
+                )
+        return self._prepare(checked, request.image_list, {}, started, before_image)
 
-    def prepare_batch(self, requests: Sequence[Request]) -> list[SequenceState]:
+    def prepare_batch(
+        self,
+        requests: Sequence[Request],
+        fetch: Callable[[Sequence[Request]], list[list[ImageSource]]],
+    ) -> list[SequenceState]:
         """Prepare requests that are answered together, each distinct image once.
+
+        Args:
+            fetch: the pictures of requests, with files in place of addresses; called after all that
+                can be said without the pictures was checked.
 
         Raises:
             TrioError: as `Pipeline.generate`, naming the request if there are several.
         """
         started = time.perf_counter()
         opened: _Opened = {}
-        sequences = []
+        checked = []
         for number, request in enumerate(requests):
-            try:
-                sequences.append(self._prepare(request, opened, started))
-            except TrioError as error:
-                if len(requests) == 1:
-                    raise
-                raise TrioError(f"request {number}: {error}") from error
+            with _naming(number, requests):
+                checked.append(self._check(request))
+        sequences = []
+        for number, sources in enumerate(fetch(requests)):
+            with _naming(number, requests):
+                sequences.append(self._prepare(checked[number], sources, opened, started))
         return sequences
+
+    def _check(self, request: Request) -> _Checked:
+        """Check what can be said without opening, fetching or tokenising anything large."""
+        if not isinstance(request, Request):
+            raise TrioError(f"a request must be a Request, got {type(request).__name__}")
+        sampling = self._sampling_options(request)
+        schedule = self._schedule(request)
+        text = self.encoder.text(request.prompt, len(request.image_list), raw=request.raw)
+        checked = _Checked(
+            request, sampling, schedule, text, self.encoder.has_template and not request.raw
+        )
+        self._check_fits(checked, request.image_list)
+        return checked
+
+    def _check_fits(self, checked: _Checked, sources: Sequence[ImageSource]) -> None:
+        # Of an address nothing is known yet, but any picture brings a token.
+        visual = sum(
+            1 if is_address(source) else self._preprocessor.least_tokens(source)
+            for source in sources
+        )
+        self.encoder.check_fits(checked.text, visual, rendered=checked.rendered)
 
     def _prepare(
         self,
-        request: Request,
+        checked: _Checked,
+        sources: Sequence[ImageSource],
         opened: _Opened,
         started: float,
         before_image: Callable[[], object] | None = None,
     ) -> SequenceState:
-        if not isinstance(request, Request):
-            raise TrioError(f"a request must be a Request, got {type(request).__name__}")
-        sampling = self._sampling_options(request)
-        sources = request.image_list
-        text = self.encoder.text(request.prompt, len(sources), raw=request.raw)
-        # Before anything large is tokenised or decoded.
-        visual = sum(self._preprocessor.least_tokens(source) for source in sources)
-        rendered = self.encoder.has_template and not request.raw
-        self.encoder.check_fits(text, visual, rendered=rendered)
-        for source in sources:
+        """Args:
+        sources: the request's pictures, with files in place of addresses.
+        """
+        request, sampling, schedule = checked.request, checked.sampling, checked.schedule
+        named = request.image_list
+        if any(map(is_address, named)):
+            self._check_fits(checked, sources)
+        images, layouts = [], []
+        for source, asked in zip(sources, named, strict=True):
             if before_image is not None:
                 before_image()
             if (id(source), request.bgr) not in opened:
-                opened[id(source), request.bgr] = self._open(source, request.bgr)
-        images, layouts = [], []
-        for source in sources:
+                name = asked if is_address(asked) else None
+                opened[id(source), request.bgr] = self._open(source, request.bgr, name)
             image, layout = opened[id(source), request.bgr]
             images.append(image)
             layouts.append(layout)
-        prompt = self.encoder.encode(text, [layout.text for layout in layouts], rendered=rendered)
+        prompt = self.encoder.encode(
+            checked.text, [layout.text for layout in layouts], rendered=checked.rendered
+        )
         context = self._bundle.config.text.max_positions
         _check_context(prompt, len(request.forced), context)
-        schedule = self._schedule(request)
         return SequenceState(
             request=request,
             images=images,
@@ -142,16 +206,14 @@ class RequestPreparer:
             ],
         )
 
-    def _open(self, source: ImageSource, bgr: bool) -> tuple[Image.Image, Layout]:
-        if is_address(source):
-            raise TrioError(
-                f"the picture {source} is an address, which `Pipeline.generate` and `trio run` "
-                "fetch and nothing else does: pass the content of the file"
-            )
+    def _open(self, source: ImageSource, bgr: bool, name: str | None) -> tuple[Image.Image, Layout]:
+        """Args:
+        name: what an error calls the picture.
+        """
         if bgr and isinstance(source, np.ndarray):
             source = source[..., ::-1]
         with memory_for("preprocess"):
-            image = self._preprocessor.open_image(source)
+            image = self._preprocessor.open_image(source, name)
             return image, self._preprocessor(image)
 
     def _sampling_options(self, request: Request) -> SamplingOptions:

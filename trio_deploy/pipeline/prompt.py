@@ -101,11 +101,12 @@ class PromptEncoder:
         token = self.image_token
         texts = texts_of(prompt)
         self._check_characters(sum(map(len, texts)))
+        require_text(texts)
         if isinstance(prompt, str) and (raw or self._renderer is None):
+            require_text(texts, token)
             if images and token not in prompt:
                 prompt = f"{token}\n" * images + prompt
             self._check_count(prompt.count(token), images)
-            require_text(texts, token)
             return prompt
         if self._renderer is None:
             raise TrioError(
@@ -128,7 +129,6 @@ class PromptEncoder:
             "plain-string content there is nowhere for the image)"
         )
         self._check_count(placeholders, images, None if placeholders else advice)
-        require_text(texts, token)
         return self._renderer.render(messages)
 
     def check_fits(self, text: str, visual: int, *, rendered: bool = True) -> None:

@@ -101,10 +101,9 @@ def check_request(client: ClientRequest, limits: ServiceLimits) -> tuple[Request
         value = getattr(client, name)
         if value is not None and not math.isfinite(value):
             raise TrioError(f"{name} must be a finite number, got {value}")
-    images = _images(client, limits)
     request = Request(
         _prompt(client, limits),
-        images,
+        _images(client, limits),
         max_new_tokens=_max_tokens(client, limits),
         stop=_stop(client, limits),
         budget=limits.budget if client.budget is None else check_budget(client.budget),

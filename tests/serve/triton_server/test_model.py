@@ -20,7 +20,7 @@ from tests.support.fakes.triton import Asked, Sender, TritonError, arguments
 from tests.support.tensors import arrays, file, one, text, texts
 from tests.support.triton_models import QUESTION, ask, hold, served_pipeline, wait_for_prefill
 from tests.support.waiting import WAIT_S, wait_for
-from trio_deploy import Pipeline, Request
+from trio_deploy import Pipeline, Request, TrioError
 from trio_deploy.serve.triton_server.request import INPUTS
 
 
@@ -186,6 +186,30 @@ def test_what_a_client_does_wrong_is_an_invalid_argument(
     code, said = ask(model, **inputs).error()
     assert code is TritonError.INVALID_ARG and message in said
     assert ask(model, prompt=QUESTION, max_tokens=1).outputs(), "the others are served on"
+
+
+@pytest.mark.parametrize("pictures", [0, 1])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        " \n",
+        [],
+        [{"role": "user", "content": ""}],
+        [{"role": "user", "content": []}],
+        [{"role": "user", "content": [text("\t")]}],
+        [{"role": "user", "content": [{"type": "image"}, text(" ")]}],
+    ],
+)
+def test_a_prompt_without_text_is_the_same_error_in_python_and_from_a_client(
+    load: Callable[..., Any], pipeline: Pipeline, prompt: Any, pictures: int
+) -> None:
+    files = [file()] * pictures
+    with pytest.raises(TrioError, match="^the prompt has no text: write something to ask$") as own:
+        pipeline.generate(Request(prompt, files))
+    said = {"prompt": prompt} if isinstance(prompt, str) else {"messages": json.dumps(prompt)}
+    sent = {"images": texts(*files)} if files else {}
+    assert ask(load(), **said, **sent).error() == (TritonError.INVALID_ARG, str(own.value))
 
 
 def test_our_own_failures_are_internal(
