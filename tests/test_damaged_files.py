@@ -22,7 +22,7 @@ from PIL import Image
 from tests.support.damage import damaged_bytes, damaged_json, damaged_yaml, limits
 from tests.support.limited import limited_python
 from tests.support.pictures import make_picture
-from trio_deploy import TrioError
+from trio_deploy import Pipeline, TrioError, export_model
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.describe import inspect
 from trio_deploy.checkpoint.processor_files import checkpoint_assets
@@ -30,10 +30,12 @@ from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.config.recipe import read_schedule, recipe_folder
 from trio_deploy.config.target import list_targets, target_folder
-from trio_deploy.evaluation.questions import annotate, read_questions
+from trio_deploy.evaluation.configurations import Source
+from trio_deploy.evaluation.questions import Question, annotate, read_questions
 from trio_deploy.evaluation.results import Results
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import parse_config, request_limits
+from trio_deploy.files import write_atomically
 from trio_deploy.graphs.weights import canonical_tensors
 from trio_deploy.pipeline.prepare import RequestPreparer
 from trio_deploy.pipeline.request import Request
@@ -41,6 +43,7 @@ from trio_deploy.report.figures import accuracy, cost
 from trio_deploy.runtimes.registry import load_target
 from trio_deploy.serve.triton_server.repository import read_settings
 from trio_deploy.serve.triton_server.settings import Settings
+from trio_deploy.verify.origin import compare_origin
 
 EXAMPLES = 40
 TARGETS = ["cpu", *(name for name in list_targets() if name.startswith("jetson"))][:2]
@@ -347,7 +350,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, settings
 from tests.support.damage import damaged_json
 from tests.support.pictures import make_picture
-from trio_deploy import TrioError
+from trio_deploy import Pipeline, TrioError, export_model
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.pipeline.prepare import RequestPreparer
 from trio_deploy.pipeline.request import Request
@@ -421,3 +424,57 @@ def test_schedule_file(tmp_path, data):
     read_schedule(source)  # as it is, it is read
     file.write_bytes(data.draw(damaged_yaml(source)))
     works_or_is_refused(lambda: read_schedule(file))
+
+
+# ------------------------------------------------------------------------------------------ paths
+
+
+NO_PATHS = {
+    "a name of 300 characters": "x" * 300,
+    "one with an ending": "x" * 300 + ".yaml",
+    "one of a folder": "x" * 300 + "/y",
+    "a zero byte": "a\0b",
+    "a home of nobody": "~nobody-is-called-this/x.yaml",
+}
+PATHS: dict[str, Callable[[Bundle, str], Any]] = {
+    "a picture": lambda _, path: Preprocessor.open_image(path),
+    "the bundle of a pipeline": lambda _, path: Pipeline.open(path),
+    "the target of a pipeline": lambda bundle, path: Pipeline.open(bundle, target=path),
+    "a bundle": lambda _, path: Bundle.load(path),
+    "a model": lambda _, path: export_model(path, "out", progress=False),
+    "a chat template": lambda _, path: export_model("tiny", "out", chat_template=path),
+    "a schedule": lambda _, path: export_model("tiny", "out", schedule=path),
+    "the folder of a checkpoint": lambda _, path: Checkpoint.from_path(path),
+    "the checkpoint of a bundle": lambda bundle, path: compare_origin(bundle, Path(path)),
+    "a recipe": lambda _, path: load_recipe(path),
+    "a target": lambda _, path: load_target(path),
+    "a source of answers": lambda _, path: Source.open(path),
+    "a question file": lambda _, path: read_questions(Path(path)),
+    "annotations": lambda _, path: annotate(
+        [Question("a", "what?", (), "p", "text")], "pope", Path(path)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_PATHS)
+@pytest.mark.parametrize("what", PATHS)
+def test_a_path_that_cannot_be_one_is_one_error(what, name, bundles, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    bundle = Bundle.load(bundles.path("tiny"))
+    with pytest.raises(TrioError) as error:
+        PATHS[what](bundle, NO_PATHS[name])
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "x" * 250, "x" * 300 + "/y", "a\0b"])
+def test_a_path_that_cannot_be_written_is_one_error(path, bundles, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for write in (
+        lambda: export_model("tiny", path, graphs_only=True, progress=False),
+        lambda: write_atomically(Path(path), b"content"),
+    ):
+        with pytest.raises(TrioError, match="cannot write "):
+            write()
+    assert not list(tmp_path.iterdir())

@@ -305,5 +305,6 @@ def test_the_limits_in_security_md_are_those_of_the_code():
     assert rows["question file, annotations"].startswith(format_bytes(MAX_QUESTIONS))
     assert rows["picture"] == f"{MAX_PIXELS:,} pixels"
     assert rows["picture at a URL"] == (
-        f"{format_bytes(fetch.max_bytes)}, {fetch.timeout_s:.0f} s, {fetch.max_redirects} redirects"
+        f"{format_bytes(fetch.max_bytes)}, {fetch.timeout_s:.0f} s, {fetch.max_redirects} "
+        f"redirects; {format_bytes(fetch.max_request_bytes)} per request"
     )

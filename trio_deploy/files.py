@@ -417,20 +417,22 @@ def write_together(contents: Mapping[Path, bytes | memoryview]) -> None:
             temporary.replace(path)
     except BaseException as error:
         for temporary, _ in written:
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            size = format_bytes(len(contents[path]))
+            with contextlib.suppress(OSError, ValueError):  # of a path that cannot be one
+                temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, ValueError)):
+            size, reason = format_bytes(len(contents[path])), getattr(error, "strerror", error)
             raise TrioError(
-                f"cannot write {path} of {size} ({error.strerror}): {write_remedy(error)}"
+                f"cannot write {path} of {size} ({reason}): {write_remedy(error)}"
             ) from error
         raise
 
 
-def write_remedy(error: OSError) -> str:
+def write_remedy(error: OSError | ValueError) -> str:
     """What to do about a file that cannot be written, for a message."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return "make room on its disk, or write elsewhere"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "make its folder writable, or write elsewhere"
     return "write elsewhere"
 
@@ -444,9 +446,26 @@ def format_bytes(count: float) -> str:
     return f"{count:.4g} TiB"
 
 
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """The path that a user wrote, with `~` in front replaced.
+
+    Raises:
+        TrioError: `~name` of nobody.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise TrioError(
+            f"{brief(os.fspath(text))} begins with the home folder of nobody: correct the path"
+        ) from None
+
+
 def exists(path: Path) -> bool:
-    """Whether anything is at a path, a dangling link included."""
-    return path.exists() or path.is_symlink()
+    """Whether anything is at a path, a dangling link included; False for one that cannot be."""
+    try:
+        return path.exists() or path.is_symlink()
+    except (OSError, ValueError):
+        return False
 
 
 def is_file(path: Path) -> bool:
@@ -454,6 +473,14 @@ def is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):  # a name of 300 characters, a zero byte
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is at a path; also False for a path that cannot be one."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
         return False
 
 

@@ -388,7 +388,7 @@ def test_a_prompt_beyond_the_context_is_refused_before_its_pictures_are_decoded(
     make_picture().save(tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes()
 
-    def decode(source: object) -> None:
+    def decode(*given: object) -> None:
         raise AssertionError("a picture was decoded")
 
     monkeypatch.setattr(pipeline._preparer._preprocessor, "open_image", decode)

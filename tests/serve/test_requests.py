@@ -137,8 +137,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"timeout_s": float("inf")}, "finite"),
 ]
 BAD_MESSAGES = [
-    ("{", "messages is not JSON"),
-    ("[" * 190, "messages is not JSON"),
+    ("{", "messages is not valid JSON"),
+    ("[" * 190, "messages is not valid JSON"),
     ("[]", "the prompt has no text: write something to ask"),
     ('[{"role": "user", "content": " "}]', "the prompt has no text: write something to ask"),
     (
@@ -150,7 +150,7 @@ BAD_MESSAGES = [
     ('[{"role": "user", "content": "a", "x": 1}]', "nothing else"),
     ('[{"role": 1, "content": "a"}]', "role must be a string"),
     ('[{"role": "user", "content": 5}]', "content .* must be a string"),
-    ('[{"role": "user", "content": "\\ud800"}]', "not valid Unicode"),
+    ('[{"role": "user", "content": "\\ud800"}]', "not valid JSON .*is no Unicode"),
     ('[{"role": "user", "content": [{"type": "text"}]}]', "content item"),
     ('[{"role":"user","content":[{"type":"image","path":"/etc/passwd"}]}]', "content item"),
     (

@@ -69,9 +69,10 @@ class BundleWriter:
             self._free = shutil.disk_usage(self.target.parent).free
             self.folder = self.target.with_name(_temporary_name(self.target.name))
             self.folder.mkdir()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+            reason = getattr(error, "strerror", error)
             raise TrioError(
-                f"cannot write to {self.target.parent} ({error.strerror}): choose another --out"
+                f"cannot write to {self.target.parent} ({reason}): choose another --out"
             ) from error
         return self
 

@@ -33,10 +33,11 @@ def has_file(file: Path) -> bool:
                 "checkpoint again"
             ) from None
         return False
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         name = file if len(file.name) < 256 else file.with_name(f"{file.name[:80]}…")
+        reason = getattr(error, "strerror", error)
         raise TrioError(
-            f"{name} cannot be read ({error.strerror}): download the checkpoint again"
+            f"{name} cannot be read ({reason}): download the checkpoint again"
         ) from error
     if not stat.S_ISREG(mode):
         raise TrioError(f"{file} is not a file: download the checkpoint again")

@@ -9,6 +9,7 @@ from typing import Literal
 from trio_deploy.checkpoint.folder import has_file, image_settings, read_object, read_template
 from trio_deploy.checkpoint.safetensors import INDEX, missing_weights
 from trio_deploy.errors import TrioError
+from trio_deploy.files import is_folder
 
 Part = Literal["weights", "preprocessing", "template"]
 """What not every use of a checkpoint needs: the weights with their tokenizer, the image processor's
@@ -62,7 +63,7 @@ def hub_folder(
         cause = f"it gave no {', no '.join(missing)}"
     if cached is not None and not cached[1]:  # without what the repository may not have either
         return cached[0], cached[0].name
-    here = f"the folder {hub_id} does not exist; " if Path(hub_id).parent.is_dir() else ""
+    here = f"the folder {hub_id} does not exist; " if is_folder(Path(hub_id).parent) else ""
     copy = "no copy" if cached is None else f"a copy without {', '.join(cached[1])}"
     raise TrioError(
         f"{here}cannot get {hub_id} from the Hugging Face hub (the local cache has {copy}, and the "

@@ -23,7 +23,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.bounds import WHOLE, whole
 from trio_deploy.families.preprocessing import Preprocessor
-from trio_deploy.files import brief, read_text, require_unicode
+from trio_deploy.files import brief, read_text, require_unicode, user_path
 
 TOKENIZER = "tokenizer.json"
 TOKENS = "tokens.json"
@@ -156,7 +156,7 @@ def read_chosen_template(given: str | os.PathLike[str] | None) -> str | None:
     """
     if given is None or os.fspath(given) == NO_TEMPLATE:
         return given if given is None else ""
-    file = Path(given).expanduser()
+    file = user_path(given)
     remedy = "pass a jinja2 file as --chat-template"
     try:
         source = read_text(file, remedy)

@@ -15,6 +15,7 @@ from trio_deploy.config.recipe import Recipe, list_recipes, read_recipe, recipe_
 from trio_deploy.errors import TrioError
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import parse_config
+from trio_deploy.files import exists, is_folder, user_path
 
 #: What a bundle has and a checkpoint has not.
 MANIFEST = "manifest.json"
@@ -79,7 +80,7 @@ def described(model: str) -> Source | None:
     """
     if model in list_recipes() or Path(model).suffix in (".yaml", ".yml"):
         recipe = load_recipe(model)
-    elif HUB_ID.fullmatch(model) is None or Path(model).exists():
+    elif HUB_ID.fullmatch(model) is None or exists(Path(model)):
         return None
     elif (known := recipe_for(model)) is not None:
         recipe = known
@@ -91,19 +92,19 @@ def described(model: str) -> Source | None:
 def resolve(model: str, weights_needed: bool) -> Source:
     """Finds what --model means: a recipe's name or file, a checkpoint folder, a hub id."""
     text = str(model)
-    path = Path(text).expanduser()
+    path = user_path(text)
     recipes = list_recipes()
     if text in recipes or path.suffix in (".yaml", ".yml"):
         return _from_recipe(load_recipe(text), weights_needed)
-    if path.is_dir():
+    if is_folder(path):
         return from_folder(path)
-    if HUB_ID.fullmatch(text) and not path.exists():
+    if HUB_ID.fullmatch(text) and not exists(path):
         if (known := recipe_for(text)) is not None:
             return _from_recipe(known, weights_needed)
         unneeded: list[Part] = [] if weights_needed else ["weights"]
         folder, revision = hub_folder(text, _NO_RECIPE, unneeded=unneeded)
         return replace(from_folder(folder), name=text, source=text, revision=revision)
-    if path.exists():
+    if exists(path):
         raise TrioError(f"{text} is a file: pass a checkpoint's folder, a hub id or a recipe")
     if "/" in text or os.sep in text:
         raise TrioError(
@@ -146,7 +147,7 @@ def from_folder(folder: Path) -> Source:
     """
     raw = read_object(folder / "config.json")
     if raw is None:
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise TrioError(f"there is no folder {folder}: pass a checkpoint's folder")
         if (folder / MANIFEST).is_file():
             raise TrioError(

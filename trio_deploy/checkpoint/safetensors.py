@@ -21,7 +21,7 @@ from trio_deploy.checkpoint.folder import has_file, read_object
 from trio_deploy.errors import TrioError
 from trio_deploy.families.names import map_checkpoint_names
 from trio_deploy.families.registry import family_of
-from trio_deploy.files import brief, parse_json
+from trio_deploy.files import brief, is_folder, parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -103,7 +103,7 @@ class Checkpoint:
                 shorter than its header says; or there are no .safetensors weights.
         """
         folder = Path(folder)
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise TrioError(f"There is no checkpoint folder at {folder}.")
         config = read_object(folder / "config.json")
         if config is None:

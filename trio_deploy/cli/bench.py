@@ -21,6 +21,7 @@ from trio_deploy.cli.options import (
     runtime_options,
 )
 from trio_deploy.errors import TrioError
+from trio_deploy.files import is_folder
 from trio_deploy.schedule.budget import read_budget
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     images = args.images or ([1, 2, 3, 4] if args.sweep else [1])
     if len(images) > 1 and not args.sweep:
         raise TrioError("several numbers of --images are a sweep: pass --sweep, or one number")
-    if args.out is not None and not args.out.absolute().parent.is_dir():
+    if args.out is not None and not is_folder(args.out.absolute().parent):
         raise TrioError(f"--out cannot write {args.out}: there is no folder {args.out.parent}")
     budgets = tuple(map(read_budget, args.budget or ()))
     options = BenchOptions(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trio_deploy.cli.options import add_bundle, add_runtime_options, budget_of, runtime_options
 from trio_deploy.config.sampling import SAMPLING_OPTIONS
 from trio_deploy.errors import TrioError
+from trio_deploy.files import exists, is_folder, write_atomically
 
 if TYPE_CHECKING:
     from trio_deploy.pipeline.request import Generation
@@ -231,9 +232,9 @@ def check_picture_path(path: Path) -> None:
     """
     from PIL import Image
 
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise TrioError(f"--show cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if is_folder(path) or not os.access(path if exists(path) else path.parent, os.W_OK):
         raise TrioError(f"--show cannot write {path}: it is a folder, or not yours to write")
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise TrioError(
@@ -250,7 +251,6 @@ def save_kept(generation: Generation, path: Path) -> None:
     """
     from PIL import Image
 
-    from trio_deploy.files import write_atomically
     from trio_deploy.pipeline.draw import draw_generation
 
     if not generation.images:

@@ -22,6 +22,7 @@ from trio_deploy.config.yaml_files import (
     text_of,
 )
 from trio_deploy.errors import TrioError
+from trio_deploy.files import is_folder, user_path
 from trio_deploy.schedule.budget import is_budget, read_budget
 from trio_deploy.schedule.schedule import Schedule
 
@@ -126,7 +127,7 @@ def with_schedule_file(options: ExportOptions) -> ExportOptions:
     """
     if not isinstance(options.schedule, str) or not is_schedule_file(options.schedule):
         return options
-    found = read_schedule(Path(options.schedule).expanduser())
+    found = read_schedule(user_path(options.schedule))
     given = options.selection
     selection = SelectionOptions(
         probe=given.probe or found.probe,
@@ -199,7 +200,7 @@ def _with_schedule_files(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
     for budget, name in schedules.items():
         if not isinstance(name, str):
             continue
-        found = read_schedule(file.parent / Path(name).expanduser())
+        found = read_schedule(file.parent / user_path(name))
         raw["schedules"][budget] = found.schedule.to_json()
         for key in ("threshold", "probe", "positions"):
             value = getattr(found, key)
@@ -245,7 +246,7 @@ def _checkpoint(file: Path, raw: Mapping[str, Any]) -> Path | None:
     if value.startswith(_IN_PACKAGE):
         folder = PACKAGE / value.removeprefix(_IN_PACKAGE)
     else:
-        folder = file.parent / Path(value).expanduser()
-    if not folder.is_dir():
+        folder = file.parent / user_path(value)
+    if not is_folder(folder):
         raise TrioError(f"{file}: there is no checkpoint folder at {folder}: correct `checkpoint`")
     return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trio_deploy.errors import TrioError
-from trio_deploy.files import read_yaml
+from trio_deploy.files import is_file, read_yaml, user_path
 
 PACKAGE = Path(__file__).parents[1]
 DTYPES = ("float32", "float16", "bfloat16")
@@ -35,12 +35,12 @@ def find_file(name_or_path: str | Path, folder: Path, kind: str) -> Path:
     Raises:
         TrioError: there is no such file.
     """
-    text, path = str(name_or_path), Path(name_or_path).expanduser()
+    text, path = str(name_or_path), user_path(name_or_path)
     names = names_in(folder)
     if text in names:
         return folder / f"{text}.yaml"
     if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
+        if is_file(path):
             return path
         raise TrioError(f"there is no {kind} file at {path}: correct the path")
     raise TrioError(

@@ -23,6 +23,7 @@ from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import request_limits
+from trio_deploy.files import is_file, user_path
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.ran_as import require_served, target_name
 from trio_deploy.runtimes.registry import (
@@ -112,7 +113,7 @@ class Source:
             TrioError: it is none of them.
         """
         path = Path(model)
-        if (path / MANIFEST).is_file():
+        if is_file(path / MANIFEST):
             bundle = Bundle.load(path)
             files = [MANIFEST, *bundle.manifest.files]
             return cls(
@@ -297,7 +298,7 @@ def schedule_of(text: str) -> TunedSchedule:
         TrioError: as `Schedule.parse` and `read_schedule`.
     """
     if is_schedule_file(text):
-        return read_schedule(Path(text).expanduser())
+        return read_schedule(user_path(text))
     return TunedSchedule(Schedule.parse(text))
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluation import scenes
-from trio_deploy.files import brief, is_file, parse_json, read_json, read_text
+from trio_deploy.files import brief, is_file, is_folder, parse_json, read_json, read_text
 
 FAMILIES = ("busy", "smooth")
 SPLITS = {"test": scenes.TEST_SEEDS, "tuning": scenes.TUNING_SEEDS}
@@ -161,7 +161,7 @@ def read_questions(
     """
     if limit is not None and limit < 1:
         raise TrioError(f"a limit of {limit} leaves no question: it must be 1 or more")
-    if images is not None and not images.is_dir():
+    if images is not None and not is_folder(images):
         raise TrioError(f"--images {images} is not a folder: pass the one with the pictures")
     questions = []
     for where, entry in _entries(file)[:limit]:
@@ -174,8 +174,8 @@ def read_questions(
                 f"{where}: it needs question_id and text (or id and conversations), as in "
                 f"{_EXAMPLE}"
             )
-        pictures = entry.get("image") or []
-        pictures = pictures if isinstance(pictures, list) else [pictures]
+        named = entry.get("image")
+        pictures = named if isinstance(named, list) else [] if named in (None, "") else [named]
         paths = tuple(_picture(where, images or file.parent, picture) for picture in pictures)
         reference = next((entry[k] for k in ("answers", "answer", "label") if k in entry), None)
         default = "image" if paths else "text"
@@ -277,7 +277,7 @@ def annotate(questions: Sequence[Question], scorer: str, source: Path) -> list[Q
 def _pope(questions: Sequence[Question], source: Path) -> list[Any]:
     labels: dict[str, list[str]] = {}
     for category in {q.kind for q in questions}:
-        file = source / f"coco_pope_{category}.json" if source.is_dir() else source
+        file = source / f"coco_pope_{category}.json" if is_folder(source) else source
         lines = read_text(file, _AGAIN_DOWNLOAD, limit=MAX_QUESTIONS).splitlines()
         labels[category] = [
             parse_json(line, str(file), _AGAIN_DOWNLOAD)["label"] for line in lines if line.strip()
@@ -285,7 +285,7 @@ def _pope(questions: Sequence[Question], source: Path) -> list[Any]:
     taken = dict.fromkeys(labels, 0)
     found = []
     for question in questions:
-        key = question.kind if source.is_dir() else next(iter(labels))
+        key = question.kind if is_folder(source) else next(iter(labels))
         found.append(labels[key][taken[key]])
         taken[key] += 1
     return found

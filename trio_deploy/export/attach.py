@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 
 import msgspec
 
@@ -27,6 +26,7 @@ from trio_deploy.checkpoint.resolve import HUB_ID, from_folder
 from trio_deploy.errors import TrioError
 from trio_deploy.export.checkpoint import read_checkpoint
 from trio_deploy.export.job import print_note, sources_by_part, write_weights
+from trio_deploy.files import is_folder, user_path
 from trio_deploy.graphs.weights import stored_weights
 from trio_deploy.quant.stored_weight import parts_of
 
@@ -55,8 +55,8 @@ def attach_weights(
     chosen = read_chosen_template(chat_template)
     name = os.fspath(checkpoint)
     revision = None
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    folder = user_path(name)
+    if not is_folder(folder):
         if not HUB_ID.fullmatch(name):
             raise TrioError(f"{name} is not a folder: pass the checkpoint's folder or its hub id")
         given: list[Part] = ["preprocessing"] if PREPROCESSOR in old.manifest.files else []

@@ -29,7 +29,7 @@ from trio_deploy.config.recipe import list_recipes
 from trio_deploy.config.target import Target
 from trio_deploy.config.yaml_files import PACKAGE
 from trio_deploy.errors import TrioError
-from trio_deploy.files import sha256_of
+from trio_deploy.files import exists, is_file, is_folder, sha256_of, user_path
 from trio_deploy.runtimes.registry import default_target, load_target
 
 if TYPE_CHECKING:  # a bundle's own folder is opened without them
@@ -48,7 +48,7 @@ def cache_folder() -> Path:
     import platformdirs
 
     named = os.environ.get(FOLDER)
-    return Path(named).expanduser() if named else platformdirs.user_cache_path("trio-deploy")
+    return user_path(named) if named else platformdirs.user_cache_path("trio-deploy")
 
 
 def find_bundle(
@@ -69,21 +69,21 @@ def find_bundle(
         TrioError: it is none of these, or cannot be exported.
     """
     folder = Path(bundle)
-    if (folder / MANIFEST).is_file():
+    if is_file(folder / MANIFEST):
         return folder
     model = os.fspath(bundle)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if is_folder(folder) and not is_file(folder / "config.json"):
         raise TrioError(
             f"{model} is neither a bundle, which has a {MANIFEST}, nor a checkpoint, which has a "
             "config.json: pass the folder of one of them"
         )
-    if HUB_ID.fullmatch(model) and not folder.exists() and folder.parent.is_dir():
+    if HUB_ID.fullmatch(model) and not exists(folder) and is_folder(folder.parent):
         raise TrioError(
             f"there is no folder {model}: pass the folder of a bundle or a checkpoint (if you mean "
             f"the hub id, `trio export --model {model}` gets it)"
         )
     target = _target(options or RuntimeOptions())
-    if not any(_bundles().glob(f"*/{MANIFEST}")) and (folder.exists() or _is_name(model)):
+    if not any(_bundles().glob(f"*/{MANIFEST}")) and (exists(folder) or _is_name(model)):
         _require_export(model)  # before anything is downloaded for it
     source = resolve(model, weights_needed=True)
     assert source.folder is not None  # since weights are needed
@@ -209,7 +209,7 @@ class _Cached:
                     f"cannot write to the cache {cache_folder()} ({error.strerror}): name another "
                     f"folder by {FOLDER}"
                 ) from error
-        elif not Path(self.model).is_dir():
+        elif not is_folder(Path(self.model)):
             self._note(f"{self._absent()}using the bundle of {self.model} in {folder}")
         with suppress(OSError):  # a cache that others own
             os.utime(folder)  # when it was last used
@@ -239,7 +239,7 @@ class _Cached:
             return lock.acquire()
 
     def _absent(self) -> str:
-        return "" if Path(self.model).exists() else f"there is no folder {self.model}: "
+        return "" if exists(Path(self.model)) else f"there is no folder {self.model}: "
 
     def _note(self, text: str) -> None:
         if self.progress:

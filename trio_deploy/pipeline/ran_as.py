@@ -13,6 +13,7 @@ from trio_deploy.bundle.manifest import ENGINES
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
+from trio_deploy.files import is_folder
 from trio_deploy.runtimes.base import Engine, float_type
 from trio_deploy.runtimes.registry import complete_options, load_target, runtime_spec
 
@@ -86,7 +87,7 @@ def require_served(bundle: Bundle, options: RuntimeOptions, dtype: str | None = 
             f"the target {name} is of {runtime}, not of {options.runtime}: name one of the two"
         )
     if asked == manifest.target or (
-        isinstance(asked, str) and (bundle.path / ENGINES / asked).is_dir()
+        isinstance(asked, str) and is_folder(bundle.path / ENGINES / asked)
     ):
         return
     target = asked if isinstance(asked, Target) else load_target(str(asked))

@@ -7,7 +7,7 @@ from pathlib import Path
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.export.cache import find_bundle
-from trio_deploy.files import write_atomically
+from trio_deploy.files import is_folder, write_atomically
 from trio_deploy.report.gather import ReportOptions, gather
 from trio_deploy.report.page import render
 
@@ -28,7 +28,7 @@ def write_report(
         TrioError: the bundle or one of the files does not load, a picture cannot be read, or the
             page cannot be written.
     """
-    if not out.absolute().parent.is_dir() or out.is_dir():
+    if not is_folder(out.absolute().parent) or is_folder(out):
         raise TrioError(f"--out cannot write {out}: name a file in a folder that exists")
     options = options or ReportOptions()
     if isinstance(bundle, Bundle):

@@ -14,6 +14,7 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import RUNTIME_KEYS, Limits, Target, find_target, read_target
 from trio_deploy.config.yaml_files import nearest
 from trio_deploy.errors import TrioError
+from trio_deploy.files import is_folder
 
 if TYPE_CHECKING:  # numpy and all that follows; the names of the runtimes are needed without
     from trio_deploy.bundle.bundle import Bundle
@@ -143,7 +144,7 @@ def complete_options(bundle: Bundle, options: RuntimeOptions) -> RuntimeOptions:
     if isinstance(target, str) and options.runtime in (None, *_with_engines()):
         from trio_deploy.bundle.manifest import ENGINES
 
-        if (bundle.path / ENGINES / target).is_dir():
+        if is_folder(bundle.path / ENGINES / target):
             return replace(options, runtime=options.runtime or next(_with_engines()))
     # The manifest's values, since the target file of another machine may not be here.
     chosen: Manifest | Target = bundle.manifest

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from trio_deploy.checkpoint.chat_template import Message
 from trio_deploy.config.sampling import SAMPLING_OPTIONS, SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.pixels import encoded_size
+from trio_deploy.files import parse_json
 from trio_deploy.pipeline.conversation import require_text, texts_of
 from trio_deploy.pipeline.request import Request
 from trio_deploy.schedule.budget import check_budget
@@ -148,10 +148,7 @@ def _prompt(client: ClientRequest, limits: ServiceLimits) -> str | list[Message]
 
 
 def _messages(text: str) -> list[Message]:
-    try:
-        messages = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TrioError(f"messages is not JSON: {str(error) or 'nested too deeply'}") from None
+    messages = parse_json(text, "messages", 'send a list of {"role": ..., "content": ...}')
     if not isinstance(messages, list):
         raise TrioError('messages must be a JSON list of {"role": ..., "content": ...}')
     return [_message(message) for message in messages]
@@ -163,10 +160,10 @@ def _message(message: Any) -> Message:
         raise TrioError('a message must be {"role": ..., "content": ...} and nothing else')
     content = message["content"]
     if isinstance(content, list):
-        return {"role": _unicode(message["role"], "role"), "content": [*map(_item, content)]}
+        return {"role": _text(message["role"], "role"), "content": [*map(_item, content)]}
     return {
-        "role": _unicode(message["role"], "role"),
-        "content": _unicode(content, "content (or a list of items)"),
+        "role": _text(message["role"], "role"),
+        "content": _text(content, "content (or a list of items)"),
     }
 
 
@@ -174,20 +171,16 @@ def _item(item: Any) -> dict[str, str]:
     if isinstance(item, dict) and item.get("type") == "image" and len(item) == 1:
         return {"type": "image"}
     if isinstance(item, dict) and item.get("type") == "text" and set(item) == {"type", "text"}:
-        return {"type": "text", "text": _unicode(item["text"], "text")}
+        return {"type": "text", "text": _text(item["text"], "text")}
     raise TrioError(
         'a content item must be {"type": "text", "text": "..."} or {"type": "image"}; pictures '
         "themselves go into the input images or images_base64"
     )
 
 
-def _unicode(value: Any, what: str) -> str:
+def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise TrioError(f"a message's {what} must be a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half a character
-        raise TrioError(f"a message's {what} is not valid Unicode") from None
     return value
 
 

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +22,24 @@ from PIL import Image
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import MANIFEST, FileInfo
 from trio_deploy.errors import TrioError
-from trio_deploy.files import safe_path, sha256_of, write_together
+from trio_deploy.files import parse_json, safe_path, sha256_of, write_together
 from trio_deploy.reference.trace import Stage
 from trio_deploy.verify.examples import Example
 
 GOLDEN = "golden/reference.npz"
 _INDEX = "index"
+# What numpy and zipfile raise on files that are no arrays, and Python on an index of another form.
+_DAMAGED = (
+    KeyError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    OSError,
+    EOFError,
+    NotImplementedError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,7 @@ def load(bundle: Bundle) -> Reference:
         raise TrioError(f"{file} is damaged: copy it again, or record it again")
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            index = json.loads(arrays[_INDEX].tobytes())
+            index = parse_json(arrays[_INDEX].tobytes(), str(file), "record it again")
             return Reference(
                 examples=[
                     Example(e["prompt"], tuple(Image.fromarray(arrays[p]) for p in e["pictures"]))
@@ -115,5 +128,5 @@ def load(bundle: Bundle) -> Reference:
                 },
                 tokens=index["tokens"],
             )
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise TrioError(f"{file} is damaged ({error}): record it again") from error

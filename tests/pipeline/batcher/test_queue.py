@@ -170,10 +170,10 @@ def test_pictures_of_a_request_that_nobody_waits_for_are_not_all_decoded(
     go, opened = threading.Event(), []
     open_image = Preprocessor.open_image
 
-    def slow(source: Any) -> Any:
-        opened.append(source)
+    def slow(*given: Any) -> Any:
+        opened.append(given)
         assert go.wait(30)
-        return open_image(source)
+        return open_image(*given)
 
     monkeypatch.setattr(Preprocessor, "open_image", staticmethod(slow))
     with Batcher(pipeline) as batcher:

@@ -51,6 +51,20 @@ def test_a_plain_requests_error_keeps_its_code(both: tuple[Any, Any]) -> None:
     assert ask(both[0], prompt=QUESTION, images=b"?").error()[0] is TritonError.INVALID_ARG
 
 
+@pytest.mark.parametrize(
+    "parameters", ["[1]", "{", "[" * 100_000, '{"id": 1' + "0" * 5000 + "}", '{"a": 1, "a": 2}']
+)
+def test_parameters_that_are_no_object_are_the_clients_fault(
+    both: tuple[Any, Any], parameters: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.support.fakes.triton.Asked.parameters", lambda _: parameters)
+        for model in both:
+            code, said = ask(model, prompt=QUESTION).error()
+            assert code is TritonError.INVALID_ARG and "the request's parameters" in said
+    assert ask(both[0], prompt=QUESTION, max_tokens=1).outputs()
+
+
 def test_a_plain_request_that_is_cancelled_ends_in_the_model(both: tuple[Any, Any]) -> None:
     complete, model = both
     request = ask(complete, prompt=QUESTION, max_tokens=2000)

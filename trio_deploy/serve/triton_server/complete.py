@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from trio_deploy.errors import TrioError
 from trio_deploy.serve.triton_server.backend import (
     TritonSender,
     configured_outputs,
     input_arrays,
 )
 from trio_deploy.serve.triton_server.local_socket import InferRequest, LocalClient, Reply
-from trio_deploy.serve.triton_server.request import nbytes
+from trio_deploy.serve.triton_server.request import nbytes, read_parameters
 from trio_deploy.serve.triton_server.sender import Sender
 from trio_deploy.serve.triton_server.watch import Watch
 
@@ -66,7 +67,7 @@ class TritonPythonModel:
                 if refusal := self._refusal(size):
                     sender.fail(refusal, "UNAVAILABLE")
                     continue
-                parameters = json.loads(request.parameters() or "{}") | {"stream": False}
+                parameters = read_parameters(request.parameters()) | {"stream": False}
                 # Copies, since the request's arrays are freed when `execute` ends.
                 copies = {name: np.array(array) for name, array in arrays.items()}
                 forwarded = InferRequest(copies, json.dumps(parameters), request.timeout())
@@ -76,6 +77,8 @@ class TritonPythonModel:
                 except Exception:  # no thread can be started
                     del self._open[sender]
                     raise
+            except TrioError as error:
+                sender.fail(str(error), "INVALID_ARG")
             except Exception as error:  # nothing that a client sends may end the instance
                 _LOG.exception("a request failed")
                 sender.fail(f"internal error: {error!r:.200}", "INTERNAL")

@@ -32,7 +32,7 @@ from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
-from trio_deploy.files import read_yaml, safe_path
+from trio_deploy.files import read_yaml, safe_path, user_path
 from trio_deploy.runtimes.registry import load_target, runtime_spec
 from trio_deploy.runtimes.tensorrt.record import RECORD as ENGINES_RECORD
 from trio_deploy.runtimes.tensorrt.record import Record
@@ -276,7 +276,7 @@ class _Models:
             for relative, path in files:
                 self._place(path, f"{name}/{_BUNDLE}/{relative}", self._options.link, bar.update)
         if self._settings.get("target", "").startswith("1/"):
-            target = Path(str(self._options.runtime.target)).expanduser()
+            target = user_path(str(self._options.runtime.target))
             self._writer.write(f"{name}/{self._settings['target']}", target.read_bytes())
         self._writer.write(f"{name}/1/model.py", _model_py("model"))
         self._config(

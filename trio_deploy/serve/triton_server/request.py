@@ -110,10 +110,20 @@ def _value(name: str, array: np.ndarray) -> Any:
     return values if count == -1 else values[0]
 
 
-def _delivery(parameters: str) -> Delivery:
+def read_parameters(parameters: str) -> dict[str, Any]:
+    """The request's own parameters, a JSON object; empty: none.
+
+    Raises:
+        TrioError: they are no object.
+    """
     given = parse_json(parameters or "{}", "the request's parameters", "send an object")
     if not isinstance(given, dict):
         raise TrioError(f"the request's parameters must be an object, not {brief(given)}")
+    return given
+
+
+def _delivery(parameters: str) -> Delivery:
+    given = read_parameters(parameters)
     stream = given.pop("stream", True)
     if not isinstance(stream, bool):
         raise TrioError(f"the parameter stream must be true or false, got {stream!r:.40}")
