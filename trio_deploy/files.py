@@ -401,7 +401,7 @@ def write_together(contents: Mapping[Path, bytes | memoryview]) -> None:
         TrioError: a file cannot be written; names it.
     """
     for path in contents:
-        if path.is_dir():
+        if is_folder(path):
             raise TrioError(f"cannot write {path}: it is a folder, so write elsewhere")
     written: list[tuple[Path, Path]] = []
     path = Path()
