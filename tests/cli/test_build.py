@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from trio_deploy import export_model
+from trio_deploy import TrioError, export_model
 from trio_deploy.cli.main import main
 from trio_deploy.config.target import target_folder
 
@@ -53,6 +53,32 @@ def test_the_dry_run_weighs_memory_beside_the_operators(
     said = json.loads(capsys.readouterr().out)
     assert said["passed"] is True and said["memory"]["oversized"] is (status == 1)
     assert main([*command, "--stage", "embed"]) == 0, "a stage alone is not weighed"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("", "the target cpu runs onnxruntime: engines are for targets"),
+        ("--dry-run --target cuda", "the target cuda runs onnxruntime: engines are for targets"),
+        ("--target l4", "no driver here"),
+        ("--target l4 --tensorrt 10.3", "--tensorrt is for --dry-run"),
+        ("--target l4 --dry-run --force", "--force rebuilds engines, and --dry-run builds none"),
+        ("--target l5", "l5"),
+    ],
+)
+def test_a_model_of_which_no_engines_can_be_built_is_not_exported(
+    options, words, monkeypatch, capsys
+):
+    def export(*args, **kwargs):
+        raise AssertionError("it was exported")
+
+    def load():
+        raise TrioError("no driver here")
+
+    monkeypatch.setattr("trio_deploy.export.job.export_model", export)
+    monkeypatch.setattr("trio_deploy.runtimes.tensorrt.bindings.load", load)
+    assert main(["build", "tiny", *options.split()]) == 1
+    assert words in capsys.readouterr().err
 
 
 def test_export_says_it_before_weights_are_copied(tmp_path, target, capsys):

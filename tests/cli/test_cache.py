@@ -31,18 +31,20 @@ def test_a_model_is_inspected_listed_and_cleared(tmp_path, capsys, monkeypatch):
 def test_every_command_on_bundles_takes_a_model(name, tmp_path, capsys, monkeypatch):
     seen = []
 
-    def find(bundle, options=None, progress=True):
-        seen.append((bundle, options and options.target))
+    def find(bundle, options=None, *, to_run=False, budget=None, progress=True):
+        seen.append((bundle, options and options.target, to_run))
         raise SystemExit(0)
 
     monkeypatch.setattr("trio_deploy.export.cache.find_bundle", find)
     monkeypatch.setattr("trio_deploy.pipeline.pipeline.find_bundle", find)
     monkeypatch.setattr("trio_deploy.report.report.find_bundle", find)
     more = {"run": ["how?"], "triton": ["--out", str(tmp_path / "x")]}.get(name, [])
-    target = [] if name == "inspect" else ["--target", "cpu"]
+    wanted = {"inspect": None, "build": "l4"}.get(name, "cpu")  # of which engines can be built
+    target = ["--target", wanted] if wanted else []
+    monkeypatch.setattr("trio_deploy.runtimes.tensorrt.bindings.load", lambda: None)
     with pytest.raises(SystemExit):
         cli.main([name, "org/model", *more, *target])
-    assert seen == [("org/model", "cpu" if target else None)]
+    assert seen == [("org/model", wanted, name in ("run", "check", "bench", "report"))]
 
 
 def test_no_command_on_bundles_is_left_out():

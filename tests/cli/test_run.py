@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from trio_deploy import Generation, Pipeline, SamplingOptions, Schedule, TrioError
+from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.cli import main
 from trio_deploy.cli import run as answers
 from trio_deploy.pipeline import draw as picture
@@ -87,6 +90,7 @@ def test_options_of_sampling_reach_the_request(monkeypatch):
         asked.append(request)
         raise TrioError("enough")
 
+    monkeypatch.setattr(answers, "bundle_of", lambda *_, **__: None)
     monkeypatch.setattr(Pipeline, "open", lambda *_: type("Opened", (), {"stream": stream})())
     for line in ([], [*LINE.split(), "b c"]):
         assert main.main(["run", "b", "what ?", *line]) == 1
@@ -105,6 +109,36 @@ def test_options_of_sampling_reach_the_request(monkeypatch):
         "bad_words": ["a", "b c"],
         "seed": 3,
     }
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("none.png why?", "there is no image file at none.png"),
+        ("broken.png why?", "broken.png cannot be read as a picture"),
+        ("scene.png why? --budget 0.05", r"a budget of 0\.05 cannot be reached.* above 0\.0625"),
+        ("scene.png why? --budget 2", "a budget of 2 is not possible"),
+        ("scene.png why? --max-new-tokens 0", "max_new_tokens must be 1 or more"),
+        ("scene.png why? --temperature -1", "temperature must be"),
+        ("scene.png why? --runtime openvino --provider cpu", "provider is no option of OpenVINO"),
+        ("scene.png why? --target jetson-thor", "there are no engines of .* for jetson-thor"),
+        ("scene.png why? --provider cuda", "has no CUDAExecutionProvider"),
+    ],
+)
+def test_what_cannot_be_answered_is_said_before_a_model_is_exported(
+    line, words, tmp_path, monkeypatch, capsys
+):
+    def export(*args, **kwargs):
+        raise AssertionError("it was exported")
+
+    monkeypatch.setattr("trio_deploy.export.job.export_model", export)
+    monkeypatch.setenv("TRIO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("scene.png")
+    Path("broken.png").write_bytes(b"no picture")
+    assert main.main(["run", str(load_recipe("tiny").checkpoint), *line.split()]) == 1
+    said = capsys.readouterr().err
+    assert re.search(words, said) and said.count("\n") == 1
 
 
 def test_several_images_are_drawn_below_one_another(tmp_path, monkeypatch):

@@ -136,6 +136,23 @@ def test_a_model_is_exported_for_the_runtime_that_is_asked_for(tmp_path):
         Bundles(tiny, tmp_path, RuntimeOptions("tensorrt"))
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"runtime": "onnxruntime", "target": "cpu-openvino"},
+            "the target cpu-openvino is of openvino, not of onnxruntime: name one of the two",
+        ),
+        ({"provider": "cuda"}, "has no CUDAExecutionProvider"),
+        ({"threads": 0}, "threads must be 1 to 1024"),
+    ],
+)
+def test_a_model_that_cannot_be_run_so_is_not_evaluated(tmp_path, options, words):
+    with pytest.raises(TrioError, match=words):
+        Bundles(Source.open("tiny"), tmp_path, RuntimeOptions(**options))
+    assert Bundles(Source.open("tiny"), tmp_path, RuntimeOptions("openvino", "cpu-openvino"))
+
+
 def test_methods_go_into_schedules(source):
     found, refused = grid(
         source,

@@ -14,7 +14,8 @@ import pytest
 
 from trio_deploy import Bundle, Pipeline, Request, RuntimeOptions, TrioError
 from trio_deploy.checkpoint import fingerprint
-from trio_deploy.checkpoint.resolve import load_recipe
+from trio_deploy.checkpoint.resolve import load_recipe, name_of, resolve
+from trio_deploy.config.recipe import recipe_folder
 from trio_deploy.export import cache, job
 from trio_deploy.export.cache import clear_cache, find_bundle, list_cache
 
@@ -146,6 +147,67 @@ def test_without_the_extra_it_is_named_before_anything_is_downloaded(exports, mo
     with pytest.raises(TrioError, match=words):
         find_bundle("tiny", RuntimeOptions(target="cpu-openvino"))
     assert len(exports) == 1
+
+
+def test_another_model_in_the_cache_does_not_hide_that_the_extra_is_missing(exports, monkeypatch):
+    find_bundle("tiny")
+
+    def download(*args, **kwargs):
+        raise AssertionError("something was downloaded")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxscript" else True
+    )
+    for model in ("llava-1.5-7b", "someone/model", "llava-hf/llava-1.5-7b-hf"):
+        with pytest.raises(TrioError, match=f"{model} has to be exported first"):
+            find_bundle(model)
+
+
+def test_the_name_in_the_cache_is_known_without_the_checkpoint(checkpoint, tmp_path, monkeypatch):
+    for model in ("tiny", str(checkpoint), str(recipe_folder() / "tiny.yaml")):
+        assert name_of(model) == resolve(model, weights_needed=False).name
+    monkeypatch.chdir(checkpoint)
+    assert name_of(".") == checkpoint.name
+    assert name_of("llava-hf/llava-1.5-7b-hf") == "llava-1.5-7b"
+    assert name_of("someone/model") == "someone/model"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"runtime": "openvino"}, "OpenVINO is not installed"),
+        ({"target": "cpu-openvino"}, "OpenVINO is not installed"),
+        ({"provider": "cuda"}, "has no CUDAExecutionProvider"),
+        ({"target": "cuda"}, "has no CUDAExecutionProvider"),
+        ({"threads": 0}, "threads must be 1 to 1024"),
+        ({"target": "cpu", "precision": "bfloat16"}, "precision is no option of ONNX Runtime"),
+        ({"target": "l4"}, "there are no engines of tiny for l4.*`trio build tiny --target l4`"),
+    ],
+)
+def test_a_model_that_this_machine_cannot_run_is_not_exported(exports, monkeypatch, options, words):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(TrioError, match=words):
+        Pipeline.open("tiny", **options)
+    assert exports == [] and list_cache() == []
+    find_bundle("tiny")
+    with pytest.raises(TrioError, match=words):
+        Pipeline.open("tiny", **options)
+    assert exports == [("tiny", "cpu")]
+
+
+def test_graphs_that_the_runtime_does_not_read_are_not_exported(exports):
+    words = "OpenVINO does not read the ort dialect, which is exported for the target cpu: "
+    with pytest.raises(TrioError, match=words):
+        Pipeline.open("tiny", target="cpu", runtime="openvino")
+    assert exports == []
+
+
+def test_a_budget_that_a_model_cannot_have_is_known_before_it_is_exported(exports, checkpoint):
+    with pytest.raises(TrioError, match="a budget of 0.001 cannot be reached"):
+        find_bundle(checkpoint, budget=0.001)
+    assert exports == []
+    assert find_bundle(checkpoint, budget=0.5) and len(exports) == 1
 
 
 def test_what_is_neither_bundle_nor_model_is_refused_without_asking_the_hub(tmp_path, monkeypatch):

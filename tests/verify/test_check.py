@@ -262,6 +262,14 @@ def test_without_torch_it_says_what_to_install(made, monkeypatch):
     with pytest.raises(TrioError, match=r"trio-deploy\[reference\]"):
         check(bundle, threads=2)
 
+    def export(*args, **kwargs):
+        raise AssertionError("it was exported")
+
+    monkeypatch.setattr("trio_deploy.export.job.export_model", export)
+    for command in (check, record):
+        with pytest.raises(TrioError, match=r"needs torch: .*trio-deploy\[reference\]"):
+            command("tiny", threads=2)
+
 
 def test_selections_that_read_other_weights_in_bfloat16_are_noticed(bundles, tmp_path, monkeypatch):
     """The matrix that the saliency multiplies by from the other side is overwritten."""

@@ -89,6 +89,21 @@ def described(model: str) -> Source | None:
     return None if recipe.checkpoint is not None else _from_recipe(recipe, weights_needed=False)
 
 
+def name_of(model: str) -> str:
+    """`Source.name` of what `resolve` finds, without its checkpoint.
+
+    Raises:
+        TrioError: a recipe's file cannot be read.
+    """
+    path = user_path(model)
+    if model in list_recipes() or path.suffix in (".yaml", ".yml"):
+        return read_recipe(model).name
+    if is_folder(path):
+        return path.resolve().name
+    known = recipe_name(model) if HUB_ID.fullmatch(model) else None
+    return known or model
+
+
 def resolve(model: str, weights_needed: bool) -> Source:
     """Finds what --model means: a recipe's name or file, a checkpoint folder, a hub id."""
     text = str(model)

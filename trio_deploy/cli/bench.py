@@ -156,7 +156,8 @@ def _subject(
                 f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to --size: a bundle has "
                 "its own"
             )
-        return bundle_of(args, options.runtime), options
+        options.check()
+        return bundle_of(args, options.runtime, to_run=True), options
     folder = args.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
     model = RandomModel(args.size, args.schedule, args.dtype, args.dialect)
     budget = next(filter(None, options.budgets), None)

@@ -49,14 +49,35 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build engines, or check whether they can be built; 1 if they cannot."""
+    from trio_deploy.export.cache import is_bundle
+
+    if args.dry_run and args.force:
+        raise TrioError("--force rebuilds engines, and --dry-run builds none: drop one")
+    if args.tensorrt is not None and not args.dry_run:
+        raise TrioError("--tensorrt is for --dry-run: engines are built by what is installed")
+    if not is_bundle(args.bundle):
+        _require_useful_export(args)
     bundle = bundle_of(args, RuntimeOptions(target=args.target))
     target = _target(bundle, args)
     if args.dry_run:
         return _dry_run(bundle, target, args)
-    if args.tensorrt is not None:
-        raise TrioError("--tensorrt is for --dry-run: engines are built by what is installed")
     _build(bundle, target, args)
     return 0
+
+
+def _require_useful_export(args: argparse.Namespace) -> None:
+    """Check, before a model is exported for engines, that they can be built here.
+
+    Raises:
+        TrioError: the target has another runtime, or TensorRT or its driver is missing.
+    """
+    from trio_deploy.runtimes.registry import default_target, load_target
+    from trio_deploy.runtimes.tensorrt import bindings
+    from trio_deploy.runtimes.tensorrt.target import require_tensorrt
+
+    require_tensorrt(load_target(args.target or default_target()))
+    if not args.dry_run:
+        bindings.load()
 
 
 def _target(bundle: Bundle, args: argparse.Namespace) -> Target:
@@ -76,8 +97,6 @@ def _dry_run(bundle: Bundle, target: Target, args: argparse.Namespace) -> int:
     from trio_deploy.runtimes.tensorrt.dry_run.rules import dry_run
     from trio_deploy.runtimes.tensorrt.memory import bundle_fit
 
-    if args.force:
-        raise TrioError("--force rebuilds engines, and --dry-run builds none: drop one")
     report = dry_run(bundle, target, tensorrt=args.tensorrt, stages=args.stage or None)
     memory = None if args.stage else bundle_fit(bundle, target)  # all stages are loaded together
     if args.json:

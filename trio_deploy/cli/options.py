@@ -26,19 +26,26 @@ def add_bundle(command: argparse.ArgumentParser, nargs: str | None = None) -> No
     )
 
 
-def bundle_of(args: argparse.Namespace, options: RuntimeOptions | None = None) -> Bundle:
+def bundle_of(
+    args: argparse.Namespace,
+    options: RuntimeOptions | None = None,
+    *,
+    to_run: bool = False,
+    budget: float | None = None,
+) -> Bundle:
     """Load the bundle of `add_bundle`, exported first where a model was named.
 
     Args:
         options: how it will be run, which decides what a model is exported for.
+        to_run, budget: as of `find_bundle`.
 
     Raises:
-        TrioError: it is neither a bundle nor a model, or cannot be loaded or exported.
+        TrioError: it is neither a bundle nor a model, or cannot be loaded, exported or run.
     """
     from trio_deploy.bundle.bundle import Bundle
     from trio_deploy.export.cache import find_bundle
 
-    return Bundle.load(find_bundle(args.bundle, options))
+    return Bundle.load(find_bundle(args.bundle, options, to_run=to_run, budget=budget))
 
 
 def add_chat_template(command: argparse.ArgumentParser) -> None:

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trio_deploy.cli.options import add_bundle, add_runtime_options, budget_of, runtime_options
+from trio_deploy.cli.options import (
+    add_bundle,
+    add_runtime_options,
+    budget_of,
+    bundle_of,
+    runtime_options,
+)
 from trio_deploy.config.sampling import SAMPLING_OPTIONS
 from trio_deploy.errors import TrioError
 from trio_deploy.files import exists, is_folder, write_atomically
@@ -125,8 +131,11 @@ def run(args: argparse.Namespace) -> None:
         budget=budget_of(args),
         **sampling,
     )
-    request.check()  # a model may have to be exported before it is asked
-    stream = Pipeline.open(args.bundle, options).stream(request)
+    # A model may have to be exported before it is asked.
+    request.check()
+    check_pictures(images)
+    bundle = bundle_of(args, options, to_run=True, budget=request.budget)
+    stream = Pipeline.open(bundle, options).stream(request)
     for piece in stream:
         if not args.json:
             print(piece, end="", flush=True)
@@ -167,6 +176,20 @@ def asked_for(
     if not prompt.strip():
         raise TrioError("the question has no text: write something to ask")
     return prompt, [*images, *pictures]
+
+
+def check_pictures(images: Sequence[str]) -> None:
+    """Check that files are pictures, before anything else is done for them.
+
+    Raises:
+        TrioError: one is missing, or no picture.
+    """
+    from trio_deploy.families.pixels import header_size, open_image
+    from trio_deploy.pipeline.fetch import is_address
+
+    for image in images:
+        if not is_address(image) and header_size(image) is None:
+            open_image(image)
 
 
 def _names_picture(text: str) -> bool:

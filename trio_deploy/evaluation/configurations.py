@@ -30,6 +30,8 @@ from trio_deploy.runtimes.registry import (
     complete_options,
     default_target,
     load_target,
+    require_runnable,
+    require_runtime_of,
 )
 from trio_deploy.schedule.budget import for_budget, solve
 from trio_deploy.schedule.methods import METHODS
@@ -355,7 +357,8 @@ class Bundles:
             dtype: float type of exported bundles; None: the target's.
 
         Raises:
-            TrioError: there is no such target, or a bundle that exists cannot serve it.
+            TrioError: there is no such target, it is of another runtime than the one named, this
+                machine cannot run it, or a bundle that exists cannot serve it.
         """
         options = options or RuntimeOptions()
         self._source = source
@@ -368,8 +371,11 @@ class Bundles:
         if source.bundle is None:
             self._target_name = options.target or default_target(options.runtime)
             # The contents of a target's file, not its path.
-            target = json.dumps(asdict(load_target(self._target_name)), default=str)
-            asked = [target, dtype, options.runtime, options.provider]
+            target = load_target(self._target_name)
+            require_runtime_of(target.name, target.runtime, options.runtime)
+            require_runnable(options, target if dtype is None else replace(target, dtype=dtype))
+            content = json.dumps(asdict(target), default=str)
+            asked = [content, dtype, options.runtime, options.provider]
             self._run = asked + ([options.precision] if options.precision else [])
         else:
             require_served(source.bundle, options, dtype)

@@ -7,6 +7,7 @@ export, the target and the package itself. Whoever exports holds a lock, which o
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 import re
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,14 +24,25 @@ from trio_deploy import __version__
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import MANIFEST
 from trio_deploy.checkpoint.fingerprint import READ_WHOLE, digest, exported_files, of_checkpoint
-from trio_deploy.checkpoint.resolve import HUB_ID, Source, resolve
+from trio_deploy.checkpoint.resolve import HUB_ID, Source, name_of, resolve
 from trio_deploy.config.options import ExportOptions, RuntimeOptions
 from trio_deploy.config.recipe import list_recipes
 from trio_deploy.config.target import Target
 from trio_deploy.config.yaml_files import PACKAGE
 from trio_deploy.errors import TrioError
+from trio_deploy.families.registry import parse_config
 from trio_deploy.files import exists, is_file, is_folder, sha256_of, user_path
-from trio_deploy.runtimes.registry import default_target, load_target
+from trio_deploy.runtimes.registry import (
+    default_target,
+    load_target,
+    require_runnable,
+    runtime_spec,
+)
+from trio_deploy.schedule.budget import (
+    budgets_for_layers,
+    resolve_schedule,
+    schedule_at_budget,
+)
 
 if TYPE_CHECKING:  # a bundle's own folder is opened without them
     import filelock
@@ -55,6 +67,8 @@ def find_bundle(
     bundle: str | os.PathLike[str],
     options: RuntimeOptions | None = None,
     *,
+    to_run: bool = False,
+    budget: float | None = None,
     progress: bool = True,
 ) -> Path:
     """Folder of a bundle, or of a model's bundle in the cache, which is exported if it is missing.
@@ -63,13 +77,15 @@ def find_bundle(
         bundle: folder of a bundle; else a recipe's name or file, a checkpoint's folder or a hub id.
         options: how the bundle will be run; a model is exported for its target, else for the
             default target of its runtime.
+        to_run: it will be run in this process: what this cannot run is not exported.
+        budget: what will be asked for: a model that cannot have it is not exported.
         progress: show a progress bar for weights, and notes on stderr.
 
     Raises:
-        TrioError: it is none of these, or cannot be exported.
+        TrioError: it is none of these, or cannot be exported, or run as the arguments say.
     """
     folder = Path(bundle)
-    if is_file(folder / MANIFEST):
+    if is_bundle(bundle):
         return folder
     model = os.fspath(bundle)
     if is_folder(folder) and not is_file(folder / "config.json"):
@@ -82,12 +98,62 @@ def find_bundle(
             f"there is no folder {model}: pass the folder of a bundle or a checkpoint (if you mean "
             f"the hub id, `trio export --model {model}` gets it)"
         )
-    target = _target(options or RuntimeOptions())
-    if not any(_bundles().glob(f"*/{MANIFEST}")) and (exists(folder) or _is_name(model)):
-        _require_export(model)  # before anything is downloaded for it
+    use = _Use(model, options or RuntimeOptions(), to_run, budget)
+    if (exists(folder) or _is_name(model)) and not _has_entry(model):
+        use.check()  # before anything is downloaded for it
     source = resolve(model, weights_needed=True)
     assert source.folder is not None  # since weights are needed
-    return _Cached(model, source, target, progress).find()
+    return _Cached(use, source, progress).find()
+
+
+def is_bundle(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is that of a bundle's folder, rather than a model's."""
+    return is_file(Path(path) / MANIFEST)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """What a model's bundle is wanted for; the fields are arguments of `find_bundle`."""
+
+    model: str
+    options: RuntimeOptions
+    to_run: bool
+    budget: float | None
+
+    @cached_property
+    def target(self) -> Target:
+        """What the model is exported for, so that it runs as the options say."""
+        return load_target(self.options.target or default_target(self.options.runtime))
+
+    def check(self) -> None:
+        """Check what is known of a bundle that would have to be exported.
+
+        Raises:
+            TrioError: it cannot be exported, or would be of no use.
+        """
+        if self.to_run:
+            require_runnable(self.options, self.target)
+            if runtime_spec(self.options.runtime or self.target.runtime).needs_engines:
+                named = self.options.target
+                name = self.target.name if isinstance(named, Target | None) else named
+                raise TrioError(
+                    f"there are no engines of {self.model} for {name}: make them on this machine "
+                    f"with `trio build {self.model} --target {name}`"
+                )
+        if self.budget is not None:
+            self._check_budget(self.budget)
+        if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+            raise TrioError(
+                f"{self.model} has to be exported first, which needs the package {missing[0]}: "
+                "pip install 'trio-deploy[export]', or pass the folder of a bundle"
+            )
+
+    def _check_budget(self, budget: float) -> None:
+        found = resolve(self.model, weights_needed=False)
+        layers = parse_config(found.raw_config).text.num_layers
+        published = found.recipe.schedules if found.recipe else {}
+        own = resolve_schedule(layers, published=published)
+        schedule_at_budget(budget, layers, own, budgets_for_layers(published, own))
 
 
 @dataclass(frozen=True)
@@ -166,9 +232,8 @@ _DIGITS = 12  # of the key in a bundle's name
 class _Cached:
     """A model's bundle in the cache."""
 
-    model: str
+    use: _Use
     source: Source
-    target: Target
     progress: bool
 
     @property
@@ -188,7 +253,7 @@ class _Cached:
             [[file.name, file.stat().st_mtime_ns] for file in large],
             [self.source.name, self.source.source, self.source.revision],
             repr(ExportOptions()),
-            repr(sorted(asdict(self.target).items())),
+            repr(sorted(asdict(self.use.target).items())),
         ]
         return digest(what)[:_DIGITS]
 
@@ -209,23 +274,24 @@ class _Cached:
                     f"cannot write to the cache {cache_folder()} ({error.strerror}): name another "
                     f"folder by {FOLDER}"
                 ) from error
-        elif not is_folder(Path(self.model)):
-            self._note(f"{self._absent()}using the bundle of {self.model} in {folder}")
+        elif not is_folder(Path(self.use.model)):
+            self._note(f"{self._absent()}using the bundle of {self.use.model} in {folder}")
         with suppress(OSError):  # a cache that others own
             os.utime(folder)  # when it was last used
         return folder
 
     def _export(self, folder: Path) -> None:
-        _require_export(self.model)
+        self.use.check()
         from trio_deploy.export.job import export_model
 
-        self._note(f"{self._absent()}exporting {self.model} for {self.target.name} to {folder}")
-        options = ExportOptions(target=self.target, force=True)
+        model, target = self.use.model, self.use.target
+        self._note(f"{self._absent()}exporting {model} for {target.name} to {folder}")
+        options = ExportOptions(target=target, force=True)
         try:
-            export_model(self.model, folder, options, progress=self.progress)
+            export_model(model, folder, options, progress=self.progress)
         except TrioError as error:
             raise TrioError(
-                f"cannot export {self.model} to the cache: {error} (`trio export` takes options)"
+                f"cannot export {model} to the cache: {error} (`trio export` takes options)"
             ) from error
 
     def _locked(self) -> AbstractContextManager[object]:
@@ -235,11 +301,11 @@ class _Cached:
         try:
             return lock.acquire(timeout=0)
         except filelock.Timeout:
-            self._note(f"another process is exporting {self.model}: waiting for it")
+            self._note(f"another process is exporting {self.use.model}: waiting for it")
             return lock.acquire()
 
     def _absent(self) -> str:
-        return "" if exists(Path(self.model)) else f"there is no folder {self.model}: "
+        return "" if exists(Path(self.use.model)) else f"there is no folder {self.use.model}: "
 
     def _note(self, text: str) -> None:
         if self.progress:
@@ -278,6 +344,12 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).lstrip(".") or "model"
 
 
+def _has_entry(model: str) -> bool:
+    """Whether the cache has a bundle of a model, of its present files or of older ones."""
+    name = f"{glob.escape(_slug(name_of(model)))}-{'?' * _DIGITS}"
+    return any(_bundles().glob(f"{name}/{MANIFEST}"))
+
+
 def _is_name(model: str) -> bool:
     return model in list_recipes() or HUB_ID.fullmatch(model) is not None
 
@@ -288,17 +360,3 @@ def _code() -> str:
     places = [PACKAGE / name for name in _CODE.split()]
     files = [f for place in places for f in (place.rglob("*.py") if place.is_dir() else [place])]
     return digest(sorted([str(file.relative_to(PACKAGE)), sha256_of(file)] for file in files))
-
-
-def _require_export(model: str) -> None:
-    """Raises TrioError where the packages that export are not installed."""
-    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
-        raise TrioError(
-            f"{model} has to be exported first, which needs the package {missing[0]}: "
-            "pip install 'trio-deploy[export]', or pass the folder of a bundle"
-        )
-
-
-def _target(options: RuntimeOptions) -> Target:
-    """What a model is exported for, so that it runs as the options say."""
-    return load_target(options.target or default_target(options.runtime))

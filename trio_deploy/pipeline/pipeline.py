@@ -89,7 +89,11 @@ class Pipeline:
         keywords: Mapping[str, Any],
     ) -> Pipeline:
         options = replace(options or RuntimeOptions(), **keywords)
-        loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(find_bundle(bundle, options))
+        loaded = (
+            bundle
+            if isinstance(bundle, Bundle)
+            else Bundle.load(find_bundle(bundle, options, to_run=True))
+        )
         loaded.require_weights()
         options = complete_options(loaded, options)
         stages = Stages(loaded, open_runtime(options, loaded))

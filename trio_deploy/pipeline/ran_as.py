@@ -15,7 +15,12 @@ from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.files import is_folder
 from trio_deploy.runtimes.base import Engine, float_type
-from trio_deploy.runtimes.registry import complete_options, load_target, runtime_spec
+from trio_deploy.runtimes.registry import (
+    complete_options,
+    load_target,
+    require_runtime_of,
+    runtime_spec,
+)
 
 
 class RanAs(msgspec.Struct, frozen=True):
@@ -81,11 +86,9 @@ def require_served(bundle: Bundle, options: RuntimeOptions, dtype: str | None = 
         )
     if asked is None:
         return
-    if options.runtime not in (None, runtime := _runtime_of(bundle, asked)):
-        name = target_name(bundle, RuntimeOptions(target=asked, runtime=runtime))
-        raise TrioError(
-            f"the target {name} is of {runtime}, not of {options.runtime}: name one of the two"
-        )
+    runtime = _runtime_of(bundle, asked)
+    name = target_name(bundle, RuntimeOptions(target=asked, runtime=runtime))
+    require_runtime_of(str(name), str(runtime), options.runtime)
     if asked == manifest.target or (
         isinstance(asked, str) and is_folder(bundle.path / ENGINES / asked)
     ):

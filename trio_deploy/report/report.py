@@ -34,7 +34,7 @@ def write_report(
     if isinstance(bundle, Bundle):
         loaded = bundle
     else:
-        loaded = Bundle.load(find_bundle(bundle, options.runtime, progress=progress))
+        loaded = Bundle.load(find_bundle(bundle, options.runtime, to_run=True, progress=progress))
     if out.resolve().is_relative_to(loaded.path.resolve()):
         raise TrioError(f"--out {out} lies in the bundle, whose files it could replace")
     page = render(gather(loaded, options, progress=progress))

@@ -150,6 +150,11 @@ def complete_options(bundle: Bundle, options: RuntimeOptions) -> RuntimeOptions:
     chosen: Manifest | Target = bundle.manifest
     if target is not None:
         chosen = target if isinstance(target, Target) else load_target(target)
+    return _with_defaults(options, chosen)
+
+
+def _with_defaults(options: RuntimeOptions, chosen: Manifest | Target) -> RuntimeOptions:
+    """Fill in runtime, provider and precision of a target or bundle."""
     runtime = options.runtime or chosen.runtime
     if runtime != chosen.runtime:  # a provider or precision of another runtime
         return replace(options, runtime=runtime)
@@ -173,8 +178,50 @@ def open_runtime(options: RuntimeOptions | None = None, bundle: Bundle | None = 
     if bundle is not None:
         options = complete_options(bundle, options)
     options = replace(options, runtime=options.runtime or next(iter(RUNTIMES)))
+    spec = _able(options, "float32" if bundle is None else bundle.manifest.dtype)
+    return spec.open(options, bundle)
+
+
+def require_runnable(options: RuntimeOptions, target: Target) -> None:
+    """Check, before a model is exported for a target, that its bundle can be run here.
+
+    Whether there are engines, for a runtime that needs them, is not checked.
+
+    Raises:
+        TrioError: as `open_runtime`, or the runtime does not read the target's graphs.
+    """
+    options = _with_defaults(options, target)
+    spec = _able(options, target.dtype)
+    if target.dialect not in spec.dialects:
+        raise TrioError(
+            f"{spec.title} does not read the {target.dialect} dialect, which is exported for the "
+            f"target {target.name}: leave --target out, or name one of {spec.title}'s"
+        )
+    if not spec.needs_engines:
+        spec.open(options, None)
+
+
+def require_runtime_of(target: str, runtime: str, asked: str | None) -> None:
+    """Refuse a runtime that is asked for together with a target of another one.
+
+    Args:
+        target: name of the target; `runtime`: its runtime.
+        asked: the runtime that is asked for; None: none.
+
+    Raises:
+        TrioError: the two differ.
+    """
+    if asked not in (None, runtime):
+        raise TrioError(f"the target {target} is of {runtime}, not of {asked}: name one of the two")
+
+
+def _able(options: RuntimeOptions, dtype: str) -> RuntimeSpec:
+    """The runtime of completed options, which takes them and graphs of a float type.
+
+    Raises:
+        TrioError: it does not.
+    """
     spec = runtime_spec(str(options.runtime))
-    dtype = "float32" if bundle is None else bundle.manifest.dtype
     if dtype not in spec.dtypes:
         able = [other.default_target for other in _specs() if dtype in other.dtypes]
         raise TrioError(
@@ -182,7 +229,7 @@ def open_runtime(options: RuntimeOptions | None = None, bundle: Bundle | None = 
             f"or with --target {_any_of([name for name in able if name])}"
         )
     check_options(options, dtype)
-    return spec.open(options, bundle)
+    return spec
 
 
 def open_engine(path: str | os.PathLike[str], runtime: str | None = None, **options: Any) -> Engine:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.checkpoint.resolve import from_folder
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.families.base import TILES_AT_ONCE
 from trio_deploy.pipeline.pipeline import Pipeline
@@ -33,7 +34,7 @@ from trio_deploy.verify.compare import (
 from trio_deploy.verify.engines import compare_engines
 from trio_deploy.verify.examples import Example, default_examples
 from trio_deploy.verify.golden import Reference, load, store
-from trio_deploy.verify.oracle import NEW_TOKENS, ask_oracle, compare_inputs
+from trio_deploy.verify.oracle import NEW_TOKENS, ask_oracle, compare_inputs, require_oracle
 from trio_deploy.verify.origin import compare_origin
 from trio_deploy.verify.report import Report
 
@@ -64,6 +65,10 @@ def check(
     Raises:
         TrioError: torch or transformers is missing, or nothing was recorded.
     """
+    if checkpoint is not None:
+        from_folder(Path(checkpoint))
+    if not golden:
+        require_oracle()  # a model may have to be exported first
     pipeline = Pipeline.open(bundle, options, **keywords)
     loaded = pipeline.bundle
     # Before transformers takes a wrong path for a name on the hub.
@@ -123,6 +128,9 @@ def record(
     Raises:
         TrioError: torch or transformers is missing.
     """
+    if checkpoint is not None:
+        from_folder(Path(checkpoint))
+    require_oracle()
     pipeline = Pipeline.open(bundle, options, **keywords)
     loaded = pipeline.bundle
     return store(loaded, ask_oracle(loaded, pipeline, examples or default_examples(), checkpoint))

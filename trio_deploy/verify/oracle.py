@@ -5,6 +5,7 @@ torch and transformers are imported only here, on first use.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,7 @@ def ask_oracle(
         from trio_deploy.reference.oracle import Oracle, Row
         from trio_deploy.reference.restore import restore_model
     except ImportError as error:
-        raise TrioError(
-            f"comparing with the oracle needs {error.name}: pip install 'trio-deploy[reference]', "
-            "or check against a recorded reference with --golden"
-        ) from error
+        raise _needed(error.name) from error
     manifest = bundle.manifest
     options: dict[str, Any] = {
         "probe": manifest.probe,
@@ -70,6 +68,24 @@ def ask_oracle(
     ends = set(manifest.generation.eos_token_ids)
     tokens = [_until_end(row, ends) for row in result.token_ids]
     return Reference(list(examples), result.stages, tokens)
+
+
+def require_oracle() -> None:
+    """Check that the oracle's packages are installed, without importing them.
+
+    Raises:
+        TrioError: names one that is not.
+    """
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise _needed(name)
+
+
+def _needed(package: str | None) -> TrioError:
+    return TrioError(
+        f"comparing with the oracle needs {package}: pip install 'trio-deploy[reference]', "
+        "or check against a recorded reference with --golden"
+    )
 
 
 def compare_inputs(

@@ -30,13 +30,10 @@ from trio_deploy.errors import TrioError
 from trio_deploy.files import format_bytes, sha256_of
 from trio_deploy.runtimes.tensorrt.bindings import BuildOptions, Log, Progress
 from trio_deploy.runtimes.tensorrt.compiling import Compiled, Job
-from trio_deploy.runtimes.tensorrt.dry_run.rules import (
-    require_dialect,
-    require_tensorrt,
-)
+from trio_deploy.runtimes.tensorrt.dry_run.rules import require_dialect
 from trio_deploy.runtimes.tensorrt.profiles import Profile, profiles
 from trio_deploy.runtimes.tensorrt.record import Gpu, Record, StageRecord
-from trio_deploy.runtimes.tensorrt.target import DIALECTS
+from trio_deploy.runtimes.tensorrt.target import DIALECTS, require_tensorrt
 
 TIMING_CACHE = "timing.cache"
 LOG = "build.log"

@@ -26,6 +26,19 @@ TARGET_KEYS = (
 )
 
 
+def require_tensorrt(target: Target) -> None:
+    """Reject a target with another runtime.
+
+    Raises:
+        TrioError: the target's runtime is not TensorRT.
+    """
+    if target.runtime != "tensorrt":
+        raise TrioError(
+            f"the target {target.name} runs {target.runtime}: engines are for targets with "
+            "`runtime: tensorrt`; export the bundle for one, such as --target l4 (`ls engines`)"
+        )
+
+
 def parse_version(text: str) -> tuple[int, int]:
     """(major, minor) of `10.3` or `8.6.1.post1`.
 

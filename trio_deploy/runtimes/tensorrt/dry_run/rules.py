@@ -37,6 +37,7 @@ from trio_deploy.runtimes.tensorrt.target import (
     OLDEST_TENSORRT,
     dialects_of_version,
     parse_version,
+    require_tensorrt,
 )
 
 _CORNERS = ("min", "opt", "max")
@@ -179,19 +180,6 @@ def require_dialect(dialect: str, version: str, bundle: str) -> None:
             f"{bundle} has graphs in the {dialect} dialect, but TensorRT {version} reads "
             f"{' or '.join(able)}: export again with --target TARGET of this device, or with "
             f"--dialect {able[0]}"
-        )
-
-
-def require_tensorrt(target: Target) -> None:
-    """Reject a target with another runtime.
-
-    Raises:
-        TrioError: the target's runtime is not TensorRT.
-    """
-    if target.runtime != "tensorrt":
-        raise TrioError(
-            f"the target {target.name} runs {target.runtime}: engines are for targets with "
-            "`runtime: tensorrt`; export the bundle for one, such as --target l4 (`ls engines`)"
         )
 
 
