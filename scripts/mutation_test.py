@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
+import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -73,17 +76,14 @@ def mutants(module: Path) -> Iterator[Mutant]:
 
     source = module.read_text(encoding="utf-8")
     idle = annotated(source)
+    nodes = list(ast_nodes(get_ast(source)))
     seen = set()
     for name in operator_names():
         kind = get_operator(name)
         if kind.arguments() or name.endswith(("_Is", "_IsNot", "_Is_Eq", "_IsNot_NotEq")):
             continue
         operator = kind()
-        places = [
-            place
-            for node in ast_nodes(get_ast(source))
-            for place in operator.mutation_positions(node)
-        ]
+        places = [place for node in nodes for place in operator.mutation_positions(node)]
         for number, (start, _) in enumerate(places):
             if any(first <= start < last for first, last in idle):
                 continue
@@ -125,6 +125,18 @@ def noticed(copy: Path, tests: Sequence[str], seconds: float) -> bool:
     return status != 0
 
 
+def load_libraries(copy: Path, tests: Sequence[str]) -> None:
+    """Import once, for all children, the other packages that the tests import at their head."""
+    code = "import json, sys, pytest; pytest.main(sys.argv[1:]); print(json.dumps([*sys.modules]))"
+    command = [sys.executable, "-c", code, "--collect-only", "-q", "-p", "no:xdist", *tests]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(copy), *sys.path])}
+    done = subprocess.run(command, cwd=copy, env=environment, stdout=subprocess.PIPE, check=True)
+    for name in json.loads(done.stdout.splitlines()[-1]):
+        if name.partition(".")[0] not in ("__main__", "trio_deploy", "tests"):
+            with contextlib.suppress(Exception):  # a few come into being with another
+                import_module(name)
+
+
 def run_tests(copy: Path, tests: Sequence[str]) -> int:
     """Run tests in the copy and return pytest's exit status; for a process of its own."""
     import pytest
@@ -148,17 +160,6 @@ def main() -> int:
     tests = [str(path.relative_to(ROOT)) for path in paths if path not in modules]
     if not modules or not tests:
         parser.error("name at least one module of trio_deploy and one test")
-    # What the tests need, loaded here once and not in every child.
-    for name in (
-        "hypothesis.strategies",
-        "ml_dtypes",
-        "msgspec",
-        "numpy",
-        "PIL.Image",
-        "tokenizers",
-    ):
-        import_module(name)
-
     found = [mutant for module in modules for mutant in mutants(module)]
     if args.sample is not None and args.sample < len(found):
         found = random.Random(args.seed).sample(found, args.sample)
@@ -183,6 +184,7 @@ def main() -> int:
 
 def surviving(copy: Path, found: Sequence[Mutant], tests: Sequence[str]) -> list[Mutant]:
     """The mutants that no test notices, each printed when it is found."""
+    load_libraries(copy, tests)
     begin = monotonic()
     if noticed(copy, tests, 3600):
         raise SystemExit("the tests fail without a mutation: mend that first")
