@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import compileall
 import contextlib
 import difflib
+import gc
 import json
 import os
+import py_compile
 import random
 import shutil
 import signal
@@ -35,7 +38,16 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_EFFECT = ROOT / "tests" / "mutants_without_effect.yaml"
-COPIED = ("trio_deploy", "export", "engines", "tests", "scripts", "examples", "pyproject.toml")
+COPIED = (
+    "trio_deploy",
+    "export",
+    "engines",
+    "tests",
+    "scripts",
+    "examples",
+    "docs",
+    "pyproject.toml",
+)
 NOT_COPIED = shutil.ignore_patterns("__pycache__")
 TIMEOUT = 4  # times the seconds that the tests take without a mutation, at least MIN_TIMEOUT
 MIN_TIMEOUT = 30
@@ -135,6 +147,7 @@ def load_libraries(copy: Path, tests: Sequence[str]) -> None:
         if name.partition(".")[0] not in ("__main__", "trio_deploy", "tests"):
             with contextlib.suppress(Exception):  # a few come into being with another
                 import_module(name)
+    gc.freeze()
 
 
 def run_tests(copy: Path, tests: Sequence[str]) -> int:
@@ -184,6 +197,9 @@ def main() -> int:
 
 def surviving(copy: Path, found: Sequence[Mutant], tests: Sequence[str]) -> list[Mutant]:
     """The mutants that no test notices, each printed when it is found."""
+    # By hash, since a mutant may be as long and as old as what was there before.
+    mode = py_compile.PycInvalidationMode.CHECKED_HASH
+    compileall.compile_dir(copy, quiet=1, invalidation_mode=mode)
     load_libraries(copy, tests)
     begin = monotonic()
     if noticed(copy, tests, 3600):

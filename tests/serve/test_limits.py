@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from trio_deploy.serve import limits
 from trio_deploy.serve.limits import ServiceLimits, parse_settings, setting_kinds
 
 KINDS = setting_kinds(ServiceLimits, BatcherLimits)
+DOCUMENT = Path(__file__).parents[2] / "docs" / "triton.md"
 
 
 def test_settings_are_the_fields_of_the_limits() -> None:
@@ -128,3 +131,25 @@ def test_as_many_pixels_as_are_decoded_may_be_allowed() -> None:
         parse_settings({"max_image_pixels": str(MAX_PIXELS)}, KINDS)
     )
     assert limits.max_image_pixels == MAX_PIXELS
+
+
+def documented_defaults() -> dict[str, int | None]:
+    """Defaults of the table of settings, None where it names no number."""
+    units = {"": 1, "KiB": 2**10, "MiB": 2**20, "million": 10**6}
+    table = DOCUMENT.read_text(encoding="utf-8").partition("\n| setting | default |")[2]
+    defaults: dict[str, int | None] = {}
+    for row in re.findall(r"^\| (`.+?) \| (.+?) \|", table, re.M):
+        names, texts = (cell.split(", ") for cell in row)
+        for name, text in zip(names, texts, strict=False):
+            number = re.fullmatch(r"(\d+) ?(\w*)", text)
+            defaults[name.strip("`")] = int(number[1]) * units[number[2]] if number else None
+    return defaults
+
+
+def test_the_defaults_are_those_of_the_documents_table() -> None:
+    limits, documented = ServiceLimits(), documented_defaults()
+    actual = {
+        name: getattr(limits, name) if hasattr(limits, name) else getattr(limits.batcher, name)
+        for name in KINDS
+    }
+    assert {name: documented[name] for name in KINDS} == actual
