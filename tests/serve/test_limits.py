@@ -64,6 +64,11 @@ def test_flags_and_texts_are_read(text: str, kind: str, value: Any) -> None:
     ("settings", "message"),
     [
         ({"max_image": "3"}, "unknown parameter 'max_image'"),
+        ({"other": "1", "max_image": "3"}, "unknown parameter 'max_image': there are budget, "),
+        ({"budget": "half"}, "budget must be a number, got 'half'"),
+        ({"prefillers": "300"}, "prefillers must be at most 256"),
+        ({"preparers": "300"}, "preparers must be at most 256"),
+        ({"max_images": "5000"}, "max_images must be at most 4096"),
         ({"max_rows": "0"}, "max_rows must be 1 or more"),
         ({"max_rows": "1.5"}, "max_rows must be a whole number"),
         ({"prefillers": "-1"}, "prefillers must be 0 or more"),
@@ -78,6 +83,7 @@ def test_flags_and_texts_are_read(text: str, kind: str, value: Any) -> None:
         ({"max_timeout_s": "1e9"}, "max_timeout_s must be at most 86400, got 1000000000"),
         ({"max_timeout_s": "86400.5"}, "max_timeout_s must be at most 86400, got 86400.5"),
         ({"max_timeout_s": "0"}, "max_timeout_s must be above 0, got 0"),
+        ({"max_timeout_s": "-1"}, "max_timeout_s must be above 0, got -1"),
         ({"max_timeout_s": "inf"}, "max_timeout_s must be above 0, got inf"),
         ({"max_tokens": "1" * 5000}, "max_tokens must be a whole number"),
         ({"max_tokens": str(2**63)}, "max_tokens must be 1 or more"),
@@ -96,6 +102,19 @@ def test_the_greatest_value_of_a_limit_is_taken_and_nothing_above_it(name: str) 
     above = greatest + (1 if kinds[name] == "int" else 0.001)
     with pytest.raises(TrioError, match=f"{name} must be at most {greatest}, got "):
         parse_settings({name: str(above)}, kinds)
+
+
+def test_no_count_but_that_of_prefillers_may_be_zero() -> None:
+    kinds = KINDS | setting_kinds(RuntimeOptions)
+    for name in (name for name, kind in kinds.items() if kind == "int"):
+        least = 0 if name == "prefillers" else 1
+        assert parse_settings({name: str(least)}, kinds) == {name: least}
+        with pytest.raises(TrioError, match=f"{name} must be {least} or more, got {least - 1}"):
+            parse_settings({name: str(least - 1)}, kinds)
+
+
+def test_a_limit_without_a_maximum_may_be_as_large_as_a_signed_integer_of_64_bits() -> None:
+    assert parse_settings({"max_tokens": str(2**63 - 1)}, KINDS) == {"max_tokens": 2**63 - 1}
 
 
 @pytest.mark.parametrize(

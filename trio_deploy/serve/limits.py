@@ -29,6 +29,12 @@ _MAXIMA = {
     "max_image_pixels": MAX_PIXELS,
 }
 
+# Types that a number may have in Python by the kind of its setting, and what they are called.
+_NUMBERS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+}
+
 
 @dataclass(frozen=True)
 class ServiceLimits:
@@ -69,9 +75,8 @@ class ServiceLimits:
         """Raises TrioError for limits out of range, of a wrong type, or that contradict others."""
         for name, kind in setting_kinds(type(self)).items():
             if (value := getattr(self, name)) is not None:
-                number = type(value) is int or (kind == "float" and type(value) is float)
-                if not number:
-                    what = "a whole number" if kind == "int" else "a number"
+                types, what = _NUMBERS[kind]
+                if type(value) not in types:
                     raise TrioError(f"{name} must be {what}, got {brief(value)}")
                 if name == _BUDGET:
                     check_budget(value)
