@@ -19,6 +19,7 @@ runtime: tensorrt
 tensorrt: "{tensorrt}"
 dialect: {dialect}
 decode_layout: {layout}
+weights: {weights}
 dtype: float32
 compute_capability: "9.0"
 memory_gib: 2
@@ -44,10 +45,13 @@ KINDS = [
 ]
 
 
-def make_target(folder: Path, tensorrt: str, dialect: str, layout: str) -> Path:
+def make_target(
+    folder: Path, tensorrt: str, dialect: str, layout: str, weights: str = "constants"
+) -> Path:
     """A target's file with small limits."""
     file = folder / "test-gpu.yaml"
-    text = TARGET.format(tensorrt=".".join(tensorrt.split(".")[:2]), dialect=dialect, layout=layout)
+    version = ".".join(tensorrt.split(".")[:2])
+    text = TARGET.format(tensorrt=version, dialect=dialect, layout=layout, weights=weights)
     file.write_text(text)
     return file
 

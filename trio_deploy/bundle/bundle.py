@@ -107,7 +107,7 @@ class Bundle:
         """
         for name, stage in self.stages.items():
             read = schema_1.external_tensors(self.graph(name))
-            for tensor in sorted(read.keys() ^ set(stage.tensors)):
+            for tensor in sorted(read.keys() ^ set(stage.constants)):
                 raise TrioError(
                     f"the manifest of {self.path} and the graph of {name} disagree on whether it "
                     f"reads {tensor}: export the bundle again"
@@ -206,6 +206,10 @@ class Bundle:
     def places(self, stage: str) -> Mapping[str, TensorPlace]:
         """Where the weights of a stage's graph are stored, by name."""
         return {name: self.manifest.tensors[name] for name in self.stages[stage].tensors}
+
+    def constant_places(self, stage: str) -> Mapping[str, TensorPlace]:
+        """The same of those that are constants of the graph, by name."""
+        return {name: self.manifest.tensors[name] for name in self.stages[stage].constants}
 
     def with_end_tokens(self, token_ids: Sequence[int]) -> Bundle:
         """The same bundle with other tokens that end an answer; none: only its length does."""

@@ -54,6 +54,8 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
             continue
         for word, tensors in (("in ", stage.inputs), ("out", stage.outputs)):
             lines.extend(f"    {word} {line}" for line in _tensor_lines(tensors))
+        if stage.weight_inputs:
+            lines.append(f"    in  {len(stage.weight_inputs)} weights, which the runtime binds")
     lines.append("made with  " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()))
     return "\n".join(lines)
 

@@ -101,6 +101,8 @@ class StageInfo(msgspec.Struct, frozen=True, omit_defaults=True):
         file: path of the graph in the bundle.
         inputs, outputs: in the graph's order.
         tensors: names of the weights it refers to, entries of `Manifest.tensors`.
+        weight_inputs: those of them that are inputs of the graph, which the runtime binds; they
+            are not among `inputs`.
     """
 
     name: str
@@ -112,6 +114,12 @@ class StageInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     inputs: tuple[TensorInfo, ...] = ()
     outputs: tuple[TensorInfo, ...] = ()
     tensors: tuple[str, ...] = ()
+    weight_inputs: tuple[str, ...] = ()
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Names of the weights that are constants of the graph, whose data it refers to."""
+        return tuple(name for name in self.tensors if name not in self.weight_inputs)
 
     @property
     def label(self) -> str:
@@ -254,6 +262,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
                     raise TrioError(
                         f"the tensor {name} of {stage.name} has no place: export the bundle again"
                     )
+            if unknown := set(stage.weight_inputs) - set(stage.tensors):
+                raise TrioError(
+                    f"the graph of {stage.name} takes {min(unknown)} as an input, which is not "
+                    "among its weights: export the bundle again"
+                )
         for name, place in self.tensors.items():
             _check_place(name, place, self.files)
         SamplingOptions.from_json(self.generation.sampling)

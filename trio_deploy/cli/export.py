@@ -20,6 +20,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_schedule(command)
     command.add_argument("--dtype", help="float32, float16 or bfloat16 (default: the target's)")
     command.add_argument("--dialect", help="ort, onnx or primitive (default: the target's)")
+    command.add_argument(
+        "--weights",
+        help="constants of the graphs, or inputs, of which one copy in memory serves all stages "
+        "(dialect onnx; default: the target's)",
+    )
     command.add_argument("--target", help="name or file of the target (default: cpu)")
     add_chat_template(command)
     command.add_argument(
@@ -59,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
         method=args.method,
         dtype=args.dtype,
         dialect=args.dialect,
+        weights=args.weights,
         target=args.target,
         chat_template=args.chat_template,
         link_weights=args.link_weights,

@@ -63,6 +63,8 @@ class ExportOptions:
         method: selection method of pruning points that name none; None: the recipe's, else trio.
         dtype: float type of graphs and weights; None: the target's.
         dialect: dialect of the graphs; None: the target's.
+        weights: `constants` of the graphs, or `inputs`, which the runtime binds: one copy in memory
+            for all stages; None: the target's.
         target: name or file of a target, or the target itself; None: `cpu`.
         chat_template: file with the chat template, instead of the checkpoint's; `none`: there is
             none, and the bundle takes raw prompts alone, as base models do.
@@ -77,6 +79,7 @@ class ExportOptions:
     method: str | None = None
     dtype: str | None = None
     dialect: str | None = None
+    weights: str | None = None
     target: str | Path | Target | None = None
     chat_template: str | Path | None = None
     link_weights: bool = False

@@ -25,12 +25,15 @@ RUNTIME_KEYS = (
     "provider",
     "tensorrt",
     "decode_layout",
+    "weights",
     "compute_capability",
     "memory_gib",
     "reserved_gib",
     "workspace_gib",
     "limits",
 )
+#: How graphs hold their matrices.
+WEIGHTS = ("constants", "inputs")
 _KEYS = ("description", "runtime", "dialect", "dtype", "precision", *RUNTIME_KEYS)
 
 
@@ -74,6 +77,7 @@ class Target:
         tensorrt: version of TensorRT on the device, such as `10.3`.
         decode_layout: `separate` (a decode engine of all layers) or `shared` (the engines of the
             segments decode too, and weights are on the device once).
+        weights: whether matrices are `constants` of the graphs or their `inputs`.
         compute_capability: compute capability of the GPU, such as `8.7`; None: any.
         memory_gib: GiB of device memory; None: unknown.
         reserved_gib: GiB of it that the system and other programs need.
@@ -90,6 +94,7 @@ class Target:
     provider: str | None = None
     tensorrt: str | None = None
     decode_layout: str | None = None
+    weights: str = "constants"
     compute_capability: str | None = None
     memory_gib: float | None = None
     reserved_gib: float = 0.0
@@ -142,6 +147,7 @@ def read_target(file: Path) -> Target:
         provider=text_of(file, raw, "provider"),
         tensorrt=_version(file, raw, "tensorrt"),
         decode_layout=text_of(file, raw, "decode_layout"),
+        weights=choice(file, raw, "weights", WEIGHTS, WEIGHTS[0]),
         compute_capability=_version(file, raw, "compute_capability"),
         memory_gib=_gib(file, raw, "memory_gib"),
         reserved_gib=0.0 if reserved is None else reserved,

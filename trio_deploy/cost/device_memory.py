@@ -52,14 +52,9 @@ def fit(
 
 @lru_cache(maxsize=4)
 def _graphs(
-    config: ModelConfig, schedule: Schedule, dialect: str, separate: bool, dtype: str
+    config: ModelConfig, schedule: Schedule, options: GraphOptions
 ) -> tuple[tuple[StageInfo, ...], dict[str, onnx.ModelProto]]:
     """The stages of a model and their graphs, which one plan needs several times."""
-    options = GraphOptions(
-        dialect=dialect,  # type: ignore[arg-type]  # of a checked target
-        dtype=dtype,  # type: ignore[arg-type]
-        separate_decode=separate,
-    )
     made = planned_graphs(config, schedule.points, options)
     graphs = {stage.name: onnx.load_model_from_string(content) for stage, content in made}
     return tuple(stage for stage, _ in made), graphs
@@ -71,13 +66,18 @@ def planned(
     target: Target,
     budgets: Mapping[float, Schedule] | None,
 ) -> Memory:
-    """Memory of a model on a target, with the target's decode layout.
+    """Memory of a model on a target, with the target's decode layout and weights.
 
     Raises:
         TrioError: the target's limits do not suit the model.
     """
-    separate = target.decode_layout == "separate"
-    stages, graphs = _graphs(config, schedule, target.dialect, separate, target.dtype)
+    options = GraphOptions(
+        dialect=target.dialect,
+        dtype=target.dtype,  # type: ignore[arg-type]  # of a checked target
+        weights=target.weights,  # type: ignore[arg-type]
+        separate_decode=target.decode_layout == "separate",
+    )
+    stages, graphs = _graphs(config, schedule, options)
     return memory(stages, graphs, config, schedule, target, budgets)
 
 
@@ -96,7 +96,7 @@ class _Model:
 
 def _other_layout(target: Target) -> Target:
     if target.decode_layout == "separate":
-        return replace(target, decode_layout="shared", dialect="primitive")
+        return replace(target, decode_layout="shared", dialect="primitive", weights="constants")
     dialect = target_dialects(target)[0]
     return replace(target, decode_layout="separate", dialect=dialect)
 
@@ -116,6 +116,14 @@ def _advice(model: _Model, result: Fit) -> Iterator[str]:
         layout = f"`decode_layout: {best.decode_layout}` and `dialect: {best.dialect}`"
         if result.layouts[1].total <= usable:
             yield f"it fits with {layout}, in a copy of the target's file (--target FILE)"
+            return
+    if target.weights == "constants" and "onnx" in target_dialects(target):
+        changed = replace(target, decode_layout="separate", dialect="onnx", weights="inputs")
+        if model.memory(changed).total <= usable:
+            yield (
+                "it fits with `weights: inputs`, `dialect: onnx` and `decode_layout: separate`, in "
+                "a copy of the target's file (--target FILE)"
+            )
             return
     weights = min(each.all_weights for each in result.layouts)
     if weights < usable:

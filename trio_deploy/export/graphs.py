@@ -16,6 +16,7 @@ from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.stages import build_decode, build_embed, build_prefill, build_vision
 from trio_deploy.graphs.values import FLOAT_TYPES, dtype_of, shape_of
+from trio_deploy.graphs.weight import Weight
 from trio_deploy.graphs.weights import stored_weights
 from trio_deploy.quant.stored_weight import StoredWeight, parts_of
 from trio_deploy.schedule.methods import encoder_scores
@@ -60,7 +61,8 @@ def build_graphs(
     """Build the graph of each stage of `plan_stages`, by the stage's name.
 
     Initializers that belong to the checkpoint carry canonical names, shape and dtype, and no data
-    (`const_value` is None); small constants are inline. Pure.
+    (`const_value` is None); small constants are inline. With `weights: inputs` the matrices among
+    them are the graph's last inputs instead. Pure.
 
     Raises:
         TrioError: layers that do not increase or lie outside the model, or an unknown method.
@@ -84,7 +86,20 @@ def build_graphs(
         start, stop = stage.layers[0], stage.layers[-1] + 1
         return build_prefill(config, stage.index, start, stop, options)
 
-    return {stage.name: build(stage) for stage in stages}
+    models = {stage.name: build(stage) for stage in stages}
+    if options.weights == "inputs":
+        for model in models.values():
+            _take_matrices_as_inputs(model)
+    return models
+
+
+def _take_matrices_as_inputs(model: ir.Model) -> None:
+    """Turn initializers of two axes or more that stand for weights into inputs of the graph."""
+    graph = model.graph
+    for value in open_weights(model):
+        if len(shape_of(value)) > 1:
+            del graph.initializers[str(value.name)]
+            graph.inputs.append(value)
 
 
 def planned_graphs(
@@ -114,7 +129,7 @@ def used_weights(
     parts = {part.name: part for part in parts_of(weights)}
     names: set[str] = set()
     for stage, model in models.items():
-        for value in open_initializers(model):
+        for value in open_weights(model):
             name = str(value.name)
             if name not in parts:
                 raise TrioError(f"the graph {stage} asks for a tensor {name}, which no model has")
@@ -128,14 +143,15 @@ def used_weights(
     return [weight for weight in weights if any(part.name in names for part in weight.parts)]
 
 
-def open_initializers(model: ir.Model) -> list[ir.Value]:
-    """Initializers without data: those that stand for a part of a weight."""
-    return [
+def open_weights(model: ir.Model) -> list[ir.Value]:
+    """Values that stand for a part of a weight: initializers without data, or inputs."""
+    constants = [
         value
         for graph in model.graphs()
         for value in graph.initializers.values()
         if value.const_value is None
     ]
+    return constants + [value for value in model.graph.inputs if isinstance(value, Weight)]
 
 
 def serialised(
@@ -151,8 +167,11 @@ def serialised(
     described, contents = [], {}
     for stage in stages:
         model = models[stage.name]
-        weights = open_initializers(model)
+        weights = open_weights(model)
+        fed = [value for value in weights if value.is_graph_input()]
         for value in weights:
+            if value.is_graph_input():
+                continue
             place = places[str(value.name)]
             value.const_value = ir.ExternalTensor(
                 place.file,
@@ -168,9 +187,12 @@ def serialised(
             msgspec.structs.replace(
                 stage,
                 file=file,
-                inputs=tuple(_describe(stage.kind, v, True) for v in model.graph.inputs),
+                inputs=tuple(
+                    _describe(stage.kind, v, True) for v in model.graph.inputs if v not in fed
+                ),
                 outputs=tuple(_describe(stage.kind, v, False) for v in model.graph.outputs),
                 tensors=tuple(str(value.name) for value in weights),
+                weight_inputs=tuple(str(value.name) for value in fed),
             )
         )
     return tuple(described), contents

@@ -361,6 +361,7 @@ def _graph_options(recipe: Recipe | None, target: Target, options: ExportOptions
         raise TrioError(f"the threshold is {values['threshold']}, but cosines lie in (0, 1]")
     return GraphOptions(
         dialect=str(options.dialect),
+        weights=options.weights or target.weights,  # type: ignore[arg-type]
         dtype=options.dtype,  # type: ignore[arg-type]
         separate_decode=target.decode_layout == "separate",
         **values,

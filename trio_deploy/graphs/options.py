@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trio_deploy.config.options import DEFAULT_THRESHOLD
+from trio_deploy.config.target import WEIGHTS
 from trio_deploy.errors import TrioError
 from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.dialects.table import DIALECTS
@@ -24,6 +25,8 @@ class GraphOptions:
         probes: number of probes per row at most.
         positions: position of a kept token: as before (`original`) or its new index (`renumber`).
         threshold: cosine similarity at and above which a kept token suppresses another.
+        weights: whether matrices are `constants` of the graphs or their `inputs`, of which one copy
+            serves all stages. Vectors are constants in either case.
         separate_decode: whether to write decode.onnx; always true for a dialect whose prefill
             graphs take no past.
     """
@@ -34,6 +37,7 @@ class GraphOptions:
     probes: int = 4
     positions: Literal["original", "renumber"] = "renumber"
     threshold: float = DEFAULT_THRESHOLD
+    weights: Literal["constants", "inputs"] = "constants"
     separate_decode: bool = False
 
     def __post_init__(self) -> None:
@@ -42,12 +46,20 @@ class GraphOptions:
             ("dtype", FLOAT_TYPES),
             ("probe", ("last", "shifted")),
             ("positions", ("original", "renumber")),
+            ("weights", WEIGHTS),
         ):
             value = getattr(self, name)
             if value not in allowed:
                 raise TrioError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
         if self.probes < 1:
             raise TrioError(f"probes must be at least 1, not {self.probes}")
+        if self.weights == "inputs" and not DIALECTS[self.dialect].takes_matrices_as_inputs:
+            able = [name for name, made in DIALECTS.items() if made.takes_matrices_as_inputs]
+            raise TrioError(
+                f"{self.dialect} graphs cannot take their weights as inputs, since they would "
+                f"transpose every matrix at every run: choose the dialect {' or '.join(able)}, or "
+                "weights as constants"
+            )
         if DIALECTS[self.dialect].always_decodes_apart and not self.separate_decode:
             object.__setattr__(self, "separate_decode", True)
 

@@ -175,7 +175,8 @@ class Runtime(Protocol):
 
         Args:
             weights: where the graph's weights are stored, relative to its folder, for runtimes that
-                share them between graphs.
+                share them between graphs. Those that are inputs of the graph are bound to the
+                engine, and are not among its `inputs`.
             keep_precision: compute all but products with weights in the graph's own precision,
                 whatever the options say, since the graph decides which tokens are kept.
             shares_weights: whether other graphs use the same weights (select, embed): refer to the

@@ -4,8 +4,9 @@ A segment's session copies its matrices into private memory, rearranged ("prepac
 the file, so layers that only segments use are in memory once. Select and embed graphs use the same
 tensors as segments: they read the file's pages, mapped once for all of them, which belong to the
 page cache and may be evicted; a select graph rearranges only the key projection, by which it
-multiplies all its rows. With `low_memory` all sessions read the file's pages, and no weight is in
-private memory. Measurements: docs/measurements.
+multiplies all its rows. Matrices that are inputs of the graphs are read from the mapped file by all
+stages. With `low_memory` all sessions read the file's pages, and no weight is in private memory.
+Measurements: docs/measurements.
 """
 
 from __future__ import annotations
@@ -158,11 +159,15 @@ class OrtRuntime(HostRuntime):
             # first run of each new prompt length allocates in it.
             options.add_session_config_entry("session.use_env_allocators", "1")
             options.enable_mem_pattern = False
+        places = weights or {}
         shared: list[Any] = []
         if on_cpu and (shares_weights or self._low_memory):
             if self._low_memory:
                 options.add_session_config_entry("session.disable_prepacking", "1")
-            shared = self._share_weights(options, path.parent, weights or {})
+            for name, place in places.items():
+                if place.dtype != "bfloat16":  # there are no CPU kernels for it
+                    shared.append(self._weight(path.parent, place))
+                    options.add_initializer(name, shared[-1])
         try:
             session = ort.InferenceSession(str(path), options, providers=[self.provider])
         except Exception as error:  # ONNX Runtime raises many types for this
@@ -173,33 +178,41 @@ class OrtRuntime(HostRuntime):
                 f"{self.provider} was requested, but ONNX Runtime uses {', '.join(used)}: see its "
                 "log for the reason (for CUDA: the CUDA and cuDNN libraries it needs)"
             )
-        return OrtEngine(session, "cpu" if on_cpu else "cuda", shared)
+        bound = {
+            entry.name: self._weight(path.parent, places[entry.name])
+            for entry in session.get_inputs()
+            if entry.name in places
+        }
+        return OrtEngine(session, "cpu" if on_cpu else "cuda", shared, bound)
 
-    def _share_weights(
-        self, options: Any, folder: Path, weights: Mapping[str, TensorPlace]
-    ) -> list[Any]:
-        shared = []
-        for name, place in weights.items():
-            key = (folder.resolve(), place.file, place.offset)
-            if key not in self._values:
-                if place.dtype == "bfloat16":
-                    continue  # there are no CPU kernels for it
-                view = self._weights.view(folder, place)
-                self._values[key] = self._ort.OrtValue.ortvalue_from_numpy(view)
-            options.add_initializer(name, self._values[key])
-            shared.append(self._values[key])
-        return shared
+    def _weight(self, folder: Path, place: TensorPlace) -> Any:
+        """A weight where sessions read it: mapped, or once in the memory of the GPU."""
+        key = (folder.resolve(), place.file, place.offset)
+        if key not in self._values:
+            device = "cpu" if self.provider == _PROVIDERS["cpu"] else "cuda"
+            view = self._weights.view(folder, place)
+            self._values[key] = self._ort.OrtValue.ortvalue_from_numpy(view, device, 0)
+        return self._values[key]
 
 
 class OrtEngine:
     """One session."""
 
-    def __init__(self, session: Any, device: str, shared: list[Any]) -> None:
+    def __init__(
+        self, session: Any, device: str, shared: list[Any], bound: Mapping[str, Any]
+    ) -> None:
+        """Use `OrtRuntime.open`.
+
+        Args:
+            shared: weights that the session refers to and does not keep alive.
+            bound: weights that are inputs of the graph, by name.
+        """
         self._session = session
         self._device = device
         self._shared = shared
+        self._bound = bound
         self._ort = _onnxruntime()
-        self.inputs = _specs(session.get_inputs())
+        self.inputs = _specs([each for each in session.get_inputs() if each.name not in bound])
         self.outputs = _specs(session.get_outputs())
         # A graph is computed in its own type, by the first of the session's providers that can.
         precision = float_type(self.inputs, self.outputs)
@@ -246,7 +259,7 @@ class OrtEngine:
     ) -> tuple[Any, dict[str, Any]]:
         binding = self._session.io_binding()
         values = {name: self._value(feeds[name], self._device) for name in self.inputs}
-        for name, value in values.items():
+        for name, value in {**values, **self._bound}.items():
             binding.bind_ortvalue_input(name, value)
         for name, array in into.items():
             # One value per buffer: the present and the past of a cache may be the same.
@@ -329,7 +342,7 @@ RUNTIME = RuntimeSpec(
     },
     open=_open,
     default_target="cpu",
-    target_keys=("provider",),
+    target_keys=("provider", "weights"),
     devices={"cpu": "cpu", "gpu": "cuda"},
     check_target=_check_target,
 )

@@ -31,7 +31,12 @@ from trio_deploy.runtimes import arrays
 from trio_deploy.runtimes.registry import open_runtime
 from trio_deploy.runtimes.tensorrt.bindings import load
 from trio_deploy.runtimes.tensorrt.device import Device, DeviceArray
-from trio_deploy.runtimes.tensorrt.runtime import TrtRuntime, _Context, engine_folder
+from trio_deploy.runtimes.tensorrt.runtime import (
+    TrtEngine,
+    TrtRuntime,
+    _Context,
+    engine_folder,
+)
 
 SCHEDULE = "1:0.4,2:0.2"
 COLOR = "what color is the circle ?"
@@ -186,6 +191,30 @@ def test_selections_with_inputs_of_their_own_get_them(
     found = machine.pipeline().generate_batch(requests())
     assert [a.token_ids for a in found] == [a.token_ids for a in expected]
     assert [a.keep_counts for a in found] == [a.keep_counts for a in expected]
+
+
+def test_weights_that_are_inputs_are_on_the_device_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llava_next_checkpoint: Path
+) -> None:
+    simulation = install(monkeypatch, ONNX[0])
+    target = make_target(tmp_path, *ONNX, weights="inputs")
+    bundle = export_for(llava_next_checkpoint, tmp_path, target, SCHEDULE)
+    machine = Machine(simulation, bundle, target)
+    expected = Pipeline.open(bundle, runtime="onnxruntime", threads=1).generate_batch(requests())
+    pipeline = machine.pipeline()
+    found = pipeline.generate_batch(requests())
+    assert [a.token_ids for a in found] == [a.token_ids for a in expected]
+    engines = [pipeline.engine(stage) for stage in bundle.stages]
+    matrices = {
+        name: bundle.manifest.tensors[name]
+        for stage in bundle.manifest.stages
+        for name in stage.weight_inputs
+    }
+    for name, place in matrices.items():
+        copies = [e.bound[name] for e in engines if isinstance(e, TrtEngine) and name in e.bound]
+        assert copies and len({copy.address for copy in copies}) == 1
+        assert (copies[0].shape, copies[0].dtype) == (place.shape, place.dtype)
+    assert any(sum(name in e.bound for e in engines) > 1 for name in matrices)  # type: ignore[attr-defined]
 
 
 def test_cuda_python_before_12_8_is_known_by_its_old_name(

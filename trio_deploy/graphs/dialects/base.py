@@ -64,6 +64,8 @@ class Dialect(ABC):
         always_takes_past: whether prefill graphs take a KV cache even beside decode.onnx.
         reads_lengths: whether attention in prefill reads the number of valid tokens per row.
         resizes_in_loops: whether shapes inside a Loop may depend on data.
+        takes_matrices_as_inputs: whether products read a matrix as it is stored, so that it may be
+            an input of the graph; others transpose constants once, when a graph is loaded.
         gathers_in_loops: whether a Gather of few rows of a large matrix is cheap inside a Loop.
         dtype: float type of weights, hidden states and the KV cache.
     """
@@ -77,6 +79,7 @@ class Dialect(ABC):
     reads_lengths: ClassVar[bool] = True
     resizes_in_loops: ClassVar[bool] = False
     gathers_in_loops: ClassVar[bool] = True
+    takes_matrices_as_inputs: ClassVar[bool] = False
 
     def __init__(self, dtype: ir.DataType, *, decode: bool = False) -> None:
         self.dtype = dtype

@@ -34,6 +34,7 @@ class OnnxDialect(Dialect):
     decode_opset = 24
     always_decodes_apart = True
     reads_lengths = False
+    takes_matrices_as_inputs = True
 
     def linear(
         self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None

@@ -373,12 +373,12 @@ def _identity(bundle: Bundle, name: str, files: Mapping[str, Any]) -> list[Any]:
 
 
 def _weight_files(bundle: Bundle, stage: str) -> list[str]:
-    return sorted({place.file for place in bundle.places(stage).values()})
+    return sorted({place.file for place in bundle.constant_places(stage).values()})
 
 
 def weight_bytes(bundle: Bundle, stage: str) -> int:
-    """Bytes of the parts of weights that a graph refers to: about the size of its engine."""
-    return sum(place.nbytes for place in bundle.places(stage).values())
+    """Bytes of the weights that are constants of a graph: about the size of its engine."""
+    return sum(place.nbytes for place in bundle.constant_places(stage).values())
 
 
 def _is_built(folder: Path, record: Record, stage: str, fingerprint: str) -> bool:

@@ -30,7 +30,7 @@ def run_once(bundle: Bundle, tensorrt: TensorRT, folder: Path, stage: str) -> No
     """
     runtime = TrtRuntime(folder, bundle, tensorrt=tensorrt)
     runtime.record = runtime.record.with_verified(stage)  # in memory only, so that it opens
-    engine = runtime.open(bundle.graph(stage))
+    engine = runtime.open(bundle.graph(stage), bundle.places(stage))
     for profile in runtime.record.stages[stage].profiles:
         for corner, shapes in _FIRST_RUNS.items():
             where = f"at the {shapes} shapes of the {profile.name} profile"

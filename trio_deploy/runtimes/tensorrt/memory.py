@@ -10,6 +10,7 @@ All engines share one scratch buffer, so the largest counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,6 +41,7 @@ class Memory:
         layout: decode layout, `separate` or `shared`.
         dialect: dialect of the graphs.
         weights: stage → bytes of its engine's weights.
+        bound: bytes of the weights that are inputs of engines, of which there is one copy.
         kinds: stage → its kind.
         cache: keys and values of a full batch, at the schedule's budget where capacity may vary.
         activations: maximum of the engine that needs the largest.
@@ -51,6 +53,7 @@ class Memory:
     layout: str
     dialect: str
     weights: dict[str, int]
+    bound: int
     kinds: dict[str, Kind]
     cache: int
     activations: int
@@ -60,7 +63,7 @@ class Memory:
 
     @property
     def all_weights(self) -> int:
-        return sum(self.weights.values())
+        return sum(self.weights.values()) + self.bound
 
     @property
     def total(self) -> int:
@@ -83,6 +86,7 @@ class Memory:
             "decode_layout": self.layout,
             "dialect": self.dialect,
             "weights": self.weights,
+            "weights_as_inputs": self.bound,
             "kv_cache": self.cache,
             "activations_at_most": self.activations,
             "activations_if_attention_is_fused": self.fused,
@@ -135,6 +139,7 @@ def memory(
         layout="separate" if any(s.kind == "decode" for s in stages) else "shared",
         dialect=target.dialect,
         weights={stage: _weights(model) for stage, model in graphs.items()},
+        bound=_bound(stages, graphs, sizes["item"]),
         kinds={stage.name: stage.kind for stage in stages},
         cache=cache,
         activations=activations,
@@ -175,6 +180,17 @@ def _weights(model: ModelProto) -> int:
         else:
             count += len(tensor.raw_data)
     return count
+
+
+def _bound(stages: Sequence[StageInfo], graphs: Mapping[str, ModelProto], item_bytes: int) -> int:
+    """Bytes of the weights that are inputs of some graph, each counted once."""
+    counts = {
+        entry.name: math.prod(dim.dim_value for dim in entry.type.tensor_type.shape.dim)
+        for stage in stages
+        for entry in graphs[stage.name].graph.input
+        if entry.name in stage.weight_inputs
+    }
+    return sum(counts.values()) * item_bytes
 
 
 @dataclass(frozen=True)
@@ -267,6 +283,7 @@ class Fit:
             ("  segments of layers", [_part(m, "prefill") for m in self.layouts]),
             ("  selections", [_part(m, "select") for m in self.layouts]),
             ("  decode", [_part(m, "decode") for m in self.layouts]),
+            *self._bound(),
             ("KV cache", [each.cache for each in self.layouts]),
             ("activations, at most", [each.activations for each in self.layouts]),
             *self._fused("  if attention is fused", "activations", "fused"),
@@ -284,6 +301,11 @@ class Fit:
         if self.advice:
             lines += ["", *(f"- {each}" for each in self.advice)]
         return "\n".join(lines)
+
+    def _bound(self) -> list[tuple[str, list[int]]]:
+        """A row of the weights that are inputs, if there are any."""
+        found = [each.bound for each in self.layouts]
+        return [("  inputs of the engines, once", found)] if any(found) else []
 
     def _fused(self, label: str, split: str, whole: str) -> list[tuple[str, list[int]]]:
         """A row of the bytes with fused attention, if they differ."""

@@ -23,6 +23,7 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.runtimes.base import Array, Execution, RuntimeSpec, Step, TensorSpec, check_feeds
+from trio_deploy.runtimes.mapped_weights import WeightMap
 from trio_deploy.runtimes.tensorrt.bindings import IoTensor, OutOfDeviceMemory, TensorRT, load
 from trio_deploy.runtimes.tensorrt.device import Device, DeviceArray, Event, Graph, format_mib
 from trio_deploy.runtimes.tensorrt.gpu import this_gpu
@@ -125,6 +126,8 @@ class TrtRuntime:
         self._scratch: Any = None
         self._scratch_size, self._scratch_needed = 0, 1
         self._cache_limit = self.device.cache_limit
+        self._files = WeightMap()
+        self._weights: dict[tuple[Path, str, int], DeviceArray] = {}
         if bundle is not None:
             self._cache_limit = self.device.cache_limit = buffer_bytes(
                 bundle.config,
@@ -183,7 +186,24 @@ class TrtRuntime:
             raise
         except TrioError as error:
             raise TrioError(f"{error}; run `trio build --force` on this machine") from error
-        return TrtEngine(self, stage, engine, entry.profiles, info)
+        bound = {
+            tensor.name: self._weight(path.parent, (weights or {})[tensor.name])
+            for tensor in self.tensorrt.tensors(engine)
+            if tensor.is_input and tensor.name in (weights or {})
+        }
+        return TrtEngine(self, stage, engine, entry.profiles, info, bound)
+
+    def _weight(self, folder: Path, place: TensorPlace) -> DeviceArray:
+        """A weight in the GPU's memory, one copy for all engines that take it as an input."""
+        key = (folder.resolve(), place.file, place.offset)
+        if key not in self._weights:
+            view = self._files.view(folder, place)
+            # It is never freed, so it must not count against the memory of requests.
+            self._cache_limit += place.nbytes
+            self.device.cache_limit += place.nbytes
+            there = self.device.empty(view.shape, view.dtype, f"the weights in {place.file}")
+            self._weights[key] = self.device.upload(view, there)
+        return self._weights[key]
 
     def _require_undamaged(self, file: Path, stage: str) -> None:
         """Verify an engine's checksum first, since a damaged engine may crash TensorRT."""
@@ -275,9 +295,15 @@ class TrtEngine:
         engine: Any,
         profiles: Sequence[Profile],
         info: StageInfo | None,
+        bound: Mapping[str, DeviceArray],
     ) -> None:
-        """Use `TrtRuntime.open`; `info` names the dynamic axes of inputs."""
-        self.runtime, self.stage, self.trt = runtime, stage, engine
+        """Use `TrtRuntime.open`.
+
+        Args:
+            info: names the dynamic axes of inputs.
+            bound: weights that are inputs of the engine, by name.
+        """
+        self.runtime, self.stage, self.trt, self.bound = runtime, stage, engine, bound
         self.profiles = tuple(profiles)
         tensors = () if info is None else (*info.inputs, *info.outputs)
         self._axes = {tensor.name: tensor.shape for tensor in tensors}
@@ -289,7 +315,9 @@ class TrtEngine:
                 f"record says {len(self.profiles)}: run `trio build` again"
             )
         self._tensors = {tensor.name: tensor for tensor in runtime.tensorrt.tensors(engine)}
-        self.inputs = {t.name: _spec(t) for t in self._tensors.values() if t.is_input}
+        self.inputs = {
+            t.name: _spec(t) for t in self._tensors.values() if t.is_input and t.name not in bound
+        }
         self.outputs = {t.name: _spec(t) for t in self._tensors.values() if not t.is_input}
         # A decode step also fits embed's `prefill` profile; the smaller profile is tuned for it.
         self._tightest_first = sorted(
@@ -323,6 +351,7 @@ class TrtEngine:
         context = self._context(self._profile(feeds))
         try:
             inputs = {name: self.input(name, feeds[name]) for name in self.inputs}
+            inputs |= self.bound
             self.set_inputs(context, inputs)
             given = {name: a for name, a in into.items() if not isinstance(a, np.ndarray)}
             outputs = self.set_outputs(context, inputs, given)
@@ -521,7 +550,7 @@ class _Step:
         self._engine, self._context, self._device = engine, context, device
         self._sent: list[tuple[np.ndarray, np.ndarray, DeviceArray | None]] = []
         self._fetched: list[tuple[DeviceArray, np.ndarray, np.ndarray]] = []
-        self._inputs: dict[str, Array] = {}
+        self._inputs: dict[str, Array] = dict(engine.bound)
         self._outputs: dict[str, DeviceArray] = {}
         for name in engine.inputs:
             value = feeds[name]

@@ -18,6 +18,7 @@ DECODE_LAYOUTS = ("separate", "shared")
 TARGET_KEYS = (
     "tensorrt",
     "decode_layout",
+    "weights",
     "compute_capability",
     "memory_gib",
     "reserved_gib",
@@ -88,6 +89,11 @@ def check_target(target: Target) -> Target:
         raise TrioError(
             "the onnx dialect decodes with an engine of its own: choose decode_layout separate, or "
             "dialect primitive, whose segments can decode too"
+        )
+    if target.weights == "inputs" and dialect != "onnx":
+        raise TrioError(
+            f"{dialect} graphs cannot take their weights as inputs: choose weights constants, or "
+            "dialect onnx, which TensorRT reads from 10.15"
         )
     capability = target.compute_capability
     if capability is not None and not re.fullmatch(r"\d+\.\d", capability):

@@ -104,6 +104,11 @@ def write_repository(
     target = asked.target if isinstance(asked.target, Target | None) else load_target(asked.target)
     runtime = asked.runtime or (target.runtime if target else bundle.manifest.runtime)
     _check_options(options, runtime)
+    if options.stages and any(stage.weight_inputs for stage in bundle.manifest.stages):
+        raise TrioError(
+            "Triton cannot serve these stages as models of their own, since each request would "
+            "have to bring their weights: leave out --stages, or export with --weights constants"
+        )
     settings = check_settings(_parameters(bundle, options, runtime, target))
     files = list(_files(bundle, runtime, target))
     writer = RepositoryWriter(out, force, sum(path.stat().st_size for _, path in files))

@@ -115,7 +115,7 @@ def resolve(
 
     Args:
         model: a graph without the data of its weights (`load_external_data=False`).
-        shapes: input → shape.
+        shapes: input → shape; inputs of one fixed shape, such as weights, need none.
         values: input that sizes are computed from → values.
 
     Raises:
@@ -133,7 +133,8 @@ def resolve(
         dtype = entry.type.tensor_type.elem_type
         if values and entry.name in values:
             value = np.asarray(values[entry.name], helper.tensor_dtype_to_np_dtype(dtype))
-        found.tensors[entry.name] = Known(dtype, tuple(shapes[entry.name]), value)
+        fixed = tuple(dim.dim_value for dim in entry.type.tensor_type.shape.dim)
+        found.tensors[entry.name] = Known(dtype, tuple(shapes.get(entry.name, fixed)), value)
     _Walk(model, found).graph(graph, found.tensors, 0)
     return found
 
