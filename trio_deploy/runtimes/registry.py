@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trio_deploy.config.options import RuntimeOptions
-from trio_deploy.config.target import RUNTIME_KEYS, Limits, Target, find_target, read_target
+from trio_deploy.config.target import RUNTIME_KEYS, Target, find_target, read_target
 from trio_deploy.config.yaml_files import nearest
 from trio_deploy.errors import TrioError
 from trio_deploy.files import is_folder
@@ -84,9 +84,9 @@ def check(target: Target) -> Target:
         TrioError: a value that the runtime cannot take.
     """
     spec = runtime_spec(target.runtime)
+    defaults = {field.name: field.default for field in fields(Target)}
     for key in RUNTIME_KEYS:
-        given = getattr(target, key) not in (None, 0.0, Limits())
-        if given and key not in spec.target_keys:
+        if getattr(target, key) != defaults[key] and key not in spec.target_keys:
             owners = [other.title for other in _specs() if key in other.target_keys]
             raise TrioError(f"{key} belongs to {_any_of(owners)}, not {spec.title}: leave it out")
     if target.dtype not in spec.dtypes:
