@@ -56,6 +56,23 @@ def test_a_cpu_target_is_compared_with_this_machine(monkeypatch, gib, verdict):
     assert plan("llava-1.5-7b", target="cuda").fit.machine is None, "its memory is the GPU's"
 
 
+def test_a_plan_that_takes_long_says_what_it_does_before_it_does_it(monkeypatch, capsys):
+    said = []
+
+    def fit(*_):
+        said.append(capsys.readouterr().err)
+        raise TrioError("enough")
+
+    monkeypatch.setattr("trio_deploy.cost.device_memory.fit", fit)
+    for target, progress in (("l4", True), ("l4", False)):
+        with pytest.raises(TrioError, match="enough"):
+            plan("tiny", target=target, progress=progress)
+    assert said[0].startswith("trio: building the graphs of tiny to count its memory on l4")
+    assert said[0].count("\n") == 1 and said[1] == ""
+    plan("tiny")
+    assert capsys.readouterr().err == "", "it takes no time for a CPU"
+
+
 def test_a_budget_below_one_token_is_said_and_the_floor_is_that_of_the_schedule():
     few = plan("tiny", schedule="0:0.001:divprune")
     assert "less than one of 256 visual tokens (0.26 before layer 0)" in few.to_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -222,6 +223,7 @@ def plan(
     visual_tokens: int | None = None,
     text_tokens: int = 60,
     probes: int = 4,
+    progress: bool = True,
     **keywords: Any,
 ) -> Plan:
     """Cost of a model at a budget or schedule (default: the paper's 11.1 %).
@@ -234,6 +236,7 @@ def plan(
             newlines.
         text_tokens: text tokens of the prompt.
         probes: number of probe positions per pruning point.
+        progress: say on stderr what takes long.
         keywords: fields of `ExportOptions`, which replace those of `options`.
 
     Raises:
@@ -260,6 +263,12 @@ def plan(
     pruned, unpruned = cost(chosen), cost(Schedule())
     paper = _paper_rows(found.name)
     device = _device(options)
+    if progress and device.tensorrt is not None:
+        print(
+            f"trio: building the graphs of {found.name} to count its memory on {device.name}, "
+            "which takes up to a minute",
+            file=sys.stderr,
+        )
     budgets = budgets_for_layers(published, chosen, options.method)
     return Plan(
         model=found.name,
