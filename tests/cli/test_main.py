@@ -68,6 +68,22 @@ def test_export_hands_on_what_was_asked(calls, capsys):
     assert "what is in it" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["plan", "export --out b"])
+def test_a_model_is_an_argument_or_an_option(calls, capsys, monkeypatch, command):
+    def planned(model, *_, **__):
+        raise TrioError(f"asked for {model}")
+
+    monkeypatch.setattr("trio_deploy.cost.plan.plan", planned)
+    monkeypatch.setattr("trio_deploy.export.job.export_model", planned)
+    for model in ("tiny", "--model tiny", "--budget 0.2 tiny"):
+        assert cli.main(f"{command} {model}".split()) == 1
+        assert capsys.readouterr().err == "trio: asked for tiny\n"
+    for model, words in (("", "--model: a recipe"), ("tiny --model tiny", "and not twice")):
+        assert cli.main(f"{command} {model}".split()) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("trio: name the model as MODEL or --model") and words in said
+
+
 def test_trio_export_is_trio_export(calls, monkeypatch):
     monkeypatch.setattr("sys.argv", ["trio-export", "--model", "tiny", "--out", "b"])
     assert cli.export_main() == 0
@@ -94,8 +110,10 @@ def test_budget_and_schedule_exclude_each_other(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("plan", "trio plan: the following arguments are required: --model (`trio plan --help` "),
-        ("rnu b", "trio: argument COMMAND: invalid choice: 'rnu'"),
+        ("export", "trio export: the following arguments are required: --out (`trio export --help"),
+        ("plan tiny mine", "trio plan: unexpected argument 'mine' (`trio plan --help` has"),
+        ("rnu b", "trio: unknown command 'rnu'; did you mean 'run'? (`trio --help` has "),
+        ("frobnicate", "trio: unknown command 'frobnicate' (`trio --help` has the options)"),
         (
             "run b --promt x",
             "trio run: unknown option --promt; did you mean '--prompt'? (`trio run --help`",
@@ -266,13 +284,12 @@ def test_run_on_a_missing_bundle_is_an_error(tmp_path, capsys):
 def test_show_that_cannot_be_written_fails_before_a_model_is_loaded(
     tmp_path, capsys, monkeypatch, picture, words
 ):
-    from trio_deploy import Pipeline
-
     def load(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(Pipeline, "open", load)
-    command = ["run", "b", "--prompt", "hi", "--image", "a.png", "--show"]
+    monkeypatch.setattr("trio_deploy.cli.run.bundle_of", load)
+    scene = Path(__file__).parents[2] / "examples" / "scene.png"
+    command = ["run", "b", "--prompt", "hi", "--image", str(scene), "--show"]
     assert cli.main([*command, str(tmp_path / picture)]) == 1
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1

@@ -115,6 +115,11 @@ def test_options_of_sampling_reach_the_request(monkeypatch):
     ("line", "words"),
     [
         ("none.png why?", "there is no image file at none.png"),
+        ("how many red", 'how names no picture; .* in quotes: "how many red"'),
+        ("none.png how many red?", 'how names no picture; .* in quotes: "how many red\\?"'),
+        ("how many in scene.png", 'put the question in quotes: "how many in scene.png"'),
+        ("ftp://host/a.png why?", "cannot fetch ftp://host/a.png: only http:// and https://"),
+        ("file:///scene.png why?", "cannot fetch file:///scene.png: only http:// and https://"),
         ("broken.png why?", "broken.png cannot be read as a picture"),
         ("scene.png why? --budget 0.05", r"a budget of 0\.05 cannot be reached.* above 0\.0625"),
         ("scene.png why? --budget 2", "a budget of 2 is not possible"),
@@ -139,6 +144,15 @@ def test_what_cannot_be_answered_is_said_before_a_model_is_exported(
     assert main.main(["run", str(load_recipe("tiny").checkpoint), *line.split()]) == 1
     said = capsys.readouterr().err
     assert re.search(words, said) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("picture", ["photo.png", "photos/my.JPG", "https://host/picture"])
+def test_a_picture_in_the_place_of_the_bundle_is_said(picture, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["run", picture, "what is this?"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"trio: {picture} is a picture, and in its place belongs a bundle")
+    assert f"`trio run tiny {picture} …`" in said
 
 
 def test_several_images_are_drawn_below_one_another(tmp_path, monkeypatch):

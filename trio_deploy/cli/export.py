@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trio_deploy.cli.options import add_chat_template, add_schedule, budget_of
+from trio_deploy.cli.options import (
+    add_chat_template,
+    add_model,
+    add_schedule,
+    budget_of,
+    model_of,
+)
 from trio_deploy.config.options import DEFAULT_THRESHOLD
 
 SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
@@ -13,9 +19,7 @@ SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    command.add_argument(
-        "--model", required=True, help="name or file of a recipe, checkpoint folder, or hub id"
-    )
+    add_model(command)
     command.add_argument("--out", type=Path, required=True, help="folder to write the bundle to")
     add_schedule(command)
     command.add_argument("--dtype", help="float32, float16 or bfloat16 (default: the target's)")
@@ -57,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     from trio_deploy.export.job import export_model
 
     bundle = export_model(
-        args.model,
+        model_of(args),
         args.out,
         budget=budget_of(args),
         schedule=args.schedule,

@@ -127,6 +127,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(_USAGE, f"{self.prog}: {message} (`{self.prog} --help` has the options)\n")
 
 
+class _Trio(_Parser):
+    """Parses the command line, and itself refuses an unknown command, with the nearest one."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        name = next((each for each in given if not each.startswith("-")), None)
+        if name is not None and name not in _COMMANDS:
+            self.error(f"unknown command {name!r:.60}{nearest_name(name, _COMMANDS)}")
+        return super().parse_known_args(given, namespace)
+
+
 class _CommandParser(_Parser):
     """Parses a command: arguments and options in any order, and itself refuses unknown ones.
 
@@ -170,7 +181,7 @@ def export_main() -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line with all commands and their options."""
-    trio = _Parser(prog="trio", description="Token-pruned vision-language models as ONNX graphs.")
+    trio = _Trio(prog="trio", description="Token-pruned vision-language models as ONNX graphs.")
     trio.add_argument("--version", action="version", version=trio_deploy.__version__)
     commands = trio.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)
     for name, module in _COMMANDS.items():

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from trio_deploy.config.options import RuntimeOptions
+from trio_deploy.errors import TrioError
 from trio_deploy.runtimes.registry import RUNTIMES, check_options
 from trio_deploy.schedule.budget import read_budget
 from trio_deploy.schedule.methods import METHODS
@@ -46,6 +47,27 @@ def bundle_of(
     from trio_deploy.export.cache import find_bundle
 
     return Bundle.load(find_bundle(args.bundle, options, to_run=to_run, budget=budget))
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """The argument that names a model, alone or as --model."""
+    what = "name or file of a recipe, checkpoint folder, or hub id"
+    command.add_argument("named", nargs="?", metavar="MODEL", help=what)
+    command.add_argument("--model", help="the same as MODEL")
+
+
+def model_of(args: argparse.Namespace) -> str:
+    """The model of `add_model`.
+
+    Raises:
+        TrioError: none is named, or two are.
+    """
+    if (args.named is None) == (args.model is None):
+        again = "" if args.model is None else ", and not twice"
+        raise TrioError(
+            f"name the model as MODEL or --model{again}: a recipe, checkpoint folder or hub id"
+        )
+    return str(args.model if args.named is None else args.named)
 
 
 def add_chat_template(command: argparse.ArgumentParser) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 
-from trio_deploy.cli.options import add_schedule, budget_of
+from trio_deploy.cli.options import add_model, add_schedule, budget_of, model_of
 
 SUMMARY = "Compute what a budget keeps and costs, and whether it fits."
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    command.add_argument(
-        "--model", required=True, help="name or file of a recipe, or checkpoint folder"
-    )
+    add_model(command)
     add_schedule(command)
     command.add_argument(
         "--visual-tokens",
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from trio_deploy.cost.plan import plan
 
     planned = plan(
-        args.model,
+        model_of(args),
         budget=budget_of(args),
         schedule=args.schedule,
         method=args.method,

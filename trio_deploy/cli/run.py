@@ -20,7 +20,7 @@ from trio_deploy.cli.options import (
 )
 from trio_deploy.config.sampling import SAMPLING_OPTIONS
 from trio_deploy.errors import TrioError
-from trio_deploy.files import exists, is_folder, write_atomically
+from trio_deploy.files import exists, is_file, is_folder, write_atomically
 
 if TYPE_CHECKING:
     from trio_deploy.pipeline.request import Generation
@@ -116,6 +116,11 @@ def run(args: argparse.Namespace) -> None:
     from trio_deploy.pipeline.pipeline import Pipeline
     from trio_deploy.pipeline.request import Request
 
+    if not is_folder(Path(args.bundle)) and _looks_like_picture(args.bundle):
+        raise TrioError(
+            f"{args.bundle} is a picture, and in its place belongs a bundle or model: "
+            f"`trio run tiny {args.bundle} …`"
+        )
     prompt, images = asked_for(args.image, args.asked, args.prompt)
     if args.show is not None:
         if not images:
@@ -161,12 +166,20 @@ def asked_for(
         asked: pictures, and without a `prompt` the question after them.
 
     Raises:
-        TrioError: there is no question, or a picture where the question belongs.
+        TrioError: there is no question, or a picture where the question belongs, or a question
+            in several arguments.
     """
     pictures = list(asked)
     if prompt is None:
         if not pictures:
             raise TrioError("there is no question: write it behind the pictures, or pass --prompt")
+        words = [each for each in pictures if not _names_picture(each)]
+        if len(words) > 1:
+            question = " ".join(pictures[pictures.index(words[0]) :])
+            raise TrioError(
+                f"{words[0]} names no picture; if it begins the question, put the question in "
+                f'quotes: "{question:.200}"'
+            )
         prompt = pictures.pop()
         if _names_picture(prompt):
             raise TrioError(
@@ -185,17 +198,21 @@ def check_pictures(images: Sequence[str]) -> None:
         TrioError: one is missing, or no picture.
     """
     from trio_deploy.families.pixels import header_size, open_image
-    from trio_deploy.pipeline.fetch import is_address
+    from trio_deploy.pipeline.fetch import check_scheme, is_address
 
     for image in images:
-        if not is_address(image) and header_size(image) is None:
+        if is_address(image):
+            check_scheme(image)
+        elif header_size(image) is None:
             open_image(image)
 
 
 def _names_picture(text: str) -> bool:
-    if os.path.isfile(text):  # noqa: PTH113  (False for text that is too long for a name)
-        return True
-    return " " not in text and text.lower().endswith(_PICTURES)
+    return is_file(Path(text)) or _looks_like_picture(text)
+
+
+def _looks_like_picture(text: str) -> bool:
+    return " " not in text and ("://" in text or text.lower().endswith(_PICTURES))
 
 
 def generation_text(generation: Generation) -> str:

@@ -8,6 +8,7 @@ client reach the server's own network.
 from __future__ import annotations
 
 import http.client
+import re
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from trio_deploy.files import format_bytes
 from trio_deploy.pipeline.request import ImageSource, Request
 
 _SCHEMES = ("http", "https")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _CHUNK = 2**16
 _ELSEWHERE = "it redirects to a scheme other than http and https"
 _BROKE_OFF = "the connection broke off"
@@ -48,10 +50,25 @@ class FetchLimits:
 
 
 def is_address(source: object) -> TypeGuard[str]:
-    """Whether a picture's source is an address to fetch, rather than a path."""
-    return isinstance(source, str) and source.lower().startswith(
-        tuple(f"{scheme}://" for scheme in _SCHEMES)
-    )
+    """Whether a picture's source is an address, of any scheme, rather than a path."""
+    return isinstance(source, str) and _ADDRESS.match(source) is not None
+
+
+def _is_fetched(address: str) -> bool:
+    return address.partition("://")[0].lower() in _SCHEMES
+
+
+def check_scheme(address: str) -> None:
+    """Refuse an address that is not fetched.
+
+    Raises:
+        TrioError: its scheme is neither http nor https.
+    """
+    if not _is_fetched(address):
+        raise TrioError(
+            f"cannot fetch {address}: only http:// and https:// addresses are fetched, so download "
+            "it and pass the file"
+        )
 
 
 def fetch_pictures(
@@ -96,8 +113,7 @@ def fetch(address: str, limits: FetchLimits | None = None, left: int | None = No
         TrioError: another scheme, no answer, an error status, or beyond the limits.
     """
     limits = limits or FetchLimits()
-    if not is_address(address):
-        raise TrioError(f"cannot fetch {address}: an address begins with http:// or https://")
+    check_scheme(address)
     left = limits.max_request_bytes if left is None else left
     results: list[bytes | Exception] = []
 
@@ -165,7 +181,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         Raises:
             TrioError: to another scheme, or too many.
         """
-        if not is_address(newurl):
+        if not _is_fetched(newurl):
             raise TrioError(f"cannot fetch {req.full_url}: {_ELSEWHERE}")
         self._left -= 1
         if self._left < 0:
@@ -215,7 +231,7 @@ def _reason_of_status(error: urllib.error.HTTPError) -> str:
         to = error.headers.get("Location") or error.headers.get("URI")
         if not to:
             return f"the server says {error.code} and names no address to go to"
-        if not is_address(urllib.parse.urljoin(error.url, to)):
+        if not _is_fetched(urllib.parse.urljoin(error.url, to)):
             return _ELSEWHERE  # which urllib refuses itself
     return f"the server says {error.code} {_one_line(error.reason)}".rstrip()
 

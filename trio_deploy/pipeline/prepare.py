@@ -16,7 +16,7 @@ from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import Layout
 from trio_deploy.families.preprocessing import Preprocessor
-from trio_deploy.pipeline.fetch import is_address
+from trio_deploy.pipeline.fetch import check_scheme, is_address
 from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
 from trio_deploy.pipeline.request import ImageSource, Request
@@ -97,6 +97,7 @@ class RequestPreparer:
         checked = self._check(request)
         for source in request.image_list:
             if is_address(source):
+                check_scheme(source)
                 raise TrioError(
                     f"the picture {source} is an address, which `Pipeline.generate` and `trio run` "
                     "fetch and nothing else does: pass the content of the file"
