@@ -51,10 +51,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the repository, and print how to serve it."""
+    from trio_deploy.export.cache import is_bundle
     from trio_deploy.serve.triton_server.repository import (
         Options,
         path_warning,
         read_settings,
+        require_servable,
         write_repository,
     )
 
@@ -67,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
         settings=read_settings(args.settings, args.set),
         link=args.link,
     )
+    if not is_bundle(args.bundle):
+        require_servable(options, args.out, args.force)
     models = write_repository(bundle_of(args, options.runtime), args.out, options, force=args.force)
     print(f"{args.out}: {', '.join(models)}")
     if warning := path_warning(args.out):

@@ -252,3 +252,34 @@ def test_plain_requests_may_be_as_many_as_the_model_takes(bundle, tmp_path):
     write_repository(bundle, tmp_path / "out", options)
     config = (tmp_path / "out" / "trio_vlm_complete" / "config.pbtxt").read_text()
     assert 'key: "max_requests"\n  value {\n    string_value: "14"' in config
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--device tpu", "unknown device 'tpu'"),
+        ("--instances 0", "instances must be 1 or more"),
+        ("--set max_image=3", "unknown parameter 'max_image'"),
+        ("--set budget=11%", "a budget of 11% is not possible"),
+        ("--target jetson-thor --device cpu", "TensorRT does not run on --device cpu"),
+        ("", "exists already: pass --force"),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_a_model_is_exported(
+    options: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def export(*args: object, **kwargs: object) -> None:
+        raise AssertionError("it was exported")
+
+    monkeypatch.setattr("trio_deploy.export.job.export_model", export)
+    monkeypatch.setenv("TRIO_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "models"
+    if not options:
+        out.mkdir()
+    assert main(["triton", "tiny", "--out", str(out), *options.split()]) == 1
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1

@@ -18,6 +18,7 @@ files of the bundle that its graph reads.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
 from trio_deploy.files import read_yaml, safe_path, user_path
-from trio_deploy.runtimes.registry import load_target, runtime_spec
+from trio_deploy.runtimes.registry import default_target, load_target, runtime_spec
 from trio_deploy.runtimes.tensorrt.record import RECORD as ENGINES_RECORD
 from trio_deploy.runtimes.tensorrt.record import Record
 from trio_deploy.serve.triton_server.config_files import (
@@ -109,7 +110,7 @@ def write_repository(
             "Triton cannot serve these stages as models of their own, since each request would "
             "have to bring their weights: leave out --stages, or export with --weights constants"
         )
-    settings = check_settings(_parameters(bundle, options, runtime, target))
+    settings = check_settings(_parameters(options, runtime, target))
     files = list(_files(bundle, runtime, target))
     writer = RepositoryWriter(out, force, sum(path.stat().st_size for _, path in files))
     with writer:
@@ -122,6 +123,20 @@ def write_repository(
             )
         writer.write(RECORD, _record(bundle, models.names))
     return models.names
+
+
+def require_servable(options: Options, out: Path, force: bool = False) -> None:
+    """Check, before a model is exported to be served, what is known without its bundle.
+
+    Raises:
+        TrioError: `out` exists already, or an option or setting is wrong.
+    """
+    asked = options.runtime
+    target = load_target(asked.target or default_target(asked.runtime))
+    runtime = asked.runtime or target.runtime
+    _check_options(options, runtime)
+    check_settings(_parameters(options, runtime, target if asked.target else None))
+    RepositoryWriter(Path(os.path.abspath(out)), force).refuse_existing()  # noqa: PTH100
 
 
 def path_warning(out: Path) -> str | None:
@@ -185,9 +200,7 @@ def _check_options(options: Options, runtime: str) -> None:
         )
 
 
-def _parameters(
-    bundle: Bundle, options: Options, runtime: str, target: Target | None
-) -> dict[str, str]:
+def _parameters(options: Options, runtime: str, target: Target | None) -> dict[str, str]:
     """Parameters of NAME_vlm: its bundle and runtime, then the caller's settings."""
     parameters = {"bundle": _BUNDLE, "runtime": runtime}
     if target is not None:
