@@ -17,6 +17,8 @@ from trio_deploy.checkpoint.processor_files import Assets, checkpoint_assets, re
 from trio_deploy.checkpoint.resolve import from_folder
 from trio_deploy.families.registry import parse_config
 
+RECIPE = "of the recipe {{ messages }}"
+
 
 @pytest.fixture
 def folder(llava_checkpoint: Path, tmp_path: Path) -> Path:
@@ -54,12 +56,12 @@ def _template(folder: Path, chosen: str | None, recipe: str | None = None) -> by
 
 def test_a_checkpoint_without_a_chat_template_is_refused_unless_one_is_given(folder, tmp_path):
     own = _template(folder, None)
-    assert own and _template(folder, None, "of the recipe") == own
+    assert own and _template(folder, None, RECIPE) == own
     (folder / "chat_template.jinja").unlink()
-    assert _template(folder, None, "of the recipe") == b"of the recipe"
+    assert _template(folder, None, RECIPE) == RECIPE.encode()
     with pytest.raises(TrioError, match="pass --chat-template FILE .* --chat-template none for a"):
         _template(folder, None)
-    assert _template(folder, read_chosen_template("none"), "of the recipe") is None
+    assert _template(folder, read_chosen_template("none"), RECIPE) is None
     file = tmp_path / "mine.jinja"
     file.write_text("{{ messages }}")
     for given in (file, str(file)):
@@ -87,7 +89,35 @@ def test_a_chat_template_with_nothing_in_it_is_refused_at_export(folder, text):
     (folder / "chat_template.jinja").write_text(text)
     with pytest.raises(TrioError, match="has no chat template .* pass --chat-template FILE"):
         _template(folder, None)
-    assert _template(folder, None, "of the recipe") == b"of the recipe"
+    assert _template(folder, None, RECIPE) == RECIPE.encode()
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("USER: <image> ASSISTANT:", "a question,"),
+        ("{{ messages[0].text }}", "a question,"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.contents }}{% endfor %}", "a question,"),
+        (
+            "{% if 'image' in messages | string %}<image>{% else %}{{ messages }}{% endif %}",
+            "a question about a picture,",
+        ),
+    ],
+)
+def test_a_chat_template_that_leaves_out_questions_is_refused_at_export(folder, template, what):
+    with pytest.raises(TrioError, match=f"leaves out the text of {what} .*--chat-template FILE"):
+        _template(folder, template)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(TrioError, match=f"leaves out the text of {what} .*--chat-template none"):
+        _template(folder, None)
+
+
+def test_a_chat_template_that_refuses_questions_is_named_at_export(folder):
+    wants = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(wants + "{{ messages }}")
+    (note,) = _read(folder).notes
+    assert "a question alone cannot be asked, since the chat template refused" in note
+    assert "no system" in note
 
 
 PLACES = (("generation_config.json",), ("config.json",), ("config.json", "text_config"))

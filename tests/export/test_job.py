@@ -579,19 +579,20 @@ def test_a_tokenizer_of_another_model_is_noticed(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("place", ["chat_template.json", "tokenizer_config.json", "named"])
 def test_the_chat_template_is_found_wherever_a_release_put_it(place, checkpoint, tmp_path):
+    template = "T {{ messages }}"
     for name in ("chat_template.jinja", "chat_template.json"):
         (checkpoint / name).unlink(missing_ok=True)
     for name in ("processor_config.json", "tokenizer_config.json"):
         edit_json(checkpoint / name, lambda raw: raw.pop("chat_template", None))
     if place == "chat_template.json":
-        (checkpoint / place).write_text(json.dumps({"chat_template": "T"}))
+        (checkpoint / place).write_text(json.dumps({"chat_template": template}))
     elif place == "tokenizer_config.json":
-        edit_json(checkpoint / place, lambda raw: raw.update(chat_template="T"))
+        edit_json(checkpoint / place, lambda raw: raw.update(chat_template=template))
     elif place == "named":
-        named = [{"name": "tool", "template": "X"}, {"name": "default", "template": "T"}]
+        named = [{"name": "tool", "template": "X"}, {"name": "default", "template": template}]
         edit_json(checkpoint / "tokenizer_config.json", lambda raw: raw.update(chat_template=named))
     it = export_model(checkpoint, tmp_path / "b", schedule=SCHEDULE, progress=False)
-    assert it.chat_template == "T"
+    assert it.chat_template == template
 
 
 def test_several_end_tokens_are_kept(checkpoint, tmp_path):

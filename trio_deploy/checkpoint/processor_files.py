@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from trio_deploy.checkpoint.chat_template import ChatTemplate
+from trio_deploy.checkpoint.conversation import check_template
 from trio_deploy.checkpoint.folder import has_file, image_settings, read_object, read_template
 from trio_deploy.checkpoint.generation_config import GENERATION_CONFIG, read_sampling
 from trio_deploy.checkpoint.resolve import Source
@@ -66,17 +67,19 @@ class Assets:
 def planned_assets(found: Source, config: ModelConfig) -> Assets:
     """Small files of a bundle without weights: the recipe's preprocessing and template."""
     files: dict[str, bytes] = {}
+    notes: list[str] = []
     raw: Mapping[str, Any] | None = None
     if found.recipe is not None:
         raw = found.recipe.preprocessing
         template = found.recipe.chat_template
         if template:
             files[CHAT_TEMPLATE] = template.encode()
+            notes = _template_notes(template, {"image_token": "<image>"})
     elif found.folder is not None:
         raw = image_settings(found.folder)
     if raw:
         files[PREPROCESSOR] = _json_bytes(Preprocessor.from_json(dict(raw), config).to_json())
-    return Assets(files, _generation(found.raw_config, None, None))
+    return Assets(files, _generation(found.raw_config, None, None), tuple(notes))
 
 
 def checkpoint_assets(
@@ -118,9 +121,10 @@ def checkpoint_assets(
             "trained with, or --chat-template none for a base model, which takes raw prompts alone"
         )
     tokens, ids = _tokens(folder, config)
+    notes = []
     if template:
         files[CHAT_TEMPLATE] = require_unicode(template, "the chat template").encode()
-        ChatTemplate(template, {})  # whether it parses
+        notes = _template_notes(template, tokens)
     files[TOKENS] = _json_bytes(tokens)
     settings = read_object(folder / GENERATION_CONFIG)
     info = _generation(raw_config, settings, ids)
@@ -129,12 +133,23 @@ def checkpoint_assets(
         place, settings = "config.json", _settings_inside(raw_config)
     options, unsupported = read_sampling(settings, place)
     info = msgspec.structs.replace(info, sampling=options.to_json())
-    notes = [
+    notes += [
         f"{place} asks for {setting}, which is not supported and has no effect: "
         "answers differ from transformers'"
         for setting in unsupported
     ]
     return Assets(files, info, tuple(notes))
+
+
+def _template_notes(template: str, tokens: Mapping[str, Any]) -> list[str]:
+    """What the export says about a chat template.
+
+    Raises:
+        TrioError: it does not parse, or leaves out questions.
+    """
+    known = {key: token for key, token in tokens.items() if isinstance(token, str)}
+    note = check_template(ChatTemplate(template, known), known["image_token"])
+    return [note] if note else []
 
 
 def _settings_inside(raw_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trio_deploy.checkpoint.chat_template import ChatTemplate, Message
+from trio_deploy.checkpoint.conversation import (
+    NO_TEXT,
+    Renderer,
+    as_messages,
+    contents,
+    require_text,
+    texts_of,
+)
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import VISUAL_TOKEN, Layout
-from trio_deploy.pipeline.conversation import NO_TEXT, Renderer, contents, require_text, texts_of
 
 _CHARACTERS_PER_TOKEN = 16  # the longest of many vocabularies' tokens
 _WORDS = 8  # maximum number of words that a warning names, so that it stays one line
@@ -113,7 +120,7 @@ class PromptEncoder:
                 "this bundle has no chat template, so messages cannot be rendered; pass the whole "
                 f"prompt as one string, with {token} where the image belongs"
             )
-        messages = _messages(prompt, images)
+        messages = as_messages(prompt, images)
         placeholders = 0
         for message in messages:
             items, said = contents(message)
@@ -221,7 +228,7 @@ class PromptEncoder:
         """
         found = []
         if self._renderer is not None and not (raw and isinstance(prompt, str)):
-            messages = _messages(prompt, images)
+            messages = as_messages(prompt, images)
             if left_out := self._renderer.left_out(messages):
                 found.append(_left_out(messages, left_out))
         if self._unknown_id is not None and self._unknown_id in encoded.ids:
@@ -264,14 +271,6 @@ class PromptEncoder:
                 f"the prompt has {placeholders} image placeholder(s) ({self.image_token}) but "
                 f"{images} image(s) were given; {advice or 'pass one image for each placeholder'}"
             )
-
-
-def _messages(prompt: str | Sequence[Message], images: int) -> Sequence[Message]:
-    """A conversation; of a plain question, a user message after its images."""
-    if not isinstance(prompt, str):
-        return prompt
-    items = [{"type": "image"}] * images
-    return [{"role": "user", "content": [*items, {"type": "text", "text": prompt}]}]
 
 
 def _left_out(messages: Sequence[Message], numbers: Sequence[int]) -> str:

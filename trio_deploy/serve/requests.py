@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from trio_deploy.checkpoint.chat_template import Message
+from trio_deploy.checkpoint.conversation import require_text, texts_of
 from trio_deploy.config.sampling import SAMPLING_OPTIONS, SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.pixels import encoded_size
 from trio_deploy.files import parse_json
-from trio_deploy.pipeline.conversation import require_text, texts_of
 from trio_deploy.pipeline.request import Request
 from trio_deploy.schedule.budget import check_budget
 from trio_deploy.serve.limits import ServiceLimits

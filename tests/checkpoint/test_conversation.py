@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trio_deploy.checkpoint.chat_template import ChatTemplate
-from trio_deploy.pipeline.conversation import Renderer
+from trio_deploy.checkpoint.conversation import Renderer
 
 IMAGE = {"type": "image"}
 ITEMS = (

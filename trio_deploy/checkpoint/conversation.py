@@ -73,6 +73,43 @@ def require_text(texts: Sequence[str], image_token: str = "") -> None:
         raise TrioError(NO_TEXT)
 
 
+def as_messages(prompt: str | Sequence[Message], images: int) -> Sequence[Message]:
+    """A conversation; of a plain question, a user message after its images."""
+    if not isinstance(prompt, str):
+        return prompt
+    items = [{"type": "image"}] * images
+    return [{"role": "user", "content": [*items, {"type": "text", "text": prompt}]}]
+
+
+def check_template(template: ChatTemplate, image_token: str) -> str | None:
+    """Check that a question reaches the model, with and without a picture.
+
+    Args:
+        image_token: what the template writes for an image.
+
+    Returns:
+        A sentence about plain questions that the template refuses; None where it takes them.
+
+    Raises:
+        TrioError: it leaves out the question, in whatever form it gets the message.
+    """
+    renderer = Renderer(template, image_token)
+    note = None
+    for images, what in ((0, "a question"), (1, "a question about a picture")):
+        messages = as_messages("What is this?", images)
+        if renderer.left_out(messages):
+            raise TrioError(
+                f"the chat template leaves out the text of {what}, so the model would not see it: "
+                "pass --chat-template FILE with the one that the model was trained with, or "
+                "--chat-template none for a base model, which takes raw prompts alone"
+            )
+        try:
+            renderer.render(messages)
+        except TrioError as error:
+            note = note or f"{what} alone cannot be asked, since {error}"
+    return note
+
+
 class Renderer:
     """Renders conversations with a chat template, in a form in which it leaves out nothing."""
 
