@@ -22,6 +22,7 @@ import json
 import os
 import py_compile
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from time import monotonic
 
 import yaml
 from tqdm import tqdm
@@ -49,8 +49,9 @@ COPIED = (
     "pyproject.toml",
 )
 NOT_COPIED = shutil.ignore_patterns("__pycache__")
-TIMEOUT = 4  # times the seconds that the tests take without a mutation, at least MIN_TIMEOUT
-MIN_TIMEOUT = 30
+TIMEOUT = 4  # times the CPU time that the tests take without a mutation, at least MIN_TIMEOUT
+MIN_TIMEOUT = 10.0  # seconds
+MAX_WAIT_S = 1800  # for a test that waits for what does not come
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,12 @@ def annotated(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
 
 def noticed(copy: Path, tests: Sequence[str], seconds: float) -> bool:
-    """Whether a test fails in the copy; one that takes longer than `seconds` has failed, too."""
+    """Whether a test fails in the copy; one that takes more CPU time has failed, too."""
     child = os.fork()
     if child == 0:
         os.setsid()
-        signal.alarm(int(seconds))
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.alarm(MAX_WAIT_S)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
@@ -152,14 +154,24 @@ def load_libraries(copy: Path, tests: Sequence[str]) -> None:
 
 def run_tests(copy: Path, tests: Sequence[str]) -> int:
     """Run tests in the copy and return pytest's exit status; for a process of its own."""
+    import hypothesis
     import pytest
 
+    # As in tests/conftest.py, but a failure is not made simpler: that takes most of its time.
+    hypothesis.settings.register_profile(
+        "mutants",
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
     sys.dont_write_bytecode = True
     os.chdir(copy)
     sys.path.insert(0, str(copy))
     os.environ["PYTHONPATH"] = str(copy)  # of what the tests start
     quiet = ["-q", "-x", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    return int(pytest.main([*quiet, *tests]))
+    return int(pytest.main([*quiet, "--hypothesis-profile=mutants", *tests]))
 
 
 def main() -> int:
@@ -201,10 +213,12 @@ def surviving(copy: Path, found: Sequence[Mutant], tests: Sequence[str]) -> list
     mode = py_compile.PycInvalidationMode.CHECKED_HASH
     compileall.compile_dir(copy, quiet=1, invalidation_mode=mode)
     load_libraries(copy, tests)
-    begin = monotonic()
-    if noticed(copy, tests, 3600):
+    begin = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if noticed(copy, tests, MAX_WAIT_S):
         raise SystemExit("the tests fail without a mutation: mend that first")
-    seconds = max(MIN_TIMEOUT, TIMEOUT * (monotonic() - begin))
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
+    seconds = max(MIN_TIMEOUT, TIMEOUT * used)
     survivors = []
     for mutant in tqdm(found, unit="mutant", desc="mutants"):
         file = copy / mutant.module
