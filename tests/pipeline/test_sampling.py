@@ -22,6 +22,7 @@ from trio_deploy.pipeline.sampling import (
     draw,
     log_softmax,
     process,
+    repeated_ngram_ends,
     softmax,
     warp,
 )
@@ -54,6 +55,12 @@ def test_top_p_draws_from_the_smallest_set_that_reaches_it() -> None:
     for top_p, allowed in ((0.4, {0}), (0.6, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
         sampler = Sampler(SamplingOptions(temperature=1.0, top_p=top_p, seed=0))
         assert {sampler(logits) for _ in range(400)} == allowed
+
+
+def test_a_top_p_of_one_keeps_the_least_likely_too() -> None:
+    scores = np.array([0.0, -100.0])  # whose probabilities add up to 1 with the first one already
+    kept = warp(scores, SamplingOptions(temperature=1.0, top_p=1.0))
+    assert kept.tolist() == scores.tolist()
 
 
 def test_logits_that_are_not_numbers_are_an_error_not_a_token() -> None:
@@ -145,6 +152,11 @@ def test_options_together_come_in_transformers_order(causal_model: Any) -> None:
         for number in rng.choice(len(OPTIONS), int(rng.integers(2, 7)), replace=False):
             merged |= OPTIONS[number]
         assert_equal_scores(causal_model, merged, rng)
+
+
+def test_an_n_gram_of_all_tokens_may_repeat_and_a_longer_one_cannot() -> None:
+    assert repeated_ngram_ends(np.array([6, 6]), 2) == [6]
+    assert repeated_ngram_ends(np.array([6, 6]), 3) == []
 
 
 def test_counted_penalties_are_those_of_openais_formula() -> None:
