@@ -94,6 +94,11 @@ SITUATIONS: dict[str, tuple[State, BatcherLimits, Action]] = {
         THREADS,
         Decode(),
     ),
+    "the only thread is prefilling": (
+        State(waiting=[A], decoding=[B], prefilling=1, prefills=1),
+        replace(LIMITS, prefillers=1),
+        Decode(),
+    ),
     "more prefills than threads": (
         State(waiting=[A], decoding=[B], prefilling=3, prefills=3),
         replace(THREADS, max_rows=9),
@@ -119,6 +124,12 @@ SITUATIONS: dict[str, tuple[State, BatcherLimits, Action]] = {
         LIMITS,
         Wait(4.0),
     ),
+    "overdue as the clock begins": (
+        State(preparing=[replace(LATE, deadline=0.0)]),
+        LIMITS,
+        Expire((), (7,)),
+    ),
+    "soon overdue": (State(preparing=[replace(LATE, deadline=0.5)]), LIMITS, Wait(0.5)),
     "overdue while being prepared": (State(preparing=[LATE], now=5.0), LIMITS, Expire((), (7,))),
     "overdue while waiting": (State(waiting=[A, LATE], now=9.0), LIMITS, Expire((), (7,))),
     "overdue while being decoded": (
