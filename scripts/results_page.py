@@ -28,9 +28,9 @@ from trio_deploy.report.charts import bench_chart, retention_chart
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
 MEASURED = ROOT / "docs" / "measurements"
-CHART = "retention.svg"
+CHARTS = {"budgets": "retention.svg", "frontier": "frontier.svg", "tight": "tight.svg"}
 PLANS = ("llava-1.5-7b", "llava-next-7b")
-EVALUATIONS = ("budgets", "busy", "close", "smooth")
+EVALUATIONS = ("budgets", "frontier", "tight", "busy", "close", "smooth")
 BENCHES = {
     "bench-tiny": "--budget 0.111,0.222,0.333 --new-tokens 16 --runs 15 --threads 1 "
     "--baselines transformers",
@@ -45,13 +45,13 @@ def loaded(name: str) -> Results:
 
 
 def measured(name: str) -> str:
-    """The tables of docs/measurements/eval-NAME.json; for `budgets` with a chart."""
+    """The tables of docs/measurements/eval-NAME.json, with a chart of the same questions."""
     results = loaded(name)
     about = f"Machine: {machine_text(results.machine, None, None)}"
     text = f"{results.to_text()}\n{about}\n"
-    if name == "budgets":
-        (ROOT / "docs" / CHART).write_text(retention_chart(results), encoding="utf-8")
-        text = f"![retention over budget]({CHART})\n\n{text}"
+    if name in CHARTS:
+        (ROOT / "docs" / CHARTS[name]).write_text(retention_chart(results), encoding="utf-8")
+        text = f"![retention over budget]({CHARTS[name]})\n\n{text}"
     return text
 
 

@@ -26,6 +26,7 @@ from trio_deploy.evaluation.configurations import (
     used,
 )
 from trio_deploy.evaluation.questions import scene_questions
+from trio_deploy.evaluation.results import SAME_BUDGET
 
 
 def test_results_are_those_of_the_pipeline(results, questions, source, tmp_path):
@@ -84,6 +85,18 @@ def test_schedules_are_compared_with_the_first_within_half_a_point_of_budget(
     assert found.results[2].behind.value == pytest.approx(
         found.results[1].overall.retention.value - found.results[2].overall.retention.value
     )
+
+
+def test_of_a_first_with_near_budgets_the_nearest_is_compared(source, questions, out):
+    texts = ["a=0:28:divprune", "a=0:29:divprune", "b=0:28:dart", "b=0:29:dart"]
+    found = run(source, questions, [named(source, text) for text in texts], out)
+    one, other, *rest = found.results[1:]
+    assert one.budget != other.budget and abs(one.budget - other.budget) < SAME_BUDGET
+    assert one.behind is None and other.behind is None
+    for first, compared in zip((one, other), rest, strict=True):
+        assert compared.behind.value == pytest.approx(
+            first.overall.retention.value - compared.overall.retention.value
+        )
 
 
 def test_a_bundle_is_measured_at_any_budget(tmp_path, questions):

@@ -250,9 +250,9 @@ class Results:
             "",
             "Tokens: average share of the visual tokens per layer. In brackets 95 %",
             "intervals over pictures (docs/evaluation.md), none (–) with fewer than 10. First −",
-            "this: retention of the first configuration whose budget lies within half a point of",
-            "this one's, minus this one's, in points. KL: of the first token's distribution from",
-            "the unpruned model's, in nats.",
+            "this: retention of the first configuration, at its budget nearest to this one's (at",
+            "most half a point away), minus this one's, in points. KL: of the first token's",
+            "distribution from the unpruned model's, in nats.",
             "",
         ]
         lines += [line for said in self.ran_text() for line in (said, "")]
@@ -397,7 +397,7 @@ def collect(
         itself = one is measured[0]
         ours = None
         if configuration.name not in (UNPRUNED, BLIND):
-            ours = next((first for first in firsts if _same_budget(first, one)), None)
+            ours = _nearest(firsts, one)
             if ours is None:
                 firsts.append(one)
 
@@ -456,9 +456,20 @@ def _by_definition(estimate: Estimate) -> Estimate:
     return Estimate(estimate.value, estimate.value, estimate.value)
 
 
-def _same_budget(one: Measured, other: Measured) -> bool:
-    apart = abs(one.configuration.budget - other.configuration.budget)
-    return apart <= SAME_BUDGET + 1e-9
+def _nearest(firsts: Sequence[Measured], one: Measured) -> Measured | None:
+    """The configuration that another is compared with; None for the first one at its budget.
+
+    Where the first one was measured at several budgets, others are compared with the nearest.
+    """
+
+    def apart(first: Measured) -> float:
+        return abs(first.configuration.budget - one.configuration.budget)
+
+    def is_another_budget_of(first: Measured) -> bool:
+        return first.configuration.name == one.configuration.name and apart(first) > 1e-9
+
+    near = [first for first in firsts if apart(first) <= SAME_BUDGET + 1e-9]
+    return None if any(map(is_another_budget_of, near)) else min(near, key=apart, default=None)
 
 
 def _extra(
