@@ -61,6 +61,7 @@ def test_the_dry_run_weighs_memory_beside_the_operators(
         ("", "the target cpu runs onnxruntime: engines are for targets"),
         ("--dry-run --target cuda", "the target cuda runs onnxruntime: engines are for targets"),
         ("--target l4", "no driver here"),
+        ("--target rtx", "no driver here"),
         ("--target l4 --tensorrt 10.3", "--tensorrt is for --dry-run"),
         ("--target l4 --dry-run --force", "--force rebuilds engines, and --dry-run builds none"),
         ("--target l5", "l5"),
@@ -72,7 +73,7 @@ def test_a_model_of_which_no_engines_can_be_built_is_not_exported(
     def export(*args, **kwargs):
         raise AssertionError("it was exported")
 
-    def load():
+    def load(flavour):
         raise TrioError("no driver here")
 
     monkeypatch.setattr("trio_deploy.export.job.export_model", export)

@@ -41,7 +41,7 @@ def test_every_command_on_bundles_takes_a_model(name, tmp_path, capsys, monkeypa
     more = {"run": ["how?"], "triton": ["--out", str(tmp_path / "x")]}.get(name, [])
     wanted = {"inspect": None, "build": "l4"}.get(name, "cpu")  # of which engines can be built
     target = ["--target", wanted] if wanted else []
-    monkeypatch.setattr("trio_deploy.runtimes.tensorrt.bindings.load", lambda: None)
+    monkeypatch.setattr("trio_deploy.runtimes.tensorrt.bindings.load", lambda flavour: None)
     with pytest.raises(SystemExit):
         cli.main([name, "org/model", *more, *target])
     assert seen == [("org/model", wanted, name in ("run", "check", "bench", "report"))]

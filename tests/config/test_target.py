@@ -12,6 +12,7 @@ from trio_deploy.runtimes.registry import load_target, runtime_spec
 from trio_deploy.runtimes.tensorrt.target import dialects_of_version
 
 _TENSORRT = 'runtime: tensorrt\ntensorrt: "10.3"\ndtype: float16\n'
+_RTX = 'runtime: tensorrt-rtx\ndtype: float16\ncompute_capabilities: ["8.6"]\n'
 
 
 class TestTargets:
@@ -54,6 +55,22 @@ class TestTargets:
             "8.7",
         )
         assert load_target("h200").dialect == "onnx"
+
+    def test_targets_with_tensorrt_rtx_are_compiled_for_any_card_of_their_series(self):
+        names = [name for name in list_targets() if load_target(name).runtime == "tensorrt-rtx"]
+        found = {name: load_target(name) for name in names}
+        assert {name: target.compute_capabilities for name, target in found.items()} == {
+            "rtx": ("8.6", "8.9", "12.0"),
+            "rtx-30": ("8.6",),
+            "rtx-40": ("8.9",),
+            "rtx-50": ("12.0",),
+        }
+        for target in found.values():
+            assert (target.dialect, target.decode_layout) == ("onnx", "separate")
+            assert (target.dtype, target.weights) == ("float16", "inputs")
+            assert target.tensorrt is None and target.compute_capability is None
+        assert found["rtx"].memory_gib == 12
+        assert found["rtx-30"].limits == found["rtx-40"].limits == found["rtx-50"].limits
 
     @pytest.mark.parametrize(
         ("version", "dialects"),
@@ -132,6 +149,25 @@ class TestTargets:
                 _TENSORRT + "workspace_gib: 0\n",
                 "workspace_gib 0 leaves no scratch memory: leave it",
             ),
+            (
+                _RTX.replace("tensorrt-rtx", "tensorrt"),
+                "belongs to TensorRT-RTX, not TensorRT:",
+            ),
+            (_RTX.replace('["8.6"]', "[]"), "'compute_capabilities' must list the GPUs"),
+            (
+                _RTX.replace('["8.6"]', "[8.6]"),
+                r"must be a list of versions .*not \[8.6\]",
+            ),
+            (_RTX.replace('["8.6"]', '"8.6"'), "must be a list of versions in quotes.*not '8.6'"),
+            (_RTX.replace("8.6", "7.5"), "7.5 cannot run selections: .* no float32 .* 8.0, 8.6"),
+            (_RTX.replace("8.6", "8.7"), "not compile for compute capability '8.7'.*: tensorrt`"),
+            (_RTX.replace("8.6", "9.0"), "not compile for compute capability '9.0'"),
+            (_RTX.replace("8.6", "11.0"), "not compile for compute capability '11.0'"),
+            (_RTX + 'tensorrt: "10.15"\n', "tensorrt belongs to TensorRT, not TensorRT-RTX"),
+            (_RTX + 'compute_capability: "8.6"\n', "belongs to TensorRT, not TensorRT-RTX"),
+            (_RTX + "dialect: ort\n", "does not read the ort dialect"),
+            (_RTX + "decode_layout: shared\n", "onnx dialect decodes with an engine of its own"),
+            (_RTX + "dialect: primitive\nweights: inputs\n", "cannot take their weights as inputs"),
             (_TENSORRT + "limits: 4\n", "`limits` is not a mapping"),
             (_TENSORRT + "limits: {max_bach: 4}\n", "'max_bach'.*did you mean 'max_batch'"),
             (_TENSORRT + "limits: {max_batch: 0}\n", "max_batch must be a positive"),

@@ -36,7 +36,7 @@ def test_engines_are_those_that_the_build_recorded(bundle, tmp_path):
     (copy / "engines" / "thor").mkdir()
     (copy / "engines" / "thor" / "record.json").write_text("{")
     good, bad = exported(Bundle.load(copy))["engines"]
-    assert (good["target"], good["tensorrt"], good["stages"]) == ("orin", "8.6.1", "1")
+    assert (good["target"], good["library"], good["stages"]) == ("orin", "TensorRT 8.6.1", "1")
     assert "Orin" in good["gpu"] and good["size"] == "1 MiB"
     assert bad["target"] == "thor" and "not valid JSON" in bad["problem"]
     wanted = ReportOptions(

@@ -18,6 +18,7 @@ _PACKAGES = (
     "onnxruntime-gpu",
     "openvino",
     "tensorrt",
+    "tensorrt-rtx-cu13-bindings",
     "torch",
     "transformers",
     "numpy",

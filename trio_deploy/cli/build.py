@@ -1,4 +1,4 @@
-"""`trio build`: build TensorRT engines of a bundle, on the device they run on."""
+"""`trio build`: build engines of a bundle, on the device, or ahead of time for RTX cards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trio_deploy.bundle.bundle import Bundle
     from trio_deploy.config.target import Target
 
-SUMMARY = "Build TensorRT engines of a bundle, on the device they run on."
+SUMMARY = "Build TensorRT engines of a bundle: on the device, or ahead of time for RTX cards."
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -73,11 +73,11 @@ def _require_useful_export(args: argparse.Namespace) -> None:
     """
     from trio_deploy.runtimes.registry import default_target, load_target
     from trio_deploy.runtimes.tensorrt import bindings
-    from trio_deploy.runtimes.tensorrt.target import require_tensorrt
+    from trio_deploy.runtimes.tensorrt.target import require_engines
 
-    require_tensorrt(load_target(args.target or default_target()))
+    library = require_engines(load_target(args.target or default_target()))
     if not args.dry_run:
-        bindings.load()
+        bindings.load(library.flavour)
 
 
 def _target(bundle: Bundle, args: argparse.Namespace) -> Target:
@@ -130,16 +130,18 @@ def _build(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
     from trio_deploy.runtimes.tensorrt.device import Device
     from trio_deploy.runtimes.tensorrt.first_run import run_once
     from trio_deploy.runtimes.tensorrt.gpu import this_gpu
+    from trio_deploy.runtimes.tensorrt.target import require_engines
 
     require_buildable(bundle, target, args.stage or None)
     _refuse_oversized(bundle, target, args)
-    tensorrt, device = bindings.load(), Device()
+    tensorrt = bindings.load(require_engines(target).flavour)
+    ahead = tensorrt.compiles_ahead
     outcome = build_engines(
         bundle,
         target,
         ChildCompiler(tensorrt.version),
-        this_gpu(device),
-        verify=lambda folder, stage: run_once(bundle, tensorrt, folder, stage),
+        None if ahead else this_gpu(Device()),
+        verify=None if ahead else lambda folder, stage: run_once(bundle, tensorrt, folder, stage),
         stages=args.stage or None,
         force=args.force,
         progress=not args.json,

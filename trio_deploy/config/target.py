@@ -27,6 +27,7 @@ RUNTIME_KEYS = (
     "decode_layout",
     "weights",
     "compute_capability",
+    "compute_capabilities",
     "memory_gib",
     "reserved_gib",
     "workspace_gib",
@@ -79,6 +80,7 @@ class Target:
             segments decode too, and weights are on the device once).
         weights: whether matrices are `constants` of the graphs or their `inputs`.
         compute_capability: compute capability of the GPU, such as `8.7`; None: any.
+        compute_capabilities: those that engines are compiled for ahead of time.
         memory_gib: GiB of device memory; None: unknown.
         reserved_gib: GiB of it that the system and other programs need.
         workspace_gib: maximum GiB of scratch memory per layer; None: no limit.
@@ -96,6 +98,7 @@ class Target:
     decode_layout: str | None = None
     weights: str = "constants"
     compute_capability: str | None = None
+    compute_capabilities: tuple[str, ...] = ()
     memory_gib: float | None = None
     reserved_gib: float = 0.0
     workspace_gib: float | None = None
@@ -149,6 +152,7 @@ def read_target(file: Path) -> Target:
         decode_layout=text_of(file, raw, "decode_layout"),
         weights=choice(file, raw, "weights", WEIGHTS, WEIGHTS[0]),
         compute_capability=_version(file, raw, "compute_capability"),
+        compute_capabilities=_versions(file, raw, "compute_capabilities"),
         memory_gib=_gib(file, raw, "memory_gib"),
         reserved_gib=0.0 if reserved is None else reserved,
         workspace_gib=_gib(file, raw, "workspace_gib"),
@@ -161,6 +165,15 @@ def _version(file: Path, raw: Mapping[str, Any], key: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise TrioError(f'{file}: {key} must be a version in quotes, like "10.3", not {value!r}')
     return value
+
+
+def _versions(file: Path, raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = raw.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise TrioError(
+            f'{file}: {key} must be a list of versions in quotes, like ["8.6"], not {value!r}'
+        )
+    return tuple(dict.fromkeys(value))
 
 
 def _gib(file: Path, raw: Mapping[str, Any], key: str) -> float | None:

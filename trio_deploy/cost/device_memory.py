@@ -17,7 +17,7 @@ from trio_deploy.files import format_bytes
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.memory import Fit, Memory, memory
-from trio_deploy.runtimes.tensorrt.target import target_dialects
+from trio_deploy.runtimes.tensorrt.target import FLAVOURS, require_engines, target_dialects
 from trio_deploy.schedule.schedule import Schedule
 
 _SMALL_TEXT, _SMALL_ANSWER = 256, 128  # tokens of a question and of a short answer
@@ -35,13 +35,9 @@ def fit(
         budgets: the recipe's schedules at the same pruning points, which requests may ask for.
 
     Raises:
-        TrioError: the target has no TensorRT, or its limits do not suit the model.
+        TrioError: the target has no engines, or its limits do not suit the model.
     """
-    if target.tensorrt is None:
-        raise TrioError(
-            f"the target {target.name} runs {target.runtime}: memory is planned for targets with "
-            "`runtime: tensorrt`"
-        )
+    require_engines(target)
     model = _Model(config, schedule, budgets)
     layouts = (model.memory(target), model.memory(_other_layout(target)))
     result = Fit(target, layouts)
@@ -173,9 +169,7 @@ def _smaller(limits: Limits) -> Iterator[dict[str, int]]:
 def _smallest_target(model: _Model, dtype: str, weights: int) -> str | None:
     """The shipped target with the least memory that fits the model; None if there is none."""
     known = [load_target(name) for name in list_targets()]
-    sized = [
-        (t.usable_gib, t) for t in known if t.tensorrt is not None and t.usable_gib is not None
-    ]
+    sized = [(t.usable_gib, t) for t in known if t.runtime in FLAVOURS and t.usable_gib is not None]
     for usable, target in sorted(sized, key=lambda pair: pair[0]):
         if usable * 2**30 < weights:
             continue

@@ -29,7 +29,7 @@ from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.files import format_bytes
 from trio_deploy.quant.stored_weight import parts_of
 from trio_deploy.runtimes.machine import usable_memory
-from trio_deploy.runtimes.registry import default_target, load_target
+from trio_deploy.runtimes.registry import default_target, load_target, runtime_spec
 from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule, smallest_budget
 from trio_deploy.schedule.schedule import Schedule
 
@@ -263,7 +263,7 @@ def plan(
     pruned, unpruned = cost(chosen), cost(Schedule())
     paper = _paper_rows(found.name)
     device = _device(options)
-    if progress and device.tensorrt is not None:
+    if progress and runtime_spec(device.runtime).needs_engines:
         print(
             f"trio: building the graphs of {found.name} to count its memory on {device.name}, "
             "which takes up to a minute",
@@ -295,7 +295,7 @@ def _memory(
     cost: Cost,
 ) -> Fit | HostMemory | None:
     """Memory on a target; None where weights cannot be counted without the extra [export]."""
-    if device.tensorrt is None:
+    if not runtime_spec(device.runtime).needs_engines:
         try:
             from trio_deploy.graphs.weights import stored_weights
         except ModuleNotFoundError:

@@ -400,8 +400,8 @@ def write_weights(
 def _print_memory(
     job: ExportJob, stages: Sequence[StageInfo], contents: Mapping[str, bytes], show: bool
 ) -> None:
-    """Say whether the engines of a TensorRT target will fit it, before weights are copied."""
-    if job.target.runtime != "tensorrt" or not show:
+    """Say whether the engines of a target will fit it, before weights are copied."""
+    if not show or not runtime_spec(job.target.runtime).needs_engines:
         return
     from trio_deploy.runtimes.tensorrt.memory import Fit, memory
 

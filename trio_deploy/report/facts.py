@@ -93,12 +93,13 @@ def _engines(folder: Path) -> list[dict[str, str]]:
             continue
         size = sum(stage.bytes for stage in built.stages.values())
         gpu = built.gpu
+        of = f"{gpu.name} ({gpu.compute_capability}, driver {gpu.driver})" if gpu else ""
         found.append(
             {
                 "target": built.target,
                 "problem": "",
-                "gpu": f"{gpu.name} ({gpu.compute_capability}, driver {gpu.driver})",
-                "tensorrt": built.tensorrt,
+                "gpu": of or built.built_for,
+                "library": built.library.name,
                 "stages": str(len(built.stages)),
                 "size": format_bytes(size),
             }

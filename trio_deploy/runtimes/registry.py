@@ -26,6 +26,7 @@ RUNTIMES = {
     "onnxruntime": "trio_deploy.runtimes.onnxruntime",
     "openvino": "trio_deploy.runtimes.openvino",
     "tensorrt": "trio_deploy.runtimes.tensorrt.runtime",
+    "tensorrt-rtx": "trio_deploy.runtimes.tensorrt_rtx",
 }
 
 #: A larger number is a typing error, and would exhaust the machine.
@@ -143,9 +144,11 @@ def complete_options(bundle: Bundle, options: RuntimeOptions) -> RuntimeOptions:
     target = options.target
     if isinstance(target, str) and options.runtime in (None, *_with_engines()):
         from trio_deploy.bundle.manifest import ENGINES
+        from trio_deploy.runtimes.tensorrt.record import runtime_of
 
-        if is_folder(bundle.path / ENGINES / target):
-            return replace(options, runtime=options.runtime or next(_with_engines()))
+        folder = bundle.path / ENGINES / target
+        if is_folder(folder):
+            return replace(options, runtime=options.runtime or runtime_of(folder))
     # The manifest's values, since the target file of another machine may not be here.
     chosen: Manifest | Target = bundle.manifest
     if target is not None:

@@ -573,21 +573,9 @@ def test_a_builder_that_does_not_start_is_an_error(start: Start, graph: Path) ->
 
 
 @pytest.fixture
-def ahead(start: Start) -> tuple[TensorRT, Simulation]:
-    """A simulation with the names by which TensorRT-RTX compiles ahead of time."""
-    _, simulation = start("11.4.0")
-    trt = simulation.tensorrt
-    trt.__version__ = "1.7.1.116"
-    trt.ComputeCapability = enum.IntEnum("ComputeCapability", "NONE CURRENT SM86 SM89 SM120")
-    trt.ProfilingVerbosity = enum.IntEnum("ProfilingVerbosity", "LAYER_NAMES_ONLY DETAILED")
-    trt.BuilderFlag = enum.IntEnum("BuilderFlag", "TF32 REQUIRE_USER_ALLOCATION")
-
-    def set_compute_capability(config: Any, capability: Any, number: int) -> None:
-        assert number < config.num_compute_capabilities
-        config.capabilities = [*getattr(config, "capabilities", []), capability.name]
-
-    trt.IBuilderConfig.set_compute_capability = set_compute_capability
-    return TensorRT(trt), simulation
+def ahead(monkeypatch: pytest.MonkeyPatch) -> tuple[TensorRT, Simulation]:
+    simulation = install(monkeypatch, "1.7.1.116")
+    return load("rtx"), simulation
 
 
 def test_a_compiler_ahead_of_time_is_known_by_its_names(
@@ -610,7 +598,7 @@ def test_gpus_that_are_not_compiled_for_are_named(
     ahead: tuple[TensorRT, Simulation], start: Start, graph: Path
 ) -> None:
     with pytest.raises(
-        TrioError, match=r"not compile for compute capability 8\.7: it has 8\.6, 8\.9"
+        TrioError, match=r"not compile for compute capability 8\.7: it has 7\.5, 8\.0"
     ):
         ahead[0].build(graph, [ADMITS], BuildOptions(compute_capabilities=("8.7",)))
     with pytest.raises(TrioError, match=r"TensorRT 10\.3\.0 builds for this machine's GPU alone"):

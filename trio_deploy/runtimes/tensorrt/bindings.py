@@ -22,6 +22,8 @@ without memory                         of their own by `ExecutionContextAllocati
 `set_compute_capability`               TensorRT-RTX alone: it compiles for listed GPUs, without one
                                        and without a driver, and keeps no timing cache
 `REQUIRE_USER_ALLOCATION`              TensorRT-RTX alone: what it takes to record a run
+`create_runtime_cache`,                TensorRT-RTX alone: kernels are finished on the device, and
+`is_stream_capturable`                 kept; a context may not be ready to be recorded
 =====================================  ======================================================
 """
 
@@ -189,6 +191,23 @@ def load(flavour: str = "tensorrt") -> TensorRT:
             "install it again"
         ) from error
     return TensorRT(module)
+
+
+@dataclass(frozen=True)
+class JustInTime:
+    """How the kernels of one engine of TensorRT-RTX are finished on the device.
+
+    Attributes:
+        config: IRuntimeConfig, of which contexts are made.
+        cache: IRuntimeCache of the kernels that were compiled so far.
+    """
+
+    config: Any
+    cache: Any
+
+    def kernels(self) -> bytes:
+        """The kernels, for `TensorRT.just_in_time` in a later process on this GPU and driver."""
+        return bytes(memoryview(self.cache.serialize()))
 
 
 class TensorRT:
@@ -478,8 +497,42 @@ class TensorRT:
             return int(engine.device_memory_size_v2)
         return int(engine.device_memory_size)
 
-    def context(self, engine: Any) -> Any:
+    def just_in_time(self, engine: Any, kernels: bytes = b"", *, eager: bool) -> JustInTime:
+        """How an engine of TensorRT-RTX is run.
+
+        Args:
+            kernels: of an earlier `JustInTime`; those of another GPU or driver are ignored.
+            eager: whether a new shape waits for its kernels; else they are compiled in the
+                background, and kernels of any shape run meanwhile.
+
+        Raises:
+            TrioError: the engine takes no such configuration.
+        """
+        trt = self.module
+        self.forget_errors()
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        strategies = trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            strategies.EAGER if eager else strategies.LAZY
+        )
+        config.cuda_graph_strategy = (
+            trt.CudaGraphStrategy.DISABLED
+        )  # decode steps are recorded here
+        cache = config.create_runtime_cache()
+        if kernels:
+            cache.deserialize(kernels)
+        if not config.set_runtime_cache(cache):
+            raise self.failed(f"{self.name} takes no runtime cache")
+        return JustInTime(config, cache)
+
+    def context(self, engine: Any, just_in_time: JustInTime | None = None) -> Any:
         """Create an execution context, which needs memory from `lend` to run.
+
+        Args:
+            just_in_time: how an engine of TensorRT-RTX is run; None: an engine of TensorRT.
 
         Raises:
             OutOfDeviceMemory: the device has no room for the context's state.
@@ -487,13 +540,20 @@ class TensorRT:
         """
         self.forget_errors()
         strategies = getattr(self.module, "ExecutionContextAllocationStrategy", None)
-        if strategies is not None:
+        if just_in_time is not None:
+            context = engine.create_execution_context(just_in_time.config)
+        elif strategies is not None:
             context = engine.create_execution_context(strategies.USER_MANAGED)
         else:
             context = engine.create_execution_context_without_device_memory()
         if context is None:
             raise self.failed("TensorRT creates no execution context")
         return context
+
+    def recordable(self, context: Any, stream: int) -> bool:
+        """Whether a run of a context may be recorded on a stream."""
+        capturable = getattr(context, "is_stream_capturable", None)
+        return capturable is None or bool(capturable(stream))
 
     def lend(self, context: Any, address: int, size: int) -> None:
         """Set the scratch memory of a context, aligned to 256 bytes."""

@@ -1,10 +1,11 @@
-"""Build TensorRT engines of a bundle's graphs, one after another, in `engines/<target>/`.
+"""Build engines of a bundle's graphs, one after another, in `engines/<target>/`.
 
 An engine and its record are written atomically, so an interrupted build continues with the next
 engine. An engine is rebuilt if its graph, weights, profiles, TensorRT or GPU have changed. It is
 verified once its first run has ended: an engine whose first run ended the process is recorded as
 not verified, and is tried once more. Each engine is built in a process of its own, whose death is
-that stage's failure.
+that stage's failure. TensorRT-RTX compiles ahead of time, without a GPU; its engines run first on
+each device.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from trio_deploy.runtimes.tensorrt.compiling import Compiled, Job
 from trio_deploy.runtimes.tensorrt.dry_run.rules import require_dialect
 from trio_deploy.runtimes.tensorrt.profiles import Profile, profiles
 from trio_deploy.runtimes.tensorrt.record import Gpu, Record, StageRecord
-from trio_deploy.runtimes.tensorrt.target import DIALECTS, require_tensorrt
+from trio_deploy.runtimes.tensorrt.target import DIALECTS, Library, require_engines
 
 TIMING_CACHE = "timing.cache"
 LOG = "build.log"
@@ -83,12 +84,17 @@ class Outcome:
     def to_text(self) -> str:
         record = self.record
         lines = [
-            f"{self.folder}: {len(record.stages)} engines for {record.gpu.name} "
-            f"(compute capability {record.gpu.compute_capability}), TensorRT {record.tensorrt}"
+            f"{self.folder}: {len(record.stages)} engines for {record.built_for}, "
+            f"{record.library.name}"
         ]
         for name, stage in record.stages.items():
             how = f"built in {stage.seconds:.0f} s" if name in self.built else "kept"
             lines.append(f"  {name:<12}{format_bytes(stage.bytes):>10}  {how}")
+        if record.compiled_ahead:
+            lines.append(
+                "nothing was run: on each device the first `trio run` compiles what depends on it, "
+                "and tries every engine"
+            )
         return "\n".join(lines)
 
 
@@ -99,10 +105,9 @@ def require_buildable(bundle: Bundle, target: Target, stages: Sequence[str] | No
         TrioError: the target has another runtime, no TensorRT reads the bundle's graphs, a stage
             is unknown, or the weights are missing.
     """
-    require_tensorrt(target)
+    library = require_engines(target)
     if bundle.manifest.dialect not in DIALECTS:
-        assert target.tensorrt is not None
-        require_dialect(bundle.manifest.dialect, target.tensorrt, str(bundle.path))
+        require_dialect(bundle.manifest.dialect, library, str(bundle.path))
     _chosen(bundle, stages)
     bundle.require_weights()
 
@@ -111,9 +116,9 @@ def build_engines(
     bundle: Bundle,
     target: Target,
     compiler: Compiler,
-    gpu: Gpu,
+    gpu: Gpu | None,
     *,
-    verify: Verify,
+    verify: Verify | None,
     stages: Sequence[str] | None = None,
     force: bool = False,
     progress: bool = True,
@@ -122,9 +127,10 @@ def build_engines(
 
     Args:
         compiler: builds one engine at a time.
-        gpu: the GPU to build on.
+        gpu: the GPU to build on; None for a target that is compiled ahead of time.
         verify: called for every engine as soon as it is built; an engine that fails is deleted. An
             engine that an earlier build could not verify is verified now, and rebuilt if it fails.
+            None: engines run first on the device.
         stages: stages to build; None: all.
         force: rebuild engines that exist.
         progress: show a bar on stderr.
@@ -135,15 +141,17 @@ def build_engines(
             built or run.
     """
     require_buildable(bundle, target, stages)
-    _require_gpu(target, gpu)
-    require_dialect(bundle.manifest.dialect, compiler.version, str(bundle.path))
+    if gpu is not None:
+        _require_gpu(target, gpu)
+    library = replace(require_engines(target), version=compiler.version)
+    require_dialect(bundle.manifest.dialect, library, str(bundle.path))
     wanted = _chosen(bundle, stages)
     folder = bundle.path / ENGINES / target.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrioError(f"cannot write to {folder}: {error.strerror}") from error
-    job = _Build(bundle, target, compiler, gpu, folder, profiles(bundle, target), verify)
+    job = _Build(bundle, target, library, compiler, gpu, folder, profiles(bundle, target), verify)
     with _locked(folder):
         return _make(job, wanted, force=force, progress=progress)
 
@@ -154,11 +162,12 @@ class _Build:
 
     bundle: Bundle
     target: Target
+    library: Library
     compiler: Compiler
-    gpu: Gpu
+    gpu: Gpu | None
     folder: Path
     profiles: Mapping[str, Sequence[Profile]]
-    verify: Verify
+    verify: Verify | None
 
 
 def _make(job: _Build, wanted: Sequence[str], *, force: bool, progress: bool) -> Outcome:
@@ -182,7 +191,7 @@ def _make(job: _Build, wanted: Sequence[str], *, force: bool, progress: bool) ->
     )
     with shown, _log(folder / LOG) as log:
         for stage in wanted:
-            if stage not in missing and record.stages[stage].verified:
+            if stage not in missing and (job.verify is None or record.stages[stage].verified):
                 shown.update()
                 continue
             if stage not in missing:
@@ -213,11 +222,13 @@ def _make(job: _Build, wanted: Sequence[str], *, force: bool, progress: bool) ->
 
 
 def _verified(job: _Build, record: Record, stage: str, log: Log, bar: Any) -> Record:
-    """Run an engine for the first time and record that; delete an engine that fails.
+    """Run an engine for the first time, if here, and record that; delete an engine that fails.
 
     The run may be interrupted or end the process (out of memory, a crash): the record on disk then
     says that the engine has not been verified.
     """
+    if job.verify is None:
+        return record
     bar.set_postfix_str(f"{stage}: first run")
     log("INFO", f"==== {stage}: first run")
     try:
@@ -238,10 +249,15 @@ def _build(job: _Build, stage: str, fingerprint: str, log: Log, bar: Any) -> Sta
         bar.set_postfix_str(f"{stage}: {phase} {done}/{steps}")
 
     bar.set_postfix_str(stage)
-    log("INFO", f"==== {stage}: {len(found)} profile(s), TensorRT {job.compiler.version}")
+    log("INFO", f"==== {stage}: {len(found)} profile(s), {job.library.name}")
     for profile in found:
         log("INFO", f"profile {json.dumps(profile.to_json())}")
-    workspace = None if target.workspace_gib is None else int(target.workspace_gib * _GIB)
+    options = BuildOptions(
+        job.bundle.manifest.dtype,
+        None if target.workspace_gib is None else int(target.workspace_gib * _GIB),
+        target.compute_capabilities,
+    )
+    ahead = job.gpu is None  # such a compiler times nothing
     file = job.folder / f"{stage}.engine"
     try:
         done = job.compiler.compile(
@@ -249,8 +265,9 @@ def _build(job: _Build, stage: str, fingerprint: str, log: Log, bar: Any) -> Sta
                 graph=str(job.bundle.graph(stage)),
                 plan=str(file),
                 profiles=tuple(found),
-                options=BuildOptions(job.bundle.manifest.dtype, workspace),
-                timing_cache=str(job.folder / TIMING_CACHE),
+                options=options,
+                timing_cache="" if ahead else str(job.folder / TIMING_CACHE),
+                flavour=job.library.flavour,
             ),
             log,
             tell,
@@ -329,12 +346,14 @@ def _record(job: _Build) -> Record:
         dtype=manifest.dtype,
         decode_layout=manifest.decode,
         limits=job.target.limits,
+        flavour=job.library.flavour,
+        compute_capabilities=job.target.compute_capabilities,
     )
     try:
         known = Record.load(folder)
     except TrioError:  # missing or damaged: all engines are built
         return fresh
-    if not known.gpu.same_kind(job.gpu):
+    if known.gpu is not None and job.gpu is not None and not known.gpu.same_kind(job.gpu):
         # TensorRT may not distinguish these GPUs, and would use timings of one for the other.
         (folder / TIMING_CACHE).unlink(missing_ok=True)
         return fresh
@@ -354,7 +373,9 @@ def _fingerprint(job: _Build, stage: str, record: Record) -> str:
         "workspace_gib": job.target.workspace_gib,
         "dtype": record.dtype,
         "tensorrt": record.tensorrt,
-        "gpu": [record.gpu.name, record.gpu.compute_capability],
+        "gpu": list(record.compute_capabilities)
+        if record.gpu is None
+        else [record.gpu.name, record.gpu.compute_capability],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

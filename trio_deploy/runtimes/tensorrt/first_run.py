@@ -15,7 +15,7 @@ from trio_deploy.runtimes.arrays import to_host
 from trio_deploy.runtimes.base import TensorSpec
 from trio_deploy.runtimes.tensorrt.bindings import TensorRT
 from trio_deploy.runtimes.tensorrt.profiles import Profile
-from trio_deploy.runtimes.tensorrt.runtime import TrtRuntime
+from trio_deploy.runtimes.tensorrt.runtime import TrtEngine, TrtRuntime
 
 CORNERS = ("min", "opt", "max")
 """The shapes of a profile: smallest, typical and largest."""
@@ -31,16 +31,24 @@ def run_once(bundle: Bundle, tensorrt: TensorRT, folder: Path, stage: str) -> No
     runtime = TrtRuntime(folder, bundle, tensorrt=tensorrt)
     runtime.record = runtime.record.with_verified(stage)  # in memory only, so that it opens
     engine = runtime.open(bundle.graph(stage), bundle.places(stage))
-    for profile in runtime.record.stages[stage].profiles:
+    run_at_corners(engine, bundle.stages[stage])
+
+
+def run_at_corners(engine: TrtEngine, stage: StageInfo) -> None:
+    """Run an engine at the typical and largest shapes of its profiles.
+
+    Raises:
+        TrioError: it does not run, lacks memory, or an output is not finite.
+    """
+    for profile in engine.profiles:
         for corner, shapes in _FIRST_RUNS.items():
             where = f"at the {shapes} shapes of the {profile.name} profile"
             try:
-                outputs = engine.run(
-                    example_feeds(bundle.stages[stage], engine.inputs, profile, corner), host=()
-                )
+                outputs = engine.run(example_feeds(stage, engine.inputs, profile, corner), host=())
             except TrioError as error:
                 raise TrioError(
-                    f"{where}, which follow from the limits of {runtime.record.target}: {error}"
+                    f"{where}, which follow from the limits of {engine.runtime.record.target}: "
+                    f"{error}"
                 ) from error
             while outputs:  # one at a time in the host's memory
                 name, array = outputs.popitem()

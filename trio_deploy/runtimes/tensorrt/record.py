@@ -1,4 +1,4 @@
-"""record.json: the engines of a folder, and the GPU and TensorRT they were built with."""
+"""record.json: the engines of a folder, and the library and GPU they were built with or for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from trio_deploy.config.target import Limits
 from trio_deploy.errors import TrioError
 from trio_deploy.files import read_json, sha256_of, write_atomically
 from trio_deploy.runtimes.tensorrt.profiles import Profile
+from trio_deploy.runtimes.tensorrt.target import FLAVOURS, Library
 
 SCHEMA = 2  # schema 1 did not record first runs
 RECORD = "record.json"
@@ -94,7 +95,7 @@ class StageRecord:
             rebuilt.
         profiles: optimisation profiles, in the engine's order.
         seconds: duration of the build.
-        verified: whether the engine has completed its first run.
+        verified: whether the engine has completed its first run where it was built.
     """
 
     file: str
@@ -109,17 +110,26 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """Content of record.json; `stages` grows as engines are built."""
+    """Content of record.json; `stages` grows as engines are built.
+
+    Attributes:
+        tensorrt: version of TensorRT or TensorRT-RTX.
+        gpu: the GPU that engines were built on; None: compiled ahead of time, for any GPU of
+            `compute_capabilities`.
+        flavour: library that built them, and loads them: a value of `target.FLAVOURS`.
+    """
 
     target: str
     tensorrt: str
-    gpu: Gpu
+    gpu: Gpu | None
     dialect: str
     dtype: str
     decode_layout: str
     limits: Limits
     stages: dict[str, StageRecord] = field(default_factory=dict)
     schema: int = SCHEMA
+    flavour: str = "tensorrt"
+    compute_capabilities: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, folder: Path) -> Record:
@@ -141,10 +151,13 @@ class Record:
                     f"{file} was written by a newer trio-deploy (schema {raw['schema']}): "
                     "upgrade trio-deploy, or run `trio build` again"
                 )
+            flavour = str(raw.get("flavour", "tensorrt"))
             return cls(
+                flavour=flavour,
+                compute_capabilities=tuple(map(str, raw.get("compute_capabilities", ()))),
                 target=str(raw["target"]),
                 tensorrt=str(raw["tensorrt"]),
-                gpu=Gpu(**raw["gpu"]),
+                gpu=Gpu(**raw["gpu"]) if flavour == "tensorrt" else None,
                 dialect=str(raw["dialect"]),
                 dtype=str(raw["dtype"]),
                 decode_layout=str(raw["decode_layout"]),
@@ -154,9 +167,27 @@ class Record:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TrioError(f"{file} is damaged ({error}): run `trio build` again") from error
 
+    @property
+    def library(self) -> Library:
+        """What built the engines."""
+        return Library(self.flavour, self.tensorrt)
+
+    @property
+    def compiled_ahead(self) -> bool:
+        """Whether engines run first on each device, not where they were built."""
+        return self.gpu is None
+
+    @property
+    def built_for(self) -> str:
+        """The GPUs of the engines, for messages."""
+        if self.gpu is None:
+            return f"compute capability {', '.join(self.compute_capabilities)}"
+        return f"{self.gpu.name} (compute capability {self.gpu.compute_capability})"
+
     def to_json(self) -> dict[str, Any]:
         """JSON values as in record.json."""
         raw = asdict(self)
+        raw.pop("gpu" if self.compiled_ahead else "compute_capabilities")
         for name, stage in self.stages.items():
             raw["stages"][name]["profiles"] = [profile.to_json() for profile in stage.profiles]
         return raw
@@ -184,7 +215,9 @@ class Record:
         Raises:
             TrioError: the GPU or TensorRT differs; the message names both.
         """
-        if not self.gpu.same_kind(gpu):
+        if self.gpu is None:
+            self._require_compiled_for(gpu)
+        elif not self.gpu.same_kind(gpu):
             todo = "run `trio build` here"
             if self.gpu.slowed_down(gpu):
                 todo = (
@@ -197,8 +230,16 @@ class Record:
             )
         if self.tensorrt != tensorrt:
             raise TrioError(
-                f"the engines for {self.target} were built by TensorRT {self.tensorrt}, but this "
+                f"the engines for {self.target} were built by {self.library.name}, but this "
                 f"is {tensorrt}, which does not load them: run `trio build` here"
+            )
+
+    def _require_compiled_for(self, gpu: Gpu) -> None:
+        if gpu.compute_capability not in self.compute_capabilities:
+            raise TrioError(
+                f"the engines for {self.target} were compiled for {self.built_for}, but this is "
+                f"{gpu.to_text()}: run `trio build` with a --target whose compute_capabilities "
+                "name it"
             )
 
     def check_file(
@@ -230,7 +271,7 @@ class Record:
                 f"the engine {file} has {size} bytes where its record says {entry.bytes}: it is "
                 "truncated; run `trio build` again"
             )
-        if not entry.verified and not first_run:
+        if not (entry.verified or first_run or self.compiled_ahead):
             raise TrioError(
                 f"the engine {file} was built, but its first run was not completed (was the "
                 "process killed, such as for lack of memory?): run `trio build` again, which tries "
@@ -240,6 +281,15 @@ class Record:
         if verify and sha256_of(file) != entry.sha256:
             raise TrioError(f"the engine {file} is damaged: run `trio build` again")
         return file
+
+
+def runtime_of(folder: Path) -> str:
+    """Runtime of a folder's engines; TensorRT's if its record cannot be read, which says why."""
+    try:
+        flavour = Record.load(folder).flavour
+    except TrioError:
+        flavour = ""
+    return next((name for name, each in FLAVOURS.items() if each == flavour), "tensorrt")
 
 
 def _module(model: str) -> str:

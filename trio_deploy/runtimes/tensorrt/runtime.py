@@ -12,6 +12,7 @@ import mmap
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,11 +25,17 @@ from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.runtimes.base import Array, Execution, RuntimeSpec, Step, TensorSpec, check_feeds
 from trio_deploy.runtimes.mapped_weights import WeightMap
-from trio_deploy.runtimes.tensorrt.bindings import IoTensor, OutOfDeviceMemory, TensorRT, load
+from trio_deploy.runtimes.tensorrt.bindings import (
+    IoTensor,
+    JustInTime,
+    OutOfDeviceMemory,
+    TensorRT,
+    load,
+)
 from trio_deploy.runtimes.tensorrt.device import Device, DeviceArray, Event, Graph, format_mib
 from trio_deploy.runtimes.tensorrt.gpu import this_gpu
 from trio_deploy.runtimes.tensorrt.profiles import Profile, buffer_bytes
-from trio_deploy.runtimes.tensorrt.record import Record
+from trio_deploy.runtimes.tensorrt.record import Record, runtime_of
 from trio_deploy.runtimes.tensorrt.target import (
     DIALECTS,
     TARGET_KEYS,
@@ -88,13 +95,16 @@ class TrtRuntime:
     """The engines of one target.
 
     Attributes:
+        flavour: library whose engines it runs (`bindings.MODULES`).
         record: record of the engines, and of the GPU and TensorRT they were built with.
         device: the GPU.
+        gpu: its identity.
         max_rows: maximum rows per batch.
         recordings: number of CUDA graphs recorded so far.
     """
 
     concurrent = False  # one stream, one scratch buffer
+    flavour = "tensorrt"
 
     def __init__(
         self,
@@ -115,10 +125,16 @@ class TrtRuntime:
         Raises:
             TrioError: no driver or TensorRT, or engines of another GPU, TensorRT or bundle.
         """
-        self.tensorrt = tensorrt or load()
+        self.tensorrt = tensorrt or load(self.flavour)
         self.device = Device()
+        self.gpu = this_gpu(self.device)
         self.record = Record.load(folder)
-        self.record.require_same(this_gpu(self.device), self.tensorrt.version)
+        if self.record.flavour != self.flavour:
+            raise TrioError(
+                f"the engines in {folder} are of {self.record.library.name}, which "
+                f"{self.tensorrt.name} does not load: run with --runtime {runtime_of(folder)}"
+            )
+        self.record.require_same(self.gpu, self.tensorrt.version)
         self.max_rows: int | None = self.record.limits.max_batch
         self.cuda_graphs = cuda_graphs
         self.recordings = 0
@@ -191,7 +207,13 @@ class TrtRuntime:
             for tensor in self.tensorrt.tensors(engine)
             if tensor.is_input and tensor.name in (weights or {})
         }
-        return TrtEngine(self, stage, engine, entry.profiles, info, bound)
+        made = TrtEngine(self, stage, engine, entry.profiles, info, bound)
+        made.just_in_time = self.finish(made)
+        return made
+
+    def finish(self, engine: TrtEngine) -> JustInTime | None:
+        """How an engine's kernels are finished on the device; None: they are."""
+        return None
 
     def _weight(self, folder: Path, place: TensorPlace) -> DeviceArray:
         """A weight in the GPU's memory, one copy for all engines that take it as an input."""
@@ -273,7 +295,9 @@ class _Context:
         tensorrt, device = engine.runtime.tensorrt, engine.runtime.device
         self.profile = profile
         self._scratch, size = engine.runtime.scratch()
-        self.trt = engine.runtime.with_room(lambda: tensorrt.context(engine.trt), engine.needs)
+        self.trt = engine.runtime.with_room(
+            lambda: tensorrt.context(engine.trt, engine.just_in_time), engine.needs
+        )
         tensorrt.lend(self.trt, self._scratch.address, size)
         self.host_inputs: list[np.ndarray] = []
         if profile != self.trt.active_optimization_profile:
@@ -286,7 +310,14 @@ class _Context:
 
 
 class TrtEngine:
-    """One engine. Its integers are int64 for callers, even where TensorRT narrows them."""
+    """One engine. Its integers are int64 for callers, even where TensorRT narrows them.
+
+    Attributes:
+        info: the stage; None for a graph on its own.
+        just_in_time: how its kernels are finished on the device; None: they are.
+    """
+
+    just_in_time: JustInTime | None = None
 
     def __init__(
         self,
@@ -304,6 +335,7 @@ class TrtEngine:
             bound: weights that are inputs of the engine, by name.
         """
         self.runtime, self.stage, self.trt, self.bound = runtime, stage, engine, bound
+        self.info = info
         self.profiles = tuple(profiles)
         tensors = () if info is None else (*info.inputs, *info.outputs)
         self._axes = {tensor.name: tensor.shape for tensor in tensors}
@@ -337,7 +369,7 @@ class TrtEngine:
     def execution(self) -> Execution:
         """`Engine.execution`; engines are strongly typed, so they compute in the graphs' type."""
         record = self.runtime.record
-        return Execution(record.gpu.name, record.dtype, record.target)
+        return Execution(self.runtime.gpu.name, record.dtype, record.target)
 
     def run(
         self,
@@ -383,6 +415,10 @@ class TrtEngine:
     def empties(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[DeviceArray]:
         """`Engine.empties`, in one block of the GPU's memory."""
         return self.runtime.device.empties(shapes, dtype, f"buffers of {self.stage} (KV cache)")
+
+    def forget_contexts(self) -> None:
+        """Free contexts that no step is bound to, with the scratch memory that they hold."""
+        self._idle.clear()
 
     def stored(self, name: str) -> np.dtype:
         """Element type of a tensor in memory."""
@@ -592,6 +628,12 @@ class _Step:
         for there, pinned, _ in self._fetched:
             self._device.fetch(there, pinned)
 
+    def require_recordable(self) -> None:
+        """Raise TrioError where the run cannot be recorded."""
+        tensorrt = self._engine.runtime.tensorrt
+        if not tensorrt.recordable(self._context.trt, int(self._device.stream)):
+            raise TrioError(f"{tensorrt.name} cannot record {self._engine.stage}")
+
     def give(self) -> None:
         """Write the host's arrays, when the stream is done."""
         for _, pinned, array in self._fetched:
@@ -626,6 +668,8 @@ class _Sequence:
 
     def _record(self) -> None:
         try:
+            for step in self._steps:
+                step.require_recordable()
             self._graph = self._runtime.device.record(self._enqueue)
         except TrioError as error:
             # A step without a graph is slower, not wrong.
@@ -646,12 +690,26 @@ def _address(array: Array) -> int:
     return array.ctypes.data if isinstance(array, np.ndarray) else array.address
 
 
-def _open(options: RuntimeOptions, bundle: Bundle | None) -> TrtRuntime:
+def open_with(kind: type[TrtRuntime], options: RuntimeOptions, bundle: Bundle | None) -> TrtRuntime:
+    """Open a bundle's engines, those of the options' target or the only ones.
+
+    Raises:
+        TrioError: no bundle, no engines of the target, or as `TrtRuntime`.
+    """
     if bundle is None:
         raise TrioError("TensorRT runs the engines of a bundle: open the bundle")
     target = options.target
     name = target.name if isinstance(target, Target) else target and Path(target).stem
-    return TrtRuntime(engine_folder(bundle, name or None), bundle)
+    return kind(engine_folder(bundle, name or None), bundle)
+
+
+#: Why TensorRT and TensorRT-RTX do not take the options of other runtimes.
+REFUSALS = {
+    "provider": "execution providers are ONNX Runtime's",
+    "precision": "it is fixed when engines are built, so export with another --dtype",
+    "threads": "it computes on the GPU",
+    "low_memory": "its weights are in the GPU's memory",
+}
 
 
 RUNTIME = RuntimeSpec(
@@ -660,13 +718,8 @@ RUNTIME = RuntimeSpec(
     dialects=DIALECTS,
     dtypes=("float32", "float16", "bfloat16"),
     options={},
-    refusals={
-        "provider": "execution providers are ONNX Runtime's",
-        "precision": "it is fixed when engines are built, so export with another --dtype",
-        "threads": "it computes on the GPU",
-        "low_memory": "its weights are in the GPU's memory",
-    },
-    open=_open,
+    refusals=REFUSALS,
+    open=partial(open_with, TrtRuntime),
     target_keys=TARGET_KEYS,
     devices={"gpu": None},
     needs_engines=True,

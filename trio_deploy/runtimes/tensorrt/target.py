@@ -1,9 +1,9 @@
-"""What TensorRT needs to know of a target: its version, and what follows from that."""
+"""What TensorRT and TensorRT-RTX need to know of a target, and what follows from it."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
@@ -14,30 +14,54 @@ DIALECTS = ("onnx", "primitive")
 OLDEST_TENSORRT = (8, 6)
 DECODE_LAYOUTS = ("separate", "shared")
 
-#: Keys of a target's file that are TensorRT's.
-TARGET_KEYS = (
-    "tensorrt",
-    "decode_layout",
-    "weights",
-    "compute_capability",
-    "memory_gib",
-    "reserved_gib",
-    "workspace_gib",
-    "limits",
-)
+_SHARED_KEYS = ("decode_layout", "weights", "memory_gib", "reserved_gib", "limits")
+#: Keys of a target's file that are TensorRT's, and TensorRT-RTX's.
+TARGET_KEYS = (*_SHARED_KEYS, "tensorrt", "compute_capability", "workspace_gib")
+RTX_KEYS = (*_SHARED_KEYS, "compute_capabilities")
+#: Runtime → flavour of the library that builds and runs its engines (`bindings.MODULES`).
+FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+#: Compute capabilities that TensorRT-RTX 1.7 compiles our graphs for.
+RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 
 
-def require_tensorrt(target: Target) -> None:
-    """Reject a target with another runtime.
+@dataclass(frozen=True)
+class Library:
+    """TensorRT or TensorRT-RTX.
+
+    Attributes:
+        flavour: one of `FLAVOURS`' values.
+        version: such as "10.3"; "": not known. TensorRT-RTX has numbers of its own.
+    """
+
+    flavour: str
+    version: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name for messages, with the version."""
+        title = "TensorRT-RTX" if self.flavour == "rtx" else "TensorRT"
+        return f"{title} {self.version}".rstrip()
+
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """Dialects that it reads, the preferred one first."""
+        return DIALECTS if self.flavour == "rtx" else dialects_of_version(self.version)
+
+
+def require_engines(target: Target) -> Library:
+    """The library that builds a target's engines; reject a target that runs graphs.
 
     Raises:
-        TrioError: the target's runtime is not TensorRT.
+        TrioError: the target's runtime has no engines.
     """
-    if target.runtime != "tensorrt":
+    flavour = FLAVOURS.get(target.runtime)
+    if flavour is None:
+        runtimes = " or ".join(f"`runtime: {name}`" for name in FLAVOURS)
         raise TrioError(
             f"the target {target.name} runs {target.runtime}: engines are for targets with "
-            "`runtime: tensorrt`; export the bundle for one, such as --target l4 (`ls engines`)"
+            f"{runtimes}; export the bundle for one, such as --target l4 (`ls engines`)"
         )
+    return Library(flavour, target.tensorrt or "")
 
 
 def parse_version(text: str) -> tuple[int, int]:
@@ -60,7 +84,7 @@ def dialects_of_version(version: str) -> tuple[str, ...]:
 
 def target_dialects(target: Target) -> tuple[str, ...]:
     """Dialects that the TensorRT of a target reads, the preferred one first."""
-    return dialects_of_version(str(target.tensorrt))
+    return require_engines(target).dialects
 
 
 def check_target(target: Target) -> Target:
@@ -74,12 +98,56 @@ def check_target(target: Target) -> Target:
     if parse_version(target.tensorrt) < OLDEST_TENSORRT:
         raise TrioError(f"TensorRT {target.tensorrt} is too old: 8.6 is the oldest supported")
     dialects = target_dialects(target)
-    dialect = target.dialect or dialects[0]
-    if dialect == "onnx" and dialect not in dialects:
+    if target.dialect == "onnx" and target.dialect not in dialects:
         raise TrioError(
             f"TensorRT {target.tensorrt} does not read the onnx dialect, which needs 10.15: choose "
             f"{' or '.join(dialects)}"
         )
+    capability = target.compute_capability
+    if capability is not None and not re.fullmatch(r"\d+\.\d", capability):
+        raise TrioError(f'compute_capability must be in quotes, like "8.7", not {capability!r}')
+    if target.workspace_gib == 0:
+        raise TrioError(
+            "workspace_gib 0 leaves no scratch memory: leave it out for TensorRT's default, all of "
+            "the device's memory"
+        )
+    return _with_layout(target)
+
+
+def check_rtx_target(target: Target) -> Target:
+    """Check what is TensorRT-RTX's of a target, and fill in dialect and decode layout.
+
+    Raises:
+        TrioError: no GPUs to compile for, or some that it does not compile for, or values that do
+            not go together.
+    """
+    known = ", ".join(RTX_CAPABILITIES)
+    if not target.compute_capabilities:
+        raise TrioError(
+            "the key 'compute_capabilities' must list the GPUs to compile for, like "
+            f'["8.6", "8.9"]: choose from {known}'
+        )
+    for capability in target.compute_capabilities:
+        if capability == "7.5":
+            raise TrioError(
+                "compute capability 7.5 cannot run selections: TensorRT-RTX has no float32 matrix "
+                f"products there, in which they compare tokens; choose from {known}"
+            )
+        if capability not in RTX_CAPABILITIES:
+            raise TrioError(
+                f"TensorRT-RTX does not compile for compute capability {capability!r}: choose from "
+                f"{known}, or a target with `runtime: tensorrt`"
+            )
+    return _with_layout(target)
+
+
+def _with_layout(target: Target) -> Target:
+    """Fill in dialect and decode layout, of which the one decides the other.
+
+    Raises:
+        TrioError: values that do not go together.
+    """
+    dialect = target.dialect or target_dialects(target)[0]
     layout = target.decode_layout or ("separate" if dialect == "onnx" else "shared")
     if layout not in DECODE_LAYOUTS:
         raise TrioError(
@@ -95,15 +163,7 @@ def check_target(target: Target) -> Target:
             f"{dialect} graphs cannot take their weights as inputs: choose weights constants, or "
             "dialect onnx, which TensorRT reads from 10.15"
         )
-    capability = target.compute_capability
-    if capability is not None and not re.fullmatch(r"\d+\.\d", capability):
-        raise TrioError(f'compute_capability must be in quotes, like "8.7", not {capability!r}')
     memory, reserved = target.memory_gib, target.reserved_gib
     if memory is not None and reserved >= memory:
         raise TrioError(f"reserved_gib {reserved:g} leaves nothing of {memory:g} GiB")
-    if target.workspace_gib == 0:
-        raise TrioError(
-            "workspace_gib 0 leaves no scratch memory: leave it out for TensorRT's default, all of "
-            "the device's memory"
-        )
     return replace(target, dialect=dialect, decode_layout=layout)

@@ -257,6 +257,10 @@ def _engines(bundle: Bundle, target: Target | None) -> tuple[Path, Record]:
 def _plans(bundle: Bundle, target: Target | None) -> dict[str, tuple[Path, EngineTraits]]:
     """Engines of TensorRT by stage. Before version 10 it narrows int64 to int32."""
     folder, record = _engines(bundle, target)
+    if record.flavour != "tensorrt":
+        raise TrioError(
+            f"Triton has no backend for engines of {record.library.name}: leave out --stages"
+        )
     narrow = int(record.tensorrt.split(".")[0]) < 10
     return {
         stage: (

@@ -88,6 +88,13 @@ class IBuilderConfig:
         self.profiles.append(profile)
         return len(self.profiles) - 1
 
+    num_compute_capabilities = 0
+
+    def set_compute_capability(self, compute_capability: Any, idx: int) -> bool:
+        assert idx < self.num_compute_capabilities
+        self.capabilities = [*getattr(self, "capabilities", []), compute_capability.name]
+        return True
+
     def set_preview_feature(self, feature: Any, enable: bool) -> None:
         self.preview.add(feature)
 
@@ -153,6 +160,7 @@ class Builder:
         content = {
             "graph": str(network.path),
             "version": self._simulated.version,
+            "capabilities": getattr(config, "capabilities", None),
             "inputs": {t.name: list(t.shape) for t in network.inputs if t.name in read},
             "values": [t.name for t in network.inputs if t.is_shape_tensor],
             "shared_profiles": not self._simulated.old or bool(config.preview),

@@ -50,6 +50,7 @@ class Cuda(types.ModuleType):
     """cuda-python's `cuda.bindings.runtime` on the host's memory.
 
     Attributes:
+        gpu: name of the GPU.
         total: bytes of device memory.
         multiprocessors: number that are switched on.
         launches: number of graphs started.
@@ -70,7 +71,7 @@ class Cuda(types.ModuleType):
         self, *, name: str, capability: tuple[int, int], total: int, multiprocessors: int
     ) -> None:
         super().__init__("cuda.bindings.runtime")
-        self.total, self._name, self._capability = total, name, capability
+        self.total, self.gpu, self._capability = total, name, capability
         self.multiprocessors = multiprocessors
         self.allocations: dict[int, np.ndarray] = {}
         self.pinned: dict[int, np.ndarray] = {}
@@ -277,7 +278,7 @@ class Cuda(types.ModuleType):
     def cudaGetDeviceProperties(self, number: int) -> tuple[cudaError_t, Any]:
         major, minor = self._capability
         properties = types.SimpleNamespace(
-            name=self._name.encode(),
+            name=self.gpu.encode(),
             major=major,
             minor=minor,
             multiProcessorCount=self.multiprocessors,

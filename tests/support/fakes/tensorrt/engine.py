@@ -92,10 +92,18 @@ class ICudaEngine:
     def create_execution_context_without_device_memory(self) -> Any:
         return self._context()
 
+    def create_runtime_config(self) -> Any:
+        return self._simulated.new("IRuntimeConfig")
+
     def create_execution_context(self, strategy: Any) -> Any:
+        if self._simulated.rtx:
+            context = self._context()
+            context._config = strategy
+            strategy = strategy.allocation
+            assert context._config.cache is not None
         strategies = self._simulated.module.ExecutionContextAllocationStrategy
         assert strategy == strategies.USER_MANAGED
-        return self._context()
+        return context if self._simulated.rtx else self._context()
 
     def _context(self) -> Any:
         self.contexts += 1
@@ -112,8 +120,58 @@ class ICudaEngine:
         return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True))
 
 
+class IRuntimeCache:
+    """Kernels of the GPU at hand, by the shapes that they are for."""
+
+    _simulated: Simulated
+
+    def __init__(self) -> None:
+        self.kernels: list[str] = []
+
+    def serialize(self) -> bytes:
+        return json.dumps([self._simulated.cuda.gpu, self.kernels]).encode()
+
+    def deserialize(self, blob: bytes) -> bool:
+        try:
+            name, kernels = json.loads(blob)
+        except ValueError:
+            return False
+        if name != self._simulated.cuda.gpu:
+            return False
+        self.kernels = kernels
+        return True
+
+
+class IRuntimeConfig:
+    _simulated: Simulated
+
+    def __init__(self) -> None:
+        self.allocation: Any = None
+        self.cache: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.allocation = strategy
+
+    def create_runtime_cache(self) -> Any:
+        return self._simulated.new("IRuntimeCache")
+
+    def set_runtime_cache(self, cache: Any) -> bool:
+        self.cache = cache
+        return True
+
+    def _compile(self, kernel: str) -> None:
+        """Compile what a run needs, unless the cache has it."""
+        if kernel not in self.cache.kernels:
+            self.cache.kernels.append(kernel)
+            self._simulated.module.compiled.append(kernel)
+
+
 class IExecutionContext:
     _simulated: Simulated
+    _config: Any = None
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return bool(self._simulated.module.recordable)
 
     def __init__(self, engine: ICudaEngine) -> None:
         self.engine = engine
@@ -179,6 +237,8 @@ class IExecutionContext:
         state = self._state()
         if cuda.recording is not None and state != self._last_state:
             return self._fail("operation not permitted when stream is capturing")
+        if self._config is not None:
+            self._config._compile(f"{engine.path.stem} {state}")
         self._last_state = state
         shapes = {**self._shapes, **self._output_shapes()}
         memory = {

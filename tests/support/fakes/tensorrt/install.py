@@ -31,7 +31,13 @@ from tests.support.fakes.tensorrt.build import (
     ITimingCache,
 )
 from tests.support.fakes.tensorrt.cuda import Cuda, Driver
-from tests.support.fakes.tensorrt.engine import ICudaEngine, IExecutionContext, Runtime
+from tests.support.fakes.tensorrt.engine import (
+    ICudaEngine,
+    IExecutionContext,
+    IRuntimeCache,
+    IRuntimeConfig,
+    Runtime,
+)
 from tests.support.fakes.tensorrt.network import (
     ILayer,
     INetworkDefinition,
@@ -41,7 +47,7 @@ from tests.support.fakes.tensorrt.network import (
 )
 from tests.support.fakes.tensorrt.versions import Simulated, add_enumerations
 from trio_deploy.runtimes.tensorrt import compiling, device
-from trio_deploy.runtimes.tensorrt.bindings import Log, Progress, load
+from trio_deploy.runtimes.tensorrt.bindings import MODULES, Log, Progress, load
 
 #: Classes that a program constructs.
 _CONSTRUCTED = (ILogger, Builder, OnnxParser, Runtime)
@@ -57,6 +63,8 @@ _MET = (
     ITensor,
     ILayer,
 )
+#: What TensorRT-RTX has beside them.
+_RTX = (IRuntimeCache, IRuntimeConfig)
 
 
 class Simulation:
@@ -71,21 +79,25 @@ class Simulation:
 
 
 def make(version: str, cuda: Cuda) -> types.ModuleType:
-    """Make a module `tensorrt` of a version.
+    """Make a module `tensorrt` of a version, or `tensorrt_rtx_bindings` of 1.7.
 
     Beside TensorRT's names it has:
         spoiled: graph name → output that its engine gets wrong.
         needs: graph name → bytes of scratch memory without which no tactic takes one of its nodes.
         says: (severity, message) that every build logs before anything else.
         last: network and configuration of the last build.
+        compiled: kernels that TensorRT-RTX compiled on the device.
+        recordable: whether TensorRT-RTX lets its contexts be recorded.
     """
     trt: Any = types.ModuleType("tensorrt")
     trt.__version__ = version
     trt.spoiled, trt.needs, trt.says = {}, {}, []
+    trt.compiled, trt.recordable = [], True
     simulated = Simulated(version, trt, cuda)
-    add_enumerations(trt, simulated.release)
+    add_enumerations(trt, simulated.release, simulated.rtx)
     constructed = _CONSTRUCTED if simulated.old else (*_CONSTRUCTED, IProgressMonitor)
-    simulated.classes = {kind.__name__: simulated.bind(kind) for kind in (*constructed, *_MET)}
+    met = (*_MET, *_RTX) if simulated.rtx else _MET
+    simulated.classes = {kind.__name__: simulated.bind(kind) for kind in (*constructed, *met)}
     for name, kind in simulated.classes.items():
         setattr(trt, name, kind)
     return trt
@@ -108,10 +120,15 @@ def install(
     multiprocessors: int = 132,
     old_cuda_python: bool = False,
 ) -> Simulation:
-    """Let `import tensorrt` and cuda-python find the simulated ones for the time of a test."""
+    """Let imports of TensorRT and cuda-python find the simulated ones for the time of a test.
+
+    Args:
+        version: of TensorRT; 1.7 is TensorRT-RTX.
+    """
     cuda = Cuda(name=gpu, capability=capability, total=memory, multiprocessors=multiprocessors)
     tensorrt = make(version, cuda)
-    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
+    flavour = "rtx" if version.startswith("1.") else "tensorrt"
+    monkeypatch.setitem(sys.modules, MODULES[flavour], tensorrt)
     package, bindings = types.ModuleType("cuda"), types.ModuleType("cuda.bindings")
     package.__path__, bindings.__path__ = [], []
     monkeypatch.setitem(sys.modules, "cuda", package)

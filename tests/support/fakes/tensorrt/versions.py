@@ -34,6 +34,15 @@ MEMBERS = {
     ("ParserError", "node_name"): ((10, 0), None),
     ("ParserError", "node_operator"): ((10, 0), None),
 }
+#: Members that TensorRT-RTX alone has.
+RTX_MEMBERS = {
+    ("IBuilderConfig", "num_compute_capabilities"),
+    ("IBuilderConfig", "set_compute_capability"),
+    ("ICudaEngine", "create_runtime_config"),
+    ("IExecutionContext", "is_stream_capturable"),
+}
+#: The release of TensorRT whose names TensorRT-RTX 1.7 has, but for its own.
+RTX_RELEASE = (11, 4)
 
 
 @dataclass
@@ -41,7 +50,7 @@ class Simulated:
     """One simulated version; every class of it has this as `_simulated`.
 
     Attributes:
-        version: as the module calls itself, "10.3.0".
+        version: as the module calls itself, "10.3.0"; TensorRT-RTX counts from 1.
         module: the module `tensorrt`.
         cuda: the device.
         classes: name → class, also of those that the module does not contain.
@@ -53,8 +62,15 @@ class Simulated:
     classes: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def rtx(self) -> bool:
+        """Whether it is TensorRT-RTX."""
+        return self.version.startswith("1.")
+
+    @property
     def release(self) -> tuple[int, ...]:
-        """Major and minor version."""
+        """Major and minor version of TensorRT."""
+        if self.rtx:
+            return RTX_RELEASE
         return tuple(int(part) for part in self.version.split(".")[:2])
 
     @property
@@ -79,6 +95,8 @@ class Simulated:
         return type(kind.__name__, (), {**members, "_simulated": self})
 
     def _has(self, kind: str, name: str) -> bool:
+        if (kind, name) in RTX_MEMBERS:
+            return self.rtx
         first, end = MEMBERS.get((kind, name), (None, None))
         return (first is None or self.release >= first) and (end is None or self.release < end)
 
@@ -88,7 +106,7 @@ class Simulated:
         return np.dtype(np.int32) if self.old and dtype == np.int64 else dtype
 
 
-def add_enumerations(module: ModuleType, release: tuple[int, ...]) -> None:
+def add_enumerations(module: ModuleType, release: tuple[int, ...], rtx: bool) -> None:
     """Add a version's enumerations to the module."""
     old, new = release < (10, 0), release >= (11, 0)
     members = {
@@ -103,6 +121,12 @@ def add_enumerations(module: ModuleType, release: tuple[int, ...]) -> None:
         + ("" if old else "STRONGLY_TYPED"),
         "BuilderFlag": "DEBUG TF32" + ("" if new else " FP16 OBEY_PRECISION_CONSTRAINTS"),
     }
+    if rtx:
+        members["BuilderFlag"] = "DEBUG TF32 REQUIRE_USER_ALLOCATION"
+        members["ComputeCapability"] = "NONE CURRENT SM75 SM80 SM86 SM89 SM120 SM121"
+        members["ProfilingVerbosity"] = "LAYER_NAMES_ONLY NONE DETAILED"
+        members["CudaGraphStrategy"] = "DISABLED WHOLE_GRAPH_CAPTURE"
+        members["DynamicShapesKernelSpecializationStrategy"] = "LAZY EAGER NONE"
     if old:
         members["PreviewFeature"] = "PROFILE_SHARING_0806" if release >= (8, 6) else "OTHER"
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,14 @@ from trio_deploy.runtimes.tensorrt.dry_run.shapes import (
 from trio_deploy.runtimes.tensorrt.profiles import Profile, profiles
 from trio_deploy.runtimes.tensorrt.target import (
     OLDEST_TENSORRT,
-    dialects_of_version,
+    Library,
     parse_version,
-    require_tensorrt,
+    require_engines,
 )
 
+#: The operator table that holds for TensorRT-RTX, which publishes none: its parser is of one line
+#: with that of TensorRT 10.15, and takes every graph that we export.
+_RTX_TABLE = "10.15"
 _CORNERS = ("min", "opt", "max")
 
 #: Operator → numbers of the inputs whose elements it computes with; others: the first.
@@ -99,7 +102,7 @@ class DryRun:
 
     bundle: str
     target: str
-    tensorrt: str
+    library: Library
     table: OperatorTable
     stages: tuple[StageCheck, ...]
     findings: tuple[Finding, ...]
@@ -113,7 +116,8 @@ class DryRun:
         return {
             "bundle": self.bundle,
             "target": self.target,
-            "tensorrt": self.tensorrt,
+            "flavour": self.library.flavour,
+            "tensorrt": self.library.version,
             "operator_table": {"version": self.table.version, "source": self.table.source},
             "passed": self.passed,
             "stages": {
@@ -137,7 +141,7 @@ class DryRun:
 
     def to_text(self) -> str:
         lines = [
-            f"{self.bundle} for {self.target}, TensorRT {self.tensorrt} "
+            f"{self.bundle} for {self.target}, {self.library.name} "
             f"(operator table of {self.table.version})",
             "",
             f"{'stage':<11}{'nodes':>7}{'operators':>11}{'profiles':>10}{'activations':>13}  types",
@@ -168,16 +172,16 @@ class DryRun:
         return sorted({name for check in self.stages for name in getattr(check, kind)})
 
 
-def require_dialect(dialect: str, version: str, bundle: str) -> None:
-    """Reject a bundle whose graphs a version of TensorRT does not read.
+def require_dialect(dialect: str, library: Library, bundle: str) -> None:
+    """Reject a bundle whose graphs a TensorRT does not read.
 
     Raises:
         TrioError: the dialect is not supported; the message names a dialect that is.
     """
-    able = dialects_of_version(version)
+    able = library.dialects
     if dialect not in able:
         raise TrioError(
-            f"{bundle} has graphs in the {dialect} dialect, but TensorRT {version} reads "
+            f"{bundle} has graphs in the {dialect} dialect, but {library.name} reads "
             f"{' or '.join(able)}: export again with --target TARGET of this device, or with "
             f"--dialect {able[0]}"
         )
@@ -200,13 +204,18 @@ def dry_run(
         TrioError: the target has no TensorRT or does not suit the bundle, a stage is unknown, or a
             graph cannot be read. What TensorRT does not support is a finding.
     """
-    require_tensorrt(target)
-    version = tensorrt or target.tensorrt
-    assert version is not None
-    if parse_version(version) < OLDEST_TENSORRT:
-        raise TrioError(f"TensorRT {version} is too old: 8.6 is the oldest supported version")
-    require_dialect(bundle.manifest.dialect, version, str(bundle.path))
-    table = operator_table(version)
+    library = require_engines(target)
+    if tensorrt is not None:
+        if library.flavour == "rtx":
+            raise TrioError(
+                f"--tensorrt is a version of TensorRT, but {target.name} is a target of "
+                "TensorRT-RTX: leave it out, or name another --target"
+            )
+        library = replace(library, version=tensorrt)
+        if parse_version(tensorrt) < OLDEST_TENSORRT:
+            raise TrioError(f"TensorRT {tensorrt} is too old: 8.6 is the oldest supported version")
+    require_dialect(bundle.manifest.dialect, library, str(bundle.path))
+    table = operator_table(library.version or _RTX_TABLE)
     for stage in stages or ():
         bundle.graph(stage)  # its error lists the stages
     checks: list[StageCheck] = []
@@ -221,7 +230,7 @@ def dry_run(
     return DryRun(
         bundle=bundle.manifest.model.name,
         target=target.name,
-        tensorrt=version,
+        library=library,
         table=table,
         stages=tuple(checks),
         findings=tuple(findings),
