@@ -37,7 +37,7 @@ from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.config.options import ExportOptions, SelectionOptions
 from trio_deploy.export import job as export_module
 from trio_deploy.export.attach import attach_weights
-from trio_deploy.export.graphs import open_initializers
+from trio_deploy.export.graphs import open_weights
 from trio_deploy.families.names import map_checkpoint_names
 from trio_deploy.families.registry import family_of, parse_config
 from trio_deploy.files import sha256_of
@@ -96,7 +96,7 @@ def _build_graphs_once(request, built, monkeypatch):
         key = (config, layers, options)
         if key not in built:
             models = build(config, layers, options)
-            built[key] = models, [v for m in models.values() for v in open_initializers(m)]
+            built[key] = models, [v for m in models.values() for v in open_weights(m)]
         models, values = built[key]
         for value in values:
             value.const_value = None
