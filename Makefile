@@ -1,5 +1,5 @@
 # make demo: a real answer about a real picture, without torch.   make test: everything that runs in
-# a quarter of an hour.   make test ALL=1: the long cases, too (those on real weights).
+# twenty minutes.   make test ALL=1: the long cases, too (those on real weights).
 # Both set up .venv first, once; they set it up again when the dependencies change.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ TESTED := -c requirements/tested.txt
 DEPENDENCIES := pyproject.toml requirements/tested.txt
 PROMPT ?= what color is the circle?
 
-.PHONY: demo demo-intro test lint types tests server-tests real-weights check-python clean
+.PHONY: demo demo-intro test lint types tests server-tests rtx-tests rtx real-weights check-python clean
 .DELETE_ON_ERROR:
 
 check-python:
@@ -66,7 +66,26 @@ real-weights: $(VENV)/.test-ready
 # Two workers: more would share the cores that each runtime under test wants for itself.
 tests: $(VENV)/.test-ready real-weights
 	$(BIN)/python -m pytest -n 2 -q $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory rtx-tests
 	@$(MAKE) --no-print-directory server-tests
+
+# NVIDIA's compiler for RTX GPUs, 95 MB, in a folder of its own that only these tests look into. They
+# are skipped where it cannot be had, and the next make tries again.
+RTX := $(VENV)/tensorrt-rtx
+rtx: $(VENV)/.test-ready
+	@cmp -s requirements/rtx.txt $(RTX)/requirements.txt || { rm -rf $(RTX) && \
+		$(PIP) install --quiet --no-deps --only-binary :all: --target $(RTX) -r requirements/rtx.txt && \
+		cp requirements/rtx.txt $(RTX)/requirements.txt; } || true
+
+# After the others: a compile takes both cores, and two at once take the memory of a small machine. 5:
+# nothing was selected.
+rtx-tests: rtx
+	@if [ -e $(RTX)/requirements.txt ]; then \
+		PYTHONPATH="$(abspath $(RTX))$${PYTHONPATH:+:$$PYTHONPATH}" \
+		$(BIN)/python -m pytest -q -m rtx tests/runtimes $(PYTEST_ARGS) || [ $$? -eq 5 ]; \
+	else \
+		echo "TensorRT-RTX tests skipped: pip cannot get its wheels, which are for Linux on x86-64 (above is why)"; \
+	fi
 
 # After the others, since a server and its clients want both cores. 5: nothing was selected.
 server-tests: $(TRITON)/.triton-ready

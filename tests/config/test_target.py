@@ -143,6 +143,10 @@ class TestTargets:
                 _TENSORRT + "compute_capability: 8.7\n",
                 "must be a version in quotes",
             ),
+            (
+                _TENSORRT + 'compute_capability: "7.5"\n',
+                "7.5 cannot run selections: .* no float32 .*; choose a GPU of 8.0 or later",
+            ),
             (_TENSORRT + "memory_gib: lots\n", "memory_gib must be a number"),
             (_TENSORRT + "memory_gib: 4\nreserved_gib: 4\n", "leaves nothing of 4 GiB"),
             (

@@ -42,7 +42,7 @@ def compare_engines(
     threshold: float,
     stages: Mapping[str, StageInfo],
 ) -> list[ParityRow]:
-    """Compare stage by stage, at three shapes per profile, on the inputs of `inputs.cases`.
+    """Compare stage by stage, at three shapes per use of a profile, on the cases of `inputs`.
 
     Args:
         profiles: stage → profiles that its engine was built for.
@@ -61,8 +61,9 @@ def compare_engines(
     rows = []
     for name, found in profiles.items():
         stage, reference, engine = stages[name], open_reference(name), open_engine(name)
-        for profile in found:
-            which = f"{profile.name} " if len(found) > 1 else ""
+        parts = [part for profile in found for part in profile.parts]
+        for profile in parts:
+            which = f"{profile.name} " if len(parts) > 1 else ""
             for corner in CORNERS:
                 for remark, feeds in cases(stage, reference.inputs, profile, corner, threshold):
                     label = f"{name} [{which}{corner}{remark and ': '}{remark}]"

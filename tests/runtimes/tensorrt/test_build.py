@@ -84,7 +84,7 @@ def test_a_build_leaves_an_engine_a_stage_a_cache_a_log_and_a_record(
     record = Record.load(outcome.folder)
     assert record == outcome.record and list(record.stages) == STAGES
     assert (record.tensorrt, record.gpu, record.decode_layout) == ("10.3.0", GPU, "shared")
-    assert [p.name for p in record.stages["prefill_1"].profiles] == ["prefill", "decode"]
+    assert [p.name for p in record.stages["prefill_1"].profiles[0].uses] == ["prefill", "decode"]
     assert record.stages["select_1"].profiles == tuple(profiles(bundle, target)["select_1"])
     for stage in STAGES:
         record.check_file(outcome.folder, stage, verify=True)

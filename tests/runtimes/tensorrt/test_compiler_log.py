@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from trio_deploy import TrioError
@@ -98,3 +100,13 @@ def test_a_log_of_another_form_is_a_changed_compiler(missing: str) -> None:
     messages = (*MEMORY, "\n".join(LINES))
     with pytest.raises(TrioError, match="the compiler changed: the log of TensorRT-RTX"):
         read(*(message for message in messages if missing not in message))
+
+
+def test_the_compiler_that_is_installed_is_one_whose_kernels_are_known() -> None:
+    """`make rtx-tests` and the extra `rtx` install the same one."""
+    root = Path(__file__).parents[3]
+    installed = (root / "requirements" / "rtx.txt").read_text()
+    pinned = [line for line in installed.splitlines() if line.startswith("tensorrt-rtx")]
+    assert len(pinned) == 2 and {line.partition("==")[2] for line in pinned} <= set(NAMES)
+    extra = (root / "pyproject.toml").read_text()
+    assert all(f'"{line}"' in extra for line in pinned)

@@ -153,6 +153,12 @@ def test_attention_counts_as_split_up_and_is_shown_fused_too() -> None:
     assert raw["layouts"][0]["total_if_attention_is_fused"] == own.total_fused
 
 
+def test_attention_in_float32_is_never_counted_as_fused() -> None:
+    config, schedule = model("llava-next-7b")
+    own = fit(config, schedule, replace(load_target("a100"), dtype="float32")).layouts[0]
+    assert own.dialect == "onnx" and own.fused == own.activations
+
+
 def test_without_attention_nodes_there_is_one_figure() -> None:
     config, schedule = model("llava-1.5-7b")
     assert "if attention is fused" not in fit(config, schedule, load_target("l4")).to_text()

@@ -116,20 +116,39 @@ def test_capacities_are_what_the_context_lets_a_row_hold_behind_each_point(most:
     assert all(0 <= s.max - most < 64 for s, most in zip(sizes.tokens, longest, strict=True))
 
 
-def test_a_segment_that_decodes_too_has_two_profiles(exported: Export) -> None:
+def test_a_segment_that_decodes_too_has_one_profile_for_both_uses(exported: Export) -> None:
+    """With two, the compiler holds matrices twice: once in each layout that it chose."""
     bundle = exported("llava-next-7b", "jetson-agx-orin-64gb", graphs_only=True)
     found = profiles(bundle, JETSON)
     assert list(found) == list(bundle.stages)
-    prefill, decode = found["prefill_2"]
+    (both,) = found["prefill_2"]
+    prefill, decode = both.parts
     assert (prefill.name, decode.name) == ("prefill", "decode")
     assert {bounds[2] for bounds in prefill.shapes["past.10.key"]} == {0}
     assert {bounds[1] for bounds in decode.shapes["hidden_states"]} == {1}
     capacity = [bounds[2] for bounds in decode.shapes["past.10.key"]]
     assert capacity[0] == 2 and capacity[1] == 64 + 275 + 64
-    embed, step = found["embed"]
+    embed, step = found["embed"][0].parts
     assert embed.shapes["image_features"].min == (0, 4096)
     assert step.shapes["image_features"].max == (0, 4096)
     assert step.shapes["input_ids"].max == (1, 1)
+    for use in both.uses:
+        for name, (least, _, most) in both.shapes.items():
+            within = zip(least, *use.shapes[name], most, strict=True)
+            assert all(list(sizes) == sorted(sizes) for sizes in within), name
+
+
+def test_each_corner_of_a_profile_for_both_uses_is_a_valid_step(exported: Export) -> None:
+    """Where TensorRT computes sizes at a corner, new tokens and past must not contradict there."""
+    bundle = exported("llava-next-7b", "jetson-agx-orin-64gb", graphs_only=True)
+    for stage in ("prefill_0", "prefill_3"):
+        (both,) = profiles(bundle, JETSON)[stage]
+        past = next(name for name in both.shapes if name.startswith("past."))
+        corners = [
+            (new[1], slots[2])
+            for new, slots in zip(both.shapes["position_ids"], both.shapes[past], strict=True)
+        ]
+        assert [slots in (0, new) for new, slots in corners] == [True] * 3
 
 
 def test_only_the_width_of_a_selection_has_values(exported: Export) -> None:
@@ -140,9 +159,10 @@ def test_only_the_width_of_a_selection_has_values(exported: Export) -> None:
         "select_2",
         "select_3",
     }
-    before, after = found["select_2"][0], found["prefill_2"][0]
+    (before,), (after, _) = found["select_2"], found["prefill_2"][0].uses
     # what one stage gives at most, the next one takes at most
-    assert found["prefill_1"][0].shapes["hidden_states"].max == before.shapes["hidden_states"].max
+    prompt = found["prefill_1"][0].uses[0]
+    assert prompt.shapes["hidden_states"].max == before.shapes["hidden_states"].max
     assert before.values["width"].max[0] == after.shapes["hidden_states"].max[1]
     assert before.shapes["hidden_states"].min[1] == 2  # a visual token, and one of text
 

@@ -111,17 +111,21 @@ def copied(bundles: Bundles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 # ------------------------------------------------------------------------------- what bindings do
 
 
-def test_a_decode_step_takes_the_profile_that_was_tuned_for_it(shared: Machine) -> None:
-    """embed's prefill profile has room for one token without pictures, too."""
-    embed = shared.runtime().open(shared.bundle.graph("embed"))
-    names = [profile.name for profile in embed.profiles]
-    step = {"input_ids": np.zeros((1, 1), np.int64), "source_index": np.zeros((1, 1), np.int64)}
-    dtype = embed.inputs["image_features"].dtype
-    width = embed.inputs["image_features"].shape[1]
-    step["image_features"] = np.zeros((0, width), dtype)
-    assert names[embed._profile(step)] == "decode"
-    wide = {name: np.zeros((1, 5), np.int64) for name in ("input_ids", "source_index")}
-    assert names[embed._profile(step | wide)] == "prefill"
+def test_a_segment_takes_prompts_and_steps_and_nothing_between_them(shared: Machine) -> None:
+    """Its one profile spans both; several new tokens on a past are a size that no request has."""
+    engine = shared.runtime().open(shared.bundle.graph("prefill_0"))
+    (profile,) = engine.profiles
+    prompt, step = (
+        {
+            name: np.zeros(shapes.max, engine.inputs[name].dtype)
+            for name, shapes in use.shapes.items()
+        }
+        for use in profile.uses
+    )
+    assert engine._profile(prompt) == engine._profile(step) == 0
+    pasts = {name: value for name, value in step.items() if name.startswith("past.")}
+    with pytest.raises(TrioError, match="needs .* in prefill_0, whose engine for test-gpu takes"):
+        engine._profile(prompt | pasts)
 
 
 def test_what_the_bindings_raise_is_an_error_of_ours(

@@ -40,7 +40,7 @@ def run_at_corners(engine: TrtEngine, stage: StageInfo) -> None:
     Raises:
         TrioError: it does not run, lacks memory, or an output is not finite.
     """
-    for profile in engine.profiles:
+    for profile in (part for each in engine.profiles for part in each.parts):
         for corner, shapes in _FIRST_RUNS.items():
             where = f"at the {shapes} shapes of the {profile.name} profile"
             try:

@@ -24,7 +24,13 @@ from trio_deploy.families.base import ModelConfig
 from trio_deploy.files import format_bytes
 from trio_deploy.runtimes.tensorrt.dry_run.rules import read_graph
 from trio_deploy.runtimes.tensorrt.dry_run.shapes import Resolved, activation_bytes, resolve
-from trio_deploy.runtimes.tensorrt.profiles import DECODE, buffer_bytes, cache_bytes, stage_profiles
+from trio_deploy.runtimes.tensorrt.profiles import (
+    DECODE,
+    Profile,
+    buffer_bytes,
+    cache_bytes,
+    stage_profiles,
+)
 from trio_deploy.schedule.schedule import Schedule
 
 #: Estimated bytes that CUDA and TensorRT take before the first engine.
@@ -121,14 +127,15 @@ def memory(
     for stage in stages:
         graph = graphs[stage.name]
         for profile in found[stage.name]:
-            shapes = {name: bounds.max for name, bounds in profile.shapes.items()}
-            values = {name: bounds.max for name, bounds in profile.values.items()}
-            resolved = resolve(graph, shapes, values)
+            resolved = _at_most(graph, profile)
             activations = max(activations, activation_bytes(graph, resolved))
-            whole = activation_bytes(graph, resolved, split_attention=False)
-            fused = max(fused, whole)
-            decodes = stage.kind == "decode" or profile.name == DECODE
-            tensors = max(tensors, _outside(stage, resolved, decodes))
+            # No fused kernel computes in float32: TensorRT-RTX's compiler splits it up.
+            split = target.dtype == "float32"
+            fused = max(fused, activation_bytes(graph, resolved, split_attention=split))
+            for use in profile.parts:
+                decodes = stage.kind == "decode" or use.name == DECODE
+                at_most = _at_most(graph, use) if profile.uses else resolved
+                tensors = max(tensors, _outside(stage, at_most, decodes))
     sizes = {
         "buffers": 1 if target.dialect == "onnx" else 2,  # steps write in place, or alternate
         "item": 4 if target.dtype == "float32" else 2,
@@ -138,7 +145,7 @@ def memory(
     return Memory(
         layout="separate" if any(s.kind == "decode" for s in stages) else "shared",
         dialect=target.dialect,
-        weights={stage: _weights(model) for stage, model in graphs.items()},
+        weights={stage: stored_bytes(model) for stage, model in graphs.items()},
         bound=_bound(stages, graphs, sizes["item"]),
         kinds={stage.name: stage.kind for stage in stages},
         cache=cache,
@@ -164,6 +171,13 @@ def bundle_fit(bundle: Bundle, target: Target) -> Fit:
     )
 
 
+def _at_most(graph: ModelProto, profile: Profile) -> Resolved:
+    """Sizes in a graph at the largest ones of a profile."""
+    shapes = {name: bounds.max for name, bounds in profile.shapes.items()}
+    values = {name: bounds.max for name, bounds in profile.values.items()}
+    return resolve(graph, shapes, values)
+
+
 def _outside(stage: StageInfo, resolved: Resolved, decodes: bool) -> int:
     """Bytes of inputs and outputs, without the caches that a decode step reads and writes."""
     tensors = (*stage.inputs, *stage.outputs)
@@ -171,7 +185,7 @@ def _outside(stage: StageInfo, resolved: Resolved, decodes: bool) -> int:
     return sum(resolved.tensors[name].nbytes for name in names)
 
 
-def _weights(model: ModelProto) -> int:
+def stored_bytes(model: ModelProto) -> int:
     count = 0
     for tensor in model.graph.initializer:
         lengths = [entry.value for entry in tensor.external_data if entry.key == "length"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,14 +59,21 @@ class Profile:
     """Ranges of one optimisation profile of an engine.
 
     Attributes:
-        name: `prefill` and `decode` if one engine does both, else `default`.
+        name: `prefill` or `decode` for one use of an engine that does both, else `default`.
         shapes: input → its shapes, in the graph's order.
         values: input whose values determine shapes (`width` of a selection) → its values.
+        uses: the parts of the ranges that requests bring about, if they are not all of them.
     """
 
     name: str
     shapes: dict[str, Bounds]
     values: dict[str, Bounds] = field(default_factory=dict)
+    uses: tuple[Profile, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Profile, ...]:
+        """The ranges that requests bring about: of each use, or its own."""
+        return self.uses or (self,)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, which `from_json` reads."""
@@ -74,7 +81,8 @@ class Profile:
         def plain(bounds: Mapping[str, Bounds]) -> dict[str, Any]:
             return {name: [list(shape) for shape in each] for name, each in bounds.items()}
 
-        return {"name": self.name, "shapes": plain(self.shapes), "values": plain(self.values)}
+        raw = {"name": self.name, "shapes": plain(self.shapes), "values": plain(self.values)}
+        return raw | ({"uses": [use.to_json() for use in self.uses]} if self.uses else {})
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Profile:
@@ -86,7 +94,8 @@ class Profile:
                 for name, each in entries.items()
             }
 
-        return cls(str(raw["name"]), bounds(raw["shapes"]), bounds(raw["values"]))
+        uses = tuple(cls.from_json(use) for use in raw.get("uses", ()))
+        return cls(str(raw["name"]), bounds(raw["shapes"]), bounds(raw["values"]), uses)
 
 
 @dataclass(frozen=True)
@@ -304,17 +313,30 @@ def stage_profiles(
     for stage in stages:
         spans = _spans(stage, sizes, segment_of, target.dialect)
         if shared and stage.kind in ("embed", "prefill"):
-            one, none = Span(1, 1, 1), Span(0, 0, 0)
-            # One text token per row: no image rows, but a past.
-            capacity = sizes.capacity[stage.index or 0] if stage.kind == "prefill" else none
-            step = {"S": one, "R": none, "C": capacity}
-            found[stage.name] = [
-                _profile(PREFILL, stage, spans, sizes),
-                _profile(DECODE, stage, {**spans, **step}, sizes),
-            ]
+            found[stage.name] = [_shared_profile(stage, spans, sizes)]
         else:
             found[stage.name] = [_profile(DEFAULT, stage, spans, sizes)]
     return found
+
+
+def _shared_profile(stage: StageInfo, spans: Mapping[str, Span], sizes: Sizes) -> Profile:
+    """One profile for prefill and decode: with two, the compiler stores matrices once for each.
+
+    Prefill has no past (C = 0), decode one token per row (S = 1) and no image rows. Between them
+    are sizes that no request has. Each corner must be a valid step of the graph, which at the
+    largest sizes is one with as many new tokens as the past has slots.
+    """
+    one, none = Span(1, 1, 1), Span(0, 0, 0)
+    if stage.kind == "embed":
+        uses = {PREFILL: spans, DECODE: {**spans, "S": one, "R": none}}
+        whole = dict(spans)
+    else:
+        capacity = sizes.capacity[stage.index or 0]
+        uses = {PREFILL: spans, DECODE: {**spans, "S": one, "C": capacity}}
+        most = max(capacity.max, spans["S"].max)
+        whole = {**spans, "S": Span(1, spans["S"].opt, most), "C": Span(0, 0, most)}
+    parts = tuple(_profile(name, stage, each, sizes) for name, each in uses.items())
+    return replace(_profile(DEFAULT, stage, whole, sizes), uses=parts)
 
 
 def _spans(

@@ -7,7 +7,6 @@ graph at the second run: at the first run TensorRT still does work that it defer
 
 from __future__ import annotations
 
-import math
 import mmap
 import warnings
 import weakref
@@ -351,11 +350,6 @@ class TrtEngine:
             t.name: _spec(t) for t in self._tensors.values() if t.is_input and t.name not in bound
         }
         self.outputs = {t.name: _spec(t) for t in self._tensors.values() if not t.is_input}
-        # A decode step also fits embed's `prefill` profile; the smaller profile is tuned for it.
-        self._tightest_first = sorted(
-            range(len(self.profiles)),
-            key=lambda n: sum(math.prod(b.max) for b in self.profiles[n].shapes.values()),
-        )
         self._idle: dict[int, list[_Context]] = {}
         scratch = runtime.tensorrt.scratch_bytes(engine)
         runtime.need_scratch(scratch)
@@ -439,14 +433,15 @@ class TrtEngine:
         raise error
 
     def _profile(self, feeds: Mapping[str, Array]) -> int:
-        """Number of the smallest profile that covers the feeds."""
+        """Number of the first profile of which a use covers the feeds."""
         check_feeds(self, feeds)
         problems = []
-        for number in self._tightest_first:
-            problem = self._exceeds(self.profiles[number], feeds)
-            if not problem:
-                return number
-            problems.append(problem)
+        for number, profile in enumerate(self.profiles):
+            for use in profile.parts:
+                problem = self._exceeds(use, feeds)
+                if not problem:
+                    return number
+                problems.append(problem)
         raise TrioError(min(problems)[1])
 
     def _exceeds(self, profile: Profile, feeds: Mapping[str, Array]) -> tuple[int, str] | None:

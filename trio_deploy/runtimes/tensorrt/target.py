@@ -106,6 +106,7 @@ def check_target(target: Target) -> Target:
     capability = target.compute_capability
     if capability is not None and not re.fullmatch(r"\d+\.\d", capability):
         raise TrioError(f'compute_capability must be in quotes, like "8.7", not {capability!r}')
+    _refuse_turing(capability, "a GPU of 8.0 or later")
     if target.workspace_gib == 0:
         raise TrioError(
             "workspace_gib 0 leaves no scratch memory: leave it out for TensorRT's default, all of "
@@ -128,17 +129,22 @@ def check_rtx_target(target: Target) -> Target:
             f'["8.6", "8.9"]: choose from {known}'
         )
     for capability in target.compute_capabilities:
-        if capability == "7.5":
-            raise TrioError(
-                "compute capability 7.5 cannot run selections: TensorRT-RTX has no float32 matrix "
-                f"products there, in which they compare tokens; choose from {known}"
-            )
+        _refuse_turing(capability, f"from {known}")
         if capability not in RTX_CAPABILITIES:
             raise TrioError(
                 f"TensorRT-RTX does not compile for compute capability {capability!r}: choose from "
                 f"{known}, or a target with `runtime: tensorrt`"
             )
     return _with_layout(target)
+
+
+def _refuse_turing(capability: str | None, others: str) -> None:
+    """Raise TrioError for 7.5, whose selections TensorRT-RTX 1.7 does not compile."""
+    if capability == "7.5":
+        raise TrioError(
+            "compute capability 7.5 cannot run selections: NVIDIA's compiler has no float32 matrix "
+            f"products there, in which they compare tokens; choose {others}"
+        )
 
 
 def _with_layout(target: Target) -> Target:

@@ -115,7 +115,7 @@ def test_the_dry_run_needs_neither_weights_nor_tensorrt_nor_a_gpu(
     text = capsys.readouterr().out
     assert (
         "graphs: passed, 9 of them at" in text
-        and "(42 in all)" in text
+        and "(57 in all)" in text
         and "ScatterElements" in text
     )
     assert main([*command, "--json", "--tensorrt", "8.6"]) == 0
@@ -144,7 +144,7 @@ def test_activations_beyond_the_workspace_are_remarked_upon(exported: Export) ->
     remarks = {finding.stage: finding.message for finding in report.findings}
     assert "prefill_0" in remarks and "embed" not in remarks and report.passed
     assert re.search(
-        r"up to 2\.\d+ GiB, beyond workspace_gib 1 .*raise it to 3", remarks["prefill_0"]
+        r"up to 3\.\d+ GiB, beyond workspace_gib 1 .*raise it to 4", remarks["prefill_0"]
     )
     assert not dry_run(bundle, replace(target, workspace_gib=None)).findings
 

@@ -274,9 +274,10 @@ def check_graph(
     activations = 0
     unknown: dict[tuple[str, str, str], str] = {}
     largest: Resolved | None = None
-    for profile in found:
+    ranges = [part for profile in found for part in (profile, *profile.uses)]
+    for profile in ranges:
         for number, corner in enumerate(_CORNERS):
-            label = corner if len(found) == 1 else f"{profile.name} {corner}"
+            label = corner if len(ranges) == 1 else f"{profile.name} {corner}"
             shapes = {name: bounds[number] for name, bounds in profile.shapes.items()}
             values = {name: bounds[number] for name, bounds in profile.values.items()}
             try:

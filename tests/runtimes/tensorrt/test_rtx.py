@@ -1,0 +1,331 @@
+"""Every stage compiled by TensorRT-RTX, and what its compiler says of the engines.
+
+`make rtx-tests` runs this file alone, since a compile wants both cores of a small machine. Nothing
+here runs on a GPU: kernels, their tensors and their memory are read from the compiler's log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto as T
+from onnx import helper
+
+from tests.support.bundles import Bundles
+from tests.support.rtx import (
+    Case,
+    Compiler,
+    Stage,
+    in_full_runs,
+    require_compiler,
+    require_known,
+)
+from tests.support.weights_as_inputs import with_matrices_as_inputs
+from trio_deploy import TrioError
+from trio_deploy.runtimes.tensorrt.ahead import compile_ahead
+from trio_deploy.runtimes.tensorrt.bindings import load
+from trio_deploy.runtimes.tensorrt.compiler_log import names_of
+from trio_deploy.runtimes.tensorrt.memory import stored_bytes
+from trio_deploy.runtimes.tensorrt.profiles import Bounds, Profile, profiles
+from trio_deploy.schedule.methods import METHODS
+
+Tensors = dict[str, tuple[int, list[int | str]]]
+
+pytestmark = pytest.mark.rtx
+
+TINY_STAGES = (
+    *("vision", "embed", "select_1", "prefill_1", "select_2", "prefill_2", "select_3"),
+    "prefill_3",
+)
+NEXT_STAGES = (
+    *("vision", "embed", "prefill_0", "select_1", "prefill_1", "select_2", "prefill_2"),
+    *("select_3", "prefill_3"),
+)
+FORMS = (("primitive", "shared"), ("primitive", "separate"), ("onnx", "separate"))
+#: Bytes held per byte that the plan counts, where it is more than 1.02: a convolution's 3 channels
+#: are stored as 4, and TRIO's selection holds gate and up in a layout for each direction (only
+#: where the batch is fixed).
+HELD = {"vision": 1.08, "select_3": 1.27}
+
+#: Scratch memory of the full-size stages in MiB, at the limits of a 24 GB card. Matrices are inputs
+#: here, which the primitive dialect transposes at every run: with constants it takes less.
+ACTIVATIONS = {
+    "onnx": {
+        "vision": 80,
+        "embed": 1,
+        "prefill_0": 290,
+        "select_1": 385,
+        "prefill_1": 210,
+        "select_2": 345,
+        "prefill_2": 175,
+        "select_3": 320,
+        "prefill_3": 100,
+        "decode": 25,
+    },
+    "primitive": {
+        "vision": 75,
+        "prefill_0": 590,
+        "select_1": 470,
+        "prefill_1": 400,
+        "prefill_3": 400,
+    },
+}
+#: The same for the tiny model, whichever stage.
+TINY_ACTIVATIONS = 32
+
+#: Copies to the host, for each of which it waits: two before a loop, one in its body.
+HOST_WAITS = {
+    "trio": 5,  # its loop over blocks has another over rounds
+    "topk-gradient": 3,
+    "fastv": 3,
+    "dart": 5,
+    "divprune": 3,  # its loop is over picks
+    "random": 3,
+    "cls-attention": 3,
+    "vscan": 5,
+}
+
+
+def _cases() -> Iterator[object]:
+    for dialect, layout in FORMS:
+        decode = ("decode",) if layout == "separate" else ()
+        for dtype in ("float16", "bfloat16", "float32"):
+            marks = () if dtype == "float16" else (in_full_runs,)
+            case = Case("tiny", dialect, layout, dtype)
+            for stage in (*TINY_STAGES, *decode):
+                yield pytest.param((case, stage), id=f"{case}-{stage}", marks=marks)
+    for dialect, layout, stages in (
+        ("onnx", "separate", (*NEXT_STAGES, "decode")),
+        ("primitive", "shared", NEXT_STAGES),
+    ):
+        case = Case("llava-next-7b", dialect, layout)
+        for stage in stages:
+            here = dialect == "onnx" or stage in ("prefill_0", "select_1", "prefill_1")
+            marks = () if here else (in_full_runs,)
+            yield pytest.param((case, stage), id=f"{case}-{stage}", marks=marks)
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory, bundles: Bundles) -> Compiler:
+    require_compiler()
+    return Compiler(tmp_path_factory.mktemp("rtx"), bundles)
+
+
+@pytest.fixture(scope="module", params=_cases())
+def stage(request: pytest.FixtureRequest, compiler: Compiler) -> Stage:
+    """A stage of a case, compiled; its failure is that of the tests below."""
+    case, name = request.param
+    return compiler.compile(case, name)
+
+
+def test_the_compiler_is_one_whose_kernels_are_known(compiler: Compiler) -> None:
+    names_of(load("rtx").version)
+
+
+def test_attention_is_one_kernel_per_layer_in_16_bit_and_none_in_float32(stage: Stage) -> None:
+    report, config = stage.report, stage.bundle.config
+    require_known(report)
+    if stage.info.kind not in ("prefill", "decode", "vision"):
+        return
+    layers = stage.count("Attention", "Softmax")
+    assert layers > 0
+    heads = config.vision.num_heads if stage.info.kind == "vision" else config.text.num_heads
+    if stage.case.dtype == "float32":
+        assert report.attentions == 0 and report.scores(heads)
+    else:
+        assert report.attentions == layers
+        assert report.scores(heads) == [], "nothing holds every head's scores"
+
+
+def test_weights_are_held_once(stage: Stage) -> None:
+    if stage.case.model != "tiny":
+        return  # its weights are inputs
+    counted = stored_bytes(stage.graph)
+    held = HELD.get(stage.info.name, 1.02)
+    assert 0.98 * counted <= stage.report.weight_bytes <= held * counted + 512
+
+
+def test_scratch_memory_stays_within_what_it_was(stage: Stage) -> None:
+    if stage.case.model == "tiny":
+        most = TINY_ACTIVATIONS * (4 if stage.case.dtype == "float32" else 1)
+    else:
+        most = ACTIVATIONS[stage.case.dialect][stage.info.name]
+    assert stage.report.activation_bytes <= most * 2**20
+
+
+def test_a_decode_step_of_the_onnx_dialect_copies_no_cache(stage: Stage) -> None:
+    """At head size 128, that of every large model; for the tiny model's 64 other kernels do."""
+    if stage.info.kind != "decode" or stage.case.dialect != "onnx":
+        return
+    ends = [*stage.info.inputs, *stage.info.outputs]
+    outside = [tensor.name for tensor in ends]
+    written = [output for kernel in stage.report.kernels for output in kernel.outputs]
+    caches = {prod(each.sizes) for each in written if each.name.startswith("present.")}
+    assert caches and min(caches) > 0, "capacities are fixed"
+    copies = stage.report.copies(sorted(caches), outside)
+    assert bool(copies) == (stage.bundle.config.text.head_dim != 128), copies
+
+
+def test_a_selection_waits_for_the_host_no_more_often_than_it_did(stage: Stage) -> None:
+    require_known(stage.report)
+    if stage.info.kind == "select":
+        assert stage.report.host_waits <= HOST_WAITS[str(stage.info.method)]
+    else:
+        assert stage.report.host_waits == 0
+
+
+# ------------------------------------------------------------------- methods and capabilities
+
+
+def _every_method(dialect: str) -> Case:
+    points = (f"{2 * i + 1}:{0.9 - 0.1 * i:.1f}:{name}" for i, name in enumerate(HOST_WAITS))
+    return Case(dialect=dialect, layout="separate", schedule=",".join(points))
+
+
+def test_every_method_is_among_those_compiled() -> None:
+    assert set(HOST_WAITS) == set(METHODS)
+
+
+@pytest.mark.parametrize("dialect", ["onnx", pytest.param("primitive", marks=in_full_runs)])
+@pytest.mark.parametrize("method", HOST_WAITS)
+def test_every_methods_selection_compiles(compiler: Compiler, method: str, dialect: str) -> None:
+    made = compiler.compile(_every_method(dialect), f"select_{list(HOST_WAITS).index(method) + 1}")
+    assert made.info.method == method
+    require_known(made.report)
+    assert made.report.host_waits <= HOST_WAITS[method]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("divprune", "vscan"),
+        *(pytest.param(each, marks=in_full_runs) for each in ("trio", "cls-attention", "random")),
+    ],
+)
+def test_a_selection_before_the_first_layer_compiles(compiler: Compiler, method: str) -> None:
+    case = Case(dialect="onnx", layout="separate", schedule=f"0:0.5:{method}")
+    made = compiler.compile(case, "select_1")
+    assert made.info.method == method and made.report.kernels
+
+
+@pytest.mark.parametrize(
+    "capabilities", [("8.6",), ("8.9",), ("12.0",), ("12.1",), ("8.6", "8.9", "12.0")], ids="+".join
+)
+def test_every_gpu_is_compiled_for_and_several_at_once(
+    compiler: Compiler, capabilities: tuple[str, ...]
+) -> None:
+    case = Case(dialect="onnx", layout="separate")
+    anywhere = compiler.compile(case, "prefill_1").report
+    made = compiler.compile(case, "prefill_1", capabilities).report
+    assert (made.launches, made.attentions) == (anywhere.launches, anywhere.attentions)
+
+
+def test_turing_is_refused(compiler: Compiler) -> None:
+    """Compute capability 7.5 has no float32 products, which scores are computed with."""
+    with pytest.raises(TrioError, match="FP32 GEMM is not supported"):
+        compiler.compile(Case(dialect="onnx", layout="separate"), "select_3", ("7.5",))
+
+
+@in_full_runs
+def test_a_crash_of_the_compiler_is_that_stages_failure(compiler: Compiler, tmp_path: Path) -> None:
+    """One layer with the profile of decode alone ends the process of TensorRT-RTX 1.7."""
+    bundle, target = compiler.bundle(Case("llava-next-7b"))
+    graph = with_matrices_as_inputs(bundle.graph("prefill_0"), tmp_path / "prefill_0.onnx")
+    (both,) = profiles(bundle, target)["prefill_0"]
+    decode = next(use for use in both.uses if use.name == "decode")
+    with pytest.raises(TrioError, match=r"prefill_0\.onnx: .* ended by SIGSEGV"):
+        compile_ahead(graph, [decode], dtype="float16")
+
+
+# ------------------------------------------------------------------------- what must be refused
+
+
+def _graph(
+    nodes: list[onnx.NodeProto], inputs: Tensors, outputs: Tensors, *weights: onnx.TensorProto
+) -> onnx.ModelProto:
+    """A graph of opset 24 with named inputs and outputs of (type, sizes)."""
+    ends = [
+        [helper.make_tensor_value_info(name, *about) for name, about in each.items()]
+        for each in (inputs, outputs)
+    ]
+    made = helper.make_graph(nodes, "refused", *ends, list(weights))
+    opset = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(made, opset_imports=opset, ir_version=11)
+
+
+def _node(operator: str, inputs: str, outputs: str = "y", **attributes: object) -> onnx.NodeProto:
+    return helper.make_node(operator, inputs.split(), outputs.split(), **attributes)
+
+
+def _missing_weight() -> onnx.TensorProto:
+    weight = onnx.TensorProto(
+        name="w", data_type=T.FLOAT, dims=[4, 4], data_location=onnx.TensorProto.EXTERNAL
+    )
+    for key, value in (("location", "no such file"), ("offset", "0"), ("length", "64")):
+        weight.external_data.add(key=key, value=value)
+    return weight
+
+
+X, Y = (T.FLOAT, ["B", 4]), (T.FLOAT, ["B", 4])
+CACHE = {"past": (T.FLOAT, [1, 2, "C", 4]), "new": (T.FLOAT, [1, 2, 1, 4]), "at": (T.INT64, [1])}
+REFUSED = {
+    "another domain's operator": (
+        _graph([_node("FastGelu", "x", domain="com.microsoft")], {"x": X}, {"y": Y}),
+        "cannot parse",
+    ),
+    "an operator without an importer": (
+        _graph([_node("Unique", "x")], {"x": X}, {"y": (T.FLOAT, ["N"])}),
+        "cannot parse",
+    ),
+    "types mixed in a product": (
+        _graph([_node("MatMul", "x h")], {"x": X, "h": (T.FLOAT16, [4, 4])}, {"y": Y}),
+        "cannot parse|could not build",
+    ),
+    "weights without a file": (
+        _graph([_node("MatMul", "x w")], {"x": X}, {"y": Y}, _missing_weight()),
+        "cannot parse",
+    ),
+    "a cache of dynamic capacity": (
+        _graph(
+            [_node("TensorScatter", "past new at", axis=-2)],
+            CACHE,
+            {"y": (T.FLOAT, [1, 2, "C", 4])},
+        ),
+        "cannot parse|could not build",
+    ),
+    "more of the largest than it sorts": (
+        _graph(
+            [_node("TopK", "long k", "y i")],
+            {"long": (T.FLOAT, ["B", 6000])},
+            {"y": (T.FLOAT, ["B", 5000])},
+            onnx.numpy_helper.from_array(np.array([5000]), "k"),
+        ),
+        "exceeds|3840",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_tensorrt_does_not_take_is_refused(
+    compiler: Compiler, tmp_path: Path, what: str
+) -> None:
+    """Negative controls: a compiler that took these would prove nothing about our graphs."""
+    model, says = REFUSED[what]
+    onnx.save(model, tmp_path / "refused.onnx")
+
+    def shape(entry: onnx.ValueInfoProto, named: int) -> tuple[int, ...]:
+        dims = entry.type.tensor_type.shape.dim
+        return tuple(dim.dim_value or named for dim in dims)
+
+    bounds = {
+        entry.name: Bounds(shape(entry, 1), shape(entry, 2), shape(entry, 3))
+        for entry in model.graph.input
+        if any(not dim.dim_value for dim in entry.type.tensor_type.shape.dim)
+    }
+    with pytest.raises(TrioError, match=says):
+        compile_ahead(tmp_path / "refused.onnx", [Profile("default", bounds)], dtype="float32")

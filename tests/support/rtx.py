@@ -1,0 +1,151 @@
+"""Graphs compiled by TensorRT-RTX on this machine's CPU, each once per run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from tests.support.bundles import Bundles
+from tests.support.weights_as_inputs import with_matrices_as_inputs
+from trio_deploy import Bundle
+from trio_deploy.bundle.manifest import StageInfo
+from trio_deploy.config.target import Target
+from trio_deploy.runtimes.registry import load_target
+from trio_deploy.runtimes.tensorrt.ahead import AheadOfTime, compile_ahead
+from trio_deploy.runtimes.tensorrt.bindings import MODULES
+from trio_deploy.runtimes.tensorrt.compiler_log import NAMES, CompilerReport
+from trio_deploy.runtimes.tensorrt.profiles import Profile, profiles
+
+#: One row, so that the heads of attention's scores are seen in their shapes.
+TARGET = """
+description: a GPU that is compiled for
+runtime: tensorrt
+tensorrt: "10.15"
+dialect: {dialect}
+decode_layout: {layout}
+weights: {weights}
+dtype: {dtype}
+limits:
+  max_batch: 1
+  max_images: 1
+  max_text_tokens: 512
+  max_visual_tokens: 2928
+  max_new_tokens: 256
+  max_budget: 0.34
+  typical_text_tokens: 64
+  typical_visual_tokens: 2928
+  typical_new_tokens: 64
+"""
+
+#: What `make rtx-tests` leaves out and `make rtx-tests ALL=1` runs.
+in_full_runs = pytest.mark.skipif(
+    not os.environ.get("ALL"), reason="TensorRT-RTX: make rtx-tests ALL=1 runs this case, too"
+)
+
+
+def require_compiler() -> None:
+    """Skip a test where the compiler is missing, or other tests run beside this one."""
+    if importlib.util.find_spec(MODULES["rtx"]) is None:
+        pytest.skip("TensorRT-RTX is not installed (make rtx-tests installs it)")
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        pytest.skip("TensorRT-RTX compiles one graph at a time: make rtx-tests")
+
+
+def require_known(report: CompilerReport) -> None:
+    """Skip a test that knows kernels by names of another version of the compiler."""
+    if report.version not in NAMES:
+        pytest.skip(f"the compiler changed: {report.version} is not one of {', '.join(NAMES)}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model's graphs as a target has them.
+
+    Attributes:
+        model: name of a recipe; full-size ones have their matrices as inputs, by the target in the
+            `onnx` dialect.
+        schedule: as for `trio export`; "": the recipe's.
+    """
+
+    model: str = "tiny"
+    dialect: str = "primitive"
+    layout: str = "shared"
+    dtype: str = "float16"
+    schedule: str = ""
+
+    def __str__(self) -> str:
+        words = (self.model, self.dialect, self.layout, self.dtype, self.schedule)
+        return "-".join(word for word in words if word)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A compiled stage, with what it was compiled from."""
+
+    case: Case
+    bundle: Bundle
+    info: StageInfo
+    graph: onnx.ModelProto
+    done: AheadOfTime
+
+    @property
+    def report(self) -> CompilerReport:
+        return self.done.report
+
+    def count(self, *operators: str) -> int:
+        """Number of the graph's nodes of these operators."""
+        return sum(node.op_type in operators for node in self.graph.graph.node)
+
+
+class Compiler:
+    """Compiles stages, those that several cases share once."""
+
+    def __init__(self, folder: Path, bundles: Bundles) -> None:
+        self._folder, self._bundles = folder, bundles
+        self._done: dict[str, AheadOfTime] = {}
+
+    def bundle(self, case: Case) -> tuple[Bundle, Target]:
+        """A case's bundle and target, exported once per run."""
+        large = case.model != "tiny"
+        size = "full-size-" if large else ""
+        file = self._folder / f"{size}{case.dialect}-{case.layout}-{case.dtype}.yaml"
+        if not file.exists():
+            values = {"dialect": case.dialect, "layout": case.layout, "dtype": case.dtype}
+            values["weights"] = "inputs" if (large and case.dialect == "onnx") else "constants"
+            file.write_text(TARGET.format(**values))
+        options: dict[str, Any] = {"target": file}
+        if case.schedule:
+            options["schedule"] = case.schedule
+        if large:
+            options["graphs_only"] = True
+        bundle = Bundle.load(self._bundles.path(case.model, **options))
+        return bundle, load_target(file)
+
+    def compile(self, case: Case, stage: str, compute_capabilities: Sequence[str] = ()) -> Stage:
+        """Compile a stage of a case; TrioError if that fails."""
+        bundle, target = self.bundle(case)
+        graph = bundle.graph(stage)
+        if case.model != "tiny":
+            graph = with_matrices_as_inputs(graph, self._folder / "graph.onnx")
+        found = profiles(bundle, target)[stage]
+        key = _key(graph, found, compute_capabilities)
+        if key not in self._done:
+            self._done[key] = compile_ahead(
+                graph, found, dtype=case.dtype, compute_capabilities=compute_capabilities
+            )
+        model = onnx.load(bundle.graph(stage), load_external_data=False)
+        return Stage(case, bundle, bundle.stages[stage], model, self._done[key])
+
+
+def _key(graph: Path, found: Sequence[Profile], capabilities: Sequence[str]) -> str:
+    ranges = json.dumps([[profile.to_json() for profile in found], list(capabilities)])
+    return hashlib.sha256(graph.read_bytes() + ranges.encode()).hexdigest()
