@@ -1,7 +1,8 @@
 """Check on a GPU that TensorRT's engines build, are correct, and meet the bounds on speed.
 
 Run by scripts/gpu_check.sh. In order: the tests marked gpu; the tiny model in both decode layouts,
-each engine against ONNX Runtime and the oracle; a 7B LLaVA-NeXT with random weights: its engines,
+each engine against ONNX Runtime and the oracle; where TensorRT-RTX is installed, its engines, with
+weights as inputs and as constants; a 7B LLaVA-NeXT with random weights: its engines,
 its times with and without pruning, torch's on the same GPU (transformers unpruned, and the oracle,
 which prunes by autograd), and its engines against ONNX Runtime.
 
@@ -34,12 +35,12 @@ sys.path.insert(0, str(ROOT))
 from scripts.gpu.parts import host_env, made  # noqa: E402
 from scripts.gpu.report import slug, to_markdown  # noqa: E402
 
-PARTS = ("tests", "tiny", "build", "times", "torch", "parity")
+PARTS = ("tests", "tiny", "rtx", "build", "times", "torch", "parity")
 _TINY = [
     f"tiny {dtype} {way}" for dtype in ("float32", "float16") for way in ("shared", "separate")
 ]
 #: All parts, in the order of the report.
-_ORDER = ("host", "torch host", "tests", *_TINY, "export", "build", "times", "torch", "parity")
+_ORDER = ("host", "torch host", "tests", *_TINY, "rtx", "export", *PARTS[PARTS.index("build") :])
 CHILD = ["-X", "faulthandler", "-m", "scripts.gpu.parts"]
 #: Parts that continue after a step that ended their process.
 _STEPWISE = ("build", "parity")
@@ -47,6 +48,7 @@ _NEED_TENSORRT = ("tests", "tiny", "build", "times", "parity")
 #: Parts whose results are about the large model's engines.
 _OF_ENGINES = ("build", "times", "parity")
 _UNFINISHED = 3
+_NOT_ASKED = "not asked for"
 
 
 class Check:
@@ -86,16 +88,21 @@ class Check:
         elif self._problem("host") or not self.passed("torch host"):
             self.state.pop("torch host", None)  # of a Python that is not used now
         self._forget_another_machine(looked)
-        missing = self._problem("host")
+        host = self.found()
+        missing = self._problem("host") or host.get("no_tensorrt", "")
         torch = self._problem("torch host")
         layouts = ("separate",) if self.found().get("dialect") == "onnx" else ("shared", "separate")
         parts: list[str] = []
         for part in PARTS:
             reason = ""
             if part not in wanted:
-                reason = "not asked for"
+                reason = _NOT_ASKED
             elif missing and part in _NEED_TENSORRT:
                 reason = f"TensorRT does not run: {missing}"
+            elif part == "rtx" and "rtx" not in host:
+                # An extra, which most hosts do without.
+                asked = part in (self.args.only or ())
+                reason = host.get("no_rtx", missing) if asked else _NOT_ASKED
             elif part == "torch" and torch:
                 reason = torch
             if reason:
@@ -104,9 +111,9 @@ class Check:
                 parts += [name for name in _TINY if name.split()[-1] in layouts]
             else:
                 parts.append(part)
-        if {"build", "times", "torch", "parity"} & set(parts):
-            first = next(n for n, p in enumerate(parts) if p not in ("tests",) and p[:4] != "tiny")
-            parts.insert(first, "export")
+        measured = [part for part in parts if part in PARTS[PARTS.index("build") :]]
+        if measured:
+            parts.insert(parts.index(measured[0]), "export")
         for part in parts:
             print(f"will run {part}" + (" (passed before)" if self._keeps(part) else ""))
         for part, reason in self.skipped.items():
@@ -292,7 +299,7 @@ class Check:
             large |= known.get("figures", {}).get("large", {})
             built |= known.get("figures", {}).get("built", {})
         for part, reason in self.skipped.items():
-            if reason != "not asked for":
+            if reason != _NOT_ASKED:
                 found["checks"][part] = {"passed": False, "text": f"not run: {reason}"}
         for part in sorted(unfinished, key=_ORDER.index):
             text = "not finished in time: run it again to continue"

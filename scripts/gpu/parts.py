@@ -56,6 +56,21 @@ dtype: {dtype}
   typical_visual_tokens: {usual}
   typical_new_tokens: {new}
 """
+#: Model that TensorRT-RTX is timed with in place of 7B, of which constants do not fit 24 GB.
+RTX_SIZE = "d=2048,layers=16,tower=clip-l-336"
+_RTX_TARGET = """
+description: the card of this check
+runtime: tensorrt-rtx
+compute_capabilities: ["{capability}"]
+dialect: onnx
+weights: {weights}
+dtype: float16
+limits:
+  max_text_tokens: 128
+  max_visual_tokens: {visual}
+  max_new_tokens: 128
+  max_budget: 1
+"""
 
 
 class Result:
@@ -141,20 +156,35 @@ class Part:
 
     def run_host(self) -> None:
         """Look up GPU, TensorRT and other modules; measure the bandwidth of the GPU's memory."""
+        from trio_deploy import TrioError
         from trio_deploy.bench.environment import machine
         from trio_deploy.runtimes.tensorrt import bindings as adapter
         from trio_deploy.runtimes.tensorrt.device import Device
         from trio_deploy.runtimes.tensorrt.gpu import this_gpu
-        from trio_deploy.runtimes.tensorrt.target import parse_version
+        from trio_deploy.runtimes.tensorrt.target import RTX_CAPABILITIES, parse_version
 
         figures = self.result.figures
         figures["machine"] = machine(None)
-        tensorrt = adapter.load()
-        figures["tensorrt"] = tensorrt.version
-        figures["release"] = ".".join(map(str, parse_version(tensorrt.version)))
-        figures["dialect"] = "onnx" if tensorrt.updates_in_place else "primitive"
+        libraries = []
+        try:
+            tensorrt = adapter.load()
+            figures["tensorrt"] = tensorrt.version
+            figures["release"] = ".".join(map(str, parse_version(tensorrt.version)))
+            figures["dialect"] = "onnx" if tensorrt.updates_in_place else "primitive"
+            libraries.append(tensorrt.name)
+        except TrioError as error:
+            figures["no_tensorrt"] = str(error)
         device = Device()
         gpu = this_gpu(device)
+        try:
+            rtx = adapter.load("rtx")
+            if gpu.compute_capability in RTX_CAPABILITIES:
+                figures["rtx"] = rtx.version
+                libraries.append(rtx.name)
+            else:
+                figures["no_rtx"] = f"{rtx.name} has no {gpu.compute_capability}"
+        except TrioError as error:
+            figures["no_rtx"] = str(error)
         free, total = device.memory()
         figures |= {
             "gpu": gpu.name,
@@ -166,7 +196,9 @@ class Part:
         for name in ("onnxruntime", "polygraphy"):
             importlib.import_module(name)
         figures["copy_gb_per_s"] = bandwidth(device) / 1e9
-        self.result.note("host", True, f"{gpu.name}, TensorRT {tensorrt.version}")
+        if not libraries:
+            raise TrioError(figures["no_tensorrt"])
+        self.result.note("host", True, ", ".join((gpu.name, *libraries)))
 
     def run_torch_host(self) -> None:
         """Look up the modules of the Python with torch, and whether torch finds the GPU."""
@@ -242,18 +274,7 @@ class Part:
 
     def run_export(self) -> None:
         """Export the 7B model with random weights, for a target of this GPU."""
-        from trio_deploy.bench import synthetic
-
-        name, config, preprocessing = synthetic.model_of(self.size)
-        self.result.doing("random weights")
-        checkpoint = self.work / f"{name}-float16"
-        written = checkpoint.with_name(f"{checkpoint.name}.of.json")
-        writer = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()
-        made_of = {"config": config, "preprocessing": preprocessing, "writer": writer}
-        if not written.is_file() or json.loads(written.read_text()) != made_of:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        synthetic.write_checkpoint(checkpoint, config, preprocessing, dtype="float16")
-        written.write_text(json.dumps(made_of))
+        name, checkpoint = self.checkpoint(self.size)
         weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
         # A separate decode engine is faster, if the device has room for the weights twice.
         roomy = self.host.get("free_gib", 0) * 2**30 > 3 * weights
@@ -264,6 +285,38 @@ class Part:
         self.result.figures["large"] = {"name": name, "decode_layout": layout}
         self.result.figures["paths"] = {"bundle": str(bundle.path), "target": str(target)}
         self.result.note("export", True, f"{name}, {', '.join(bundle.stages)}")
+
+    def run_rtx(self) -> None:
+        """Compile for this card with TensorRT-RTX: parity, and weights as inputs or constants.
+
+        The times of the two are of one model, of which constants fit the card twice.
+        """
+        from trio_deploy import RuntimeOptions
+        from trio_deploy.bench.measure import UNPRUNED, BenchOptions, measure
+
+        size = RTX_SIZE if self.size == "llava-next-7b" else self.size
+        name, checkpoint = self.checkpoint(size)
+        options = BenchOptions(
+            new_tokens=NEW_TOKENS,
+            runs=self.runs,
+            baselines=(),
+            memory=False,
+            runtime=RuntimeOptions("tensorrt-rtx"),
+        )
+        found: dict[str, Any] = {}
+        tiny = self.rtx_bundle(self.tiny, "inputs")
+        self.result.doing("rtx, parity")
+        self.note_rows("rtx, parity", self.engines(tiny, list(tiny.stages)), "ONNX Runtime")
+        for weights in ("inputs", "constants"):
+            bundle = self.rtx_bundle(checkpoint, weights)
+            self.result.doing(f"rtx, weights as {weights}: times of {name}")
+            cases = {case["name"]: case for case in measure(bundle, options)["cases"]}
+            found[weights] = next(case for each, case in cases.items() if each != UNPRUNED)
+        self.result.figures["rtx_times"] = {"model": name, **found}
+        for key, what in (("prefill_s", "prefill"), ("tokens_per_s", "decode, tokens/s")):
+            bound, constant = (found[weights][key]["median"] for weights in found)
+            text = f"{bound / constant:.2f} times that of constants, {name}"
+            self.result.note(f"rtx, weights as inputs, {what}", True, text, value=bound / constant)
 
     def run_build(self) -> None:
         """Build the 7B model's engines one after another; a failure does not stop the others."""
@@ -358,6 +411,55 @@ class Part:
             answer = None  # frees its weights before the next contender
 
     # --------------------------------------------------------------------------------- helpers
+
+    def checkpoint(self, size: str) -> tuple[str, Path]:
+        """Name and folder of a model with random weights in float16, written if it is missing."""
+        from trio_deploy.bench import synthetic
+
+        name, config, preprocessing = synthetic.model_of(size)
+        self.result.doing("random weights")
+        checkpoint = self.work / f"{name}-float16"
+        written = checkpoint.with_name(f"{checkpoint.name}.of.json")
+        writer = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()
+        made_of = {"config": config, "preprocessing": preprocessing, "writer": writer}
+        if not written.is_file() or json.loads(written.read_text()) != made_of:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        synthetic.write_checkpoint(checkpoint, config, preprocessing, dtype="float16")
+        written.write_text(json.dumps(made_of))
+        return name, checkpoint
+
+    def rtx_bundle(self, model: Any, weights: str) -> Any:
+        """A bundle with engines of TensorRT-RTX for this card, exported and compiled anew.
+
+        Args:
+            weights: `inputs` or `constants`.
+        """
+        from trio_deploy import export_model
+        from trio_deploy.families.registry import request_limits
+        from trio_deploy.runtimes.registry import load_target
+        from trio_deploy.runtimes.tensorrt.build import build_engines
+        from trio_deploy.runtimes.tensorrt.compiling import ChildCompiler
+
+        folder = self.work / f"rtx-{Path(str(model)).name}-{weights}"
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / "rtx.yaml"
+        capability = self.host["compute_capability"]
+        values = {"capability": capability, "weights": weights}
+        target.write_text(_RTX_TARGET.format(**values, visual=1))
+        bundle = export_model(
+            model, folder / "bundle", budget=self.budget, target=target, force=True, progress=False
+        )
+        visual = request_limits(bundle.config).visual_tokens
+        target.write_text(_RTX_TARGET.format(**values, visual=visual))
+        self.result.doing(f"rtx, weights as {weights}: engines of {folder.name}")
+        outcome = build_engines(
+            bundle, load_target(target), ChildCompiler(self.host["rtx"]), None, verify=None
+        )
+        seconds = sum(entry.seconds for entry in outcome.record.stages.values())
+        size = sum(entry.bytes for entry in outcome.record.stages.values())
+        text = f"{seconds:.0f} s, {size / 2**20:,.0f} MiB"
+        self.result.note(f"build {folder.name}", True, text, seconds=seconds, bytes=size)
+        return bundle
 
     def bundle(
         self, model: Any, dtype: str, layout: str, *, link: bool, **limits: int
@@ -457,15 +559,16 @@ class Part:
     def engines(self, bundle: Any, stages: Sequence[str]) -> list[Any]:
         """Compare a bundle's engines with ONNX Runtime, at three shapes per profile."""
         from trio_deploy.runtimes.onnxruntime import OrtRuntime
-        from trio_deploy.runtimes.tensorrt.runtime import TrtRuntime, engine_folder
+        from trio_deploy.runtimes.registry import open_runtime
         from trio_deploy.verify.compare import TOLERANCES
         from trio_deploy.verify.engines import compare_engines
 
-        runtime, reference = TrtRuntime(engine_folder(bundle), bundle), OrtRuntime()
+        runtime: Any = open_runtime(bundle=bundle)
+        reference = OrtRuntime()
         return compare_engines(
             {stage: runtime.record.stages[stage].profiles for stage in stages},
-            lambda stage: reference.open(bundle.graph(stage)),
-            lambda stage: runtime.open(bundle.graph(stage)),
+            lambda stage: reference.open(bundle.graph(stage), bundle.places(stage)),
+            lambda stage: runtime.open(bundle.graph(stage), bundle.places(stage)),
             TOLERANCES[bundle.manifest.dtype],
             threshold=bundle.manifest.threshold,
             stages=bundle.stages,

@@ -62,7 +62,9 @@ class Built:
         folder = self._folder / f"{layout}-{dtype}"
         folder.mkdir()
         release = ".".join(map(str, parse_version(host.tensorrt.version)))
-        text = TARGET.format(tensorrt=release, dialect=host.dialect, layout=layout)
+        text = TARGET.format(
+            tensorrt=release, dialect=host.dialect, layout=layout, weights="constants"
+        )
         text = text.replace(
             'compute_capability: "9.0"', f'compute_capability: "{host.gpu.compute_capability}"'
         )

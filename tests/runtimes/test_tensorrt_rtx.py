@@ -282,6 +282,15 @@ def test_no_wheel_is_one_sentence(
         assert "not installed: pip install 'trio-deploy[rtx]'" in capsys.readouterr().err
 
 
+def test_trio_check_compares_engines_that_take_weights_as_inputs(
+    bundle: Bundle, card: Card, llava_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("polygraphy")
+    card()
+    assert main(["check", str(bundle.path), "--checkpoint", str(llava_checkpoint)]) == 0
+    assert "against ONNX Runtime" in capsys.readouterr().out
+
+
 def test_a_dry_run_reads_the_newest_table_and_takes_no_version_of_tensorrt(
     bundle: Bundle, original: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,6 +76,24 @@ def test_all_parts_write_a_report_and_are_not_repeated(
     assert set(again["checks"]) == names
 
 
+def test_tensorrt_rtx_alone_is_checked_with_weights_as_inputs_and_as_constants(
+    script: ModuleType,
+    tmp_path: Path,
+    llava_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    simulate(monkeypatch, version="", rtx="1.7.1.116")
+    options = ["--tiny", str(llava_checkpoint), "--only", "rtx"]
+    assert run(script, tmp_path, *options) == 0, capsys.readouterr().out
+    found = report(tmp_path)
+    checks = found["checks"]
+    assert checks["host"]["text"] == "Simulated GPU, TensorRT-RTX 1.7.1.116"
+    assert "comparisons with ONNX Runtime" in checks["rtx, parity"]["text"]
+    assert checks["rtx, weights as inputs, prefill"]["value"] > 0
+    assert "times that of constants" in checks["rtx, weights as inputs, decode, tokens/s"]["text"]
+
+
 def test_the_report_is_of_earlier_calls_too_but_not_of_other_engines(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,9 +1,10 @@
 """A part of the GPU check on a simulated TensorRT, in a process of its own.
 
-What goes wrong there is said by the environment: SIMULATED is JSON with the TensorRT `version`,
-`spoiled` (graph → output that its engine gets wrong), `dies` / `raises` (stages in whose build
-the process is killed, or the bindings raise), and `dies_at_once` / `hangs` (parts whose process is
-killed before it has done anything, or does nothing until it is killed).
+What goes wrong there is said by the environment: SIMULATED is JSON with the TensorRT `version`, or
+that of TensorRT-RTX (`rtx`), `spoiled` (graph → output that its engine gets wrong), `dies` /
+`raises` (stages in whose build the process is killed, or the bindings raise), and `dies_at_once` /
+`hangs` (parts whose process is killed before it has done anything, or does nothing until it is
+killed).
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ if wanted.get("version"):
         return build(self, network, config)
 
     simulation.tensorrt.Builder.build_serialized_network = build_or_not
+if wanted.get("rtx"):  # in place of TensorRT
+    install(pytest.MonkeyPatch(), wanted["rtx"], gpu="Simulated GPU", capability=(8, 9))
 if wanted.get("no_torch"):
     from trio_deploy.bench.contenders import torch_model
 

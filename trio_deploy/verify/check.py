@@ -173,7 +173,7 @@ def _compare_engines(pipeline: Pipeline, tolerance: Tolerance) -> list[ParityRow
     bundle = pipeline.bundle
     return compare_engines(
         {stage: pipeline.engine(stage).profiles for stage in bundle.stages},  # type: ignore[attr-defined]
-        lambda stage: OrtRuntime().open(bundle.graph(stage)),
+        lambda stage: OrtRuntime().open(bundle.graph(stage), bundle.places(stage)),
         pipeline.engine,
         tolerance,
         threshold=bundle.manifest.threshold,
