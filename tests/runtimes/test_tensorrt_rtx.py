@@ -6,7 +6,7 @@ needs no GPU, and skip where its wheel is missing; that its engines run is for `
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 import json
 import shutil
@@ -19,6 +19,7 @@ import pytest
 
 from tests.support.fakes.tensorrt.install import Simulation, install
 from tests.support.pictures import make_picture
+from tests.support.rtx import require_compiler
 from trio_deploy import Bundle, Pipeline, Request, RuntimeOptions, TrioError, export_model
 from trio_deploy.cli.main import main
 from trio_deploy.runtimes.registry import open_runtime
@@ -307,8 +308,7 @@ def test_a_dry_run_reads_the_newest_table_and_takes_no_version_of_tensorrt(
 @pytest.fixture(scope="module")
 def compiled(llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle whose engines the real compiler made."""
-    if importlib.util.find_spec(MODULES["rtx"]) is None:
-        pytest.skip("TensorRT-RTX is not installed: pip install 'trio-deploy[rtx]'")
+    require_compiler()
     bundle = exported(llava_checkpoint, tmp_path_factory.mktemp("real"), "float16")
     assert build(bundle) == 0
     return bundle
@@ -318,7 +318,8 @@ def compiled(llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_the_simulation_has_no_name_that_tensorrt_rtx_lacks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = pytest.importorskip(MODULES["rtx"], reason="TensorRT-RTX is not installed")
+    require_compiler()
+    real = importlib.import_module(MODULES["rtx"])
     module = install(monkeypatch, RTX).tensorrt
     for kind in (getattr(module, name) for name in dir(module) if name[0].isupper()):
         if not inspect.isclass(kind):

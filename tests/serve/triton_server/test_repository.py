@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,20 @@ def test_a_target_that_triton_cannot_open_by_its_name_is_refused(bundle, tmp_pat
         write_repository(
             bundle, tmp_path / "own", Options(runtime=RuntimeOptions(target=str(file)))
         )
+
+
+def test_engines_of_tensorrt_rtx_are_no_models_of_their_own(bundle, tmp_path):
+    own = Bundle.load(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    folder = own.path / "engines" / "rtx-40"
+    folder.mkdir(parents=True)
+    Record(
+        "rtx-40", "1.7.1", None, "onnx", "float16", "separate", Limits(), flavour="rtx",
+        compute_capabilities=("8.9",),
+    ).save(folder)  # fmt: skip
+    options = Options(runtime=RuntimeOptions(target="rtx-40"), device="gpu", stages=True)
+    with pytest.raises(TrioError, match=r"no backend for engines of TensorRT-RTX 1\.7\.1: leave"):
+        write_repository(own, tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("tensorrt", "integers"), [("8.6.1", "INT32"), ("10.3.0", "INT64")])
