@@ -63,6 +63,12 @@ def test_a_top_p_of_one_keeps_the_least_likely_too() -> None:
     assert kept.tolist() == scores.tolist()
 
 
+def test_top_k_keeps_the_greatest_of_many() -> None:
+    scores = np.random.default_rng(0).permutation(1000).astype(np.float64)
+    kept = warp(scores, SamplingOptions(temperature=1.0, top_k=7))
+    assert set(np.flatnonzero(np.isfinite(kept))) == set(np.argsort(scores)[-7:])
+
+
 def test_logits_that_are_not_numbers_are_an_error_not_a_token() -> None:
     with pytest.raises(TrioError, match="not finite"):
         Sampler(SamplingOptions())(np.array([0.0, np.nan], np.float32))

@@ -289,8 +289,7 @@ class StopScanner:
 
     def _possible_stop(self) -> int:
         """Length of the longest tail that begins a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for size in range(min(longest, len(self._withheld)), 0, -1):
+        for size in range(len(self._withheld), 0, -1):
             if any(stop.startswith(self._withheld[-size:]) for stop in self._stops):
                 return size
         return 0
