@@ -8,29 +8,38 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+_DTYPES = {
+    TensorProto.FLOAT: np.dtype(np.float32),
+    TensorProto.FLOAT16: np.dtype(np.float16),
+    TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+
 
 def with_matrices_as_inputs(graph: Path, out: Path) -> Path:
-    """Write a graph whose external matrices are inputs, and whose external vectors are zeros.
+    """Write a graph whose external matrices are inputs, and whose external vectors are random.
 
     A convolution's kernel stays a constant, as TensorRT wants it.
     """
     model = onnx.load(graph, load_external_data=False)
+    random = np.random.default_rng(0)
     kernels = {node.input[1] for node in model.graph.node if node.op_type == "Conv"}
     kept = []
     for tensor in model.graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL:
             kept.append(tensor)
         elif len(tensor.dims) < 2 or tensor.name in kernels:
-            item = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
+            values = random.uniform(0.5, 1.5, prod(tensor.dims)).astype(_DTYPES[tensor.data_type])
             kept.append(
                 TensorProto(
                     name=tensor.name,
                     data_type=tensor.data_type,
                     dims=tensor.dims,
-                    raw_data=bytes(prod(tensor.dims) * item[tensor.data_type]),
+                    raw_data=values.tobytes(),
                 )
             )
         else:
