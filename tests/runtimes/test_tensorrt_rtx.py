@@ -264,6 +264,7 @@ def test_no_driver_is_one_sentence(
     bundle: Bundle, card: Card, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card()
+    monkeypatch.setitem(sys.modules, MODULES["rtx"], None)  # which is not worth installing then
     monkeypatch.setattr("trio_deploy.runtimes.tensorrt.device.load_driver", _no_driver)
     assert main(["run", str(bundle.path), "--target", "card", "--prompt", "hi"]) == 1
     said = capsys.readouterr().err
@@ -273,9 +274,11 @@ def test_no_driver_is_one_sentence(
 def test_no_wheel_is_one_sentence(
     bundle: Bundle,
     original: Path,
+    card: Card,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    card()
     monkeypatch.setitem(sys.modules, MODULES["rtx"], None)
     shutil.copy(original / "card.yaml", bundle.path.parent)
     for command in (build, lambda bundle: main(["run", str(bundle.path), "--prompt", "hi"])):

@@ -17,7 +17,7 @@ from trio_deploy.files import format_bytes
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.memory import Fit, Memory, memory
-from trio_deploy.runtimes.tensorrt.target import FLAVOURS, require_engines, target_dialects
+from trio_deploy.runtimes.tensorrt.target import require_engines, target_dialects
 from trio_deploy.schedule.schedule import Schedule
 
 _SMALL_TEXT, _SMALL_ANSWER = 256, 128  # tokens of a question and of a short answer
@@ -147,7 +147,7 @@ def _advice(model: _Model, result: Fit) -> Iterator[str]:
     room = usable - (min(each.total for each in result.layouts) - weights)
     if room > 0:
         yield f"requests at these limits leave {format_bytes(room)} for weights"
-    other = _smallest_target(model, target.dtype, weights)
+    other = _smallest_target(model, target, weights)
     if other is not None:
         yield f"the smallest target that fits it is {other}"
 
@@ -166,15 +166,20 @@ def _smaller(limits: Limits) -> Iterator[dict[str, int]]:
             yield dict(changes)
 
 
-def _smallest_target(model: _Model, dtype: str, weights: int) -> str | None:
-    """The shipped target with the least memory that fits the model; None if there is none."""
+def _smallest_target(model: _Model, asked: Target, weights: int) -> str | None:
+    """The shipped target with the least memory that fits the model; None if there is none.
+
+    It has the runtime and the float type of the target that was asked about.
+    """
     known = [load_target(name) for name in list_targets()]
-    sized = [(t.usable_gib, t) for t in known if t.runtime in FLAVOURS and t.usable_gib is not None]
+    sized = [
+        (t.usable_gib, t) for t in known if t.runtime == asked.runtime and t.usable_gib is not None
+    ]
     for usable, target in sorted(sized, key=lambda pair: pair[0]):
         if usable * 2**30 < weights:
             continue
         try:
-            needed = model.memory(replace(target, dtype=dtype)).total
+            needed = model.memory(replace(target, dtype=asked.dtype)).total
         except TrioError:  # its limits do not suit the model
             continue
         if needed <= usable * 2**30:

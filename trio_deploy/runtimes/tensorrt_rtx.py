@@ -23,6 +23,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.files import write_atomically
 from trio_deploy.runtimes.base import RuntimeSpec
 from trio_deploy.runtimes.tensorrt.bindings import JustInTime
+from trio_deploy.runtimes.tensorrt.device import require_driver
 from trio_deploy.runtimes.tensorrt.first_run import run_at_corners
 from trio_deploy.runtimes.tensorrt.record import Gpu
 from trio_deploy.runtimes.tensorrt.runtime import REFUSALS, TrtEngine, TrtRuntime, open_with
@@ -43,6 +44,7 @@ class RtxRuntime(TrtRuntime):
 
     def __init__(self, folder: Path, bundle: Bundle | None = None, **options: Any) -> None:
         """Open the GPU and check that the engines were compiled for it; see `TrtRuntime`."""
+        require_driver()  # without one, no package that is missing is worth installing
         super().__init__(folder, bundle, **options)
         self.kernels = folder / RUNTIME_CACHE / _slug(self.gpu)
         self._kept: dict[Path, _Kept] = {}

@@ -21,6 +21,7 @@ from trio_deploy.families.registry import parse_config
 from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.build import weight_bytes
 from trio_deploy.runtimes.tensorrt.memory import Fit
+from trio_deploy.runtimes.tensorrt.target import FLAVOURS
 
 _GIB = 2**30
 
@@ -179,8 +180,14 @@ def test_the_tiny_model_fits_everywhere() -> None:
     config, schedule = model("tiny")
     for name in list_targets():
         target = load_target(name)
-        if target.tensorrt is not None:
+        if target.runtime in FLAVOURS:
             assert fit(config, schedule, target).fits, name
+
+
+def test_the_target_that_is_recommended_has_the_runtime_that_was_asked_about() -> None:
+    config, schedule = model("tiny")
+    small = replace(load_target("rtx"), name="small", memory_gib=0.02, reserved_gib=0.0)
+    assert fit(config, schedule, small).advice[-1] == "the smallest target that fits it is rtx"
 
 
 def test_a_target_of_unknown_memory_gets_no_verdict() -> None:
