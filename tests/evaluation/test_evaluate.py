@@ -88,15 +88,15 @@ def test_schedules_are_compared_with_the_first_within_half_a_point_of_budget(
 
 
 def test_of_a_first_with_near_budgets_the_nearest_is_compared(source, questions, out):
-    texts = ["a=0:28:divprune", "a=0:29:divprune", "b=0:28:dart", "b=0:29:dart"]
+    texts = ["a=0:8:dart", "b=0:9:divprune", "a=0:9:dart", "b=0:8:divprune"]
     found = run(source, questions, [named(source, text) for text in texts], out)
-    one, other, *rest = found.results[1:]
+    one, wide, other, narrow = found.results[1:]
     assert one.budget != other.budget and abs(one.budget - other.budget) < SAME_BUDGET
     assert one.behind is None and other.behind is None
-    for first, compared in zip((one, other), rest, strict=True):
-        assert compared.behind.value == pytest.approx(
-            first.overall.retention.value - compared.overall.retention.value
-        )
+    retained = [each.overall.retention.value for each in (one, other)]
+    assert retained[0] != retained[1]  # else it could not be seen which was compared
+    for compared, mine in ((narrow, retained[0]), (wide, retained[1])):
+        assert compared.behind.value == pytest.approx(mine - compared.overall.retention.value)
 
 
 def test_a_bundle_is_measured_at_any_budget(tmp_path, questions):

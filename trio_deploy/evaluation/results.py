@@ -68,7 +68,7 @@ class Result:
         budget: share that was asked for; `share`: the actual average share per layer.
         agreement: share of answers equal to the unpruned model's, with its interval.
         kl: mean divergence of the first token's distribution, in nats.
-        behind: retention of the run's first configuration of about this budget minus this one's;
+        behind: retention of the run's first configuration at about this budget minus this one's;
             `against`: the name of that configuration.
         extra: further figures of a benchmark, by category.
         ran_as: how the engines ran that answered; None in files of earlier versions.
@@ -391,15 +391,12 @@ def collect(
     }
     reference = measured[0].scores()
     results = []
-    firsts: list[Measured] = []
+    pruned = [one for one in measured if one.configuration.name not in (UNPRUNED, BLIND)]
     for one in measured:
         configuration, scores, agreement = one.configuration, one.scores(), one.agreement()
         itself = one is measured[0]
-        ours = None
-        if configuration.name not in (UNPRUNED, BLIND):
-            ours = _nearest(firsts, one)
-            if ours is None:
-                firsts.append(one)
+        is_pruned = configuration.name not in (UNPRUNED, BLIND)
+        ours = _compared_with(one, pruned) if is_pruned else None
 
         def result(chosen: np.ndarray, one: Measured = one, itself: bool = itself) -> KindResult:
             scores, marked = one.scores(), chosen & known
@@ -456,20 +453,20 @@ def _by_definition(estimate: Estimate) -> Estimate:
     return Estimate(estimate.value, estimate.value, estimate.value)
 
 
-def _nearest(firsts: Sequence[Measured], one: Measured) -> Measured | None:
-    """The configuration that another is compared with; None for the first one at its budget.
+def _compared_with(one: Measured, pruned: Sequence[Measured]) -> Measured | None:
+    """The configuration that one is compared with; None if it is itself the one for its budget.
 
-    Where the first one was measured at several budgets, others are compared with the nearest.
+    Of those within half a point of budget: the one of the first configuration's name that is
+    nearest, else the first.
     """
 
-    def apart(first: Measured) -> float:
-        return abs(first.configuration.budget - one.configuration.budget)
+    def apart(other: Measured) -> float:
+        return abs(other.configuration.budget - one.configuration.budget)
 
-    def is_another_budget_of(first: Measured) -> bool:
-        return first.configuration.name == one.configuration.name and apart(first) > 1e-9
-
-    near = [first for first in firsts if apart(first) <= SAME_BUDGET + 1e-9]
-    return None if any(map(is_another_budget_of, near)) else min(near, key=apart, default=None)
+    near = [other for other in pruned if apart(other) <= SAME_BUDGET + 1e-9]
+    leading = [each for each in near if each.configuration.name == pruned[0].configuration.name]
+    chosen = min(leading, key=apart) if leading else near[0]
+    return None if chosen is one else chosen
 
 
 def _extra(
