@@ -25,6 +25,12 @@ def test_the_page_shows_the_bars_as_they_were_measured(page):
     assert page.bars() in page.PAGE.read_text(encoding="utf-8")
 
 
+def test_readme_and_page_say_where_reading_the_question_pays_as_it_was_measured(page):
+    for file in (ROOT / "README.md", page.PAGE):
+        assert page.pays() in file.read_text(encoding="utf-8")
+    assert "+14.2 (+12.6 to +15.8) points over DivPrune with 1 %" in page.pays()
+
+
 def test_a_bar_is_met_where_the_interval_says_so(page, monkeypatch):
     loaded = page.loaded
 
