@@ -306,5 +306,6 @@ def test_the_limits_in_security_md_are_those_of_the_code():
     assert rows["picture"] == f"{MAX_PIXELS:,} pixels"
     assert rows["picture at a URL"] == (
         f"{format_bytes(fetch.max_bytes)}, {fetch.timeout_s:.0f} s, {fetch.max_redirects} "
-        f"redirects; {format_bytes(fetch.max_request_bytes)} per request"
+        f"redirects; {format_bytes(fetch.max_request_bytes)} and {fetch.max_request_s:.0f} s per "
+        "request"
     )

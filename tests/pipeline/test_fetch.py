@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import io
+import ssl
 import threading
 import time
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.waiting import wait_for
 from trio_deploy import Batcher, Pipeline, Request, TrioError
 from trio_deploy.pipeline.fetch import FetchLimits, fetch, fetch_pictures, is_address
 
@@ -19,6 +21,8 @@ class Site(http.server.BaseHTTPRequestHandler):
     """Answers by path; counts requests."""
 
     asked: list[str]
+    ended: list[str]
+    status: int
     picture: bytes
 
     def do_GET(self):
@@ -30,6 +34,15 @@ class Site(http.server.BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", to)
             self.end_headers()
+        elif place == "/bottomless":  # a redirect whose body has no end
+            self.send_response(self.status)
+            self.send_header("Location", "/picture")
+            self.end_headers()
+            self.pour(b"x" * 2**16)
+        elif place == "/announcing":
+            self.pour(b"HTTP/1.1 100 Continue\r\n\r\n")
+        elif place == "/stuck":  # not even an answer; read returns when the connection ends
+            self.rfile.read(1)
         elif place == "/picture":
             self.answer(self.picture, len(self.picture))
         elif place == "/cut":
@@ -56,10 +69,17 @@ class Site(http.server.BaseHTTPRequestHandler):
         elif place == "/slow":
             self.send_response(200)
             self.end_headers()
-            while not self.server.stop.wait(0.02):  # one byte now and then, without end
-                self.wfile.write(b"x")
+            self.pour(b"x", 0.02)
         else:
             self.send_error(404)
+
+    def pour(self, content, pause=0.0):
+        """Write without end, until the other side ends the connection."""
+        try:
+            while not self.server.stop.wait(pause):
+                self.wfile.write(content)
+        except OSError:
+            self.ended.append(self.path)
 
     def answer(self, content, length):
         self.send_response(200)
@@ -81,11 +101,11 @@ def site(monkeypatch):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)).save(
         content, "png"
     )
-    handler = type("Handler", (Site,), {"asked": [], "picture": content.getvalue()})
+    handler = type("Handler", (Site,), {"asked": [], "ended": [], "picture": content.getvalue()})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     server.stop = threading.Event()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     handler.address = f"http://127.0.0.1:{server.server_port}"
     yield handler
     server.stop.set()
@@ -131,6 +151,21 @@ def test_beyond_the_limits_is_one_error(site, path, limits, words):
     assert time.monotonic() - started < 25, "it ends at its limit, not at the server's"
 
 
+def test_a_server_without_tls_is_one_error(site):
+    address = site.address.replace("http:", "https:")
+    with pytest.raises(TrioError, match=f"cannot fetch {address}/picture: [^:]*SSL"):
+        fetch(f"{address}/picture")
+
+
+def test_a_certificate_that_does_not_fit_is_no_invalid_address(site, monkeypatch):
+    def connect(connection):
+        raise ssl.SSLCertVerificationError(1, "certificate verify failed: IP address mismatch")
+
+    monkeypatch.setattr("http.client.HTTPSConnection.connect", connect)
+    with pytest.raises(TrioError, match="cannot fetch https://x/: certificate verify failed: IP"):
+        fetch("https://x/")
+
+
 @pytest.mark.parametrize("address", ["file:///etc/hostname", "ftp://127.0.0.1/x", "data:,x", "x"])
 def test_nothing_but_http_is_fetched(address):
     with pytest.raises(TrioError, match="only http:// and https:// addresses are fetched"):
@@ -143,10 +178,65 @@ def test_an_address_nobody_answers_is_one_error():
         fetch("http://127.0.0.1:1/x")
 
 
+def _fetchers():
+    return [thread for thread in threading.enumerate() if thread.name == "fetch a picture"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_body_of_a_redirect_is_not_read(site, status):
+    """However long it is: the next connection ends this one."""
+    site.status = status
+    assert fetch(f"{site.address}/bottomless", FetchLimits(max_bytes=2**20)) == site.picture
+    wait_for(lambda: site.ended == ["/bottomless"])
+    wait_for(lambda: not _fetchers())
+
+
+@pytest.mark.parametrize("path", ["/announcing", "/slow", "/stuck"])
+def test_at_the_deadline_the_connection_ends(site, path):
+    """Whatever the server sends, or does not: no thread is left that reads."""
+    with pytest.raises(TrioError, match="it took longer than 0.3 s"):
+        fetch(site.address + path, FetchLimits(timeout_s=0.3))
+    wait_for(lambda: not _fetchers())
+
+
+def test_the_time_of_a_request_is_bounded_over_all_its_addresses(site, monkeypatch):
+    """Each address within its own limit; what another request fetched takes none."""
+    now = 0.0
+
+    class Clock:
+        @staticmethod
+        def monotonic():
+            return now
+
+    def served(handler):
+        nonlocal now
+        now += 20
+        Site.do_GET(handler)
+
+    monkeypatch.setattr("trio_deploy.pipeline.fetch.time", Clock)
+    site.do_GET = served
+    addresses = [f"{site.address}/picture?{number}" for number in range(5)]
+    limits = FetchLimits(max_request_s=50.0)
+    files = {}
+    assert fetch_pictures(Request("a", addresses[:3]), files, limits) == [site.picture] * 3
+    assert fetch_pictures(Request("a", addresses), files, limits) == [site.picture] * 5
+    with pytest.raises(
+        TrioError, match=rf"cannot fetch {site.address}/picture\?3: with it .* than 50 s together"
+    ):
+        fetch_pictures(Request("a", addresses), {}, limits)
+    assert len(site.asked) == 5 + 3, "the fourth is not asked for"
+
+
+def test_an_address_may_take_what_the_request_has_left(site):
+    with pytest.raises(TrioError, match="took longer than 0.3 s together: pass fewer, or download"):
+        fetch_pictures(Request("a", f"{site.address}/slow"), {}, FetchLimits(max_request_s=0.3))
+
+
 def test_one_address_in_several_requests_is_fetched_once(site):
     address = f"{site.address}/picture"
+    files = {}
     asked = [Request("a", address), Request("b", [address, "local.png", address]), Request("c")]
-    first, second, third = fetch_pictures(asked)
+    first, second, third = (fetch_pictures(request, files) for request in asked)
     assert first[0] is second[0] is second[2] == site.picture
     assert second[1] == "local.png" and third == []
     assert site.asked == ["/picture"]
@@ -159,16 +249,19 @@ def test_pictures_of_a_request_are_bounded_together(site):
     addresses = [f"{site.address}/{kind}?{number}" for number in (1, 2) for kind in kinds]
     limits = FetchLimits(max_request_bytes=2 * size)
     for pair in (addresses[:2], addresses[2:]):
-        assert fetch_pictures([Request("a", pair), Request("b", pair[:1])], limits)
-    alone = [Request("a", [address]) for address in addresses]
-    assert len(fetch_pictures(alone, limits)) == 4
+        files = {}
+        assert fetch_pictures(Request("a", pair), files, limits) == [site.picture] * 2
+        assert fetch_pictures(Request("b", pair[:1]), files, limits) == [site.picture]
+    fetched = {}
+    for address in addresses:
+        fetch_pictures(Request("a", address), fetched, limits)
     for three in (addresses[:3], addresses[1:]):
-        for before in ([], alone):
+        for files in ({}, dict(fetched)):
             with pytest.raises(
                 TrioError,
                 match=f"cannot fetch {site.address}.* the request have more than .* together: pass",
             ):
-                fetch_pictures([*before, Request("b", three)], limits)
+                fetch_pictures(Request("b", three), files, limits)
 
 
 def test_nothing_is_fetched_for_a_request_that_is_wrong_without_it(site, bundles):
@@ -194,6 +287,16 @@ def test_nothing_is_fetched_for_a_request_that_is_wrong_without_it(site, bundles
     with pytest.raises(TrioError, match="request 1: prompt must be"):
         pipeline.generate_batch([good, Request(7, address)])
     assert site.asked == []
+
+
+def test_an_error_of_fetching_names_the_request(site, bundles):
+    pipeline = Pipeline.open(bundles.path("tiny"), threads=1)
+    none = f"{site.address}/none"
+    with pytest.raises(TrioError, match=f"^cannot fetch {none}: the server says 404"):
+        pipeline.generate(Request("what?", none))
+    for first in (Request("what?"), Request("what?", f"{site.address}/page")):
+        with pytest.raises(TrioError, match=f"^request 1: cannot fetch {none}: the server says"):
+            pipeline.generate_batch([first, Request("what?", none)])
 
 
 def test_an_error_of_a_fetched_picture_names_its_address(site, bundles):

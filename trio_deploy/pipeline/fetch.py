@@ -8,14 +8,17 @@ client reach the server's own network.
 from __future__ import annotations
 
 import http.client
+import io
 import re
+import socket
 import sys
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import IO, Any, TypeGuard
 
@@ -40,12 +43,14 @@ class FetchLimits:
         max_bytes: bytes of one picture's file.
         max_request_bytes: bytes of the files at all distinct addresses of one request.
         timeout_s: seconds from the first connection to the last byte of a file, redirects included.
+        max_request_s: seconds for the files at all distinct addresses of one request.
         max_redirects: redirects per picture, each to http or https.
     """
 
     max_bytes: int = 50 * 2**20
     max_request_bytes: int = 200 * 2**20
     timeout_s: float = 30.0
+    max_request_s: float = 120.0
     max_redirects: int = 5
 
 
@@ -71,76 +76,85 @@ def check_scheme(address: str) -> None:
         )
 
 
-def fetch_pictures(
-    requests: Sequence[Request], limits: FetchLimits | None = None
-) -> list[list[ImageSource]]:
-    """The pictures of each request, with the files in place of addresses.
+@dataclass(frozen=True)
+class _Left:
+    """What remains of a request's limits: bytes, and seconds."""
 
-    An address that occurs again is fetched once.
+    size: int
+    seconds: float
+
+
+def fetch_pictures(
+    request: Request, files: dict[str, bytes], limits: FetchLimits | None = None
+) -> list[ImageSource]:
+    """The pictures of a request, with the files in place of addresses.
 
     Args:
-        requests: checked ones, since each address costs time and memory.
+        request: a checked one, since each address costs time and memory.
+        files: by address, what was fetched for other requests, which is not fetched again; what is
+            fetched here is added.
 
     Raises:
         TrioError: a picture cannot be fetched within the limits.
     """
     limits = limits or FetchLimits()
-    files: dict[str, bytes] = {}
-    return [_pictures(request.image_list, files, limits) for request in requests]
-
-
-def _pictures(
-    sources: Sequence[ImageSource], files: dict[str, bytes], limits: FetchLimits
-) -> list[ImageSource]:
-    """The pictures of one request; what is fetched is added to `files`."""
-    left = limits.max_request_bytes
+    sources = request.image_list
+    size, deadline = limits.max_request_bytes, time.monotonic() + limits.max_request_s
     for address in dict.fromkeys(filter(is_address, sources)):
         if address not in files:
-            files[address] = fetch(address, limits, left)
-        left -= len(files[address])
-        if left < 0:
+            files[address] = _fetch(address, limits, _Left(size, deadline - time.monotonic()))
+        size -= len(files[address])
+        if size < 0:
             raise _too_large_together(address, limits)
     return [files[source] if is_address(source) else source for source in sources]
 
 
-def fetch(address: str, limits: FetchLimits | None = None, left: int | None = None) -> bytes:
+def fetch(address: str, limits: FetchLimits | None = None) -> bytes:
     """Content of the file at an http or https address.
-
-    Args:
-        left: bytes that remain of the request's; None: `max_request_bytes`.
 
     Raises:
         TrioError: another scheme, no answer, an error status, or beyond the limits.
     """
     limits = limits or FetchLimits()
+    return _fetch(address, limits, _Left(limits.max_request_bytes, limits.max_request_s))
+
+
+def _fetch(address: str, limits: FetchLimits, left: _Left) -> bytes:
     check_scheme(address)
-    left = limits.max_request_bytes if left is None else left
+    if left.seconds <= 0:
+        raise _too_slow_together(address, limits)
     results: list[bytes | Exception] = []
 
-    def download() -> None:
+    def download(connection: _Connection) -> None:
         try:
-            results.append(_download(address, limits, left))
+            results.append(_download(address, limits, left, connection))
         except Exception as error:
             results.append(error)
 
     # In a thread of its own, since a server may send so slowly that no single wait is long.
-    thread = threading.Thread(target=download, name="fetch a picture", daemon=True)
-    thread.start()
-    thread.join(limits.timeout_s)
-    result = results[0] if results else TimeoutError()
+    with closing(_Connection()) as connection:
+        thread = threading.Thread(
+            target=download, args=(connection,), name="fetch a picture", daemon=True
+        )
+        thread.start()
+        thread.join(min(limits.timeout_s, left.seconds))
+        # Before the end of the connection, which looks like the end of a file.
+        result = results[0] if results else None
     if isinstance(result, bytes):
         return result
     if isinstance(result, TrioError):
         raise result
+    if result is None and left.seconds < limits.timeout_s:
+        raise _too_slow_together(address, limits)
+    result = result or TimeoutError()
     raise TrioError(f"cannot fetch {address}: {_reason(result, limits)}") from result
 
 
-def _download(address: str, limits: FetchLimits, left: int) -> bytes:
+def _download(address: str, limits: FetchLimits, left: _Left, connection: _Connection) -> bytes:
     opener = urllib.request.OpenerDirector()  # no handlers of files, ftp or data
     for handler in (
         urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
+        _Handler(connection),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
         _Redirects(limits.max_redirects),
@@ -148,7 +162,6 @@ def _download(address: str, limits: FetchLimits, left: int) -> bytes:
         opener.add_handler(handler)
     headers = {"User-Agent": f"trio-deploy/{__version__}", "Accept": "image/*"}
     asked = urllib.request.Request(address, headers=headers)
-    deadline = time.monotonic() + limits.timeout_s
     with opener.open(asked, timeout=limits.timeout_s) as answer:
         length = answer.headers.get("Content-Length", "")
         if length.isdecimal():
@@ -157,11 +170,83 @@ def _download(address: str, limits: FetchLimits, left: int) -> bytes:
         while chunk := answer.read1(_CHUNK):
             content += chunk
             _check_size(len(content), address, limits, left)
-            if time.monotonic() > deadline:  # nobody waits any more
-                raise TimeoutError
     if length.isdecimal() and len(content) < int(length):
         raise TrioError(f"cannot fetch {address}: {_BROKE_OFF}")
     return bytes(content)
+
+
+class _Connection:
+    """The connection that is open for a picture, for another thread to end.
+
+    An end is what stops a server that goes on without one: with headers, with a body or with
+    announcements of an answer (100 Continue).
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._closed = False
+
+    def opened(self, new: socket.socket) -> None:
+        """Take the place of the one before, which ends.
+
+        Raises:
+            TimeoutError: nobody waits any more.
+        """
+        with self._lock:
+            self._end()
+            if self._closed:
+                raise TimeoutError
+            self._socket = new.dup()  # TLS will take the other one over
+
+    def close(self) -> None:
+        """End it, and every later one."""
+        with self._lock:
+            self._closed = True
+            self._end()
+
+    def _end(self) -> None:
+        if self._socket is not None:
+            with suppress(OSError):  # the server was faster
+                self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.close()
+            self._socket = None
+
+
+class _Http(http.client.HTTPConnection):
+    """Reports its socket as soon as it is connected."""
+
+    report: Callable[[socket.socket], None]
+
+    def connect(self) -> None:
+        super().connect()
+        self.report(self.sock)
+
+
+class _Https(http.client.HTTPSConnection, _Http):
+    """The same, before the handshake, since `HTTPSConnection` calls `_Http.connect`."""
+
+
+class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Opens http and https addresses, and reports the sockets."""
+
+    def __init__(self, connection: _Connection) -> None:
+        super().__init__()
+        self._connection = connection
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._reporting(_Http), req)
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._reporting(_Https), req)
+
+    def _reporting(self, kind: type[_Http]) -> Callable[..., _Http]:
+        def connect(*args: Any, **options: Any) -> _Http:
+            made = kind(*args, **options)
+            made.report = self._connection.opened
+            return made
+
+        return connect
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -171,6 +256,15 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def __init__(self, most: int) -> None:
         self._left = most
+
+    def http_error_302(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any
+    ) -> Any:
+        """Follow without a look at the body, which urllib would read to its end, if it has one."""
+        fp.close()
+        return super().http_error_302(req, io.BytesIO(), code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any,
@@ -189,12 +283,12 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _check_size(size: int, address: str, limits: FetchLimits, left: int) -> None:
+def _check_size(size: int, address: str, limits: FetchLimits, left: _Left) -> None:
     if size > limits.max_bytes:
         raise TrioError(
             f"cannot fetch {address}: the file is larger than {format_bytes(limits.max_bytes)}"
         )
-    if size > left:
+    if size > left.size:
         raise _too_large_together(address, limits)
 
 
@@ -202,6 +296,13 @@ def _too_large_together(address: str, limits: FetchLimits) -> TrioError:
     return TrioError(
         f"cannot fetch {address}: with it the pictures of the request have more than "
         f"{format_bytes(limits.max_request_bytes)} together: pass fewer or smaller ones"
+    )
+
+
+def _too_slow_together(address: str, limits: FetchLimits) -> TrioError:
+    return TrioError(
+        f"cannot fetch {address}: with it the pictures of the request took longer than "
+        f"{limits.max_request_s:g} s together: pass fewer, or download them and pass the files"
     )
 
 
@@ -217,8 +318,9 @@ def _reason(error: Exception, limits: FetchLimits) -> str:
     if isinstance(cause, http.client.IncompleteRead):
         return _BROKE_OFF
     # Of the address that was given, or of one that a redirect leads to. ValueError: half an IPv6
-    # address, a name that no host can have, letters that are not percent-encoded.
-    if isinstance(cause, http.client.InvalidURL | ValueError):
+    # address, a name that no host can have, letters that are not percent-encoded. A certificate
+    # that does not fit is both a ValueError and an OSError.
+    if isinstance(cause, http.client.InvalidURL | ValueError) and not isinstance(cause, OSError):
         return f"the address, or one that it redirects to, is not valid ({_one_line(cause)})"
     if isinstance(cause, http.client.HTTPException):
         return "the server does not speak HTTP"

@@ -14,7 +14,6 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.export.cache import find_bundle
 from trio_deploy.pipeline.batch import DecodeBatch
-from trio_deploy.pipeline.fetch import fetch_pictures
 from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.prefill import Clock, Prefilled, Stages
 from trio_deploy.pipeline.prepare import RequestPreparer
@@ -145,7 +144,7 @@ class Pipeline:
 
     def _prepare_batch(self, requests: Sequence[Request], clock: Clock) -> list[SequenceState]:
         with clock.stage("preprocess"):
-            return self._preparer.prepare_batch(requests, fetch_pictures)
+            return self._preparer.prepare_batch(requests)
 
     def _decode(
         self, sequences: Sequence[SequenceState], clock: Clock

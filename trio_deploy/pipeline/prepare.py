@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -16,7 +17,7 @@ from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import Layout
 from trio_deploy.families.preprocessing import Preprocessor
-from trio_deploy.pipeline.fetch import check_scheme, is_address
+from trio_deploy.pipeline.fetch import check_scheme, fetch_pictures, is_address
 from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
 from trio_deploy.pipeline.request import ImageSource, Request
@@ -24,6 +25,7 @@ from trio_deploy.pipeline.sampling import Detokenizer, Forced, Sampler, StopScan
 from trio_deploy.pipeline.sequence import SequenceState
 from trio_deploy.schedule.schedule import Schedule
 
+_T = TypeVar("_T")
 _Opened = dict[tuple[int, bool], tuple[Image.Image, Layout]]
 """Images of a batch by the identity of their source and `Request.bgr`, so that requests can share
 them."""
@@ -104,31 +106,29 @@ class RequestPreparer:
                 )
         return self._prepare(checked, request.image_list, {}, started, before_image)
 
-    def prepare_batch(
-        self,
-        requests: Sequence[Request],
-        fetch: Callable[[Sequence[Request]], list[list[ImageSource]]],
-    ) -> list[SequenceState]:
+    def prepare_batch(self, requests: Sequence[Request]) -> list[SequenceState]:
         """Prepare requests that are answered together, each distinct image once.
 
-        Args:
-            fetch: the pictures of requests, with files in place of addresses; called after all that
-                can be said without the pictures was checked.
+        Pictures at addresses are fetched after all that can be said without them was checked, of
+        every request, and before any is opened.
 
         Raises:
             TrioError: as `Pipeline.generate`, naming the request if there are several.
         """
         started = time.perf_counter()
+        files: dict[str, bytes] = {}
         opened: _Opened = {}
-        checked = []
-        for number, request in enumerate(requests):
-            with _naming(number, requests):
-                checked.append(self._check(request))
-        sequences = []
-        for number, sources in enumerate(fetch(requests)):
-            with _naming(number, requests):
-                sequences.append(self._prepare(checked[number], sources, opened, started))
-        return sequences
+
+        def each(step: Callable[[int], _T]) -> list[_T]:
+            done = []
+            for number in range(len(requests)):
+                with _naming(number, requests):
+                    done.append(step(number))
+            return done
+
+        checked = each(lambda number: self._check(requests[number]))
+        sources = each(lambda number: fetch_pictures(requests[number], files))
+        return each(lambda number: self._prepare(checked[number], sources[number], opened, started))
 
     def _check(self, request: Request) -> _Checked:
         """Check what can be said without opening, fetching or tokenising anything large."""
