@@ -268,7 +268,7 @@ def _hub_parts(config: ModelConfig, dtype: str) -> list[Part]:
     """List every tensor by its name on the hub, those that no graph reads included."""
     from trio_deploy.graphs.weights import canonical_tensors  # needs the extra `export`
 
-    vision, read = config.vision, config.vision.feature_layers
+    vision, read = config.clip, config.clip.feature_layers
     # As if features came from the last layer, so that the layers above the feature layer exist.
     whole = replace(vision, feature_layers=(*read[:-1], vision.num_layers))
     shapes = canonical_tensors(replace(config, vision=whole))

@@ -149,7 +149,7 @@ def _unread(name: str, config: ModelConfig) -> bool:
     """Whether a tensor belongs to the part of the vision tower behind the features."""
     layer = _TOWER_LAYER.match(name)
     if layer is not None:
-        return max(config.vision.feature_layers) <= int(layer[1]) < config.vision.num_layers
+        return max(config.clip.feature_layers) <= int(layer[1]) < config.clip.num_layers
     return name.startswith("vision_tower.post_layernorm.")
 
 
@@ -161,7 +161,7 @@ def _check_layers(names: Collection[str], config: ModelConfig) -> None:
             held[layer[1]] = max(held[layer[1]], int(layer[2]) + 1)
     for needed, model, part in (
         (config.text.num_layers, "language_model", "text_config"),
-        (max(config.vision.feature_layers), "vision_tower.encoder", "vision_config"),
+        (max(config.clip.feature_layers), "vision_tower.encoder", "vision_config"),
     ):
         if held[model] and needed > held[model]:
             raise TrioError(

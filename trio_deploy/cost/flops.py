@@ -47,7 +47,7 @@ def lm_head_flops(text: TextConfig) -> int:
 
 def vision_flops(config: ModelConfig, tiles: int) -> int:
     """Multiply-adds of the vision tower up to the feature layer and of the projector, per image."""
-    vision, width = config.vision, config.text.hidden_size
+    vision, width = config.clip, config.text.hidden_size
     rows = request_limits(config).tile_rows
     features = vision.hidden_size * len(vision.feature_layers)
     return tiles * (vision.tile_flops() + rows * (features * width + width * width))

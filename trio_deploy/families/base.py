@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -62,8 +62,97 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class PatchTowerConfig:
+    """A Qwen vision tower: frames of any size, cut into patches, merged in squares at the end.
+
+    A frame has L patches, in the order of the squares of merge x merge patches that become one
+    visual token, row by row; a patch is (channel, time, row, column) flattened.
+
+    Attributes:
+        patch_size: pixels along a side of a patch.
+        temporal_patch_size: pictures in a row that one frame holds; a picture is repeated.
+        merge: patches along a side of the square that becomes one visual token.
+        norm: kind of the layers' norms and of the merger's.
+        mlp: names and form of the layers' MLP, and names of the mergers' parts: `fc` (Qwen2-VL:
+            fc1, fc2; merger ln_q, mlp.0, mlp.2), `gated` (Qwen2.5-VL: gate_proj, up_proj,
+            down_proj; the same merger), `linear_fc` (Qwen3-VL: linear_fc1, linear_fc2; merger norm,
+            linear_fc1, linear_fc2).
+        hidden_act: activation of the layers' MLP; the mergers' is `gelu`.
+        patch_bias: whether the projection of the patches has a bias.
+        window: visual tokens along a side of the windows that layers attend within, or None: all
+            attend to the whole frame.
+        full_layers: with windows, the layers that attend to the whole frame.
+        position_side: entries along a side of the square table of learned positions, or None.
+        deepstack_layers: layers whose output is merged on its own, for decoder layers 0, 1, …
+        norm_eps: of the norms and of the mergers'.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    norm: Literal["layer", "rms"]
+    mlp: Literal["fc", "gated", "linear_fc"]
+    hidden_act: str
+    temporal_patch_size: int = 2
+    merge: int = 2
+    in_channels: int = 3
+    patch_bias: bool = False
+    window: int | None = None
+    full_layers: tuple[int, ...] = ()
+    position_side: int | None = None
+    deepstack_layers: tuple[int, ...] = ()
+    norm_eps: float = 1e-6
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers c that one patch consists of."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side of one visual token."""
+        return self.patch_size * self.merge
+
+    @property
+    def window_slots(self) -> int:
+        """Patches K that a window has room for; 0 without windows."""
+        return 0 if self.window is None else (self.window * self.merge) ** 2
+
+    def is_windowed(self, layer: int) -> bool:
+        """Whether a layer attends within windows."""
+        return self.window is not None and layer not in self.full_layers
+
+    def describe(self) -> str:
+        """The tower in a few words, for reports."""
+        return f"{self.num_layers} layers, patches of {self.patch_size} pixels"
+
+    def flops(self, patches: int, width: int) -> int:
+        """Multiply-adds per frame of L patches, mergers to `width` features included.
+
+        A layer takes 4·L·h² + 2·L·n·h + 2 or 3 L·h·m, n patches being attended to by each: L, or
+        the K slots of a window; its windows are counted as full.
+        """
+        h, m = self.hidden_size, self.intermediate_size
+        dense = 4 * h * h + (3 if self.mlp == "gated" else 2) * h * m
+        total = patches * self.patch_values * h
+        for layer in range(self.num_layers):
+            seen = self.window_slots if self.is_windowed(layer) else patches
+            total += patches * (dense + 2 * seen * h)
+        square = self.merge**2
+        merger = patches // square * (square * h) * (square * h + width)
+        return total + merger * (1 + len(self.deepstack_layers))
+
+
+@dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding; `scaling` is `default`, `linear` or `llama3`."""
+    """Rotary position embedding; `scaling` is `default`, `linear` or `llama3`.
+
+    Attributes:
+        axes: for each of the D/2 frequencies the row of three, 0 time, 1 row, 2 column, that its
+            position is taken from; None where a token has one position.
+    """
 
     theta: float
     scaling: str = "default"
@@ -71,15 +160,17 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    axes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A Llama-shaped language model (Llama, Vicuna, Mistral).
+    """A Llama-shaped language model (Llama, Vicuna, Mistral, Qwen2, Qwen3).
 
     Attributes:
         qkv_bias, o_bias, mlp_bias: whether the projections to queries, keys and values, the one
             out of the attention, and those of the MLP have biases.
+        qk_norm: whether each head of queries and keys is normalised before it is rotated.
         tie_word_embeddings: whether the embeddings serve as the output head. config.json says
             so first; where a checkpoint is at hand, its tensors decide (checkpoint/fit.py).
     """
@@ -97,6 +188,7 @@ class TextConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     tie_word_embeddings: bool = False
 
     def kv_bytes(self, lengths: Sequence[int], item_bytes: int) -> int:
@@ -116,13 +208,31 @@ class ModelConfig:
     """
 
     family: str
-    vision: VisionConfig
+    vision: VisionConfig | PatchTowerConfig
     text: TextConfig
     projector_act: str
     projector_bias: bool
     image_token_id: int
     grid_pinpoints: tuple[tuple[int, int], ...] = ()
     newline: bool = False
+
+    @property
+    def clip(self) -> VisionConfig:
+        """The tower of a family that has a CLIP tower."""
+        assert isinstance(self.vision, VisionConfig)
+        return self.vision
+
+    @property
+    def patch_tower(self) -> PatchTowerConfig:
+        """The tower of a family that has a tower of patches."""
+        assert isinstance(self.vision, PatchTowerConfig)
+        return self.vision
+
+    @property
+    def deepstack(self) -> int:
+        """J: the outputs of decoder layers 0…J-1 get features of their own added."""
+        vision = self.vision
+        return len(vision.deepstack_layers) if isinstance(vision, PatchTowerConfig) else 0
 
     def with_tied_head(self, tied: bool) -> ModelConfig:
         """The same model, whose embeddings serve as the output head or do not."""

@@ -71,7 +71,7 @@ def clip_settings(
 
 def clip_processor_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """preprocessor_config.json and processor_config.json of a model that comes without them."""
-    side = config.vision.image_size
+    side = config.clip.image_size
     return {
         "preprocessor_config.json": {
             **CLIP_PREPROCESSING,
@@ -81,15 +81,15 @@ def clip_processor_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
             "do_convert_rgb": True,
         },
         "processor_config.json": {
-            "patch_size": config.vision.patch_size,
-            "vision_feature_select_strategy": "default" if config.vision.drop_cls else "full",
+            "patch_size": config.clip.patch_size,
+            "vision_feature_select_strategy": "default" if config.clip.drop_cls else "full",
             "num_additional_image_tokens": 1,
         },
     }
 
 
 def _parse(raw: Mapping[str, Any], config: ModelConfig) -> ImageSettings:
-    side = config.vision.image_size
+    side = config.clip.image_size
     resize, crop = _flag(raw, "do_resize"), _flag(raw, "do_center_crop")
     rescale, normalise = _flag(raw, "do_rescale"), _flag(raw, "do_normalize")
     mean, std = _channels(raw, "image_mean"), _channels(raw, "image_std")

@@ -32,7 +32,7 @@ _DEFAULTS = {
 
 def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) -> Layout:
     """Resize and crop as CLIP's processor does; tokens are the tower's rows in their order."""
-    vision = config.vision
+    vision = config.clip
     tile, view = fit(image, settings)
     boxes = view.to_image(grid_boxes(vision.side, vision.side, vision.patch_size), image.size)
     if not vision.drop_cls:
@@ -50,12 +50,12 @@ def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) ->
 
 def visual_tokens(size: tuple[int, int], config: ModelConfig) -> int:
     """The same for every image."""
-    return config.vision.rows_per_tile
+    return config.clip.rows_per_tile
 
 
 def request_limits(config: ModelConfig) -> Limits:
     """One tile per image, whose rows are the visual tokens."""
-    vision = config.vision
+    vision = config.clip
     return Limits(
         tiles=1,
         tile_rows=vision.rows_per_tile,

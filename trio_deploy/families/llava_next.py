@@ -39,7 +39,7 @@ _DEFAULTS = {
 
 def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) -> Layout:
     """Base tile, then the canvas' tiles row by row; tokens as `pack_image_features` orders them."""
-    vision = config.vision
+    vision = config.clip
     tile_size, side, patch = vision.image_size, vision.side, vision.patch_size
     size = (image.height, image.width)
     canvas = best_canvas(size, config.grid_pinpoints)
@@ -85,7 +85,7 @@ def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) ->
 
 def visual_tokens(size: tuple[int, int], config: ModelConfig) -> int:
     """The overview's, and the patches of the canvas that show the image, with a newline per row."""
-    side = config.vision.side
+    side = config.clip.side
     rows, columns = _shown_patches(size, config)
     return side * side + (rows.stop - rows.start) * (columns.stop - columns.start + 1)
 
@@ -93,14 +93,14 @@ def visual_tokens(size: tuple[int, int], config: ModelConfig) -> int:
 def _shown_patches(size: tuple[int, int], config: ModelConfig) -> tuple[slice, slice]:
     """Rows and columns of the canvas' patches that show an image of (height, width) pixels."""
     canvas = best_canvas(size, config.grid_pinpoints)
-    vision = config.vision
+    vision = config.clip
     down, across = (pixels // vision.image_size * vision.side for pixels in canvas)
     return unpadded(size, (down, across))
 
 
 def request_limits(config: ModelConfig) -> Limits:
     """The overview and the tiles of the largest canvas; a newline ends each row of its patches."""
-    vision = config.vision
+    vision = config.clip
     tile, patch, canvases = vision.image_size, vision.patch_size, config.grid_pinpoints
     height, width = max(canvases, key=lambda size: size[0] * size[1])
     return Limits(

@@ -23,7 +23,7 @@ class Projector(nn.Module):
         super().__init__(name)
         self.kind = config.projector_act
         size, bias = config.text.hidden_size, config.projector_bias
-        inner = config.vision.hidden_size * len(config.vision.feature_layers)
+        inner = config.vision.hidden_size * len(config.clip.feature_layers)
         self.linear_1 = Linear(d, f"{name}.linear_1", size, inner, bias)
         self.linear_2 = Linear(d, f"{name}.linear_2", size, size, bias)
 

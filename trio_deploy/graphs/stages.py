@@ -35,7 +35,7 @@ def build_vision(
     d = options.make_dialect()
     stage = Stage("vision", d)
     op = stage.op
-    tower = ClipTower(d, config.vision)
+    tower = ClipTower(d, config.clip)
     inputs = {
         name: stage.input(name, dtype, shape) for name, (dtype, shape) in tower.inputs().items()
     }

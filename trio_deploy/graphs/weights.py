@@ -26,7 +26,7 @@ def stored_weights(config: ModelConfig, dtype: str) -> list[StoredWeight]:
     """
     d, text = PrimitiveDialect(FLOAT_TYPES[dtype]), config.text  # the dialects' parts are the same
     modules = [
-        ClipTower(d, config.vision),
+        ClipTower(d, config.clip),
         Projector(d, config),
         Newline(d, config),
         Embedding.of_tokens(d, text),
