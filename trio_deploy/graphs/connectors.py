@@ -8,11 +8,19 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
-from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.base import ModelConfig, PatchTowerConfig
 from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.modules import Linear, activation
+from trio_deploy.graphs.patch_tower import Merger
 from trio_deploy.graphs.values import cast, constant
 from trio_deploy.graphs.weight import Weight
+
+
+def make_connector(d: Dialect, config: ModelConfig) -> Projector | Merger:
+    """What turns features of a model's tower into rows of its language model."""
+    if isinstance(config.vision, PatchTowerConfig):
+        return Merger(d, "visual.merger", config)
+    return Projector(d, config)
 
 
 class Projector(nn.Module):
@@ -23,7 +31,7 @@ class Projector(nn.Module):
         super().__init__(name)
         self.kind = config.projector_act
         size, bias = config.text.hidden_size, config.projector_bias
-        inner = config.vision.hidden_size * len(config.clip.feature_layers)
+        inner = config.clip.hidden_size * len(config.clip.feature_layers)
         self.linear_1 = Linear(d, f"{name}.linear_1", size, inner, bias)
         self.linear_2 = Linear(d, f"{name}.linear_2", size, size, bias)
 

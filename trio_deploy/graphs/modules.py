@@ -32,12 +32,14 @@ from trio_deploy.graphs.dialects.base import KV, Angles, Dialect, Window
 from trio_deploy.graphs.values import (
     FLOAT,
     cast,
+    dtype_of,
     merge_heads,
     over_power_of_two,
     reduce,
     scaled_product,
     shape_of,
     split_heads,
+    typed,
 )
 from trio_deploy.graphs.weight import Weight
 
@@ -185,6 +187,7 @@ class ProbeAttention:
     Attributes:
         n: [B, S, d], input of the projections.
         angles: of its S rows.
+        k: [B, S, G·D], keys before norm and rotation.
         q: [B, G, R·P, D], queries, rotated and scaled.
         raw: f32 [B, H·P, S], scores without the mask.
         weights: f32 [B, H·P, S], after the softmax.
@@ -195,6 +198,7 @@ class ProbeAttention:
 
     n: ir.Value
     angles: Angles
+    k: ir.Value
     q: ir.Value
     raw: ir.Value
     weights: ir.Value
@@ -229,21 +233,29 @@ class Attention(nn.Module):
         self.k_proj = Linear(d, f"{name}.k_proj", kv, size, bias)
         self.v_proj = Linear(d, f"{name}.v_proj", kv, size, bias)
         self.o_proj = Linear(d, f"{name}.o_proj", size, inner, text.o_bias)
+        self.q_norm = self.k_norm = None
+        if text.qk_norm:
+            self.q_norm = RMSNorm(d, f"{name}.q_norm", text.head_dim, text.rms_norm_eps)
+            self.k_norm = RMSNorm(d, f"{name}.k_norm", text.head_dim, text.rms_norm_eps)
 
     def forward(self, op: Any, x: ir.Value, window: Window, past: KV | None) -> tuple[ir.Value, KV]:
         """x [B, S, d] → ([B, S, d], present keys and values)."""
-        q, k, v = self.q_proj(op, x), self.k_proj(op, x), self.v_proj(op, x)
+        q = _head_by_head(op, self.q_norm, self.q_proj(op, x))
+        k = _head_by_head(op, self.k_norm, self.k_proj(op, x))
+        v = self.v_proj(op, x)
         y, present = self.d.attention(op, self.text, q, k, v, window, past)
         return self.o_proj(op, y), present
 
     def keys(self, op: Any, x: ir.Value, angles: Angles) -> ir.Value:
         """Compute rotated keys: [B, S, d] → [B, G, S, D]."""
-        k = split_heads(op, self.k_proj(op, x), self.text.num_kv_heads, self.text.head_dim)
+        k = _head_by_head(op, self.k_norm, self.k_proj(op, x))
+        k = split_heads(op, k, self.text.num_kv_heads, self.text.head_dim)
         return self.d.rope(op, k, angles)
 
     def queries(self, op: Any, x: ir.Value, angles: Angles) -> ir.Value:
         """Compute rotated queries: [B, S, d] → [B, H, S, D]."""
-        q = split_heads(op, self.q_proj(op, x), self.text.num_heads, self.text.head_dim)
+        q = _head_by_head(op, self.q_norm, self.q_proj(op, x))
+        q = split_heads(op, q, self.text.num_heads, self.text.head_dim)
         return self.d.rope(op, q, angles)
 
     def forward_probes(
@@ -272,8 +284,11 @@ class Attention(nn.Module):
         )  # fmt: skip
         probes = int(shape_of(mask)[2])
         per_group = heads // groups * probes
-        k = self.keys(op, n, angles[0])
-        q = d.rope(op, split_heads(op, self.q_proj.few_rows(op, probed), heads, size), angles[1])
+        raw_k = self.k_proj(op, n)
+        k = split_heads(op, _head_by_head(op, self.k_norm, raw_k), groups, size)
+        k = d.rope(op, k, angles[0])
+        q = _head_by_head(op, self.q_norm, self.q_proj.few_rows(op, probed))
+        q = d.rope(op, split_heads(op, q, heads, size), angles[1])
         q = op.Reshape(op.Mul(q, size**-0.5), [0, groups, per_group, size])
         raw = cast(op, d.matmul_transposed(op, q, k), FLOAT)  # [B, G, R·P, S]
         raw = op.Reshape(raw, [0, heads, probes, -1])
@@ -289,7 +304,7 @@ class Attention(nn.Module):
             bias = op.Reshape(self.v_proj.bias.into(op), [groups, 1, size])
             bias = op.Expand(bias, [groups, heads // groups, size])
             o = op.Add(o, op.Reshape(bias, [heads * size]))
-        kept = ProbeAttention(n, angles[0], q, raw, weights, lifted, mixed, w_v)
+        kept = ProbeAttention(n, angles[0], raw_k, q, raw, weights, lifted, mixed, w_v)
         return self.o_proj.few_rows(op, o), kept
 
     def backward_probes(self, op: Any, kept: ProbeAttention, g: ir.Value) -> InputGradient:
@@ -309,12 +324,20 @@ class Attention(nn.Module):
         da = cast(op, d.matmul_transposed(op, narrow, kept.n), FLOAT)  # [B, H·P, S]
         ds = op.Mul(a, op.Sub(da, reduce(op, "ReduceSum", op.Mul(u, kept.mixed), [-1])))
         # n·dn of each row without a sum over its d entries: the rotation drops out
-        along = op.Add(op.Mul(ds, kept.raw), op.Mul(a, da))
+        through_k = op.Mul(ds, kept.raw)
+        if self.k_norm is not None:
+            through_k = op.Mul(through_k, self._blindness(op, kept.k, per_group))
+        along = op.Add(through_k, op.Mul(a, da))
         along = op.Transpose(reduce(op, "ReduceSum", along, [1]), perm=[0, 2, 1])  # [B, S, 1]
         ds = cast(op, op.Mul(ds, LIFT), d.dtype)
         ds = op.Reshape(ds, [0, groups, per_group, -1])
         dk = op.MatMul(op.Transpose(ds, perm=[0, 1, 3, 2]), kept.q)  # [B, G, S, D]
         dk = merge_heads(op, d.rope(op, dk, kept.angles, inverse=True))
+        if self.k_norm is not None:
+            apart = [0, 0, groups, size]
+            g = cast(op, op.Reshape(dk, apart), FLOAT)
+            g = self.k_norm.backward(op, op.Reshape(kept.k, apart), g)
+            dk = cast(op, op.Reshape(g, [0, 0, groups * size]), d.dtype)
         dn = op.Add(
             self.k_proj.backward(op, dk),
             op.MatMul(op.Transpose(kept.lifted, perm=[0, 2, 1]), narrow),
@@ -323,6 +346,30 @@ class Attention(nn.Module):
             in_bias = op.MatMul(dk, op.Unsqueeze(self.k_proj.bias.into(op), [1]))
             along = op.Sub(along, op.Mul(cast(op, in_bias, FLOAT), 1.0 / LIFT))
         return InputGradient(cast(op, dn, FLOAT), op.Mul(along, LIFT), scale)
+
+    def _blindness(self, op: Any, k: ir.Value, per_group: int) -> ir.Value:
+        """What the norm of the keys leaves of k·dk, k [B, S, G·D]: f32 [B, H·P, S].
+
+        The loss does not see the length of a normalised key but for ε: with r = 1/sqrt(mean(k²) +
+        ε) it is ε r².
+        """
+        assert self.k_norm is not None
+        groups, size, eps = self.text.num_kv_heads, self.text.head_dim, self.k_norm.eps
+        k = cast(op, op.Reshape(k, [0, 0, groups, size]), FLOAT)
+        squares = reduce(op, "ReduceSumSquare", k, [3], keepdims=False)  # [B, S, G]
+        left = op.Div(eps, op.Add(op.Mul(squares, 1.0 / size), eps))
+        left = op.Unsqueeze(op.Transpose(left, perm=[0, 2, 1]), [2])  # [B, G, 1, S]
+        left = op.Expand(left, [1, 1, per_group, 1])
+        return op.Reshape(left, [0, groups * per_group, -1])
+
+
+def _head_by_head(op: Any, norm: RMSNorm | None, x: ir.Value) -> ir.Value:
+    """Normalise each head of x [B, S, N·D], if there is a norm."""
+    if norm is None:
+        return x
+    size, width = int(shape_of(norm.weight)[0]), int(shape_of(x)[-1])
+    y = norm(op, op.Reshape(x, [0, 0, width // size, size]))
+    return typed(op.Reshape(y, [0, 0, width]), dtype_of(x), shape_of(x))
 
 
 class Gates(NamedTuple):

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.graphs.connectors import Newline, Projector
+from trio_deploy.graphs.connectors import Newline, make_connector
 from trio_deploy.graphs.dialects.base import KV, Past
 from trio_deploy.graphs.graph import Stage
 from trio_deploy.graphs.modules import DecoderLayer, Embedding, Head
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.rope import rotary_angles
-from trio_deploy.graphs.towers import ClipTower
-from trio_deploy.graphs.values import FLOAT, INT64
+from trio_deploy.graphs.rope import position_shape, rotary_angles
+from trio_deploy.graphs.towers import make_tower
+from trio_deploy.graphs.values import FLOAT, INT64, cast, constant
 
 
 def build_vision(
@@ -26,7 +27,8 @@ def build_vision(
 ) -> ir.Model:
     """Write vision.onnx: the tower's inputs to image_features [T·p, d], tile after tile.
 
-    Further outputs are those of `scores`, f32 [T·p] (see `ClipTower.forward`).
+    Further outputs are those of `scores`, f32 [T·p] (see `ClipTower.forward`), and deepstack.{j}
+    [T·p, d].
 
     Raises:
         TrioError: scores that the tower does not have.
@@ -35,15 +37,17 @@ def build_vision(
     d = options.make_dialect()
     stage = Stage("vision", d)
     op = stage.op
-    tower = ClipTower(d, config.clip)
+    tower = make_tower(d, config)
     inputs = {
         name: stage.input(name, dtype, shape) for name, (dtype, shape) in tower.inputs().items()
     }
     features, found = tower(op, inputs, scores)
-    y = op.Reshape(Projector(d, config)(op, features), [-1, size])
+    y = op.Reshape(make_connector(d, config)(op, features), [-1, size])
     stage.output("image_features", y, d.dtype, ["R", size])
-    for name, value in found.items():
-        stage.output(name, op.Reshape(value, [-1]), FLOAT, ["R"])
+    for name in scores:
+        stage.output(name, op.Reshape(found[name], [-1]), FLOAT, ["R"])
+    for j in range(config.deepstack):
+        stage.output(f"deepstack.{j}", found[f"deepstack.{j}"], d.dtype, ["R", size])
     return stage.finish(config)
 
 
@@ -82,10 +86,11 @@ def build_prefill(
 ) -> ir.Model:
     """Write prefill_{index}.onnx: layers start…stop-1, which without decode.onnx decode as well.
 
-    Inputs: inputs_embeds (index 0) or hidden_states [B, S, d], position_ids int64 [B, S], lengths
-    int64 [B] (valid new tokens; absent if nothing reads them), and, unless there is a decode.onnx
-    (some dialects: always), past_lengths int64 [B] (valid tokens in the past) and past.{i}.key /
-    .value [B, G, C, D], i counted over the whole model.
+    Inputs: inputs_embeds (index 0) or hidden_states [B, S, d], position_ids int64 [B, S] (or
+    [B, 3, S]), lengths int64 [B] (valid new tokens; absent if nothing reads them), and, unless
+    there is a decode.onnx (some dialects: always), past_lengths int64 [B] (valid tokens in the
+    past) and past.{i}.key / .value [B, G, C, D], i counted over the whole model; for layers with
+    features of their own deepstack.{i} [R, d] and feature_index int64 [B, S].
     Outputs: hidden_states [B, S, d] (hidden_states_out if hidden_states is an input), or from the
     last segment logits float32 [B, V] at each row's last valid new token; present.{i}.key / .value
     [B, G, max(C, S), D].
@@ -99,7 +104,7 @@ def build_prefill(
     op = stage.op
     source = "inputs_embeds" if index == 0 else "hidden_states"
     x = stage.input(source, d.dtype, ["B", "S", text.hidden_size])
-    positions = stage.input("position_ids", INT64, ["B", "S"])
+    positions = stage.input("position_ids", INT64, position_shape(text))
     is_last = stop == text.num_layers
     # An engine may drop an input that nothing reads.
     lengths = stage.input("lengths", INT64, ["B"]) if is_last or d.reads_lengths else None
@@ -112,8 +117,11 @@ def build_prefill(
 
     window = d.prefill_window(op, rotary_angles(op, d, text, positions), x, lengths, past)
     presents: dict[int, KV] = {}
+    added = _deepstack(stage, config, range(start, stop))
     for i in range(start, stop):
         x, presents[i] = DecoderLayer(d, text, i)(op, x, window, pasts.get(i))
+        if i in added:
+            x = op.Add(x, added[i])
 
     if is_last:
         assert lengths is not None
@@ -126,6 +134,25 @@ def build_prefill(
     for i, present in presents.items():
         _present_outputs(stage, config, i, present, "P" if pasts else "S")
     return stage.finish(config)
+
+
+def _deepstack(stage: Stage, config: ModelConfig, layers: range) -> dict[int, ir.Value]:
+    """What is added behind each of `layers` that has features of its own, [B, S, d].
+
+    Declares their inputs: deepstack.{i} [R, d] and feature_index [B, S], -1 for tokens that get
+    nothing added.
+    """
+    taken = [i for i in layers if i < config.deepstack]
+    if not taken:
+        return {}
+    op, d, size = stage.op, stage.d, config.text.hidden_size
+    features = [stage.input(f"deepstack.{i}", d.dtype, ["R", size]) for i in taken]
+    index = op.Add(stage.input("feature_index", INT64, ["B", "S"]), 1)
+    nothing = op.Expand(cast(op, constant(op, np.zeros(1, np.float32), "zero"), d.dtype), [1, size])
+    return {
+        i: op.Gather(op.Concat(nothing, rows, axis=0), index, axis=0)
+        for i, rows in zip(taken, features, strict=True)
+    }
 
 
 def build_decode(

@@ -1,4 +1,4 @@
-"""Vision towers: images to features, and per-token scores of the encoder."""
+"""CLIP's vision tower: images to features, and per-token scores of the encoder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import VisionConfig
+from trio_deploy.families.base import ModelConfig, PatchTowerConfig, VisionConfig
 from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.modules import LayerNorm, Linear, activation
+from trio_deploy.graphs.patch_tower import PatchTower
 from trio_deploy.graphs.values import FLOAT, cast, constant, dtype_of, reduce, split_heads
 from trio_deploy.graphs.weight import Weight
 from trio_deploy.schedule.methods import WINDOW, shallow_layer
@@ -117,6 +118,13 @@ class ClipEmbeddings(nn.Module):
             op.Concat(op.Shape(pixels, start=0, end=1), [1, size], axis=0),
         )
         return op.Add(op.Concat(first, x, axis=1), self.positions)
+
+
+def make_tower(d: Dialect, config: ModelConfig) -> ClipTower | PatchTower:
+    """The vision tower of a model."""
+    if isinstance(config.vision, PatchTowerConfig):
+        return PatchTower(d, config)
+    return ClipTower(d, config.vision)
 
 
 class ClipTower(nn.Module):

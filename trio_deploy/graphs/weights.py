@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.graphs.connectors import Newline, Projector
+from trio_deploy.graphs.connectors import Newline, make_connector
 from trio_deploy.graphs.dialects.primitive import PrimitiveDialect
 from trio_deploy.graphs.modules import DecoderLayer, Embedding, Head
-from trio_deploy.graphs.towers import ClipTower
+from trio_deploy.graphs.towers import make_tower
 from trio_deploy.graphs.values import FLOAT_TYPES
 from trio_deploy.graphs.weight import Weight
 from trio_deploy.quant.stored_weight import StoredWeight
@@ -26,8 +26,8 @@ def stored_weights(config: ModelConfig, dtype: str) -> list[StoredWeight]:
     """
     d, text = PrimitiveDialect(FLOAT_TYPES[dtype]), config.text  # the dialects' parts are the same
     modules = [
-        ClipTower(d, config.clip),
-        Projector(d, config),
+        make_tower(d, config),
+        make_connector(d, config),
         Newline(d, config),
         Embedding.of_tokens(d, text),
         *(DecoderLayer(d, text, i) for i in range(text.num_layers)),

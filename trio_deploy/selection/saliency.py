@@ -29,7 +29,7 @@ from trio_deploy.graphs.modules import (
     ProbeAttention,
 )
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.rope import rotary_angles
+from trio_deploy.graphs.rope import positions_at, rotary_angles
 from trio_deploy.graphs.values import (
     FLOAT,
     INT64,
@@ -51,7 +51,7 @@ class Tokens:
 
     Attributes:
         x: [B,S,d] in the graph's float type.
-        positions: int64 [B,S].
+        positions: int64 [B,S] or [B,3,S].
         visual, text: bool [B,S]; both are false for padding.
         squares: f32 [B,S,1], squared norms of the rows of x.
         flat: [B*S,d], the rows of x.
@@ -165,7 +165,7 @@ class LocalLoss:
         d, text, layer = self.d, self.text, self.layer
         n = layer.input_layernorm(op, tokens.x)
         probed = op.Gather(op.Reshape(n, [-1, text.hidden_size]), probes.rows, axis=0)  # [B,P,d]
-        places = op.GatherElements(tokens.positions, probes.place, axis=1)
+        places = positions_at(op, tokens.positions, probes.place)
         angles = (
             rotary_angles(op, d, text, tokens.positions),
             rotary_angles(op, d, text, places),

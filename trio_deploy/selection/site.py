@@ -18,7 +18,7 @@ from trio_deploy.graphs.graph import Stage
 from trio_deploy.graphs.loops import any_of, loop
 from trio_deploy.graphs.modules import DecoderLayer, RMSNorm
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.rope import rotary_angles
+from trio_deploy.graphs.rope import positions_at, rotary_angles
 from trio_deploy.graphs.values import (
     FLOAT,
     INT64,
@@ -186,7 +186,7 @@ class NextLayer:
         site, text = self.site, self.site.text
         flat = op.Reshape(self.normal, [-1, text.hidden_size])
         rows = op.Gather(flat, op.Add(place, site.tokens.offset), axis=0)  # [B,P,d]
-        positions = op.GatherElements(site.tokens.positions, place, axis=1)
+        positions = positions_at(op, site.tokens.positions, place)
         return self.layer.self_attn.queries(op, rows, rotary_angles(op, site.d, text, positions))
 
     def keys(self, op: Any) -> Value:

@@ -160,9 +160,18 @@ class Dialect(ABC):
 
     @abstractmethod
     def full_attention(
-        self, op: Any, q: ir.Value, k: ir.Value, v: ir.Value, heads: int
+        self,
+        op: Any,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        heads: int,
+        used: ir.Value | None = None,
     ) -> ir.Value:
-        """Attend from every row to every row: q, k, v [T, N, h] → [T, N, h]."""
+        """Attend from every row to every row: q, k, v [T, N, h] → [T, N, h].
+
+        With `used` bool [T, N], to those rows alone, of which every T has one.
+        """
 
     @abstractmethod
     def attention(

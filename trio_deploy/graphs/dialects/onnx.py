@@ -51,11 +51,23 @@ class OnnxDialect(Dialect):
         return typed(y, dtype_of(x), [*lead, out])
 
     def full_attention(
-        self, op: Any, q: ir.Value, k: ir.Value, v: ir.Value, heads: int
+        self,
+        op: Any,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        heads: int,
+        used: ir.Value | None = None,
     ) -> ir.Value:
         head_dim = int(shape_of(q)[-1]) // heads
         q, k, v = (split_heads(op, each, heads, head_dim) for each in (q, k, v))
-        y = op.Attention(q, k, v, scale=head_dim**-0.5)
+        scale = head_dim**-0.5
+        if used is None:
+            y = op.Attention(q, k, v, scale=scale)
+        else:  # ONNX Runtime's CPU kernel does not broadcast a mask over the queries
+            rows, length = dim(op, used, 0), dim(op, used, 1)
+            shape = op.Concat(rows, [1], length, length, axis=0)
+            y = op.Attention(q, k, v, op.Expand(op.Unsqueeze(used, [1, 2]), shape), scale=scale)
         return merge_heads(op, typed(y, self.dtype, shape_of(q)))
 
     def attention(

@@ -104,10 +104,17 @@ class OrtDialect(Dialect):
         return -(-head_dim // _HEAD_STEP) * _HEAD_STEP
 
     def full_attention(
-        self, op: Any, q: ir.Value, k: ir.Value, v: ir.Value, heads: int
+        self,
+        op: Any,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        heads: int,
+        used: ir.Value | None = None,
     ) -> ir.Value:
         scale = (int(shape_of(q)[-1]) // heads) ** -0.5
-        y = op.MultiHeadAttention(q, k, v, num_heads=heads, scale=scale, **_MICROSOFT)
+        inputs = [q, k, v] if used is None else [q, k, v, None, op.Cast(used, to=INT32)]
+        y = op.MultiHeadAttention(*inputs, num_heads=heads, scale=scale, **_MICROSOFT)
         return typed(y, self.dtype, shape_of(q))
 
     def attention(

@@ -110,11 +110,18 @@ class PrimitiveDialect(Dialect):
         return op.Concat(first, second, axis=-1)
 
     def full_attention(
-        self, op: Any, q: ir.Value, k: ir.Value, v: ir.Value, heads: int
+        self,
+        op: Any,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        heads: int,
+        used: ir.Value | None = None,
     ) -> ir.Value:
         head_dim = int(shape_of(q)[-1]) // heads
         q, k, v = (split_heads(op, each, heads, head_dim) for each in (q, k, v))
-        return merge_heads(op, _attend(op, q, k, v, None, head_dim**-0.5))
+        mask = None if used is None else _additive_mask(op, op.Unsqueeze(op.Not(used), [1]))
+        return merge_heads(op, _attend(op, q, k, v, mask, head_dim**-0.5))
 
     def attention(
         self,

@@ -1,0 +1,95 @@
+"""vision.onnx of the Qwen families against transformers' towers, mergers and deepstack mergers."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from tests.support.qwen_models import (
+    FAMILIES,
+    model_config,
+    pixels,
+    shared_model,
+    tower_feeds,
+    weights_of,
+)
+from tests.support.run_graph import Runner, filled
+from tests.support.transformers_models import relative
+from trio_deploy import TrioError
+from trio_deploy.graphs.options import GraphOptions
+from trio_deploy.graphs.stages import build_vision
+
+TARGETS = [("ort", "ort"), ("onnx", "ort"), ("primitive", "ort"), ("primitive", "openvino")]
+GRIDS = (
+    (1, 2, 2),
+    (1, 2, 60),
+    (1, 8, 8),
+    (1, 10, 14),  # ragged windows
+    (1, 30, 18),
+    (3, 10, 6),
+    (2, 12, 18),
+)
+"""(frames, rows, columns) of patches."""
+
+
+@cache
+def expected(family: str, grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """image_features and deepstack.{j} by transformers."""
+    model = shared_model(family)
+    patches = torch.from_numpy(pixels(model_config(family), grid)).flatten(0, 1)
+    with torch.no_grad():
+        out = model.model.get_image_features(patches, torch.tensor([grid]))
+    features = {"image_features": torch.cat(list(out.pooler_output)).numpy()}
+    for j, tap in enumerate(getattr(out, "deepstack_features", None) or []):
+        features[f"deepstack.{j}"] = torch.cat(list(tap)).numpy()
+    return features
+
+
+@pytest.mark.parametrize(("dialect", "runtime"), TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_graph_equals_transformers_for_grids_of_any_shape(
+    family: str, dialect: str, runtime: str
+) -> None:
+    config = model_config(family)
+    graph = build_vision(config, GraphOptions(dialect=dialect))
+    runner = Runner(graph, weights_of(shared_model(family)), runtime)
+    for grid in GRIDS:
+        got = runner({"pixel_values": pixels(config, grid), **tower_feeds(config, grid)})
+        want = expected(family, grid)
+        assert got.keys() == want.keys()
+        for name, values in want.items():
+            assert relative(got[name], values) < 5e-6, (grid, name)
+
+
+@pytest.mark.parametrize("dialect", ["ort", "onnx", "primitive"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_stays_within_two_percent(family: str, dialect: str) -> None:
+    config, grid = model_config(family), (2, 10, 14)
+    graph = build_vision(config, GraphOptions(dialect=dialect, dtype="float16"))
+    runner = Runner(graph, weights_of(shared_model(family)))
+    feeds = {"pixel_values": pixels(config, grid).astype(np.float16), **tower_feeds(config, grid)}
+    got = runner(feeds)
+    for name, values in expected(family, grid).items():
+        assert got[name].dtype == np.float16
+        assert relative(got[name].astype(np.float32), values) < 2e-2, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dialect", ["onnx", "primitive"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_pass_the_checker_with_strict_shape_inference(
+    family: str, dialect: str, dtype: str
+) -> None:
+    graph = build_vision(model_config(family), GraphOptions(dialect=dialect, dtype=dtype))
+    proto = filled(graph, weights_of(shared_model(family)))
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+
+
+def test_scores_of_a_class_token_are_refused() -> None:
+    with pytest.raises(TrioError, match="no class token"):
+        build_vision(model_config("qwen2_vl"), GraphOptions(), ["prior"])
