@@ -82,7 +82,7 @@ def test_decoding_with_the_cache_is_the_same_as_without_one(oracles, positions):
     answer = torch.tensor([result.token_ids[:-1]])
     start = len(row.input_ids)
     with torch.no_grad():
-        prompt, _, _ = oracle.embed(row)
+        prompt = oracle.embed(row).hidden
         new = oracle.text.embed_tokens(answer)
         places = torch.arange(start)
         for i, layers in enumerate(PRUNED.segments(4)):
@@ -106,7 +106,7 @@ def test_saliency_is_the_gradient_of_the_plain_cross_entropy(oracles, probe):
     folder, oracle = oracles("llava", torch.float64, probe=probe)
     _, row = processed(folder, "<image> " + QUESTION, make_picture())
     with torch.no_grad():
-        hidden, _, _ = oracle.embed(row)
+        hidden = oracle.embed(row).hidden
     positions = torch.arange(hidden.shape[1])[None]
     visual = torch.as_tensor(row.input_ids) == IMAGE
     scores = oracle.saliency(2, hidden, positions, visual)

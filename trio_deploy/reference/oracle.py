@@ -31,29 +31,13 @@ from trio_deploy.checkpoint.resolve import from_folder
 from trio_deploy.config.options import DEFAULT_THRESHOLD
 from trio_deploy.errors import TrioError
 from trio_deploy.families.registry import parse_config
-from trio_deploy.reference.adapters import adapt, model_class
+from trio_deploy.reference.adapters import Deepstack, adapt, model_class
+from trio_deploy.reference.row import Row as Row
 from trio_deploy.reference.trace import Stage, Tensors, Trace, stack_rows
 from trio_deploy.schedule import methods
 from trio_deploy.schedule.methods import METHODS, SEEDS
 from trio_deploy.schedule.schedule import Schedule
 from trio_deploy.schedule.view import View
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt.
-
-    Attributes:
-        input_ids: [S] int64, with one image token for every visual token.
-        pixel_values: [T, 3, h, w] tiles of all images of the prompt; None for text alone.
-        image_sizes: (height, width) of each image before preprocessing, in pixels.
-        seed: of `random` selections.
-    """
-
-    input_ids: NDArray[np.int64]
-    pixel_values: NDArray[np.floating] | None = None
-    image_sizes: Sequence[tuple[int, int]] = ()
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,8 +47,9 @@ class Point:
     Attributes:
         layer: number of the layer that runs next.
         hidden: [1, S, d], the input of that layer.
-        positions: int64 [1, S].
+        positions: int64 [1, S], or [1, 3, S].
         visual: bool [S].
+        deepstack: what the first layers' outputs get added.
         keep: visual tokens to keep, at most their number.
         seed: of the request, below `methods.SEEDS`.
         encoder: the encoder's scores by name, fp32 [S], as far as the method reads them.
@@ -74,9 +59,27 @@ class Point:
     hidden: Tensor
     positions: Tensor
     visual: Tensor
+    deepstack: Deepstack
     keep: int
     seed: int = 0
     encoder: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A prompt before layer 0.
+
+    Attributes:
+        hidden: [1, S, d].
+        scores: the encoder's scores by name, fp32 [S], 0 where no patch is.
+        deepstack: what the first layers' outputs get added.
+        stages: `vision` (or one such stage per picture) and `embed`.
+    """
+
+    hidden: Tensor
+    scores: Mapping[str, Tensor]
+    deepstack: Deepstack
+    stages: dict[str, Stage]
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,8 @@ class Oracle:
         if positions not in ("renumber", "original"):
             raise TrioError(f"positions is {positions!r}; use 'renumber' or 'original'")
         self.adapter = adapt(model, family or model.config.model_type)
+        if positions == "renumber" and not self.adapter.renumbers:
+            raise TrioError("tokens with three positions keep them: use positions='original'")
         self.model, self.text, self.head = model, self.adapter.text, self.adapter.head
         self.probe, self.probes = probe, probes
         self.positions, self.threshold = positions, threshold
@@ -178,8 +183,8 @@ class Oracle:
 
     # ---- from pictures and words to the first hidden states -------------------------------------
 
-    def embed(self, row: Row, scores: Collection[str] = ()) -> tuple[Tensor, Stage, Stage]:
-        """Input of layer 0, [1, S, d], and the stages `vision` and `embed`.
+    def embed(self, row: Row, scores: Collection[str] = ()) -> Embedded:
+        """Run the tower and the table of embeddings.
 
         Args:
             scores: those of methods.ENCODER_SCORES that `vision` puts out as well.
@@ -192,30 +197,39 @@ class Oracle:
         visual = ids == self.adapter.image_token_id
         # The image token may lie outside the table; what stands there is replaced anyway.
         embeds = self.text.embed_tokens(ids.masked_fill(visual, 0))
-        source = torch.arange(ids.shape[1], device=device)[None].clone()
-        rows = embeds.new_zeros(0, embeds.shape[-1])
-        pixels: NDArray[np.floating] = np.zeros((0, *self.adapter.tile), np.float32)
-        encoder = {name: torch.zeros(0) for name in scores}
-        if row.pixel_values is not None:
-            pixels = np.asarray(row.pixel_values)
-            tiles = torch.as_tensor(pixels, device=device, dtype=embeds.dtype)
-            found = self.adapter.features(tiles, row.image_sizes, scores)
-            if int(visual.sum()) != len(found.tokens):
-                raise TrioError(
-                    f"the prompt has {int(visual.sum())} image tokens for {len(found.tokens)} "
-                    "image rows"
-                )
-            embeds[visual] = found.tokens
-            rows, encoder = self._stored(found.rows), found.scores
-            order = found.order.to(device)
-            source[visual] = torch.where(order < 0, order, order + ids.shape[1])
-        elif visual.any():
+        if row.pixel_values is None and visual.any():
             raise TrioError("the prompt has image tokens but no picture")
-        embeds = self._stored(embeds)
-        vision = Stage({"pixel_values": pixels}, _arrays({"image_features": rows, **encoder}))
+        found = self.adapter.features(row, scores)
+        if int(visual.sum()) != len(found.tokens):
+            raise TrioError(
+                f"the prompt has {int(visual.sum())} image tokens for {len(found.tokens)} image "
+                "rows"
+            )
+        embeds[visual] = found.tokens
+        embeds, rows = self._stored(embeds), self._stored(found.rows)
+        order = found.order.to(device)
+        source = torch.arange(ids.shape[1], device=device)[None].clone()
+        source[visual] = torch.where(order < 0, order, order + ids.shape[1])
+        index = torch.full(visual.shape[1:], -1, device=device)
+        index[visual[0]] = order
+        deep = tuple(self._stored(values) for values in found.deep)
+        outputs = {"image_features": rows, **found.scores}
+        outputs |= {f"deepstack.{j}": values for j, values in enumerate(deep)}
+        one = self.adapter.one_call
+        stages = {
+            "vision" if one else stage_label("vision", number): Stage(
+                call.inputs, _arrays({name: value[call.rows] for name, value in outputs.items()})
+            )
+            for number, call in enumerate(found.calls)
+        }
         inputs = _arrays({"input_ids": ids, "image_features": rows, "source_index": source})
         inputs["lengths"] = np.array([ids.shape[1]])  # no input of the graph: where padding begins
-        return embeds, vision, Stage(inputs, _arrays({"inputs_embeds": embeds}))
+        stages["embed"] = Stage(inputs, _arrays({"inputs_embeds": embeds}))
+        per_token = {
+            name: _per_token(_array(values), _array(source[0]))
+            for name, values in found.scores.items()
+        }
+        return Embedded(embeds, per_token, Deepstack(deep, index), stages)
 
     def _stored(self, hidden: Tensor) -> Tensor:
         """Round to the type that is stored between stages."""
@@ -224,10 +238,15 @@ class Oracle:
     # ---- decoder layers -------------------------------------------------------------------------
 
     def run_layers(
-        self, layers: Iterable[int], hidden: Tensor, positions: Tensor, cache: DynamicCache | None
+        self,
+        layers: Iterable[int],
+        hidden: Tensor,
+        positions: Tensor,
+        cache: DynamicCache | None,
+        deepstack: Deepstack | None = None,
     ) -> Tensor:
         """Run decoder layers on [1, S, d]; see `Llava.run_layers`."""
-        return self.adapter.run_layers(layers, hidden, positions, cache)
+        return self.adapter.run_layers(layers, hidden, positions, cache, deepstack)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head on [1, n, d], [n, V]."""
@@ -337,22 +356,22 @@ class Oracle:
         trace = Trace() if trace is None else trace
         needed = methods.encoder_scores(schedule.methods)
         with trace.stage("vision"):
-            hidden, trace.stages["vision"], trace.stages["embed"] = self.embed(row, needed)
-        source = trace.stages["embed"].inputs["source_index"][0]
-        features = trace.stages["vision"].outputs
+            start = self.embed(row, needed)
+        trace.stages |= start.stages
         segments = [range(*bounds) for bounds in schedule.segments(len(self.text.layers))]
-        ids = torch.as_tensor(row.input_ids, device=hidden.device)[None]
-        positions = self.adapter.positions(ids)
+        ids = torch.as_tensor(row.input_ids, device=self.model.device)
+        positions = self.adapter.positions(row)
         # Under `renumber` every segment continues from its own length.
         after, own = int(positions.max()) + 1, self.positions == "renumber"
         point = Point(
             layer=0,
-            hidden=hidden,
+            hidden=start.hidden,
             positions=positions,
-            visual=ids[0] == self.adapter.image_token_id,
+            visual=ids == self.adapter.image_token_id,
+            deepstack=start.deepstack,
             keep=0,
             seed=row.seed % SEEDS,
-            encoder={name: _per_token(features[name], source) for name in needed},
+            encoder=start.scores,
         )
         counts = schedule.resolve(int(point.visual.sum()))
         places, kept = np.arange(len(row.input_ids)), []
@@ -371,18 +390,17 @@ class Oracle:
             if len(layers):
                 name = stage_label("prefill", i)
                 with trace.stage(name):
-                    hidden = self._segment(
-                        name, layers, point.hidden, point.positions, cache, trace
-                    )
-                point = replace(point, hidden=hidden)
+                    point = replace(point, hidden=self._segment(name, layers, point, cache, trace))
         with trace.stage(stage_label("prefill", len(counts))):
             logits = self.logits(point.hidden[:, -1:])
             token = int(logits.argmax())
         if max_new_tokens == 0:
             return RowResult([], _array(logits), kept, trace.stages)
+        step = replace(point, positions=point.positions[..., :1], deepstack=point.deepstack.none())
         tokens, rest = self._decode(
-            token, max_new_tokens, end_tokens, segments, following, cache, trace
-        )
+            token, step, max_new_tokens, end_tokens, list(zip(segments, following, strict=True)),
+            cache, trace,
+        )  # fmt: skip
         return RowResult(tokens, _array(torch.cat([logits, *rest])), kept, trace.stages)
 
     def _prune(
@@ -394,12 +412,13 @@ class Oracle:
         if self.positions == "renumber":
             positions = torch.arange(len(index), device=point.hidden.device)[None]
         else:
-            positions = point.positions[:, index]
+            positions = point.positions[..., index]
         after = replace(
             point,
             hidden=self._stored(pruned.hidden),
             positions=positions,
             visual=point.visual[index],
+            deepstack=point.deepstack.kept(index),
             encoder={name: value[index] for name, value in point.encoder.items()},
         )
         if trace.recording:
@@ -412,6 +431,9 @@ class Oracle:
                 "probe_logits": np.array([self.probe_logits]),
             }
             outputs = {f"{key}_out": value for key, value in _sequence(after).items()}
+            if point.layer < len(point.deepstack.rows):
+                inputs["feature_index"] = _array(point.deepstack.index[None])
+                outputs["feature_index_out"] = _array(after.deepstack.index[None])
             outputs |= {
                 "keep_index": _array(index[None]),
                 "saliency": pruned.scores[None].astype(np.float32),
@@ -423,10 +445,10 @@ class Oracle:
     def _decode(
         self,
         token: int,
+        step: Point,
         max_new_tokens: int,
         end_tokens: Collection[int],
-        segments: Sequence[range],
-        following: Sequence[int],
+        segments: Sequence[tuple[range, int]],
         cache: DynamicCache,
         trace: Trace,
     ) -> tuple[list[int], list[Tensor]]:
@@ -434,19 +456,21 @@ class Oracle:
 
         Args:
             token: the first, from the prefill.
-            following: its position in each segment.
+            step: one token without features of its own.
+            segments: layers of each, and the first token's position there.
         """
         tokens, logits = [token], []
         while len(tokens) < max_new_tokens and tokens[-1] not in end_tokens:
             ids = torch.tensor([[tokens[-1]]], device=self.model.device)
             hidden = self.text.embed_tokens(ids)
-            for i, layers in enumerate(segments):
+            for i, (layers, first) in enumerate(segments):
                 if not len(layers):
                     continue
-                at = torch.tensor([[following[i] + len(tokens) - 1]], device=hidden.device)
+                at = torch.full_like(step.positions, first + len(tokens) - 1)
                 if len(tokens) == 1 and trace.recording:
                     name = stage_label("decode", i)
-                    hidden = self._segment(name, layers, hidden, at, cache, trace)
+                    point = replace(step, hidden=hidden, positions=at)
+                    hidden = self._segment(name, layers, point, cache, trace)
                     trace.stages[name].inputs["input_ids"] = _array(ids)
                 else:
                     hidden = self.run_layers(layers, hidden, at, cache)
@@ -458,15 +482,14 @@ class Oracle:
         self,
         name: str,
         layers: range,
-        hidden: Tensor,
-        positions: Tensor,
+        point: Point,
         cache: DynamicCache,
         trace: Trace,
     ) -> Tensor:
         """Run one segment; record what its graph would take and give."""
         last = layers.stop == len(self.text.layers)
-        inputs = _segment_inputs(name, layers, hidden, positions, cache) if trace.recording else {}
-        hidden = self.run_layers(layers, hidden, positions, cache)
+        inputs = _segment_inputs(name, layers, point, cache) if trace.recording else {}
+        hidden = self.run_layers(layers, point.hidden, point.positions, cache, point.deepstack)
         if not last:
             hidden = self._stored(hidden)
         if trace.recording:
@@ -484,17 +507,19 @@ class Oracle:
         return hidden
 
 
-def _segment_inputs(
-    name: str, layers: range, hidden: Tensor, positions: Tensor, cache: DynamicCache
-) -> Tensors:
+def _segment_inputs(name: str, layers: range, point: Point, cache: DynamicCache) -> Tensors:
     """What a segment's graph takes; a past has room for what is new."""
-    past, new = cache.get_seq_length(layers.start), hidden.shape[1]
+    past, new = cache.get_seq_length(layers.start), point.hidden.shape[1]
     inputs: Tensors = {
-        "inputs_embeds" if name.endswith("_0") else "hidden_states": _array(hidden),
-        "position_ids": _array(positions),
+        "inputs_embeds" if name.endswith("_0") else "hidden_states": _array(point.hidden),
+        "position_ids": _array(point.positions),
         "lengths": np.array([new]),
         "past_lengths": np.array([past]),
     }
+    deep = {i: point.deepstack.rows[i] for i in layers if i < len(point.deepstack.rows)}
+    if deep:
+        inputs |= _arrays({f"deepstack.{i}": rows for i, rows in deep.items()})
+        inputs["feature_index"] = _array(point.deepstack.index[None])
     if past:
         for i in layers:
             for kind, tensor in _cached(cache, i).items():

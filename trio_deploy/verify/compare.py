@@ -109,6 +109,8 @@ def compare_stages(
     rows = []
     for name, stage in _with_decode(stages, separate_decode).items():
         graph = name.removesuffix(" (decode)")
+        if kind_of_label(graph) == "vision":  # one run per picture where they have any size
+            graph = "vision"
         got = run(graph, feeds_of(stage))
         if name in selections:
             method = selections[name]
@@ -150,7 +152,8 @@ def _with_decode(stages: Mapping[str, Stage], separate: bool) -> dict[str, Stage
     whole.outputs["logits"] = last.outputs["logits"]
     whole.inputs["input_ids"] = last.inputs["input_ids"]
     for key, source in (("position_ids", "position_ids"), ("lengths", "past_lengths")):
-        columns = [step.inputs[source].reshape(-1, 1) for step in steps.values()]
+        given = [step.inputs[source] for step in steps.values()]
+        columns = [value.reshape(len(value), -1)[:, :1] for value in given]
         whole.inputs[key] = np.concatenate(columns, axis=1)
     return plain | {"decode": whole}
 
@@ -415,7 +418,8 @@ def _indistinguishable_tokens(inputs: Mapping[str, NDArray], row: int) -> NDArra
 
     Which of them is kept may depend on the last bit of a sum.
     """
-    parts = [inputs["hidden_states"][row], inputs["position_ids"][row][:, None]]
+    positions = inputs["position_ids"][row]
+    parts = [inputs["hidden_states"][row], positions.reshape(-1, positions.shape[-1]).T.copy()]
     parts += [inputs[name][row][:, None] for name in ENCODER_SCORES if name in inputs]
     first: dict[bytes, int] = {}
     keys = (b"".join(part[token].tobytes() for part in parts) for token in range(len(parts[0])))
@@ -462,11 +466,19 @@ def _inconsistencies(
     if not np.array_equal(got["visual_mask_out"], take(inputs["visual_mask"], at, axis=1) & real):
         problems.append("visual_mask_out is not what keep_index says")
     renumbered = np.where(real, np.arange(index.shape[1]), 0)
-    original = np.where(real, take(inputs["position_ids"], at, axis=1), 0)
+    old = inputs["position_ids"]
+    if old.ndim == 3:  # three per token
+        original = np.where(real[:, None], take(old, np.repeat(at[:, None], 3, axis=1), axis=2), 0)
+    else:
+        original = np.where(real, take(old, at, axis=1), 0)
     # The reference's positions tell which of the two rules the bundle uses.
     rule = renumbered if np.array_equal(expected["position_ids_out"], renumbered) else original
     if not np.array_equal(got["position_ids_out"], rule):
         problems.append("position_ids_out is wrong")
+    if "feature_index" in inputs:
+        own = np.where(real, take(inputs["feature_index"], at, axis=1), -1)
+        if not np.array_equal(got["feature_index_out"], own):
+            problems.append("feature_index_out is not what keep_index says")
     return problems
 
 
