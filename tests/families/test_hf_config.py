@@ -212,7 +212,7 @@ def test_an_inactive_sliding_window_is_fine():
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        ({"model_type": "qwen2_5_vl"}, r"'qwen2_5_vl'.*llava \(Llava.*llava_next \(LlavaNext"),
+        ({"model_type": "internvl"}, r"'internvl'.*llava \(Llava.*llava_next \(LlavaNext"),
         ({"architectures": ["LlavaLlamaForCausalLM"]}, "LlavaLlamaForCausalLM"),
         ({}, "no model_type"),
         ([], "object"),

@@ -90,7 +90,8 @@ def case_figures(case: Case, runs: Sequence[Run], bundle: Bundle, tiles: int) ->
         cost = cost_of(last, bundle)
         figures["kv_bytes_counted"] = cost.kv_bytes
         if case.kind != "oracle":  # its probes run whole layers forward and backward
-            vision = vision_flops(bundle.config, tiles)
+            rows = last.visual_tokens // tiles if tiles else 0
+            vision = vision_flops(bundle.config, tiles, rows)
             figures["flops"] = {**cost.prefill_json(), "vision": vision}
     return figures
 

@@ -13,7 +13,7 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.checkpoint.chat_template import Message
 from trio_deploy.checkpoint.tokenizer import load_tokenizer
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import Layout, ModelConfig
+from trio_deploy.families.base import Layout, ModelConfig, grids_of
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import request_limits
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
@@ -87,12 +87,17 @@ class Inputs:
     ) -> tuple[Prompt, list[Layout]]:
         """Encode a request as the pipeline does, without the check of the model's context."""
         processed = [self._preprocessor(picture) for picture in pictures]
-        return self.prompt(messages, [picture.text for picture in processed]), processed
+        return self.prompt(messages, processed), processed
 
-    def prompt(self, messages: Sequence[Message], images: Sequence[str]) -> Prompt:
-        """The prompt alone, for pictures that `Layout.text` stands for."""
+    def prompt(self, messages: Sequence[Message], images: Sequence[Layout]) -> Prompt:
+        """The prompt alone."""
         text = self._encoder.text(messages, len(images))
-        return self._encoder.encode(text, images, rendered=self._encoder.has_template)
+        return self._encoder.encode(
+            text,
+            [image.text for image in images],
+            rendered=self._encoder.has_template,
+            grids=grids_of(images, self.config),
+        )
 
 
 def picture_size(config: ModelConfig) -> tuple[int, int]:
@@ -108,10 +113,10 @@ def fit_prompt(work: Workload, bundle: Bundle, text_tokens: int) -> tuple[Worklo
     """
     inputs = Inputs(bundle)
     _, processed = inputs.encode(work.messages(), work.pictures(0))
-    images, visual = [p.text for p in processed], sum(len(p.rows) for p in processed)
+    visual = sum(len(p.rows) for p in processed)
 
     def count(text: str) -> int:
-        return inputs.prompt(replace(work, prompt=text).messages(), images).length - visual
+        return inputs.prompt(replace(work, prompt=text).messages(), processed).length - visual
 
     work = replace(work, prompt=prompt_of_length(count, text_tokens))
     length = visual + count(work.prompt)

@@ -30,6 +30,7 @@ from trio_deploy.bundle.manifest import (
 from trio_deploy.checkpoint.processor_files import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, TOKENS
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import parse_config
 from trio_deploy.files import read_json, read_text, safe_path, sha256_of, write_atomically
 from trio_deploy.schedule.budget import schedule_at_budget
@@ -143,8 +144,13 @@ class Bundle:
 
     @cached_property
     def config(self) -> ModelConfig:
-        """The model's dimensions: the checkpoint's own config.json, and its head as recorded."""
+        """The model's dimensions: the checkpoint's own config.json, and its head as recorded.
+
+        Where pictures keep their sizes, with the bounds that the preprocessing settings give them.
+        """
         config, made_from = parse_config(self.manifest.model.config), self.manifest.checkpoint
+        if config.pixels is not None and PREPROCESSOR in self.manifest.files:
+            config = Preprocessor.from_json(self.preprocessor, config).config
         return config if made_from is None else config.with_tied_head(made_from.tied)
 
     @cached_property

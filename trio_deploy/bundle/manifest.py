@@ -26,10 +26,12 @@ Kind = Literal["vision", "embed", "prefill", "select", "decode"]
 Role = Literal[
     "image",  # input of the vision tower, fed by its name
     "features",  # [R,d] image features of the batch
+    "deepstack",  # [R,d] features that are added behind a decoder layer, by its name
     "ids",  # int64 [B,S] token ids
     "source",  # int64 [B,S] where each token's embedding comes from
     "tokens",  # [B,S,d] embeddings or hidden states
-    "positions",  # int64 [B,S]
+    "positions",  # int64 [B,S], or [B,3,S]: time, row and column
+    "feature_index",  # int64 [B,S] each token's feature row, -1: none
     "lengths",  # int64 [B] valid new tokens per row
     "past_lengths",  # int64 [B] tokens per row in the cache; [B,segments] in a decode graph
     "visual",  # bool [B,S]

@@ -19,6 +19,8 @@ _ROLES: dict[str, Role] = {
     "hidden_states_out": "tokens",
     "position_ids": "positions",
     "position_ids_out": "positions",
+    "feature_index": "feature_index",
+    "feature_index_out": "feature_index",
     "lengths": "lengths",
     "lengths_out": "lengths",
     "past_lengths": "past_lengths",
@@ -32,6 +34,7 @@ _ROLES: dict[str, Role] = {
     "converged": "converged",
     "logits": "logits",
 }
+_DEEPSTACK = re.compile(r"deepstack\.\d+")
 _CACHE = re.compile(r"(?:past|present)\.(\d+)\.(key|value)")
 
 
@@ -48,5 +51,7 @@ def tensor_info(
         return TensorInfo(name, dtype, shape, "cache", int(match[1]), part)  # type: ignore[arg-type]
     if kind == "decode" and name == "lengths":  # of the past: the new token is counted apart
         return TensorInfo(name, dtype, shape, "past_lengths")
+    if _DEEPSTACK.fullmatch(name):
+        return TensorInfo(name, dtype, shape, "deepstack")
     default: Role = "image" if kind == "vision" and is_input else "per_token"
     return TensorInfo(name, dtype, shape, _ROLES.get(name, default))

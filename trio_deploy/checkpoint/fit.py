@@ -17,11 +17,11 @@ import msgspec
 
 from trio_deploy.checkpoint.safetensors import Checkpoint, TensorEntry, header_bytes
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import OUTSIDE_GRAPHS, ModelConfig
+from trio_deploy.families.base import OUTSIDE_GRAPHS, ModelConfig, VisionConfig
 from trio_deploy.families.names import EMBEDDINGS, HEAD, canonical_name, refuse_adapters
 from trio_deploy.families.registry import family_of
 
-_LAYER = re.compile(r"(language_model|vision_tower\.encoder)\.layers\.(\d+)\.")
+_LAYER = re.compile(r"(.+?\.(?:layers|blocks))\.(\d+)\.")
 _TOWER_LAYER = re.compile(r"vision_tower\.encoder\.layers\.(\d+)\.")
 # Buffers that older releases saved, and that every model makes itself.
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")
@@ -147,27 +147,31 @@ def unused_tensors(
 
 def _unread(name: str, config: ModelConfig) -> bool:
     """Whether a tensor belongs to the part of the vision tower behind the features."""
+    if not isinstance(config.vision, VisionConfig):
+        return False
     layer = _TOWER_LAYER.match(name)
     if layer is not None:
-        return max(config.clip.feature_layers) <= int(layer[1]) < config.clip.num_layers
+        return max(config.vision.feature_layers) <= int(layer[1]) < config.vision.num_layers
     return name.startswith("vision_tower.post_layernorm.")
 
 
 def _check_layers(names: Collection[str], config: ModelConfig) -> None:
     """Raises TrioError where the weights lack layers; before anything is made for each of them."""
-    held = {"language_model": 0, "vision_tower.encoder": 0}
+    tower, read = config.vision.layers_read
+    parts = {
+        "language_model.layers": (config.text.num_layers, "text_config"),
+        tower: (read, "vision_config"),
+    }
+    held = dict.fromkeys(parts, 0)
     for name in names:
-        if (layer := _LAYER.match(name)) is not None:
+        if (layer := _LAYER.match(name)) is not None and layer[1] in held:
             held[layer[1]] = max(held[layer[1]], int(layer[2]) + 1)
-    for needed, model, part in (
-        (config.text.num_layers, "language_model", "text_config"),
-        (max(config.clip.feature_layers), "vision_tower.encoder", "vision_config"),
-    ):
+    for model, (needed, part) in parts.items():
         if held[model] and needed > held[model]:
             raise TrioError(
                 f"config.json asks for {needed} layers in {part}, but the weights hold "
-                f"{held[model]} of {model}: the two do not belong together, or the download is "
-                "incomplete"
+                f"{held[model]} of {model.rpartition('.')[0]}: the two do not belong together, or "
+                "the download is incomplete"
             )
 
 

@@ -18,12 +18,12 @@ from trio_deploy.checkpoint.chat_template import ChatTemplate
 from trio_deploy.checkpoint.conversation import check_template
 from trio_deploy.checkpoint.folder import has_file, image_settings, read_object, read_template
 from trio_deploy.checkpoint.generation_config import GENERATION_CONFIG, read_sampling
-from trio_deploy.checkpoint.resolve import Source
+from trio_deploy.checkpoint.resolve import Source, settings_of
 from trio_deploy.checkpoint.tokenizer import load_tokenizer
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.bounds import WHOLE, whole
-from trio_deploy.families.preprocessing import Preprocessor
+from trio_deploy.families.preprocessing import Preprocessor, with_max_pixels
 from trio_deploy.files import brief, read_text, require_unicode, user_path
 
 TOKENIZER = "tokenizer.json"
@@ -64,21 +64,24 @@ class Assets:
     notes: tuple[str, ...] = ()
 
 
-def planned_assets(found: Source, config: ModelConfig) -> Assets:
-    """Small files of a bundle without weights: the recipe's preprocessing and template."""
+def planned_assets(found: Source, config: ModelConfig, max_pixels: int | None = None) -> Assets:
+    """Small files of a bundle without weights: the recipe's preprocessing and template.
+
+    Args:
+        max_pixels: as of `settings_of`.
+    """
     files: dict[str, bytes] = {}
     notes: list[str] = []
-    raw: Mapping[str, Any] | None = None
+    own: Mapping[str, Any] | None = None
     if found.recipe is not None:
-        raw = found.recipe.preprocessing
         template = found.recipe.chat_template
         if template:
             files[CHAT_TEMPLATE] = template.encode()
             notes = _template_notes(template, {"image_token": "<image>"})
     elif found.folder is not None:
-        raw = image_settings(found.folder)
-    if raw:
-        files[PREPROCESSOR] = _json_bytes(Preprocessor.from_json(dict(raw), config).to_json())
+        own = image_settings(found.folder)
+    if raw := settings_of(found, own, config, max_pixels):
+        files[PREPROCESSOR] = _json_bytes(Preprocessor.from_json(raw, config).to_json())
     return Assets(files, _generation(found.raw_config, None, None), tuple(notes))
 
 
@@ -89,12 +92,14 @@ def checkpoint_assets(
     *,
     preprocessing: Mapping[str, Any] | None,
     chat_template: str | None,
+    max_pixels: int | None = None,
     chosen_template: str | None = None,
 ) -> Assets:
     """Read all of a checkpoint folder but its weights, in the bundle's own form.
 
     Args:
         preprocessing, chat_template: a recipe's or an earlier bundle's, for a folder without.
+        max_pixels: most pixels that a picture is resized to; None: as the settings say.
         chosen_template: what `read_chosen_template` gives; it counts before all others.
 
     Raises:
@@ -110,6 +115,7 @@ def checkpoint_assets(
             f"{folder} has neither preprocessor_config.json nor an image_processor in "
             "processor_config.json: copy one of them from the model's repository"
         )
+    raw = with_max_pixels(raw, config, max_pixels)
     files[PREPROCESSOR] = _json_bytes(Preprocessor.from_json(raw, config).to_json())
     template = chosen_template
     if template is None:

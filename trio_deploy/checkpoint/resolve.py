@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from trio_deploy.checkpoint.folder import image_settings, read_object, refuse_ad
 from trio_deploy.checkpoint.hub import Part, hub_folder
 from trio_deploy.config.recipe import Recipe, list_recipes, read_recipe, recipe_name
 from trio_deploy.errors import TrioError
-from trio_deploy.families.preprocessing import Preprocessor
-from trio_deploy.families.registry import parse_config
+from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.preprocessing import Preprocessor, with_max_pixels
+from trio_deploy.families.registry import check_positions, parse_config
 from trio_deploy.files import exists, is_folder, user_path
 
 #: What a bundle has and a checkpoint has not.
@@ -58,12 +60,51 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         recipe = replace(recipe, architecture=architecture, preprocessing=preprocessing)
     try:
         config = parse_config(recipe.architecture)
-        Preprocessor(recipe.preprocessing, config)
+        settings = with_max_pixels(recipe.preprocessing, config, recipe.max_pixels)
+        Preprocessor(settings, config)
+        check_positions(config, recipe.positions)
         for schedule in recipe.schedules.values():
             schedule.validate(config.text.num_layers)
     except TrioError as error:
         raise TrioError(f"{recipe.file}: {error}") from None
     return recipe
+
+
+def source_config(source: Source, max_pixels: int | None = None) -> ModelConfig:
+    """The model's dimensions, with the sizes that preprocessing settings at hand give pictures.
+
+    Args:
+        max_pixels: as of `settings_of`.
+
+    Raises:
+        TrioError: config.json or the settings make no sense.
+    """
+    config = parse_config(source.raw_config)
+    own = image_settings(source.folder) if source.folder is not None else None
+    settings = settings_of(source, own, config, max_pixels)
+    if config.pixels is None or not settings:
+        return config
+    return Preprocessor(settings, config).config
+
+
+def settings_of(
+    source: Source, own: Mapping[str, Any] | None, config: ModelConfig, max_pixels: int | None
+) -> dict[str, Any]:
+    """Image preprocessing settings: the checkpoint's own, else the recipe's; empty: unknown.
+
+    Args:
+        own: of the checkpoint, where there is one.
+        max_pixels: most pixels that a picture is resized to; None: as the recipe or, if it says
+            nothing, the settings say.
+
+    Raises:
+        TrioError: pictures of this model do not keep their sizes.
+    """
+    recipe = source.recipe
+    raw = own or (recipe.preprocessing if recipe else {})
+    if max_pixels is None and recipe is not None:
+        max_pixels = recipe.max_pixels
+    return with_max_pixels(raw, config, max_pixels)
 
 
 def recipe_for(hub_id: str) -> Recipe | None:

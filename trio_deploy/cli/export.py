@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trio_deploy.cli.options import (
     add_chat_template,
+    add_max_pixels,
     add_model,
     add_schedule,
     budget_of,
@@ -31,6 +32,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--target", help="name or file of the target (default: cpu)")
     add_chat_template(command)
+    add_max_pixels(command)
     command.add_argument(
         "--link-weights",
         action="store_true",
@@ -43,7 +45,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--positions",
-        help="position ids after pruning: renumber or original (default: the recipe's)",
+        help="position ids after pruning: renumber or original (default: the recipe's, else "
+        "the family's)",
     )
     command.add_argument("--probe", help="probe tokens: last or shifted (default: the recipe's)")
     command.add_argument(
@@ -71,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
         weights=args.weights,
         target=args.target,
         chat_template=args.chat_template,
+        max_pixels=args.max_pixels,
         link_weights=args.link_weights,
         graphs_only=args.graphs_only,
         force=args.force,

@@ -80,6 +80,17 @@ def add_chat_template(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_max_pixels(command: argparse.ArgumentParser) -> None:
+    """Add the option for families whose pictures keep their sizes."""
+    command.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="most pixels that a picture is resized to, which bounds its visual tokens; for Qwen's "
+        "models alone (default: the recipe's, else the checkpoint's)",
+    )
+
+
 def add_runtime_options(command: argparse.ArgumentParser) -> None:
     """Options for how bundles are run: the fields of `RuntimeOptions`."""
     *others, last = RUNTIMES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from trio_deploy.cli.options import add_model, add_schedule, budget_of, model_of
+from trio_deploy.cli.options import add_max_pixels, add_model, add_schedule, budget_of, model_of
 
 SUMMARY = "Compute what a budget keeps and costs, and whether it fits."
 
@@ -14,6 +14,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add_model(command)
     add_schedule(command)
+    add_max_pixels(command)
     command.add_argument(
         "--visual-tokens",
         type=int,
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
         budget=budget_of(args),
         schedule=args.schedule,
         method=args.method,
+        max_pixels=args.max_pixels,
         visual_tokens=args.visual_tokens,
         text_tokens=args.text_tokens,
         probes=args.probes,

@@ -43,7 +43,8 @@ class SelectionOptions:
     Attributes:
         probe: position of the probe tokens: `last`, they end at the last valid token, or `shifted`,
             one before it.
-        positions: position ids after pruning: `renumber` or `original`.
+        positions: position ids after pruning: `renumber` or `original`; None, if the recipe says
+            nothing either: what the family prefers.
         threshold: cosine similarity at which a kept token suppresses another, in (0, 1].
     """
 
@@ -68,6 +69,8 @@ class ExportOptions:
         target: name or file of a target, or the target itself; None: `cpu`.
         chat_template: file with the chat template, instead of the checkpoint's; `none`: there is
             none, and the bundle takes raw prompts alone, as base models do.
+        max_pixels: most pixels that a picture is resized to, for families whose pictures keep their
+            sizes; None: the recipe's, else the checkpoint's.
         link_weights: hard-link the checkpoint's files instead of copying weights.
         graphs_only: write graphs without weights.
         force: replace an existing bundle, once the new one is complete.
@@ -82,6 +85,7 @@ class ExportOptions:
     weights: str | None = None
     target: str | Path | Target | None = None
     chat_template: str | Path | None = None
+    max_pixels: int | None = None
     link_weights: bool = False
     graphs_only: bool = False
     force: bool = False

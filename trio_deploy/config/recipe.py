@@ -39,6 +39,7 @@ _RECIPE_KEYS = (
     "checkpoint",
     "architecture",
     "preprocessing",
+    "max_pixels",
     "schedules",
     "probe",
     "positions",
@@ -60,9 +61,11 @@ class Recipe:
             used. `preprocessing` may be left to the checkpoint in the same way.
         schedules: budget, as written in the recipe ("0.111"), or name → schedule.
         probe: position of the probe tokens, `last` or `shifted`.
-        positions: position ids after pruning, `renumber` or `original`.
+        positions: position ids after pruning, `renumber` or `original`; None: the family's.
         threshold: cosine similarity at which a kept token suppresses another, in (0, 1].
         preprocessing: a preprocessor_config.json.
+        max_pixels: most pixels that a picture is resized to, whatever the checkpoint's own
+            preprocessor_config.json says; None: as it says.
         chat_template: Jinja template for checkpoints without one.
     """
 
@@ -72,9 +75,10 @@ class Recipe:
     architecture: dict[str, Any]
     schedules: dict[str, Schedule]
     probe: str = "last"
-    positions: str = "renumber"
+    positions: str | None = None
     threshold: float = DEFAULT_THRESHOLD
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    max_pixels: int | None = None
     chat_template: str | None = None
     checkpoint: Path | None = None
     description: str = ""
@@ -170,9 +174,10 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
         architecture=architecture,
         schedules=_schedules(file, raw.get("schedules", {})),
         probe=choice(file, raw, "probe", PROBES, "last"),
-        positions=choice(file, raw, "positions", POSITIONS, "renumber"),
+        positions=choice(file, raw, "positions", POSITIONS) if "positions" in raw else None,
         threshold=_threshold(file, raw.get("threshold", DEFAULT_THRESHOLD)),
         preprocessing=preprocessing,
+        max_pixels=_max_pixels(file, raw),
         chat_template=text_of(file, raw, "chat_template"),
         checkpoint=checkpoint,
         description=text_of(file, raw, "description") or "",
@@ -218,6 +223,13 @@ def _threshold(file: Path, value: Any) -> float:
             f"{file}: threshold must be a cosine similarity above 0 and at most 1, not {value!r}"
         )
     return float(value)
+
+
+def _max_pixels(file: Path, raw: Mapping[str, Any]) -> int | None:
+    value = raw.get("max_pixels")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise TrioError(f"{file}: max_pixels must be a whole number of pixels, not {value!r}")
+    return value
 
 
 def _schedules(file: Path, raw: Any) -> dict[str, Schedule]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from trio_deploy.families.base import ModelConfig, TextConfig
+from trio_deploy.families.base import ModelConfig, PatchTowerConfig, TextConfig
 from trio_deploy.families.registry import request_limits
 from trio_deploy.schedule.methods import PointSizes, load
 from trio_deploy.schedule.schedule import Schedule
@@ -45,12 +45,19 @@ def lm_head_flops(text: TextConfig) -> int:
     return text.hidden_size * text.vocab_size
 
 
-def vision_flops(config: ModelConfig, tiles: int) -> int:
-    """Multiply-adds of the vision tower up to the feature layer and of the projector, per image."""
-    vision, width = config.clip, config.text.hidden_size
-    rows = request_limits(config).tile_rows
+def vision_flops(config: ModelConfig, tiles: int, rows: int | None = None) -> int:
+    """Multiply-adds of the vision tower and its connector, per image.
+
+    Args:
+        tiles: entries along the tower's axis T.
+        rows: feature rows per tile, where tiles have any size; None: as many as they can have.
+    """
+    vision, width = config.vision, config.text.hidden_size
+    most = request_limits(config).tile_rows
+    if isinstance(vision, PatchTowerConfig):
+        return tiles * vision.flops((most if rows is None else rows) * vision.merge**2, width)
     features = vision.hidden_size * len(vision.feature_layers)
-    return tiles * (vision.tile_flops() + rows * (features * width + width * width))
+    return tiles * (vision.tile_flops() + most * (features * width + width * width))
 
 
 def _widths(text: TextConfig) -> tuple[int, int, int]:

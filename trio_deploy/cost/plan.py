@@ -11,7 +11,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from trio_deploy.checkpoint.fit import fit_config
-from trio_deploy.checkpoint.resolve import resolve
+from trio_deploy.checkpoint.resolve import resolve, source_config
 from trio_deploy.checkpoint.safetensors import Checkpoint, missing_weights
 from trio_deploy.config.options import ExportOptions
 from trio_deploy.config.recipe import with_schedule_file
@@ -25,7 +25,7 @@ from trio_deploy.cost.flops import (
 )
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.registry import parse_config, request_limits
+from trio_deploy.families.registry import check_methods, request_limits
 from trio_deploy.files import format_bytes
 from trio_deploy.quant.stored_weight import parts_of
 from trio_deploy.runtimes.machine import usable_memory
@@ -164,6 +164,7 @@ class Plan:
             f"prompt     {self.visual} visual and {self.text} text tokens",
             f"pruning    {kept} visual tokens kept{where}",
             f"kept       {share:.1%} of the visual tokens, averaged over {depth} layers",
+            f"tower      {_count(self.vision)}: multiply-adds of the vision tower, never pruned",
             f"prefill    {flops}: multiply-adds of the language model",
             f"KV cache   {cache}: in 16 bits",
         ]
@@ -230,8 +231,9 @@ def plan(
 
     Args:
         model: recipe name or file, checkpoint folder (its config.json is enough), or hub id.
-        options: budget, schedule, method, target and dtype are used, as in `export_model`;
-            whether it fits is said of the target, or of this machine if that is a CPU.
+        options: budget, schedule, method, target, dtype and max_pixels are used, as in
+            `export_model`; whether it fits is said of the target, or of this machine if that is a
+            CPU.
         visual_tokens: visual tokens of the prompt; None: the maximum of one image, without
             newlines.
         text_tokens: text tokens of the prompt.
@@ -244,7 +246,7 @@ def plan(
     """
     options = with_schedule_file(replace(options or ExportOptions(), **keywords))
     found = resolve(model, weights_needed=False)
-    config = parse_config(found.raw_config)
+    config = source_config(found, options.max_pixels)
     if found.folder is not None and not missing_weights(found.folder):
         config = fit_config(Checkpoint.from_path(found.folder), config)
     published = found.recipe.schedules if found.recipe else {}
@@ -256,6 +258,7 @@ def plan(
         depth, options.budget, options.schedule, options.method, published or None
     )
     chosen.validate(depth, visual)
+    check_methods(config, [point.method for point in chosen.points])
 
     def cost(of: Schedule) -> Cost:
         return account(config.text, of, visual, text_tokens, probes=probes, item_bytes=_HALF_BYTES)
@@ -279,7 +282,7 @@ def plan(
         tiles=tiles,
         cost=pruned,
         unpruned=unpruned,
-        vision=vision_flops(config, tiles),
+        vision=vision_flops(config, tiles, visual_tokens),
         paper=paper,
         notes=_notes(config, chosen, visual, pruned, unpruned, paper),
         fit=_memory(config, chosen, device, budgets, pruned),

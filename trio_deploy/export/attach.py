@@ -79,11 +79,14 @@ def attach_weights(
     ]
     layout = plan_layout(parts_of(used))
     _check_layout_matches(old, layout.places)
+    planned = old.preprocessor if PREPROCESSOR in old.manifest.files else None
     assets = checkpoint_assets(
         folder,
         config,
         found.raw_config,
-        preprocessing=old.preprocessor if PREPROCESSOR in old.manifest.files else None,
+        preprocessing=planned,
+        # The graphs were planned for pictures of that size, whatever the checkpoint says.
+        max_pixels=old.config.pixels[1] if planned and old.config.pixels else None,
         chat_template=old.chat_template,
         chosen_template=chosen,
     )

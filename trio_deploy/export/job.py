@@ -47,6 +47,7 @@ from trio_deploy.checkpoint.resolve import (
     Source,
     described,
     resolve,
+    source_config,
 )
 from trio_deploy.checkpoint.safetensors import TensorEntry, missing_weights
 from trio_deploy.config.options import DEFAULT_THRESHOLD, ExportOptions, SelectionOptions
@@ -56,7 +57,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.export.checkpoint import ReadCheckpoint, read_checkpoint
 from trio_deploy.export.graphs import build_graphs, plan_stages, serialised, used_weights
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.registry import parse_config, request_limits
+from trio_deploy.families.registry import check_methods, check_positions, request_limits
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.weights import stored_weights
 from trio_deploy.quant.stored_weight import StoredWeight, parts_of
@@ -65,7 +66,7 @@ from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule
 from trio_deploy.schedule.schedule import Schedule
 
 _SELECTION_FIELDS = frozenset(field.name for field in fields(SelectionOptions))
-_DEFAULTS = SelectionOptions(probe="last", positions="renumber", threshold=DEFAULT_THRESHOLD)
+_DEFAULTS = SelectionOptions(probe="last", threshold=DEFAULT_THRESHOLD)
 
 
 def export_model(
@@ -175,25 +176,27 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
         raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(SAFETENSORS)}")
     _refuse_unless_it_runs(dtype, target)
     if (ahead := described(model)) is not None:  # before weights are downloaded
-        plan_schedule(ahead, parse_config(ahead.raw_config), options)
+        plan_schedule(ahead, source_config(ahead, options.max_pixels), options)
     source = resolve(model, weights_needed=not options.graphs_only)
-    config, checkpoint = parse_config(source.raw_config), None
+    config, checkpoint = source_config(source, options.max_pixels), None
     # Before the schedule: what is wrong with a checkpoint concerns every schedule.
     if source.folder is not None and not (options.graphs_only and missing_weights(source.folder)):
         checkpoint = read_checkpoint(source.folder)
-        config = checkpoint.config
+        config = replace(checkpoint.config, pixels=config.pixels)
     if options.graphs_only:
-        assets = planned_assets(source, config)
+        assets = planned_assets(source, config, options.max_pixels)
     else:
-        assets = _assets(source, config, chosen)
+        assets = _assets(source, config, chosen, options.max_pixels)
     schedule = plan_schedule(source, config, options)
     options = replace(options, dtype=dtype, dialect=options.dialect or target.dialect)
-    graphs = _graph_options(source.recipe, target, options)
+    graphs = _graph_options(config, source.recipe, target, options)
     _refuse_unreadable(graphs.dialect, target)
     return ExportJob(options, target, source, config, schedule, graphs, checkpoint, assets)
 
 
-def _assets(source: Source, config: ModelConfig, chosen_template: str | None) -> Assets:
+def _assets(
+    source: Source, config: ModelConfig, chosen_template: str | None, max_pixels: int | None
+) -> Assets:
     """Tokenizer, preprocessing, chat template and token ids of a model.
 
     Raises:
@@ -207,6 +210,7 @@ def _assets(source: Source, config: ModelConfig, chosen_template: str | None) ->
         source.raw_config,
         preprocessing=recipe.preprocessing if recipe else None,
         chat_template=recipe.chat_template if recipe else None,
+        max_pixels=recipe.max_pixels if max_pixels is None and recipe else max_pixels,
         chosen_template=chosen_template,
     )
 
@@ -220,6 +224,7 @@ def plan_schedule(source: Source, config: ModelConfig, options: ExportOptions) -
     depth, published = config.text.num_layers, source.recipe.schedules if source.recipe else None
     schedule = resolve_schedule(depth, options.budget, options.schedule, options.method, published)
     schedule.validate(depth, request_limits(config).visual_tokens)
+    check_methods(config, [point.method for point in schedule.points])
     return schedule
 
 
@@ -351,12 +356,15 @@ def _refuse_unreadable(dialect: str, target: Target) -> None:
         )
 
 
-def _graph_options(recipe: Recipe | None, target: Target, options: ExportOptions) -> GraphOptions:
+def _graph_options(
+    config: ModelConfig, recipe: Recipe | None, target: Target, options: ExportOptions
+) -> GraphOptions:
     """How the graphs are written: as given, else as the recipe says, else the default."""
     values: dict[str, Any] = {}
     for name in ("probe", "positions", "threshold"):
         given = getattr(options.selection, name)
         values[name] = given if given is not None else getattr(recipe or _DEFAULTS, name)
+    values["positions"] = check_positions(config, values["positions"])
     if not 0 < values["threshold"] <= 1:
         raise TrioError(f"the threshold is {values['threshold']}, but cosines lie in (0, 1]")
     return GraphOptions(

@@ -12,6 +12,9 @@ from PIL import Image
 TILES_AT_ONCE = 8
 """Tiles per run of the vision tower, which bounds its memory."""
 
+PATCHES_AT_ONCE = 8192
+"""Patches of pictures of any size per run of the vision tower, unless one picture has more."""
+
 VISUAL_TOKEN = "\ufffc"
 """Stands for the model's image token in `Layout.text`."""
 
@@ -50,6 +53,11 @@ class VisionConfig:
     def describe(self) -> str:
         """The tower in a few words, for reports."""
         return f"{self.num_layers} layers, {self.image_size} pixels per tile"
+
+    @property
+    def layers_read(self) -> tuple[str, int]:
+        """Canonical name of the layers, and how many of them the features need."""
+        return "vision_tower.encoder.layers", max(self.feature_layers)
 
     def tile_flops(self) -> int:
         """Multiply-adds of the tower per tile, up to the last layer whose features are read."""
@@ -104,6 +112,11 @@ class PatchTowerConfig:
     position_side: int | None = None
     deepstack_layers: tuple[int, ...] = ()
     norm_eps: float = 1e-6
+
+    @property
+    def layers_read(self) -> tuple[str, int]:
+        """Canonical name of the layers, and how many of them the features need."""
+        return "visual.blocks", self.num_layers
 
     @property
     def patch_values(self) -> int:
@@ -205,6 +218,8 @@ class ModelConfig:
         grid_pinpoints: (height, width) canvases of any-resolution tiling; empty where the family
             has one tile per image.
         newline: whether the checkpoint has an `image_newline` embedding.
+        pixels: least and most pixels that a picture is resized to; None where that does not depend
+            on its own size. They come from the preprocessing settings (`families.preprocessing`).
     """
 
     family: str
@@ -215,6 +230,7 @@ class ModelConfig:
     image_token_id: int
     grid_pinpoints: tuple[tuple[int, int], ...] = ()
     newline: bool = False
+    pixels: tuple[int, int] | None = None
 
     @property
     def clip(self) -> VisionConfig:
@@ -239,7 +255,7 @@ class ModelConfig:
         return replace(self, text=replace(self.text, tie_word_embeddings=tied))
 
 
-OUTSIDE_GRAPHS = frozenset({"max_positions", "image_token_id", "grid_pinpoints"})
+OUTSIDE_GRAPHS = frozenset({"max_positions", "image_token_id", "grid_pinpoints", "pixels"})
 """Fields of the configurations that no graph depends on: prompts and images are made with them."""
 
 
@@ -249,7 +265,7 @@ class Layout:
 
     Attributes:
         feeds: the tower's inputs by name, ready to run; `pixel_values` is float32 [T, 3, h, w],
-            one entry per tile.
+            one entry per tile, or [1, L, c], the patches of a picture of any size.
         feature_rows: rows of features that the tower and the connector yield for these feeds.
         text: what replaces the image's placeholder in the prompt, `VISUAL_TOKEN` written once per
             visual token.
@@ -257,6 +273,8 @@ class Layout:
         boxes: float64 [n, 4], x0, y0, x1, y1 in pixels of the image; nan for tokens without a
             place (newline, class token).
         size: (height, width) of the image, upright.
+        grids: frames, rows and columns of each run of visual tokens, where pictures have any size:
+            those of equal grids may share a run of the tower.
     """
 
     feeds: dict[str, np.ndarray]
@@ -265,6 +283,14 @@ class Layout:
     rows: np.ndarray
     boxes: np.ndarray
     size: tuple[int, int]
+    grids: tuple[tuple[int, int, int], ...] = ()
+
+
+def grids_of(images: Sequence[Layout], config: ModelConfig) -> list[tuple[int, int, int]] | None:
+    """The grids of a prompt's images, in order; None where tokens have a single position."""
+    if config.text.rope.axes is None:
+        return None
+    return [grid for image in images for grid in image.grids]
 
 
 @dataclass(frozen=True)
@@ -272,11 +298,12 @@ class Limits:
     """The most that one image of a request can bring.
 
     Attributes:
-        tiles: runs of the vision tower per image.
+        tiles: entries along the tower's axis T per image.
         tile_rows: feature rows per tile.
         tile_values: numbers per tile that the tower takes.
         visual_tokens: tokens in the prompt per image.
         picture: (width, height) of an image that brings all of these.
+        at_once: tiles per run of the tower, at most, unless one image brings more.
     """
 
     tiles: int
@@ -284,6 +311,7 @@ class Limits:
     tile_values: int
     visual_tokens: int
     picture: tuple[int, int]
+    at_once: int = TILES_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -303,6 +331,7 @@ class Family:
         request_limits: the most that one image brings, for profiles, plans, admission, benchmarks.
         reference: name of the adapter in reference/adapters.py that the oracle runs it with.
         tiny: a config.json with small sizes, for tests with random weights.
+        positions: position ids after pruning that the model can take, the default first.
     """
 
     name: str
@@ -315,3 +344,4 @@ class Family:
     request_limits: Callable[[ModelConfig], Limits]
     reference: str
     tiny: Callable[[], dict[str, Any]]
+    positions: tuple[str, ...] = ("renumber", "original")

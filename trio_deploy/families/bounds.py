@@ -29,6 +29,23 @@ WHOLE: Mapping[str, tuple[int, int]] = {
     "num_channels": (1, 1 << 10),
 }
 
+#: Whole numbers in the vision_config of a tower of patches, likewise.
+PATCH_TOWER: Mapping[str, tuple[int, int]] = {
+    "depth": (1, 512),
+    "embed_dim": (1, 1 << 16),
+    "hidden_size": (1, 1 << 16),
+    "intermediate_size": (1, 1 << 20),
+    "mlp_ratio": (1, 64),
+    "num_heads": (1, 4096),
+    "in_channels": (1, 1 << 10),
+    "patch_size": (1, 1024),
+    "spatial_merge_size": (1, 16),
+    "temporal_patch_size": (1, 16),
+    "out_hidden_size": (1, 1 << 16),
+    "window_size": (1, 1 << 16),
+    "num_position_embeddings": (1, 1 << 20),
+}
+
 #: Real numbers by key, likewise.
 REAL: Mapping[str, tuple[float, float]] = {
     "rms_norm_eps": (1e-20, 1.0),

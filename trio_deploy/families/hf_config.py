@@ -108,19 +108,19 @@ def read_clip_llama(
     Raises:
         TrioError: an option that is not supported, or a value that makes no sense.
     """
-    top = {**defaults, **_given(raw)}
-    text_raw = _section(raw, "text_config", "llama", TEXT_DEFAULTS, {})
+    top = {**defaults, **given(raw)}
+    text_raw = section_of(raw, "text_config", "llama", TEXT_DEFAULTS, {})
     vision = _vision(
-        _section(raw, "vision_config", "clip_vision_model", VISION_DEFAULTS, CLIP_LARGE_336), top
+        section_of(raw, "vision_config", "clip_vision_model", VISION_DEFAULTS, CLIP_LARGE_336), top
     )
     if tiled and not vision.drop_cls:
         raise TrioError(
             f"config.json: vision_feature_select_strategy 'full' does not work with the tiles of "
             f"{family}: only 'default' does"
         )
-    tied = _flag(top, "tie_word_embeddings", "")
-    in_text = _flag(text_raw, "tie_word_embeddings", "text_config")
-    text = _text(text_raw, tied or (tie_from_text and in_text))
+    tied = flag_of(top, "tie_word_embeddings", "")
+    in_text = flag_of(text_raw, "tie_word_embeddings", "text_config")
+    text = read_text(text_raw, tied or (tie_from_text and in_text))
     image_token_id = whole(
         top.get("image_token_id", top["image_token_index"]),
         "config.json: image_token_index",
@@ -135,8 +135,8 @@ def read_clip_llama(
         family=family,
         vision=vision,
         text=text,
-        projector_act=_activation(top["projector_hidden_act"], "projector_hidden_act"),
-        projector_bias=_flag(top, "multimodal_projector_bias", ""),
+        projector_act=activation_of(top["projector_hidden_act"], "projector_hidden_act"),
+        projector_bias=flag_of(top, "multimodal_projector_bias", ""),
         image_token_id=image_token_id,
         grid_pinpoints=_pinpoints(top["image_grid_pinpoints"], vision) if tiled else (),
         newline=tiled,
@@ -211,12 +211,12 @@ def tiny_clip_llama(architecture: str, **top: Any) -> dict[str, Any]:
     return clip_llama_json(architecture, vision, text, tile=32, patch=8, image_token_index=4, **top)
 
 
-def _given(section: Mapping[str, Any]) -> dict[str, Any]:
+def given(section: Mapping[str, Any]) -> dict[str, Any]:
     """Keys with a value; null means the default."""
     return {key: value for key, value in section.items() if value is not None}
 
 
-def _section(
+def section_of(
     raw: Mapping[str, Any],
     name: str,
     model_type: str,
@@ -235,7 +235,7 @@ def _section(
             f"config.json: {name} is of type {brief(model_type)}, which is not supported: "
             f"{', '.join(defaults)} {'are' if len(defaults) > 1 else 'is'}"
         )
-    merged = {"model_type": model_type, **defaults[model_type], **_given(section)}
+    merged = {"model_type": model_type, **defaults[model_type], **given(section)}
     if "sliding_window" in section:
         merged["sliding_window"] = section["sliding_window"]  # null switches Mistral's default off
     return merged
@@ -246,11 +246,11 @@ def _name(key: str, part: str) -> str:
     return f"config.json: {part}.{key}" if part else f"config.json: {key}"
 
 
-def _count(section: Mapping[str, Any], key: str, part: str) -> int:
+def count_of(section: Mapping[str, Any], key: str, part: str) -> int:
     return whole(section[key], _name(key, part), WHOLE[key])
 
 
-def _side(section: Mapping[str, Any], key: str, part: str) -> int:
+def side_of(section: Mapping[str, Any], key: str, part: str) -> int:
     """One side of a square, which may be given as a pair."""
     value = section[key]
     if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
@@ -258,15 +258,15 @@ def _side(section: Mapping[str, Any], key: str, part: str) -> int:
     return whole(value, _name(key, part), WHOLE[key])
 
 
-def _real(section: Mapping[str, Any], key: str, part: str) -> float:
+def real_of(section: Mapping[str, Any], key: str, part: str) -> float:
     return real(section[key], _name(key, part), REAL[key])
 
 
-def _flag(section: Mapping[str, Any], key: str, part: str) -> bool:
+def flag_of(section: Mapping[str, Any], key: str, part: str) -> bool:
     return flag(section[key], _name(key, part))
 
 
-def _activation(name: Any, key: str) -> str:
+def activation_of(name: Any, key: str) -> str:
     if name not in ACTIVATIONS:
         raise TrioError(
             f"config.json: {key} {brief(name)} is not supported: {', '.join(ACTIVATIONS)} are"
@@ -276,10 +276,13 @@ def _activation(name: Any, key: str) -> str:
 
 def _vision(section: Mapping[str, Any], top: Mapping[str, Any]) -> VisionConfig:
     part = "vision_config"
-    num_layers = _count(section, "num_hidden_layers", part)
-    image_size, patch_size = _side(section, "image_size", part), _side(section, "patch_size", part)
-    hidden_size = _count(section, "hidden_size", part)
-    num_heads = _count(section, "num_attention_heads", part)
+    num_layers = count_of(section, "num_hidden_layers", part)
+    image_size, patch_size = (
+        side_of(section, "image_size", part),
+        side_of(section, "patch_size", part),
+    )
+    hidden_size = count_of(section, "hidden_size", part)
+    num_heads = count_of(section, "num_attention_heads", part)
     if image_size < patch_size or hidden_size % num_heads:
         raise TrioError(
             "config.json: vision_config needs an image_size of at least one patch and a "
@@ -290,7 +293,7 @@ def _vision(section: Mapping[str, Any], top: Mapping[str, Any]) -> VisionConfig:
             f"config.json: vision_config.patch_size {patch_size} cuts an image_size of "
             f"{image_size} into more than {MAX_PATCHES} patches per side"
         )
-    if _count(section, "num_channels", part) != 3:
+    if count_of(section, "num_channels", part) != 3:
         raise TrioError("config.json: only vision towers with num_channels 3 are supported")
     strategy = top["vision_feature_select_strategy"]
     if strategy not in ("default", "full"):
@@ -300,13 +303,13 @@ def _vision(section: Mapping[str, Any], top: Mapping[str, Any]) -> VisionConfig:
         )
     return VisionConfig(
         hidden_size=hidden_size,
-        intermediate_size=_count(section, "intermediate_size", part),
+        intermediate_size=count_of(section, "intermediate_size", part),
         num_layers=num_layers,
         num_heads=num_heads,
         image_size=image_size,
         patch_size=patch_size,
-        layer_norm_eps=_real(section, "layer_norm_eps", part),
-        hidden_act=_activation(section["hidden_act"], "vision_config.hidden_act"),
+        layer_norm_eps=real_of(section, "layer_norm_eps", part),
+        hidden_act=activation_of(section["hidden_act"], "vision_config.hidden_act"),
         feature_layers=_feature_layers(top["vision_feature_layer"], num_layers),
         drop_cls=strategy == "default",
     )
@@ -330,31 +333,41 @@ def _feature_layers(raw: Any, num_layers: int) -> tuple[int, ...]:
     return tuple(resolved)
 
 
-def _text(section: Mapping[str, Any], tied: bool) -> TextConfig:
+def read_text(section: Mapping[str, Any], tied: bool, *, part: str = "text_config") -> TextConfig:
+    """The language model's section, defaults filled in; without q/k norms and with one position.
+
+    Args:
+        tied: whether the embeddings serve as the output head.
+        part: the section's name; "" where its keys stand at the top.
+
+    Raises:
+        TrioError: an option that is not supported, or a value that makes no sense.
+    """
     if section["hidden_act"] != "silu":
         raise TrioError(
             f"config.json: hidden_act {brief(section['hidden_act'])} of the language model is not "
             "supported: silu is"
         )
-    part = "text_config"
-    max_positions = _count(section, "max_position_embeddings", part)
-    window = None if section["sliding_window"] is None else _count(section, "sliding_window", part)
+    max_positions = count_of(section, "max_position_embeddings", part)
+    window = (
+        None if section["sliding_window"] is None else count_of(section, "sliding_window", part)
+    )
     if window is not None and window < max_positions:
         raise TrioError(
             f"config.json: sliding-window attention ({window} of {max_positions} positions) is "
             "not supported: set sliding_window to null if the model was trained without it"
         )
-    hidden_size = _count(section, "hidden_size", part)
-    num_heads = _count(section, "num_attention_heads", part)
+    hidden_size = count_of(section, "hidden_size", part)
+    num_heads = count_of(section, "num_attention_heads", part)
     num_kv_heads = num_heads
     if section["num_key_value_heads"] is not None:
-        num_kv_heads = _count(section, "num_key_value_heads", part)
+        num_kv_heads = count_of(section, "num_key_value_heads", part)
     if num_heads % num_kv_heads:
         raise TrioError(
             f"config.json: {num_heads} attention heads cannot share {num_kv_heads} key/value heads"
         )
     if section["head_dim"] is not None:
-        head_dim = _count(section, "head_dim", part)
+        head_dim = count_of(section, "head_dim", part)
     elif hidden_size % num_heads:
         raise TrioError(
             f"config.json: hidden_size {hidden_size} is not divisible by {num_heads} heads"
@@ -363,47 +376,60 @@ def _text(section: Mapping[str, Any], tied: bool) -> TextConfig:
         head_dim = hidden_size // num_heads
     if head_dim % 2:
         raise TrioError(f"config.json: head_dim {head_dim} is odd: rotary embeddings need pairs")
-    bias = _flag(section, "attention_bias", part)
+    bias = flag_of(section, "attention_bias", part)
     return TextConfig(
         hidden_size=hidden_size,
-        intermediate_size=_count(section, "intermediate_size", part),
-        num_layers=_count(section, "num_hidden_layers", part),
+        intermediate_size=count_of(section, "intermediate_size", part),
+        num_layers=count_of(section, "num_hidden_layers", part),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        vocab_size=_count(section, "vocab_size", part),
+        vocab_size=count_of(section, "vocab_size", part),
         max_positions=max_positions,
-        rms_norm_eps=_real(section, "rms_norm_eps", part),
-        rope=_rope(section),
+        rms_norm_eps=real_of(section, "rms_norm_eps", part),
+        rope=_rope(section, part),
         qkv_bias=bias,
         o_bias=bias,
-        mlp_bias=_flag(section, "mlp_bias", part),
+        mlp_bias=flag_of(section, "mlp_bias", part),
         tie_word_embeddings=tied,
     )
 
 
-def _rope(section: Mapping[str, Any]) -> RopeConfig:
+_ROPE_KEYS = frozenset(
+    {
+        *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
+        *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+)
+
+
+def _rope(section: Mapping[str, Any], part: str) -> RopeConfig:
     """Read `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (before).
 
     Where both are there, transformers takes `rope_scaling` alone.
     """
-    part = "text_config"
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(section.get(key, {}), Mapping):
-            raise TrioError(f"config.json: {part}.{key} must be an object")
-    parameters = _given(section.get("rope_scaling") or section.get("rope_parameters") or {})
-    theta = _real({"rope_theta": section["rope_theta"], **parameters}, "rope_theta", part)
+            raise TrioError(f"{_name(key, part)} must be an object")
+    parameters = given(section.get("rope_scaling") or section.get("rope_parameters") or {})
+    theta = real_of({"rope_theta": section["rope_theta"], **parameters}, "rope_theta", part)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     partial = parameters.get("partial_rotary_factor", section.get("partial_rotary_factor", 1.0))
     if isinstance(partial, bool) or partial != 1:
         raise TrioError(
-            f"config.json: {part}.partial_rotary_factor {brief(partial)} is not supported: 1 is"
+            f"{_name('partial_rotary_factor', part)} {brief(partial)} is not supported: 1 is"
+        )
+    unknown = parameters.keys() - _ROPE_KEYS
+    if unknown and kind in ("default", "linear", "llama3"):
+        raise TrioError(
+            f"config.json: {brief(min(unknown))} among the rope parameters is not supported: the "
+            "positions would come out otherwise than the model was trained with"
         )
     try:
         if kind == "default":
             return RopeConfig(theta)
         if kind == "linear":
-            return RopeConfig(theta, "linear", factor=_real(parameters, "factor", part))
+            return RopeConfig(theta, "linear", factor=real_of(parameters, "factor", part))
         if kind == "llama3":
             return _llama3(parameters, theta, part)
     except KeyError as error:
@@ -414,19 +440,19 @@ def _rope(section: Mapping[str, Any]) -> RopeConfig:
 
 
 def _llama3(parameters: Mapping[str, Any], theta: float, part: str) -> RopeConfig:
-    low = _real(parameters, "low_freq_factor", part)
-    high = _real(parameters, "high_freq_factor", part)
+    low = real_of(parameters, "low_freq_factor", part)
+    high = real_of(parameters, "high_freq_factor", part)
     if low >= high:
         raise TrioError(
-            f"config.json: {part}.low_freq_factor {low:g} must be below high_freq_factor {high:g}"
+            f"{_name('low_freq_factor', part)} {low:g} must be below high_freq_factor {high:g}"
         )
     return RopeConfig(
         theta,
         "llama3",
-        factor=_real(parameters, "factor", part),
+        factor=real_of(parameters, "factor", part),
         low_freq_factor=low,
         high_freq_factor=high,
-        original_max_positions=_count(parameters, "original_max_position_embeddings", part),
+        original_max_positions=count_of(parameters, "original_max_position_embeddings", part),
     )
 
 

@@ -95,7 +95,7 @@ def patch_values(
 def block_order(grid: tuple[int, int], merge: int) -> np.ndarray:
     """Row and column of each patch, int64 [L, 2]."""
     rows, columns = grid
-    places = np.stack(np.mgrid[:rows, :columns], axis=-1)
+    places = np.moveaxis(np.indices((rows, columns)), 0, -1)
     blocks = places.reshape(rows // merge, merge, columns // merge, merge, 2)
     return blocks.swapaxes(1, 2).reshape(-1, 2).astype(np.int64)
 
@@ -170,13 +170,13 @@ def largest_picture(factor: int, pixels: tuple[int, int]) -> tuple[int, tuple[in
     """
     least, most = (bound / factor**2 for bound in pixels)
     whole = [
-        (rows * columns, (columns * factor, rows * factor))
+        (rows * columns, rows, (columns * factor, rows * factor))
         for rows in range(1, math.isqrt(max(1, int(most))) + 1)
         if (columns := int(most // rows)) and columns <= MOST_ASPECT * rows
     ]
     narrow = (2 * MOST_ASPECT * factor, 2 * factor)
-    whole.append((math.prod(smart_resize(narrow[::-1], factor, pixels)) // factor**2, narrow))
-    blocks, picture = max(whole, key=lambda each: each[0])
+    whole.append((math.prod(smart_resize(narrow[::-1], factor, pixels)) // factor**2, 0, narrow))
+    blocks, _, picture = max(whole)
     shortest = math.sqrt(least / MOST_ASPECT)
     enlarged = [math.ceil(shortest) * math.ceil(least / shortest)]
     for rows in range(math.floor(shortest) + 2, math.isqrt(math.ceil(least)) + 2):

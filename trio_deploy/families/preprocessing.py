@@ -3,19 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from PIL import Image
 
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import Layout, ModelConfig
+from trio_deploy.families.patches import PatchSettings
 from trio_deploy.families.pixels import header_size, open_image
 from trio_deploy.families.registry import get_family
 from trio_deploy.files import brief
 
 
+def with_max_pixels(
+    raw: Mapping[str, Any], config: ModelConfig, max_pixels: int | None
+) -> dict[str, Any]:
+    """Preprocessing settings in which a picture is resized to so many pixels at most.
+
+    Args:
+        raw: as of `Preprocessor`.
+        max_pixels: None: as the settings say.
+
+    Raises:
+        TrioError: pictures of this model do not keep their sizes.
+    """
+    inside = raw.get("image_processor", raw)
+    settings = dict(inside if isinstance(inside, Mapping) else raw)
+    if max_pixels is None:
+        return settings
+    if config.pixels is None:
+        raise TrioError(
+            f"max_pixels has no meaning for a {config.family} model, which resizes every picture "
+            "to the same size: leave it out"
+        )
+    return {**settings, "max_pixels": max_pixels}
+
+
 class Preprocessor:
     """Image preprocessing of one checkpoint, equal to transformers' Pillow image processors.
+
+    Attributes:
+        config: of the model, with the sizes that these settings give pictures.
 
     Args:
         raw: preprocessor_config.json, or processor_config.json with an `image_processor` inside;
@@ -31,8 +60,10 @@ class Preprocessor:
         if not isinstance(raw, Mapping):
             raise TrioError(f"the image preprocessing settings must be an object, not {brief(raw)}")
         self._family = get_family(config.family)
-        self._config = config
         self._raw, self._settings = self._family.settings(raw, config)
+        self.config = config
+        if isinstance(self._settings, PatchSettings):
+            self.config = replace(config, pixels=self._settings.pixels)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], config: ModelConfig) -> Preprocessor:
@@ -57,7 +88,7 @@ class Preprocessor:
             return 0
         # The picture may be stored lying on its side.
         sizes = (size, size[::-1])
-        return min(self._family.visual_tokens(each, self._config) for each in sizes)
+        return min(self._family.visual_tokens(each, self.config) for each in sizes)
 
     def __call__(self, image: Any) -> Layout:
         """Preprocess one image: anything that `open_image` takes.
@@ -65,4 +96,4 @@ class Preprocessor:
         Raises:
             TrioError: the image cannot be read, or is too long and narrow to be resized.
         """
-        return self._family.arrange(open_image(image), self._settings, self._config)
+        return self._family.arrange(open_image(image), self._settings, self.config)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families import llava, llava_next
-from trio_deploy.families.base import Family, Limits, ModelConfig
+from trio_deploy.families import llava, llava_next, qwen2_vl, qwen3_vl
+from trio_deploy.families.base import Family, Limits, ModelConfig, PatchTowerConfig
 from trio_deploy.files import brief
+from trio_deploy.schedule.methods import encoder_scores
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (llava.FAMILY, llava_next.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    f.name: f for f in (llava.FAMILY, llava_next.FAMILY, *qwen2_vl.FAMILIES, qwen3_vl.FAMILY)
+}
 
 
 def get_family(name: str) -> Family:
@@ -27,6 +30,33 @@ def get_family(name: str) -> Family:
 def request_limits(config: ModelConfig) -> Limits:
     """The most that one image can bring to a model."""
     return get_family(config.family).request_limits(config)
+
+
+def check_positions(config: ModelConfig, positions: str | None) -> str:
+    """Position ids after pruning: as asked for, or None: what the family prefers.
+
+    Raises:
+        TrioError: the family has no such positions.
+    """
+    known = get_family(config.family).positions
+    if positions is None:
+        return known[0]
+    if positions not in known:
+        raise TrioError(
+            f"positions {positions!r} have no meaning for {config.family}, whose tokens have a "
+            f"time, a row and a column: choose {' or '.join(known)}"
+        )
+    return positions
+
+
+def check_methods(config: ModelConfig, methods: Iterable[str]) -> None:
+    """Raises TrioError where a method reads what the model's vision tower cannot tell."""
+    for method in methods:
+        if isinstance(config.vision, PatchTowerConfig) and encoder_scores([method]):
+            raise TrioError(
+                f"the method {method} reads the attention of the vision tower's class token, which "
+                f"{config.family} does not have: choose another one, such as divprune"
+            )
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:

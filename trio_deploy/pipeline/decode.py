@@ -35,13 +35,15 @@ class Decoder:
         self._next_positions = next_positions
         self._ids = np.zeros((rows, 1), np.int64)
         self._logits: np.ndarray = np.empty((rows, stages.vocab_size), np.float32)
-        # [segments, B], either as decode.onnx takes them, transposed, or one row per segment.
+        # [segments, B], either as decode.onnx takes them, transposed, or one row per segment, of
+        # which each takes [B, 1] positions, or [B, 3, 1] equal ones.
         if stages.decode:
             self._lengths = np.zeros((rows, count), np.int64).T
             self._positions = np.zeros((rows, count), np.int64).T
         else:
+            axes = () if stages.axes == 1 else (stages.axes,)
             self._lengths = np.zeros((count, rows), np.int64)
-            self._positions = np.zeros((count, rows), np.int64)
+            self._positions = np.zeros((count, rows, *axes), np.int64)
         self._bound: dict[int, list[Step]] = {}
         self._sliceable = all(cache.sliceable for cache in caches.values())
 
@@ -61,7 +63,8 @@ class Decoder:
             if int(cache.lengths.max()) >= cache.capacity:
                 raise TrioError(f"the KV cache is full: it holds {cache.capacity} tokens")
             self._lengths[column] = cache.lengths
-            self._positions[column] = cache.lengths if self._renumber else self._next_positions
+            places = cache.lengths if self._renumber else self._next_positions
+            self._positions[column].T[...] = places  # along all axes
             step = cache.step
         steps = self._bind(rows if self._sliceable else len(self._next_positions))
         steps[step % len(steps)]()
@@ -104,6 +107,9 @@ class Decoder:
         hidden = [stages.engines[name].empty(shape, stages.dtype) for name in caches]
         outputs = [*hidden, self._logits[:rows]]
         nothing = np.zeros((0, stages.hidden_size), stages.dtype)
+        # A generated token has no features to be added behind a layer.
+        features = {tensor.name: nothing for tensor in stages.vision.outputs_of("deepstack")}
+        none = np.full((rows, 1), -1, np.int64)
         zeros, ones = np.zeros((rows, 1), np.int64), np.ones(rows, np.int64)
         embed = stages.engines[stages.embed.name].bind(
             stages.feeds(
@@ -120,10 +126,12 @@ class Decoder:
                     stage,
                     {
                         "tokens": hidden[number],
-                        "positions": self._positions[number][:rows, None],
+                        "positions": self._positions[number][:rows, ..., None],
                         "lengths": ones,
                         "past_lengths": self._lengths[number][:rows],
+                        "feature_index": none,
                     },
+                    features,
                 )
                 feeds |= cache.past(stage, step)
                 into = {stages.output_name(name): outputs[number + 1]}

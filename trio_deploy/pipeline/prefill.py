@@ -11,7 +11,8 @@ import numpy as np
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import Role, StageInfo
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import TILES_AT_ONCE, Layout
+from trio_deploy.families.base import Layout
+from trio_deploy.families.registry import request_limits
 from trio_deploy.pipeline.cache import Allocate, CacheShape, SegmentCache
 from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.prompt import Batch
@@ -65,6 +66,21 @@ class Prefilled:
     warnings: list[list[str]]
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What the vision tower makes of a batch's images, one after another.
+
+    Attributes:
+        features: [R,d].
+        deepstack: [R,d] each, features that are added behind a decoder layer, by name.
+        scores: f32 [R] each, scores per feature row, by name.
+    """
+
+    features: Array
+    deepstack: dict[str, Array]
+    scores: dict[str, np.ndarray]
+
+
 class Stages:
     """Opened engines of a bundle, and its prefill.
 
@@ -77,6 +93,7 @@ class Stages:
         buffer_sets: sets of buffers per cache: 1 where a step writes in place, else 2.
         layers: numbers of each segment's layers.
         cache_shape: what the caches of all layers have in common.
+        axes: positions per token: 1, or 3 (time, row and column).
         concurrent: whether several threads may run the stages at once.
         max_rows: most rows per batch; None: any number.
     """
@@ -103,12 +120,14 @@ class Stages:
                     shares_weights=selects or stage.kind == "embed",
                 )
         self.vision, self.embed = bundle.only("vision"), bundle.only("embed")
+        self._at_once = request_limits(bundle.config).at_once
         self.segments = [stage.name for stage in bundle.of_kind("prefill")]
         self.decode = next(iter(bundle.of_kind("decode")), None)
         self.buffer_sets = 1 if self._shares_cache else 2
         self.layers = {name: list(self.info[name].layers) for name in self.segments}
         text = bundle.config.text
         dtype = self.engines[self.embed.name].outputs[self.embed.output_name("tokens")].dtype
+        self.axes = 1 if text.rope.axes is None else 3
         self.hidden_size, self.vocab_size, self.dtype = text.hidden_size, text.vocab_size, dtype
         if [i for name in self.segments for i in self.layers[name]] != list(range(text.num_layers)):
             raise TrioError(
@@ -126,42 +145,63 @@ class Stages:
         role: Role = "logits" if stage.outputs_of("logits") else "tokens"
         return stage.output_name(role)
 
-    def encode_images(self, images: Sequence[Layout]) -> tuple[Array, dict[str, np.ndarray]]:
-        """Run the vision tower once per distinct image.
+    def encode_images(self, images: Sequence[Layout]) -> Encoded:
+        """Run the vision tower once per distinct image; those of equal grids share runs.
 
         Args:
             images: in order.
-
-        Returns:
-            Image features [R,d] in the same order, and the graph's outputs per image row, f32 [R]
-            each, by name.
         """
         once = list({id(image): image for image in images}.values())
-        engine = self.engines[self.vision.name]
-        first = self.vision.input_name("image")
         feature_name = self.vision.output_name("features")
+        deepstack = [tensor.name for tensor in self.vision.outputs_of("deepstack")]
         scores = [tensor.name for tensor in self.vision.outputs_of("per_token")]
+        alike: dict[tuple[tuple[int, int, int], ...], list[Layout]] = {}
+        for image in once:
+            alike.setdefault(image.grids, []).append(image)
         found: dict[int, dict[str, Array]] = {}
-        for start, stop in _groups([len(image.feeds[first]) for image in once], TILES_AT_ONCE):
-            group, at = once[start:stop], 0
-            feeds: dict[str, Array] = {
-                name: np.concatenate([image.feeds[name] for image in group]).astype(
-                    spec.dtype, copy=False
+        for same in alike.values():
+            for start, stop in _groups([self._tiles(image) for image in same], self._at_once):
+                group, at = same[start:stop], 0
+                out = self.engines[self.vision.name].run(self._vision_feeds(group), host=scores)
+                for image in group:
+                    end = at + image.feature_rows
+                    found[id(image)] = {name: values[at:end] for name, values in out.items()}
+                    at = end
+
+        def joined(name: str) -> Array:
+            if not images:
+                return np.zeros((0, self.hidden_size), self.dtype)
+            return concatenate([found[id(image)][name] for image in images])
+
+        return Encoded(
+            joined(feature_name),
+            {name: joined(name) for name in deepstack},
+            {
+                name: np.concatenate(
+                    [np.zeros(0, np.float32), *(found[id(image)][name] for image in images)]
                 )
-                for name, spec in engine.inputs.items()
-            }
-            out = engine.run(feeds, host=scores)
-            for image in group:
-                end = at + image.feature_rows
-                found[id(image)] = {name: values[at:end] for name, values in out.items()}
-                at = end
-        if not images:
-            nothing = {name: np.zeros(0, np.float32) for name in scores}
-            return np.zeros((0, self.hidden_size), self.dtype), nothing
-        features = concatenate([found[id(image)][feature_name] for image in images])
-        return features, {
-            name: np.concatenate([found[id(image)][name] for image in images]) for name in scores
-        }
+                for name in scores
+            },
+        )
+
+    def _tiles(self, image: Layout) -> int:
+        """Entries of an image along the tower's axis T."""
+        (tiles,) = (t.name for t in self.vision.inputs_of("image") if t.shape[0] == "T")
+        return len(image.feeds[tiles])
+
+    def _vision_feeds(self, group: Sequence[Layout]) -> dict[str, Array]:
+        """The tower's inputs for images of equal grids: what has no axis T is the same for all."""
+        feeds: dict[str, Array] = {}
+        taken = self.engines[self.vision.name].inputs
+        for tensor in self.vision.inputs:
+            if (name := tensor.name) not in taken:
+                continue
+            if tensor.shape[0] == "T":
+                values = np.concatenate([image.feeds[name] for image in group])
+            else:
+                values = group[0].feeds[name]
+            feeds[name] = values.astype(taken[name].dtype, copy=False)
+        return feeds
 
     def prefill(
         self,
@@ -188,15 +228,20 @@ class Stages:
         for name, lengths in self.lengths(batch.lengths, visual, keeps).items():
             self.capacity(name, int((lengths + new_tokens).max()))  # before anything is computed
         with clock.stage("vision", self._moment):
-            features, scores = self.encode_images(images)
+            encoded = self.encode_images(images)
         with clock.stage("embed", self._moment):
             embed = self.feeds(
                 self.embed,
-                {"ids": batch.input_ids, "features": features, "source": batch.source_index},
+                {
+                    "ids": batch.input_ids,
+                    "features": encoded.features,
+                    "source": batch.source_index,
+                },
             )
             out = self.engines[self.embed.name].run(embed, host=())
             hidden = out.pop(self.embed.output_name("tokens"))
-        del features, embed
+        deepstack, scores, rows = encoded.deepstack, encoded.scores, encoded.features.shape[0]
+        del embed, encoded
         tokens = _Tokens(
             hidden,
             batch.position_ids,
@@ -204,7 +249,8 @@ class Stages:
             batch.lengths,
             visual,
             np.zeros(len(batch.lengths), np.int64) if seeds is None else seeds,
-            {name: _per_token(batch, rows) for name, rows in scores.items()},
+            {name: _per_token(batch, values) for name, values in scores.items()},
+            _feature_index(batch, rows),
         )
         del hidden
         selections: list[_Selection | None] = []
@@ -220,7 +266,7 @@ class Stages:
                 with clock.stage(stage.label, self._moment):
                     longest = int((tokens.lengths + new_tokens).max())
                     caches[name] = self.cache(name, tokens.lengths, longest)
-                    tokens.hidden = self._segment(stage, caches[name], tokens)
+                    tokens.hidden = self._segment(stage, caches[name], tokens, deepstack)
         logits = to_host(tokens.hidden)  # waits for the device, for the first time
         kept = _kept(selections, batch.lengths)
         return Prefilled(logits, caches, kept, _faults(selections, kept, batch))
@@ -288,18 +334,18 @@ class Stages:
         self,
         stage: StageInfo,
         values: Mapping[Role, Array],
-        per_token: Mapping[str, Array] | None = None,
+        named: Mapping[str, Array] | None = None,
     ) -> dict[str, Array]:
         """The inputs of a stage by name, without caches.
 
         Args:
             values: by role.
-            per_token: inputs with the role `per_token`, by name.
+            named: inputs with the roles `per_token` and `deepstack`, by name.
         """
         taken = self.engines[stage.name].inputs  # an engine may lack an input that nothing reads
         return {
-            tensor.name: (per_token or {})[tensor.name]
-            if tensor.role == "per_token"
+            tensor.name: (named or {})[tensor.name]
+            if tensor.role in ("per_token", "deepstack")
             else values[tensor.role]
             for tensor in stage.inputs
             if tensor.name in taken and tensor.role != "cache"
@@ -309,7 +355,13 @@ class Stages:
         """The stage whose decode steps read a segment's cache."""
         return self.decode or self.info[name]
 
-    def _segment(self, stage: StageInfo, cache: SegmentCache, tokens: _Tokens) -> Array:
+    def _segment(
+        self,
+        stage: StageInfo,
+        cache: SegmentCache,
+        tokens: _Tokens,
+        deepstack: Mapping[str, Array],
+    ) -> Array:
         """Run a segment and fill its cache; returns hidden states, or logits of the last one."""
         feeds = self.feeds(
             stage,
@@ -318,8 +370,9 @@ class Stages:
                 "positions": tokens.positions,
                 "lengths": tokens.lengths,
                 "past_lengths": np.zeros_like(tokens.lengths),
+                "feature_index": tokens.feature_index,
             },
-            tokens.per_token,
+            {**tokens.per_token, **deepstack},
         )
         into: Mapping[str, Array] = {}
         if past := stage.inputs_of("cache"):
@@ -351,6 +404,7 @@ class Stages:
                 "count": keep,
                 "width": np.array([lengths.max()], np.int64),
                 "seed": tokens.seeds,
+                "feature_index": tokens.feature_index,
             },
             tokens.per_token,
         )
@@ -366,8 +420,10 @@ class Stages:
             per_token = {
                 name: np.take_along_axis(values, kept, axis=1) for name, values in per_token.items()
             }
+        followed = [tensor.name for tensor in stage.outputs_of("feature_index")]
         return selection, replace(
             tokens,
+            feature_index=out[followed[0]] if followed else tokens.feature_index,
             hidden=out[stage.output_name("tokens")],
             positions=out[stage.output_name("positions")],
             visual=out[stage.output_name("visual")],
@@ -383,12 +439,14 @@ class _Tokens:
 
     Attributes:
         hidden: [B,S,d]; after the last segment logits [B,V].
-        positions: int64 [B,S].
+        positions: int64 [B,S] or [B,3,S].
         visual: bool [B,S].
         lengths: int64 [B], valid tokens.
         visual_counts: int64 [B], visual tokens.
         seeds: int64 [B], of `random` selections.
         per_token: f32 [B,S] each, per-token encoder scores, by the vision graph's output name.
+        feature_index: int64 [B,S], each token's row of the batch's features, -1: none. A selection
+            behind which no layer adds features leaves it as it is.
     """
 
     hidden: Array
@@ -398,6 +456,7 @@ class _Tokens:
     visual_counts: np.ndarray
     seeds: np.ndarray
     per_token: dict[str, np.ndarray]
+    feature_index: Array
 
 
 @dataclass(frozen=True)
@@ -439,6 +498,12 @@ def _per_token(batch: Batch, rows: np.ndarray) -> np.ndarray:
     row = batch.source_index - batch.source_index.shape[1]
     scores = np.append(rows, np.float32(0))[np.maximum(row, 0)]
     return np.where(batch.visual_mask, scores, np.float32(0))
+
+
+def _feature_index(batch: Batch, rows: int) -> np.ndarray:
+    """Each token's row of the batch's features, int64 [B,S]; -1 for text and newlines."""
+    row = batch.source_index - batch.source_index.shape[1]
+    return np.where(batch.visual_mask & (row < rows), row, -1)
 
 
 def _kept(selections: Sequence[_Selection | None], lengths: np.ndarray) -> list[list[np.ndarray]]:

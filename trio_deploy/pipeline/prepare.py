@@ -15,7 +15,7 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.checkpoint.tokenizer import load_tokenizer
 from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import Layout
+from trio_deploy.families.base import Layout, grids_of
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.pipeline.fetch import check_scheme, fetch_pictures, is_address
 from trio_deploy.pipeline.memory import memory_for
@@ -176,10 +176,14 @@ class RequestPreparer:
             image, layout = opened[id(source), request.bgr]
             images.append(image)
             layouts.append(layout)
+        config = self._bundle.config
         prompt = self.encoder.encode(
-            checked.text, [layout.text for layout in layouts], rendered=checked.rendered
+            checked.text,
+            [layout.text for layout in layouts],
+            rendered=checked.rendered,
+            grids=grids_of(layouts, config),
         )
-        context = self._bundle.config.text.max_positions
+        context = config.text.max_positions
         _check_context(prompt, len(request.forced), context)
         return SequenceState(
             request=request,

@@ -19,6 +19,7 @@ from trio_deploy.checkpoint.conversation import (
 )
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import VISUAL_TOKEN, Layout
+from trio_deploy.families.rope import Grid, grid_positions, plain_positions
 
 _CHARACTERS_PER_TOKEN = 16  # the longest of many vocabularies' tokens
 _WORDS = 8  # maximum number of words that a warning names, so that it stays one line
@@ -177,8 +178,20 @@ class PromptEncoder:
             "or pass fewer images"
         )
 
-    def encode(self, text: str, images: Sequence[str], *, rendered: bool = True) -> Prompt:
+    def encode(
+        self,
+        text: str,
+        images: Sequence[str],
+        *,
+        rendered: bool = True,
+        grids: Sequence[Grid] | None = None,
+    ) -> Prompt:
         """Tokenise `text` with the i-th placeholder replaced by `images[i]`, a `Layout.text`.
+
+        Args:
+            rendered: whether a chat template made the text.
+            grids: those of the images, if tokens have a position along time, row and column each;
+                None: they have one.
 
         Placeholders are replaced in the text, as transformers' processors do, since a tokenizer may
         join what replaces them with its neighbours.
@@ -202,7 +215,9 @@ class PromptEncoder:
         visual = ids == self._image_token_id
         if visual.all():
             raise TrioError(NO_TEXT)
-        return Prompt(ids, visual, np.arange(len(ids), dtype=np.int64)[None])
+        if grids is None:
+            return Prompt(ids, visual, plain_positions(len(ids)))
+        return Prompt(ids, visual, grid_positions(visual, grids))
 
     def _is_begun(self, text: str, rendered: bool) -> bool:
         """Whether a chat template wrote BOS already."""
