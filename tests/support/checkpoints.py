@@ -250,7 +250,11 @@ def make_tiny(folder: Path, family: Family) -> Path:
     _make_lively(model)
     model.eval().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    for name, content in clip_processor_files(parse_config(raw)).items():
+    config = parse_config(raw)
+    files = {"preprocessor_config.json": {"size": {"shortest_edge": 4096, "longest_edge": 32768}}}
+    if config.pixels is None:
+        files = clip_processor_files(config)
+    for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     return folder
 
@@ -389,7 +393,7 @@ def _save(
     config_file.write_text(json.dumps(relay_config(raw, layout), indent=2))
     tensors = relay_weights(load_file(weights_file), layout)
     weights_file.unlink()
-    _write_shards(tensors, folder, shards)
+    write_shards(tensors, folder, shards)
     if layout != "5.x":
         _split_processor(folder)
     return folder
@@ -400,14 +404,15 @@ def _make_lively(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norm scales off one and biases off zero, so that a forgotten one shows.
-            if name.endswith("norm.weight") or "layernorm" in name or "layrnorm" in name:
+            norms = ("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight")
+            if name.endswith(norms) or "layernorm" in name or "layrnorm" in name:
                 if name.endswith("weight"):
                     parameter.normal_(1.0, 0.2)
                 else:
                     parameter.normal_(0.0, 0.1)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.1)
-            elif "vision_tower" in name or "projector" in name:
+            elif "vision_tower" in name or "projector" in name or "visual" in name:
                 parameter.normal_(0.0, 0.15)
             elif "image_newline" in name:
                 parameter.normal_(0.0, 0.5)
@@ -415,7 +420,8 @@ def _make_lively(model: torch.nn.Module) -> None:
     generation.bos_token_id, generation.eos_token_id, generation.pad_token_id = BOS, [EOS], PAD
 
 
-def _write_shards(tensors: dict[str, torch.Tensor], folder: Path, shards: int) -> None:
+def write_shards(tensors: dict[str, torch.Tensor], folder: Path, shards: int) -> None:
+    """Write weights as one file, or as several with an index."""
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return

@@ -200,7 +200,7 @@ class Stages:
                 values = np.concatenate([image.feeds[name] for image in group])
             else:
                 values = group[0].feeds[name]
-            feeds[name] = values.astype(taken[name].dtype, copy=False)
+            feeds[name] = np.ascontiguousarray(values, taken[name].dtype)
         return feeds
 
     def prefill(

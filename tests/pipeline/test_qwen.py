@@ -1,0 +1,182 @@
+"""The whole way, picture to text, of the Qwen families against transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import GenerationConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from tests.support.bundles import Bundles, made_once
+from tests.support.pictures import make_picture
+from tests.support.questions import alike
+from tests.support.qwen_checkpoints import make_qwen, make_tokenizer, preprocessing
+from tests.support.qwen_models import FAMILIES, IMAGE, shared_model
+from trio_deploy import Batcher, Bundle, Pipeline, Request, RuntimeOptions, TrioError, export_model
+from trio_deploy.families.rope import grid_positions
+
+ENGINES = [("ort", "onnxruntime"), ("onnx", "onnxruntime"), ("primitive", "openvino")]
+SCHEDULE = "1:0.5,3:0.25"
+
+#: Sizes of the pictures of a conversation, and what stands between and around them.
+PROMPTS: list[list[Any]] = [
+    ["what color is the star ?"],
+    [(200, 130), "what color is the star ?"],
+    ["what is in this picture ?", (40, 300)],
+    [(28, 28), (90, 120), "and", (90, 120), "count the red ones"],
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run_folder: Path):
+    def of(family: str) -> Path:
+        return made_once(run_folder / f"checkpoint-{family}", lambda to: make_qwen(to, family))
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def opened(bundles: Bundles, checkpoint):
+    found: dict[tuple[str, str, str], Pipeline] = {}
+
+    def of(family: str, dialect: str = "ort", runtime: str = "onnxruntime") -> Pipeline:
+        key = (family, dialect, runtime)
+        if key not in found:
+            path = bundles.path(checkpoint(family), schedule=SCHEDULE, dialect=dialect)
+            bundle = Bundle.load(path).with_end_tokens([])
+            found[key] = Pipeline.open(bundle, runtime=runtime, threads=1)
+        return found[key]
+
+    return of
+
+
+def ask(parts: list[Any], new: int = 8, **options: Any) -> Request:
+    """A request of texts and of pictures of some sizes."""
+    images = [make_picture(*part, n) for n, part in enumerate(parts) if isinstance(part, tuple)]
+    content = [
+        {"type": "image"} if isinstance(part, tuple) else {"type": "text", "text": part}
+        for part in parts
+    ]
+    return Request([{"role": "user", "content": content}], images, new, **options)
+
+
+def inputs_of(family: str, request: Request) -> dict[str, Any]:
+    """A request as transformers' processors make it."""
+    tokenizer = make_tokenizer()
+    text = tokenizer.apply_chat_template(request.prompt, tokenize=False, add_generation_prompt=True)
+    inputs: dict[str, Any] = {}
+    images: list[Image.Image] = list(request.images)  # type: ignore[arg-type]
+    if images:
+        settings = preprocessing(family)
+        settings.pop("image_processor_type")
+        inputs = dict(Qwen2VLImageProcessorPil(**settings)(images=images, return_tensors="pt"))
+        first, *rest = text.split("<|image_pad|>")
+        counts = inputs["image_grid_thw"].prod(1) // 4
+        text = first + "".join(
+            "<|image_pad|>" * int(n) + p for n, p in zip(counts, rest, strict=True)
+        )
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    kinds = {"mm_token_type_ids": (ids == IMAGE).int()} if images else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **kinds, **inputs}
+
+
+@pytest.mark.parametrize(("dialect", "runtime"), ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unpruned_answers_and_logits_equal_transformers(opened, family, dialect, runtime):
+    model, greedy = shared_model(family), GenerationConfig(max_new_tokens=8, pad_token_id=3)
+    pipeline = opened(family, dialect, runtime)
+    for parts in PROMPTS:
+        request = ask(parts, budget=1.0)
+        inputs = inputs_of(family, request)
+        length = inputs["input_ids"].shape[1]
+        expected = model.generate(**inputs, generation_config=greedy)[0, length:]
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -1].numpy()
+        answer = pipeline.generate(request)
+        assert answer.prompt_tokens == length
+        assert answer.token_ids == expected.tolist()
+        assert np.abs(answer.first_logits - logits).max() < 1e-5 * np.abs(logits).max()
+
+
+@pytest.mark.parametrize(("dialect", "runtime"), ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_of_a_batch_gives_what_it_gives_alone(opened, family, dialect, runtime):
+    pipeline = opened(family, dialect, runtime)
+    budgets = (None, 1.0, None, 0.6)
+    requests = [ask(parts, new=3 + 2 * n, budget=budgets[n]) for n, parts in enumerate(PROMPTS)]
+    for request, together in zip(requests, pipeline.generate_batch(requests), strict=True):
+        assert alike(pipeline.generate(request), together)
+
+
+@pytest.mark.parametrize(("dialect", "runtime"), ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_requests_that_come_and_go_give_what_they_give_alone(opened, family, dialect, runtime):
+    pipeline = opened(family, dialect, runtime)
+    requests = [ask(PROMPTS[n % 4], new=2 + n) for n in range(6)]
+    with Batcher(pipeline, max_rows=3) as batcher:
+        answers = [each.result(timeout=300) for each in [batcher.submit(r) for r in requests]]
+    for request, answer in zip(requests, answers, strict=True):
+        assert answer.token_ids == pipeline.generate(request).token_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_tokens_keep_their_three_positions(opened, family):
+    """A picture takes as many positions as its longer side, so there are fewer than tokens."""
+    pipeline = opened(family)
+    answer = pipeline.generate(ask(PROMPTS[3]))
+    assert answer.keep_counts == list(pipeline.bundle.schedule.resolve(answer.visual_tokens))
+    layout = [grid for picture in answer.processed for grid in picture.grids]
+    prompt = pipeline.prepare(ask(PROMPTS[3])).prompt
+    np.testing.assert_array_equal(prompt.positions, grid_positions(prompt.visual, layout))
+    assert prompt.next_position < prompt.length
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_of_one_size_share_a_run_of_the_tower_and_others_have_their_own(
+    opened, monkeypatch, family
+):
+    pipeline = opened(family)
+    stages = pipeline._stages
+    engine, runs = stages.engines["vision"], []
+    run = engine.run
+
+    def counted(feeds, *args, **options):
+        runs.append(feeds["pixel_values"].shape[:2])
+        return run(feeds, *args, **options)
+
+    monkeypatch.setattr(engine, "run", counted)
+    together = pipeline.generate(ask(PROMPTS[3]))
+    layouts = together.processed
+    assert sorted(runs) == sorted([(1, len(layouts[0].rows) * 4), (2, len(layouts[1].rows) * 4)])
+    runs.clear()
+    monkeypatch.setattr(stages, "_at_once", 1)
+    assert alike(pipeline.generate(ask(PROMPTS[3])), together)
+    assert [tiles for tiles, _ in runs] == [1, 1, 1]
+
+
+def test_what_has_no_meaning_is_refused_at_export(checkpoint, tmp_path):
+    for options, says in (
+        ({"schedule": "0:0.5:cls-attention"}, "class token"),
+        ({"schedule": "0:0.5", "method": "vscan"}, "class token"),
+        ({"schedule": "2:0.5", "positions": "renumber"}, "'renumber' have no meaning"),
+        ({"schedule": "2:0.5", "max_pixels": 10}, "at most 10"),
+    ):
+        with pytest.raises(TrioError, match=says):
+            export_model(checkpoint("qwen2_vl"), tmp_path / "bundle", progress=False, **options)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_most_pixels_of_an_export_bound_its_pictures(checkpoint, tmp_path):
+    out = tmp_path / "bundle"
+    bundle = export_model(
+        checkpoint("qwen3_vl"), out, schedule="2:0.5", max_pixels=8 * 1024, progress=False
+    )
+    assert bundle.config.pixels == (4096, 8192)
+    with_runtime = RuntimeOptions(threads=1)
+    answer = Pipeline.open(out, with_runtime).generate(ask([(400, 300), "what is this ?"]))
+    assert answer.visual_tokens == 6
