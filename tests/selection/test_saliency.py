@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
 from tests.support import selections as select_reference
-from tests.support.run_graph import Runner, filled
+from tests.support.run_graph import Runner, doubled, filled
 from tests.support.selection_cases import LAYER, TARGETS, batch_of, random_weights, weights_of
 from tests.support.transformers_models import model_config, relative
 from trio_deploy.families.base import ModelConfig, RopeConfig
@@ -105,42 +104,9 @@ def test_the_formulas_are_exact_in_double_precision() -> None:
     weights, feeds = weights_of(config), batch_of(config)
     model = filled(build_select(config, LAYER, GraphOptions(dialect="primitive")), weights)
     feeds["hidden_states"] = feeds["hidden_states"].astype(np.float64)
-    doubled = _doubled(_only(model, "saliency"))
-    actual = ReferenceEvaluator(doubled).run(["saliency"], feeds)[0]
+    actual = ReferenceEvaluator(doubled(model, "saliency")).run(["saliency"], feeds)[0]
     reference = expected(config, weights, feeds)
     assert np.abs(actual - reference).max() / reference.max() < 1e-12
-
-
-def _only(model: onnx.ModelProto, output: str) -> onnx.ModelProto:
-    """The part of the model that makes one output."""
-    needed, nodes = {output}, []
-    for node in reversed(model.graph.node):
-        if needed & set(node.output):
-            nodes.append(node)
-            needed |= set(node.input)
-    part = onnx.ModelProto()
-    part.CopyFrom(model)
-    del part.graph.node[:], part.graph.output[:]
-    part.graph.node.extend(reversed(nodes))
-    part.graph.output.extend(v for v in model.graph.output if v.name == output)
-    return part
-
-
-def _doubled(model: onnx.ModelProto) -> onnx.ModelProto:
-    single, double = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE
-    for tensor in model.graph.initializer:
-        if tensor.data_type == single:
-            array = onnx.numpy_helper.to_array(tensor).astype(np.float64)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.i == single:
-                attribute.i = double
-    for value in (*model.graph.input, *model.graph.output):
-        if value.type.tensor_type.elem_type == single:
-            value.type.tensor_type.elem_type = double
-    del model.graph.value_info[:]
-    return model
 
 
 @targets

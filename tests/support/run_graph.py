@@ -70,3 +70,37 @@ def run(
 ) -> dict[str, np.ndarray]:
     """Fill, load and run once."""
     return Runner(model, weights, runtime)(feeds)
+
+
+def _only(model: onnx.ModelProto, output: str) -> onnx.ModelProto:
+    """The part of the model that makes one output."""
+    needed, nodes = {output}, []
+    for node in reversed(model.graph.node):
+        if needed & set(node.output):
+            nodes.append(node)
+            needed |= set(node.input)
+    part = onnx.ModelProto()
+    part.CopyFrom(model)
+    del part.graph.node[:], part.graph.output[:]
+    part.graph.node.extend(reversed(nodes))
+    part.graph.output.extend(v for v in model.graph.output if v.name == output)
+    return part
+
+
+def doubled(model: onnx.ModelProto, output: str) -> onnx.ModelProto:
+    """The part of a model that makes one output, in double precision."""
+    model = _only(model, output)
+    single, double = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE
+    for tensor in model.graph.initializer:
+        if tensor.data_type == single:
+            array = onnx.numpy_helper.to_array(tensor).astype(np.float64)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == single:
+                attribute.i = double
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == single:
+            value.type.tensor_type.elem_type = double
+    del model.graph.value_info[:]
+    return model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -65,16 +65,16 @@ class Deepstack:
     """What is added to the outputs of the first decoder layers.
 
     Attributes:
-        rows: for layers 0, 1, …, [R, d] each; there may be none.
-        index: int64 [S], row of each token; -1 gets nothing added.
+        rows: for layers 0, 1, …, [R, d] each; most families have none.
+        index: int64 [S], row of each token, where there are rows; -1 gets nothing added.
     """
 
-    rows: tuple[Tensor, ...]
-    index: Tensor
+    rows: tuple[Tensor, ...] = ()
+    index: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
     def kept(self, index: Tensor) -> Deepstack:
         """The same for the tokens `index` [W] alone."""
-        return Deepstack(self.rows, self.index[index])
+        return Deepstack(self.rows, self.index[index]) if self.rows else self
 
     def none(self) -> Deepstack:
         """The same for one new token, which has no features."""

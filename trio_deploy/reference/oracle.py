@@ -49,20 +49,20 @@ class Point:
         hidden: [1, S, d], the input of that layer.
         positions: int64 [1, S], or [1, 3, S].
         visual: bool [S].
-        deepstack: what the first layers' outputs get added.
         keep: visual tokens to keep, at most their number.
         seed: of the request, below `methods.SEEDS`.
         encoder: the encoder's scores by name, fp32 [S], as far as the method reads them.
+        deepstack: what the first layers' outputs get added.
     """
 
     layer: int
     hidden: Tensor
     positions: Tensor
     visual: Tensor
-    deepstack: Deepstack
     keep: int
     seed: int = 0
     encoder: Mapping[str, Tensor] = field(default_factory=dict)
+    deepstack: Deepstack = field(default_factory=Deepstack)
 
 
 @dataclass(frozen=True)
@@ -368,10 +368,10 @@ class Oracle:
             hidden=start.hidden,
             positions=positions,
             visual=ids == self.adapter.image_token_id,
-            deepstack=start.deepstack,
             keep=0,
             seed=row.seed % SEEDS,
             encoder=start.scores,
+            deepstack=start.deepstack,
         )
         counts = schedule.resolve(int(point.visual.sum()))
         places, kept = np.arange(len(row.input_ids)), []
