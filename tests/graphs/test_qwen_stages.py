@@ -86,7 +86,7 @@ def test_a_graph_that_decodes_all_layers_equals_the_oracle(dialect: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("family", "dialect"), zip(FAMILIES, ["ort", "onnx", "primitive"], strict=True)
+    ("family", "dialect"), list(zip(FAMILIES, ["ort", "onnx", "primitive"], strict=True))
 )
 def test_half_precision_is_within_its_tolerance(family: str, dialect: str) -> None:
     options = GraphOptions(dialect=dialect, positions="original", dtype="float16")
