@@ -157,9 +157,10 @@ def _run(pipeline: Pipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray
             rest = [(0, 0), (0, 0), (0, 0), (0, int(cached[name].shape[3]) - head_dim)]
             taken[name] = np.pad(taken[name], rest)
     if info.kind == "vision":  # as many tiles at once as the pipeline shows
-        count = len(taken[info.input_name("image")])
+        tiles = {t.name: taken.pop(t.name) for t in info.inputs if t.shape[0] == "T"}
+        count = max(len(array) for array in tiles.values())
         parts = [
-            engine.run({name: a[start : start + TILES_AT_ONCE] for name, a in taken.items()})
+            engine.run({n: a[start : start + TILES_AT_ONCE] for n, a in tiles.items()} | taken)
             for start in range(0, count, TILES_AT_ONCE)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in engine.outputs}

@@ -6,18 +6,21 @@ torch and transformers are imported only here, on first use.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import kind_of_label
 from trio_deploy.checkpoint.resolve import from_folder
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import Layout
 from trio_deploy.pipeline.pipeline import Pipeline
-from trio_deploy.pipeline.prompt import Prompt, collate
+from trio_deploy.pipeline.prompt import Batch, Prompt, collate
 from trio_deploy.pipeline.request import Request
 from trio_deploy.verify.compare import TOLERANCES, ParityRow, difference
 from trio_deploy.verify.examples import Example
@@ -56,12 +59,12 @@ def ask_oracle(
         oracle = Oracle.from_checkpoint(checkpoint, **options)
     rows = []
     for prompt, pictures in _encoded(pipeline, examples):
-        pixels = [picture.feeds["pixel_values"] for picture in pictures]
         rows.append(
             Row(
                 prompt.ids,
-                np.concatenate(pixels) if pixels else None,
+                _pixels(pictures),
                 [(int(p.size[0]), int(p.size[1])) for p in pictures],
+                grids=[grid for picture in pictures for grid in picture.grids],
             )
         )
     result = oracle.generate(rows, bundle.schedule, max_new_tokens=NEW_TOKENS)
@@ -101,9 +104,43 @@ def compare_inputs(
     )
     problem = "" if same else "image rows are not where transformers packs them"
     rows = [ParityRow("source_index", problem=problem)]
+    if batch.position_ids.ndim == 3:
+        rows += _compare_places(reference, batch, [p for _, layouts in encoded for p in layouts])
     if checkpoint is not None:
         rows += _compare_processor(pipeline, reference.examples, encoded, checkpoint)
     return rows
+
+
+def _pixels(pictures: Sequence[Layout]) -> NDArray[np.floating] | None:
+    """The pictures of a prompt as transformers' processor gives them, tiles or rows of patches."""
+    pixels = [picture.feeds["pixel_values"] for picture in pictures]
+    pixels = [p.reshape(-1, p.shape[-1]) if p.ndim == 3 else p for p in pixels]
+    return np.concatenate(pixels) if pixels else None
+
+
+def _compare_places(
+    reference: Reference, batch: Batch, pictures: Sequence[Layout]
+) -> list[ParityRow]:
+    """Compare the three positions per token, and the tower's inputs, with transformers'."""
+    stages = reference.stages
+    expected = next(s.inputs["position_ids"] for s in stages.values() if "position_ids" in s.inputs)
+    valid = np.arange(expected.shape[2]) < batch.lengths[:, None]
+    same = np.array_equal(np.where(valid[:, None], batch.position_ids, 0), expected)
+    rows = [ParityRow("position_ids", problem="" if same else "positions differ from the model's")]
+    worst, problem = (0.0, 0.0), ""
+    shown = [stage for name, stage in stages.items() if kind_of_label(name) == "vision"]
+    for stage, picture in zip(shown, pictures, strict=True):
+        for name, wanted in stage.inputs.items():
+            mine = picture.feeds[name]
+            if mine.shape != wanted.shape:
+                problem = f"{name} has the shape {list(mine.shape)}, expected {list(wanted.shape)}"
+            elif mine.dtype == np.int64 and not np.array_equal(mine, wanted):
+                problem = f"{name} differs from the model's"
+            else:
+                worst = max(worst, difference(mine, wanted), key=lambda pair: pair[1])
+    if worst[1] > TOLERANCES["float32"].relative:
+        problem = problem or f"an input of the tower differs by {worst[1]:.1e}"
+    return [*rows, ParityRow("patches", *worst, problem=problem)]
 
 
 def _encoded(pipeline: Pipeline, examples: Sequence[Example]) -> list[tuple[Prompt, list[Layout]]]:
@@ -118,24 +155,17 @@ def _compare_processor(
     checkpoint: str | Path,
 ) -> list[ParityRow]:
     """Compare prompts and pixels with those of transformers' processor."""
-    import transformers
-
-    processor = transformers.AutoProcessor.from_pretrained(checkpoint, backend="pil")
+    process = _processor(checkpoint)
     worst, problem = (0.0, 0.0), ""
     for example, (prompt, pictures) in zip(examples, encoded, strict=True):
         content = [{"type": "image"} for _ in example.pictures]
         content.append({"type": "text", "text": example.prompt})
-        batch = processor(
-            text=processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            ),
-            images=list(example.pictures) or None,
-            return_tensors="np",
-        )
+        batch = process([{"role": "user", "content": content}], list(example.pictures))
         if not np.array_equal(batch["input_ids"][0], prompt.ids):
             problem = "the prompt's tokens are not those of transformers' processor"
         if pictures:
             pixels = np.asarray(batch["pixel_values"])
+            mine = _pixels(pictures)
             if pixels.ndim == 5:  # images with fewer tiles are padded to the largest
                 pixels = np.concatenate(
                     [
@@ -143,14 +173,48 @@ def _compare_processor(
                         for tiles, p in zip(pixels, pictures, strict=True)
                     ]
                 )
-            mine = np.concatenate([picture.feeds["pixel_values"] for picture in pictures])
-            if mine.shape != pixels.shape:
+            if mine is None or mine.shape != pixels.shape:
                 problem = "the pictures have other tiles than transformers' processor gives them"
             else:
                 worst = max(worst, difference(mine, pixels), key=lambda pair: pair[1])
     if worst[1] > TOLERANCES["float32"].relative:
         problem = problem or f"pixel_values differs by {worst[1]:.1e}"
     return [ParityRow("processor", *worst, worst="pixel_values", problem=problem)]
+
+
+def _processor(
+    checkpoint: str | Path,
+) -> Callable[[list[dict[str, Any]], list[Image.Image]], Mapping[str, Any]]:
+    """transformers' processor of a conversation and its pictures.
+
+    That of a family with clips needs torchvision: without it, its parts, which are the tokenizer
+    and the image processor, are put together as the processor does.
+    """
+    import transformers
+
+    def whole(chat: list[dict[str, Any]], pictures: list[Image.Image]) -> Mapping[str, Any]:
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+        return processor(text=text, images=pictures or None, return_tensors="np")
+
+    def parts(chat: list[dict[str, Any]], pictures: list[Image.Image]) -> Mapping[str, Any]:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        shown = images(pictures, return_tensors="np") if pictures else {}
+        first, *rest = text.split(token)
+        counts = [grid.prod() // images.merge_size**2 for grid in shown.get("image_grid_thw", ())]
+        text = first + "".join(
+            token * int(count) + after for count, after in zip(counts, rest, strict=True)
+        )
+        return {**shown, **tokenizer(text, return_tensors="np")}
+
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(checkpoint, backend="pil")
+        return whole
+    except ImportError:
+        images = transformers.AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(checkpoint)
+        config = transformers.AutoConfig.from_pretrained(checkpoint)
+        token: str = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        return parts
 
 
 def _until_end(tokens: Sequence[int], ends: set[int]) -> list[int]:
