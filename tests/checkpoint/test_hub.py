@@ -109,6 +109,20 @@ def test_a_snapshot_of_weights_alone_without_a_network_names_what_is_missing(hub
         _find()
 
 
+def test_a_gated_model_names_its_licence_and_the_token(hub, monkeypatch):
+    """The hub's client raises an error of this name where the licence was not accepted."""
+
+    class GatedRepoError(Exception):
+        pass
+
+    def refuse(*_args, **options):
+        raise FileNotFoundError if options["local_files_only"] else GatedRepoError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(TrioError, match=r"gated: .* https://huggingface\.co/org/name .*HF_TOKEN"):
+        _find()
+
+
 def test_shards_that_are_missing_are_named(hub):
     hub.hold("*")
     hub.online = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import jinja2
@@ -10,7 +11,8 @@ import yaml
 
 from tests.support.checkpoints import make_llava
 from trio_deploy import Schedule, TrioError, plan
-from trio_deploy.checkpoint.resolve import load_recipe, recipe_for
+from trio_deploy.checkpoint.resolve import Source as FoundModel
+from trio_deploy.checkpoint.resolve import load_recipe, recipe_for, source_config
 from trio_deploy.config.options import ExportOptions, SelectionOptions
 from trio_deploy.config.recipe import (
     list_recipes,
@@ -20,7 +22,8 @@ from trio_deploy.config.recipe import (
 )
 from trio_deploy.evaluation.configurations import Source, named
 from trio_deploy.export.job import resolve_job
-from trio_deploy.families.registry import parse_config
+from trio_deploy.families.registry import parse_config, request_limits
+from trio_deploy.graphs.weights import canonical_tensors
 from trio_deploy.schedule.budget import is_budget
 
 HUB = {
@@ -30,19 +33,32 @@ HUB = {
     "llava-next-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
     "llama3-llava-next-8b": "llava-hf/llama3-llava-next-8b-hf",
 }
+#: Their pictures have any size.
+QWEN = {
+    "qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct",
+    "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",
+    "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3-vl-2b": "Qwen/Qwen3-VL-2B-Instruct",
+    "qwen3-vl-4b": "Qwen/Qwen3-VL-4B-Instruct",
+    "qwen3-vl-8b": "Qwen/Qwen3-VL-8B-Instruct",
+    "cosmos-reason1-7b": "nvidia/Cosmos-Reason1-7B",
+    "cosmos-reason2-2b": "nvidia/Cosmos-Reason2-2B",
+    "cosmos-reason2-8b": "nvidia/Cosmos-Reason2-8B",
+}
 
 
 def test_the_shipped_recipes_are_those_promised():
-    assert list_recipes() == sorted(["tiny", *HUB])
+    assert list_recipes() == sorted(["tiny", *HUB, *QWEN])
 
 
-@pytest.mark.parametrize("name", [*HUB, "tiny"])
+@pytest.mark.parametrize("name", [*HUB, *QWEN, "tiny"])
 def test_a_recipe_is_complete(name):
     recipe = load_recipe(name)
     layers = parse_config(recipe.architecture).text.num_layers
-    assert recipe.hub_id == HUB.get(name)
+    assert recipe.hub_id == {**HUB, **QWEN}.get(name)
     assert recipe.probe == "last"
-    assert recipe.positions == ("original" if name == "tiny" else "renumber")
+    assert recipe.positions == ("renumber" if name in HUB else "original")
     assert recipe.threshold == 0.8
     budgets = {key: s for key, s in recipe.schedules.items() if is_budget(key)}
     small = ["0.075", "0.05"] if name == "tiny" else []
@@ -51,6 +67,40 @@ def test_a_recipe_is_complete(name):
         schedule.validate(layers)
         # Within what rounding to whole tokens allows.
         assert schedule.average(576, layers) / 576 == pytest.approx(float(budget), abs=0.001)
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_a_recipe_of_pictures_of_any_size_bounds_their_tokens(name):
+    """1280 tokens, and a tower and a language model that need about the same weights as named."""
+    recipe = load_recipe(name)
+    config = source_config(FoundModel(name, name, None, recipe.architecture, None, recipe))
+    assert config.pixels == (recipe.preprocessing["size"]["shortest_edge"], recipe.max_pixels)
+    assert request_limits(config).visual_tokens == 1280
+    wider = source_config(FoundModel(name, name, None, recipe.architecture, None, recipe), 2**22)
+    assert request_limits(wider).visual_tokens > 4000
+    weights = sum(math.prod(shape) for shape in canonical_tensors(config).values())
+    billions = float(name.rpartition("-")[2].removesuffix("b"))
+    assert 0.95 * billions < weights / 1e9 < 1.3 * billions + 0.1
+    assert recipe.schedules["0.111"].methods == ("divprune", "trio")
+    shown = plan(name, dtype="bfloat16").to_text()
+    assert "1280 visual" in shown and "multiply-adds of the vision tower" in shown
+
+
+def test_a_recipes_most_pixels_must_make_sense(tmp_path):
+    for name, value, says in (
+        ("qwen3-vl-2b", "many", "whole number of pixels"),
+        ("qwen3-vl-2b", 100, "at most 100"),
+        ("llava-1.5-7b", 10**6, "no meaning for a llava model"),
+    ):
+        raw = yaml.safe_load((recipe_folder() / f"{name}.yaml").read_text())
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.safe_dump({**raw, "max_pixels": value}))
+        with pytest.raises(TrioError, match=says):
+            load_recipe(file)
+    raw = yaml.safe_load((recipe_folder() / "qwen3-vl-2b.yaml").read_text())
+    file.write_text(yaml.safe_dump({**raw, "positions": "renumber"}))
+    with pytest.raises(TrioError, match="'renumber' have no meaning"):
+        load_recipe(file)
 
 
 @pytest.mark.parametrize("name", [n for n in HUB if n != "llava-1.5-13b"])

@@ -15,7 +15,7 @@ SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name !=
 
 #: How images become tiles and tiles become tokens.
 GEOMETRY = {"image_size", "patch_size", "rows_per_tile", "grid_pinpoints", "image_newline"}
-WHERE = ("reference/", "graphs/towers.py", "graphs/connectors.py")
+WHERE = ("reference/", "graphs/towers.py", "graphs/patch_tower.py", "graphs/connectors.py")
 
 
 def names(tree: ast.AST) -> set[str]:
@@ -94,14 +94,10 @@ def test_transformers_model_has_the_weights_that_the_graphs_read(family):
     shapes = canonical_tensors(parse_config(raw))
     names = map_checkpoint_names(family, state, shapes)
     assert {name: tuple(state[given].shape) for name, given in names.items()} == shapes
-    assert family.reference in ADAPTERS or family.reference == "qwen"  # until its adapter is here
+    assert family.reference in ADAPTERS
 
 
-@pytest.mark.parametrize(
-    "family",
-    [family for family in FAMILIES.values() if family.reference != "qwen"],  # likewise
-    ids=lambda family: family.name,
-)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_a_random_checkpoint_of_every_family_passes_check(family, tmp_path):
     pytest.importorskip("torch")
     from tests.support.checkpoints import make_tiny

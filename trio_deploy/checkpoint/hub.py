@@ -55,6 +55,11 @@ def hub_folder(
         except Exception as error:  # of many kinds, of the hub's client and of what it is built on
             kind = type(error).__name__
             cause = "no network, or no such repository" if kind in _UNREACHED else kind
+            if kind == "GatedRepoError":
+                cause = (
+                    f"it is gated: accept its licence at https://huggingface.co/{hub_id} and log "
+                    "in with `hf auth login`, or set HF_TOKEN"
+                )
             continue
         missing = missing_files(folder, unneeded)
         if not missing and (not cache_only or not _wanted(folder, unneeded)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -304,6 +304,8 @@ class Limits:
         visual_tokens: tokens in the prompt per image.
         picture: (width, height) of an image that brings all of these.
         at_once: tiles per run of the tower, at most, unless one image brings more.
+        axes: least, typical and greatest size of each axis of the tower's inputs but T, by its
+            name, where pictures have any size.
     """
 
     tiles: int
@@ -312,6 +314,7 @@ class Limits:
     visual_tokens: int
     picture: tuple[int, int]
     at_once: int = TILES_AT_ONCE
+    axes: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

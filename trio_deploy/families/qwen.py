@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from trio_deploy.families.patches import (
     PatchSettings,
     block_order,
     largest_picture,
+    most_windows,
     patch_values,
     position_taps,
     smart_resize,
@@ -402,6 +404,10 @@ def request_limits(config: ModelConfig) -> Limits:
     assert config.pixels is not None
     tokens, picture = largest_picture(vision.factor, config.pixels)
     patches = tokens * vision.merge**2
+    axes = {"L": (vision.merge**2, patches, patches)}
+    if vision.window is not None:
+        usual = math.ceil(tokens / vision.window**2)
+        axes["W"] = (1, usual, most_windows(tokens, vision.window))
     return Limits(
         tiles=1,
         tile_rows=tokens,
@@ -409,4 +415,5 @@ def request_limits(config: ModelConfig) -> Limits:
         visual_tokens=tokens,
         picture=picture,
         at_once=max(1, PATCHES_AT_ONCE // patches),
+        axes=axes,
     )

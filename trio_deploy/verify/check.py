@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.checkpoint.resolve import from_folder
 from trio_deploy.config.options import RuntimeOptions
-from trio_deploy.families.base import TILES_AT_ONCE
+from trio_deploy.families.registry import request_limits
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.request import Request
 from trio_deploy.reference.trace import Tensors
@@ -159,9 +159,10 @@ def _run(pipeline: Pipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray
     if info.kind == "vision":  # as many tiles at once as the pipeline shows
         tiles = {t.name: taken.pop(t.name) for t in info.inputs if t.shape[0] == "T"}
         count = max(len(array) for array in tiles.values())
+        once = request_limits(pipeline.bundle.config).at_once
         parts = [
-            engine.run({n: a[start : start + TILES_AT_ONCE] for n, a in tiles.items()} | taken)
-            for start in range(0, count, TILES_AT_ONCE)
+            engine.run({n: a[start : start + once] for n, a in tiles.items()} | taken)
+            for start in range(0, count, once)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in engine.outputs}
     outputs = dict(engine.run(taken))

@@ -155,7 +155,7 @@ def _compare_processor(
     checkpoint: str | Path,
 ) -> list[ParityRow]:
     """Compare prompts and pixels with those of transformers' processor."""
-    process = _processor(checkpoint)
+    process = _processor(checkpoint, pipeline.bundle)
     worst, problem = (0.0, 0.0), ""
     for example, (prompt, pictures) in zip(examples, encoded, strict=True):
         content = [{"type": "image"} for _ in example.pictures]
@@ -183,22 +183,23 @@ def _compare_processor(
 
 
 def _processor(
-    checkpoint: str | Path,
+    checkpoint: str | Path, bundle: Bundle
 ) -> Callable[[list[dict[str, Any]], list[Image.Image]], Mapping[str, Any]]:
     """transformers' processor of a conversation and its pictures.
 
     That of a family with clips needs torchvision: without it, its parts, which are the tokenizer
-    and the image processor, are put together as the processor does.
+    and the image processor, are put together as the processor does. Where pictures have any size,
+    the bundle bounds it, whatever the checkpoint says.
     """
     import transformers
 
     def whole(chat: list[dict[str, Any]], pictures: list[Image.Image]) -> Mapping[str, Any]:
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
-        return processor(text=text, images=pictures or None, return_tensors="np")
+        return processor(text=text, images=pictures or None, return_tensors="np", **bounds)
 
     def parts(chat: list[dict[str, Any]], pictures: list[Image.Image]) -> Mapping[str, Any]:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        shown = images(pictures, return_tensors="np") if pictures else {}
+        shown = images(pictures, return_tensors="np", **bounds) if pictures else {}
         first, *rest = text.split(token)
         counts = [grid.prod() // images.merge_size**2 for grid in shown.get("image_grid_thw", ())]
         text = first + "".join(
@@ -206,6 +207,7 @@ def _processor(
         )
         return {**shown, **tokenizer(text, return_tensors="np")}
 
+    bounds = {} if bundle.config.pixels is None else {"size": bundle.preprocessor["size"]}
     try:
         processor = transformers.AutoProcessor.from_pretrained(checkpoint, backend="pil")
         return whole

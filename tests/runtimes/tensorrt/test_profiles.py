@@ -83,6 +83,28 @@ def test_a_model_of_one_tile_an_image_never_brings_more_than_its_images() -> Non
     assert Sizes.of(config, recipe.schedules["0.111"], two).tiles.max == 6
 
 
+@pytest.mark.parametrize("name", ["qwen2.5-vl-3b", "qwen3-vl-2b"])
+def test_pictures_of_any_size_fill_the_towers_profile(exported: Export, name: str) -> None:
+    """As many patches as the recipe's pixels hold, windows of long thin pictures among them."""
+    bundle = exported(name, "jetson-agx-orin-64gb", graphs_only=True)
+    found = profiles(bundle, load_target("jetson-agx-orin-64gb"))
+    tower = found["vision"][0].shapes
+    values = bundle.config.patch_tower.patch_values
+    assert tower["pixel_values"] == ((1, 4, values), (1, 5120, values), (1, 5120, values))
+    assert tower["patch_position"] == ((4, 2), (5120, 2), (5120, 2))
+    if bundle.config.patch_tower.window:
+        assert tower["window_index"] == ((1, 64), (80, 64), (160, 64))
+        assert tower["window_slot"] == ((4,), (5120,), (5120,))
+    else:
+        assert tower["position_weights"] == ((4, 4), (5120, 4), (5120, 4))
+        prefill = next(stage for stage in found if "deepstack.0" in found[stage][0].shapes)
+        width = bundle.config.text.hidden_size
+        full, step = (profile.shapes for profile in found[prefill][:2])
+        assert full["deepstack.0"].min == (0, width) and full["deepstack.0"].max[0] >= 1280
+        assert step["deepstack.0"].max == (0, width) and step["feature_index"].max[1] == 1
+        assert full["position_ids"].max[1] == 3
+
+
 def test_nothing_is_longer_than_the_models_context() -> None:
     sizes = Sizes.of(CONFIG, SCHEDULE, H200.limits)
     assert sizes.tokens[0].max == sizes.capacity[0].max == CONFIG.text.max_positions

@@ -19,7 +19,7 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import StageInfo
 from trio_deploy.config.target import Limits, Target
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import TILES_AT_ONCE, ModelConfig
+from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import request_limits
 from trio_deploy.runtimes.tensorrt.allocator import SLACK
 from trio_deploy.schedule.budget import smallest_budget, solve
@@ -105,6 +105,7 @@ class Sizes:
     Attributes:
         batch, tiles: B; T per call of the vision tower.
         rows: R, image rows per batch.
+        tower: the other axes of the vision tower's inputs, by name.
         tokens: S before the first pruning point and after each.
         capacity: C per segment of layers, entry i after i pruning points.
     """
@@ -114,6 +115,7 @@ class Sizes:
     rows: Span
     tokens: tuple[Span, ...]
     capacity: tuple[Span, ...]
+    tower: Mapping[str, Span]
 
     @classmethod
     def of(
@@ -155,7 +157,7 @@ class Sizes:
         tiles = largest.tiles
         images = limits.max_batch * limits.max_images
         usual_tiles = min(tiles, math.ceil(usual / largest.tile_rows))
-        together = max(tiles, min(TILES_AT_ONCE, images * tiles))
+        together = max(tiles, min(largest.at_once, images * tiles))
         return cls(
             batch=Span.of(1, limits.typical_batch, limits.max_batch),
             tiles=Span.of(1, usual_tiles, together),
@@ -166,6 +168,7 @@ class Sizes:
             ),
             tokens=tuple(tokens),
             capacity=tuple(capacity),
+            tower={name: Span(*sizes) for name, sizes in largest.axes.items()},
         )
 
 
@@ -266,13 +269,14 @@ def buffer_bytes(
     hidden, rows = text.hidden_size * item, limits.max_batch
     cache = cache_bytes(config, schedule, limits, budgets, buffers=buffers, item=item)
     pixels = largest.tile_values * item
+    deep = config.deepstack * sizes.rows.max * hidden  # kept for the segments behind
     stages = [
-        sizes.tiles.max * (pixels + largest.tile_rows * hidden),
-        sizes.rows.max * hidden + rows * sizes.tokens[0].max * hidden,
+        sizes.tiles.max * (pixels + (1 + config.deepstack) * largest.tile_rows * hidden),
+        sizes.rows.max * hidden + rows * sizes.tokens[0].max * hidden + deep,
     ]
     for span, (start, stop) in zip(sizes.tokens, schedule.segments(text.num_layers), strict=True):
         new = text.kv_bytes([span.max] * (stop - start), item)
-        stages.append(rows * (new + 2 * span.max * hidden))
+        stages.append(rows * (new + 2 * span.max * hidden) + deep)
     return int(SLACK * (cache + max(stages)))
 
 
@@ -344,6 +348,7 @@ def _spans(
 ) -> dict[str, Span]:
     """Ranges of a stage's dynamic axes, by their names."""
     spans = {"B": sizes.batch, "T": sizes.tiles, "R": sizes.rows, "S": sizes.tokens[0]}
+    spans |= sizes.tower
     if stage.kind == "prefill":
         spans |= {"S": sizes.tokens[stage.index or 0], "C": Span(0, 0, 0)}
     elif stage.kind == "select":
