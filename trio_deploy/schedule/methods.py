@@ -87,6 +87,7 @@ METHODS: dict[str, Method] = {
     "fastv": Method("trio_deploy.selection.fastv", needs=("queries", "keys")),
     "dart": Method("trio_deploy.selection.dart", needs=("keys", "final_norm"), sequential=True),
     "divprune": Method("trio_deploy.selection.divprune", question_blind=True, sequential=True),
+    "cdpruner": Method("trio_deploy.selection.cdpruner", sequential=True),
     "random": Method("trio_deploy.selection.random", needs=("seed",), question_blind=True),
     "cls-attention": Method(
         "trio_deploy.selection.cls_attention", needs=("prior",), question_blind=True

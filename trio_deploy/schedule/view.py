@@ -52,6 +52,7 @@ class Selected:
         hidden: [S,d], the graph's input.
         visual: bool [S].
         threshold: cosine similarity from which a kept token suppresses another.
+        length: valid tokens, of which padding follows.
         encoder: the encoder's scores [S] that the graph was given, by name.
     """
 
@@ -60,6 +61,7 @@ class Selected:
     hidden: NDArray[np.floating]
     visual: NDArray[np.bool_]
     threshold: float
+    length: int
     encoder: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
 
     @property

@@ -310,7 +310,8 @@ def _compare_row(
     alike = _indistinguishable_tokens(inputs, b)
     mine, meant = Counter(alike[own].tolist()), Counter(alike[theirs].tolist())
     encoder = {name: inputs[name][b] for name in ENCODER_SCORES if name in inputs}
-    selected = Selected(own, scores, inputs["hidden_states"][b], visual, threshold, encoder)
+    length = int(inputs["lengths"][b])
+    selected = Selected(own, scores, inputs["hidden_states"][b], visual, threshold, length, encoder)
     follows = load(method).rule(selected)
     row = _SelectedRow(problems, len(theirs), (mine & meant).total(), int(visual.sum()))
     if mine == meant or not METHODS[method].sequential:
