@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.support.checkpoints import preprocessor_of
+from tests.support.damage import damaged_value
 from tests.support.pictures import make_picture
 from tests.support.qwen_checkpoints import LAYOUTS, flat, make_qwen, preprocessing
 from tests.support.qwen_models import ARCHITECTURES, FAMILIES, config_json, model_config
@@ -166,6 +169,34 @@ def test_numbers_at_the_top_of_a_flat_file_are_bounded_under_their_own_names():
 
 def _rope_of_5(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "vision_config": {"in_channels": 3, **raw["vision_config"]}}
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_a_damaged_config_works_or_is_refused_in_one_line(data):
+    raw = config_json(data.draw(st.sampled_from(FAMILIES)))
+    raw["vision_config"].setdefault("in_channels", 3)
+    damaged = data.draw(damaged_value(flat(raw) if data.draw(st.booleans()) else raw))
+    try:
+        request_limits(parse_config(damaged))
+    except TrioError as error:
+        assert "\n" not in str(error) and len(str(error)) < 500
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_damaged_image_settings_work_or_are_refused_in_one_line(data):
+    family = data.draw(st.sampled_from(FAMILIES))
+    more = {"min_pixels": 3000, "max_pixels": 9000, "do_resize": True, "resample": 3}
+    more |= {"rescale_factor": 0.1, "image_mean": [1, 1, 1]}
+    damaged = data.draw(damaged_value(preprocessing(family) | more))
+    try:
+        preprocessor = Preprocessor(damaged, parse_config(config_json(family)))
+        assert request_limits(preprocessor.config).visual_tokens > 0
+        if preprocessor.config.pixels[1] < 10**6:
+            preprocessor(make_picture(40, 30))
+    except TrioError as error:
+        assert "\n" not in str(error) and len(str(error)) < 500
 
 
 # ------------------------------------------------------------------------- pictures
