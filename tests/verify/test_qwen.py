@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from tests.support.engines import KINDS, export_for, make_target
 from tests.support.qwen_checkpoints import make_qwen
 from tests.support.qwen_models import FAMILIES
 from trio_deploy import check, export_model
+from trio_deploy.runtimes.base import Engine
+from trio_deploy.runtimes.onnxruntime import OrtRuntime
+from trio_deploy.runtimes.registry import load_target
+from trio_deploy.runtimes.tensorrt.profiles import profiles
 from trio_deploy.verify.check import record
+from trio_deploy.verify.compare import TOLERANCES
+from trio_deploy.verify.engines import compare_engines
 from trio_deploy.verify.examples import Example, default_examples, picture
 from trio_deploy.verify.report import format_report
 
@@ -45,3 +54,46 @@ def test_a_bundle_with_bounds_of_its_own_that_prunes_at_the_encoder_passes(tmp_p
     record(bundle, checkpoint=checkpoint, examples=EXAMPLES, threads=1)
     again = check(tmp_path / "bundle", golden=True, threads=1)
     assert again.passed, format_report(again)
+
+
+class Without:
+    """A graph that is given other values of one input."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine, self._name = engine, name
+
+    def run(self, feeds: dict[str, np.ndarray], *_rest: Any, **_more: Any) -> dict[str, np.ndarray]:
+        changed = dict(feeds)
+        if self._name in feeds:
+            changed[self._name] = np.full_like(feeds[self._name], -1)
+        return dict(self._engine.run(changed))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+@pytest.mark.parametrize("name", ["nothing", "feature_index", "position_ids"])
+def test_what_engines_are_compared_on_reaches_features_and_positions(
+    name: str, tmp_path: Path
+) -> None:
+    make_qwen(tmp_path / "checkpoint", "qwen3_vl")
+    target = make_target(tmp_path, *KINDS[1])
+    bundle = export_for(tmp_path / "checkpoint", tmp_path, target, "1:0.5,3:0.25")
+    runtime = OrtRuntime(threads=1)
+    rows = compare_engines(
+        profiles(bundle, load_target(target)),
+        lambda stage: runtime.open(bundle.graph(stage)),
+        lambda stage: Without(runtime.open(bundle.graph(stage)), name),
+        TOLERANCES["float32"],
+        threshold=0.8,
+        stages=bundle.stages,
+    )
+    failed = {row.stage.partition(" ")[0] for row in rows if not row.passed}
+    assert (
+        failed
+        == {
+            "nothing": set(),
+            "feature_index": {"prefill_0", "select_1", "prefill_1"},
+            "position_ids": {"select_1", "select_2", "prefill_0", "prefill_1", "prefill_2"},
+        }[name]
+    )

@@ -84,6 +84,10 @@ def cases(
         elif roles[name] == "source" and len(feeds[stage.input_name("features")]):
             rows = len(feeds[stage.input_name("features")]) + 1  # the last is the newline
             array[:, 1::2] = array.shape[1] + np.arange(array.shape[1] // 2) % rows
+        elif roles[name] == "feature_index":  # every third token has no features
+            deep = next(f for n, f in feeds.items() if roles[n] == "deepstack")
+            own = np.arange(array.size).reshape(array.shape)
+            array[:] = np.where(own % 3, own % len(deep), -1) if len(deep) else -1
         elif roles[name] == counted:  # every second row is shorter
             array[1::2] = np.maximum(array[1::2] * 3 // 4, np.minimum(array[1::2], 1))
     yield "", feeds
@@ -113,7 +117,13 @@ def _selections(
             strict=True,
         )
         made["hidden_states"] = np.stack(hidden).astype(feeds["hidden_states"].dtype)
-        made["position_ids"] = np.stack(places).astype(feeds["position_ids"].dtype)
+        positions = np.stack(places)
+        if feeds["position_ids"].ndim == 3:  # time, row and column
+            positions = np.stack([positions, positions // 7, positions % 7], axis=1)
+        made["position_ids"] = positions.astype(feeds["position_ids"].dtype)
+        if "feature_index" in feeds:
+            own = np.arange(batch * tokens).reshape(batch, tokens)
+            made["feature_index"] = np.where(made["visual_mask"], own, -1)
         if "seed" in feeds:
             made["seed"] = random.integers(0, SEEDS, batch).astype(feeds["seed"].dtype)
         patches = made["visual_mask"] & (random.random((batch, tokens)) > 0.05)  # and newlines

@@ -75,7 +75,7 @@ def example_feeds(
     def sizes(role: Role, axis: int) -> list[int]:
         return [shapes[tensor.name][axis] for tensor in stage.inputs_of(role)]
 
-    tokens = next(iter(sizes("positions", 1)), 1)
+    tokens = next(iter(sizes("positions", -1)), 1)
     capacity = min(sizes("cache", 2), default=0)
     width = tokens
     for tensor in stage.inputs_of("width"):
