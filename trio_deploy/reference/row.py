@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trio_deploy.families.base import Layout
+
 
 @dataclass(frozen=True)
 class Row:
@@ -27,3 +29,15 @@ class Row:
     image_sizes: Sequence[tuple[int, int]] = ()
     seed: int = 0
     grids: Sequence[tuple[int, int, int]] = ()
+
+    @classmethod
+    def of(cls, ids: NDArray[np.int64], pictures: Sequence[Layout]) -> Row:
+        """A prompt's ids and its pictures as the runtime prepared them."""
+        pixels = [picture.feeds["pixel_values"] for picture in pictures]
+        pixels = [p.reshape(-1, p.shape[-1]) if p.ndim == 3 else p for p in pixels]  # patches
+        return cls(
+            ids,
+            np.concatenate(pixels) if pixels else None,
+            [(int(p.size[0]), int(p.size[1])) for p in pictures],
+            grids=[grid for picture in pictures for grid in picture.grids],
+        )

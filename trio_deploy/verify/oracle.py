@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from trio_deploy.bundle.bundle import Bundle
@@ -22,6 +21,7 @@ from trio_deploy.families.base import Layout
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.prompt import Batch, Prompt, collate
 from trio_deploy.pipeline.request import Request
+from trio_deploy.reference.row import Row
 from trio_deploy.verify.compare import TOLERANCES, ParityRow, difference
 from trio_deploy.verify.examples import Example
 from trio_deploy.verify.golden import Reference
@@ -42,7 +42,7 @@ def ask_oracle(
     try:
         import torch
 
-        from trio_deploy.reference.oracle import Oracle, Row
+        from trio_deploy.reference.oracle import Oracle
         from trio_deploy.reference.restore import restore_model
     except ImportError as error:
         raise _needed(error.name) from error
@@ -57,16 +57,7 @@ def ask_oracle(
         oracle = Oracle(restore_model(bundle), family=bundle.config.family, **options)
     else:
         oracle = Oracle.from_checkpoint(checkpoint, **options)
-    rows = []
-    for prompt, pictures in _encoded(pipeline, examples):
-        rows.append(
-            Row(
-                prompt.ids,
-                _pixels(pictures),
-                [(int(p.size[0]), int(p.size[1])) for p in pictures],
-                grids=[grid for picture in pictures for grid in picture.grids],
-            )
-        )
+    rows = [Row.of(prompt.ids, pictures) for prompt, pictures in _encoded(pipeline, examples)]
     result = oracle.generate(rows, bundle.schedule, max_new_tokens=NEW_TOKENS)
     ends = set(manifest.generation.eos_token_ids)
     tokens = [_until_end(row, ends) for row in result.token_ids]
@@ -109,13 +100,6 @@ def compare_inputs(
     if checkpoint is not None:
         rows += _compare_processor(pipeline, reference.examples, encoded, checkpoint)
     return rows
-
-
-def _pixels(pictures: Sequence[Layout]) -> NDArray[np.floating] | None:
-    """The pictures of a prompt as transformers' processor gives them, tiles or rows of patches."""
-    pixels = [picture.feeds["pixel_values"] for picture in pictures]
-    pixels = [p.reshape(-1, p.shape[-1]) if p.ndim == 3 else p for p in pixels]
-    return np.concatenate(pixels) if pixels else None
 
 
 def _compare_places(
@@ -165,7 +149,7 @@ def _compare_processor(
             problem = "the prompt's tokens are not those of transformers' processor"
         if pictures:
             pixels = np.asarray(batch["pixel_values"])
-            mine = _pixels(pictures)
+            mine = Row.of(prompt.ids, pictures).pixel_values
             if pixels.ndim == 5:  # images with fewer tiles are padded to the largest
                 pixels = np.concatenate(
                     [

@@ -16,6 +16,7 @@ from trio_deploy.bench.contenders.torch_model import (
 )
 from trio_deploy.bench.workload import Inputs, Workload
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.reference.row import Row
 
 
 def open_transformers(
@@ -37,19 +38,25 @@ def open_transformers(
     inputs = Inputs(bundle)
     marks: dict[str, float] = {}
     now = clock(model.device)
-    model.model.vision_tower.register_forward_pre_hook(lambda *_: marks.update(start=now()))
-    model.model.multi_modal_projector.register_forward_hook(lambda *_: marks.update(stop=now()))
+    if hasattr(model.model, "visual"):  # a tower of patches, its connector included
+        first_part = last_part = model.model.visual
+    else:
+        first_part, last_part = model.model.vision_tower, model.model.multi_modal_projector
+    first_part.register_forward_pre_hook(lambda *_: marks.update(start=now()))
+    last_part.register_forward_hook(lambda *_: marks.update(stop=now()))
     text = inputs.config.text
 
     @torch.inference_mode()
     def answer(seed: int) -> Run:
         stages: dict[str, float] = {}
         start = time.perf_counter()
-        prompt, pixels, sizes = encode(inputs, work, seed, stages)
+        prompt, row = encode(inputs, work, seed, stages)
         feeds: dict[str, Any] = {"input_ids": torch.as_tensor(prompt.ids)[None]}
-        feeds["pixel_values"] = torch.as_tensor(pixels, dtype=model.dtype)
+        feeds["pixel_values"] = torch.as_tensor(row.pixel_values, dtype=model.dtype)
         if hasattr(model.model, "pack_image_features"):  # a model of tiled pictures
-            feeds = _tiled(feeds, sizes)
+            feeds = _tiled(feeds, row)
+        elif row.grids:
+            feeds |= _patched(feeds, row, model.config)
         feeds = {name: tensor.to(model.device) for name, tensor in feeds.items()}
         with timed(stages, "prefill", now):
             out = model(**feeds, use_cache=True, logits_to_keep=1)
@@ -76,11 +83,23 @@ def open_transformers(
     return answer
 
 
-def _tiled(feeds: dict[str, Any], sizes: list[tuple[int, int]]) -> dict[str, Any]:
+def _patched(feeds: dict[str, Any], row: Row, config: Any) -> dict[str, Any]:
+    """The grids of pictures of any size, and which tokens are theirs."""
+    import torch
+
+    merge = config.vision_config.spatial_merge_size
+    return {
+        "image_grid_thw": torch.tensor([[t, h * merge, w * merge] for t, h, w in row.grids]),
+        "mm_token_type_ids": (feeds["input_ids"] == config.image_token_id).int(),
+    }
+
+
+def _tiled(feeds: dict[str, Any], row: Row) -> dict[str, Any]:
     """Pictures in LLaVA-NeXT's form: tiles per picture, padded to the largest count, and sizes."""
     import torch
 
-    count, pixels = len(sizes), feeds["pixel_values"]
+    sizes, pixels = row.image_sizes, feeds["pixel_values"]
+    count = len(sizes)
     tiles = len(pixels) // count  # pictures of one workload have one size
     shaped = pixels.reshape(count, tiles, *pixels.shape[1:])
     return feeds | {"pixel_values": shaped, "image_sizes": torch.tensor([list(s) for s in sizes])}

@@ -55,7 +55,6 @@ def answer_with(
     oracle: Any, inputs: Inputs, work: Workload, schedule: Schedule
 ) -> Callable[[int], Run]:
     """The oracle's own generation, timed, without the tensors of its stages."""
-    from trio_deploy.reference.oracle import Row
     from trio_deploy.reference.trace import Trace
 
     text, now = inputs.config.text, clock(oracle.model.device)
@@ -76,11 +75,9 @@ def answer_with(
     def answer(seed: int) -> Run:
         stages_of_run.clear()
         start = time.perf_counter()
-        prompt, pixels, sizes = encode(inputs, work, seed, stages_of_run)
+        prompt, given = encode(inputs, work, seed, stages_of_run)
         trace = Timed(recording=False)
-        row = oracle.generate_row(
-            Row(prompt.ids, pixels, sizes), schedule, work.new_tokens, (), trace
-        )
+        row = oracle.generate_row(given, schedule, work.new_tokens, (), trace)
         until_first = trace.until - start
         later = now() - start - until_first
         lengths = [prompt.length, *(len(kept) for kept in row.kept)]

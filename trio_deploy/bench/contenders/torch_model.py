@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from trio_deploy.bench.case import Case, timed
 from trio_deploy.bench.workload import Inputs, Workload
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.prompt import Prompt
 from trio_deploy.pipeline.ran_as import RanAs
+from trio_deploy.reference.row import Row
 
 
 def has_torch() -> bool:
@@ -48,13 +47,13 @@ def load_model(case: Case, bundle: Bundle, device: str, dtype: str) -> Any:
 
 def encode(
     inputs: Inputs, work: Workload, seed: int, stages: dict[str, float]
-) -> tuple[Prompt, np.ndarray, list[tuple[int, int]]]:
-    """Prompt, pixel values [T,3,h,w] and (height, width) of each picture of a run."""
+) -> tuple[Prompt, Row]:
+    """The prompt of a run, and the same with its pictures as transformers' models take them."""
     pictures = work.pictures(seed)
     with timed(stages, "preprocess"):
         prompt, processed = inputs.encode(work.messages(), pictures)
-        pixels = np.concatenate([picture.feeds["pixel_values"] for picture in processed])
-    return prompt, pixels, [(int(p.size[0]), int(p.size[1])) for p in processed]
+        row = Row.of(prompt.ids, processed)
+    return prompt, row
 
 
 def clock(device: Any) -> Callable[[], float]:
