@@ -44,8 +44,9 @@ def test_help_lists_every_command(capsys):
 def test_export_hands_on_what_was_asked(calls, capsys):
     command = (
         "export --model llava-next-7b --budget 0.222 --dtype float16 --dialect onnx "
-        "--target t.yaml --out b --link-weights --graphs-only --force "
-        "--positions original --probe shifted --threshold 0.9 --method dart --chat-template none"
+        "--target t.yaml --out b --link-weights --graphs-only --force --weights inputs "
+        "--max-pixels 4096 --positions original --probe shifted --threshold 0.9 --method dart "
+        "--chat-template none"
     )
     assert cli.main(command.split()) == 0
     args, options = calls["export_model"]
@@ -57,6 +58,8 @@ def test_export_hands_on_what_was_asked(calls, capsys):
         "schedule": None,
         "dtype": "float16",
         "dialect": "onnx",
+        "weights": "inputs",
+        "max_pixels": 4096,
         "target": "t.yaml",
         "link_weights": True,
         "graphs_only": True,
