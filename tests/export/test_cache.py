@@ -196,18 +196,41 @@ def test_a_model_that_this_machine_cannot_run_is_not_exported(exports, monkeypat
     assert exports == [("tiny", "cpu")]
 
 
-def test_graphs_that_the_runtime_does_not_read_are_not_exported(exports):
-    words = "OpenVINO does not read the ort dialect, which is exported for the target cpu: "
-    with pytest.raises(TrioError, match=words):
-        Pipeline.open("tiny", target="cpu", runtime="openvino")
+@pytest.mark.parametrize(
+    ("runtime", "target"),
+    [
+        ("openvino", "cpu"),
+        ("onnxruntime", "cpu-openvino"),
+        ("tensorrt", "rtx"),
+        ("tensorrt", "cpu"),
+    ],
+)
+def test_a_model_is_not_exported_for_a_target_of_another_runtime(exports, runtime, target):
+    with pytest.raises(TrioError, match=f"target {target} is of .*, not of {runtime}: name one"):
+        Pipeline.open("tiny", target=target, runtime=runtime)
     assert exports == []
+
+
+def test_what_is_checked_before_an_export_is_checked_once(exports, checkpoint, monkeypatch):
+    checked = []
+    real = cache._Use.check
+    monkeypatch.setattr(cache._Use, "check", lambda use: (checked.append(use.model), real(use)))
+    asked = []
+    for model in ("tiny", str(checkpoint)):
+        find_bundle(model, before_export=lambda: asked.append(1))
+    assert checked == ["tiny", str(checkpoint)] and len(asked) == 2
+    find_bundle("tiny", before_export=lambda: asked.append(1))
+    assert len(checked) == len(asked) == 2, "nothing is exported"
+    (checkpoint / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes() + b" ")
+    find_bundle(checkpoint)
+    assert len(checked) == len(exports) == 3, "known to be missing only once its files are read"
 
 
 def test_a_budget_that_a_model_cannot_have_is_known_before_it_is_exported(exports, checkpoint):
     with pytest.raises(TrioError, match="a budget of 0.001 cannot be reached"):
-        find_bundle(checkpoint, budget=0.001)
+        find_bundle(checkpoint, budgets=[None, 0.5, 0.001])
     assert exports == []
-    assert find_bundle(checkpoint, budget=0.5) and len(exports) == 1
+    assert find_bundle(checkpoint, budgets=[None, 0.5]) and len(exports) == 1
 
 
 def test_what_is_neither_bundle_nor_model_is_refused_without_asking_the_hub(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_figures_that_are_none_are_refused(bundle, tmp_path, content, words):
     if content is not None:
         file.write_text(content)
     with pytest.raises(TrioError, match=words):
-        read_bench(file, bundle)
+        read_bench(file, bundle.manifest.model.name)
 
 
 def test_figures_say_how_they_ran(bundle, measured):
@@ -94,7 +94,7 @@ def test_figures_of_another_model_are_refused(bundle, measured, evaluated, tmp_p
     raw["model"]["name"] = "another"
     (tmp_path / "bench.json").write_text(json.dumps(raw))
     with pytest.raises(TrioError, match="about another"):
-        read_bench(tmp_path / "bench.json", bundle)
+        read_bench(tmp_path / "bench.json", bundle.manifest.model.name)
     raw = json.loads(evaluated.read_text()) | {"model": "another"}
     (tmp_path / "results.json").write_text(json.dumps(raw))
     with pytest.raises(TrioError, match="about another"):
@@ -106,7 +106,7 @@ def test_a_sweep_is_not_what_a_page_shows(bundle, measured, tmp_path):
     del raw["cases"]
     (tmp_path / "sweep.json").write_text(json.dumps(raw | {"points": []}))
     with pytest.raises(TrioError, match="no measurements of trio bench"):
-        read_bench(tmp_path / "sweep.json", bundle)
+        read_bench(tmp_path / "sweep.json", bundle.manifest.model.name)
 
 
 def test_a_difference_that_is_not_finite_can_be_shown():
@@ -134,4 +134,4 @@ def test_damaged_figures_are_one_error(bundle, measured, tmp_path, keys, value):
     file = tmp_path / "bench.json"
     file.write_text(json.dumps(with_value(json.loads(measured.read_text()), keys, value)))
     with pytest.raises(TrioError, match=r"bench\.json holds no measurements of trio bench that"):
-        read_bench(file, bundle)
+        read_bench(file, bundle.manifest.model.name)

@@ -172,6 +172,13 @@ class Bundle:
         Raises:
             TrioError: the graphs cannot reach it.
         """
+        if not self.schedule.layers:
+            if budget == 1.0:
+                return self.schedule
+            raise TrioError(
+                "this bundle was exported without pruning points, so it has no other budget than "
+                "1.0: export it with --budget"
+            )
         return schedule_at_budget(budget, self.config.text.num_layers, self.schedule, self.budgets)
 
     @cached_property

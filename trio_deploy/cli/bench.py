@@ -157,7 +157,7 @@ def _subject(
                 "its own"
             )
         options.check()
-        return bundle_of(args, options.runtime, to_run=True), options
+        return bundle_of(args, options.runtime, to_run=True, budgets=options.budgets), options
     folder = args.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
     model = RandomModel(args.size, args.schedule, args.dtype, args.dialect)
     budget = next(filter(None, options.budgets), None)

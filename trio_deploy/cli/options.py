@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,14 @@ def bundle_of(
     options: RuntimeOptions | None = None,
     *,
     to_run: bool = False,
-    budget: float | None = None,
+    budgets: Sequence[float | None] = (),
+    before_export: Callable[[], object] | None = None,
 ) -> Bundle:
     """Load the bundle of `add_bundle`, exported first where a model was named.
 
     Args:
         options: how it will be run, which decides what a model is exported for.
-        to_run, budget: as of `find_bundle`.
+        to_run, budgets, before_export: as of `find_bundle`.
 
     Raises:
         TrioError: it is neither a bundle nor a model, or cannot be loaded, exported or run.
@@ -46,7 +47,11 @@ def bundle_of(
     from trio_deploy.bundle.bundle import Bundle
     from trio_deploy.export.cache import find_bundle
 
-    return Bundle.load(find_bundle(args.bundle, options, to_run=to_run, budget=budget))
+    return Bundle.load(
+        find_bundle(
+            args.bundle, options, to_run=to_run, budgets=budgets, before_export=before_export
+        )
+    )
 
 
 def add_model(command: argparse.ArgumentParser) -> None:

@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
     # A model may have to be exported before it is asked.
     request.check()
     check_pictures(images)
-    bundle = bundle_of(args, options, to_run=True, budget=request.budget)
+    bundle = bundle_of(args, options, to_run=True, budgets=[request.budget])
     stream = Pipeline.open(bundle, options).stream(request)
     for piece in stream:
         if not args.json:

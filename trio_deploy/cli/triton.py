@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
     )
     if not is_bundle(args.bundle):
         require_servable(options, args.out, args.force)
-    models = write_repository(bundle_of(args, options.runtime), args.out, options, force=args.force)
+    bundle = bundle_of(args, options.runtime, budgets=[options.budget])
+    models = write_repository(bundle, args.out, options, force=args.force)
     print(f"{args.out}: {', '.join(models)}")
     if warning := path_warning(args.out):
         print(f"trio: {warning}", file=sys.stderr)

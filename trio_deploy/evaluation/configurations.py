@@ -31,7 +31,6 @@ from trio_deploy.runtimes.registry import (
     default_target,
     load_target,
     require_runnable,
-    require_runtime_of,
 )
 from trio_deploy.schedule.budget import for_budget, solve
 from trio_deploy.schedule.methods import METHODS
@@ -372,7 +371,6 @@ class Bundles:
             self._target_name = options.target or default_target(options.runtime)
             # The contents of a target's file, not its path.
             target = load_target(self._target_name)
-            require_runtime_of(target.name, target.runtime, options.runtime)
             require_runnable(options, target if dtype is None else replace(target, dtype=dtype))
             content = json.dumps(asdict(target), default=str)
             asked = [content, dtype, options.runtime, options.provider]

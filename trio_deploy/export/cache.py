@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -68,7 +68,8 @@ def find_bundle(
     options: RuntimeOptions | None = None,
     *,
     to_run: bool = False,
-    budget: float | None = None,
+    budgets: Sequence[float | None] = (),
+    before_export: Callable[[], object] | None = None,
     progress: bool = True,
 ) -> Path:
     """Folder of a bundle, or of a model's bundle in the cache, which is exported if it is missing.
@@ -78,7 +79,10 @@ def find_bundle(
         options: how the bundle will be run; a model is exported for its target, else for the
             default target of its runtime.
         to_run: it will be run in this process: what this cannot run is not exported.
-        budget: what will be asked for: a model that cannot have it is not exported.
+        budgets: what will be asked for, None for the bundle's own: a model that cannot have one of
+            them is not exported.
+        before_export: called, before anything is downloaded if possible, where a model has to be
+            exported, which it can refuse by raising.
         progress: show a progress bar for weights, and notes on stderr.
 
     Raises:
@@ -98,12 +102,14 @@ def find_bundle(
             f"there is no folder {model}: pass the folder of a bundle or a checkpoint (if you mean "
             f"the hub id, `trio export --model {model}` gets it)"
         )
-    use = _Use(model, options or RuntimeOptions(), to_run, budget)
-    if (exists(folder) or _is_name(model)) and not _has_entry(model):
-        use.check()  # before anything is downloaded for it
+    use = _Use(model, options or RuntimeOptions(), to_run, budgets, before_export)
+    # Before anything is downloaded for it.
+    checked = (exists(folder) or _is_name(model)) and not _has_entry(model)
+    if checked:
+        use.check()
     source = resolve(model, weights_needed=True)
     assert source.folder is not None  # since weights are needed
-    return _Cached(use, source, progress).find()
+    return _Cached(use, source, progress, checked).find()
 
 
 def is_bundle(path: str | os.PathLike[str]) -> bool:
@@ -118,7 +124,8 @@ class _Use:
     model: str
     options: RuntimeOptions
     to_run: bool
-    budget: float | None
+    budgets: Sequence[float | None]
+    before_export: Callable[[], object] | None
 
     @cached_property
     def target(self) -> Target:
@@ -140,20 +147,23 @@ class _Use:
                     f"there are no engines of {self.model} for {name}: make them on this machine "
                     f"with `trio build {self.model} --target {name}`"
                 )
-        if self.budget is not None:
-            self._check_budget(self.budget)
+        if budgets := [budget for budget in self.budgets if budget is not None]:
+            self._check_budgets(budgets)
+        if self.before_export is not None:
+            self.before_export()
         if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
             raise TrioError(
                 f"{self.model} has to be exported first, which needs the package {missing[0]}: "
                 "pip install 'trio-deploy[export]', or pass the folder of a bundle"
             )
 
-    def _check_budget(self, budget: float) -> None:
+    def _check_budgets(self, budgets: Sequence[float]) -> None:
         found = resolve(self.model, weights_needed=False)
         layers = parse_config(found.raw_config).text.num_layers
         published = found.recipe.schedules if found.recipe else {}
         own = resolve_schedule(layers, published=published)
-        schedule_at_budget(budget, layers, own, budgets_for_layers(published, own))
+        for budget in budgets:
+            schedule_at_budget(budget, layers, own, budgets_for_layers(published, own))
 
 
 @dataclass(frozen=True)
@@ -230,11 +240,12 @@ _DIGITS = 12  # of the key in a bundle's name
 
 @dataclass(frozen=True)
 class _Cached:
-    """A model's bundle in the cache."""
+    """A model's bundle in the cache; `checked`: its use has been checked."""
 
     use: _Use
     source: Source
     progress: bool
+    checked: bool
 
     @property
     def name(self) -> str:
@@ -281,7 +292,8 @@ class _Cached:
         return folder
 
     def _export(self, folder: Path) -> None:
-        self.use.check()
+        if not self.checked:
+            self.use.check()
         from trio_deploy.export.job import export_model
 
         model, target = self.use.model, self.use.target

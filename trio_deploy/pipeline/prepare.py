@@ -252,13 +252,6 @@ class RequestPreparer:
             return schedule
         if budget is None:
             return schedule
-        if not schedule.layers:
-            if budget == 1.0:
-                return schedule
-            raise TrioError(
-                "this bundle was exported without pruning points, so it has no other budget than "
-                "1.0: export it with --budget"
-            )
         return self._bundle.schedule_at(budget)
 
 

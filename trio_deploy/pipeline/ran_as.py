@@ -110,15 +110,12 @@ def require_served(bundle: Bundle, options: RuntimeOptions, dtype: str | None = 
 def target_name(bundle: Bundle, options: RuntimeOptions) -> str | None:
     """Name of the target whose settings a bundle runs with.
 
-    None: the runtime alone was named, or one that is not the target's, whose settings then count
-    for nothing (`complete_options`).
+    None: the runtime alone was named, and is not the bundle's.
 
     Args:
         options: completed options.
     """
     target, manifest = options.target, bundle.manifest
-    if target is not None and options.runtime != _runtime_of(bundle, target):
-        return None
     if isinstance(target, Target):
         return target.name
     if target is not None:

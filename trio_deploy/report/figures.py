@@ -49,7 +49,7 @@ def cost(bundle: Bundle, file: Path, *, quick: bool) -> dict[str, Any]:
     Raises:
         TrioError: the file is none of `trio bench`, or of another model.
     """
-    result = read_bench(file, bundle)
+    result = read_bench(file, bundle.manifest.model.name)
     cases = result["cases"]
     best = next((case for case in cases[1:] if case["kind"] == "trio"), cases[0])
     table = [
@@ -76,14 +76,14 @@ def cost(bundle: Bundle, file: Path, *, quick: bool) -> dict[str, Any]:
     }
 
 
-def read_bench(file: Path, bundle: Bundle) -> dict[str, Any]:
-    """Read what `trio bench --out` wrote about this bundle's model.
+def read_bench(file: Path, model: str) -> dict[str, Any]:
+    """Read what `trio bench --out` wrote about a model.
 
     Raises:
         TrioError: it cannot be read, is something else, or of another model.
     """
     result = read_measured(file)
-    _same_model(file, result["model"]["name"], bundle)
+    _same_model(file, result["model"]["name"], model)
     return result
 
 
@@ -93,9 +93,19 @@ def accuracy(bundle: Bundle, file: Path, *, quick: bool) -> dict[str, Any]:
     Raises:
         TrioError: the file is none of `trio eval`, or of another model.
     """
-    results = Results.load(file)
-    _same_model(file, results.model, bundle)
+    results = read_evaluation(file, bundle.manifest.model.name)
     return {**summarise(results, bundle), "quick": quick}
+
+
+def read_evaluation(file: Path, model: str) -> Results:
+    """Read what `trio eval` wrote about a model.
+
+    Raises:
+        TrioError: it cannot be read, is something else, or of another model.
+    """
+    results = Results.load(file)
+    _same_model(file, results.model, model)
+    return results
 
 
 def summarise(results: Results, bundle: Bundle) -> dict[str, Any]:
@@ -173,9 +183,6 @@ def _without(bundle: Bundle) -> str:
     )
 
 
-def _same_model(file: Path, name: str, bundle: Bundle) -> None:
-    if name != bundle.manifest.model.name:
-        raise TrioError(
-            f"{file} is about {name}, not about {bundle.manifest.model.name}: pass the figures of "
-            "this bundle's model"
-        )
+def _same_model(file: Path, name: str, model: str) -> None:
+    if name != model:
+        raise TrioError(f"{file} is about {name}, not about {model}: pass the figures of {model}")

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.checkpoint.resolve import name_of
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
+from trio_deploy.families.pixels import header_size, open_image
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.report import figures, quick
 from trio_deploy.report.examples import Asked, answers, default_questions
@@ -51,6 +53,12 @@ def gather(bundle: Bundle, options: ReportOptions, *, progress: bool = True) -> 
     Raises:
         TrioError: one of the files does not load, or a picture cannot be read.
     """
+    # First, since the rest takes minutes; they need no weights here.
+    read: dict[str, Any] = {}
+    if options.bench:
+        read["cost"] = figures.cost(bundle, options.bench, quick=False)
+    if options.evaluation:
+        read["accuracy"] = figures.accuracy(bundle, options.evaluation, quick=False)
     parts = {
         "bundle": exported(bundle),
         "schedule": schedule(bundle),
@@ -61,12 +69,26 @@ def gather(bundle: Bundle, options: ReportOptions, *, progress: bool = True) -> 
         parts |= {part: {"skipped": reason} for part in ("answers", "cost", "accuracy", "parity")}
     else:
         parts |= _measured(bundle, options, progress)
-    # Figures that were measured before need no weights here.
+    return parts | read
+
+
+def require_readable(options: ReportOptions, model: str) -> None:
+    """Check, before a model is exported for a page, that files and pictures can be read.
+
+    Args:
+        model: what the user named.
+
+    Raises:
+        TrioError: one of them cannot be read, or is of another model.
+    """
+    for image in (image for asked in options.asked for image in asked.images):
+        if isinstance(image, Path) and header_size(image) is None:
+            open_image(image)
+    name = name_of(model)
     if options.bench:
-        parts["cost"] = figures.cost(bundle, options.bench, quick=False)
+        figures.read_bench(options.bench, name)
     if options.evaluation:
-        parts["accuracy"] = figures.accuracy(bundle, options.evaluation, quick=False)
-    return parts
+        figures.read_evaluation(options.evaluation, name)
 
 
 def _measured(bundle: Bundle, options: ReportOptions, progress: bool) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.export.cache import find_bundle
 from trio_deploy.files import is_folder, write_atomically
-from trio_deploy.report.gather import ReportOptions, gather
+from trio_deploy.report.gather import ReportOptions, gather, require_readable
 from trio_deploy.report.page import render
 
 
@@ -34,7 +35,15 @@ def write_report(
     if isinstance(bundle, Bundle):
         loaded = bundle
     else:
-        loaded = Bundle.load(find_bundle(bundle, options.runtime, to_run=True, progress=progress))
+        loaded = Bundle.load(
+            find_bundle(
+                bundle,
+                options.runtime,
+                to_run=True,
+                before_export=partial(require_readable, options, str(bundle)),
+                progress=progress,
+            )
+        )
     if out.resolve().is_relative_to(loaded.path.resolve()):
         raise TrioError(f"--out {out} lies in the bundle, whose files it could replace")
     page = render(gather(loaded, options, progress=progress))

@@ -139,20 +139,23 @@ def complete_options(bundle: Bundle, options: RuntimeOptions) -> RuntimeOptions:
     """Fill in what a caller left open: runtime, provider and precision of the target or bundle.
 
     Raises:
-        TrioError: there is no such target.
+        TrioError: there is no such target, or it is of another runtime than the one named.
     """
     target = options.target
-    if isinstance(target, str) and options.runtime in (None, *_with_engines()):
+    if isinstance(target, str):
         from trio_deploy.bundle.manifest import ENGINES
         from trio_deploy.runtimes.tensorrt.record import runtime_of
 
         folder = bundle.path / ENGINES / target
         if is_folder(folder):
-            return replace(options, runtime=options.runtime or runtime_of(folder))
+            runtime = runtime_of(folder)
+            require_runtime_of(target, runtime, options.runtime)
+            return replace(options, runtime=runtime)
     # The manifest's values, since the target file of another machine may not be here.
     chosen: Manifest | Target = bundle.manifest
     if target is not None:
         chosen = target if isinstance(target, Target) else load_target(target)
+        require_runtime_of(chosen.name, chosen.runtime, options.runtime)
     return _with_defaults(options, chosen)
 
 
@@ -191,15 +194,11 @@ def require_runnable(options: RuntimeOptions, target: Target) -> None:
     Whether there are engines, for a runtime that needs them, is not checked.
 
     Raises:
-        TrioError: as `open_runtime`, or the runtime does not read the target's graphs.
+        TrioError: as `open_runtime`, or the target is of another runtime than the one named.
     """
+    require_runtime_of(target.name, target.runtime, options.runtime)
     options = _with_defaults(options, target)
     spec = _able(options, target.dtype)
-    if target.dialect not in spec.dialects:
-        raise TrioError(
-            f"{spec.title} does not read the {target.dialect} dialect, which is exported for the "
-            f"target {target.name}: leave --target out, or name one of {spec.title}'s"
-        )
     if not spec.needs_engines:
         spec.open(options, None)
 
@@ -242,10 +241,6 @@ def open_engine(path: str | os.PathLike[str], runtime: str | None = None, **opti
 
 def _specs() -> Iterator[RuntimeSpec]:
     return map(runtime_spec, RUNTIMES)
-
-
-def _with_engines() -> Iterator[str]:
-    return (spec.name for spec in _specs() if spec.needs_engines)
 
 
 def _any_of(names: Any) -> str:

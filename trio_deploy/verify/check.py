@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.checkpoint.resolve import from_folder
 from trio_deploy.config.options import RuntimeOptions
+from trio_deploy.errors import TrioError
+from trio_deploy.export.cache import find_bundle
 from trio_deploy.families.registry import request_limits
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.request import Request
@@ -69,7 +72,11 @@ def check(
         from_folder(Path(checkpoint))
     if not golden:
         require_oracle()  # a model may have to be exported first
-    pipeline = Pipeline.open(bundle, options, **keywords)
+    options = replace(options or RuntimeOptions(), **keywords)
+    if golden and not isinstance(bundle, Bundle):
+        refuse = partial(_refuse_fresh, bundle)
+        bundle = find_bundle(bundle, options, to_run=True, before_export=refuse)
+    pipeline = Pipeline.open(bundle, options)
     loaded = pipeline.bundle
     # Before transformers takes a wrong path for a name on the hub.
     rows = [] if checkpoint is None else compare_origin(loaded, Path(checkpoint))
@@ -134,6 +141,14 @@ def record(
     pipeline = Pipeline.open(bundle, options, **keywords)
     loaded = pipeline.bundle
     return store(loaded, ask_oracle(loaded, pipeline, examples or default_examples(), checkpoint))
+
+
+def _refuse_fresh(model: str | Path) -> None:
+    """Raise TrioError instead of exporting a bundle in which nothing can have been recorded."""
+    raise TrioError(
+        f"there is no recorded reference of {model}, which would have to be exported first: run "
+        f"`trio check {model} --record` with the same options on a machine with torch"
+    )
 
 
 def _run(pipeline: Pipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.bundles import Bundles
-from trio_deploy import Bundle, RuntimeOptions, TrioError, export_model
+from trio_deploy import Bundle, RuntimeOptions, Schedule, TrioError, export_model
 from trio_deploy.cli.main import main
 from trio_deploy.config.target import Limits
 from trio_deploy.runtimes.tensorrt.profiles import Bounds, Profile
@@ -132,6 +132,10 @@ def test_nothing_is_left_behind_when_writing_fails(bundle, tmp_path, monkeypatch
             "no option of OpenVINO",
         ),
         (Options(settings={"precision": "bfloat16"}), "the bundle's own dtype"),
+        (
+            Options(runtime=RuntimeOptions(runtime="openvino", target="cpu")),
+            "the target cpu is of onnxruntime, not of openvino",
+        ),
         (Options(name="é"), "ASCII letters"),
         (Options(name="-_"), "ASCII letters"),
     ],
@@ -142,6 +146,17 @@ def test_what_cannot_be_served_is_refused_before_anything_is_written(
     with pytest.raises(TrioError, match=message):
         write_repository(bundle, tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_that_the_bundle_cannot_have_is_refused_before_anything_is_written(
+    llava_checkpoint, tmp_path
+):
+    for schedule, words in (("1:8", "cannot be reached"), (Schedule(), "no other budget than 1.0")):
+        made = export_model(llava_checkpoint, tmp_path / "b", schedule=schedule, link_weights=True,
+                            force=True, progress=False)  # fmt: skip
+        with pytest.raises(TrioError, match=words):
+            write_repository(made, tmp_path / "out", Options(settings={"budget": "0.01"}))
+        assert not (tmp_path / "out").exists()
 
 
 def test_settings_come_from_a_file_and_from_the_command_line_which_wins(tmp_path):

@@ -34,9 +34,15 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
 from trio_deploy.files import read_yaml, safe_path, user_path
-from trio_deploy.runtimes.registry import default_target, load_target, runtime_spec
+from trio_deploy.runtimes.registry import (
+    default_target,
+    load_target,
+    require_runtime_of,
+    runtime_spec,
+)
 from trio_deploy.runtimes.tensorrt.record import RECORD as ENGINES_RECORD
 from trio_deploy.runtimes.tensorrt.record import Record
+from trio_deploy.schedule.budget import read_budget
 from trio_deploy.serve.triton_server.config_files import (
     EngineTraits,
     complete_config,
@@ -86,6 +92,16 @@ class Options:
     settings: Mapping[str, str] = field(default_factory=dict)
     link: bool = False
 
+    @property
+    def budget(self) -> float | None:
+        """Budget of requests that name none; None: the bundle's own.
+
+        Raises:
+            TrioError: the setting is no budget.
+        """
+        text = self.settings.get("budget")
+        return read_budget(text) if text else None
+
 
 def write_repository(
     bundle: Bundle, out: Path, options: Options | None = None, force: bool = False
@@ -96,13 +112,15 @@ def write_repository(
         Names of its models.
 
     Raises:
-        TrioError: `out` exists already, an option or setting is wrong, or the bundle lacks the
-            weights or engines that the runtime needs.
+        TrioError: `out` exists already, an option or setting is wrong, the bundle lacks the
+            weights or engines that the runtime needs, or it cannot have the budget.
     """
     options = options or Options()
     bundle.require_weights()
     asked = options.runtime
     target = asked.target if isinstance(asked.target, Target | None) else load_target(asked.target)
+    if target is not None:
+        require_runtime_of(target.name, target.runtime, asked.runtime)
     runtime = asked.runtime or (target.runtime if target else bundle.manifest.runtime)
     _check_options(options, runtime)
     if options.stages and any(stage.weight_inputs for stage in bundle.manifest.stages):
@@ -111,6 +129,8 @@ def write_repository(
             "have to bring their weights: leave out --stages, or export with --weights constants"
         )
     settings = check_settings(_parameters(options, runtime, target))
+    if options.budget is not None:
+        bundle.schedule_at(options.budget)  # its error says why there is none
     files = list(_files(bundle, runtime, target))
     writer = RepositoryWriter(out, force, sum(path.stat().st_size for _, path in files))
     with writer:
@@ -133,7 +153,8 @@ def require_servable(options: Options, out: Path, force: bool = False) -> None:
     """
     asked = options.runtime
     target = load_target(asked.target or default_target(asked.runtime))
-    runtime = asked.runtime or target.runtime
+    require_runtime_of(target.name, target.runtime, asked.runtime)
+    runtime = target.runtime
     _check_options(options, runtime)
     check_settings(_parameters(options, runtime, target if asked.target else None))
     RepositoryWriter(Path(os.path.abspath(out)), force).refuse_existing()  # noqa: PTH100
