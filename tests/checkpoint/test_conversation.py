@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.chat_templates import KNOWN, TOKENS
 from trio_deploy.checkpoint.chat_template import ChatTemplate
-from trio_deploy.checkpoint.conversation import Renderer
+from trio_deploy.checkpoint.conversation import Renderer, check_template
+from trio_deploy.errors import TrioError
 
 IMAGE = {"type": "image"}
 ITEMS = (
@@ -84,6 +86,68 @@ def test_a_template_that_changes_texts_leaves_nothing_out(change: str, said: str
     messages = [system("be brief"), user(said), {"role": "assistant", "content": said}, user(said)]
     assert renderer.left_out(messages) == ()
     assert renderer.render(messages) == template.render(messages), "it was given another form"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "m['content']",
+        "m['content'] | upper",
+        "m['content'] | title",
+        "m['content'] | e",
+        "m['content'] | tojson",
+        "m['content'] | string | replace(\"'\", '`')",
+        "m['content'] | string | replace(' ', '') | lower",
+    ],
+)
+def test_pythons_notation_of_items_does_not_reach_the_model(change: str) -> None:
+    """However the template changes it."""
+    template = ChatTemplate("{% for m in messages %}{{ " + change + " }}{% endfor %}", {})
+    renderer = Renderer(template, "<image>")
+    for said, content in (("what ?", [text("what ?")]), ("<image>\na", [IMAGE, text("a")])):
+        messages = [system([text("be brief")]), user(*content)]
+        assert renderer.left_out(messages) == ()
+        assert renderer.render(messages) == template.render([system("be brief"), user(said)])
+
+
+def test_items_that_a_template_compares_whole_are_as_given() -> None:
+    source = "{% for m in messages %}{% if {'type': 'image'} in m.content %}<image>{% endif %}"
+    source += "{{ m.content | selectattr('text', 'defined') | map(attribute='text') | join }}"
+    renderer = Renderer(ChatTemplate(source + "{% endfor %}", {}), "<image>")
+    assert renderer.render([user(IMAGE, text("a"), text("b"))]) == "<image>ab"
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_templates_that_models_come_with_take_questions_with_and_without_pictures(
+    name: str,
+) -> None:
+    known = KNOWN[name]
+    template = ChatTemplate(known.source, TOKENS)
+    assert check_template(template, known.image_token) is None
+    renderer = Renderer(template, known.image_token)
+    question = user(IMAGE, text("What is this?"))
+    assert renderer.render([question]) == known.asked
+    assert renderer.render([user("What is this?")]).count("What is this?") == 1
+    for content in ("Be brief.", [text("Be brief.")]):
+        if known.told is None:
+            with pytest.raises(TrioError, match="the chat template refused the messages"):
+                renderer.render([system(content), question])
+        else:
+            assert renderer.render([system(content), question]) == known.told
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{% if m.content is not string and m.content[0].type == 'image' %}"
+        "<image>{{ m.content[1].text }}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if 'image' in m.content | string %}<image>"
+        "{{ m.content[1].text }}{% endif %}{% endfor %}",
+    ],
+)
+def test_a_template_for_pictures_alone_is_no_error(source: str) -> None:
+    note = check_template(ChatTemplate(source, {}), "<image>")
+    assert note is not None and note.startswith("a question without a picture would not reach the")
 
 
 def test_what_a_template_leaves_out_in_every_form_is_told() -> None:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import GenerationConfig
 
+from tests.support.chat_templates import KNOWN
 from tests.support.checkpoints import EOS
 from trio_deploy import TrioError
-from trio_deploy.checkpoint.processor_files import Assets, checkpoint_assets, read_chosen_template
-from trio_deploy.checkpoint.resolve import from_folder
+from trio_deploy.checkpoint.processor_files import (
+    Assets,
+    checkpoint_assets,
+    planned_assets,
+    read_chosen_template,
+)
+from trio_deploy.checkpoint.resolve import Source, from_folder, load_recipe
 from trio_deploy.families.registry import parse_config
 
 RECIPE = "of the recipe {{ messages }}"
@@ -93,23 +100,35 @@ def test_a_chat_template_with_nothing_in_it_is_refused_at_export(folder, text):
 
 
 @pytest.mark.parametrize(
-    ("template", "what"),
+    "template",
     [
-        ("USER: <image> ASSISTANT:", "a question,"),
-        ("{{ messages[0].text }}", "a question,"),
-        ("{% for m in messages %}{{ m.role }}: {{ m.contents }}{% endfor %}", "a question,"),
-        (
-            "{% if 'image' in messages | string %}<image>{% else %}{{ messages }}{% endif %}",
-            "a question about a picture,",
-        ),
+        "USER: <image> ASSISTANT:",
+        "{{ messages[0].text }}",
+        "{% for m in messages %}{{ m.role }}: {{ m.contents }}{% endfor %}",
+        "{% if 'image' in messages | string %}<image>{% else %}{{ messages }}{% endif %}",
     ],
 )
-def test_a_chat_template_that_leaves_out_questions_is_refused_at_export(folder, template, what):
-    with pytest.raises(TrioError, match=f"leaves out the text of {what} .*--chat-template FILE"):
+def test_a_chat_template_that_leaves_out_questions_is_refused_at_export(folder, template):
+    what = "leaves out the text of a question about a picture,"
+    with pytest.raises(TrioError, match=f"{what} .*--chat-template FILE"):
         _template(folder, template)
     (folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(TrioError, match=f"leaves out the text of {what} .*--chat-template none"):
+    with pytest.raises(TrioError, match=f"{what} .*--chat-template none"):
         _template(folder, None)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_recipes_template_is_checked_before_there_is_a_tokenizer(name):
+    """Templates write tokens that only the tokenizer's files name."""
+    recipe = load_recipe("llava-1.5-7b")
+    raw = recipe.architecture
+    recipe = replace(recipe, chat_template=KNOWN[name].source)
+    assets = planned_assets(Source("x", "x", None, raw, None, recipe), parse_config(raw))
+    assert assets.notes == ()
+    assert assets.files["chat_template.jinja"] == KNOWN[name].source.encode()
+    recipe = replace(recipe, chat_template="{{ bos_token + pad_token + unk_token + image_token }}")
+    with pytest.raises(TrioError, match="leaves out the text of a question about a picture"):
+        planned_assets(Source("x", "x", None, raw, None, recipe), parse_config(raw))
 
 
 def test_a_chat_template_that_refuses_questions_is_named_at_export(folder):

@@ -17,6 +17,7 @@ from trio_deploy.files import require_unicode
 
 NO_TEXT = "the prompt has no text: write something to ask"
 
+_KEY = "zqkeyxk"  # of items, where their notation is looked for
 _MAX_SHAPES = 256  # of conversations whose form is remembered
 
 
@@ -88,26 +89,31 @@ def check_template(template: ChatTemplate, image_token: str) -> str | None:
         image_token: what the template writes for an image.
 
     Returns:
-        A sentence about plain questions that the template refuses; None where it takes them.
+        A sentence about questions that the template refuses, or leaves out where there is no
+        picture; None where it takes all.
 
     Raises:
-        TrioError: it leaves out the question, in whatever form it gets the message.
+        TrioError: it leaves out a question about a picture, in whatever form it gets the message.
     """
     renderer = Renderer(template, image_token)
-    note = None
-    for images, what in ((0, "a question"), (1, "a question about a picture")):
-        messages = as_messages("What is this?", images)
-        if renderer.left_out(messages):
-            raise TrioError(
-                f"the chat template leaves out the text of {what}, so the model would not see it: "
-                "pass --chat-template FILE with the one that the model was trained with, or "
-                "--chat-template none for a base model, which takes raw prompts alone"
-            )
+    alone, pictured = (as_messages("What is this?", images) for images in (0, 1))
+    if renderer.left_out(pictured):
+        raise TrioError(
+            "the chat template leaves out the text of a question about a picture, so the model "
+            "would not see it: pass --chat-template FILE with the one that the model was trained "
+            "with, or --chat-template none for a base model, which takes raw prompts alone"
+        )
+    for messages, what in ((alone, "a question"), (pictured, "a question about a picture")):
         try:
             renderer.render(messages)
         except TrioError as error:
-            note = note or f"{what} alone cannot be asked, since {error}"
-    return note
+            return f"{what} alone cannot be asked, since {error}"
+    if renderer.left_out(alone):
+        return (
+            "a question without a picture would not reach the model, since the chat template "
+            "leaves out its text"
+        )
+    return None
 
 
 class Renderer:
@@ -172,15 +178,29 @@ class Renderer:
             for number, message in enumerate(messages)
         ]
         try:
-            text = self._template.render(_changed(marked, form, self._image_token))
+            changed = _changed(marked, form, self._image_token)
+            text = self._template.render(changed)
         except TrioError:
             return (1, 0, 0, 0), ()
         images = sum(contents(message)[0] for message in messages)
         wrong = int(text.count(self._image_token) != images)
-        notation = int("{'type': '" in text)
+        notation = int(self._writes_notation(changed))
         text = text.casefold()
         left_out = dict.fromkeys(number for number, word in marks if word not in text)
         return (0, wrong, notation, len(left_out)), tuple(left_out)
+
+    def _writes_notation(self, messages: Sequence[Message]) -> bool:
+        """Whether a list of items, or an item, is written out in Python's notation or as JSON.
+
+        A template may change its letters and quotes, so a key is looked for that the items get for
+        this alone: a template may compare them whole.
+        """
+        if all(isinstance(message["content"], str) for message in messages):
+            return False
+        try:
+            return _KEY in self._template.render(list(map(_with_key, messages))).casefold()
+        except TrioError:  # it refuses the key
+            return False
 
 
 @dataclass(frozen=True)
@@ -236,6 +256,14 @@ def _with_texts(message: Message, change: Callable[[str], str]) -> Message:
         return {**message, "content": change(content)}
     items = [{**i, "text": change(i["text"])} if i["type"] == "text" else i for i in content]
     return {**message, "content": items}
+
+
+def _with_key(message: Message) -> Message:
+    """A message whose items have a key more."""
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    return {**message, "content": [{**item, _KEY: ""} for item in content]}
 
 
 def _changed(messages: Sequence[Message], form: _Form, image_token: str) -> list[Message]:

@@ -35,6 +35,15 @@ NO_TEMPLATE = "none"
 
 # Files that transformers makes a tokenizer.json of.
 _SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+# What a template may write, where there is no tokenizer yet. A model's own have other texts, but
+# what is said about a template does not depend on these.
+_PLANNED_TOKENS = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "image_token": "<image>",
+}
 _MAX_IDS = 256  # tokens that end an answer
 
 
@@ -77,7 +86,7 @@ def planned_assets(found: Source, config: ModelConfig, max_pixels: int | None = 
         template = found.recipe.chat_template
         if template:
             files[CHAT_TEMPLATE] = template.encode()
-            notes = _template_notes(template, {"image_token": "<image>"})
+            notes = _template_notes(template, _PLANNED_TOKENS)
     elif found.folder is not None:
         own = image_settings(found.folder)
     if raw := settings_of(found, own, config, max_pixels):
@@ -151,7 +160,7 @@ def _template_notes(template: str, tokens: Mapping[str, Any]) -> list[str]:
     """What the export says about a chat template.
 
     Raises:
-        TrioError: it does not parse, or leaves out questions.
+        TrioError: it does not parse, or leaves out questions about pictures.
     """
     known = {key: token for key, token in tokens.items() if isinstance(token, str)}
     note = check_template(ChatTemplate(template, known), known["image_token"])
