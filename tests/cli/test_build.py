@@ -59,6 +59,7 @@ def test_the_dry_run_weighs_memory_beside_the_operators(
     ("options", "words"),
     [
         ("", "the target cpu runs onnxruntime: engines are for targets"),
+        ("", "; name one, such as `trio build tiny --target l4` (`ls engines`)"),
         ("--dry-run --target cuda", "the target cuda runs onnxruntime: engines are for targets"),
         ("--target l4", "no driver here"),
         ("--target rtx", "no driver here"),
@@ -80,6 +81,29 @@ def test_a_model_of_which_no_engines_can_be_built_is_not_exported(
     monkeypatch.setattr("trio_deploy.runtimes.tensorrt.bindings.load", load)
     assert main(["build", "tiny", *options.split()]) == 1
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("", "tiny does not fit device-0.01: weights, "),
+        ("--stage tower", "tiny has no stage 'tower': name one of vision, embed, "),
+        ("--dry-run --stage tower", "tiny has no stage 'tower': name one of vision, embed, "),
+    ],
+)
+def test_a_model_whose_engines_the_device_cannot_hold_is_not_exported(
+    options, words, target, tmp_path, monkeypatch, capsys
+):
+    def export(*args, **kwargs):
+        raise AssertionError("it was exported")
+
+    monkeypatch.setenv("TRIO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("trio_deploy.export.job.export_model", export)
+    monkeypatch.setattr("trio_deploy.runtimes.tensorrt.bindings.load", lambda flavour: None)
+    assert main(["build", "tiny", "--json", "--target", target(0.01), *options.split()]) == 1
+    assert words in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="it was exported"):
+        main(["build", "tiny", "--target", target(0.01), "--allow-oversized"])
 
 
 def test_export_says_it_before_weights_are_copied(tmp_path, target, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from typing import TYPE_CHECKING
 
 from trio_deploy.cli.options import add_bundle, bundle_of
@@ -13,6 +14,7 @@ from trio_deploy.errors import TrioError
 if TYPE_CHECKING:
     from trio_deploy.bundle.bundle import Bundle
     from trio_deploy.config.target import Target
+    from trio_deploy.runtimes.tensorrt.memory import Fit
 
 SUMMARY = "Build TensorRT engines of a bundle: on the device, or ahead of time for RTX cards."
 
@@ -57,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
         raise TrioError("--tensorrt is for --dry-run: engines are built by what is installed")
     if not is_bundle(args.bundle):
         _require_useful_export(args)
-    bundle = bundle_of(args, RuntimeOptions(target=args.target))
+    bundle = bundle_of(
+        args, RuntimeOptions(target=args.target), before_export=partial(_require_planned, args)
+    )
     target = _target(bundle, args)
     if args.dry_run:
         return _dry_run(bundle, target, args)
@@ -75,9 +79,33 @@ def _require_useful_export(args: argparse.Namespace) -> None:
     from trio_deploy.runtimes.tensorrt import bindings
     from trio_deploy.runtimes.tensorrt.target import require_engines
 
-    library = require_engines(load_target(args.target or default_target()))
+    remedy = f"name one, such as `trio build {args.bundle} --target l4`"
+    library = require_engines(load_target(args.target or default_target()), remedy)
     if not args.dry_run:
         bindings.load(library.flavour)
+
+
+def _require_planned(args: argparse.Namespace) -> None:
+    """Check stages and memory by the graphs that an export would write, before it is made.
+
+    Raises:
+        TrioError: there is no such stage, or engines would be built that the device cannot hold.
+    """
+    if not args.stage and (args.dry_run or args.allow_oversized):
+        return
+    from trio_deploy.cost.plan import HostMemory, plan
+
+    fit = plan(args.bundle, target=args.target, progress=not args.json).fit
+    if fit is None or isinstance(fit, HostMemory):
+        return
+    stages = fit.layouts[0].kinds
+    for stage in args.stage:
+        if stage not in stages:
+            raise TrioError(
+                f"{args.bundle} has no stage {stage!r}: name one of {', '.join(stages)}"
+            )
+    if not args.dry_run:
+        _refuse_oversized(fit, args)
 
 
 def _target(bundle: Bundle, args: argparse.Namespace) -> Target:
@@ -110,14 +138,9 @@ def _dry_run(bundle: Bundle, target: Target, args: argparse.Namespace) -> int:
     return 0 if report.passed and not oversized else 1
 
 
-def _refuse_oversized(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
+def _refuse_oversized(memory: Fit, args: argparse.Namespace) -> None:
     """Raises TrioError where engines would be built that the device cannot hold."""
-    from trio_deploy.runtimes.tensorrt.memory import bundle_fit
-
-    if args.allow_oversized or args.stage:
-        return
-    memory = bundle_fit(bundle, target)
-    if memory.oversized:
+    if memory.oversized and not (args.allow_oversized or args.stage):
         raise TrioError(
             f"{args.bundle} {memory.verdict} (--allow-oversized builds it nevertheless)"
         )
@@ -130,10 +153,12 @@ def _build(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
     from trio_deploy.runtimes.tensorrt.device import Device
     from trio_deploy.runtimes.tensorrt.first_run import run_once
     from trio_deploy.runtimes.tensorrt.gpu import this_gpu
+    from trio_deploy.runtimes.tensorrt.memory import bundle_fit
     from trio_deploy.runtimes.tensorrt.target import require_engines
 
     require_buildable(bundle, target, args.stage or None)
-    _refuse_oversized(bundle, target, args)
+    if not args.stage:  # all stages are loaded together
+        _refuse_oversized(bundle_fit(bundle, target), args)
     tensorrt = bindings.load(require_engines(target).flavour)
     ahead = tensorrt.compiles_ahead
     outcome = build_engines(

@@ -48,8 +48,13 @@ class Library:
         return DIALECTS if self.flavour == "rtx" else dialects_of_version(self.version)
 
 
-def require_engines(target: Target) -> Library:
+def require_engines(
+    target: Target, remedy: str = "export the bundle for one, such as --target l4"
+) -> Library:
     """The library that builds a target's engines; reject a target that runs graphs.
+
+    Args:
+        remedy: end of the message.
 
     Raises:
         TrioError: the target's runtime has no engines.
@@ -59,7 +64,7 @@ def require_engines(target: Target) -> Library:
         runtimes = " or ".join(f"`runtime: {name}`" for name in FLAVOURS)
         raise TrioError(
             f"the target {target.name} runs {target.runtime}: engines are for targets with "
-            f"{runtimes}; export the bundle for one, such as --target l4 (`ls engines`)"
+            f"{runtimes}; {remedy} (`ls engines`)"
         )
     return Library(flavour, target.tensorrt or "")
 
