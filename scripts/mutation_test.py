@@ -31,6 +31,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 
 import yaml
@@ -101,14 +102,27 @@ def mutants(module: Path) -> Iterator[Mutant]:
             if any(first <= start < last for first, last in idle):
                 continue
             code = mutate_code(source, operator, number)
-            if code is None or code == source or code in seen:
+            # Another end of the last line changes nothing.
+            if code is None or code.splitlines() == source.splitlines() or code in seen:
                 continue
             seen.add(code)
-            old, new = source.splitlines(), code.splitlines()
-            line = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
-            if "@dataclass(frozen=True" in old[line] and "@dataclass(frozen=False" in new[line]:
+            line, before, after = first_difference(source, code)
+            if "@dataclass(frozen=True" in before and "@dataclass(frozen=False" in after:
                 continue
-            yield Mutant(str(module.relative_to(ROOT)), code, line + 1, old[line], new[line])
+            yield Mutant(str(module.relative_to(ROOT)), code, line, before, after)
+
+
+def first_difference(source: str, code: str) -> tuple[int, str, str]:
+    """Number of the first line in which two texts differ, and that line of each.
+
+    Where the one text begins with the other, it is the line after the shorter one, of which that
+    one has none ("").
+    """
+    lines = zip_longest(source.splitlines(), code.splitlines())
+    for number, (before, after) in enumerate(lines, 1):
+        if before != after:
+            return number, before or "", after or ""
+    raise ValueError("the texts have the same lines")
 
 
 def annotated(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -136,6 +150,9 @@ def noticed(copy: Path, tests: Sequence[str], seconds: float) -> bool:
         os.dup2(null, 2)
         os._exit(run_tests(copy, tests))
     _, status = os.waitpid(child, 0)
+    # What the tests have started, and not ended, is of the child's session.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
     return status != 0
 
 
