@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,8 @@ from trio_deploy.families.hf_config import (
 from trio_deploy.families.names import canonical_name
 from trio_deploy.families.pixels import ImageSettings, fit, grid_boxes, normalise
 from trio_deploy.families.registry import FAMILIES
-from trio_deploy.reference.adapters import ADAPTERS, Features, Llava
+from trio_deploy.reference.adapters import ADAPTERS, Call, Features, Llava
+from trio_deploy.reference.row import Row
 from trio_deploy.verify.report import format_report
 
 # --- families/halves.py ---------------------------------------------------------------------------
@@ -128,20 +129,22 @@ FAMILY = Family(
 class Halves(Llava):
     """Two tiles per image, each packed row by row, the left one first."""
 
-    def features(
-        self, tiles: torch.Tensor, sizes: Sequence[tuple[int, int]], scores: Any
-    ) -> Features:
-        assert len(tiles) == 2 * len(sizes) and not scores
+    def features(self, row: Row, scores: Any) -> Features:
+        if row.pixel_values is None:
+            return super().features(row, scores)
+        tiles = torch.as_tensor(row.pixel_values).to(self.text.embed_tokens.weight)
+        assert len(tiles) == 2 * len(row.image_sizes) and not scores
         output = self.model.model.get_image_features(tiles)
         rows = torch.cat(list(getattr(output, "pooler_output", output)))
         per_tile = len(rows) // len(tiles)
         order = [
-            tile * per_tile + row
-            for image in range(len(sizes))
+            tile * per_tile + place
+            for image in range(len(row.image_sizes))
             for tile in (2 * image, 2 * image + 1)
-            for row in range(per_tile)
+            for place in range(per_tile)
         ]
-        return Features(rows, torch.tensor(order), rows[order], {})
+        call = Call({"pixel_values": np.asarray(row.pixel_values)}, slice(None))
+        return Features(rows, torch.tensor(order), rows[order], {}, (), [call])
 
 
 # --------------------------------------------------------------------------------------------------

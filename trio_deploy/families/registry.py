@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from trio_deploy.config.recipe import POSITIONS
 from trio_deploy.errors import TrioError
 from trio_deploy.families import llava, llava_next, qwen2_vl, qwen3_vl
 from trio_deploy.families.base import Family, Limits, ModelConfig, PatchTowerConfig
@@ -41,6 +42,8 @@ def check_positions(config: ModelConfig, positions: str | None) -> str:
     known = get_family(config.family).positions
     if positions is None:
         return known[0]
+    if positions not in POSITIONS:
+        raise TrioError(f"unknown positions {positions!r}: choose {' or '.join(known)}")
     if positions not in known:
         raise TrioError(
             f"positions {positions!r} have no meaning for {config.family}, whose tokens have a "
