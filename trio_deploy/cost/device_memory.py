@@ -13,6 +13,7 @@ from trio_deploy.config.target import Limits, Target, list_targets
 from trio_deploy.errors import TrioError
 from trio_deploy.export.graphs import planned_graphs
 from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.registry import check_positions
 from trio_deploy.files import format_bytes
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.runtimes.registry import load_target
@@ -71,6 +72,7 @@ def planned(
         dialect=target.dialect,
         dtype=target.dtype,  # type: ignore[arg-type]  # of a checked target
         weights=target.weights,  # type: ignore[arg-type]
+        positions=check_positions(config, None),  # type: ignore[arg-type]
         separate_decode=target.decode_layout == "separate",
     )
     stages, graphs = _graphs(config, schedule, options)
