@@ -52,7 +52,7 @@ def test_a_dangling_link_is_an_error_whichever_file_it_is(whole, tmp_path, name)
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("budget", [None, 0.5, 7.0])
+@pytest.mark.parametrize("budget", [None, 0.5, 0.001])
 @pytest.mark.parametrize("damage", ["a shard is missing", "only .bin"])
 def test_a_checkpoint_without_its_weights_is_refused_whatever_the_budget(
     whole, tmp_path, damage, budget

@@ -116,7 +116,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"no_repeat_ngram_size": 1},
     {"suppress_tokens": list(range(10, 30)), "begin_suppress_tokens": [31, 35, 40]},
     {"bad_words_ids": [[each] for each in range(20, 40)] + [[41, 41], [42, 43]]},
-    {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "min_new_tokens": 12},
+    {"repetition_penalty": 2.0, "no_repeat_ngram_size": 3, "min_new_tokens": 12},
 ]
 
 

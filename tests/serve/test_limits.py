@@ -65,7 +65,7 @@ def test_flags_and_texts_are_read(text: str, kind: str, value: Any) -> None:
     [
         ({"max_image": "3"}, "unknown parameter 'max_image'"),
         ({"other": "1", "max_image": "3"}, "unknown parameter 'max_image': there are budget, "),
-        ({"budget": "half"}, "budget must be a number, got 'half'"),
+        ({"budget": "half"}, "cannot read the budget 'half'"),
         ({"prefillers": "300"}, "prefillers must be at most 256"),
         ({"preparers": "300"}, "preparers must be at most 256"),
         ({"max_images": "5000"}, "max_images must be at most 4096"),

@@ -87,7 +87,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _families() -> str:
-    return ", ".join(f"{f.name} ({f.architecture})" for f in FAMILIES.values())
+    return ", ".join(FAMILIES)
 
 
 def family_of(raw: Mapping[str, Any]) -> Family:

@@ -18,6 +18,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.evaluation.configurations import BLIND
 from trio_deploy.evaluation.configurations import UNPRUNED as ALL_TOKENS
 from trio_deploy.evaluation.results import Result, Results
+from trio_deploy.families.registry import check_positions
 from trio_deploy.files import sha256_of
 from trio_deploy.report.charts import Retention
 from trio_deploy.verify.report import Report
@@ -168,6 +169,7 @@ def _is_bundles(result: Result, results: Results, bundle: Bundle) -> bool:
         known = manifest.model.name in list_recipes()
         defaults = load_recipe(manifest.model.name) if known else Recipe
         unnamed = {key: getattr(defaults, key) for key in ours}
+        unnamed["positions"] = check_positions(bundle.config, unnamed["positions"])
     else:
         unnamed = ours
     return {**unnamed, **result.options} == ours

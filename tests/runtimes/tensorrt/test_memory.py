@@ -17,6 +17,7 @@ from trio_deploy.config.recipe import list_recipes
 from trio_deploy.config.target import list_targets, target_folder
 from trio_deploy.cost.device_memory import fit, planned
 from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.registry import parse_config
 from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.build import weight_bytes
 from trio_deploy.runtimes.tensorrt.memory import Fit
@@ -26,9 +27,10 @@ _GIB = 2**30
 
 
 def model(name: str) -> tuple[ModelConfig, Schedule]:
-    source = described(name)
-    assert source is not None
-    return source_config(source), load_recipe(name).schedules["0.111"]
+    source, recipe = described(name), load_recipe(name)
+    # None for a model whose files are at hand, such as the shipped one's.
+    config = parse_config(recipe.architecture) if source is None else source_config(source)
+    return config, recipe.schedules["0.111"]
 
 
 @pytest.fixture(scope="module")

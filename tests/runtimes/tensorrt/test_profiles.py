@@ -99,7 +99,7 @@ def test_pictures_of_any_size_fill_the_towers_profile(exported: Export, name: st
         assert tower["position_weights"] == ((4, 4), (5120, 4), (5120, 4))
         prefill = next(stage for stage in found if "deepstack.0" in found[stage][0].shapes)
         width = bundle.config.text.hidden_size
-        full, step = (profile.shapes for profile in found[prefill][:2])
+        full, step = (profile.shapes for profile in found[prefill][0].parts)
         assert full["deepstack.0"].min == (0, width) and full["deepstack.0"].max[0] >= 1280
         assert step["deepstack.0"].max == (0, width) and step["feature_index"].max[1] == 1
         assert full["position_ids"].max[1] == 3

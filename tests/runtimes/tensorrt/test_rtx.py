@@ -88,6 +88,7 @@ HOST_WAITS = {
     "random": 3,
     "cls-attention": 3,
     "vscan": 5,
+    "cdpruner": 0,
 }
 
 

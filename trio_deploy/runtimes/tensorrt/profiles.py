@@ -336,7 +336,7 @@ def _shared_profile(stage: StageInfo, spans: Mapping[str, Span], sizes: Sizes) -
         whole = dict(spans)
     else:
         capacity = sizes.capacity[stage.index or 0]
-        uses = {PREFILL: spans, DECODE: {**spans, "S": one, "C": capacity}}
+        uses = {PREFILL: spans, DECODE: {**spans, "S": one, "R": none, "C": capacity}}
         most = max(capacity.max, spans["S"].max)
         whole = {**spans, "S": Span(1, spans["S"].opt, most), "C": Span(0, 0, most)}
     parts = tuple(_profile(name, stage, each, sizes) for name, each in uses.items())
