@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.evaluation import ONE_THREAD
+from tests.support.qwen_checkpoints import make_qwen
 from trio_deploy import (
     RuntimeOptions,
     Schedule,
@@ -25,6 +26,15 @@ from trio_deploy.evaluation.configurations import (
     named,
     unpruned,
 )
+from trio_deploy.families.registry import request_limits
+
+
+def test_pictures_are_as_large_as_the_checkpoints_own_settings_allow(tmp_path):
+    folder = make_qwen(tmp_path / "qwen", "qwen2_5_vl")
+    exported = export_model(folder, tmp_path / "b", schedule="1:0.5", progress=False)
+    source = Source.open(folder)
+    assert source.config.pixels == exported.config.pixels
+    assert source.visual == request_limits(exported.config).visual_tokens
 
 
 def test_a_model_is_known_by_its_content_wherever_it_lies(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import MANIFEST, WEIGHTS
 from trio_deploy.bundle.weights import DTYPES
 from trio_deploy.checkpoint.fingerprint import digest, of_checkpoint, of_files
-from trio_deploy.checkpoint.resolve import resolve
+from trio_deploy.checkpoint.resolve import resolve, source_config
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.recipe import TunedSchedule, is_schedule_file, read_schedule
 from trio_deploy.config.target import Target
@@ -130,7 +130,7 @@ class Source:
         read = read_checkpoint(found.folder)
         return cls(
             found.name,
-            read.config,
+            replace(read.config, pixels=source_config(found).pixels),
             os.fspath(model),
             dtypes=frozenset(DTYPES[entry.dtype] for entry in read.tensors.values()),
             recipe_schedules=dict(found.recipe.schedules) if found.recipe else {},
