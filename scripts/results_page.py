@@ -21,7 +21,7 @@ from trio_deploy import export_model, plan
 from trio_deploy.bench.environment import machine_text
 from trio_deploy.bench.table import to_markdown, write
 from trio_deploy.cli import main as cli
-from trio_deploy.evaluation.results import Result, Results
+from trio_deploy.evaluation.results import Result, Results, points_text
 from trio_deploy.evaluation.statistics import Estimate
 from trio_deploy.report.charts import bench_chart, retention_chart
 
@@ -121,39 +121,33 @@ def verdict(one: Result) -> str:
 
 def points(one: Result, results: Results) -> str:
     """`divprune@0: +2.1 (+1.3 to +2.9), 2,560 questions`: the recipe's retention minus its."""
-    behind = difference(one)
-    value, low, high = (100 * x for x in (behind.value, behind.low, behind.high))
-    return f"{one.name}: {value:+.1f} ({low:+.1f} to {high:+.1f}), {results.questions:,} questions"
+    return f"{one.name}: {points_text(difference(one))}, {results.questions:,} questions"
 
 
 def pays() -> str:
     """Where reading the question pays on these scenes, with the measured figures."""
-    found = loaded("frontier")
-    recipe = {f"{one.budget:.2f}": one.overall.retention for one in found.results[1:]
-              if one.name == "recipe"}  # fmt: skip
-    small, usual = recipe["0.05"], recipe["0.11"]
+    frontier, tight = loaded("frontier"), loaded("tight")
+
+    def at(results: Results, name: str, budget: float) -> Result:
+        named = (one for one in results.results if one.name == name)
+        return min(named, key=lambda one: abs(one.budget - budget))
+
+    def lead(results: Results, other: str, budget: float) -> str:
+        return points_text(difference(at(results, other, budget)))
+
+    small, usual = (at(frontier, "recipe", budget).overall.retention for budget in (0.05, 0.111))
     assert small is not None and usual is not None
-
-    def lead(evaluation: str, other: str, budget: float) -> str:
-        one = min(
-            (one for one in loaded(evaluation).results if one.name == other),
-            key=lambda one: abs(one.budget - budget),
-        )
-        value, low, high = (100 * x for x in (difference(one).value, difference(one).low,
-                                              difference(one).high))  # fmt: skip
-        return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
-
     return (
         f"At 11.1 % of the visual tokens the recipe keeps {usual.value:.1%} of the accuracy "
-        f"({usual.low:.1%} to {usual.high:.1%}, {found.questions:,} held-out questions), at 5 % "
+        f"({usual.low:.1%} to {usual.high:.1%}, {frontier.questions:,} held-out questions), at 5 % "
         f"{small.value:.1%}. With the schedules of every method searched alike, TRIO's first minus "
-        f"DivPrune's is {lead('frontier', 'divprune', 0.05)} points at 5 %, "
-        f"{lead('frontier', 'divprune', 0.075)} at 7.5 % and "
-        f"{lead('frontier', 'divprune', 0.111)} at 11.1 %, and at 5 % minus FastV's "
-        f"{lead('frontier', 'fastv', 0.05)}. "
+        f"DivPrune's is {lead(frontier, 'divprune', 0.05)} points at 5 %, "
+        f"{lead(frontier, 'divprune', 0.075)} at 7.5 % and "
+        f"{lead(frontier, 'divprune', 0.111)} at 11.1 %, and at 5 % minus FastV's "
+        f"{lead(frontier, 'fastv', 0.05)}. "
         "Reading the question pays most where a point as early as layer 8 of 16 has to be tight: "
-        f"{lead('tight', 'divprune', 0.07)} points over DivPrune with 1 % of the tokens kept, "
-        f"{lead('tight', 'divprune', 0.084)} with 4 %.\n"
+        f"{lead(tight, 'divprune', 0.07)} points over DivPrune with 1 % of the tokens kept, "
+        f"{lead(tight, 'divprune', 0.084)} with 4 %.\n"
     )
 
 
