@@ -195,7 +195,9 @@ def vision_section(
         section.setdefault("in_channels", section["in_chans"])
     rope = section.get("rope_parameters", {})
     if not isinstance(rope, Mapping) or rope.get("rope_theta", 10000.0) != 10000.0:
-        raise TrioError("config.json: vision_config.rope_parameters: only a theta of 10000 is")
+        raise TrioError(
+            "config.json: vision_config.rope_parameters is not supported: only a theta of 10000 is"
+        )
     return {**defaults, **section}
 
 
