@@ -20,6 +20,10 @@ class OutOfMemory(TrioError):
         self.stage = stage
 
 
+class PromptTooLong(TrioError):
+    """A prompt has more tokens than the model's context or a limit holds."""
+
+
 def shown(value: object) -> str:
     """A value as an error names it: short and at once, whatever it is."""
     if isinstance(value, str):

@@ -16,6 +16,10 @@ WRONG: list[tuple[str, Any]] = [
     *[("repetition_penalty", value) for value in (0, -1.0, float("inf"), float("nan"))],
     *[("presence_penalty", value) for value in (-2.1, 2.1, float("nan"))],
     *[("frequency_penalty", value) for value in (-2.1, 2.1, "0")],
+    *[
+        ("logit_bias", value)
+        for value in ({9: 1}, {-1: 1}, {"1": 1}, {1: 101}, {1: -101}, {1: float("nan")}, [1], 5)
+    ],
     *[("no_repeat_ngram_size", value) for value in (-1, 1.5)],
     *[("min_new_tokens", value) for value in (-1, 0.5)],
     *[("seed", value) for value in (-3, 1.0)],
@@ -42,6 +46,7 @@ LIMITS: dict[str, list[Any]] = {
     "repetition_penalty": [1e-9, 1, 50.0],
     "presence_penalty": [-2, 2],
     "frequency_penalty": [-2, 2],
+    "logit_bias": [{}, {0: -100, 8: 100.0}],
     "no_repeat_ngram_size": [0, 10**9],
     "min_new_tokens": [0, 10**9],
     "suppress_tokens": [[], [0, 8], (1,)],
@@ -84,6 +89,7 @@ def test_a_description_names_what_has_an_effect() -> None:
     neutral = {"top_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     assert SamplingOptions(**neutral).describe() == "greedy"
     assert SamplingOptions(top_k=50, temperature=0.0).describe() == "greedy"
+    assert SamplingOptions(logit_bias={1: 2.0, 3: 1.0}).describe() == "greedy, 2 logit_bias"
     drawn = SamplingOptions(temperature=0.7, top_k=50, bad_words_ids=[[1], [2, 3]], seed=4)
     assert drawn.describe() == "temperature 0.7, top_k 50, 2 bad_words_ids, seed 4"
     long = SamplingOptions(temperature=0.7, seed=12_345_678, top_k=np.int64(1_234_567))
@@ -100,6 +106,8 @@ def test_a_description_names_what_has_an_effect() -> None:
         ({"repetition_penalty": 1.0, "presence_penalty": 0.0, "suppress_tokens": ()}, False),
         ({"repetition_penalty": 0.9}, True),
         ({"frequency_penalty": -0.1}, True),
+        ({"logit_bias": {}}, False),
+        ({"logit_bias": {3: 1.0}}, True),
         ({"no_repeat_ngram_size": 2}, True),
         ({"min_new_tokens": 1}, True),
         ({"begin_suppress_tokens": (3,)}, True),

@@ -18,6 +18,8 @@ GOOD: list[dict[str, Any]] = [
     {"images": [PICTURE, "a.png", b"", bytearray(), memoryview(b"")]},
     {"max_new_tokens": np.int64(3), "budget": np.float32(0.5)},
     {"stop": "a", "keep": [0.5, 3, np.float64(0.1)], "forced": np.array([1, 2])},
+    {"top_logprobs": 0, "ignore_eos": True},
+    {"top_logprobs": 20},
     {"forced": range(3), "keep": (1.0,), "stop": ("a", "b")},
 ]
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -48,6 +50,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"forced": [-1]}, "forced has the token -1"),
     ({"forced": [10]}, "forced has the token 10"),
     ({"raw": "yes"}, "raw must be true or false, got 'yes'"),
+    ({"ignore_eos": 1}, "ignore_eos must be true or false, got 1"),
+    ({"top_logprobs": -1}, "top_logprobs must be 0 to 20, got -1"),
+    ({"top_logprobs": 21}, "top_logprobs must be 0 to 20, got 21"),
+    ({"top_logprobs": True}, "top_logprobs must be a whole number, got True"),
     ({"bundle_sampling": 1}, "bundle_sampling must be true or false, got 1"),
     ({"temperature": "hot"}, "temperature"),
     ({"seed": "a"}, "seed"),

@@ -19,6 +19,7 @@ from trio_deploy.pipeline.sampling import (
     Forced,
     Sampler,
     StopScanner,
+    TokenLogprobs,
     draw,
     log_softmax,
     process,
@@ -182,6 +183,26 @@ def test_repetition_comes_before_counted_penalties() -> None:
     options = SamplingOptions(repetition_penalty=2.0, presence_penalty=1.5)
     scores = process(np.array([1.0, 3.0]), np.array([0]), 0, (), options)
     assert scores.tolist() == [1.0 / 2.0 - 1.5, 3.0]
+
+
+def test_a_bias_is_added_after_the_penalties_and_before_the_bans() -> None:
+    options = SamplingOptions(
+        repetition_penalty=2.0, logit_bias={0: 3.0, 1: -1.0, 9: 5.0, 2: 100.0}, suppress_tokens=[2]
+    )
+    logits = np.array([4.0, 1.0, 0.0])
+    assert process(logits, np.array([0]), 1, (), options).tolist() == [2.0 + 3.0, 0.0, -np.inf]
+    assert logits.tolist() == [4.0, 1.0, 0.0]
+
+
+def test_log_probabilities_name_the_most_likely_tokens_in_order() -> None:
+    chances = np.array([0.1, 0.4, 0.2, 0.3])
+    found = TokenLogprobs.of(np.log(chances).astype(np.float32), 0, 2)
+    assert found.token_id == 0 and np.isclose(found.logprob, np.log(0.1))
+    assert [token for token, _ in found.top] == [1, 3]
+    assert np.allclose([value for _, value in found.top], np.log([0.4, 0.3]))
+    assert TokenLogprobs.of(np.log(chances), 1, 0).top == ()
+    everything = TokenLogprobs.of(np.log(chances), 1, 20).top
+    assert [token for token, _ in everything] == [1, 3, 2, 0]
 
 
 def test_the_logits_themselves_are_left_as_they_are() -> None:

@@ -30,6 +30,7 @@ class SamplingOptions:
             prompt (the image token included, if there are visual tokens) or the answer; 1: none.
         presence_penalty: subtracted from the logits of tokens in the answer.
         frequency_penalty: subtracted as many times as the token is in the answer.
+        logit_bias: by token id, what is added to its logit, -100 to 100.
         no_repeat_ngram_size: so many tokens in a row, in prompt and answer together, do not occur
             twice; 0: any may.
         min_new_tokens: no end token before this many tokens; stop strings end the answer anyway.
@@ -48,6 +49,7 @@ class SamplingOptions:
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
     no_repeat_ngram_size: int | None = None
     min_new_tokens: int | None = None
     suppress_tokens: Sequence[int] | None = None
@@ -114,6 +116,8 @@ class SamplingOptions:
         for name in ("suppress_tokens", "begin_suppress_tokens"):
             if (tokens := getattr(self, name)) is not None:
                 _check_tokens(name, tokens, vocabulary)
+        if self.logit_bias is not None:
+            _check_bias(self.logit_bias, vocabulary)
         _check_list("bad_words_ids", self.bad_words_ids)
         for word_ids in self.bad_words_ids or ():
             _check_tokens("bad_words_ids", word_ids, vocabulary)
@@ -129,7 +133,7 @@ class SamplingOptions:
         """`greedy, repetition_penalty 1.1`: what has an effect."""
         parts = ["greedy"] if self.greedy else []
         for name, value in self.to_json().items():
-            if isinstance(value, list):
+            if isinstance(value, list | dict):
                 parts += [f"{len(value)} {name}"] if value else []
             elif value != _NEUTRAL.get(name) and not (self.greedy and name in _OF_DRAWING):
                 whole = isinstance(value, Integral)
@@ -171,6 +175,8 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(each) for each in value]
     return value
@@ -179,6 +185,15 @@ def _plain(value: Any) -> Any:
 def _check_list(name: str, value: Any) -> None:
     if value is not None and (not isinstance(value, Sequence) or isinstance(value, str | bytes)):
         raise TrioError(f"{name} must be a list, got {value!r:.80}")
+
+
+def _check_bias(bias: Any, vocabulary: int | None) -> None:
+    if not isinstance(bias, Mapping):
+        raise TrioError(f"logit_bias must be a number by token id, got {bias!r:.80}")
+    _check_tokens("logit_bias", list(bias), vocabulary)
+    for value in bias.values():
+        if not (_is(value, Real) and -100.0 <= value <= 100.0):
+            raise TrioError(f"logit_bias must be -100 to 100 for each token, got {value!r:.80}")
 
 
 def _check_tokens(name: str, tokens: Any, vocabulary: int | None) -> None:

@@ -17,7 +17,7 @@ from trio_deploy.pipeline.batch import DecodeBatch
 from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.prefill import Clock, Prefilled, Stages
 from trio_deploy.pipeline.prepare import RequestPreparer
-from trio_deploy.pipeline.prompt import collate
+from trio_deploy.pipeline.prompt import PromptEncoder, collate
 from trio_deploy.pipeline.ran_as import RanAs
 from trio_deploy.pipeline.request import Generation, Request
 from trio_deploy.pipeline.sequence import SequenceState
@@ -231,6 +231,11 @@ class Pipeline:
     def max_rows(self) -> int | None:
         """Most requests per batch; None: any number."""
         return self._stages.max_rows
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """Text to tokens and back."""
+        return self._preparer.encoder
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of an answer's text, as `Request.forced` takes them."""

@@ -14,7 +14,7 @@ from PIL import Image
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.checkpoint.tokenizer import load_tokenizer
 from trio_deploy.config.sampling import SamplingOptions
-from trio_deploy.errors import TrioError
+from trio_deploy.errors import PromptTooLong, TrioError
 from trio_deploy.families.base import Layout, grids_of
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.pipeline.fetch import check_scheme, fetch_pictures, is_address
@@ -201,7 +201,7 @@ class RequestPreparer:
             ),
             detokenizer=Detokenizer(self.encoder.decode),
             stop_scanner=StopScanner(request.stop_strings),
-            end_tokens=self._end_tokens,
+            end_tokens=frozenset() if request.ignore_eos else self._end_tokens,
             started=started,
             warnings=[
                 *self.encoder.warnings(
@@ -257,7 +257,7 @@ class RequestPreparer:
 
 def _check_context(prompt: Prompt, forced: int, context: int) -> None:
     if prompt.length >= context:
-        raise TrioError(
+        raise PromptTooLong(
             f"the prompt has {prompt.length} tokens ({prompt.visual_tokens} of them visual), "
             f"but the model's context is {context}: shorten the text or pass fewer images"
         )

@@ -17,7 +17,7 @@ from trio_deploy.checkpoint.conversation import (
     require_text,
     texts_of,
 )
-from trio_deploy.errors import TrioError
+from trio_deploy.errors import PromptTooLong, TrioError
 from trio_deploy.families.base import VISUAL_TOKEN, Layout
 from trio_deploy.families.rope import Grid, grid_positions, plain_positions
 
@@ -172,8 +172,8 @@ class PromptEncoder:
         if self._context is not None and characters > self._context * self._longest:
             raise self._too_long(f"{characters} characters, {self._longest} per token or more")
 
-    def _too_long(self, size: str) -> TrioError:
-        return TrioError(
+    def _too_long(self, size: str) -> PromptTooLong:
+        return PromptTooLong(
             f"the prompt has {size}, but the model's context is {self._context}: shorten the text "
             "or pass fewer images"
         )
@@ -225,7 +225,19 @@ class PromptEncoder:
 
     def answer(self, text: str) -> list[int]:
         """Token ids of an answer's text, without special tokens."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self.tokens(text)
+
+    def tokens(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of any text.
+
+        Args:
+            special: add those that the tokenizer begins or ends a text with (BOS).
+        """
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def names(self, ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary has them; empty for ids that it lacks."""
+        return [self._tokenizer.id_to_token(each) or "" for each in ids]
 
     def warnings(
         self,
@@ -276,9 +288,9 @@ class PromptEncoder:
         """Whether messages can be rendered."""
         return self._renderer is not None
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of generated tokens, without special tokens."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: list[int], *, special: bool = False) -> str:
+        """Text of generated tokens, without special tokens or with them."""
+        return self._tokenizer.decode(ids, skip_special_tokens=not special)
 
     def _check_count(self, placeholders: int, images: int, advice: str | None = None) -> None:
         if placeholders != images:

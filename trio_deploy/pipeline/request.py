@@ -16,6 +16,7 @@ from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError, shown
 from trio_deploy.families.base import Layout
 from trio_deploy.files import require_unicode
+from trio_deploy.pipeline.sampling import TokenLogprobs
 from trio_deploy.schedule.budget import check_budget
 from trio_deploy.schedule.schedule import Schedule
 
@@ -29,6 +30,7 @@ IMAGE_KINDS: tuple[type, ...] = (
     bytearray,
     memoryview,
 )
+MAX_TOP_LOGPROBS = 20
 _LARGEST = 1 << 62
 
 
@@ -54,6 +56,9 @@ class Request(SamplingOptions):
             of a budget.
         forced: token ids of the answer, instead of choosing any; `Generation.logprobs` has their
             probabilities.
+        top_logprobs: record how likely each token was, and this many most likely ones (0: the token
+            alone), in `Generation.token_logprobs`; None: nothing.
+        ignore_eos: go on after an end token, as benchmarks of a fixed length want it.
         bundle_sampling: take sampling options that are None from the bundle, which has them from
             the checkpoint's generation_config.json; False: an option that is None has no effect.
     """
@@ -68,6 +73,8 @@ class Request(SamplingOptions):
     forced: Sequence[int] = ()
     bundle_sampling: bool = True
     bgr: bool = False
+    top_logprobs: int | None = None
+    ignore_eos: bool = False
 
     def check(self, vocabulary: int | None = None) -> None:
         """Check the kinds of all fields, and the ranges of those that no bundle decides.
@@ -109,7 +116,13 @@ class Request(SamplingOptions):
             _check_number("forced", token, Integral)
             if token < 0 or (vocabulary is not None and token >= vocabulary):
                 raise TrioError(f"forced has the token {token}, which the model does not have")
-        for name in ("raw", "bundle_sampling", "bgr"):
+        if self.top_logprobs is not None:
+            _check_number("top_logprobs", self.top_logprobs, Integral)
+            if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+                raise TrioError(
+                    f"top_logprobs must be 0 to {MAX_TOP_LOGPROBS}, got {self.top_logprobs}"
+                )
+        for name in ("raw", "bundle_sampling", "bgr", "ignore_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise TrioError(f"{name} must be true or false, got {shown(getattr(self, name))}")
 
@@ -167,6 +180,7 @@ class Generation:
         first_logits: float [V], from which the first token was chosen.
         logprobs: natural logarithms of the forced tokens' probabilities; `greedy`: whether each was
             the most likely.
+        token_logprobs: one per token, as `Request.top_logprobs` asks for them.
         warnings: what may make the answer wrong or cost more than asked for, a sentence each: words
             that the model does not know, messages that the chat template leaves out, a selection
             whose scores tell no visual token from another, or a budget that keeps less than one
@@ -192,6 +206,7 @@ class Generation:
     first_logits: np.ndarray | None = field(default=None, repr=False)
     logprobs: list[float] = field(default_factory=list)
     greedy: list[bool] = field(default_factory=list)
+    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def process(
     ends: Sequence[int],
     options: SamplingOptions,
 ) -> np.ndarray:
-    """Apply penalties, then bans, which set logits to -inf, in transformers' order.
+    """Apply penalties and biases, then bans, which set logits to -inf, in transformers' order.
 
     Args:
         logits: float [V].
@@ -84,6 +85,8 @@ def process(
         scores = penalize_counts(
             scores, answer, options.presence_penalty or 0.0, options.frequency_penalty or 0.0
         )
+    if options.logit_bias:
+        scores = add_bias(scores, options.logit_bias)
     banned = [*(options.suppress_tokens or ())]
     banned += repeated_ngram_ends(tokens, options.no_repeat_ngram_size or 0)
     banned += bad_word_ends(tokens, options.bad_words_ids or (), ends)
@@ -130,6 +133,15 @@ def penalize_counts(
     """
     counts = np.bincount(answer, minlength=len(scores))[: len(scores)]
     return scores - presence * (counts > 0) - frequency * counts
+
+
+def add_bias(scores: np.ndarray, bias: Mapping[int, float]) -> np.ndarray:
+    """Add to the logits of tokens; those that the model has no logit for are left out."""
+    scores = scores.copy()
+    for token, value in bias.items():
+        if token < len(scores):
+            scores[token] += value
+    return scores
 
 
 def repeated_ngram_ends(tokens: np.ndarray, size: int) -> list[int]:
@@ -216,6 +228,28 @@ class Forced:
         self.logprobs.append(float(log_softmax(logits)[token]))
         self.greedy.append(int(np.argmax(logits)) == token)
         return token
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely a token of an answer was, by the logits that no option has changed.
+
+    Attributes:
+        logprob: natural logarithm of its probability.
+        top: the most likely tokens and theirs, the most likely first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def of(cls, logits: np.ndarray, token: int, top: int) -> TokenLogprobs:
+        """Of a token that was chosen from logits [V], with so many most likely ones."""
+        values = log_softmax(logits)
+        first = np.argpartition(-values, min(top, len(values) - 1))[:top]
+        first = first[np.argsort(-values[first], kind="stable")]
+        return cls(token, float(values[token]), tuple((int(i), float(values[i])) for i in first))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.families.base import Layout
 from trio_deploy.pipeline.prompt import Prompt
 from trio_deploy.pipeline.request import Generation, Request
-from trio_deploy.pipeline.sampling import Detokenizer, Forced, Sampler, StopScanner
+from trio_deploy.pipeline.sampling import Detokenizer, Forced, Sampler, StopScanner, TokenLogprobs
 from trio_deploy.schedule.schedule import Schedule
 
 
@@ -27,7 +27,7 @@ class SequenceState:
         end_tokens: tokens that end the answer.
         sampling: the request's options over the bundle's, by which `sampler` chooses.
         started: `time.perf_counter()` when the request was made.
-        token_ids, text: generated so far.
+        token_ids, text: generated so far; `token_logprobs`: of the tokens, where asked for.
         finish_reason: empty until the sequence has finished.
         first_token_s, last_token_s: seconds from `started` to the first and the latest token.
         timings: seconds per stage, filled in by the caller.
@@ -50,6 +50,7 @@ class SequenceState:
     stop_scanner: StopScanner
     started: float
     token_ids: list[int] = field(default_factory=list)
+    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""
     first_token_s: float = 0.0
@@ -71,6 +72,8 @@ class SequenceState:
         if not self.token_ids:
             self.first_logits = logits.copy()
         token = self.sampler(logits)
+        if (top := self.request.top_logprobs) is not None:
+            self.token_logprobs.append(TokenLogprobs.of(logits, token, top))
         self.token_ids.append(token)
         self.last_token_s = time.perf_counter() - self.started
         self.first_token_s = self.first_token_s or self.last_token_s
@@ -115,6 +118,7 @@ class SequenceState:
             first_logits=self.first_logits,
             logprobs=forced.logprobs if forced else [],
             greedy=forced.greedy if forced else [],
+            token_logprobs=self.token_logprobs,
             warnings=tuple(dict.fromkeys(self.warnings)),
             sampling=self.sampling,
         )

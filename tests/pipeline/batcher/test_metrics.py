@@ -14,7 +14,14 @@ from trio_deploy.pipeline.batcher.events import (
     DeadlinePassed,
     Refused,
 )
-from trio_deploy.pipeline.batcher.metrics import Metrics, Recorder
+from trio_deploy.pipeline.batcher.metrics import BOUNDS_S, Histogram, Metrics, Recorder
+
+
+def buckets(*seconds: float) -> tuple[int, ...]:
+    """Times per bucket, counted in another way: each belongs to the first bound not below it."""
+    bounds = (*BOUNDS_S, float("inf"))
+    places = [min(bound for bound in bounds if each <= bound) for each in seconds]
+    return tuple(places.count(bound) for bound in bounds)
 
 
 def test_what_is_recorded_adds_up_and_gauges_are_set() -> None:
@@ -23,8 +30,9 @@ def test_what_is_recorded_adds_up_and_gauges_are_set() -> None:
     recorder.record_outcome("stop", 2)
     recorder.record_outcome("refused")
     recorder.record_waits([0.5, 0.25])
-    recorder.record_step(4)
-    recorder.record_step(1)
+    recorder.record_step([0.001, 0.5, 1000.0, 300.0])
+    recorder.record_step([0.25])
+    recorder.record_outcome("length", 1, 2.0)
     recorder.update_gauges(5, 6, 7)
     recorder.update_gauges(2, 3, 4)
     assert recorder.snapshot(9) == Metrics(
@@ -32,10 +40,11 @@ def test_what_is_recorded_adds_up_and_gauges_are_set() -> None:
         active=2,
         kv_bytes=3,
         kv_bytes_allocated=4,
-        outcomes={"stop": 2, "refused": 1},
-        tokens=5,
-        waits=2,
-        queue_s=0.75,
+        outcomes={"stop": 2, "refused": 1, "length": 1},
+        tokens=6,
+        latency=Histogram(buckets(2.0), 2.0),
+        between_tokens=Histogram(buckets(0.001, 0.5, 1000.0, 300.0, 0.25), 1300.751),
+        queue=Histogram(buckets(0.5, 0.25), 0.75),
         steps=2,
         step_rows=5,
     )
@@ -66,7 +75,7 @@ def test_waiting_in_vain_counts_as_waiting(
         wait_for(lambda: len(waiting(batcher)) == 3)
         time.sleep(0.3)
         cancelled.cancel()
-        assert batcher.metrics().waits == 0
+        assert batcher.metrics().queue.count == 0
         gate.open.set()
         for handle in (running, served):
             handle.result(30)
@@ -78,5 +87,5 @@ def test_waiting_in_vain_counts_as_waiting(
         "invalid": 1,
         "refused": 1,
     }
-    assert metrics.waits == 4
-    assert metrics.queue_s > 3 * 0.25  # all but the first; preparing is left out
+    assert metrics.queue.count == 4
+    assert metrics.queue.total > 3 * 0.25  # all but the first; preparing is left out

@@ -106,9 +106,11 @@ def test_the_first_token_is_timed_from_submit_on(
     with Batcher(pipeline, max_rows=1) as batcher:
         answer = batcher.submit(picture).result(WAIT_S)
         metrics = batcher.metrics()
-    assert answer.first_token_s == metrics.first_token_s == 7 + 10 + 1000
+    assert answer.first_token_s == metrics.first_token.total == 7 + 10 + 1000
     assert answer.timings["preprocess"] >= 10
-    assert (answer.timings["queue"], metrics.queue_s) == (7, 7)
+    assert (answer.timings["queue"], metrics.queue.total) == (7, 7)
+    assert (metrics.between_tokens.total, metrics.latency.total) == (2 * 4, 1017 + 2 * 4)
+    assert metrics.prompt_tokens == answer.prompt_tokens
     assert answer.tokens_per_s == 2 / (2 * 4) and answer.timings["decode"] == 2 * 4
 
 
@@ -306,4 +308,4 @@ def test_a_prefill_that_no_thread_is_started_for_is_done_once(
         for handle in [batcher.submit(SHORT) for _ in range(5)]:
             assert alike(handle.result(WAIT_S), expected)
         assert batcher.metrics().outcomes == {"length": 5}
-        assert batcher.metrics().first_tokens == 5 and batcher._worker._prefills == 0
+        assert batcher.metrics().first_token.count == 5 and batcher._worker._prefills == 0

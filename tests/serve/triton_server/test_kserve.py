@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from trio_deploy.pipeline.batcher.metrics import Metrics
 from trio_deploy.serve import metrics
 
 ROOT = Path(__file__).parents[3]
@@ -92,13 +93,15 @@ def queries() -> list[str]:
 def test_it_scales_on_metrics_that_the_model_reports():
     for query in queries():
         names = set(re.findall(r"trio_\w+(?=\{)", query))
-        assert len(names) >= 2 and names <= {*metrics.COUNTERS, *metrics.GAUGES}
+        assert len(names) >= 2 and names <= {
+            name for family in metrics.FAMILIES for name, *_ in metrics.values(family, Metrics())
+        }
     outcomes = set(re.findall(r'outcome=~"([\w|]+)"', queries()[1])[0].split("|"))
     assert outcomes == {"refused", "deadline"} and outcomes <= set(metrics.OUTCOMES)
 
 
 def test_values_are_of_all_pods_since_keda_divides_them_by_their_number():
-    assert all(query.startswith("count(trio_rows_active{") for query in queries())
+    assert all(query.startswith("count(trio_num_requests_running{") for query in queries())
 
 
 def test_a_pod_may_take_longer_to_end_than_the_server_waits_for_its_requests():

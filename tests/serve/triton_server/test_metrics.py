@@ -32,17 +32,17 @@ def test_metrics_count_what_happened(load: Callable[..., Any]) -> None:
     values = metric_values
     # All at once, since they are brought up to date one after the other, and again and again.
     expected = {
-        "trio_tokens_total": 7,
+        "trio_generation_tokens_total": 7,
         "trio_visual_tokens_total": 256,
-        "trio_first_token_seconds_count": 2,
-        "trio_rows_active": 0,
-        "trio_queue_length": 0,
+        "trio_time_to_first_token_seconds_count": 2,
+        "trio_num_requests_running": 0,
+        "trio_num_requests_waiting": 0,
         "trio_kv_bytes": 0,
     }
     wait_for(lambda: {name: values(name)[""] for name in expected} == expected)
     wait_for(lambda: [values("trio_requests_total")[n] for n in ("length", "invalid")] == [2, 2])
     wait_for(lambda: 256 > values("trio_kept_tokens_total")[""] > 0)
-    wait_for(lambda: values("trio_first_token_seconds_sum")[""] > 0)
+    wait_for(lambda: values("trio_time_to_first_token_seconds_sum")[""] > 0)
     assert MetricFamily.FAMILIES["trio_kv_bytes"].kind == "gauge"
 
 
@@ -50,7 +50,7 @@ def test_metrics_of_a_model_that_was_unloaded_say_that_nothing_runs(
     load: Callable[..., Any],
 ) -> None:
     model = load()
-    before = MetricFamily.FAMILIES["trio_tokens_total"].metrics[-1]
+    before = MetricFamily.FAMILIES["trio_generation_tokens_total"].metrics[-1]
     model._stop.set()
     model._poller.join()  # as if it were over just before the last answers
     requests = [ask(model, prompt=QUESTION, max_tokens=3) for _ in range(2)]
@@ -58,8 +58,8 @@ def test_metrics_of_a_model_that_was_unloaded_say_that_nothing_runs(
     model._export()
     model.finalize()
     last = {name: family.metrics[-1].value for name, family in MetricFamily.FAMILIES.items()}
-    assert before.value == last["trio_tokens_total"] == 6
-    gauges = ("queue_length", "rows_active", "kv_bytes", "kv_bytes_allocated")
+    assert before.value == last["trio_generation_tokens_total"] == 6
+    gauges = ("num_requests_waiting", "num_requests_running", "kv_bytes", "kv_bytes_allocated")
     assert [last[f"trio_{name}"] for name in gauges] == [0, 0, 0, 0]
 
 

@@ -474,7 +474,7 @@ def test_after_all_that_it_still_answers(running):
 
 
 def idle(server: TritonServer, model: str) -> bool:
-    names = ("trio_rows_active", "trio_queue_length")
+    names = ("trio_num_requests_running", "trio_num_requests_waiting")
     return not any(metric(server, name, model=model) for name in names)
 
 
@@ -489,7 +489,7 @@ def full(server: TritonServer) -> Iterator[list[Asking]]:
             )
             if len(held) <= 2:
                 assert held[-1].next()
-        assert until(lambda: metric(server, "trio_queue_length", model="endless_vlm") == 2)
+        assert until(lambda: metric(server, "trio_num_requests_waiting", model="endless_vlm") == 2)
         yield held
     finally:
         for asking in held:
@@ -524,7 +524,7 @@ def test_a_cancelled_answer_stops_within_a_token_or_two(running):
     server = running.server
     assert until(lambda: idle(server, "endless_vlm"))
     cancelled = metric(server, "trio_requests_total", model="endless_vlm", outcome="cancelled")
-    tokens = metric(server, "trio_tokens_total", model="endless_vlm")
+    tokens = metric(server, "trio_generation_tokens_total", model="endless_vlm")
     asking = Asking(server, "endless_vlm", prompt="what color is the star?", max_tokens=LONG)
     for _ in range(3):
         assert asking.next()
@@ -538,7 +538,7 @@ def test_a_cancelled_answer_stops_within_a_token_or_two(running):
     assert until(lambda: idle(server, "endless_vlm"))
     # The three that were read, and those on their way while the client let go: a busy machine may
     # keep that from the server for a while. Once it knows, test_model.py counts.
-    made = metric(server, "trio_tokens_total", model="endless_vlm") - tokens
+    made = metric(server, "trio_generation_tokens_total", model="endless_vlm") - tokens
     assert 3 <= made < LONG / 4
 
 
@@ -567,13 +567,13 @@ def test_metrics_tell_what_was_done(running, tmp_path):
         answer = ask(server, prompt=case.question, images=case.png)
         assert answer.reasons == ["stop"]
         expected = {
-            "trio_tokens_total": len(answer.token_ids),
+            "trio_generation_tokens_total": len(answer.token_ids),
             "trio_requests_total": 1,
-            "trio_first_token_seconds_count": 1,
-            "trio_queue_seconds_count": 1,
+            "trio_time_to_first_token_seconds_count": 1,
+            "trio_request_queue_time_seconds_count": 1,
             "trio_visual_tokens_total": 256,
-            "trio_queue_length": 0,
-            "trio_rows_active": 0,
+            "trio_num_requests_waiting": 0,
+            "trio_num_requests_running": 0,
         }
         found: dict[str, float] = {}
 
@@ -585,7 +585,7 @@ def test_metrics_tell_what_was_done(running, tmp_path):
         assert metric(server, "trio_requests_total", model="trio_vlm", outcome="stop") == 1
         # What is brought up to date after the last of those.
         assert until(lambda: 0 < metric(server, "trio_kept_tokens_total", model="trio_vlm") < 256)
-        assert metric(server, "trio_first_token_seconds_sum", model="trio_vlm") > 0
+        assert metric(server, "trio_time_to_first_token_seconds_sum", model="trio_vlm") > 0
 
 
 # --------------------------------------------------------------------------- starting and ending
@@ -626,8 +626,13 @@ def test_an_unloaded_models_metrics_say_that_nothing_runs(running, tmp_path):
     with TritonServer(running.repositories[1], tmp_path / "log", arguments) as server:
 
         def tokens(loads: int) -> None:
-            told = {"trio_tokens_total": 40.0 * loads, "trio_requests_total": 2.0 * loads}
-            told |= dict.fromkeys(("trio_rows_active", "trio_queue_length", "trio_kv_bytes"), 0.0)
+            told = {
+                "trio_generation_tokens_total": 40.0 * loads,
+                "trio_requests_total": 2.0 * loads,
+            }
+            told |= dict.fromkeys(
+                ("trio_num_requests_running", "trio_num_requests_waiting", "trio_kv_bytes"), 0.0
+            )
             assert until(lambda: {name: metric(server, name) for name in told} == told)
 
         for loads in (1, 2):

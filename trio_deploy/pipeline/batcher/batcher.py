@@ -101,6 +101,11 @@ class Batcher:
         """A snapshot."""
         return self._recorder.snapshot(self._queue.queued)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the threads that answer run; they end by `close` alone, or by a fault of ours."""
+        return self._worker.alive and self._events.alive
+
     def close(self, *, drain: bool = True, timeout: float | None = None) -> bool:
         """Take no more requests, and stop the threads; not to be called from `on_event`.
 

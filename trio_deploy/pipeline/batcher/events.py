@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.request import Generation
+from trio_deploy.pipeline.sampling import TokenLogprobs
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Event:
     Attributes:
         token_id: the token generated; None where the event adds none (an error, a deadline).
         text: the text that it completes.
+        logprobs: how likely the token was, where the request asks for it.
         generation: the whole answer. Its `finish_reason` may also be `deadline`; its `timings`
             have `queue` (from `submit` to the prefill, preparing left out) and its own time in
             `decode`; stages of the prefill count all rows prefilled together. It has no `images`.
@@ -63,6 +65,7 @@ class Event:
     text: str = ""
     generation: Generation | None = None
     error: TrioError | None = None
+    logprobs: TokenLogprobs | None = None
 
     @property
     def last(self) -> bool:
@@ -162,6 +165,11 @@ class EventThread:
         self._items.put(delivered)
         self._delivered.wait()
         self._delivered = delivered
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """Deliver what was sent, and end the thread."""

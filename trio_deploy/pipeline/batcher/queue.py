@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from trio_deploy.errors import OutOfMemory, TrioError
+from trio_deploy.errors import OutOfMemory, PromptTooLong, TrioError
 from trio_deploy.pipeline.batcher.events import Event, EventThread, Failed, Handle, Refused, outcome
 from trio_deploy.pipeline.batcher.metrics import Recorder
 from trio_deploy.pipeline.batcher.scheduler import BatcherLimits, Entry, refusal
@@ -142,10 +142,11 @@ class RequestQueue:
                 return  # there is one last event
             self.wake()
         job.request = None  # a pool may keep the job for longer, but not its pictures
-        reason = outcome(event.error) if event.error else ""
+        reason, latency = outcome(event.error) if event.error else "", None
         if event.generation is not None:
-            reason = event.generation.finish_reason
-        self._recorder.record_outcome(reason, 0 if job.row is None else len(job.row.token_ids))
+            reason, latency = event.generation.finish_reason, time.perf_counter() - job.submitted
+        tokens = 0 if job.row is None else len(job.row.token_ids)
+        self._recorder.record_outcome(reason, tokens, latency)
         self._events.send(job.handle, event)
 
     def snapshot(self) -> Snapshot:
@@ -238,7 +239,7 @@ class Preparer:
     def _check(self, row: SequenceState) -> None:
         length, limits = row.prompt.length, self._limits
         if limits.max_prompt_tokens is not None and length > limits.max_prompt_tokens:
-            raise TrioError(
+            raise PromptTooLong(
                 f"the prompt has {length} tokens ({row.prompt.visual_tokens} of them visual), but "
                 f"max_prompt_tokens is {limits.max_prompt_tokens}"
             )

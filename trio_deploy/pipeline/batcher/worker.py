@@ -80,6 +80,11 @@ class Worker:
         self._prefill_pool.shutdown()
         return True
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         while True:
             try:
@@ -270,9 +275,12 @@ class Worker:
             self._fail_batch(error)
             return
         rows = [row for row, _ in steps]
+        before = [row.last_token_s for row in rows]
         pieces = [_take(row, logits) for row, logits in steps]
         self._batch.release()
-        self._recorder.record_step(len(rows))
+        self._recorder.record_step(
+            [row.last_token_s - last for row, last in zip(rows, before, strict=True)]
+        )
         self._send(rows, pieces)
         self._events.wait_one_step_behind()
 
@@ -282,10 +290,13 @@ class Worker:
             job = self._decoding[row]
             if isinstance(piece, Exception):
                 self._fail(job, failed(piece))
-            elif row.finish_reason:
-                self._finish(row, Event(row.token_ids[-1], piece))
+                continue
+            last = row.token_logprobs[-1] if row.token_logprobs else None
+            event = Event(row.token_ids[-1], piece, logprobs=last)
+            if row.finish_reason:
+                self._finish(row, event)
             else:
-                self._events.send(job.handle, Event(row.token_ids[-1], piece))
+                self._events.send(job.handle, event)
 
     def _finish(self, row: SequenceState, event: Event) -> None:
         job = self._decoding[row]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from trio_deploy.errors import TrioError
+from trio_deploy.errors import PromptTooLong, TrioError
 from trio_deploy.pipeline.batcher.events import (
     Cancelled,
     DeadlinePassed,
@@ -27,6 +27,7 @@ from trio_deploy.serve.triton_server.sender import Sender
 _LOG = logging.getLogger(__name__)
 _CODES: dict[type[Exception], str] = {
     TrioError: "INVALID_ARG",
+    PromptTooLong: "INVALID_ARG",
     Refused: "UNAVAILABLE",
     DeadlinePassed: "UNAVAILABLE",
     Cancelled: "CANCELLED",

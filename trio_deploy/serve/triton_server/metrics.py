@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trio_deploy.pipeline.batcher.metrics import Metrics
-from trio_deploy.serve.metrics import COUNTERS, GAUGES, OUTCOMES, metric_values
+from trio_deploy.serve.metrics import FAMILIES, values
 
 
 class Exporter:
@@ -23,22 +23,24 @@ class Exporter:
         """
         self._metrics: dict[tuple[str, str], Any] = {}
         self._values: dict[tuple[str, str], float] = {}
-        self._families = []
-        for kind, families in (
-            (utils.MetricFamily.COUNTER, COUNTERS),
-            (utils.MetricFamily.GAUGE, GAUGES),
-        ):
-            for name, description in families.items():
-                family = utils.MetricFamily(name=name, description=description, kind=kind)
-                self._families.append(family)
-                for outcome in OUTCOMES if name == "trio_requests_total" else ("",):
-                    own = {**labels, "outcome": outcome} if outcome else dict(labels)
-                    self._metrics[name, outcome] = family.Metric(labels=own)
+        self._families: dict[str, Any] = {}
+        for family in FAMILIES:
+            # Triton 2.51 has no histograms: their sums and counts are counters.
+            gauge = family.kind == "gauge"
+            kind = utils.MetricFamily.GAUGE if gauge else utils.MetricFamily.COUNTER
+            for name, label, _ in values(family, Metrics()):
+                if name not in self._families:
+                    self._families[name] = utils.MetricFamily(
+                        name=name, description=family.description, kind=kind
+                    )
+                own = {**labels, family.label: label} if label else dict(labels)
+                self._metrics[name, label] = self._families[name].Metric(labels=own)
 
     def update(self, metrics: Metrics) -> None:
         """Bring the families up to date."""
-        for name, outcome, value in metric_values(metrics):
-            change = value - self._values.get((name, outcome), 0.0)
-            if change:
-                self._metrics[name, outcome].increment(change)
-                self._values[name, outcome] = value
+        for family in FAMILIES:
+            for name, label, value in values(family, metrics):
+                change = value - self._values.get((name, label), 0.0)
+                if change:
+                    self._metrics[name, label].increment(change)
+                    self._values[name, label] = value
