@@ -52,6 +52,17 @@ FULL_SIZE = (
     "llava-1.5-7b",
     "llava-next-mistral-7b",
 )
+#: The Qwen families: one model of each in every dialect, and the others.
+PATCHES = ("qwen2-vl-7b", "qwen2.5-vl-7b", "qwen3-vl-8b")
+MORE_PATCHES = (
+    "qwen2-vl-2b",
+    "qwen2.5-vl-3b",
+    "qwen3-vl-2b",
+    "qwen3-vl-4b",
+    "cosmos-reason1-7b",
+    "cosmos-reason2-2b",
+    "cosmos-reason2-8b",
+)
 METHODS = (
     "trio",
     "topk-gradient",
@@ -61,7 +72,9 @@ METHODS = (
     "random",
     "cls-attention",
     "vscan",
+    "cdpruner",
 )
+CLASS_TOKEN = ("cls-attention", "vscan")  # not for towers of patches
 
 #: Dialect and decode layout, dtype → a target that accepts them, usually as its defaults.
 VARIANTS = {
@@ -76,11 +89,13 @@ VARIANTS = {
 }
 ONE_LAYOUT = {key: VARIANTS[key] for key in VARIANTS if key[0] != "primitive-separate"}
 FLOAT16 = {key: VARIANTS[key] for key in VARIANTS if key[1] == "float16"}
+EVERY_DIALECT = {key: FLOAT16[key] for key in FLOAT16 if key in ONE_LAYOUT}
+ORT16 = {("ort-shared", "float16"): "cuda"}
 ORT = {("ort-shared", "float32"): "cpu"}
 BFLOAT16 = {("primitive-shared", "bfloat16"): "cpu-openvino"}
 
-#: All methods one after another, after layer 0.
-_EVERY_METHOD = ",".join(f"{2 * i + 1}:{0.9 - 0.1 * i:.1f}:{m}" for i, m in enumerate(METHODS))
+#: Methods one after another, after layer 0: as many as the tiny model has room for.
+_EVERY_METHOD = ",".join(f"{2 * i + 1}:{0.9 - 0.1 * i:.1f}:{m}" for i, m in enumerate(METHODS[:8]))
 _AT_ENCODER = {f"encoder-{m}": ("--schedule", f"0:0.5:{m},8:0.15:{m}") for m in METHODS}
 _OFTEN = ("trio", "divprune", "cls-attention", "vscan")  # what recipes have before layer 0, or may
 
@@ -89,6 +104,7 @@ _DEFAULT: dict[str, tuple[str, ...]] = {"default": ()}
 _TINY = {
     **_DEFAULT,
     "every-method": ("--schedule", _EVERY_METHOD),
+    "cdpruner": ("--schedule", "1:0.5:cdpruner,9:0.2:cdpruner"),
     **{name: _AT_ENCODER[name] for name in (f"encoder-{m}" for m in _OFTEN)},
     "counts-shifted": (
         *("--schedule", "1:92,10:54,15:22", "--probe", "shifted"),
@@ -98,6 +114,8 @@ _TINY = {
 _TINY_REST = {name: options for name, options in _AT_ENCODER.items() if name not in _TINY}
 _LARGE_ENCODER = {"encoder-0.111": ("--schedule", "encoder-0.111")}
 _LARGE_METHODS = {m: ("--schedule", f"1:0.4:{m},16:0.1:{m}") for m in METHODS}
+_PATCHES_METHODS = [m for m in METHODS if m not in CLASS_TOKEN]
+_PATCHES_EACH = ",".join(f"{2 * i}:{0.9 - 0.1 * i:.1f}:{m}" for i, m in enumerate(_PATCHES_METHODS))
 
 
 class UnsupportedGraph(Exception):
@@ -131,6 +149,9 @@ def cases() -> list[Case]:
         *_cases(large, _LARGE_ENCODER, ORT | FLOAT16),
         *_cases(large, _LARGE_METHODS, ORT),
         *(case for recipe in others for case in _cases(recipe, _DEFAULT, ONE_LAYOUT)),
+        *(case for recipe in PATCHES for case in _cases(recipe, _DEFAULT, EVERY_DIALECT)),
+        *_cases(PATCHES[-1], {"methods": ("--schedule", _PATCHES_EACH)}, EVERY_DIALECT),
+        *(case for recipe in MORE_PATCHES for case in _cases(recipe, _DEFAULT, ORT16)),
     ]
 
 

@@ -13,6 +13,9 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from trio_deploy.config.recipe import list_recipes
+from trio_deploy.schedule.methods import METHODS
+
 SCRIPT = Path(__file__).parent.parent / "scripts" / "graph_digests.py"
 FLOAT = TensorProto.FLOAT
 
@@ -29,9 +32,13 @@ def digests() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "only", ["float32/every-method", "float16/every-method", "tiny/ort-shared/float32/encoder"]
+    "only",
+    [
+        *("tiny/ort-shared/float32/encoder", "tiny/primitive-shared/float16/cdpruner"),
+        *("float32/every-method", "float16/every-method", "qwen3-vl-2b", "qwen2.5-vl-3b"),
+    ],
 )
-def test_graphs_of_the_tiny_model_are_what_they_were(
+def test_graphs_of_the_tiny_model_and_of_two_large_ones_are_what_they_were(
     digests: ModuleType, only: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert digests.main(["--only", only]) == 0, capsys.readouterr().out
@@ -39,6 +46,12 @@ def test_graphs_of_the_tiny_model_are_what_they_were(
 
 def test_the_table_has_every_case(digests: ModuleType) -> None:
     assert list(digests.read_table(digests.TABLE)) == [case.name for case in digests.cases()]
+
+
+def test_every_recipe_and_every_method_is_in_the_table(digests: ModuleType) -> None:
+    named = {name.partition("/")[0] for name in digests.read_table(digests.TABLE)}
+    assert named == set(list_recipes())
+    assert set(digests.METHODS) == set(METHODS)
 
 
 def test_differences_are_named(digests: ModuleType) -> None:
