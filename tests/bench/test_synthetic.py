@@ -7,12 +7,19 @@ import json
 import numpy as np
 import pytest
 
-from trio_deploy import TrioError
-from trio_deploy.bench.synthetic import Size, model_of, write_checkpoint
+from trio_deploy import RuntimeOptions, TrioError
+from trio_deploy.bench.measure import BenchOptions, measure
+from trio_deploy.bench.synthetic import RandomModel, Size, make_bundle, model_of, write_checkpoint
 from trio_deploy.checkpoint.safetensors import Checkpoint
-from trio_deploy.families.registry import parse_config
+from trio_deploy.families.preprocessing import Preprocessor
+from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.graphs.weights import canonical_tensors
 
+SMALL_TOWER = "vision_d=32,vision_layers=4,vision_mlp=64,vision_heads=2"
+SMALL = {  # pictures of 256 visual tokens
+    name: f"tower={name},d=32,layers=4,vocab=300,mlp=48,heads=2,image={image},{SMALL_TOWER}"
+    for name, image in (("qwen2-vl", 448), ("qwen2.5-vl", 448), ("qwen3-vl-2b", 512))
+}
 TINY = "d=32,layers=4,vocab=300,mlp=48,heads=2,image=28,patch=14,vision_d=16,vision_layers=2"
 
 
@@ -31,11 +38,41 @@ def test_names_tell_sizes_apart():
     assert len(set(names)) == len(names)
     assert names[5] == "llava-d64-l16-v32000-clip-l-336"
     assert names[7] == "llava-d64-l16-v32000-visiond512"
+    assert Size.parse("d=64,tower=qwen3-vl-2b").name == "qwen3-vl-d64-l16-v32000-qwen3-vl-2b"
+    assert Size.parse(SMALL["qwen2-vl"]).name.startswith("qwen2-vl-d32-l4-v300-mlp48")
 
 
-def test_a_tower_has_the_sizes_of_the_real_one_and_others_may_be_named():
+@pytest.mark.parametrize(
+    ("tower", "recipe"),
+    [
+        ("clip-l-336", "llava-1.5-7b"),
+        ("qwen2-vl", "qwen2-vl-2b"),
+        ("qwen2.5-vl", "qwen2.5-vl-7b"),
+        ("qwen3-vl-2b", "qwen3-vl-2b"),
+    ],
+)
+def test_a_tower_has_the_sizes_of_the_real_one(tower, recipe):
+    real = parse_config(model_of(recipe)[1])
+    sized = parse_config(Size.parse(f"tower={tower},d=256").config())
+    assert (sized.family, sized.vision) == (real.family, real.vision)
+
+
+@pytest.mark.parametrize("tower", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl-2b"])
+def test_the_largest_picture_has_1296_tokens(tower):
+    _, raw, settings = model_of(f"tower={tower},d=256")
+    config = Preprocessor(settings, parse_config(raw)).config
+    assert request_limits(config).visual_tokens == 1296
+
+
+def test_a_recipe_gives_the_largest_picture_that_it_allows():
+    _, raw, settings = model_of("qwen3-vl-4b")
+    config = Preprocessor(settings, parse_config(raw)).config
+    assert request_limits(config).visual_tokens == 1280
+    assert config.image_token_id == 4
+
+
+def test_sizes_of_a_tower_may_be_named():
     real = parse_config(model_of("llava-1.5-7b")[1]).vision
-    assert parse_config(Size.parse("d=64,tower=clip-l-336").config()).vision == real
     fewer = parse_config(Size.parse("vision_layers=6,tower=clip-l-336,d=64").config()).vision
     assert (fewer.num_layers, fewer.hidden_size) == (6, real.hidden_size)
 
@@ -53,6 +90,9 @@ def test_a_tower_has_the_sizes_of_the_real_one_and_others_may_be_named():
         ("vision_layers=1", "vision_layers"),
         ("vision_d=64,vision_heads=5", "multiple of vision_heads"),
         ("tower=clip", "the towers are clip-l-336"),
+        ("tower=qwen2-vl,vision_mlp=100", "multiple of its width"),
+        ("tower=qwen3-vl-2b,layers=2", "do not fit together"),
+        ("tower=qwen2-vl,vocab=263", "vocab must be 264 or more"),
     ],
 )
 def test_sizes_that_cannot_be_are_named(text, words):
@@ -96,16 +136,32 @@ def test_weights_are_as_transformers_initialises_them(tmp_path):
     assert values("lm_head.weight").std() == pytest.approx(0.02, rel=0.05)
 
 
-def test_transformers_reads_it(tmp_path):
+@pytest.mark.parametrize("sizes", [TINY, *SMALL.values()], ids=["llava", *SMALL])
+def test_transformers_reads_it(tmp_path, sizes):
     transformers = pytest.importorskip("transformers")
-    _, config, settings = model_of(TINY)
+    _, config, settings = model_of(sizes)
     folder = write_checkpoint(tmp_path / "c", config, settings, progress=False)
-    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
+    model, info = getattr(transformers, config["architectures"][0]).from_pretrained(
         folder, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
+    norms = [weight for name, weight in model.named_parameters() if "norm" in name]
+    assert norms and all((weight == weight[0]).all() for weight in norms)
     assert (model.model.language_model.norm.weight == 1).all()
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("sizes", SMALL.values(), ids=SMALL)
+def test_a_model_of_pictures_of_any_size_is_measured(tmp_path, sizes):
+    model = RandomModel(sizes, "0:0.5:divprune,2:0.125")
+    bundle, _ = make_bundle(model, tmp_path, RuntimeOptions(), progress=False)
+    options = BenchOptions((None,), new_tokens=2, runs=1, warm_up=0, baselines=(), memory=False)
+    result = measure(bundle, options, progress=False)
+    whole, pruned = result["cases"]
+    assert whole["tokens"]["visual"] == result["workload"]["visual_tokens"] == 256
+    assert pruned["tokens"]["keep"] == [128, 32]
+    assert pruned["flops"]["vision"] == whole["flops"]["vision"] > 0
+    assert whole["groups_s"]["vision"]["median"] > 0
 
 
 def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.recipe import list_recipes
 from trio_deploy.errors import TrioError
 from trio_deploy.families import llava
-from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.clip_images import clip_processor_files
-from trio_deploy.families.registry import get_family, parse_config
+from trio_deploy.families.base import ModelConfig, TowerSizes
+from trio_deploy.families.preprocessing import with_max_pixels
+from trio_deploy.families.registry import family_of, get_family, parse_config
 from trio_deploy.quant.stored_weight import Part
 from trio_deploy.runtimes.registry import default_target
 
@@ -39,43 +40,53 @@ _DTYPES = {
 }
 _STD = 0.02  # what transformers initialises Llama and CLIP with
 _CHUNK = 1 << 22  # numbers drawn at a time
-_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
-_IMAGE_TOKEN = _SPECIAL.index("<image>")
+_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")  # followed by the family's own
+_IMAGE_KEYS = ("image_token_id", "image_token_index")  # the first counts where both are there
 _BYTES = 256
 _TEMPLATE = (
-    "{% for message in messages %}{% if message['content'] is string %}"
-    "{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{% endfor %}"
+    "{%% for message in messages %%}{%% if message['content'] is string %%}"
+    "{{ message['content'] }}{%% else %%}{%% for part in message['content'] %%}"
+    "{%% if part['type'] == 'image' %%}%s{%% else %%}{{ part['text'] }}{%% endif %%}"
+    "{%% endfor %%}{%% endif %%}{%% endfor %%}"
 )
 
 
+def _tower(family: str, image: int, patch: int, *sizes: int) -> dict[str, Any]:
+    names = ("vision_d", "vision_layers", "vision_mlp", "vision_heads")
+    return {
+        "family": family,
+        "image": image,
+        "patch": patch,
+        **dict(zip(names, sizes, strict=True)),
+    }
+
+
 TOWERS = {
-    "clip-l-336": {
-        "image": 336,
-        "patch": 14,
-        "vision_d": 1024,
-        "vision_layers": 24,
-        "vision_mlp": 4096,
-        "vision_heads": 16,
-    },
+    "clip-l-336": _tower("llava", 336, 14, 1024, 24, 4096, 16),
+    "qwen2-vl": _tower("qwen2_vl", 1008, 14, 1280, 32, 5120, 16),
+    "qwen2.5-vl": _tower("qwen2_5_vl", 1008, 14, 1280, 32, 3420, 16),
+    "qwen3-vl-2b": _tower("qwen3_vl", 1152, 16, 1024, 24, 4096, 16),
 }
-"""Sizes of towers by name: OpenAI's CLIP ViT-L/14 for pictures of 336 pixels, as in LLaVA-1.5."""
+"""Towers by name: family and sizes. OpenAI's CLIP ViT-L/14 for pictures of 336 pixels, as in
+LLaVA-1.5; those of Qwen2-VL and Qwen2.5-VL (all sizes) and of Qwen3-VL-2B, for pictures of at most
+1,296 visual tokens."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A LLaVA-1.5 of any size; 0: the usual proportion.
+    """A model of any size; 0: the usual proportion.
 
     Attributes:
         d: hidden size of the language model.
         mlp: size of its MLP (2.75 d, rounded up to a multiple of 64).
         heads: number of query heads (64 features per head).
         kv_heads: number of key/value heads (equal to `heads`).
-        image, patch: pixels per side of a picture and of a patch.
-        vision_d, vision_layers: hidden size and layers of the CLIP tower.
+        image, patch: pixels per side of a picture, at most where pictures have any size, and of a
+            patch.
+        vision_d, vision_layers: hidden size and layers of the vision tower.
         vision_mlp, vision_heads: size of its MLP (2 vision_d) and number of its heads (4).
         context: maximum number of positions.
+        family: model family; a tower brings it.
     """
 
     d: int = 1024
@@ -91,6 +102,7 @@ class Size:
     vision_mlp: int = 0
     vision_heads: int = 0
     context: int = 4096
+    family: str = llava.FAMILY.name
 
     @classmethod
     def parse(cls, text: str) -> Size:
@@ -102,9 +114,9 @@ class Size:
             TrioError: an unknown name, a value that is no positive integer, or sizes that do not
                 fit together.
         """
-        known = [item.name for item in fields(cls)]
+        known = [item.name for item in fields(cls) if item.name != "family"]
         values: dict[str, int] = {}
-        tower: dict[str, int] = {}
+        tower: dict[str, Any] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             name, _, value = (piece.strip() for piece in part.partition("="))
             if name == "tower":
@@ -146,22 +158,29 @@ class Size:
         ):
             if whole % part:
                 raise TrioError(f"--size: {what}")
-        if self.vocab < len(_SPECIAL) + _BYTES:
-            raise TrioError(f"--size: vocab must be {len(_SPECIAL) + _BYTES} or more")
+        special = len(_special(self.family))
+        if self.vocab < special + _BYTES:
+            raise TrioError(f"--size: vocab must be {special + _BYTES} or more")
         if self.vision_layers < 2:
             raise TrioError(
                 "--size: vision_layers must be 2 or more: features come from the last but one"
             )
+        try:
+            parse_config(self.config())
+        except TrioError as error:
+            raise TrioError(f"--size: these sizes do not fit together: {error}") from None
 
     def config(self) -> dict[str, Any]:
         """The contents of config.json."""
         full = self.filled()
-        vision = {
-            "hidden_size": full.vision_d,
-            "intermediate_size": full.vision_mlp,
-            "num_hidden_layers": full.vision_layers,
-            "num_attention_heads": full.vision_heads,
-        }
+        tower = TowerSizes(
+            full.vision_d,
+            full.vision_layers,
+            full.vision_mlp,
+            full.vision_heads,
+            full.image,
+            full.patch,
+        )
         text = {
             "hidden_size": full.d,
             "intermediate_size": full.mlp,
@@ -172,14 +191,16 @@ class Size:
             "vocab_size": full.vocab,
             "max_position_embeddings": full.context,
         }
-        return llava.config_json(
-            vision,
-            text,
-            tile=full.image,
-            patch=full.patch,
-            image_token_index=_IMAGE_TOKEN,
-            image_seq_length=(full.image // full.patch) ** 2,
-        )
+        return get_family(self.family).hub.config(tower, text) | _token_ids(self.family)
+
+    def preprocessing(self) -> dict[str, Any] | None:
+        """preprocessor_config.json where pictures have any size: up to `image` pixels per side."""
+        config = parse_config(self.config())
+        if config.pixels is None:
+            return None
+        most = self.image**2
+        config = replace(config, pixels=(min(config.pixels[0], most), most))
+        return get_family(self.family).hub.files(config)["preprocessor_config.json"]
 
     @property
     def name(self) -> str:
@@ -187,11 +208,12 @@ class Size:
         full = self.filled()
         default = Size(d=full.d, heads=full.heads).filled()
         usual = {"heads": Size(d=full.d).filled().heads, "vision_mlp": 2 * full.vision_d}
-        parts = [f"llava-d{full.d}-l{full.layers}-v{full.vocab}"]
+        family = self.family.replace("_", "-")
+        parts = [f"{family}-d{full.d}-l{full.layers}-v{full.vocab}"]
         tower = next((n for n, of in TOWERS.items() if of.items() <= vars(full).items()), None)
         parts += [tower] if tower else []
         for item in fields(self):
-            if item.name in ("d", "layers", "vocab", *TOWERS.get(tower or "", ())):
+            if item.name in ("d", "layers", "vocab", "family", *TOWERS.get(tower or "", ())):
                 continue
             value = getattr(full, item.name)
             if value != usual.get(item.name, getattr(default, item.name)):
@@ -199,22 +221,36 @@ class Size:
         return "-".join(parts)
 
 
-def model_of(text: str) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
-    """Read --size: (name, config.json, preprocessor_config.json or None for CLIP's own).
+def _special(family: str) -> list[str]:
+    """Special tokens of a family's tokenizer, by their ids."""
+    return [*_SPECIAL, *get_family(family).hub.tokens.values()]
 
-    A recipe gives the sizes of its architecture; the image token is that of this module's
-    tokenizer.
+
+def _token_ids(family: str) -> dict[str, int]:
+    """Keys of config.json with the ids of a family's own special tokens."""
+    return {key: at for at, key in enumerate(get_family(family).hub.tokens, len(_SPECIAL))}
+
+
+def model_of(text: str) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+    """Read --size: (name, config.json, preprocessor_config.json or None for the family's own).
+
+    A recipe gives the sizes of its architecture and pictures; the special tokens are those of this
+    module's tokenizer.
 
     Raises:
         TrioError: neither a recipe nor sizes.
     """
-    if "=" not in text:
-        found = resolve(text, weights_needed=False)
-        settings = found.recipe.preprocessing if found.recipe else None
-        config = {k: v for k, v in found.raw_config.items() if k != "image_token_id"}
-        return found.name, config | {"image_token_index": _IMAGE_TOKEN}, settings or None
-    size = Size.parse(text)
-    return size.name, size.config(), None
+    if "=" in text:
+        size = Size.parse(text)
+        return size.name, size.config(), size.preprocessing()
+    found = resolve(text, weights_needed=False)
+    config = {k: v for k, v in found.raw_config.items() if k not in _IMAGE_KEYS}
+    config |= _token_ids(family_of(config).name)
+    if found.recipe is None or not found.recipe.preprocessing:
+        return found.name, config, None
+    most = found.recipe.max_pixels
+    settings = with_max_pixels(found.recipe.preprocessing, parse_config(config), most)
+    return found.name, config, settings
 
 
 def write_checkpoint(
@@ -256,7 +292,7 @@ def write_checkpoint(
         _write_weights(unfinished, layout, seed, progress)
         for name, content in _small_files(config, parsed, preprocessing, dtype).items():
             (unfinished / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        _tokenizer(unfinished / "tokenizer.json")
+        _tokenizer(unfinished / "tokenizer.json", _special(parsed.family))
         unfinished.rename(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -268,25 +304,9 @@ def _hub_parts(config: ModelConfig, dtype: str) -> list[Part]:
     """List every tensor by its name on the hub, those that no graph reads included."""
     from trio_deploy.graphs.weights import canonical_tensors  # needs the extra `export`
 
-    vision, read = config.clip, config.clip.feature_layers
-    # As if features came from the last layer, so that the layers above the feature layer exist.
-    whole = replace(vision, feature_layers=(*read[:-1], vision.num_layers))
-    shapes = canonical_tensors(replace(config, vision=whole))
-    shapes |= {
-        f"vision_tower.post_layernorm.{part}": (vision.hidden_size,) for part in ("weight", "bias")
-    }
-    return [Part(_hub_name(name), shape, dtype) for name, shape in shapes.items()]
-
-
-def _hub_name(name: str) -> str:
-    for ours, theirs in (
-        ("vision_tower.", "vision_tower.vision_model."),
-        ("language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-    ):
-        if name.startswith(ours):
-            return theirs + name[len(ours) :]
-    return name
+    hub = get_family(config.family).hub
+    shapes = canonical_tensors(hub.whole(config)) | hub.unread(config)
+    return [Part(hub.name(name), shape, dtype) for name, shape in shapes.items()]
 
 
 def _write_weights(folder: Path, layout: Layout, seed: int, progress: bool) -> None:
@@ -313,7 +333,8 @@ def _write_weights(folder: Path, layout: Layout, seed: int, progress: bool) -> N
 
 def _numbers(rng: np.random.Generator, name: str, count: int) -> np.ndarray:
     """Ones for norms, zeros for biases, normally distributed numbers for the rest."""
-    if "norm" in name.split(".")[-2]:
+    module = name.split(".")[-2]
+    if "norm" in module or module.startswith("ln_"):
         return np.full(count, name.endswith("weight"), np.float32)
     if name.endswith("bias"):
         return np.zeros(count, np.float32)
@@ -327,7 +348,8 @@ def _small_files(
     dtype: str,
 ) -> dict[str, Any]:
     """The JSON files of a hub checkpoint, by name."""
-    files = clip_processor_files(parsed)
+    family = get_family(parsed.family)
+    files = family.hub.files(parsed)
     if preprocessing:
         files["preprocessor_config.json"] = preprocessing
     special = {
@@ -336,39 +358,40 @@ def _small_files(
         "eos_token": "</s>",
         "pad_token": "<pad>",
     }
-    architecture = get_family(parsed.family).architecture
-    processor = architecture.replace("ForConditionalGeneration", "Processor")
-    files["processor_config.json"] |= {"processor_class": processor, "image_token": "<image>"}
+    own = list(family.hub.tokens.values())
+    template = _TEMPLATE % family.hub.picture
+    processor = family.architecture.replace("ForConditionalGeneration", "Processor")
+    files["processor_config.json"] |= {"processor_class": processor, "image_token": own[0]}
     return {
         **files,
         "config.json": config | {"torch_dtype": dtype},
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
-        "chat_template.json": {"chat_template": _TEMPLATE},
+        "chat_template.json": {"chat_template": template},
         "tokenizer_config.json": {
             **special,
             "tokenizer_class": "PreTrainedTokenizerFast",
             "processor_class": processor,
-            "additional_special_tokens": ["<image>"],
-            "image_token": "<image>",
-            "chat_template": _TEMPLATE,
+            "additional_special_tokens": own,
+            "image_token": own[0],
+            "chat_template": template,
             "clean_up_tokenization_spaces": False,
             "model_max_length": parsed.text.max_positions,
         },
-        "special_tokens_map.json": {**special, "additional_special_tokens": ["<image>"]},
+        "special_tokens_map.json": {**special, "additional_special_tokens": own},
     }
 
 
-def _tokenizer(file: Path) -> None:
+def _tokenizer(file: Path, special: Sequence[str]) -> None:
     """Write a tokenizer.json with one token per byte, so that lengths are known."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*_SPECIAL, *alphabet])}
+    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in _SPECIAL]
+        [AddedToken(token, special=True, normalized=False) for token in special]
     )
     tokenizer.save(str(file))
 

@@ -318,6 +318,55 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class TowerSizes:
+    """Sizes of a vision tower.
+
+    Attributes:
+        image, patch: pixels along a side of the largest picture, and of a patch.
+    """
+
+    width: int
+    layers: int
+    mlp: int
+    heads: int
+    image: int
+    patch: int
+
+
+def _itself(config: ModelConfig) -> ModelConfig:
+    return config
+
+
+def _nothing(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {}
+
+
+@dataclass(frozen=True)
+class HubLayout:
+    """How checkpoints of a family lie on the hub, by which one with random weights is written.
+
+    Attributes:
+        tokens: special tokens of pictures, by the key of config.json that holds their id; the
+            token that stands for a picture comes first.
+        picture: what a chat template writes for a picture.
+        name: name of a tensor on the hub, from its canonical name.
+        config: config.json without `tokens` for sizes of the tower and, in transformers' words, of
+            the language model. Raises TrioError on sizes that the family cannot have.
+        files: preprocessor_config.json and processor_config.json of a model that has none.
+        whole: the same model as if every layer of its checkpoints were read.
+        unread: names and shapes of further tensors, which no graph reads.
+    """
+
+    tokens: Mapping[str, str]
+    picture: str
+    name: Callable[[str], str]
+    config: Callable[[TowerSizes, Mapping[str, Any]], dict[str, Any]]
+    files: Callable[[ModelConfig], dict[str, dict[str, Any]]]
+    whole: Callable[[ModelConfig], ModelConfig] = _itself
+    unread: Callable[[ModelConfig], dict[str, tuple[int, ...]]] = _nothing
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family: all that differs between one and another.
 
@@ -334,6 +383,7 @@ class Family:
         request_limits: the most that one image brings, for profiles, plans, admission, benchmarks.
         reference: name of the adapter in reference/adapters.py that the oracle runs it with.
         tiny: a config.json with small sizes, for tests with random weights.
+        hub: how its checkpoints lie on the hub.
         positions: position ids after pruning that the model can take, the default first.
     """
 
@@ -347,4 +397,5 @@ class Family:
     request_limits: Callable[[ModelConfig], Limits]
     reference: str
     tiny: Callable[[], dict[str, Any]]
+    hub: HubLayout
     positions: tuple[str, ...] = ("renumber", "original")

@@ -8,11 +8,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trio_deploy.families.base import VISUAL_TOKEN, Family, Layout, Limits, ModelConfig
+from trio_deploy.families.base import (
+    VISUAL_TOKEN,
+    Family,
+    Layout,
+    Limits,
+    ModelConfig,
+    TowerSizes,
+)
+from trio_deploy.families.clip_hub import clip_hub
 from trio_deploy.families.clip_images import clip_settings
 from trio_deploy.families.hf_config import (
     CLIP_LLAMA_PREFIXES,
-    clip_llama_json,
     read_clip_llama,
     tiny_clip_llama,
 )
@@ -70,13 +77,8 @@ def read(raw: Mapping[str, Any]) -> ModelConfig:
     return read_clip_llama(raw, _NAME, _DEFAULTS, tie_from_text=True)
 
 
-def config_json(
-    vision: Mapping[str, Any], text: Mapping[str, Any], *, tile: int, patch: int, **top: Any
-) -> dict[str, Any]:
-    """A config.json of any sizes; arguments as of `clip_llama_json`."""
-    return clip_llama_json(
-        _ARCHITECTURE, vision, text, tile=tile, patch=patch, model_type=_NAME, **top
-    )
+def _image_length(tower: TowerSizes) -> dict[str, Any]:
+    return {"image_seq_length": (tower.image // tower.patch) ** 2}
 
 
 def tiny() -> dict[str, Any]:
@@ -95,4 +97,5 @@ FAMILY = Family(
     request_limits=request_limits,
     reference="llava",
     tiny=tiny,
+    hub=clip_hub(_NAME, _ARCHITECTURE, _image_length),
 )

@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trio_deploy.families.base import VISUAL_TOKEN, Family, Layout, Limits, ModelConfig
+from trio_deploy.families.base import (
+    VISUAL_TOKEN,
+    Family,
+    Layout,
+    Limits,
+    ModelConfig,
+    TowerSizes,
+)
+from trio_deploy.families.clip_hub import clip_hub
 from trio_deploy.families.clip_images import clip_settings
 from trio_deploy.families.hf_config import (
     CLIP_LLAMA_PREFIXES,
@@ -26,6 +34,15 @@ from trio_deploy.families.tiling import best_canvas, fit_size, unpadded
 
 _NAME = "llava_next"
 _ARCHITECTURE = "LlavaNextForConditionalGeneration"
+
+
+def _pinpoints(tile: int) -> list[list[int]]:
+    """The canvases of the published models, for tiles of another size."""
+    return [
+        [tile * down, tile * across] for down, across in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    ]
+
+
 _DEFAULTS = {
     "image_token_index": 32000,
     "projector_hidden_act": "gelu",
@@ -33,7 +50,7 @@ _DEFAULTS = {
     "vision_feature_layer": -2,
     "multimodal_projector_bias": True,
     "tie_word_embeddings": False,
-    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    "image_grid_pinpoints": _pinpoints(336),
 }
 
 
@@ -118,13 +135,13 @@ def read(raw: Mapping[str, Any]) -> ModelConfig:
     return read_clip_llama(raw, _NAME, _DEFAULTS, tiled=True)
 
 
+def _canvases(tower: TowerSizes) -> dict[str, Any]:
+    return {"image_grid_pinpoints": _pinpoints(tower.image)}
+
+
 def tiny() -> dict[str, Any]:
     """A config.json of small sizes."""
-    return tiny_clip_llama(
-        _ARCHITECTURE,
-        model_type=_NAME,
-        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]],
-    )
+    return tiny_clip_llama(_ARCHITECTURE, model_type=_NAME, image_grid_pinpoints=_pinpoints(32))
 
 
 FAMILY = Family(
@@ -138,4 +155,5 @@ FAMILY = Family(
     request_limits=request_limits,
     reference="llava",
     tiny=tiny,
+    hub=clip_hub(_NAME, _ARCHITECTURE, _canvases),
 )

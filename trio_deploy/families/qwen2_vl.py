@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import Family, ModelConfig, PatchTowerConfig
+from trio_deploy.families.base import Family, HubLayout, ModelConfig, PatchTowerConfig, TowerSizes
 from trio_deploy.families.hf_config import activation_of, flag_of
 from trio_deploy.families.qwen import (
     PREFIXES,
@@ -25,6 +25,7 @@ from trio_deploy.families.qwen import (
     vision_section,
     visual_tokens,
 )
+from trio_deploy.families.qwen_hub import Prefixes, mrope, quarters, qwen_hub, qwen_json
 from trio_deploy.files import brief
 
 _MROPE = (16, 24, 24)
@@ -175,7 +176,46 @@ def _tiny(name: str, architecture: str, vision: Mapping[str, Any]) -> dict[str, 
     return {**top, "text_config": text, "vision_config": dict(vision)}
 
 
-def _family(name: str, architecture: str, read: Any, tiny: Any) -> Family:
+_ON_THE_HUB: Prefixes = (("language_model.", "model."),)
+
+
+def _sized_text(text: Mapping[str, Any]) -> dict[str, Any]:
+    sections = mrope(text["head_dim"], interleaved=False)
+    return {**text, "rope_scaling": {"type": "mrope", "mrope_section": sections}}
+
+
+def _sized_2(tower: TowerSizes, text: Mapping[str, Any]) -> dict[str, Any]:
+    if tower.mlp % tower.width:
+        raise TrioError("the vision tower's MLP must be a multiple of its width in this family")
+    vision = {
+        "depth": tower.layers,
+        "embed_dim": tower.width,
+        "hidden_size": text["hidden_size"],
+        "mlp_ratio": tower.mlp // tower.width,
+        "num_heads": tower.heads,
+        "hidden_act": "quick_gelu",
+        "patch_size": tower.patch,
+    }
+    return qwen_json("qwen2_vl", "Qwen2VLForConditionalGeneration", _sized_text(text), vision)
+
+
+def _sized_2_5(tower: TowerSizes, text: Mapping[str, Any]) -> dict[str, Any]:
+    vision = {
+        "depth": tower.layers,
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp,
+        "num_heads": tower.heads,
+        "hidden_act": "silu",
+        "out_hidden_size": text["hidden_size"],
+        "patch_size": tower.patch,
+        "window_size": 8 * tower.patch,
+        "fullatt_block_indexes": quarters(tower.layers, 4),
+        "tokens_per_second": 2,
+    }
+    return qwen_json("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", _sized_text(text), vision)
+
+
+def _family(name: str, architecture: str, read: Any, tiny: Any, hub: HubLayout) -> Family:
     return Family(
         name=name,
         architecture=architecture,
@@ -187,11 +227,24 @@ def _family(name: str, architecture: str, read: Any, tiny: Any) -> Family:
         request_limits=request_limits,
         reference="qwen",
         tiny=tiny,
+        hub=hub,
         positions=("original",),
     )
 
 
 FAMILIES = (
-    _family("qwen2_vl", "Qwen2VLForConditionalGeneration", read_2, tiny_2),
-    _family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", read_2_5, tiny_2_5),
+    _family(
+        "qwen2_vl",
+        "Qwen2VLForConditionalGeneration",
+        read_2,
+        tiny_2,
+        qwen_hub(_sized_2, _ON_THE_HUB),
+    ),
+    _family(
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        read_2_5,
+        tiny_2_5,
+        qwen_hub(_sized_2_5, _ON_THE_HUB),
+    ),
 )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import Family, ModelConfig, PatchTowerConfig
+from trio_deploy.families.base import Family, ModelConfig, PatchTowerConfig, TowerSizes
 from trio_deploy.families.hf_config import activation_of
 from trio_deploy.families.qwen import (
     PREFIXES,
@@ -26,6 +26,7 @@ from trio_deploy.families.qwen import (
     vision_section,
     visual_tokens,
 )
+from trio_deploy.families.qwen_hub import mrope, quarters, qwen_hub, qwen_json
 
 _NAME = "qwen3_vl"
 _ARCHITECTURE = "Qwen3VLForConditionalGeneration"
@@ -117,6 +118,27 @@ def tiny() -> dict[str, Any]:
     return {**top, "text_config": text, "vision_config": vision}
 
 
+def _sized(tower: TowerSizes, text: Mapping[str, Any]) -> dict[str, Any]:
+    rope = {
+        "rope_type": "default",
+        "mrope_interleaved": True,
+        "mrope_section": mrope(text["head_dim"], interleaved=True),
+    }
+    vision = {
+        "depth": tower.layers,
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp,
+        "num_heads": tower.heads,
+        "hidden_act": "gelu_pytorch_tanh",
+        "out_hidden_size": text["hidden_size"],
+        "patch_size": tower.patch,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": quarters(tower.layers, 3),
+    }
+    more = {"attention_bias": False, "rope_scaling": rope}
+    return qwen_json(_NAME, _ARCHITECTURE, {**text, **more}, vision)
+
+
 FAMILY = Family(
     name=_NAME,
     architecture=_ARCHITECTURE,
@@ -128,5 +150,9 @@ FAMILY = Family(
     request_limits=request_limits,
     reference="qwen",
     tiny=tiny,
+    hub=qwen_hub(
+        _sized,
+        (("visual.", "model.visual."), ("language_model.", "model.language_model.")),
+    ),
     positions=("original",),
 )
