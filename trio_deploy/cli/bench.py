@@ -38,7 +38,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--size",
         help="measure random weights instead of a bundle: sizes, such as "
         "d=1024,layers=16,vocab=32000, with the tower's, such as vision_d=256,vision_layers=3 (its "
-        "defaults) or tower=clip-l-336; or a recipe that has them",
+        "defaults) or tower=NAME (clip-l-336, qwen2-vl, qwen2.5-vl, qwen3-vl-2b); or a recipe that "
+        "has them",
     )
     command.add_argument(
         "--budget",
