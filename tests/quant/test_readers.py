@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 
 from tests.support.packed import in_awq, in_compressed_tensors, in_gptq, random_matrix, zeros_of
 from trio_deploy.errors import TrioError
-from trio_deploy.quant.awq import read_awq
-from trio_deploy.quant.compressed_tensors import read_compressed_tensors
-from trio_deploy.quant.gptq import read_gptq
+from trio_deploy.quant.forms import FORMS
 from trio_deploy.quant.matrix import QuantisedMatrix, dequantised
-from trio_deploy.quant.words import matrix_of
+from trio_deploy.quant.words import Blocks, matrix_of
 
-FORMS = {
-    "compressed-tensors": (in_compressed_tensors, read_compressed_tensors),
-    "awq": (in_awq, read_awq),
-    "gptq": (partial(in_gptq, less=1), partial(read_gptq, less=1)),
-    "gptq_v2": (partial(in_gptq, less=0), partial(read_gptq, less=0)),
+PACKERS = {
+    "compressed-tensors": in_compressed_tensors,
+    "awq": in_awq,
+    "gptq": partial(in_gptq, less=1),
+    "gptq_v2": partial(in_gptq, less=0),
 }
 Tensors = dict[str, np.ndarray]
+read_compressed_tensors, read_awq = FORMS["compressed-tensors"].read, FORMS["awq"].read
+read_gptq, read_gptq_v2 = FORMS["gptq"].read, FORMS["gptq_v2"].read
 
 
 def same(ours: QuantisedMatrix, other: QuantisedMatrix) -> bool:
@@ -36,7 +36,7 @@ def same(ours: QuantisedMatrix, other: QuantisedMatrix) -> bool:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    form=st.sampled_from(sorted(FORMS)),
+    form=st.sampled_from(sorted(PACKERS)),
     rows=st.integers(1, 3),
     blocks=st.integers(1, 3),
     block=st.sampled_from([16, 32, 64]),
@@ -47,7 +47,7 @@ def same(ours: QuantisedMatrix, other: QuantisedMatrix) -> bool:
 def test_a_packed_matrix_is_read_back(
     form: str, rows: int, blocks: int, block: int, bits: int, symmetric: bool, seed: int
 ) -> None:
-    pack, read = FORMS[form]
+    pack, read = PACKERS[form], FORMS[form].read
     bits = 4 if form == "awq" else bits
     made = random_matrix(8 * rows, blocks * block, bits, block, symmetric=symmetric, seed=seed)
     assert same(read(pack(made), "w"), made)
@@ -100,7 +100,7 @@ def test_words_of_gptq_by_hand() -> None:
     row = dequantised(read_gptq(arrays, "w"))[5].tolist()
     assert row == [-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5]
     assert read_gptq(arrays, "w").zero is None
-    other = read_gptq(arrays, "w", less=0)
+    other = read_gptq_v2(arrays, "w")
     assert other.zero is not None and (other.zero == 7).all()
 
 
@@ -142,7 +142,9 @@ def test_scales_of_0_and_below_are_written_as_scales_above(
     wide = np.repeat(scale, 32, axis=1)[:, :100]
     zero = np.repeat(zeros_of(made), 32, axis=1)[:, :100]
     wanted = (codes.astype(np.float64) - zero) * wide
-    matrix = matrix_of(codes, scale, made.zero, bits, 32)
+    blocks = Blocks(4, 100, bits, 32, scale, made.zero)
+    matrix = matrix_of(codes, blocks)
+    assert matrix.zero is None or not blocks.symmetric
     assert np.array_equal(dequantised(matrix), wanted.astype(np.float32))
     if symmetric and least:
         assert matrix.zero is None
@@ -150,7 +152,7 @@ def test_scales_of_0_and_below_are_written_as_scales_above(
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
 def test_columns_in_another_order_are_refused(form: str) -> None:
-    pack, read = FORMS[form]
+    pack, read = PACKERS[form], FORMS[form].read
     arrays = pack(random_matrix(8, 64, 4, 32))
     name = "g_idx" if form == "gptq" else "weight_g_idx"
     arrays[name] = (np.arange(64) // 32).astype(np.int32)
@@ -166,7 +168,7 @@ def test_a_zero_point_that_gptq_cannot_tell_is_refused() -> None:
     made.zero[3, 1] = 0
     with pytest.raises(TrioError, match="zero point of 15 in the form gptq"):
         read_gptq(in_gptq(made), "w")
-    assert same(read_gptq(in_gptq(made, less=0), "w", less=0), made)
+    assert same(read_gptq_v2(in_gptq(made, less=0), "w"), made)
 
 
 def _cut(name: str, axis: int) -> Callable[[Tensors], Tensors]:
@@ -191,7 +193,7 @@ def _cut(name: str, axis: int) -> Callable[[Tensors], Tensors]:
     ],
 )
 def test_tensors_that_do_not_belong_together_are_refused(form: str, change) -> None:
-    pack, read = FORMS[form]
+    pack, read = PACKERS[form], FORMS[form].read
     arrays = pack(random_matrix(16, 96, 4, 32))
     read(arrays, "w")
     with pytest.raises(TrioError, match="^w: "):

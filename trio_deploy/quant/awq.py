@@ -19,39 +19,41 @@ from collections.abc import Mapping
 import numpy as np
 
 from trio_deploy.errors import TrioError
-from trio_deploy.quant.matrix import QuantisedMatrix
-from trio_deploy.quant.words import block_of, codes_of, matrix_of
+from trio_deploy.quant.words import Blocks, block_of, codes_of
 
 CODES = "qweight"
 NEEDED = (CODES, "qzeros", "scales")
-OPTIONAL: tuple[str, ...] = ()
 
 BITS = 4
 #: Column of each field of a word, from the lowest bits.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def read_awq(tensors: Mapping[str, np.ndarray], what: str) -> QuantisedMatrix:
-    """Read a matrix.
+def blocks_of_awq(words: tuple[int, ...], tensors: Mapping[str, np.ndarray], what: str) -> Blocks:
+    """Read what the checkpoint says of a matrix beside its codes.
 
     Args:
-        tensors: `NEEDED`, by name.
+        words: shape of `qweight`.
+        tensors: `qzeros` and `scales`.
         what: name of the matrix, for messages.
 
     Raises:
         TrioError: the tensors contradict each other.
     """
-    words, zeros, scales = (tensors[name] for name in NEEDED)
-    if words.ndim != 2 or scales.ndim != 2 or zeros.shape != (len(scales), words.shape[1]):
+    zeros, scales = tensors["qzeros"], tensors["scales"]
+    rows = words[-1] * len(ORDER)
+    if len(words) != 2 or scales.shape[1:] != (rows,) or zeros.shape != (len(scales), words[1]):
         raise TrioError(
-            f"{what}: qweight {list(words.shape)}, qzeros {list(zeros.shape)} and scales "
+            f"{what}: qweight {list(words)}, qzeros {list(zeros.shape)} and scales "
             f"{list(scales.shape)} do not belong together"
         )
-    columns, rows = len(words), words.shape[1] * len(ORDER)
-    if scales.shape[1] != rows:
-        raise TrioError(f"{what}: scales {list(scales.shape)} do not suit {rows} rows")
-    block = block_of(columns, len(scales), what)
-    return matrix_of(_columns(words).T, scales.T, _columns(zeros).T, BITS, block)
+    block = block_of(words[0], len(scales), what)
+    return Blocks(rows, words[0], BITS, block, scales.T, _columns(zeros).T)
+
+
+def codes_of_awq(words: np.ndarray, blocks: Blocks) -> np.ndarray:
+    """Take `qweight` apart: uint8 [N, K]."""
+    return _columns(words).T
 
 
 def _columns(words: np.ndarray) -> np.ndarray:

@@ -22,47 +22,53 @@ from collections.abc import Mapping
 import numpy as np
 
 from trio_deploy.errors import TrioError
-from trio_deploy.quant.matrix import QuantisedMatrix
-from trio_deploy.quant.words import block_of, codes_of, matrix_of, refuse_other_order
+from trio_deploy.quant.words import Blocks, block_of, codes_of, refuse_other_order
 
 CODES = "weight_packed"
 NEEDED = (CODES, "weight_scale", "weight_shape")
 OPTIONAL = ("weight_zero_point", "weight_g_idx")
 
 
-def read_compressed_tensors(tensors: Mapping[str, np.ndarray], what: str) -> QuantisedMatrix:
-    """Read a matrix.
+def blocks_of_compressed_tensors(
+    words: tuple[int, ...], tensors: Mapping[str, np.ndarray], what: str
+) -> Blocks:
+    """Read what the checkpoint says of a matrix beside its codes.
 
     Args:
-        tensors: `NEEDED` and any of `OPTIONAL`, by name.
+        words: shape of `weight_packed`.
+        tensors: the other ones of `NEEDED`, and any of `OPTIONAL`, by name.
         what: name of the matrix, for messages.
 
     Raises:
         TrioError: the tensors contradict each other, or the columns have another order.
     """
-    packed, scale = tensors[CODES], tensors["weight_scale"]
-    rows, columns = (int(size) for size in tensors["weight_shape"].reshape(-1))
-    bits = _bits(packed.shape, rows, columns, what)
-    scale = np.broadcast_to(scale.reshape(1, 1), (rows, 1)) if scale.size == 1 else scale
+    scale, shape = tensors["weight_scale"], tensors["weight_shape"].reshape(-1)
+    if len(shape) != 2 or shape.min() < 1:
+        raise TrioError(f"{what}: weight_shape is not the shape of a matrix")
+    rows, columns = (int(size) for size in shape)
+    bits = next((b for b in (4, 8) if words == (rows, -(-columns * b // 32))), None)
+    if bits is None:
+        raise TrioError(
+            f"{what}: words {list(words)} do not hold a matrix {[rows, columns]} in 4 or 8 bit"
+        )
+    if scale.size == 1:
+        scale = np.broadcast_to(scale.reshape(1, 1), (rows, 1))
     if scale.ndim != 2 or scale.shape[0] != rows:
         raise TrioError(f"{what}: scales {list(scale.shape)} do not suit {rows} rows")
     block = block_of(columns, scale.shape[1], what)
     if (order := tensors.get("weight_g_idx")) is not None:
         refuse_other_order(order, block, what)
-    codes = codes_of(packed, bits, 1)[:, :columns]
     zero = tensors.get("weight_zero_point")
     if zero is not None:
         zero = _zero_points(zero, bits, rows)
-    return matrix_of(codes, scale, zero, bits, block)
+        if zero.shape != scale.shape:
+            raise TrioError(f"{what}: zero points {list(zero.shape)}, scales {list(scale.shape)}")
+    return Blocks(rows, columns, bits, block, scale, zero)
 
 
-def _bits(packed: tuple[int, ...], rows: int, columns: int, what: str) -> int:
-    for bits in (4, 8):
-        if packed == (rows, -(-columns * bits // 32)):
-            return bits
-    raise TrioError(
-        f"{what}: words {list(packed)} do not hold a matrix {[rows, columns]} in 4 or 8 bit"
-    )
+def codes_of_compressed_tensors(words: np.ndarray, blocks: Blocks) -> np.ndarray:
+    """Take `weight_packed` apart: uint8 [N, K]."""
+    return codes_of(words, blocks.bits, 1)[:, : blocks.columns]
 
 
 def _zero_points(zero: np.ndarray, bits: int, rows: int) -> np.ndarray:

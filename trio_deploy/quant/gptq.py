@@ -20,19 +20,21 @@ from collections.abc import Mapping
 import numpy as np
 
 from trio_deploy.errors import TrioError
-from trio_deploy.quant.matrix import QuantisedMatrix
-from trio_deploy.quant.words import block_of, codes_of, matrix_of, refuse_other_order
+from trio_deploy.quant.words import Blocks, block_of, codes_of, refuse_other_order
 
 CODES = "qweight"
 NEEDED = (CODES, "qzeros", "scales")
 OPTIONAL = ("g_idx",)
 
 
-def read_gptq(tensors: Mapping[str, np.ndarray], what: str, less: int = 1) -> QuantisedMatrix:
-    """Read a matrix.
+def blocks_of_gptq(
+    words: tuple[int, ...], tensors: Mapping[str, np.ndarray], what: str, less: int = 1
+) -> Blocks:
+    """Read what the checkpoint says of a matrix beside its codes.
 
     Args:
-        tensors: `NEEDED` and any of `OPTIONAL`, by name.
+        words: shape of `qweight`.
+        tensors: `qzeros`, `scales` and any of `OPTIONAL`, by name.
         what: name of the matrix, for messages.
         less: what was taken off zero points: 1 in `gptq`, 0 in `gptq_v2`.
 
@@ -40,15 +42,15 @@ def read_gptq(tensors: Mapping[str, np.ndarray], what: str, less: int = 1) -> Qu
         TrioError: the tensors contradict each other, the columns have another order, or a zero
             point is ambiguous.
     """
-    words, zeros, scales = (tensors[name] for name in NEEDED)
-    rows = scales.shape[-1]
+    zeros, scales = tensors["qzeros"], tensors["scales"]
+    rows = scales.shape[-1] if scales.ndim == 2 else 0
     bits = next((b for b in (4, 8) if zeros.shape == (len(scales), -(-rows * b // 32))), None)
-    if bits is None or words.ndim != 2 or words.shape[1] != rows:
+    if bits is None or len(words) != 2 or words[1] != rows or not rows:
         raise TrioError(
-            f"{what}: qweight {list(words.shape)}, qzeros {list(zeros.shape)} and scales "
+            f"{what}: qweight {list(words)}, qzeros {list(zeros.shape)} and scales "
             f"{list(scales.shape)} do not belong together in 4 or 8 bit"
         )
-    columns = len(words) * 32 // bits
+    columns = words[0] * 32 // bits
     block = block_of(columns, len(scales), what)
     if (order := tensors.get("g_idx")) is not None:
         refuse_other_order(order, block, what)
@@ -59,4 +61,9 @@ def read_gptq(tensors: Mapping[str, np.ndarray], what: str, less: int = 1) -> Qu
             f"{what}: a zero point of {top} in the form gptq stands for 0 or for {top + 1}: use a "
             "checkpoint in the form gptq_v2, or one that is symmetric"
         )
-    return matrix_of(codes_of(words, bits, 0).T, scales.T, (zero + less).T, bits, block)
+    return Blocks(rows, columns, bits, block, scales.T, (zero + np.uint8(less)).T)
+
+
+def codes_of_gptq(words: np.ndarray, blocks: Blocks) -> np.ndarray:
+    """Take `qweight` apart: uint8 [N, K]."""
+    return codes_of(words, blocks.bits, 0).T

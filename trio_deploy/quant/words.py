@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from trio_deploy.errors import TrioError
@@ -29,9 +31,33 @@ def codes_of(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
     return np.stack(parts, axis % words.ndim + 1).reshape(shape)
 
 
-def matrix_of(
-    codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: int, block: int
-) -> QuantisedMatrix:
+@dataclass(frozen=True)
+class Blocks:
+    """What a checkpoint says of a matrix beside its codes.
+
+    Attributes:
+        rows, columns: N and K.
+        bits: of a code, 4 or 8.
+        block: entries along K that share a scale.
+        scale: floats [N, K/block], of any sign.
+        zero: uint8 [N, K/block], the code of 0; None: 2^(bits-1).
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    block: int
+    scale: np.ndarray
+    zero: np.ndarray | None
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the matrix surely needs no zero points."""
+        middle = self.zero is None or bool((self.zero == 1 << (self.bits - 1)).all())
+        return middle and bool((self.scale >= 0).all())
+
+
+def matrix_of(codes: np.ndarray, blocks: Blocks) -> QuantisedMatrix:
     """Make a matrix of what a checkpoint holds, to the same values.
 
     Scales may be 0 there, of blocks of zeros, and below 0, where the greatest entry of a block has
@@ -39,20 +65,18 @@ def matrix_of(
 
     Args:
         codes: uint8 [N, K].
-        scale: floats [N, blocks].
-        zero: uint8 [N, blocks]; None: 2^(bits-1).
 
     Raises:
         TrioError: the parts contradict each other, or a scale is not finite.
     """
-    middle = 1 << (bits - 1)
-    scale = np.ascontiguousarray(scale.astype(np.float32))
+    scale, zero = np.ascontiguousarray(blocks.scale.astype(np.float32)), blocks.zero
     codes = np.ascontiguousarray(codes)
     if not bool((scale > 0).all()):
-        codes, scale, zero = _positive(codes, scale, zero, bits, block)
+        codes, scale, zero = _positive(codes, scale, zero, blocks.bits, blocks.block)
     if zero is not None:
+        middle = 1 << (blocks.bits - 1)
         zero = None if bool((zero == middle).all()) else np.ascontiguousarray(zero)
-    return QuantisedMatrix(codes, scale, zero, bits, block)
+    return QuantisedMatrix(codes, scale, zero, blocks.bits, blocks.block)
 
 
 def _positive(
