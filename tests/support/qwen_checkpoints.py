@@ -61,8 +61,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def preprocessing(family: str, **changes: Any) -> dict[str, Any]:
-    """A preprocessor_config.json with pictures of 4 to 48 visual tokens."""
+def preprocessing(family: str, most_tokens: int = 48) -> dict[str, Any]:
+    """A preprocessor_config.json with pictures of 4 visual tokens to as many as given."""
     factor = 32 if family == "qwen3_vl" else 28
     half = [0.5, 0.5, 0.5]
     settings: dict[str, Any] = {
@@ -70,11 +70,11 @@ def preprocessing(family: str, **changes: Any) -> dict[str, Any]:
         "patch_size": factor // 2,
         "temporal_patch_size": 2,
         "merge_size": 2,
-        "size": {"shortest_edge": 4 * factor**2, "longest_edge": 48 * factor**2},
+        "size": {"shortest_edge": 4 * factor**2, "longest_edge": most_tokens * factor**2},
     }
     if family == "qwen3_vl":
         settings |= {"image_mean": half, "image_std": half}
-    return settings | changes
+    return settings
 
 
 def make_qwen(
@@ -87,21 +87,26 @@ def make_qwen(
     dtype: str = "float32",
     seed: int = 0,
     text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    most_tokens: int = 48,
 ) -> Path:
     """Write a checkpoint; returns its folder.
 
     Args:
+        text, vision: keys of these sections of config.json that replace the small sizes.
+        most_tokens: visual tokens of a picture, at most.
         layout: `5.x` as save_pretrained writes it; `4.52` with names as in memory; `hub` with a
             flat config.json (Qwen2-VL and Qwen2.5-VL), old names of keys, and bounds in pixels.
     """
     folder.mkdir(parents=True, exist_ok=True)
     architecture = getattr(transformers, ARCHITECTURES[family])
     raw = config_json(family, text=text, tie_word_embeddings=tie)
+    raw["vision_config"] |= vision or {}
     model = lively(architecture(architecture.config_class.from_dict(raw)), seed)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = [2], 3
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    images = preprocessing(family)
+    images = preprocessing(family, most_tokens)
     tensors = load_file(folder / "model.safetensors")
     saved = json.loads((folder / "config.json").read_text())
     if layout == "4.52":

@@ -14,7 +14,8 @@ from typing import Any
 import onnx
 import pytest
 
-from tests.support.bundles import Bundles
+from tests.support.bundles import Bundles, made_once
+from tests.support.qwen_checkpoints import make_qwen
 from tests.support.weights_as_inputs import with_matrices_as_inputs
 from trio_deploy import Bundle
 from trio_deploy.bundle.manifest import StageInfo
@@ -46,6 +47,34 @@ limits:
   typical_new_tokens: 64
 """
 
+#: Few layers with heads as large as the real ones', 80 and 72 in the tower and 128 behind it:
+#: kernels are chosen by that size. By family: text_config, vision_config.
+_TEXT: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+_TOWER = {"depth": 4, "num_heads": 2, "out_hidden_size": 512}
+SMALL_QWEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen2_5_vl": (
+        _TEXT | {"rope_parameters": _ROPE},
+        _TOWER | {"hidden_size": 160, "intermediate_size": 240, "fullatt_block_indexes": [1, 3]},
+    ),
+    "qwen3_vl": (
+        _TEXT
+        | {
+            "head_dim": 128,
+            "rope_parameters": _ROPE | {"mrope_section": [24, 20, 20], "mrope_interleaved": True},
+        },
+        _TOWER
+        | {"hidden_size": 144, "intermediate_size": 288, "deepstack_visual_indexes": [0, 1, 2]},
+    ),
+}
+SMALL = ("tiny", *SMALL_QWEN)
+
 #: What `make rtx-tests` leaves out and `make rtx-tests ALL=1` runs.
 in_full_runs = pytest.mark.skipif(
     not os.environ.get("ALL"), reason="TensorRT-RTX: make rtx-tests ALL=1 runs this case, too"
@@ -71,8 +100,8 @@ class Case:
     """A model's graphs as a target has them.
 
     Attributes:
-        model: name of a recipe; full-size ones have their matrices as inputs, by the target in the
-            `onnx` dialect.
+        model: name of a recipe, or a family of `SMALL_QWEN`; full-size ones have their matrices as
+            inputs, by the target in the `onnx` dialect.
         schedule: as for `trio export`; "": the recipe's.
     """
 
@@ -115,7 +144,7 @@ class Compiler:
 
     def bundle(self, case: Case) -> tuple[Bundle, Target]:
         """A case's bundle and target, exported once per run."""
-        large = case.model != "tiny"
+        large = case.model not in SMALL
         size = "full-size-" if large else ""
         file = self._folder / f"{size}{case.dialect}-{case.layout}-{case.dtype}.yaml"
         if not file.exists():
@@ -127,14 +156,24 @@ class Compiler:
             options["schedule"] = case.schedule
         if large:
             options["graphs_only"] = True
-        bundle = Bundle.load(self._bundles.path(case.model, **options))
+        bundle = Bundle.load(self._bundles.path(self._model(case.model), **options))
         return bundle, load_target(file)
+
+    def _model(self, name: str) -> str | Path:
+        """A recipe's name as it is; a checkpoint of a family, made once per run."""
+        if name not in SMALL_QWEN:
+            return name
+        text, vision = SMALL_QWEN[name]
+        return made_once(
+            self._folder / name,
+            lambda to: make_qwen(to, name, text=text, vision=vision, most_tokens=1280),
+        )
 
     def compile(self, case: Case, stage: str, compute_capabilities: Sequence[str] = ()) -> Stage:
         """Compile a stage of a case; TrioError if that fails."""
         bundle, target = self.bundle(case)
         graph = bundle.graph(stage)
-        if case.model != "tiny":
+        if case.model not in SMALL:
             graph = with_matrices_as_inputs(graph, self._folder / "graph.onnx")
         found = profiles(bundle, target)[stage]
         key = _key(graph, found, compute_capabilities)

@@ -6,7 +6,7 @@ here runs on a GPU: kernels, their tensors and their memory are read from the co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from onnx import helper
 
 from tests.support.bundles import Bundles
 from tests.support.rtx import (
+    SMALL,
+    SMALL_QWEN,
     Case,
     Compiler,
     Stage,
@@ -46,16 +48,24 @@ NEXT_STAGES = (
     *("vision", "embed", "prefill_0", "select_1", "prefill_1", "select_2", "prefill_2"),
     *("select_3", "prefill_3"),
 )
+QWEN_STAGES = ("vision", "embed", "select_1", "prefill_1", "select_2", "prefill_2")
+QWEN_SCHEDULE = "0:0.4:divprune,2:0.2"  # as their recipes: at the encoder, before a middle layer
 FORMS = (("primitive", "shared"), ("primitive", "separate"), ("onnx", "separate"))
 #: Bytes held per byte that the plan counts, where it is more than 1.02: a convolution's 3 channels
-#: are stored as 4, and TRIO's selection holds gate and up in a layout for each direction (only
-#: where the batch is fixed).
-HELD = {"vision": 1.08, "select_3": 1.27}
+#: are stored as 4, and TRIO's selection holds gate and up in a layout for each direction, in
+#: Qwen2.5-VL the keys' matrix, too (only where the batch is fixed).
+HELD = {
+    ("tiny", "vision"): 1.08,
+    ("tiny", "select_3"): 1.27,
+    ("qwen2_5_vl", "select_2"): 1.41,
+    ("qwen3_vl", "select_2"): 1.36,
+}
 
 #: Scratch memory of the full-size stages in MiB, at the limits of a 24 GB card. Matrices are inputs
-#: here, which the primitive dialect transposes at every run: with constants it takes less.
+#: here, which the primitive dialect transposes at every run, and TRIO's selection its head (1.2 GiB
+#: for Qwen's 151,936 tokens): with constants it takes less.
 ACTIVATIONS = {
-    "onnx": {
+    ("llava-next-7b", "onnx"): {
         "vision": 80,
         "embed": 1,
         "prefill_0": 290,
@@ -67,16 +77,25 @@ ACTIVATIONS = {
         "prefill_3": 100,
         "decode": 25,
     },
-    "primitive": {
+    ("llava-next-7b", "primitive"): {
         "vision": 75,
         "prefill_0": 590,
         "select_1": 470,
         "prefill_1": 400,
         "prefill_3": 400,
     },
+    ("qwen3-vl-8b", "onnx"): {
+        "vision": 150,
+        "embed": 1,
+        "select_1": 100,
+        "prefill_1": 125,
+        "select_2": 1300,
+        "prefill_2": 80,
+        "decode": 30,
+    },
 }
-#: The same for the tiny model, whichever stage.
-TINY_ACTIVATIONS = 32
+#: The same for small models, whichever stage.
+SMALL_ACTIVATIONS = 40
 
 #: Copies to the host, for each of which it waits: two before a loop, one in its body.
 HOST_WAITS = {
@@ -96,19 +115,26 @@ def _cases() -> Iterator[object]:
     for dialect, layout in FORMS:
         decode = ("decode",) if layout == "separate" else ()
         for dtype in ("float16", "bfloat16", "float32"):
-            marks = () if dtype == "float16" else (in_full_runs,)
+            stages = (*TINY_STAGES, *decode)
             case = Case("tiny", dialect, layout, dtype)
-            for stage in (*TINY_STAGES, *decode):
-                yield pytest.param((case, stage), id=f"{case}-{stage}", marks=marks)
-    for dialect, layout, stages in (
-        ("onnx", "separate", (*NEXT_STAGES, "decode")),
-        ("primitive", "shared", NEXT_STAGES),
-    ):
-        case = Case("llava-next-7b", dialect, layout)
-        for stage in stages:
-            here = dialect == "onnx" or stage in ("prefill_0", "select_1", "prefill_1")
-            marks = () if here else (in_full_runs,)
-            yield pytest.param((case, stage), id=f"{case}-{stage}", marks=marks)
+            yield from _params(case, stages, stages if dtype == "float16" else ())
+            for family in SMALL_QWEN:
+                case = Case(family, dialect, layout, dtype, QWEN_SCHEDULE)
+                here = (dialect, dtype) == ("primitive", "float16") and layout == "shared"
+                yield from _params(case, (*QWEN_STAGES, *decode), QWEN_STAGES if here else ())
+    case = Case("llava-next-7b", "onnx", "separate")
+    yield from _params(case, (*NEXT_STAGES, "decode"), (*NEXT_STAGES, "decode"))
+    case = Case("llava-next-7b", "primitive", "shared")
+    yield from _params(case, NEXT_STAGES, ("prefill_0", "select_1", "prefill_1"))
+    case = Case("qwen3-vl-8b", "onnx", "separate")
+    yield from _params(case, (*QWEN_STAGES, "decode"), ("vision", "select_1"))
+
+
+def _params(case: Case, stages: Sequence[str], here: Sequence[str]) -> Iterator[object]:
+    """Stages of a case; those that are not `here` run in full runs."""
+    for stage in stages:
+        marks = () if stage in here else (in_full_runs,)
+        yield pytest.param((case, stage), id=f"{case}-{stage}", marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -144,18 +170,18 @@ def test_attention_is_one_kernel_per_layer_in_16_bit_and_none_in_float32(stage: 
 
 
 def test_weights_are_held_once(stage: Stage) -> None:
-    if stage.case.model != "tiny":
+    if stage.case.model not in SMALL:
         return  # its weights are inputs
     counted = stored_bytes(stage.graph)
-    held = HELD.get(stage.info.name, 1.02)
-    assert 0.98 * counted <= stage.report.weight_bytes <= held * counted + 512
+    held = HELD.get((stage.case.model, stage.info.name), 1.02)
+    assert 0.98 * counted <= stage.report.weight_bytes <= held * counted + 4096
 
 
 def test_scratch_memory_stays_within_what_it_was(stage: Stage) -> None:
-    if stage.case.model == "tiny":
-        most = TINY_ACTIVATIONS * (4 if stage.case.dtype == "float32" else 1)
+    if stage.case.model in SMALL:
+        most = SMALL_ACTIVATIONS * (4 if stage.case.dtype == "float32" else 1)
     else:
-        most = ACTIVATIONS[stage.case.dialect][stage.info.name]
+        most = ACTIVATIONS[stage.case.model, stage.case.dialect][stage.info.name]
     assert stage.report.activation_bytes <= most * 2**20
 
 
