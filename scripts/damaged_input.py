@@ -15,6 +15,7 @@ import shutil
 import struct
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ DIGITS = "1" * 5_000
 HUGE = "9" * 30
 LAUGHS = "\n".join(
     ["a0: &a0 [1, 1]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12))]
+)
+MERGED = "a0: &a0 {k0: 1}\n" + "\n".join(
+    f"a{i}: &a{i} {{k{i}: 1, <<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 12)
 )
 
 
@@ -202,7 +206,7 @@ def _small_files(folder: Path, bundle: Path) -> Iterator[Case]:
     damages = {
         "nested 100,000 deep": b"[" * 100_000,
         "aliases of aliases": LAUGHS.encode(),
-        "merged aliases": LAUGHS.replace("[", "{<<: [").replace("]", "]}").encode(),
+        "merged aliases": MERGED.encode(),
         "a number of 5,000 digits": f"threshold: {DIGITS}".encode(),
         "a Python object": b"a: !!python/object/apply:os.system ['true']",
         "no Unicode": b"description: \xff\xfe",
@@ -229,7 +233,8 @@ def _small_files(folder: Path, bundle: Path) -> Iterator[Case]:
 
 def _pictures(folder: Path, bundle: Path) -> Iterator[Case]:
     whole = (folder / "picture.png").read_bytes()
-    wide = whole[:16] + struct.pack(">II", 2**31 - 1, 2**31 - 1) + whole[24:]
+    header = whole[12:16] + struct.pack(">II", 2**31 - 1, 2**31 - 1) + whole[24:29]
+    wide = whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
     for damage, content in {
         "cut in the middle": whole[: len(whole) // 2],
         "2^31 pixels wide": wide,

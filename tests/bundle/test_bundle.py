@@ -26,6 +26,7 @@ from trio_deploy.bundle.manifest import (
 )
 from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.checkpoint.processor_files import GenerationInfo
+from trio_deploy.export.cache import find_bundle
 
 
 def manifest(**changes) -> Manifest:
@@ -248,6 +249,18 @@ def test_a_symlink_to_itself_is_refused(name, target):
     (target / name).symlink_to(name)
     with pytest.raises(TrioError, match=rf"{name}.*(leads to no file|lacks weights)|lacks {name}"):
         Bundle.load(target)
+
+
+@pytest.mark.parametrize(
+    ("link", "says"), [("elsewhere", "leads to no file"), (MANIFEST, "cannot read .*: Too many")]
+)
+def test_a_manifest_that_is_a_link_to_nothing_is_not_absent(link, says, target):
+    write_bundle(target)
+    (target / MANIFEST).unlink()
+    (target / MANIFEST).symlink_to(link)
+    for load in (Bundle.load, lambda folder: Bundle.load(find_bundle(folder))):
+        with pytest.raises(TrioError, match=says):
+            load(target)
 
 
 def test_a_file_in_a_folder_of_too_long_a_name_is_refused(target):

@@ -65,7 +65,7 @@ def test_a_checkpoint_without_its_weights_is_refused_whatever_the_budget(
         (folder / "model.safetensors").unlink()
         index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        says = r"Shard model-00001-of-00002\.safetensors is missing"
+        says = r"shard model-00001-of-00002\.safetensors is missing"
     with pytest.raises(TrioError, match=says):
         export_model(folder, tmp_path / "b", budget=budget, progress=False)
 

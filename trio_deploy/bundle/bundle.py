@@ -61,6 +61,10 @@ class Bundle:
         try:
             raw = read_json(file, "export the bundle again")
         except FileNotFoundError:
+            if file.is_symlink():
+                raise TrioError(
+                    f"{file} is a symbolic link that leads to no file: put the file itself there"
+                ) from None
             raise TrioError(
                 f"{root} is not a bundle, since it has no {MANIFEST}: make one with trio-export"
             ) from None

@@ -104,10 +104,12 @@ class Checkpoint:
         """
         folder = Path(folder)
         if not is_folder(folder):
-            raise TrioError(f"There is no checkpoint folder at {folder}.")
+            raise TrioError(f"there is no checkpoint folder at {folder}: correct the path")
         config = read_object(folder / "config.json")
         if config is None:
-            raise TrioError(f"{folder} is not a checkpoint: it has no config.json.")
+            raise TrioError(
+                f"{folder} is not a checkpoint, since it has no config.json: pass the folder of one"
+            )
         return cls(folder, _weights(folder), config)
 
     def verify(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorEntry]:
@@ -130,13 +132,14 @@ class Checkpoint:
             entry = self.tensors[name]
             if entry.dtype not in DTYPES:
                 raise TrioError(
-                    f"{entry.file}: tensor {name!r} is {entry.dtype}; weights must be F32, F16 or "
-                    "BF16. Use the checkpoint before quantisation."
+                    f"tensor {name!r} in {entry.file} is {entry.dtype}, and weights must be F32, "
+                    "F16 or BF16: use the checkpoint before quantisation"
                 )
             if entry.shape != shapes[canonical]:
                 raise TrioError(
-                    f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}, but config.json "
-                    f"asks for {list(shapes[canonical])}; the two do not belong together."
+                    f"tensor {name!r} in {entry.file} has shape {list(entry.shape)}, but "
+                    f"config.json asks for {list(shapes[canonical])}: download both again, since "
+                    "they do not belong together"
                 )
             found[canonical] = entry
         return found
@@ -151,7 +154,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     raw = header_bytes(file)
     header = parse_json(raw[8:], f"the header of {file}", _REMEDY, values=_MAX_VALUES)
     if not isinstance(header, dict):
-        raise TrioError(f"{file} has a corrupt header: it is not a JSON object.")
+        raise TrioError(f"{file} has a corrupt header, which is not a JSON object: {_REMEDY}")
     return _entries(file, header, len(raw), file.stat().st_size)
 
 
@@ -167,23 +170,24 @@ def header_bytes(file: Path) -> bytes:
             start = stream.read(8)
             if start.startswith(b"version "):
                 raise TrioError(
-                    f"{file} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`."
+                    f"{file} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`"
                 )
             if len(start) < 8:
-                raise TrioError(f"{file} is truncated: it has {size} bytes.")
+                raise TrioError(f"{file} is truncated at {size} bytes: {_REMEDY}")
             (length,) = struct.unpack("<Q", start)
             if length > MAX_HEADER:
                 raise TrioError(
-                    f"{file} is not a .safetensors file: its header would be {length} bytes long."
+                    f"{file} is not a .safetensors file, since its header would be {length} bytes "
+                    f"long: {_REMEDY}"
                 )
             if 8 + length > size:
                 raise TrioError(
-                    f"{file} is truncated: its header alone ends at byte {8 + length}, the file "
-                    f"at byte {size}. Download it again."
+                    f"{file} is truncated, since its header alone ends at byte {8 + length}, the "
+                    f"file at byte {size}: {_REMEDY}"
                 )
             return start + stream.read(length)
     except OSError as error:
-        raise TrioError(f"{file} cannot be read: {error.strerror or error}.") from error
+        raise TrioError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def _entries(file: Path, header: dict[str, Any], data: int, size: int) -> dict[str, TensorEntry]:
@@ -199,16 +203,18 @@ def _entries(file: Path, header: dict[str, Any], data: int, size: int) -> dict[s
         except (KeyError, TypeError, ValueError):
             whole = False
         if not whole or begin > end:
-            raise TrioError(f"{file} has a corrupt header: bad entry for tensor {name!r}.")
+            raise TrioError(
+                f"{file} has a corrupt header, with a bad entry for tensor {name!r}: {_REMEDY}"
+            )
         if dtype in _BITS and (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
             raise TrioError(
-                f"{file} has a corrupt header: tensor {name!r} of type {dtype} and shape "
-                f"{list(shape)} cannot have {end - begin} bytes."
+                f"{file} has a corrupt header, since tensor {name!r} of type {dtype} and shape "
+                f"{list(shape)} cannot have {end - begin} bytes: {_REMEDY}"
             )
         if data + end > size:
             raise TrioError(
-                f"{file} is truncated: tensor {name!r} ends at byte {data + end}, the file at "
-                f"byte {size}. Download it again."
+                f"{file} is truncated, since tensor {name!r} ends at byte {data + end}, the file "
+                f"at byte {size}: {_REMEDY}"
             )
         entries[name] = TensorEntry(file, data + begin, end - begin, shape, dtype)
     _check_overlap(file, entries)
@@ -219,7 +225,9 @@ def _check_overlap(file: Path, entries: Mapping[str, TensorEntry]) -> None:
     last, end = "", 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset < end:
-            raise TrioError(f"{file} has a corrupt header: {name!r} and {last!r} overlap.")
+            raise TrioError(
+                f"{file} has a corrupt header, in which {name!r} and {last!r} overlap: {_REMEDY}"
+            )
         last, end = name, entry.offset + entry.nbytes
 
 
@@ -250,19 +258,23 @@ def _weights(folder: Path) -> dict[str, TensorEntry]:
     index = read_object(folder / INDEX)
     if index is None:
         others = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pth", ".pt")]
-        hint = (
-            f" (it has {others[0]}: convert it with transformers' `save_pretrained`)"
+        remedy = (
+            f"convert {others[0]} with transformers' `save_pretrained`"
             if others
-            else ""
+            else "download the weights"
         )
-        raise TrioError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there{hint}.")
+        raise TrioError(
+            f"{folder} has no weights, since neither {SINGLE} nor {INDEX} is there: {remedy}"
+        )
     weight_map = _weight_map(folder, index)
     tensors: dict[str, TensorEntry] = {}
     for shard, name in sorted({shard: name for name, shard in weight_map.items()}.items()):
         tensors |= _shard(folder, shard, name)
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise TrioError(f"{folder / shard} lacks tensor {name!r}, which {INDEX} says it has.")
+            raise TrioError(
+                f"{folder / shard} lacks tensor {name!r}, which {INDEX} says it has: {_REMEDY}"
+            )
     return tensors
 
 
@@ -270,12 +282,12 @@ def _weight_map(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
     """Tensor → shard, as the index says."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise TrioError(f"{folder / INDEX} has no weight_map.")
+        raise TrioError(f"{folder / INDEX} has no weight_map: {_REMEDY}")
     for tensor, shard in weight_map.items():
         if not _is_name(shard):
             raise TrioError(
-                f"{folder / INDEX}: tensor {brief(tensor)} points to {brief(shard)}, which is not "
-                "the name of a file in the folder."
+                f"tensor {brief(tensor)} of {folder / INDEX} points to {brief(shard)}, which is "
+                f"not the name of a file in the folder: {_REMEDY}"
             )
     return weight_map
 
@@ -290,7 +302,6 @@ def _shard(folder: Path, shard: str, tensor: str) -> dict[str, TensorEntry]:
     file = folder / shard
     if not has_file(file):
         raise TrioError(
-            f"Shard {shard} is missing from {folder}; tensor {tensor!r}, among others, is in it. "
-            "Download it again."
+            f"shard {shard} is missing from {folder}, and tensor {tensor!r} is in it: {_REMEDY}"
         )
     return read_header(file)

@@ -31,7 +31,7 @@ from trio_deploy.config.target import Target
 from trio_deploy.config.yaml_files import PACKAGE
 from trio_deploy.errors import TrioError
 from trio_deploy.families.registry import parse_config
-from trio_deploy.files import exists, is_file, is_folder, sha256_of, user_path
+from trio_deploy.files import exists, is_folder, sha256_of, user_path
 from trio_deploy.runtimes.registry import (
     default_target,
     load_target,
@@ -92,7 +92,7 @@ def find_bundle(
     if is_bundle(bundle):
         return folder
     model = os.fspath(bundle)
-    if is_folder(folder) and not is_file(folder / "config.json"):
+    if is_folder(folder) and not exists(folder / "config.json"):
         raise TrioError(
             f"{model} is neither a bundle, which has a {MANIFEST}, nor a checkpoint, which has a "
             "config.json: pass the folder of one of them"
@@ -113,8 +113,11 @@ def find_bundle(
 
 
 def is_bundle(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is that of a bundle's folder, rather than a model's."""
-    return is_file(Path(path) / MANIFEST)
+    """Whether a path is that of a bundle's folder, rather than a model's.
+
+    A manifest that is a link to nothing is one that cannot be read, and not one that is absent.
+    """
+    return exists(Path(path) / MANIFEST)
 
 
 @dataclass(frozen=True)
