@@ -60,7 +60,7 @@ def test_a_checkpoint_without_its_weights_is_refused_whatever_the_budget(
     folder = Path(shutil.copytree(whole, tmp_path / "c"))
     if damage == "only .bin":
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-        says = r"no weights.*pytorch_model\.bin: convert it"
+        says = r"no weights.*: convert pytorch_model\.bin"
     else:
         (folder / "model.safetensors").unlink()
         index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}

@@ -150,7 +150,7 @@ class TestMissing:
         with pytest.raises(TrioError, match="no weights"):
             Checkpoint.from_path(single)
         (single / "pytorch_model.bin").touch()
-        with pytest.raises(TrioError, match="pytorch_model.bin: convert"):
+        with pytest.raises(TrioError, match="no weights.*: convert pytorch_model.bin"):
             Checkpoint.from_path(single)
 
     def test_shard(self, copy: Path):
@@ -303,7 +303,7 @@ class TestUnfit:
         checkpoint = self._save(
             single, lambda tensors: tensors.update({QUERY: tensors[QUERY].astype(dtype)})
         )
-        with pytest.raises(TrioError, match=f"model.safetensors: tensor '{QUERY}' is [FIU]"):
+        with pytest.raises(TrioError, match=f"'{QUERY}' in .*model.safetensors is [FIU]"):
             checkpoint.verify(canonical_tensors(parse_config(checkpoint.config)))
 
     def test_mixed_float_types_fit(self, single: Path):

@@ -58,6 +58,16 @@ def test_the_shape_scales_to_other_depths():
         assert 0.239 <= third / first <= 0.248
 
 
+@pytest.mark.parametrize(
+    ("count", "keeps"),
+    [(1, (92,)), (2, (92, 22)), (4, (92, 54 + 38 / 3, 22 + 64 / 3, 22)), (5, (92, 73, 54, 38, 22))],
+)
+def test_more_or_fewer_points_lie_on_the_lines_between_the_published_ones(count, keeps):
+    points = solve(1 / 9, 40, tuple(range(1, 1 + count))).points
+    shares = [point.keep / points[0].keep for point in points]
+    assert shares == pytest.approx([keep / keeps[0] for keep in keeps], abs=1e-5)
+
+
 @pytest.mark.parametrize("visual", [1, 7, 576, 2340])
 @pytest.mark.parametrize(
     ("num_layers", "layers"),
@@ -146,6 +156,18 @@ def test_a_budget_that_the_recipe_has_is_the_recipes_and_others_lie_between():
     assert less.points[1].keep / less.points[0].keep == pytest.approx(0.07 / 0.2, rel=1e-4)
     assert more.points[1].keep / more.points[0].keep == pytest.approx(0.144 / 0.3, rel=1e-4)
     assert schedule_at_budget(1.0, 16, OWN, budgets).resolve(9) == (9, 9)
+
+
+def test_keeps_between_two_budgets_of_a_recipe_are_interpolated_linearly():
+    recipe = {2 / 9: Schedule.parse("1:0.2,5:0.05"), 7 / 9: Schedule.parse("1:0.9,5:0.6")}
+    halfway = solve(0.5, 9, (1, 5), like=recipe)
+    assert [point.keep for point in halfway.points] == pytest.approx([0.55, 0.325])
+
+
+def test_a_recipes_budget_of_1_keeps_all_whatever_rounding_says():
+    """3 / (3 · 0.29) · 0.29 is above 1 by a rounding."""
+    schedule = solve(0.5, 5, (1, 2), like={1.0: Schedule.parse("1:1.0,2:0.29")})
+    assert [point.keep for point in schedule.points] == [0.375, 0.375]
 
 
 def test_a_budget_is_solved_in_the_published_proportions_where_the_recipe_has_none():

@@ -13,6 +13,7 @@ from trio_deploy.verify.compare import (
     compare_outputs,
     compare_selection,
     difference,
+    difference_of_proportions,
     tied,
 )
 
@@ -139,6 +140,32 @@ def test_what_is_not_finite_is_no_small_difference():
     assert difference(np.array([np.nan]), np.array([1.0])) == (np.inf, np.inf)
     assert difference(np.array([1e-9]), np.array([0.0]))[1] == np.inf
     assert difference(np.zeros(0), np.zeros(0)) == (0.0, 0.0)
+
+
+def test_proportions_are_those_beside_the_best_common_factor():
+    reference = np.array([1.0, 2.0, 2.0])
+    assert difference_of_proportions(1e-9 * reference, reference) == pytest.approx(0, abs=1e-12)
+    # Of a part across the reference, as long as the reference: the best factor leaves sqrt(1/2).
+    across = reference + np.array([0.0, 3.0, -3.0]) / np.sqrt(2)
+    assert difference_of_proportions(across, reference) == pytest.approx(np.sqrt(0.5))
+    assert difference_of_proportions(np.zeros(3), reference) == 1.0
+    assert difference_of_proportions(reference, np.zeros(3)) == 0.0
+    assert difference_of_proportions(np.array([1.0, np.nan, 2.0]), reference) == np.inf
+    assert difference_of_proportions(reference, np.array([1.0, np.inf, 2.0])) == np.inf
+
+
+def test_scores_of_other_proportions_are_noticed_where_large_logits_explain_any_error():
+    stage = selection()
+    stage.inputs["probe_logits"] = np.array([40.0, 40.0])
+    changed = stage.outputs["saliency"].copy()
+    place = stage.outputs["keep_index"][0, 1]
+    changed[0, place] *= 1.3  # still kept, as it was
+    outputs = stage.outputs | {"saliency": changed}
+    row = compare_selection("select_1", stage, outputs, TOLERANCES["bfloat16"], 0.8)
+    assert row.problem.startswith("saliency differs by")
+    assert row.problem.endswith("beside a factor common to all tokens")
+    outputs = stage.outputs | {"saliency": 1.3 * stage.outputs["saliency"]}
+    assert compare_selection("select_1", stage, outputs, TOLERANCES["bfloat16"], 0.8).passed
 
 
 def test_a_token_with_huge_hidden_states_hides_no_other():
