@@ -73,7 +73,11 @@ def test_no_image_brings_more_than_the_family_says(family):
         assert tiles[0].size <= limits.tile_values
         assert layout.feature_rows <= len(tiles) * limits.tile_rows
         assert layout.rows.max() < layout.feature_rows and layout.boxes.shape[1] == 4
-        assert len(layout.rows) == family.visual_tokens(layout.size, config)
+        counts = family.counts(layout.size, config)
+        assert counts.visual_tokens == len(layout.rows)
+        assert counts.input_bytes == sum(values.nbytes for values in layout.feeds.values())
+        squares = 1 if config.pixels is None else config.patch_tower.merge**2
+        assert counts.patches == layout.feature_rows * squares
         if config.pixels is None:
             assert tiles[0].size == limits.tile_values
             assert layout.feature_rows == len(tiles) * limits.tile_rows

@@ -39,7 +39,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.pictures import make_picture
 from trio_deploy import Bundle, Pipeline, Request, check, export_model
-from trio_deploy.families.base import VISUAL_TOKEN, Family, Layout, Limits, ModelConfig
+from trio_deploy.families.base import (
+    VISUAL_TOKEN,
+    Family,
+    ImageCounts,
+    Layout,
+    Limits,
+    ModelConfig,
+)
 from trio_deploy.families.clip_images import clip_settings
 from trio_deploy.families.hf_config import (
     CLIP_LLAMA_PREFIXES,
@@ -87,9 +94,9 @@ def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) ->
     )
 
 
-def visual_tokens(size: tuple[int, int], config: ModelConfig) -> int:
-    """Both tiles' rows, whatever the image's (height, width)."""
-    return 2 * config.vision.rows_per_tile
+def counts(size: tuple[int, int], config: ModelConfig) -> ImageCounts:
+    """Both tiles, whatever the image's (height, width)."""
+    return config.vision.counts(2, 2 * config.vision.rows_per_tile)
 
 
 def request_limits(config: ModelConfig) -> Limits:
@@ -101,6 +108,7 @@ def request_limits(config: ModelConfig) -> Limits:
         tile_values=3 * vision.image_size**2,
         visual_tokens=2 * vision.rows_per_tile,
         picture=(2 * vision.image_size, vision.image_size),
+        rows_at_once=8 * vision.rows_per_tile,
     )
 
 
@@ -117,7 +125,7 @@ FAMILY = Family(
     settings=clip_settings,
     read=lambda raw: read_clip_llama(raw, "halves", _DEFAULTS),
     arrange=arrange,
-    visual_tokens=visual_tokens,
+    counts=counts,
     request_limits=request_limits,
     reference="halves",
     tiny=partial(tiny_clip_llama, "LlavaForConditionalGeneration", model_type="halves"),

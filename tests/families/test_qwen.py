@@ -218,9 +218,9 @@ def test_pixels_and_tokens_equal_transformers(family, size):
     assert ours.grids == ((1, rows // 2, columns // 2),)
     count = rows * columns // 4
     assert len(ours.rows) == len(ours.boxes) == ours.feature_rows == ours.text.count("\ufffc")
-    assert (
-        len(ours.rows) == count == get_family(family).visual_tokens(ours.size, preprocessor.config)
-    )
+    counts = get_family(family).counts(ours.size, preprocessor.config)
+    assert len(ours.rows) == count == counts.visual_tokens == counts.patches // 4
+    assert counts.input_bytes == sum(values.nbytes for values in ours.feeds.values())
     assert preprocessor.least_tokens(image) <= count
     assert ours.boxes[-1].tolist() == [*ours.boxes[-1][:2], *size]
     vision = config.patch_tower
@@ -297,7 +297,7 @@ def test_limits_follow_the_most_pixels():
     # 48 squares, or a row of √(200 · 48) where one side is 200 times as long as the other.
     assert limits.visual_tokens == limits.tile_rows == 97
     assert request_limits(config).visual_tokens == 1280
-    assert request_limits(config).at_once == 1 < limits.at_once
+    assert request_limits(config).tiles_at_once == 1 < limits.tiles_at_once
 
 
 # ------------------------------------------------------------------------- what has no meaning

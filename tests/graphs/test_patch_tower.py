@@ -65,6 +65,19 @@ def test_one_graph_equals_transformers_for_grids_of_any_shape(
             assert relative(got[name], values) < 5e-6, (grid, name)
 
 
+@pytest.mark.parametrize(("dialect", "runtime"), TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_of_queries_change_nothing(family: str, dialect: str, runtime: str) -> None:
+    """Of lengths that are a multiple of the block, that are not, and that are below it."""
+    config = model_config(family)
+    graph = build_vision(config, GraphOptions(dialect=dialect, query_block=48))
+    runner = Runner(graph, weights_of(shared_model(family)), runtime)
+    for grid in GRIDS:
+        got = runner({"pixel_values": pixels(config, grid), **tower_feeds(config, grid)})
+        for name, values in expected(family, grid).items():
+            assert relative(got[name], values) < 5e-6, (grid, name)
+
+
 @pytest.mark.parametrize("dialect", ["ort", "onnx", "primitive"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_stays_within_two_percent(family: str, dialect: str) -> None:
@@ -84,10 +97,13 @@ def test_half_precision_stays_within_two_percent(family: str, dialect: str) -> N
 def test_graphs_pass_the_checker_with_strict_shape_inference(
     family: str, dialect: str, dtype: str
 ) -> None:
-    graph = build_vision(model_config(family), GraphOptions(dialect=dialect, dtype=dtype))
-    proto = filled(graph, weights_of(shared_model(family)))
-    onnx.checker.check_model(proto, full_check=True)
-    onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+    for block in (None, 48):
+        options = GraphOptions(dialect=dialect, dtype=dtype, query_block=block)
+        proto = filled(
+            build_vision(model_config(family), options), weights_of(shared_model(family))
+        )
+        onnx.checker.check_model(proto, full_check=True)
+        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
 
 
 def test_scores_of_a_class_token_are_refused() -> None:

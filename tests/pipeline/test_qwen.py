@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +20,7 @@ from tests.support.questions import alike
 from tests.support.qwen_checkpoints import make_qwen, make_tokenizer, preprocessing
 from tests.support.qwen_models import FAMILIES, IMAGE, shared_model
 from trio_deploy import Batcher, Bundle, Pipeline, Request, RuntimeOptions, TrioError, export_model
+from trio_deploy.families.registry import request_limits
 from trio_deploy.families.rope import grid_positions
 
 ENGINES = [("ort", "onnxruntime"), ("onnx", "onnxruntime"), ("primitive", "openvino")]
@@ -154,9 +157,40 @@ def test_pictures_of_one_size_share_a_run_of_the_tower_and_others_have_their_own
     layouts = together.processed
     assert sorted(runs) == sorted([(1, len(layouts[0].rows) * 4), (2, len(layouts[1].rows) * 4)])
     runs.clear()
-    monkeypatch.setattr(stages, "_at_once", 1)
+    monkeypatch.setattr(stages, "_rows_at_once", 1)
     assert alike(pipeline.generate(ask(PROMPTS[3])), together)
     assert [tiles for tiles, _ in runs] == [1, 1, 1]
+
+
+def test_small_pictures_share_a_run_where_the_largest_fills_one(checkpoint, tmp_path, monkeypatch):
+    """At a recipe's bounds; an engine that is built for fewer pictures takes fewer."""
+    out = tmp_path / "bundle"
+    export_model(
+        checkpoint("qwen2_vl"), out, schedule="2:0.5", max_pixels=1280 * 28**2, progress=False
+    )
+    pipeline = Pipeline.open(out, RuntimeOptions(threads=1))
+    stages, runs = pipeline._stages, []
+    assert request_limits(pipeline.bundle.config).tiles_at_once == 1
+    engine = stages.engines["vision"]
+    run = engine.run
+
+    def counted(feeds, *args, **options):
+        runs.append(feeds["pixel_values"].shape[:2])
+        return run(feeds, *args, **options)
+
+    monkeypatch.setattr(engine, "run", counted)
+    request = ask([*[(90, 120)] * 3, (56, 56), (90, 120), "what is this ?"])
+    together = pipeline.generate(request)
+    assert sorted(runs) == [(1, 16), (4, 48)]
+    runs.clear()
+    spec = engine.inputs["pixel_values"]
+    monkeypatch.setitem(engine.inputs, "pixel_values", replace(spec, most=(3, 48, spec.shape[2])))
+    assert alike(pipeline.generate(request), together)
+    assert sorted(runs) == [(1, 16), (1, 48), (3, 48)]
+    runs.clear()
+    monkeypatch.setattr(stages, "_rows_at_once", 2 * 12)
+    assert alike(pipeline.generate(request), together)
+    assert sorted(runs) == [(1, 16), (2, 48), (2, 48)]
 
 
 def test_what_has_no_meaning_is_refused_at_export(checkpoint, tmp_path):
@@ -169,6 +203,36 @@ def test_what_has_no_meaning_is_refused_at_export(checkpoint, tmp_path):
         with pytest.raises(TrioError, match=says):
             export_model(checkpoint("qwen2_vl"), tmp_path / "bundle", progress=False, **options)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("dialect", "target", "blocks"),
+    [
+        ("ort", "cpu", False),  # its own operator needs no loop
+        ("onnx", "cpu", True),
+        ("primitive", "cpu", True),
+        ("primitive", "cpu-openvino", False),
+        ("primitive", "jetson-orin-nano-8gb", False),
+        ("onnx", "h200", False),
+    ],
+)
+def test_towers_attend_in_blocks_of_queries_on_runtimes_that_hold_all_scores(
+    checkpoint, tmp_path, dialect, target, blocks
+):
+    """Where attention is fused the graph is the plain one, which fusing needs."""
+    bundle = export_model(
+        checkpoint("qwen2_5_vl"),
+        tmp_path / "bundle",
+        schedule="2:0.5",
+        dialect=dialect,
+        target=target,
+        dtype="float16" if target in ("h200", "jetson-orin-nano-8gb") else "float32",
+        graphs_only=True,
+        progress=False,
+    )
+    graph = onnx.load(bundle.graph("vision"), load_external_data=False).graph
+    full = len(bundle.config.patch_tower.full_layers)  # windows are short
+    assert [node.op_type for node in graph.node].count("Loop") == full * blocks
 
 
 def test_the_most_pixels_of_an_export_bound_its_pictures(checkpoint, tmp_path):

@@ -372,6 +372,7 @@ def _graph_options(
         weights=options.weights or target.weights,  # type: ignore[arg-type]
         dtype=options.dtype,  # type: ignore[arg-type]
         separate_decode=target.decode_layout == "separate",
+        query_block=runtime_spec(target.runtime).query_block(str(options.dialect)),
         **values,
     )
 

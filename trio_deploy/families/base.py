@@ -13,7 +13,8 @@ TILES_AT_ONCE = 8
 """Tiles per run of the vision tower, which bounds its memory."""
 
 PATCHES_AT_ONCE = 8192
-"""Patches of pictures of any size per run of the vision tower, unless one picture has more."""
+"""Patches of pictures of any size per run of the vision tower, unless one picture has more: small
+pictures of one size share runs."""
 
 VISUAL_TOKEN = "\ufffc"
 """Stands for the model's image token in `Layout.text`."""
@@ -49,6 +50,11 @@ class VisionConfig:
     def rows_per_tile(self) -> int:
         """Feature rows p that one tile yields."""
         return self.side * self.side + (0 if self.drop_cls else 1)
+
+    def counts(self, tiles: int, visual_tokens: int) -> ImageCounts:
+        """What an image of so many tiles brings."""
+        values = 3 * self.image_size**2  # float32
+        return ImageCounts(4 * tiles * values, tiles * self.side**2, visual_tokens)
 
     def describe(self) -> str:
         """The tower in a few words, for reports."""
@@ -294,6 +300,21 @@ def grids_of(images: Sequence[Layout], config: ModelConfig) -> list[tuple[int, i
 
 
 @dataclass(frozen=True)
+class ImageCounts:
+    """What one image brings, which its size alone tells.
+
+    Attributes:
+        input_bytes: of the tower's inputs, as `Layout.feeds` has them.
+        patches: of all its tiles.
+        visual_tokens: tokens in the prompt.
+    """
+
+    input_bytes: int
+    patches: int
+    visual_tokens: int
+
+
+@dataclass(frozen=True)
 class Limits:
     """The most that one image of a request can bring.
 
@@ -303,7 +324,7 @@ class Limits:
         tile_values: numbers per tile that the tower takes.
         visual_tokens: tokens in the prompt per image.
         picture: (width, height) of an image that brings all of these.
-        at_once: tiles per run of the tower, at most, unless one image brings more.
+        rows_at_once: feature rows per run of the tower, at most, unless one image brings more.
         axes: least, typical and greatest size of each axis of the tower's inputs but T, by its
             name, where pictures have any size.
     """
@@ -313,8 +334,13 @@ class Limits:
     tile_values: int
     visual_tokens: int
     picture: tuple[int, int]
-    at_once: int = TILES_AT_ONCE
+    rows_at_once: int
     axes: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+
+    @property
+    def tiles_at_once(self) -> int:
+        """Tiles of the greatest size per run of the tower."""
+        return max(1, self.rows_at_once // self.tile_rows)
 
 
 @dataclass(frozen=True)
@@ -379,7 +405,8 @@ class Family:
             in, and to what `arrange` takes. Raises TrioError on what does not fit the model.
         read: config.json to sizes and options. Raises TrioError on what is not supported.
         arrange: tiles and token order of an upright RGB image.
-        visual_tokens: tokens in the prompt of an upright image of (height, width) pixels.
+        counts: what an upright image of (height, width) pixels brings. Raises TrioError where
+            `arrange` refuses such a size.
         request_limits: the most that one image brings, for profiles, plans, admission, benchmarks.
         reference: name of the adapter in reference/adapters.py that the oracle runs it with.
         tiny: a config.json with small sizes, for tests with random weights.
@@ -393,7 +420,7 @@ class Family:
     settings: Callable[[Mapping[str, Any], ModelConfig], tuple[dict[str, Any], Any]]
     read: Callable[[Mapping[str, Any]], ModelConfig]
     arrange: Callable[[Image.Image, Any, ModelConfig], Layout]
-    visual_tokens: Callable[[tuple[int, int], ModelConfig], int]
+    counts: Callable[[tuple[int, int], ModelConfig], ImageCounts]
     request_limits: Callable[[ModelConfig], Limits]
     reference: str
     tiny: Callable[[], dict[str, Any]]

@@ -9,8 +9,10 @@ import numpy as np
 from PIL import Image
 
 from trio_deploy.families.base import (
+    TILES_AT_ONCE,
     VISUAL_TOKEN,
     Family,
+    ImageCounts,
     Layout,
     Limits,
     ModelConfig,
@@ -55,9 +57,9 @@ def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) ->
     )
 
 
-def visual_tokens(size: tuple[int, int], config: ModelConfig) -> int:
+def counts(size: tuple[int, int], config: ModelConfig) -> ImageCounts:
     """The same for every image."""
-    return config.clip.rows_per_tile
+    return config.clip.counts(1, config.clip.rows_per_tile)
 
 
 def request_limits(config: ModelConfig) -> Limits:
@@ -69,6 +71,7 @@ def request_limits(config: ModelConfig) -> Limits:
         tile_values=3 * vision.image_size**2,
         visual_tokens=vision.rows_per_tile,
         picture=(vision.image_size, vision.image_size),
+        rows_at_once=TILES_AT_ONCE * vision.rows_per_tile,
     )
 
 
@@ -93,7 +96,7 @@ FAMILY = Family(
     settings=clip_settings,
     read=read,
     arrange=arrange,
-    visual_tokens=visual_tokens,
+    counts=counts,
     request_limits=request_limits,
     reference="llava",
     tiny=tiny,

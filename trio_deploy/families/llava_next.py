@@ -15,8 +15,10 @@ import numpy as np
 from PIL import Image
 
 from trio_deploy.families.base import (
+    TILES_AT_ONCE,
     VISUAL_TOKEN,
     Family,
+    ImageCounts,
     Layout,
     Limits,
     ModelConfig,
@@ -100,11 +102,14 @@ def arrange(image: Image.Image, settings: ImageSettings, config: ModelConfig) ->
     )
 
 
-def visual_tokens(size: tuple[int, int], config: ModelConfig) -> int:
+def counts(size: tuple[int, int], config: ModelConfig) -> ImageCounts:
     """The overview's, and the patches of the canvas that show the image, with a newline per row."""
-    side = config.clip.side
+    vision = config.clip
     rows, columns = _shown_patches(size, config)
-    return side * side + (rows.stop - rows.start) * (columns.stop - columns.start + 1)
+    shown = (rows.stop - rows.start) * (columns.stop - columns.start + 1)
+    height, width = best_canvas(size, config.grid_pinpoints)
+    tiles = 1 + (height // vision.image_size) * (width // vision.image_size)
+    return vision.counts(tiles, vision.side**2 + shown)
 
 
 def _shown_patches(size: tuple[int, int], config: ModelConfig) -> tuple[slice, slice]:
@@ -127,6 +132,7 @@ def request_limits(config: ModelConfig) -> Limits:
         visual_tokens=vision.rows_per_tile
         + max(h // patch * (w // patch + 1) for h, w in canvases),
         picture=(width, height),
+        rows_at_once=TILES_AT_ONCE * vision.rows_per_tile,
     )
 
 
@@ -151,7 +157,7 @@ FAMILY = Family(
     settings=clip_settings,
     read=read,
     arrange=arrange,
-    visual_tokens=visual_tokens,
+    counts=counts,
     request_limits=request_limits,
     reference="llava",
     tiny=tiny,

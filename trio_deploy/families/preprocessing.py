@@ -88,7 +88,7 @@ class Preprocessor:
             return 0
         # The picture may be stored lying on its side.
         sizes = (size, size[::-1])
-        return min(self._family.visual_tokens(each, self.config) for each in sizes)
+        return min(self._family.counts(each, self.config).visual_tokens for each in sizes)
 
     def __call__(self, image: Any) -> Layout:
         """Preprocess one image: anything that `open_image` takes.

@@ -14,6 +14,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import (
     PATCHES_AT_ONCE,
     VISUAL_TOKEN,
+    ImageCounts,
     Layout,
     Limits,
     ModelConfig,
@@ -392,12 +393,22 @@ def arrange(image: Image.Image, settings: PatchSettings, config: ModelConfig) ->
     )
 
 
-def visual_tokens(size: tuple[int, int], config: ModelConfig) -> int:
-    """One per square of patches of the resized picture."""
+def counts(size: tuple[int, int], config: ModelConfig) -> ImageCounts:
+    """Patches of the resized picture; each square of them is a visual token."""
     vision = config.patch_tower
     assert config.pixels is not None
     height, width = smart_resize(size, vision.factor, config.pixels)
-    return height * width // vision.factor**2
+    rows, columns = height // vision.factor, width // vision.factor
+    patches = rows * columns * vision.merge**2
+    # As `arrange` makes them: float32 values and weights, int64 places.
+    per_patch = 4 * vision.patch_values + 2 * 8
+    windowed = 0
+    if vision.window is not None:
+        number = -(-rows // vision.window) * -(-columns // vision.window)
+        windowed = (number * vision.window_slots + patches) * 8
+    if vision.position_side is not None:
+        per_patch += 4 * (8 + 4)
+    return ImageCounts(patches * per_patch + windowed, patches, rows * columns)
 
 
 def request_limits(config: ModelConfig) -> Limits:
@@ -416,6 +427,6 @@ def request_limits(config: ModelConfig) -> Limits:
         tile_values=patches * vision.patch_values,
         visual_tokens=tokens,
         picture=picture,
-        at_once=max(1, PATCHES_AT_ONCE // patches),
+        rows_at_once=PATCHES_AT_ONCE // vision.merge**2,
         axes=axes,
     )

@@ -14,6 +14,7 @@ from trio_deploy.families.qwen import (
     TINY_TEXT,
     TINY_TOP,
     arrange,
+    counts,
     layer_indexes,
     patch_settings,
     qwen_config,
@@ -23,7 +24,6 @@ from trio_deploy.families.qwen import (
     top_level,
     tower_count,
     vision_section,
-    visual_tokens,
 )
 from trio_deploy.families.qwen_hub import Prefixes, mrope, quarters, qwen_hub, qwen_json
 from trio_deploy.files import brief
@@ -223,7 +223,7 @@ def _family(name: str, architecture: str, read: Any, tiny: Any, hub: HubLayout) 
         settings=patch_settings,
         read=read,
         arrange=arrange,
-        visual_tokens=visual_tokens,
+        counts=counts,
         request_limits=request_limits,
         reference="qwen",
         tiny=tiny,

@@ -15,6 +15,7 @@ from trio_deploy.families.qwen import (
     TINY_TEXT,
     TINY_TOP,
     arrange,
+    counts,
     layer_indexes,
     patch_settings,
     qwen_config,
@@ -24,7 +25,6 @@ from trio_deploy.families.qwen import (
     top_level,
     tower_count,
     vision_section,
-    visual_tokens,
 )
 from trio_deploy.families.qwen_hub import mrope, quarters, qwen_hub, qwen_json
 
@@ -146,7 +146,7 @@ FAMILY = Family(
     settings=patch_settings,
     read=read,
     arrange=arrange,
-    visual_tokens=visual_tokens,
+    counts=counts,
     request_limits=request_limits,
     reference="qwen",
     tiny=tiny,

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from trio_deploy.graphs.values import BOOL, FLOAT, INT64
+from trio_deploy.graphs.values import BOOL, FLOAT, INT64, dim, dtype_of, shape_of, typed
 
 
 def any_of(op: Any, flags: ir.Value) -> ir.Value:
@@ -66,3 +66,54 @@ def loop(
     for value, state in zip(results, states, strict=True):
         value.type, value.shape = state.type, state.shape
     return results
+
+
+def by_blocks(
+    op: Any, x: ir.Value, block: int | None, body: Callable[[Any, ir.Value], ir.Value], name: str
+) -> ir.Value:
+    """Compute body(x) for `block` rows of x at a time: [T, N, S, D] → [T, N, S, D].
+
+    What the body makes on its way is held for one block alone. The last block is filled up with
+    copies of the last row, whose results are cut off.
+
+    Args:
+        block: None: all rows at once, without a loop.
+        body: called once as ``body(op, rows)`` for rows [T, N, block, D]; each row of its result
+            depends on the same row of its argument alone.
+        name: of the graph of the body, and a prefix of its values.
+    """
+    if block is None:
+        return body(op, x)
+    frames, heads, _, size = shape_of(x)
+    length = dim(op, x, 2)
+    blocks = op.Div(op.Add(length, block - 1), block)
+    places = op.Range(0, op.Squeeze(op.Mul(blocks, block), [0]), 1)
+    filled = op.Gather(x, op.Min(places, op.Sub(length, 1)), axis=2)
+    table = op.Concat(dim(op, x, 0), [heads], blocks, [block, size], axis=0)
+    apart = op.Transpose(op.Reshape(filled, table), perm=[2, 0, 1, 3, 4])
+
+    shape = [frames, heads, block, size]
+
+    def trace(inner: Any, number: ir.Value, go: ir.Value) -> list[ir.Value]:
+        inner.builder.push_module(name)
+        rows = typed(inner.Gather(apart, number, axis=0), dtype_of(x), shape)
+        outputs = [inner.Identity(go), inner.Identity(body(inner, rows))]
+        inner.builder.pop_module()
+        return outputs
+
+    def flag(kind: str) -> ir.Value:
+        return ir.Value(name=f"{name}.{kind}", type=ir.TensorType(BOOL), shape=ir.Shape([]))
+
+    number = ir.Value(name=f"{name}.number", type=ir.TensorType(INT64), shape=ir.Shape([]))
+    rows_type, rows_shape = ir.TensorType(dtype_of(x)), ir.Shape(shape)
+    graph = op.builder.subgraph(
+        trace,
+        [number, flag("go")],
+        [flag("go_on"), ir.Value(name=f"{name}.done", type=rows_type, shape=rows_shape)],
+        name=name,
+    )
+    done = op.Loop(op.Squeeze(blocks, [0]), None, body=graph)
+    typed(done, dtype_of(x), [None, frames, heads, block, size])
+    joined = op.Concat(dim(op, x, 0), [heads, -1, size], axis=0)
+    whole = op.Reshape(op.Transpose(done, perm=[1, 2, 0, 3, 4]), joined)
+    return typed(op.Slice(whole, [0], length, [2]), dtype_of(x), shape_of(x))

@@ -29,6 +29,7 @@ class GraphOptions:
             serves all stages. Vectors are constants in either case.
         separate_decode: whether to write decode.onnx; always true for a dialect whose prefill
             graphs take no past.
+        query_block: as of `Dialect`, for the vision tower over pictures of any size.
     """
 
     dialect: str = "ort"
@@ -39,6 +40,7 @@ class GraphOptions:
     threshold: float = DEFAULT_THRESHOLD
     weights: Literal["constants", "inputs"] = "constants"
     separate_decode: bool = False
+    query_block: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -65,4 +67,6 @@ class GraphOptions:
 
     def make_dialect(self, *, decode: bool = False) -> Dialect:
         """Make the dialect of one graph; `decode` says that it is decode.onnx."""
-        return DIALECTS[self.dialect](FLOAT_TYPES[self.dtype], decode=decode)
+        return DIALECTS[self.dialect](
+            FLOAT_TYPES[self.dtype], decode=decode, query_block=self.query_block
+        )

@@ -77,7 +77,7 @@ class PatchAttention(nn.Module):
         q, k = (d.rope(op, each, angles, heads=heads) for each in (q, k))
         q, k = (typed(each, d.dtype, shape_of(x)) for each in (q, k))
         if windows is None:
-            y = d.full_attention(op, q, k, v, heads)
+            y = d.full_attention(op, q, k, v, heads, long=True)
         else:
             q, k, v = (windows.apart(op, each) for each in (q, k, v))
             y = windows.together(op, d.full_attention(op, q, k, v, heads, windows.used), x)

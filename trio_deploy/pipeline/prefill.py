@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -120,7 +122,7 @@ class Stages:
                     shares_weights=selects or stage.kind == "embed",
                 )
         self.vision, self.embed = bundle.only("vision"), bundle.only("embed")
-        self._at_once = request_limits(bundle.config).at_once
+        self._rows_at_once = request_limits(bundle.config).rows_at_once
         self.segments = [stage.name for stage in bundle.of_kind("prefill")]
         self.decode = next(iter(bundle.of_kind("decode")), None)
         self.buffer_sets = 1 if self._shares_cache else 2
@@ -160,7 +162,7 @@ class Stages:
             alike.setdefault(image.grids, []).append(image)
         found: dict[int, dict[str, Array]] = {}
         for same in alike.values():
-            for start, stop in _groups([self._tiles(image) for image in same], self._at_once):
+            for start, stop in self._runs(same):
                 group, at = same[start:stop], 0
                 out = self.engines[self.vision.name].run(self._vision_feeds(group), host=scores)
                 for image in group:
@@ -184,10 +186,15 @@ class Stages:
             },
         )
 
-    def _tiles(self, image: Layout) -> int:
-        """Entries of an image along the tower's axis T."""
-        (tiles,) = (t.name for t in self.vision.inputs_of("image") if t.shape[0] == "T")
-        return len(image.feeds[tiles])
+    def _runs(self, images: Sequence[Layout]) -> Iterator[tuple[int, int]]:
+        """Ranges of images of equal grids that share a run of the tower, which bounds its memory.
+
+        An engine that is built for fewer tiles takes those.
+        """
+        (name,) = (t.name for t in self.vision.inputs_of("image") if t.shape[0] == "T")
+        most = self.engines[self.vision.name].inputs[name].most
+        sizes = [(image.feature_rows, len(image.feeds[name])) for image in images]
+        return _groups(sizes, (self._rows_at_once, math.inf if most is None else most[0]))
 
     def _vision_feeds(self, group: Sequence[Layout]) -> dict[str, Array]:
         """The tower's inputs for images of equal grids: what has no axis T is the same for all."""
@@ -549,13 +556,16 @@ def _faults(
     return faults
 
 
-def _groups(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    """Ranges of items whose sizes sum to at most `limit`, or single larger items."""
-    start, total = 0, 0
+def _groups(
+    sizes: Sequence[tuple[int, ...]], limits: tuple[float, ...]
+) -> Iterator[tuple[int, int]]:
+    """Ranges of items whose sizes of each kind sum to at most its limit, or single larger items."""
+    start, totals = 0, [0] * len(limits)
     for stop, size in enumerate(sizes):
-        if stop > start and total + size > limit:
+        sums = [total + more for total, more in zip(totals, size, strict=True)]
+        if stop > start and any(map(operator.gt, sums, limits)):
             yield start, stop
-            start, total = stop, 0
-        total += size
+            start, sums = stop, list(size)
+        totals = sums
     if start < len(sizes):
         yield start, len(sizes)

@@ -24,6 +24,10 @@ ONNX Runtime's device memory cannot be sliced; `update_inplace(array)` writes al
 (`tensorrt/device.py`) can; the functions of `arrays.py` take it as they take numpy arrays.
 """
 
+QUERY_BLOCK = 256
+"""Queries at a time in graphs for a runtime that holds all scores: those of 16 heads with 16,384
+keys are 256 MiB then."""
+
 Step = Callable[[], None]
 """A bound run: works on the same arrays at each call."""
 
@@ -34,11 +38,13 @@ class TensorSpec:
 
     Attributes:
         shape: sizes; the name of a dynamic axis or None where a size is not fixed.
+        most: greatest sizes that an engine which is built for a range takes; None: any.
     """
 
     name: str
     dtype: np.dtype
     shape: tuple[int | str | None, ...]
+    most: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -245,6 +251,9 @@ class RuntimeSpec:
         needs_engines: whether it runs engines built by `trio build`, instead of graphs.
         check_target: checks what this runtime alone knows of a target, and fills in its defaults.
         target_dialects: dialects that the version on a target reads; None: all of `dialects`.
+        holds_scores: dialects in which it computes all scores of an attention (heads × queries ×
+            keys, float32) before it goes on: graphs for it attend `QUERY_BLOCK` queries at a time
+            where the vision tower takes pictures of any size.
     """
 
     name: str
@@ -260,6 +269,11 @@ class RuntimeSpec:
     needs_engines: bool = False
     check_target: Callable[[Target], Target] = _unchanged
     target_dialects: Callable[[Target], tuple[str, ...]] | None = None
+    holds_scores: tuple[str, ...] = ()
+
+    def query_block(self, dialect: str) -> int | None:
+        """Queries at a time that a tower's graph in a dialect attends with; None: all."""
+        return QUERY_BLOCK if dialect in self.holds_scores else None
 
     def readable_dialects(self, target: Target) -> tuple[str, ...]:
         """Dialects it reads on a target, the preferred one first."""

@@ -345,4 +345,5 @@ RUNTIME = RuntimeSpec(
     target_keys=("provider", "weights"),
     devices={"cpu": "cpu", "gpu": "cuda"},
     check_target=_check_target,
+    holds_scores=("onnx", "primitive"),
 )

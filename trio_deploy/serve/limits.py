@@ -52,7 +52,8 @@ class ServiceLimits:
         max_stop, max_stop_bytes: stop strings per request, bytes per stop string or bad word.
         max_banned: most tokens in suppress_tokens, and most bad words, per request.
         max_timeout_s: longest deadline, and the deadline of requests that name none, seconds.
-        max_queue_bytes: bytes of texts, pictures and their tiles of all requests that wait or run.
+        max_queue_bytes: bytes of texts, pictures and what the tower takes of them, of all requests
+            that wait or run.
         batcher: limits of the batch and its queue.
     """
 

@@ -66,12 +66,11 @@ class Service:
             Refused: too much waits already, or the service is closed: try again later.
             TrioError: what is wrong with the request.
         """
-        size = 0
         try:
-            size = self._admission.admit(client)
+            self._admission.check_sent(client)
             request, timeout_s = check_request(client, self._limits)
+            size = self._admission.admit(client, request)
         except Exception as error:
-            self._admission.release(size)
             self.count_rejected(error)
             raise
 
@@ -126,8 +125,9 @@ def _warm_up(pipeline: Pipeline, limits: ServiceLimits) -> None:
     with Batcher(pipeline, limits.batcher) as batcher:
         for client, what in ((pictured, "about a picture"), (plain, "without a picture")):
             try:
-                Admission(limits, pipeline.bundle.config).admit(client)
-                _begin(batcher, check_request(client, limits)[0])
+                request, _ = check_request(client, limits)
+                Admission(limits, pipeline.bundle.config).admit(client, request)
+                _begin(batcher, request)
             except TrioError as error:
                 raise TrioError(f"the warm-up question {what} failed: {error}") from error
 

@@ -174,7 +174,7 @@ def _run(pipeline: Pipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray
     if info.kind == "vision":  # as many tiles at once as the pipeline shows
         tiles = {t.name: taken.pop(t.name) for t in info.inputs if t.shape[0] == "T"}
         count = max(len(array) for array in tiles.values())
-        once = request_limits(pipeline.bundle.config).at_once
+        once = request_limits(pipeline.bundle.config).tiles_at_once
         parts = [
             engine.run({n: a[start : start + once] for n, a in tiles.items()} | taken)
             for start in range(0, count, once)

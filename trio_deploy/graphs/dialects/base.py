@@ -68,6 +68,8 @@ class Dialect(ABC):
             an input of the graph; others transpose constants once, when a graph is loaded.
         gathers_in_loops: whether a Gather of few rows of a large matrix is cheap inside a Loop.
         dtype: float type of weights, hidden states and the KV cache.
+        query_block: queries of a long attention at a time, for runtimes that hold all scores of
+            those that they compute at once; None: all queries.
     """
 
     name: ClassVar[str]
@@ -81,8 +83,10 @@ class Dialect(ABC):
     gathers_in_loops: ClassVar[bool] = True
     takes_matrices_as_inputs: ClassVar[bool] = False
 
-    def __init__(self, dtype: ir.DataType, *, decode: bool = False) -> None:
-        self.dtype = dtype
+    def __init__(
+        self, dtype: ir.DataType, *, decode: bool = False, query_block: int | None = None
+    ) -> None:
+        self.dtype, self.query_block = dtype, query_block
         if decode:
             self.opset = self.decode_opset
 
@@ -167,10 +171,16 @@ class Dialect(ABC):
         v: ir.Value,
         heads: int,
         used: ir.Value | None = None,
+        *,
+        long: bool = False,
     ) -> ir.Value:
         """Attend from every row to every row: q, k, v [T, N, h] → [T, N, h].
 
-        With `used` bool [T, N], to those rows alone, of which every T has one.
+        Args:
+            used: bool [T, N], the rows that may be attended to, of which every T has one; None:
+                all.
+            long: whether N has no bound: `query_block` queries at a time then attend, if it is set
+                and the runtime's own operator does not do so.
         """
 
     @abstractmethod

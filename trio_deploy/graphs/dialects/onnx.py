@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.dialects.base import KV, Angles, Dialect, Past, Window
+from trio_deploy.graphs.loops import by_blocks
 from trio_deploy.graphs.values import dim, dtype_of, merge_heads, shape_of, split_heads, typed
 from trio_deploy.graphs.weight import Weight
 
@@ -58,12 +59,18 @@ class OnnxDialect(Dialect):
         v: ir.Value,
         heads: int,
         used: ir.Value | None = None,
+        *,
+        long: bool = False,
     ) -> ir.Value:
         head_dim = int(shape_of(q)[-1]) // heads
         q, k, v = (split_heads(op, each, heads, head_dim) for each in (q, k, v))
         scale = head_dim**-0.5
         if used is None:
-            y = op.Attention(q, k, v, scale=scale)
+
+            def attend(op: Any, rows: ir.Value) -> ir.Value:
+                return typed(op.Attention(rows, k, v, scale=scale), self.dtype, shape_of(rows))
+
+            y = by_blocks(op, q, self.query_block if long else None, attend, "queries")
         else:  # ONNX Runtime's CPU kernel does not broadcast a mask over the queries
             rows, length = dim(op, used, 0), dim(op, used, 1)
             shape = op.Concat(rows, [1], length, length, axis=0)

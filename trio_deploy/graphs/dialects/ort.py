@@ -111,6 +111,8 @@ class OrtDialect(Dialect):
         v: ir.Value,
         heads: int,
         used: ir.Value | None = None,
+        *,
+        long: bool = False,
     ) -> ir.Value:
         scale = (int(shape_of(q)[-1]) // heads) ** -0.5
         inputs = [q, k, v] if used is None else [q, k, v, None, op.Cast(used, to=INT32)]

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.dialects.base import KV, Angles, Dialect, Past, Window
+from trio_deploy.graphs.loops import by_blocks
 from trio_deploy.graphs.values import (
     FLOAT,
     cast,
@@ -117,11 +118,19 @@ class PrimitiveDialect(Dialect):
         v: ir.Value,
         heads: int,
         used: ir.Value | None = None,
+        *,
+        long: bool = False,
     ) -> ir.Value:
         head_dim = int(shape_of(q)[-1]) // heads
         q, k, v = (split_heads(op, each, heads, head_dim) for each in (q, k, v))
         mask = None if used is None else _additive_mask(op, op.Unsqueeze(op.Not(used), [1]))
-        return merge_heads(op, _attend(op, q, k, v, mask, head_dim**-0.5))
+
+        def attend(op: Any, rows: ir.Value) -> ir.Value:
+            return _attend(op, rows, k, v, mask, head_dim**-0.5)
+
+        return merge_heads(
+            op, by_blocks(op, q, self.query_block if long else None, attend, "queries")
+        )
 
     def attention(
         self,

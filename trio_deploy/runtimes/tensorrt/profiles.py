@@ -157,7 +157,7 @@ class Sizes:
         tiles = largest.tiles
         images = limits.max_batch * limits.max_images
         usual_tiles = min(tiles, math.ceil(usual / largest.tile_rows))
-        together = max(tiles, min(largest.at_once, images * tiles))
+        together = max(tiles, min(largest.tiles_at_once, images * tiles))
         return cls(
             batch=Span.of(1, limits.typical_batch, limits.max_batch),
             tiles=Span.of(1, usual_tiles, together),

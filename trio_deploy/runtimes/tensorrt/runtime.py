@@ -11,6 +11,7 @@ import mmap
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -347,7 +348,9 @@ class TrtEngine:
             )
         self._tensors = {tensor.name: tensor for tensor in runtime.tensorrt.tensors(engine)}
         self.inputs = {
-            t.name: _spec(t) for t in self._tensors.values() if t.is_input and t.name not in bound
+            t.name: replace(_spec(t), most=_most(t.name, self.profiles))
+            for t in self._tensors.values()
+            if t.is_input and t.name not in bound
         }
         self.outputs = {t.name: _spec(t) for t in self._tensors.values() if not t.is_input}
         self._idle: dict[int, list[_Context]] = {}
@@ -672,6 +675,12 @@ class _Sequence:
             warnings.warn(f"decode steps run without CUDA graphs: {error}", stacklevel=2)
         else:
             self._runtime.recordings += 1
+
+
+def _most(name: str, profiles: Sequence[Profile]) -> tuple[int, ...] | None:
+    """The greatest size of each axis of an input; None where no profile has it."""
+    shapes = [each.shapes[name].max for each in profiles if name in each.shapes]
+    return tuple(map(max, zip(*shapes, strict=True))) if shapes else None
 
 
 def _spec(tensor: IoTensor) -> TensorSpec:
