@@ -1,6 +1,7 @@
-# make demo: a real answer about a real picture, without torch.   make test: everything that runs in
-# twenty minutes.   make test ALL=1: the long cases, too (those on real weights).
-# Both set up .venv first, once; they set it up again when the dependencies change.
+# make demo: a real answer about a real picture, without torch.   make serve: the shipped model for
+# OpenAI's clients.   make test: everything that runs in twenty minutes.   make test ALL=1: the long
+# cases, too (those on real weights).
+# All set up .venv first, once; they set it up again when the dependencies change.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ TESTED := -c requirements/tested.txt
 DEPENDENCIES := pyproject.toml requirements/tested.txt
 PROMPT ?= what color is the circle?
 
-.PHONY: demo demo-intro test lint types tests server-tests rtx-tests rtx real-weights check-python clean
+.PHONY: demo demo-intro serve test lint types tests server-tests rtx-tests rtx real-weights check-python clean
 .DELETE_ON_ERROR:
 
 check-python:
@@ -24,11 +25,15 @@ $(VENV)/.demo-ready: $(DEPENDENCIES) | $(BIN)/python
 	$(PIP) install $(TESTED) --editable '.[cpu,export]'
 	@touch $@
 
+$(VENV)/.serve-ready: $(DEPENDENCIES) | $(BIN)/python
+	$(PIP) install $(TESTED) --editable '.[cpu,export,serve]'
+	@touch $@ $(VENV)/.demo-ready
+
 # torch first and by its exact version, so that no later requirement brings another build of it.
 $(VENV)/.test-ready: $(DEPENDENCIES) | $(BIN)/python
 	$(PIP) install --quiet $(TESTED) torch
-	$(PIP) install --quiet $(TESTED) --editable '.[cpu,export,openvino,reference,dev]'
-	@touch $@ $(VENV)/.demo-ready
+	$(PIP) install --quiet $(TESTED) --editable '.[cpu,export,openvino,reference,serve,dev]'
+	@touch $@ $(VENV)/.demo-ready $(VENV)/.serve-ready
 
 # The Triton server has an environment of its own, since its Python needs numpy < 2. Exit status 3:
 # it cannot be had here, which the tests say as they skip; the next make tries again.
@@ -45,6 +50,9 @@ demo: demo-intro $(VENV)/.demo-ready
 	$(BIN)/trio export --model tiny --budget 0.111 --out out/tiny --force
 	$(BIN)/trio run out/tiny --image examples/scene.png --prompt "$(PROMPT)" --show out/kept.png
 	@echo "The kept visual tokens are drawn in out/kept.png"
+
+serve: $(VENV)/.serve-ready
+	$(BIN)/trio serve tiny
 
 test: lint types tests
 

@@ -37,7 +37,8 @@ from trio_deploy.bench.environment import load_average, machine, machine_text
 from trio_deploy.bench.measure import budget_name
 from trio_deploy.evaluation import scenes
 from trio_deploy.runtimes.machine import usable_cores
-from trio_deploy.serve.triton_server.repository import Options, read_settings, write_repository
+from trio_deploy.serve.limits import read_settings
+from trio_deploy.serve.triton_server.repository import Options, write_repository
 
 MODEL = "trio_vlm"
 #: For short answers of a small model on CPUs: a prefill for each core, in large batches.

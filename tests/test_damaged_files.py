@@ -41,7 +41,7 @@ from trio_deploy.pipeline.prepare import RequestPreparer
 from trio_deploy.pipeline.request import Request
 from trio_deploy.report.figures import accuracy, cost
 from trio_deploy.runtimes.registry import load_target
-from trio_deploy.serve.triton_server.repository import read_settings
+from trio_deploy.serve.limits import read_settings
 from trio_deploy.serve.triton_server.settings import Settings
 from trio_deploy.verify.origin import compare_origin
 

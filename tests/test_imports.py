@@ -61,6 +61,7 @@ ALLOWED = {
         "runtimes.tensorrt.memory",
         "cost.device_memory",
     ),
+    "starlette uvicorn httptools": ("serve.openai",),
     "onnxruntime": ("runtimes.onnxruntime",),
     # The last is a program for an environment with OpenVINO GenAI, which has no trio_deploy.
     "openvino openvino_genai": (

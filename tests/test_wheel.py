@@ -160,6 +160,7 @@ def test_a_device_evaluates_and_writes_a_triton_repository(
         ("tune tiny --scenes 1 --out t", "export"),
         ("check BUNDLE", "reference"),
         ("run BUNDLE --prompt x --runtime openvino", "openvino"),
+        ("serve BUNDLE", "serve"),
     ],
 )
 def test_a_command_without_its_extra_names_it(

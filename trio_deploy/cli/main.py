@@ -25,6 +25,7 @@ from trio_deploy.cli import (
     plan,
     report,
     run,
+    serve,
     triton,
     tune,
 )
@@ -43,6 +44,9 @@ _EXTRAS = {
     "transformers": "reference",
     "safetensors": "reference",
     "polygraphy": "tensorrt",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "httptools": "serve",
 }
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -54,6 +58,7 @@ _COMMANDS: dict[str, Any] = {
     "build": build,
     "plan": plan,
     "check": check,
+    "serve": serve,
     "triton": triton,
     "eval": evaluate,
     "tune": tune,

@@ -52,10 +52,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the repository, and print how to serve it."""
     from trio_deploy.export.cache import is_bundle
+    from trio_deploy.serve.limits import read_settings
     from trio_deploy.serve.triton_server.repository import (
         Options,
         path_warning,
-        read_settings,
         require_servable,
         write_repository,
     )

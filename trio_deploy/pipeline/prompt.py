@@ -235,6 +235,11 @@ class PromptEncoder:
         """
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
+    def piece(self, token: int) -> str:
+        """Text of a token within others, such as a word with its space."""
+        once, twice = (self.decode([token] * count, special=True) for count in (1, 2))
+        return twice[len(once) :]
+
     def names(self, ids: Sequence[int]) -> list[str]:
         """Tokens as the vocabulary has them; empty for ids that it lacks."""
         return [self._tokenizer.id_to_token(each) or "" for each in ids]

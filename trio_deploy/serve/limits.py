@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from trio_deploy.errors import TrioError
 from trio_deploy.families.pixels import MAX_PIXELS
-from trio_deploy.files import brief
+from trio_deploy.files import brief, read_yaml
 from trio_deploy.pipeline.batcher.scheduler import BatcherLimits
 from trio_deploy.runtimes.registry import MAX_THREADS
 from trio_deploy.schedule.budget import check_budget, read_budget
@@ -112,6 +113,32 @@ def setting_kinds(*structs: type) -> dict[str, str]:
         for each in dataclasses.fields(struct)
     }
     return {name: kind for name, kind in kinds.items() if kind in _READERS}
+
+
+def read_settings(file: Path | None, assignments: Sequence[str]) -> dict[str, str]:
+    """Read settings from a YAML file of names and values and from `NAME=VALUE` texts.
+
+    The texts override the file. Names and values are checked by what they are for.
+
+    Raises:
+        TrioError: the file cannot be read, or a text does not have that form.
+    """
+    settings: dict[str, str] = {}
+    if file is not None:
+        try:
+            raw = read_yaml(file, "correct the file")
+        except FileNotFoundError:
+            raise TrioError(f"there is no file {file}: name one that exists") from None
+        if not isinstance(raw, dict) or any(isinstance(v, dict | list) for v in raw.values()):
+            raise TrioError(f"{file} must have one name and value per line: write max_tokens: 512")
+        for name, value in raw.items():
+            settings[str(name)] = str(value).lower() if isinstance(value, bool) else str(value)
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise TrioError(f"--set takes NAME=VALUE, as in --set max_tokens=512, not {text!r}")
+        settings[name] = value
+    return settings
 
 
 def parse_settings(settings: Mapping[str, str], kinds: Mapping[str, str]) -> dict[str, Any]:

@@ -5,11 +5,8 @@ Pictures come as the bytes of a file and in no other way: no text of a client be
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +14,11 @@ from trio_deploy.checkpoint.chat_template import Message
 from trio_deploy.checkpoint.conversation import require_text, texts_of
 from trio_deploy.config.sampling import SAMPLING_OPTIONS, SamplingOptions
 from trio_deploy.errors import TrioError
-from trio_deploy.families.pixels import encoded_size
 from trio_deploy.files import parse_json
 from trio_deploy.pipeline.request import Request
 from trio_deploy.schedule.budget import check_budget
 from trio_deploy.serve.limits import ServiceLimits
-
-# A JPEG file may go over all of its picture again and again, with a few bytes per scan: a hundred
-# kilobytes can keep a decoder busy for many seconds. Cameras and tools make about ten scans; a
-# hundred is what libtiff takes.
-_MAX_SCANS = 100
-_JPEG = b"\xff\xd8\xff"
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
+from trio_deploy.serve.pictures import read_pictures
 
 
 @dataclass(frozen=True)
@@ -43,6 +33,7 @@ class ClientRequest:
         temperature, …, seed: as in `SamplingOptions`; None: the bundle's own.
         min_tokens: tokens before which no end token comes.
         bad_words: UTF-8 texts that the answer must not contain.
+        logit_bias, top_logprobs, ignore_eos: as in `Request`.
         stop: UTF-8 texts that end the answer.
         budget: average share of visual tokens per layer.
         timeout_s: seconds until the deadline, as the client asks for it.
@@ -65,6 +56,9 @@ class ClientRequest:
     no_repeat_ngram_size: int | None = None
     suppress_tokens: Sequence[int] | None = None
     bad_words: Sequence[bytes] | None = None
+    logit_bias: Mapping[int, float] | None = None
+    top_logprobs: int | None = None
+    ignore_eos: bool = False
     seed: int | None = None
     stop: Sequence[bytes] | None = None
     budget: float | None = None
@@ -85,6 +79,7 @@ class ClientRequest:
             + len(self.messages or b"")
             + sum(len(item) for items in lists for item in items or ())
             + 8 * len(self.suppress_tokens or ())
+            + 16 * len(self.logit_bias or ())
         )
 
 
@@ -106,6 +101,8 @@ def check_request(client: ClientRequest, limits: ServiceLimits) -> tuple[Request
         _images(client, limits),
         max_new_tokens=_max_tokens(client, limits),
         stop=_stop(client, limits),
+        top_logprobs=client.top_logprobs,
+        ignore_eos=client.ignore_eos,
         budget=limits.budget if client.budget is None else check_budget(client.budget),
         **_sampling(client, limits),
     )
@@ -122,7 +119,7 @@ def _sampling(client: ClientRequest, limits: ServiceLimits) -> dict[str, Any]:
         if client.min_tokens > longest:
             raise TrioError(f"min_tokens is {client.min_tokens}, but max_tokens is {longest}")
         sent["min_new_tokens"] = client.min_tokens
-    for name in ("suppress_tokens", "bad_words"):
+    for name in ("suppress_tokens", "bad_words", "logit_bias"):
         if len(sent[name] or ()) > limits.max_banned:
             raise TrioError(f"{len(sent[name])} {name}, but max_banned is {limits.max_banned}")
     if client.bad_words is not None:
@@ -188,65 +185,7 @@ def _images(client: ClientRequest, limits: ServiceLimits) -> list[bytes]:
     if client.images is not None and client.images_base64 is not None:
         raise TrioError("give either images or images_base64, not both")
     coded = client.images_base64 is not None
-    files = client.images_base64 if coded else client.images
-    if len(files or ()) > limits.max_images:
-        raise TrioError(f"{len(files or ())} images, but max_images is {limits.max_images}")
-    images, pixels = [], 0
-    for number, data in enumerate(files or ()):
-        size = len(data) // 4 * 3 - data[-2:].count(b"=") if coded else len(data)
-        if size > limits.max_image_bytes:
-            raise TrioError(
-                f"image {number} has {size} bytes, but max_image_bytes is {limits.max_image_bytes}"
-            )
-        image = _decode_base64(number, data) if coded else data
-        pixels += _image_pixels(number, image, limits)
-        if pixels > limits.max_request_pixels:
-            raise TrioError(
-                f"images 0 to {number} have {pixels} pixels, but max_request_pixels is "
-                f"{limits.max_request_pixels} of all images together"
-            )
-        if (scans := _jpeg_scans(image)) > _MAX_SCANS:
-            raise TrioError(
-                f"image {number} is a JPEG file of {scans} scans, but at most {_MAX_SCANS} are "
-                "decoded: save it as a baseline JPEG"
-            )
-        images.append(image)
-    return images
-
-
-def _decode_base64(number: int, data: bytes) -> bytes:
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise TrioError(
-            f"image {number} is not base64 (without line breaks or a data: prefix): {error}"
-        ) from None
-
-
-def _image_pixels(number: int, image: bytes, limits: ServiceLimits) -> int:
-    try:
-        width, height = encoded_size(image)
-    except TrioError as error:
-        raise TrioError(f"image {number}: {error}") from None
-    if width * height > limits.max_image_pixels:
-        raise TrioError(
-            f"image {number} has {width} x {height} pixels, but max_image_pixels is "
-            f"{limits.max_image_pixels}"
-        )
-    return width * height
-
-
-def _jpeg_scans(data: bytes) -> int:
-    """Scans of a JPEG file up to its end (phones append a film to it); 0 for other files."""
-    if not data.startswith(_JPEG):
-        return 0
-    scans, at = 0, 2
-    while (marker := _JPEG_MARKER.search(data, at)) and marker[1] != b"\xd9":
-        scans += marker[1] == b"\xda"
-        # A segment begins with its length, these two bytes included; a scan's data comes after its
-        # segment.
-        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-    return scans
+    return read_pictures((client.images_base64 if coded else client.images) or (), limits, coded)
 
 
 def _max_tokens(client: ClientRequest, limits: ServiceLimits) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import queue
 import threading
 from collections import Counter
@@ -52,9 +53,31 @@ class Service:
         self._lock = threading.Lock()  # guards the counter
 
     @property
+    def limits(self) -> ServiceLimits:
+        """What is accepted."""
+        return self._limits
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of the requests that wait or run, as `max_queue_bytes` counts them."""
         return self._admission.used
+
+    @property
+    def alive(self) -> bool:
+        """Whether the threads that answer run."""
+        return self._batcher.alive
+
+    @property
+    def retry_after_s(self) -> int:
+        """Seconds after which there may be room for a request that is refused now, 1 to 30.
+
+        The queue times the time that an answer takes on average, for as many at a time as there
+        are rows.
+        """
+        metrics = self._batcher.metrics()
+        mean = metrics.latency.total / max(1, metrics.latency.count)
+        seconds = metrics.queued * mean / self._limits.batcher.max_rows
+        return min(30, max(1, math.ceil(seconds)))
 
     def submit(self, client: ClientRequest, on_event: OnEvent | None = None) -> Handle:
         """Check a request and have it answered.

@@ -14,10 +14,10 @@ from trio_deploy.cli.main import main
 from trio_deploy.config.target import Limits
 from trio_deploy.runtimes.tensorrt.profiles import Bounds, Profile
 from trio_deploy.runtimes.tensorrt.record import Gpu, Record, StageRecord
+from trio_deploy.serve.limits import read_settings
 from trio_deploy.serve.triton_server.repository import (
     RECORD,
     Options,
-    read_settings,
     write_repository,
 )
 

@@ -33,7 +33,7 @@ from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
-from trio_deploy.files import read_yaml, safe_path, user_path
+from trio_deploy.files import safe_path, user_path
 from trio_deploy.runtimes.registry import (
     default_target,
     load_target,
@@ -169,32 +169,6 @@ def path_warning(out: Path) -> str | None:
         f"Triton's python backend does not load models from {path}, since the path has characters "
         "beyond ASCII: copy the repository elsewhere before serving it"
     )
-
-
-def read_settings(file: Path | None, assignments: Sequence[str]) -> dict[str, str]:
-    """Read parameters of the model from a YAML file of names and values and `NAME=VALUE` texts.
-
-    The texts override the file. `write_repository` checks names and values.
-
-    Raises:
-        TrioError: the file cannot be read, or a text does not have that form.
-    """
-    settings: dict[str, str] = {}
-    if file is not None:
-        try:
-            raw = read_yaml(file, "correct the file")
-        except FileNotFoundError:
-            raise TrioError(f"there is no file {file}: name one that exists") from None
-        if not isinstance(raw, dict) or any(isinstance(v, dict | list) for v in raw.values()):
-            raise TrioError(f"{file} must have one name and value per line: write max_tokens: 512")
-        for name, value in raw.items():
-            settings[str(name)] = str(value).lower() if isinstance(value, bool) else str(value)
-    for text in assignments:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise TrioError(f"--set takes NAME=VALUE, as in --set max_tokens=512, not {text!r}")
-        settings[name] = value
-    return settings
 
 
 def _check_options(options: Options, runtime: str) -> None:

@@ -1,0 +1,318 @@
+"""Clients that leave, dawdle, flood or lie harm no other: rows and bytes are free again."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.support.batching import Gate, expire
+from tests.support.http_server import HttpServer, Reply, chat, read_reply, request
+from tests.support.waiting import WAIT_S, wait_for
+from trio_deploy import Pipeline, TrioError
+from trio_deploy.pipeline.batch import DecodeBatch
+from trio_deploy.serve.openai.gate import Doors, digest_of
+from trio_deploy.serve.openai.process import bind
+
+Start = Callable[..., HttpServer]
+LONG = {"max_tokens": 600}
+CHAT = "/v1/chat/completions"
+CHUNKED = request("POST", CHAT, b"", transfer_encoding="chunked", content_length="")
+
+
+def right(server: HttpServer) -> bool:
+    """Whether it still answers."""
+    return server.post(CHAT, chat(max_tokens=2)).status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_its_prefill_is_not_answered(
+    pipeline: Pipeline, server: HttpServer, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    gate = Gate(pipeline, monkeypatch)
+    with server.connection() as first, server.connection() as second:
+        first.sendall(request("POST", CHAT, chat(stream=stream, **LONG)))
+        gate.held()
+        second.sendall(request("POST", CHAT, chat(stream=stream, **LONG)))
+        wait_for(lambda: server.service.metrics().queued == 1)
+    gate.open.set()
+    wait_for(lambda: server.service.metrics().outcomes == {"cancelled": 2})
+    server.wait_until_idle()
+    assert right(server)
+
+
+@pytest.mark.parametrize("fields", [{}, {"n": 3, "temperature": 1.0}], ids=["one", "several"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_while_it_is_answered_frees_its_rows(
+    server: HttpServer, stream: bool, fields: dict[str, Any]
+) -> None:
+    with server.connection() as connection:
+        connection.sendall(request("POST", CHAT, chat(stream=stream, **LONG, **fields)))
+        if stream:
+            reply = Reply()
+            while b"content" not in reply.content.partition(b"assistant")[2]:
+                reply.feed(connection.recv(4096))
+        wait_for(lambda: server.service.metrics().active == fields.get("n", 1))
+    wait_for(lambda: server.service.metrics().outcomes == {"cancelled": fields.get("n", 1)})
+    server.wait_until_idle()
+
+
+def test_one_of_several_answers_that_fails_ends_the_others(
+    server: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(batch: DecodeBatch) -> Any:
+        raise RuntimeError("secret of the server's")
+
+    monkeypatch.setattr(DecodeBatch, "step", broken)
+    reply = server.post(CHAT, chat(n=3, temperature=1.0), x_request_id="mine")
+    assert reply.status == 500 and reply.headers["x-request-id"] == "mine"
+    assert "secret" not in reply.content.decode() and "mine" in reply.error["message"]
+    streamed = server.post(CHAT, chat(stream=True))
+    assert streamed.status == 200  # there was a token before
+    assert streamed.events[-1]["error"]["type"] == "server_error"
+    assert "secret" not in streamed.content.decode()
+    monkeypatch.undo()
+    server.wait_until_idle()
+    assert right(server)
+
+
+def test_a_deadline_ends_an_answer_or_is_a_status(
+    pipeline: Pipeline, server: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with server.connection() as connection:
+        connection.sendall(request("POST", CHAT, chat(**LONG)))
+        wait_for(lambda: server.service.metrics().active == 1)
+        expire(server.service._batcher)
+        (choice,) = read_reply(connection).json()["choices"]
+    assert (choice["finish_reason"], choice["trio"]["finish_reason"]) == ("length", "deadline")
+    gate = Gate(pipeline, monkeypatch)
+    with server.connection() as first:
+        first.sendall(request("POST", CHAT, chat(max_tokens=2)))
+        gate.held()
+        late = chat(trio={"timeout_s": 0.01}, stream=True)
+        with server.connection() as second:
+            second.sendall(request("POST", CHAT, late))
+            wait_for(lambda: server.service.metrics().queued == 1)
+            gate.open.set()
+            reply = read_reply(second)
+        assert (reply.status, reply.error["code"]) == (504, "deadline_passed")
+
+
+def test_a_stream_that_waits_shows_that_it_lives(
+    pipeline: Pipeline, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(settings={"first_s": "0.05"})
+    gate = Gate(pipeline, monkeypatch)
+    with server.connection() as connection:
+        connection.sendall(request("POST", CHAT, chat(stream=True, max_tokens=2)))
+        reply = Reply()
+        while b": waiting" not in reply.content:
+            reply.feed(connection.recv(4096))
+        assert reply.status == 200
+        assert reply.events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        gate.open.set()
+        while not reply.complete:
+            reply.feed(connection.recv(4096))
+    assert reply.events[-1] == "[DONE]" and reply.content.count(b'"assistant"') == 1
+
+
+def test_bodies_beyond_the_limit_are_refused_with_a_length_and_without(start: Start) -> None:
+    server = start(settings={"max_body_bytes": "5000"})
+    large = b" " * 5001
+    assert server.post(CHAT, large).status == 413
+    assert server.post(CHAT, b"{}", content_length=str(10**15)).status == 413
+    with server.connection() as connection:
+        connection.sendall(CHUNKED)
+        connection.sendall(b"1389\r\n" + large + b"\r\n")
+        reply = read_reply(connection)
+    assert (reply.status, reply.error["code"]) == (413, "request_too_large")
+    assert server.service.metrics().outcomes == {"invalid": 3}
+
+
+def test_a_body_in_pieces_is_read_as_one_with_a_length(server: HttpServer) -> None:
+    content = request("POST", CHAT, chat(max_tokens=2)).partition(b"\r\n\r\n")[2]
+    with server.connection() as connection:
+        connection.sendall(CHUNKED)
+        for part in (content[:10], content[10:]):
+            connection.sendall(b"%x\r\n" % len(part) + part + b"\r\n")
+        connection.sendall(b"0\r\n\r\n")
+        assert read_reply(connection).status == 200
+
+
+def test_bodies_that_are_read_together_are_bounded(start: Start) -> None:
+    server = start(settings={"max_queue_bytes": "3000000"})
+    with server.connection() as slow:
+        slow.sendall(request("POST", CHAT, b"{", content_length="900000"))
+
+        def refused() -> bool:
+            reply = server.post(CHAT, b" " * 200_000)
+            return reply.status == 429 and reply.headers["retry-after"] == "1"
+
+        wait_for(refused)
+    wait_for(lambda: not refused())
+
+
+def test_a_head_that_does_not_end_is_cut_off(start: Start) -> None:
+    server = start(settings={"head_s": "0.2"})
+    with server.connection() as silent, server.connection() as slow:
+        slow.sendall(b"POST / HTTP/1.1\r\nhost: 127.0.0.1\r\nx-a: ")
+        for connection in (silent, slow):
+            with pytest.raises(ConnectionResetError):
+                assert connection.recv(1) == b""
+                raise ConnectionResetError  # the system may tell either
+    with server.connection() as kept:  # a second request on the same connection
+        asked = request("GET", "/health", connection="keep-alive")
+        kept.sendall(asked)
+        assert read_reply(kept).status == 200
+        kept.sendall(asked[:10])
+        with pytest.raises(ConnectionResetError):
+            assert kept.recv(1) == b""
+            raise ConnectionResetError
+
+
+def test_a_body_that_does_not_come_is_told_so(start: Start) -> None:
+    server = start(settings={"body_s": "0.2"})
+    with server.connection() as connection:
+        connection.sendall(request("POST", CHAT, b"{", content_length="100"))
+        reply = read_reply(connection)
+    assert (reply.status, reply.error["code"]) == (408, "request_timeout")
+    assert right(server)
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_nothing(server: HttpServer) -> None:
+    with server.connection() as connection:
+        connection.sendall(request("POST", CHAT, b"{", content_length="100"))
+    assert right(server)
+    server.wait_until_idle()
+
+
+def test_a_reader_that_does_not_read_is_cut_off_and_frees_its_row(start: Start) -> None:
+    server = start(settings={"send_s": "0.3"}, send_buffer=4096)
+    body = chat("what is red ?", stream=True, logprobs=True, top_logprobs=20, max_tokens=700)
+    with socket.socket() as stalled:
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.connect(server.address)
+        stalled.settimeout(WAIT_S)
+        stalled.sendall(request("POST", CHAT, body))
+        wait_for(lambda: server.service.metrics().outcomes == {"cancelled": 1})
+    server.wait_until_idle()
+    wait_for(lambda: not server.served.life.connections)
+
+
+def test_connections_beyond_the_limit_are_refused_but_probes_are_not(start: Start) -> None:
+    server = start(settings={"max_connections": "2"})
+    with server.connection(), server.connection():
+        wait_for(lambda: len(server.served.life.connections) == 2)
+        reply = server.post(CHAT, chat())
+        assert (reply.status, reply.error["type"]) == (429, "rate_limit_error")
+        assert server.ask("GET", "/health").status == 200
+    wait_for(lambda: not server.served.life.connections)
+    assert right(server)
+
+
+def test_who_may_ask_is_who_has_a_key(start: Start) -> None:
+    server = start(doors=Doors([digest_of("one"), digest_of("two")]))
+    for path in (CHAT, "/v1/models", "/tokenize", "/metrics", "/openapi.json", "/nothing"):
+        method = "POST" if path in (CHAT, "/tokenize") else "GET"
+        for headers in ({}, {"authorization": "Bearer three"}, {"authorization": "Basic one"}):
+            reply = server.ask(method, path, b"{}", **headers)
+            assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
+            assert reply.headers["www-authenticate"] == "Bearer"
+    for key in ("one", "two"):
+        assert server.ask("GET", "/v1/models", authorization=f"Bearer {key}").status == 200
+    assert server.ask("GET", "/ready").status == 200
+
+
+def test_a_name_that_is_not_ours_is_refused(start: Start) -> None:
+    server = start(doors=Doors(hosts={"models.example.com"}))
+
+    def status(host: str) -> int:
+        return server.ask("GET", "/v1/models", host=host).status
+
+    good = ("models.example.com", "Models.example.com:80", "localhost:1", "127.0.0.1", "[::1]:2")
+    assert [status(host) for host in good] == [200] * len(good)
+    bad = (
+        "evil.com",
+        "models.example.com.evil.com",
+        "xmodels.example.com",
+        "10.0.0.1",
+        "localhost.",
+    )
+    assert [status(host) for host in bad] == [400] * len(bad)
+    assert server.ask("GET", "/health", host="10.0.0.1").status == 200
+    anywhere = start(doors=Doors(hosts={"0.0.0.0"}, any_address=True))
+    assert anywhere.ask("GET", "/v1/models", host="10.0.0.1:80").status == 200
+    assert anywhere.ask("GET", "/v1/models", host="evil.com").status == 400
+
+
+def test_other_types_methods_and_paths_have_their_status(server: HttpServer) -> None:
+    plain = server.post(CHAT, b"{}", content_type="text/plain")
+    assert (plain.status, plain.error["code"]) == (415, "unsupported_media_type")
+    assert (
+        server.post(CHAT, chat(max_tokens=1), content_type="application/json; charset=utf-8").status
+        == 200
+    )
+    wrong = server.ask("GET", CHAT)
+    assert (wrong.status, wrong.headers["allow"]) == (405, "POST")
+    assert server.ask("GET", "/v1/chat").error["code"] == "not_found"
+    assert server.post("/v1/completions", {}).error["code"] == "unsupported_route"
+    with server.connection() as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert read_reply(connection).error["code"] == "invalid_http"
+
+
+def test_the_id_of_a_request_is_its_own_or_a_new_one(server: HttpServer) -> None:
+    assert server.ask("GET", "/ready", x_request_id="a.B-9_").headers["x-request-id"] == "a.B-9_"
+    for given in ("", "a b", "x" * 129, "é"):
+        made = server.ask("GET", "/ready", x_request_id=given).headers["x-request-id"]
+        assert made.startswith("req-") and made != given
+
+
+def test_health_tells_that_the_threads_have_ended(server: HttpServer) -> None:
+    assert server.ask("GET", "/health").json() == {"status": "ok"}
+    server.service.close(timeout=0.0)
+    assert server.ask("GET", "/health").status == server.ask("GET", "/ready").status == 503
+
+
+def test_answers_that_run_are_finished_when_the_server_ends(
+    pipeline: Pipeline, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    gate = Gate(pipeline, monkeypatch)
+    with server.connection() as running:
+        running.sendall(request("POST", CHAT, chat(stream=True, max_tokens=5)))
+        gate.held()
+        server.served.life.draining = True  # while it still listens
+        assert server.ask("GET", "/ready").status == 503
+        assert server.ask("GET", "/health").status == 200
+        refused = server.post(CHAT, chat())
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        server.server.drain()
+        gate.open.set()
+        assert read_reply(running).events[-1] == "[DONE]"
+    wait_for(lambda: not server.running)
+
+
+def test_metrics_are_text_that_prometheus_reads(server: HttpServer) -> None:
+    assert right(server)
+    reply = server.ask("GET", "/metrics")
+    assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert b'trio_request_success_total{finished_reason="length"} 1\n' in reply.content
+    assert b"trio_generation_tokens_total 2\n" in reply.content
+    assert b"trio_visual_tokens_total 256\n" in reply.content
+
+
+def test_errors_of_the_service_are_counted_once(server: HttpServer) -> None:
+    server.post(CHAT, b"{")
+    server.post(CHAT, chat("what ?", b"no picture"))
+    server.post(CHAT, chat("word " * 4000))
+    assert server.service.metrics().outcomes == {"invalid": 3}
+
+
+def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(server: HttpServer) -> None:
+    with pytest.raises(TrioError, match="cannot listen at 127.0.0.1"):
+        bind(*server.address)
+    with pytest.raises(TrioError, match="cannot listen at no.such.host.invalid"):
+        bind("no.such.host.invalid", 0)

@@ -1,0 +1,342 @@
+"""The application: what each route does with a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from trio_deploy.errors import TrioError
+from trio_deploy.pipeline.batcher.events import Refused
+from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy.serve.metrics import PREFIX, prometheus_text
+from trio_deploy.serve.openai.bodies import (
+    ChatBody,
+    DetokenizeBody,
+    Detokenized,
+    Model,
+    Models,
+    TokenizeBody,
+    Tokens,
+    decode,
+)
+from trio_deploy.serve.openai.convert import Asked, clean, to_asked, to_messages
+from trio_deploy.serve.openai.errors import ApiError, invalid, of_exception, unavailable
+from trio_deploy.serve.openai.gate import Bodies, Doors, Gate, Life
+from trio_deploy.serve.openai.schema import openapi
+from trio_deploy.serve.openai.settings import HttpLimits
+from trio_deploy.serve.openai.stream import (
+    Answers,
+    ClientGone,
+    Writer,
+    chunks,
+    generations_of,
+    send_stream,
+)
+from trio_deploy.serve.requests import ClientRequest, check_request
+from trio_deploy.serve.service import Service
+
+_LOG = logging.getLogger(__name__)
+_SSE = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx passes each chunk on
+)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What all routes share.
+
+    Attributes:
+        name: of the model, as clients call it.
+        metrics_prefix: of metrics that vLLM has, too.
+    """
+
+    pipeline: Pipeline
+    service: Service
+    name: str
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    doors: Doors = field(default_factory=Doors)
+    life: Life = field(default_factory=Life)
+    metrics_prefix: str = PREFIX
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def context(self) -> int:
+        """Tokens of the model's context."""
+        return self.pipeline.bundle.config.text.max_positions
+
+    def check_model(self, model: str | None) -> None:
+        """Check the model that a request names.
+
+        Raises:
+            ApiError: it is another one.
+        """
+        if model is not None and model != self.name:
+            raise ApiError(
+                404,
+                f"the model {model[:100]!r} is not served here: there is {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+
+def build_app(served: Served) -> ASGIApp:
+    """The application as ASGI, for uvicorn or anything else that runs such."""
+    bodies = Bodies(served.limits, served.service.limits.max_queue_bytes)
+    routes = _Routes(served, bodies)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{name:path}", routes.model),
+            Route("/v1/completions", routes.completions, methods=["POST"]),
+            Route("/tokenize", routes.tokenize, methods=["POST"]),
+            Route("/detokenize", routes.detokenize, methods=["POST"]),
+            Route("/health", routes.health),
+            Route("/ready", routes.ready),
+            Route("/metrics", routes.metrics),
+            Route("/openapi.json", routes.openapi),
+        ],
+        exception_handlers={
+            HTTPException: _not_served,
+            ClientDisconnect: _left,
+            ApiError: routes.failed,
+            TrioError: routes.failed,
+            Exception: routes.failed,
+        },
+    )
+    app.router.redirect_slashes = False
+    return Gate(app, served.doors, served.limits, served.life)
+
+
+class _Routes:
+    def __init__(self, served: Served, bodies: Bodies) -> None:
+        self._served = served
+        self._bodies = bodies
+        self._generation = served.pipeline.bundle.manifest.generation
+        self._openapi = _json(openapi())
+
+    async def chat(self, request: Request) -> Response:
+        answers = Answers()
+
+        def begin(body: bytes) -> Asked:
+            """Done by another thread: a large picture takes a while to decode."""
+            chat = decode(body, ChatBody)
+            self._served.check_model(chat.model)
+            asked = to_asked(chat, self._served.limits.max_n)
+            answers.submit(self._served.service.submit, asked.clients)
+            return asked
+
+        try:
+            async with self._bodies.read(request) as body:
+                with self._telling(request):
+                    asked = await asyncio.to_thread(begin, body)
+        except BaseException as error:
+            answers.cancel()
+            # What the service refused, it has counted itself.
+            if isinstance(error, ApiError | Refused) and not isinstance(error.__cause__, TrioError):
+                self._served.service.count_rejected(error)
+            raise
+        return _ChatResponse(self._served, request, answers, asked)
+
+    async def completions(self, request: Request) -> Response:
+        raise invalid(
+            "/v1/completions is not served, since prompts go through the model's chat template: "
+            "use /v1/chat/completions",
+            code="unsupported_route",
+        )
+
+    async def tokenize(self, request: Request) -> Response:
+        async with self._bodies.read(request) as body:
+            with self._telling(request):
+                return _json(await asyncio.to_thread(self._tokenize, decode(body, TokenizeBody)))
+
+    def _tokenize(self, body: TokenizeBody) -> Tokens:
+        self._served.check_model(body.model)
+        pipeline, limits = self._served.pipeline, self._served.service.limits
+        if (body.prompt is None) == (body.messages is None):
+            raise invalid("give either prompt or messages", "prompt")
+        if body.prompt is not None:
+            if len(body.prompt.encode(errors="replace")) > limits.max_prompt_bytes:
+                raise invalid(
+                    f"prompt has more bytes than max_prompt_bytes = {limits.max_prompt_bytes}",
+                    "prompt",
+                )
+            tokens = pipeline.encoder.tokens(clean(body.prompt), special=body.add_special_tokens)
+        else:
+            messages, pictures = to_messages(body.messages or [])
+            client = ClientRequest(messages=messages, images_base64=pictures, max_tokens=1)
+            tokens = pipeline.prepare(check_request(client, limits)[0]).prompt.ids.tolist()
+        names = pipeline.encoder.names(tokens) if body.return_token_strs else None
+        return Tokens(len(tokens), self._served.context, tokens, names)
+
+    async def detokenize(self, request: Request) -> Response:
+        async with self._bodies.read(request) as body:
+            asked = decode(body, DetokenizeBody)
+        self._served.check_model(asked.model)
+        vocabulary = self._served.pipeline.bundle.config.text.vocab_size
+        if any(token >= vocabulary for token in asked.tokens):
+            raise invalid(f"tokens must be below {vocabulary}", "tokens")
+        encoder = self._served.pipeline.encoder
+        text = await asyncio.to_thread(encoder.decode, asked.tokens, special=True)
+        return _json(Detokenized(clean(text)))
+
+    async def models(self, request: Request) -> Response:
+        return _json(Models([self._model()]))
+
+    async def model(self, request: Request) -> Response:
+        self._served.check_model(request.path_params["name"])
+        return _json(self._model())
+
+    def _model(self) -> Model:
+        return Model(self._served.name, self._served.created, self._served.context)
+
+    async def health(self, request: Request) -> Response:
+        if not self._served.service.alive:
+            raise unavailable("the threads that answer have ended: start the server again", 1)
+        return _json({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        if self._served.life.draining:
+            raise unavailable("the server is shutting down", 1)
+        return await self.health(request)
+
+    async def metrics(self, request: Request) -> Response:
+        text = prometheus_text(self._served.service.metrics(), self._served.metrics_prefix)
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    async def openapi(self, request: Request) -> Response:
+        return self._openapi
+
+    async def failed(self, request: Request, error: Exception) -> Response:
+        return _of_error(self._told(request, error))
+
+    @contextmanager
+    def _telling(self, request: Request) -> Iterator[None]:
+        """Turn what the service raises into what a client is told."""
+        try:
+            yield
+        except TrioError as error:
+            raise self._told(request, error) from error
+
+    def _told(self, request: Request, error: Exception) -> ApiError:
+        return told(self._served, request.scope["state"]["request_id"], error)
+
+
+def told(served: Served, request_id: str, error: Exception) -> ApiError:
+    """What a client is told of an exception; a fault of ours is logged."""
+    found = of_exception(error, request_id, served.service.retry_after_s)
+    if found.status == 500:
+        _LOG.error("request %s failed", request_id, exc_info=error)
+    return found
+
+
+class _ChatResponse(Response):
+    """Sends the answers to a request, and ends them when its client leaves."""
+
+    def __init__(self, served: Served, request: Request, answers: Answers, asked: Asked) -> None:
+        super().__init__()
+        self._served = served
+        self._answers = answers
+        self._asked = asked
+        self._request_id: str = request.scope["state"]["request_id"]
+        manifest = served.pipeline.bundle.manifest
+        self._writer = Writer(
+            f"chatcmpl-{secrets.token_hex(12)}",
+            served.name,
+            asked,
+            served.pipeline.encoder,
+            frozenset(manifest.generation.eos_token_ids),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watching = asyncio.ensure_future(_watch(receive, self._answers))
+        try:
+            if self._asked.stream:
+                await self._stream(send)
+            else:
+                await self._whole(scope, receive, send)
+        except ClientGone:
+            pass
+        finally:
+            watching.cancel()
+            self._answers.cancel()
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            generations = await generations_of(self._answers, len(self._asked.clients))
+        except TrioError as error:
+            response = _of_error(self._told(error))
+        else:
+            # In a thread, since an overlay of many tokens takes a while to write.
+            content = await asyncio.to_thread(self._writer.whole, generations)
+            response = Response(content, media_type="application/json")
+        await response(scope, receive, send)
+
+    async def _stream(self, send: Send) -> None:
+        timer = self._answers.tick_in(self._served.limits.first_s)
+        try:
+            first = await self._answers.next()
+        except TrioError as error:  # nothing is sent yet, so it can still be a status
+            await _of_error(self._told(error))({"type": "http"}, _nothing, send)
+            return
+        finally:
+            timer.cancel()
+        parts = chunks(self._answers, self._writer, first)
+        await send_stream(send, _SSE, parts, self._told)
+
+    def _told(self, error: Exception) -> ApiError:
+        return told(self._served, self._request_id, error)
+
+
+async def _watch(receive: Receive, answers: Answers) -> None:
+    """Wait until the client leaves: a response that waits for the model sees nothing of it."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    answers.leave()
+
+
+async def _nothing() -> Any:
+    return {"type": "http.disconnect"}
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def _of_error(error: ApiError) -> Response:
+    content = msgspec.json.encode(error.body)
+    return Response(content, error.status, error.headers, "application/json")
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """Nobody is there to read it."""
+    return Response(status_code=400)
+
+
+async def _not_served(request: Request, error: Exception) -> Response:
+    """An unknown path, or a method that a path does not have."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:200]
+    known = error.status_code == 405
+    what = f"{path} takes no {request.method}" if known else f"there is no {path}"
+    code = "method_not_allowed" if known else "not_found"
+    message = f"{what}: GET /openapi.json lists what there is"
+    response = _of_error(ApiError(error.status_code, message, code=code))
+    response.headers.update(error.headers or {})
+    return response
