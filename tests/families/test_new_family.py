@@ -8,7 +8,9 @@ here), a family is one file, `families/<name>.py`, that ends in a `FAMILY`:
 - `prefixes` turn the names in its checkpoints into the canonical ones of the graphs' modules;
 - `arrange` makes of an image the tower's inputs, the text that stands for the image (each
   `VISUAL_TOKEN` in it becomes one visual token), and which feature row each visual token takes;
-- `request_limits` says what its largest image brings;
+- `counts` says what an image of some size brings, and `request_limits` what the largest does;
+- `hub` is how its checkpoints lie on the hub, for ones with random weights, and what a prompt
+  without a template writes for a picture;
 - `reference` names an adapter in `reference/adapters.py`, which reads images in its own way, by
   transformers' code where there is any, so that `trio check` finds a mistake in `arrange`;
 - `tiny` is a config.json of small sizes, for tests with random weights.
@@ -47,6 +49,7 @@ from trio_deploy.families.base import (
     Limits,
     ModelConfig,
 )
+from trio_deploy.families.clip_hub import clip_hub
 from trio_deploy.families.clip_images import clip_settings
 from trio_deploy.families.hf_config import (
     CLIP_LLAMA_PREFIXES,
@@ -128,6 +131,7 @@ FAMILY = Family(
     counts=counts,
     request_limits=request_limits,
     reference="halves",
+    hub=clip_hub("halves", "LlavaForConditionalGeneration", lambda tower: {}),
     tiny=partial(tiny_clip_llama, "LlavaForConditionalGeneration", model_type="halves"),
 )
 

@@ -154,6 +154,20 @@ def test_a_prompt_without_text_is_refused(llava_checkpoint: Path, text: str) -> 
         )
 
 
+def test_visual_tokens_are_those_of_the_images(llava_checkpoint: Path) -> None:
+    """A tokenizer that splits image tokens, and grids of another size, show before a model runs."""
+    ours = encoder(llava_checkpoint)
+    image, wrong = [VISUAL_TOKEN * 6], "the prompt has 6 visual tokens, but its images have 6"
+    assert ours.encode("<image> what ?", image, grids=[(1, 2, 3)]).visual_tokens == 6
+    for grids in ([(1, 2, 2)], [(1, 2, 4)], [], [(1, 2, 3), (1, 1, 1)]):
+        with pytest.raises(TrioError, match=f"{wrong} in grids of"):
+            ours.encode("<image> what ?", image, grids=grids)
+    splitting = Tokenizer(WordLevel({"<unk>": 0, "<image>": 1, "a": 2}, unk_token="<unk>"))
+    splitting.pre_tokenizer = Whitespace()
+    with pytest.raises(TrioError, match="has 0 visual tokens, but its images have 6: the tokeni"):
+        PromptEncoder(splitting, 1, TOKENS).encode("<image> a", image)
+
+
 def test_a_prompt_of_blanks_is_refused_in_every_form(llava_checkpoint: Path) -> None:
     templated, raw = encoder(llava_checkpoint), encoder(llava_checkpoint, None)
     blank = [{"role": "user", "content": " "}]
@@ -252,6 +266,7 @@ def test_words_that_the_tokenizer_does_not_know_are_named_as_they_were_written()
     tokenizer = Tokenizer(words)
     tokenizer.normalizer = Lowercase()
     tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(["<image>"])
     known = PromptEncoder(tokenizer, 1, {"image_token": "<image>"})
     assert known.unknown("A cat?") == []
     assert known.unknown("a Gnu, a cat, a gnat and a Gnu?") == ["Gnu", ",", "gnat", "and"]

@@ -10,15 +10,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from PIL import Image
 from transformers import GenerationConfig
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.support.bundles import Bundles, made_once
 from tests.support.pictures import make_picture
 from tests.support.questions import alike
-from tests.support.qwen_checkpoints import make_qwen, make_tokenizer, preprocessing
-from tests.support.qwen_models import FAMILIES, IMAGE, shared_model
+from tests.support.qwen_checkpoints import make_processor, make_qwen
+from tests.support.qwen_models import FAMILIES, shared_model
 from trio_deploy import Batcher, Bundle, Pipeline, Request, RuntimeOptions, TrioError, export_model
 from trio_deploy.families.registry import request_limits
 from trio_deploy.families.rope import grid_positions
@@ -70,22 +68,11 @@ def ask(parts: list[Any], new: int = 8, **options: Any) -> Request:
 
 def inputs_of(family: str, request: Request) -> dict[str, Any]:
     """A request as transformers' processors make it."""
-    tokenizer = make_tokenizer()
-    text = tokenizer.apply_chat_template(request.prompt, tokenize=False, add_generation_prompt=True)
-    inputs: dict[str, Any] = {}
-    images: list[Image.Image] = list(request.images)  # type: ignore[arg-type]
-    if images:
-        settings = preprocessing(family)
-        settings.pop("image_processor_type")
-        inputs = dict(Qwen2VLImageProcessorPil(**settings)(images=images, return_tensors="pt"))
-        first, *rest = text.split("<|image_pad|>")
-        counts = inputs["image_grid_thw"].prod(1) // 4
-        text = first + "".join(
-            "<|image_pad|>" * int(n) + p for n, p in zip(counts, rest, strict=True)
-        )
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    kinds = {"mm_token_type_ids": (ids == IMAGE).int()} if images else {}
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **kinds, **inputs}
+    processor, text = make_processor(family), request.prompt
+    if not isinstance(text, str):
+        text = processor.apply_chat_template(text, add_generation_prompt=True)
+    inputs = processor(text=[text], images=list(request.images) or None, return_tensors="pt")
+    return dict(inputs)
 
 
 @pytest.mark.parametrize(("dialect", "runtime"), ENGINES)
@@ -104,6 +91,31 @@ def test_unpruned_answers_and_logits_equal_transformers(opened, family, dialect,
         assert answer.prompt_tokens == length
         assert answer.token_ids == expected.tolist()
         assert np.abs(answer.first_logits - logits).max() < 1e-5 * np.abs(logits).max()
+
+
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_raw_prompts_are_tokenised_as_by_transformers(opened, family):
+    """As they are where they name pictures, else with the pictures in front as templates write."""
+    pipeline = opened(family)
+    pictures = [make_picture(200, 130), make_picture(40, 300, 1)]
+    for written, meant, warnings in (
+        ("what is this ?", f"{PICTURE}{PICTURE}what is this ?", 0),
+        (f"what {PICTURE} is {PICTURE} this ?", f"what {PICTURE} is {PICTURE} this ?", 0),
+        (f"what <|image_pad|> is {PICTURE} ?", f"what <|image_pad|> is {PICTURE} ?", 1),
+    ):
+        ours = pipeline.prepare(Request(written, pictures, raw=True))
+        theirs = inputs_of(family, Request(meant, pictures))
+        assert ours.prompt.ids.tolist() == theirs["input_ids"][0].tolist()
+        assert [PICTURE in warning for warning in ours.warnings] == [True] * warnings
+        expected, _ = shared_model(family).model.get_rope_index(
+            theirs["input_ids"],
+            mm_token_type_ids=theirs["mm_token_type_ids"],
+            image_grid_thw=theirs["image_grid_thw"],
+        )
+        np.testing.assert_array_equal(ours.prompt.positions, expected[:, 0])
 
 
 @pytest.mark.parametrize(("dialect", "runtime"), ENGINES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,16 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.support.checkpoints import WORDS, write_shards
 from tests.support.qwen_models import ARCHITECTURES, config_json, lively
 
+PROCESSORS = {
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
+}
 LAYOUTS = ("5.x", "4.52", "hub")
 
 #: What stands for the special tokens of Qwen's vocabulary, by id.
@@ -158,3 +165,26 @@ def _on_the_hub(name: str, family: str) -> str:
     if family == "qwen3_vl":
         return name
     return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+
+
+class _WithoutClips:
+    """A processor of transformers that takes no clips, for which it would need torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        return type(argument)
+
+
+def make_processor(family: str, **changes: Any) -> Any:
+    """transformers' own processor of texts and pictures, with `make_tokenizer` and PIL.
+
+    Args:
+        changes: of `preprocessing`.
+    """
+    name = PROCESSORS[family]
+    module = import_module(f"transformers.models.{family}.processing_{family}")
+    settings = preprocessing(family, **changes)
+    settings.pop("image_processor_type")
+    made = type(name, (_WithoutClips, getattr(module, name)), {})
+    tokenizer = make_tokenizer()
+    images = Qwen2VLImageProcessorPil(**settings)
+    return made(images, tokenizer, None, tokenizer.chat_template)

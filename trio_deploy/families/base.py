@@ -374,7 +374,7 @@ class HubLayout:
     Attributes:
         tokens: special tokens of pictures, by the key of config.json that holds their id; the
             token that stands for a picture comes first.
-        picture: what a chat template writes for a picture.
+        picture: what a chat template writes for a picture, and raw prompts begin with.
         name: name of a tensor on the hub, from its canonical name.
         config: config.json without `tokens` for sizes of the tower and, in transformers' words, of
             the language model. Raises TrioError on sizes that the family cannot have.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -215,7 +215,13 @@ def _sized_2_5(tower: TowerSizes, text: Mapping[str, Any]) -> dict[str, Any]:
     return qwen_json("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", _sized_text(text), vision)
 
 
-def _family(name: str, architecture: str, read: Any, tiny: Any, hub: HubLayout) -> Family:
+def _family(
+    name: str,
+    architecture: str,
+    read: Callable[[Mapping[str, Any]], ModelConfig],
+    tiny: Callable[[], dict[str, Any]],
+    hub: HubLayout,
+) -> Family:
     return Family(
         name=name,
         architecture=architecture,

@@ -17,6 +17,7 @@ from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import PromptTooLong, TrioError
 from trio_deploy.families.base import Layout, grids_of
 from trio_deploy.families.preprocessing import Preprocessor
+from trio_deploy.families.registry import get_family
 from trio_deploy.pipeline.fetch import check_scheme, fetch_pictures, is_address
 from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
@@ -78,6 +79,7 @@ class RequestPreparer:
             tokens,
             bundle.chat_template,
             bundle.config.text.max_positions,
+            get_family(bundle.config.family).hub.picture,
         )
         self._bundle = bundle
         self._preprocessor = Preprocessor.from_json(bundle.preprocessor, bundle.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,11 +66,14 @@ class PromptEncoder:
         tokens: Mapping[str, str],
         template: str | None = None,
         context: int | None = None,
+        picture: str | None = None,
     ) -> None:
         """Args:
             tokens: `bos_token`, `eos_token`, … as strings.
             template: jinja2 source of the chat template; None or empty: there is none.
             context: tokens that the model takes; None: any number.
+            picture: what a chat template writes for a picture (`HubLayout.picture`), if the
+                tokenizer knows its tokens; None: the image token.
 
         Raises:
             TrioError: the tokenizer does not know the image token.
@@ -88,6 +92,7 @@ class PromptEncoder:
                 "config names; take tokenizer and config from one checkpoint"
             )
         self.image_token = image_token
+        self._around = self._tokens_around(picture or image_token)
         chat = ChatTemplate(template, tokens) if template else None
         self._renderer = Renderer(chat, image_token) if chat else None
         self._context = context
@@ -95,12 +100,20 @@ class PromptEncoder:
         longest = max(map(len, tokenizer.get_vocab()), default=0)
         self._longest = max(longest, _CHARACTERS_PER_TOKEN)
 
+    def _tokens_around(self, picture: str) -> tuple[str, str]:
+        """The tokens before and behind the image token of a picture; "" where there are none."""
+        before, token, behind = picture.partition(self.image_token)
+        known = all(
+            self._tokenizer.token_to_id(each) is not None for each in (before, behind) if each
+        )
+        return (before, behind) if token and known else ("", "")
+
     def text(self, prompt: str | Sequence[Message], images: int, *, raw: bool = False) -> str:
         """The prompt's full text, one placeholder per image.
 
         A plain string becomes a user message after the images; where the bundle has no chat
         template or `raw` is set, it is taken as it is, with the images in front if it has no
-        placeholder.
+        placeholder, in the tokens that the model was trained with around them.
 
         Raises:
             TrioError: nothing is said, or more than the context holds; messages without a chat
@@ -113,7 +126,8 @@ class PromptEncoder:
         if isinstance(prompt, str) and (raw or self._renderer is None):
             require_text(texts, token)
             if images and token not in prompt:
-                prompt = f"{token}\n" * images + prompt
+                before, behind = self._around
+                prompt = f"{before}{token}{behind or chr(10)}" * images + prompt
             self._check_count(prompt.count(token), images)
             return prompt
         if self._renderer is None:
@@ -200,14 +214,16 @@ class PromptEncoder:
         chat template (`rendered`) already began with BOS, as `apply_chat_template` does.
 
         Raises:
-            TrioError: placeholders and images differ in number, or there is no text at all.
+            TrioError: placeholders and images differ in number, there is no text at all, or the
+                tokenizer makes another number of image tokens than the images have.
         """
         special = not self._is_begun(text, rendered)
         first, *rest = text.split(self.image_token)
         self._check_count(len(rest), len(images))
+        shown = [image.replace(VISUAL_TOKEN, self.image_token) for image in images]
         pieces = [first]
-        for image, piece in zip(images, rest, strict=True):
-            pieces += [image.replace(VISUAL_TOKEN, self.image_token), piece]
+        for image, piece in zip(shown, rest, strict=True):
+            pieces += [image, piece]
         ids = np.array(
             self._tokenizer.encode("".join(pieces), add_special_tokens=special).ids,
             dtype=np.int64,
@@ -215,9 +231,21 @@ class PromptEncoder:
         visual = ids == self._image_token_id
         if visual.all():
             raise TrioError(NO_TEXT)
+        self._check_visual(int(visual.sum()), shown, grids)
         if grids is None:
             return Prompt(ids, visual, plain_positions(len(ids)))
         return Prompt(ids, visual, grid_positions(visual, grids))
+
+    def _check_visual(self, found: int, shown: Sequence[str], grids: Sequence[Grid] | None) -> None:
+        """Compare the visual tokens of a prompt with what its images have."""
+        wanted = sum(image.count(self.image_token) for image in shown)
+        placed = wanted if grids is None else sum(map(math.prod, grids))
+        if not found == wanted == placed:
+            raise TrioError(
+                f"the prompt has {found} visual tokens, but its images have {wanted}"
+                f"{f' in grids of {placed}' * (placed != wanted)}: the tokenizer must keep each "
+                f"{self.image_token} as one token, so take tokenizer and config from one checkpoint"
+            )
 
     def _is_begun(self, text: str, rendered: bool) -> bool:
         """Whether a chat template wrote BOS already."""
@@ -259,7 +287,10 @@ class PromptEncoder:
             images, raw: as of `text`.
         """
         found = []
-        if self._renderer is not None and not (raw and isinstance(prompt, str)):
+        as_it_is = isinstance(prompt, str) and (raw or self._renderer is None)
+        if as_it_is and (bare := self._bare(str(prompt))):
+            found.append(bare)
+        if self._renderer is not None and not as_it_is:
             messages = as_messages(prompt, images)
             if left_out := self._renderer.left_out(messages):
                 found.append(_left_out(messages, left_out))
@@ -268,6 +299,17 @@ class PromptEncoder:
             if words:
                 found.append(_unknown_words(list(words), self._tokenizer.get_vocab_size()))
         return found
+
+    def _bare(self, prompt: str) -> str | None:
+        """A warning of placeholders without the tokens that the model was trained with."""
+        before, behind = self._around
+        picture = f"{before}{self.image_token}{behind}"
+        if prompt.count(picture) == prompt.count(self.image_token):
+            return None
+        return (
+            f"the placeholder {self.image_token} stands without the tokens that the model was "
+            f"trained with around it: write {picture}, or leave it out to have pictures in front"
+        )
 
     def unknown(self, text: str) -> list[str]:
         """Parts of a text that the tokenizer maps to its unknown token, each once, in order.
