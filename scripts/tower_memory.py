@@ -40,7 +40,6 @@ from trio_deploy.families.preprocessing import Preprocessor, with_max_pixels
 from trio_deploy.families.registry import parse_config
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.stages import build_vision
-from trio_deploy.graphs.weights import stored_weights
 from trio_deploy.quant.stored_weight import parts_of
 from trio_deploy.runtimes.registry import open_runtime, runtime_spec
 
@@ -109,7 +108,7 @@ def write_graph(folder: Path, config: ModelConfig, way: Way) -> dict[str, Tensor
     """Write vision.onnx and its random weights; returns where they are."""
     options = GraphOptions(way.dialect, positions="original", query_block=way.query_block)
     models = {"vision": build_vision(config, options)}
-    layout = plan_layout(parts_of(used_weights(models, stored_weights(config, "float32"))))
+    layout = plan_layout(parts_of(used_weights(models, options.stored_weights(config))))
     _, contents = serialised([StageInfo("vision", "vision")], models, layout.places)
     (folder / "vision.onnx").write_bytes(contents["vision.onnx"])
     _write_random(folder, layout)

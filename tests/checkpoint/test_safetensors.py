@@ -14,12 +14,12 @@ from safetensors.numpy import load_file, save_file
 
 from tests.support.checkpoints import make_llava, read_tensor
 from trio_deploy import TrioError
-from trio_deploy.bundle.weights import plan_layout, write_layout
+from trio_deploy.bundle.weights import PartSource, plan_layout, write_layout
 from trio_deploy.bundle.writer import BundleWriter
-from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.checkpoint.folder import image_settings
 from trio_deploy.checkpoint.safetensors import (
     MAX_HEADER,
+    Checkpoint,
     TensorEntry,
     read_header,
 )
@@ -278,7 +278,7 @@ class TestBroken:
         layout = plan_layout([Part(n, entry.shape, "float16") for n, entry in sources.items()])
         (single / "model.safetensors").write_bytes(b"")
         with pytest.raises(TrioError, match="truncated"), BundleWriter(tmp_path / "b") as writer:
-            write_layout(writer, layout, sources)
+            write_layout(writer, layout, {n: PartSource(entry) for n, entry in sources.items()})
 
 
 class TestUnfit:

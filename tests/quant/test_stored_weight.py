@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trio_deploy.bundle.weights import Layout, plan_layout, write_layout
+from trio_deploy.bundle.weights import Layout, PartSource, plan_layout, write_layout
 from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.checkpoint.safetensors import TensorEntry, read_header
 from trio_deploy.families.registry import parse_config
-from trio_deploy.graphs.weights import stored_weights
+from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.quant.stored_weight import Part, StoredWeight, float_weight, parts_of
 
 #: A weight of two parts, between float ones: [3, 8] in blocks of 4 with a scale each.
@@ -91,7 +91,8 @@ def test_written_parts_are_read_again(tmp_path: Path) -> None:
     for index, part in enumerate(parts):
         file = tmp_path / f"{index}.bin"
         file.write_bytes(values[part.name].tobytes())
-        sources[part.name] = TensorEntry(file, 0, values[part.name].nbytes, part.shape, "F32")
+        entry = TensorEntry(file, 0, values[part.name].nbytes, part.shape, "F32")
+        sources[part.name] = PartSource(entry)
     layout = plan_layout(parts)
     with BundleWriter(tmp_path / "bundle") as writer:
         write_layout(writer, layout, sources)
@@ -139,4 +140,6 @@ def test_float_weights_lie_where_they_always_have(recipe: str, dtype: str, expec
     The digests are those of the layout before weights had parts.
     """
     config = parse_config(load_recipe(recipe).architecture)
-    assert digest(plan_layout(parts_of(stored_weights(config, dtype)))) == expected
+    assert (
+        digest(plan_layout(parts_of(GraphOptions(dtype=dtype).stored_weights(config)))) == expected
+    )

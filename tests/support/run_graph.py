@@ -41,6 +41,8 @@ class Runner:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = 2
             options.log_severity_level = 3
+            # as runtimes/onnxruntime.py
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
             self.session = onnxruntime.InferenceSession(
                 self.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )

@@ -10,7 +10,7 @@ from typing import Any
 from trio_deploy.bench.case import GROUPS, OTHER, Case, Run
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.cost.flops import Cost, account, vision_flops
-from trio_deploy.quant.stored_weight import ITEM_BYTES
+from trio_deploy.quant.stored_weight import ITEM_BITS
 from trio_deploy.schedule.schedule import PruningPoint, Schedule
 
 PROBES = 4
@@ -107,7 +107,7 @@ def cost_of(run: Run, bundle: Bundle) -> Cost:
         schedule,
         run.visual_tokens,
         run.prompt_tokens - run.visual_tokens,
-        item_bytes=ITEM_BYTES[run.precision],  # keys and values are stored as computed
+        item_bytes=ITEM_BITS[run.precision] // 8,  # keys and values are stored as computed
         probes=PROBES,
     )
 

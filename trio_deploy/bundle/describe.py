@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import (
     WEIGHTS,
+    Manifest,
     TensorInfo,
 )
 from trio_deploy.checkpoint.fit import CheckpointInfo
 from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.files import format_bytes
+from trio_deploy.quant.schemes import split_name
+from trio_deploy.quant.stored_weight import ITEM_BITS
 
 
 def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) -> str:
@@ -44,6 +48,7 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
         f"answers    {SamplingOptions.from_json(manifest.generation.sampling).describe()}",
         f"weights    {format_bytes(sum(i.size for i in weights.values()))} in {len(weights)} "
         f"file{'s' if len(weights) != 1 else ''}, {state}",
+        *_widths(manifest),
         *_origin(manifest.checkpoint),
         f"checksums  {f'none yet of {unchecked}' if unchecked else 'of all files'}",
         f"graphs     {format_bytes(sum(graphs.values()))}",
@@ -58,6 +63,33 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
             lines.append(f"    in  {len(stage.weight_inputs)} weights, which the runtime binds")
     lines.append("made with  " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()))
     return "\n".join(lines)
+
+
+def _widths(manifest: Manifest) -> list[str]:
+    """The scheme of quantised weights, and the share of all weights that each width has."""
+    quantised = manifest.quantization
+    if quantised is None:
+        return []
+    block = f"blocks of {quantised.block}" if quantised.block else "a scale per row"
+    counts: dict[str, int] = {}
+    for name, place in manifest.tensors.items():
+        split = split_name(name)
+        if split is not None:
+            width = f"{split[1]} bit"
+            bits = ITEM_BITS[place.dtype] if place.dtype != "uint8" else split[1]
+            count = place.nbytes * 8 // bits
+        elif name.endswith(".scale") and split_name(name.removesuffix(".scale")) is not None:
+            continue
+        else:
+            width, count = place.dtype, math.prod(place.shape)
+        counts[width] = counts.get(width, 0) + count
+    total = sum(counts.values())
+    shares = ", ".join(f"{count / total:.1%} in {width}" for width, count in counts.items())
+    return [
+        f"quantised  {quantised.scheme} ({quantised.source}), {block}, selections and head "
+        f"{quantised.head}",
+        f"           of the weights {shares}",
+    ]
 
 
 def _origin(made_from: CheckpointInfo | None) -> list[str]:

@@ -13,10 +13,12 @@ from trio_deploy.checkpoint.resolve import MANIFEST as MANIFEST
 from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.files import convert
-from trio_deploy.quant.stored_weight import ITEM_BYTES, Part
+from trio_deploy.quant.stored_weight import ITEM_BITS, Part
 from trio_deploy.schedule.schedule import Schedule
 
 SCHEMA = 2
+QUANTISED_SCHEMA = 3
+"""Schema of manifests with `quantization`, which readers of schema 2 refuse: they know no codes."""
 WEIGHTS = "weights"
 ENGINES = "engines"  # of TensorRT, a folder per target, built on the machine that runs them
 
@@ -166,7 +168,7 @@ class TensorPlace(msgspec.Struct, frozen=True):
     Attributes:
         file: path in the bundle, `weights/….safetensors`.
         offset: first byte, counted from the start of the file.
-        dtype: `float32`, `float16` or `bfloat16`.
+        dtype: `float32`, `float16` or `bfloat16`; of codes `uint8` (in blocks), `int8` or `int4`.
     """
 
     file: str
@@ -174,6 +176,30 @@ class TensorPlace(msgspec.Struct, frozen=True):
     nbytes: int
     shape: tuple[int, ...]
     dtype: str
+
+
+class Quantization(msgspec.Struct, frozen=True):
+    """How the matrices of a bundle were quantised.
+
+    Attributes:
+        scheme: `int8`, `int4` or `int4-g32`: what is stored, however it came to be.
+        bits: of the matrices of decoder layers.
+        block: entries that share a scale at most; 0: a row.
+        symmetric: whether no matrix has zero points.
+        selections: bits of the copies that selections compute with, `int8`.
+        head: of the output head, `int8`.
+        source: where the codes come from: `rtn`, rounding to nearest at export.
+        revision: of what `source` does; codes of one revision are the same.
+    """
+
+    scheme: str
+    bits: int
+    block: int
+    symmetric: bool
+    selections: str
+    head: str
+    source: str
+    revision: int
 
 
 class FileInfo(msgspec.Struct, frozen=True):
@@ -198,6 +224,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         weights: `copied`, `linked` (hard links) or `planned` (`trio attach-weights` adds them).
         target: name of the engines/ file it was exported for, which need not be where it runs;
             `runtime`, `provider` and `precision` are that target's.
+        quantization: how matrices were quantised; None: all weights are float.
         checkpoint: what it was made from, for `trio check --checkpoint`; None for older bundles
             and for graphs that were made without weights at hand.
         files: every other file of the bundle, by path relative to the bundle, `/` as separator.
@@ -224,6 +251,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, FileInfo]
     versions: dict[str, str]
     checkpoint: CheckpointInfo | None = None
+    quantization: Quantization | None = None
 
     @classmethod
     def from_json(cls, raw: Any) -> Manifest:
@@ -234,8 +262,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
                 entries that do not fit together.
         """
         schema = schema_of(raw)
-        if schema != SCHEMA:
-            raise TrioError(f"it has schema {schema}, not {SCHEMA}: export the bundle again")
+        known = SCHEMA if raw.get("quantization") is None else QUANTISED_SCHEMA
+        if schema != known:
+            raise TrioError(f"it has schema {schema}, not {known}: export the bundle again")
         _check_budgets(raw.get("budgets", {}), raw.get("schedule"))
         manifest = convert(raw, cls)
         manifest.check()
@@ -281,6 +310,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         """
         plain = msgspec.to_builtins(self)
         plain["files"] = dict(sorted(plain["files"].items()))
+        if self.quantization is None:
+            del plain["quantization"]
+        else:
+            plain["schema"] = QUANTISED_SCHEMA
         try:
             text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
         except ValueError as error:
@@ -299,9 +332,10 @@ def schema_of(raw: Any) -> int:
     schema = raw.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise TrioError('it has no "schema" number: it is not the manifest of a TRIO bundle')
-    if schema > SCHEMA:
+    if schema > QUANTISED_SCHEMA:
         raise TrioError(
-            f"it has schema {schema}, newer than this trio-deploy understands ({SCHEMA}): "
+            f"it has schema {schema}, newer than this trio-deploy understands "
+            f"({QUANTISED_SCHEMA}): "
             "upgrade trio-deploy, or export the bundle again with this version"
         )
     return schema
@@ -313,7 +347,7 @@ def _check_place(name: str, place: TensorPlace, files: dict[str, FileInfo]) -> N
             f"the tensor {name} is in {place.file}, which is not among its files: export the "
             "bundle again"
         )
-    if place.dtype not in ITEM_BYTES:
+    if place.dtype not in ITEM_BITS:
         raise TrioError(
             f"the tensor {name} has the unknown type {place.dtype!r}: upgrade trio-deploy"
         )

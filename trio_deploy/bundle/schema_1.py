@@ -28,7 +28,7 @@ from trio_deploy.quant.stored_weight import Part
 
 _GRAPH, _INITIALIZER = 7, 5
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL = 1, 2, 8, 13
-_DTYPES = {1: "float32", 10: "float16", 16: "bfloat16"}
+_DTYPES = {1: "float32", 2: "uint8", 3: "int8", 10: "float16", 16: "bfloat16", 22: "int4"}
 
 
 def upgrade(raw: dict[str, Any], folder: Path) -> Manifest:

@@ -15,7 +15,7 @@ import json
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,15 @@ from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.checkpoint.safetensors import DTYPES as NUMPY_DTYPES
 from trio_deploy.checkpoint.safetensors import TensorEntry
 from trio_deploy.errors import TrioError
-from trio_deploy.quant.stored_weight import Part
+from trio_deploy.quant.schemes import coded_part, encode
+from trio_deploy.quant.stored_weight import Part, StoredWeight
 
 Progress = Callable[[int], object]
 """Called with the number of bytes processed since the last call."""
 
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DTYPES = {code: name for name, code in SAFETENSORS.items()}
+_CODES = {**SAFETENSORS, "uint8": "U8", "int8": "I8"}
 _CHUNK = 1 << 24
 _SHARD = 4_000_000_000  # below the 4 GiB that FAT file systems can hold in a file
 _ALIGN = 64
@@ -50,6 +52,19 @@ def byte_bar(total: int, title: str, shown: bool = True) -> Any:
         desc=title,
         disable=None if shown else True,
     )
+
+
+@dataclass(frozen=True)
+class PartSource:
+    """What a part is made from.
+
+    Attributes:
+        entry: the checkpoint's tensor.
+        weight: the weight that the part belongs to, if it is quantised.
+    """
+
+    entry: TensorEntry
+    weight: StoredWeight | None = None
 
 
 @dataclass(frozen=True)
@@ -100,9 +115,10 @@ def plan_layout(parts: Sequence[Part], shard_bytes: int = _SHARD) -> Layout:
         for part in group:
             starts.append(end)
             end += part.nbytes
+            dtype, shape = coded_part(part)
             entries[part.name] = {
-                "dtype": SAFETENSORS[part.dtype],
-                "shape": list(part.shape),
+                "dtype": _CODES[dtype],
+                "shape": list(shape),
                 "data_offsets": [starts[-1], end],
             }
         text = json.dumps(entries, separators=(",", ":")).encode()
@@ -120,31 +136,78 @@ def plan_layout(parts: Sequence[Part], shard_bytes: int = _SHARD) -> Layout:
 def write_layout(
     writer: BundleWriter,
     layout: Layout,
-    sources: Mapping[str, TensorEntry],
+    sources: Mapping[str, PartSource],
     progress: Progress = lambda count: None,
 ) -> None:
-    """Write a planned layout from a checkpoint, converting tensors whose dtypes differ.
+    """Write a planned layout from a checkpoint, converting or quantising tensors.
 
-    Memory stays at a few chunks of 16 MiB whatever the tensors' sizes.
+    Memory stays at a few chunks of 16 MiB whatever the tensors' sizes; the scales of a quantised
+    matrix are kept until its codes are written.
 
     Args:
-        sources: the tensor that each part is made from, by name of the part.
+        sources: what each part is made from, by name of the part.
 
     Raises:
-        TrioError: the disk is too full, or a value does not fit into float16; names the tensor.
+        TrioError: the disk is too full, a value does not fit into float16, or one that is to be
+            quantised is not finite; names the tensor.
     """
     writer.require_space(layout.nbytes)
+    scales: dict[str, list[np.ndarray]] = {}
     for shard in layout.shards:
         digest = hashlib.sha256()
         with writer.path(shard.file).open("wb") as out:
             digest.update(shard.header)
             out.write(shard.header)
             for name in shard.names:
-                for chunk in _converted(name, sources[name], layout.places[name]):
+                for chunk in _chunks(name, sources[name], layout.places[name], scales):
                     digest.update(chunk)
                     out.write(chunk)
                     progress(len(chunk))
         writer.record(shard.file, digest.hexdigest())
+
+
+def _chunks(
+    name: str, source: PartSource, place: TensorPlace, scales: dict[str, list[np.ndarray]]
+) -> Iterable[bytes | memoryview]:
+    """The bytes of a part, in pieces.
+
+    Args:
+        scales: of the matrices whose codes were written, by name; taken out when they are due.
+    """
+    weight = source.weight
+    if weight is None or weight.coding is None:
+        return _converted(name, source.entry, place)
+    if name == weight.parts[0].name:
+        return _quantised(source.entry, weight, scales.setdefault(weight.parts[1].name, []))
+    return (part.view(np.uint8).data for part in scales.pop(name))
+
+
+def _quantised(
+    entry: TensorEntry, weight: StoredWeight, scales: list[np.ndarray]
+) -> Iterator[memoryview]:
+    """Codes of a matrix, some rows at a time, whose scales are added to `scales`."""
+    assert weight.coding is not None
+    rows, columns = weight.shape
+    kind = NUMPY_DTYPES[entry.dtype]
+    at_once = max(1, _CHUNK // (columns * 4))
+    with entry.file.open("rb") as file:
+        file.seek(entry.offset)
+        for start in range(0, rows, at_once):
+            count = min(at_once, rows - start)
+            raw = file.read(count * columns * kind.itemsize)
+            if len(raw) < count * columns * kind.itemsize:
+                raise _truncated(entry.file, weight.name)
+            values = np.frombuffer(raw, kind).reshape(count, columns)
+            try:
+                codes, scale = encode(values, weight.coding)
+            except TrioError as error:
+                raise TrioError(f"{entry.file}: {weight.name}: {error}") from None
+            scales.append(scale)
+            yield codes.reshape(-1).view(np.uint8).data
+
+
+def _truncated(file: Path, name: str) -> TrioError:
+    return TrioError(f"{file} ends inside {name}: the file is truncated, download it again")
 
 
 def _converted(name: str, entry: TensorEntry, place: TensorPlace) -> Iterable[bytes | memoryview]:
@@ -155,9 +218,7 @@ def _converted(name: str, entry: TensorEntry, place: TensorPlace) -> Iterable[by
         while left:
             raw = file.read(min(left, _CHUNK))
             if not raw:
-                raise TrioError(
-                    f"{entry.file} ends inside {name}: the file is truncated, download it again"
-                )
+                raise _truncated(entry.file, name)
             left -= len(raw)
             yield raw if source == target else _convert(name, np.frombuffer(raw, source), target)
 

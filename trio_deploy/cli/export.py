@@ -9,6 +9,7 @@ from trio_deploy.cli.options import (
     add_chat_template,
     add_max_pixels,
     add_model,
+    add_quantize,
     add_schedule,
     budget_of,
     model_of,
@@ -30,6 +31,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="constants of the graphs, or inputs, of which one copy in memory serves all stages "
         "(dialect onnx; default: the target's)",
     )
+    add_quantize(command)
     command.add_argument("--target", help="name or file of the target (default: cpu)")
     add_chat_template(command)
     add_max_pixels(command)
@@ -72,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         dialect=args.dialect,
         weights=args.weights,
+        quantize=args.quantize,
         target=args.target,
         chat_template=args.chat_template,
         max_pixels=args.max_pixels,

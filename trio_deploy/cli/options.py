@@ -85,6 +85,16 @@ def add_chat_template(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quantize(command: argparse.ArgumentParser) -> None:
+    """Add the option for quantised weights."""
+    command.add_argument(
+        "--quantize",
+        metavar="SCHEME",
+        help="int8, int4 or int4-g32: bits of the decoder layers' matrices (docs/quantisation.md), "
+        "or none (default: the recipe's, else the target's, else none)",
+    )
+
+
 def add_max_pixels(command: argparse.ArgumentParser) -> None:
     """Add the option for families whose pictures keep their sizes."""
     command.add_argument(

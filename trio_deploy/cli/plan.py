@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 
-from trio_deploy.cli.options import add_max_pixels, add_model, add_schedule, budget_of, model_of
+from trio_deploy.cli.options import (
+    add_max_pixels,
+    add_model,
+    add_quantize,
+    add_schedule,
+    budget_of,
+    model_of,
+)
 
 SUMMARY = "Compute what a budget keeps and costs, and whether it fits."
 
@@ -30,6 +37,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--target", help="name or file of the target whose memory is counted (default: cpu)"
     )
     command.add_argument("--dtype", help="float type of the weights (default: the target's)")
+    add_quantize(command)
     command.add_argument("--probes", type=int, default=4, help="probe positions (default: 4)")
     command.add_argument(
         "--paper",
@@ -54,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
         probes=args.probes,
         target=args.target,
         dtype=args.dtype,
+        quantize=args.quantize,
     )
     print(
         json.dumps(planned.to_json(), indent=2) if args.json else planned.to_text(paper=args.paper)

@@ -45,6 +45,7 @@ _RECIPE_KEYS = (
     "positions",
     "threshold",
     "chat_template",
+    "quantize",
 )
 
 
@@ -67,6 +68,7 @@ class Recipe:
         max_pixels: most pixels that a picture is resized to, whatever the checkpoint's own
             preprocessor_config.json says; None: as it says.
         chat_template: Jinja template for checkpoints without one.
+        quantize: scheme to quantise by, as of `ExportOptions`.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Recipe:
     chat_template: str | None = None
     checkpoint: Path | None = None
     description: str = ""
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
         chat_template=text_of(file, raw, "chat_template"),
         checkpoint=checkpoint,
         description=text_of(file, raw, "description") or "",
+        quantize=text_of(file, raw, "quantize"),
     )
 
 

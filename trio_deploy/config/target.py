@@ -35,7 +35,7 @@ RUNTIME_KEYS = (
 )
 #: How graphs hold their matrices.
 WEIGHTS = ("constants", "inputs")
-_KEYS = ("description", "runtime", "dialect", "dtype", "precision", *RUNTIME_KEYS)
+_KEYS = ("description", "runtime", "dialect", "dtype", "precision", "quantize", *RUNTIME_KEYS)
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Target:
         reserved_gib: GiB of it that the system and other programs need.
         workspace_gib: maximum GiB of scratch memory per layer; None: no limit.
         limits: request limits engines are built for.
+        quantize: scheme to quantise by, as of `ExportOptions`.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Target:
     reserved_gib: float = 0.0
     workspace_gib: float | None = None
     limits: Limits = Limits()
+    quantize: str | None = None
 
     @property
     def usable_gib(self) -> float | None:
@@ -157,6 +159,7 @@ def read_target(file: Path) -> Target:
         reserved_gib=0.0 if reserved is None else reserved,
         workspace_gib=_gib(file, raw, "workspace_gib"),
         limits=_limits(file, raw.get("limits", {})),
+        quantize=text_of(file, raw, "quantize"),
     )
 
 

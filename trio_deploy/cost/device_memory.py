@@ -74,6 +74,7 @@ def planned(
         weights=target.weights,  # type: ignore[arg-type]
         positions=check_positions(config, None),  # type: ignore[arg-type]
         separate_decode=target.decode_layout == "separate",
+        quantize=target.quantize,
     )
     stages, graphs = _graphs(config, schedule, options)
     return memory(stages, graphs, config, schedule, target, budgets)

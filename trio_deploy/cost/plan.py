@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.checkpoint.fit import fit_config
 from trio_deploy.checkpoint.resolve import resolve, source_config
-from trio_deploy.checkpoint.safetensors import missing_weights
+from trio_deploy.checkpoint.safetensors import Checkpoint, missing_weights
 from trio_deploy.config.options import ExportOptions
 from trio_deploy.config.recipe import with_schedule_file
 from trio_deploy.config.target import Target
@@ -28,6 +27,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import check_methods, request_limits
 from trio_deploy.files import format_bytes
+from trio_deploy.quant.schemes import NO_SCHEME, scheme_named
 from trio_deploy.quant.stored_weight import parts_of
 from trio_deploy.runtimes.machine import usable_memory
 from trio_deploy.runtimes.registry import default_target, load_target, runtime_spec
@@ -93,6 +93,7 @@ class HostMemory:
         return {
             "target": self.target.name,
             "dtype": self.target.dtype,
+            "quantize": self.target.quantize,
             "weights": self.weights,
             "kv_cache": self.cache,
             "machine": self.machine,
@@ -173,7 +174,8 @@ class Plan:
             lines.append("memory     not counted: pip install 'trio-deploy[export]'")
         else:
             target = self.fit.target
-            weights = f"{format_bytes(self.fit.weights)} in {target.dtype}"
+            kind = f"{target.quantize} and {target.dtype}" if target.quantize else target.dtype
+            weights = f"{format_bytes(self.fit.weights)} in {kind}"
             lines.append(f"weights    {weights}, for the target {target.name}")
             lines.append(f"memory     {self.fit.verdict}")
         advice = () if self.fit is None or isinstance(self.fit, HostMemory) else self.fit.advice
@@ -232,7 +234,7 @@ def plan(
 
     Args:
         model: recipe name or file, checkpoint folder (its config.json is enough), or hub id.
-        options: budget, schedule, method, target, dtype and max_pixels are used, as in
+        options: budget, schedule, method, target, dtype, quantize and max_pixels are used, as in
             `export_model`; whether it fits is said of the target, or of this machine if that is a
             CPU.
         visual_tokens: visual tokens of the prompt; None: the maximum of one image, without
@@ -266,7 +268,7 @@ def plan(
 
     pruned, unpruned = cost(chosen), cost(Schedule())
     paper = _paper_rows(found.name)
-    device = _device(options)
+    device = _device(options, found.recipe.quantize if found.recipe else None)
     if progress and runtime_spec(device.runtime).needs_engines:
         print(
             f"trio: building the graphs of {found.name} to count its memory on {device.name}, "
@@ -301,18 +303,33 @@ def _memory(
     """Memory on a target; None where weights cannot be counted without the extra [export]."""
     if not runtime_spec(device.runtime).needs_engines:
         try:
-            from trio_deploy.graphs.weights import stored_weights
+            weights = _weight_bytes(config, schedule, device)
         except ModuleNotFoundError:
             return None
-        parts = parts_of(stored_weights(config, device.dtype))
         scale = 2 if device.dtype == "float32" else 1
         machine = None if device.provider == "cuda" else usable_memory()
-        weights = sum(part.nbytes for part in parts)
         return HostMemory(device, weights, cost.kv_bytes * scale, machine)
     # Builds graphs, which the arithmetic does not need.
     from trio_deploy.cost.device_memory import fit
 
     return fit(config, schedule, device, budgets)
+
+
+def _weight_bytes(config: ModelConfig, schedule: Schedule, device: Target) -> int:
+    """Bytes of a bundle's weights: a layer behind a pruning point may be stored twice."""
+    from trio_deploy.graphs.options import GraphOptions
+    from trio_deploy.graphs.weights import stored_weights
+
+    options = GraphOptions(
+        dialect=device.dialect,
+        dtype=device.dtype,  # type: ignore[arg-type]  # of a checked target
+        quantize=device.quantize,
+    )
+    parts = parts_of(stored_weights(config, options.make_dialect()))
+    selected = tuple(f"language_model.layers.{layer}." for layer in schedule.layers)
+    copies = parts_of(stored_weights(config, options.make_dialect("select")))
+    parts += [part for part in copies if part.name.startswith(selected)]
+    return sum(part.nbytes for part in {part.name: part for part in parts}.values())
 
 
 def _warnings(
@@ -336,13 +353,19 @@ def _visual_tokens(config: ModelConfig, asked: int | None) -> tuple[int, int]:
     return asked, min(largest.tiles, math.ceil(asked / largest.tile_rows))
 
 
-def _device(options: ExportOptions) -> Target:
-    """The target whose memory is planned, with the float type that was asked for."""
+def _device(options: ExportOptions, named: str | None) -> Target:
+    """The target whose memory is planned, with the float type and scheme that were asked for.
+
+    Args:
+        named: the recipe's scheme.
+    """
     dtype = options.dtype
     if dtype is not None and dtype not in DTYPES:
         raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     device = load_target(options.target or default_target())
-    return device if dtype is None else replace(device, dtype=dtype)
+    scheme = next((each for each in (options.quantize, named, device.quantize) if each), None)
+    scheme = None if scheme in (None, NO_SCHEME) else scheme_named(str(scheme)).name
+    return replace(device, dtype=dtype or device.dtype, quantize=scheme)
 
 
 def _paper_rows(name: str) -> tuple[PaperRow, ...]:

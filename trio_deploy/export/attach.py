@@ -27,7 +27,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.export.checkpoint import read_checkpoint
 from trio_deploy.export.job import print_note, sources_by_part, write_weights
 from trio_deploy.files import is_folder, user_path
-from trio_deploy.graphs.weights import stored_weights
+from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.quant.stored_weight import parts_of
 
 
@@ -74,7 +74,7 @@ def attach_weights(
         )
     used = [
         weight
-        for weight in stored_weights(config, old.manifest.dtype)
+        for weight in _graph_options(old).stored_weights(config)
         if any(part.name in old.manifest.tensors for part in weight.parts)
     ]
     layout = plan_layout(parts_of(used))
@@ -114,6 +114,16 @@ def attach_weights(
     for note in (*read.notes, *assets.notes):
         print_note(progress, note)
     return Bundle.load(old.path)
+
+
+def _graph_options(bundle: Bundle) -> GraphOptions:
+    """The options of a bundle's graphs that say how weights are stored."""
+    manifest, quantised = bundle.manifest, bundle.manifest.quantization
+    return GraphOptions(
+        dialect=manifest.dialect,
+        dtype=manifest.dtype,  # type: ignore[arg-type]  # of a loaded bundle
+        quantize=None if quantised is None else quantised.scheme,
+    )
 
 
 def _check_layout_matches(bundle: Bundle, places: Mapping[str, TensorPlace]) -> None:

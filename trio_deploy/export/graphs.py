@@ -15,9 +15,8 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.stages import build_decode, build_embed, build_prefill, build_vision
-from trio_deploy.graphs.values import FLOAT_TYPES, dtype_of, shape_of
+from trio_deploy.graphs.values import PART_TYPES, dtype_of, shape_of
 from trio_deploy.graphs.weight import Weight
-from trio_deploy.graphs.weights import stored_weights
 from trio_deploy.quant.stored_weight import StoredWeight, parts_of
 from trio_deploy.schedule.methods import encoder_scores
 from trio_deploy.schedule.schedule import PruningPoint
@@ -111,7 +110,7 @@ def planned_graphs(
         TrioError: pruning points that do not suit the model.
     """
     models = build_graphs(config, points, options)
-    weights = used_weights(models, stored_weights(config, options.dtype))
+    weights = used_weights(models, options.stored_weights(config))
     layout = plan_layout(parts_of(weights))
     stages = plan_stages(config, points, options.separate_decode)
     described, contents = serialised(stages, models, layout.places)
@@ -134,7 +133,7 @@ def used_weights(
             if name not in parts:
                 raise TrioError(f"the graph {stage} asks for a tensor {name}, which no model has")
             part, shape, dtype = parts[name], shape_of(value), dtype_of(value)
-            if tuple(shape) != part.shape or dtype != FLOAT_TYPES[part.dtype]:
+            if tuple(shape) != part.shape or dtype != PART_TYPES[part.dtype]:
                 raise TrioError(
                     f"the graph {stage} takes {name} as {dtype.name} {shape}, but it is stored as "
                     f"{part.dtype} {list(part.shape)}"
@@ -177,7 +176,7 @@ def serialised(
                 place.file,
                 place.offset,
                 place.nbytes,
-                FLOAT_TYPES[place.dtype],
+                PART_TYPES[place.dtype],
                 shape=ir.Shape(place.shape),
                 name=str(value.name),
             )

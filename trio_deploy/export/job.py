@@ -23,6 +23,7 @@ from trio_deploy.bundle.manifest import (
     FileInfo,
     Manifest,
     ModelInfo,
+    Quantization,
     StageInfo,
     TensorPlace,
 )
@@ -30,6 +31,7 @@ from trio_deploy.bundle.weights import (
     DTYPES,
     SAFETENSORS,
     Layout,
+    PartSource,
     byte_bar,
     keep_files,
     kept_places,
@@ -59,7 +61,7 @@ from trio_deploy.export.graphs import build_graphs, plan_stages, serialised, use
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import check_methods, check_positions, request_limits
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.weights import stored_weights
+from trio_deploy.quant.schemes import NO_SCHEME, ROUNDING, scheme_named
 from trio_deploy.quant.stored_weight import StoredWeight, parts_of
 from trio_deploy.runtimes.registry import load_target, runtime_spec
 from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule
@@ -136,12 +138,12 @@ class WeightPlan:
 
     Attributes:
         layout: files of our own; None: the checkpoint's files are kept whole.
-        sources: the checkpoint's tensor that each part is made from, by name of the part.
+        sources: what each part is made from, by name of the part.
         places: by name of the part.
     """
 
     layout: Layout | None
-    sources: Mapping[str, TensorEntry]
+    sources: Mapping[str, PartSource]
     places: Mapping[str, TensorPlace]
 
     @property
@@ -149,7 +151,7 @@ class WeightPlan:
         """Bytes of all files."""
         if self.layout is not None:
             return self.layout.nbytes
-        return sum(file.stat().st_size for file in {e.file for e in self.sources.values()})
+        return sum(file.stat().st_size for file in {s.entry.file for s in self.sources.values()})
 
 
 def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
@@ -161,6 +163,11 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
     if options.budget is not None and options.schedule is not None:
         raise TrioError("pass either --budget or --schedule: both say how many tokens are kept")
     options = with_schedule_file(options)
+    if options.quantize and options.link_weights:
+        raise TrioError(
+            "--link-weights keeps the checkpoint's files, and --quantize writes other weights: "
+            "leave one of them out"
+        )
     if options.graphs_only and options.link_weights:
         raise TrioError("--graphs-only writes no weights, so leave out --link-weights")
     if options.graphs_only and options.chat_template is not None:
@@ -235,33 +242,37 @@ def lay_out_weights(job: ExportJob, models: Mapping[str, ir.Model]) -> WeightPla
         TrioError: weights are to be linked that have to be converted.
     """
     dtype = job.graphs.dtype
-    weights = used_weights(models, stored_weights(job.config, dtype))
+    weights = used_weights(models, job.graphs.stored_weights(job.config))
     parts = parts_of(weights)
     read = None if job.options.graphs_only else job.checkpoint
     sources = sources_by_part(weights, read.tensors) if read else {}
-    same = bool(sources) and all(DTYPES[sources[p.name].dtype] == p.dtype for p in parts)
+    same = bool(sources) and all(DTYPES[sources[p.name].entry.dtype] == p.dtype for p in parts)
     if job.options.link_weights and not same:
-        has = sorted({DTYPES[entry.dtype] for entry in sources.values()})
+        has = sorted({DTYPES[source.entry.dtype] for source in sources.values()})
         hint = f"pass --dtype {has[0]} or " if len(has) == 1 else ""
         raise TrioError(
             f"--link-weights cannot make {dtype} out of the checkpoint's {', '.join(has)}: "
             f"{hint}leave --link-weights out"
         )
     if same:
-        return WeightPlan(None, sources, kept_places(sources))
+        return WeightPlan(None, sources, kept_places({n: s.entry for n, s in sources.items()}))
     layout = plan_layout(parts)
     return WeightPlan(layout, sources, layout.places)
 
 
 def sources_by_part(
     weights: Iterable[StoredWeight], checkpoint: Mapping[str, TensorEntry]
-) -> dict[str, TensorEntry]:
-    """Map the name of each part of the weights to the tensor that it is made from.
+) -> dict[str, PartSource]:
+    """Map the name of each part of the weights to what it is made from.
 
     Args:
         checkpoint: by canonical name.
     """
-    return {part.name: checkpoint[weight.name] for weight in weights for part in weight.parts}
+    return {
+        part.name: PartSource(checkpoint[weight.name], weight if weight.coding else None)
+        for weight in weights
+        for part in weight.parts
+    }
 
 
 def write_bundle(
@@ -317,6 +328,7 @@ def write_bundle(
             precision=target.precision,
             budgets=job.budgets,
             checkpoint=job.checkpoint.info if job.checkpoint else None,
+            quantization=quantization_of(job.graphs),
         )
         writer.write(MANIFEST, manifest.dump())
     for note in (*(job.checkpoint.notes if job.checkpoint else ()), *assets.notes):
@@ -371,21 +383,47 @@ def _graph_options(
         dialect=str(options.dialect),
         weights=options.weights or target.weights,  # type: ignore[arg-type]
         dtype=options.dtype,  # type: ignore[arg-type]
+        quantize=quantize_of(recipe, target, options),
         separate_decode=target.decode_layout == "separate",
         query_block=runtime_spec(target.runtime).query_block(str(options.dialect)),
         **values,
     )
 
 
+def quantize_of(recipe: Recipe | None, target: Target, options: ExportOptions) -> str | None:
+    """The scheme to quantise by: the option, else the recipe's, else the target's; None: float."""
+    named = (options.quantize, recipe and recipe.quantize, target.quantize)
+    chosen = next((name for name in named if name), None)
+    return None if chosen in (None, NO_SCHEME) else chosen
+
+
+def quantization_of(graphs: GraphOptions) -> Quantization | None:
+    """What a manifest says of quantised weights; None: all are float."""
+    if graphs.quantize is None:
+        return None
+    scheme = scheme_named(graphs.quantize)
+    per_row = scheme.bits == 8 and graphs.make_dialect().form == "signed"
+    return Quantization(
+        scheme=scheme.name,
+        bits=scheme.bits,
+        block=0 if per_row else scheme.blocks[0],
+        symmetric=True,
+        selections="int8",
+        head="int8",
+        source="rtn",
+        revision=ROUNDING,
+    )
+
+
 def write_weights(
     writer: BundleWriter,
     layout: Layout | None,
-    sources: Mapping[str, TensorEntry],
+    sources: Mapping[str, PartSource],
     link: bool,
     progress: bool,
 ) -> str:
     """Write weights into a bundle, with a progress bar; returns `Manifest.weights`."""
-    files = {entry.file for entry in sources.values()}
+    files = {source.entry.file for source in sources.values()}
     if layout is not None:
         total = sum(place.nbytes for place in layout.places.values())
     else:

@@ -12,7 +12,7 @@ from onnxscript import GraphBuilder
 from trio_deploy import __version__
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.dialects.base import Dialect
-from trio_deploy.graphs.values import FLOAT_NAMES, cast, shape_of, typed
+from trio_deploy.graphs.values import cast, shape_of, typed
 from trio_deploy.graphs.weights import stored_weights
 from trio_deploy.quant.stored_weight import parts_of
 
@@ -50,7 +50,7 @@ class Stage:
         """
         graph = self._graph
         _check_values(graph, set())
-        parts = parts_of(stored_weights(config, FLOAT_NAMES[self.d.dtype]))
+        parts = parts_of(stored_weights(config, self.d))
         expected = {part.name: part.shape for part in parts}
         for name, value in graph.initializers.items():
             if value.const_value is None and expected.get(name) != tuple(shape_of(value)):

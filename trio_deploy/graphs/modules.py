@@ -41,18 +41,31 @@ from trio_deploy.graphs.values import (
     split_heads,
     typed,
 )
-from trio_deploy.graphs.weight import Weight
+from trio_deploy.graphs.weight import Matrix, QuantisedWeight, Weight
+from trio_deploy.quant.stored_weight import Coding
 
 
 class Linear(nn.Module):
     """y = x Wᵀ + b with W [out, in] as in the checkpoint."""
 
     def __init__(
-        self, d: Dialect, name: str, out_features: int, in_features: int, bias: bool = False
+        self,
+        d: Dialect,
+        name: str,
+        out_features: int,
+        in_features: int,
+        bias: bool = False,
+        coding: Coding | None = None,
     ) -> None:
+        """Declare the weights; `coding`: how the matrix is quantised, None if it is float."""
         super().__init__(name.rpartition(".")[2])
         self.d = d
-        self.weight = Weight(f"{name}.weight", [out_features, in_features], d.dtype)
+        matrix, shape = f"{name}.weight", [out_features, in_features]
+        self.weight: Matrix
+        if coding is None:
+            self.weight = Weight(matrix, shape, d.dtype)
+        else:
+            self.weight = QuantisedWeight(matrix, shape, coding)
         self.bias = Weight(f"{name}.bias", [out_features], d.dtype) if bias else None
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
@@ -229,10 +242,11 @@ class Attention(nn.Module):
         self.d, self.text = d, text
         size, inner = text.hidden_size, text.num_heads * text.head_dim
         kv, bias = text.num_kv_heads * text.head_dim, text.qkv_bias
-        self.q_proj = Linear(d, f"{name}.q_proj", inner, size, bias)
-        self.k_proj = Linear(d, f"{name}.k_proj", kv, size, bias)
-        self.v_proj = Linear(d, f"{name}.v_proj", kv, size, bias)
-        self.o_proj = Linear(d, f"{name}.o_proj", size, inner, text.o_bias)
+        coding = d.layer_coding(size)
+        self.q_proj = Linear(d, f"{name}.q_proj", inner, size, bias, coding)
+        self.k_proj = Linear(d, f"{name}.k_proj", kv, size, bias, coding)
+        self.v_proj = Linear(d, f"{name}.v_proj", kv, size, bias, coding)
+        self.o_proj = Linear(d, f"{name}.o_proj", size, inner, text.o_bias, d.layer_coding(inner))
         self.q_norm = self.k_norm = None
         if text.qk_norm:
             self.q_norm = RMSNorm(d, f"{name}.q_norm", text.head_dim, text.rms_norm_eps)
@@ -387,9 +401,10 @@ class MLP(nn.Module):
     def __init__(self, d: Dialect, name: str, text: TextConfig) -> None:
         super().__init__(name.rpartition(".")[2])
         size, inner, bias = text.hidden_size, text.intermediate_size, text.mlp_bias
-        self.gate_proj = Linear(d, f"{name}.gate_proj", inner, size, bias)
-        self.up_proj = Linear(d, f"{name}.up_proj", inner, size, bias)
-        self.down_proj = Linear(d, f"{name}.down_proj", size, inner, bias)
+        coding = d.layer_coding(size)
+        self.gate_proj = Linear(d, f"{name}.gate_proj", inner, size, bias, coding)
+        self.up_proj = Linear(d, f"{name}.up_proj", inner, size, bias, coding)
+        self.down_proj = Linear(d, f"{name}.down_proj", size, inner, bias, d.layer_coding(inner))
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
         """[..., d] → [..., d]."""
@@ -439,15 +454,16 @@ class Head(nn.Module):
     """Final norm and projection to the vocabulary.
 
     A model with tied embeddings has no lm_head.weight: pass its table of embeddings if the same
-    graph uses it already.
+    graph uses it already. A quantised head has codes of its own beside the float table.
     """
 
     def __init__(self, d: Dialect, text: TextConfig, table: Embedding | None = None) -> None:
         super().__init__("head")
         self.norm = RMSNorm(d, "language_model.norm", text.hidden_size, text.rms_norm_eps)
         name = "language_model.embed_tokens" if text.tie_word_embeddings else "lm_head"
-        self.lm_head = Linear(d, name, text.vocab_size, text.hidden_size)
-        if table is not None and text.tie_word_embeddings:
+        size, coding = text.hidden_size, d.head_coding(text.hidden_size)
+        self.lm_head = Linear(d, name, text.vocab_size, size, coding=coding)
+        if table is not None and text.tie_word_embeddings and coding is None:
             self.lm_head.weight = table.weight
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:

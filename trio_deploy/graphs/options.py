@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from trio_deploy.bundle.manifest import Kind
 from trio_deploy.config.options import DEFAULT_THRESHOLD
 from trio_deploy.config.target import WEIGHTS
 from trio_deploy.errors import TrioError
+from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.dialects.table import DIALECTS
 from trio_deploy.graphs.values import FLOAT_TYPES
+from trio_deploy.graphs.weights import stored_weights
+from trio_deploy.quant.schemes import scheme_named
+from trio_deploy.quant.stored_weight import StoredWeight
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class GraphOptions:
         separate_decode: whether to write decode.onnx; always true for a dialect whose prefill
             graphs take no past.
         query_block: as of `Dialect`, for the vision tower over pictures of any size.
+        quantize: scheme of `quant.schemes.SCHEMES` for decoder layers and the head; None: float.
     """
 
     dialect: str = "ort"
@@ -41,6 +47,7 @@ class GraphOptions:
     weights: Literal["constants", "inputs"] = "constants"
     separate_decode: bool = False
     query_block: int | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -53,6 +60,13 @@ class GraphOptions:
             value = getattr(self, name)
             if value not in allowed:
                 raise TrioError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
+        if self.quantize is not None:
+            scheme_named(self.quantize)
+            if self.weights == "inputs":
+                raise TrioError(
+                    "quantised weights are constants of their graphs, since an input's codes would "
+                    "be dequantised as a whole at every run: leave out weights inputs, or quantize"
+                )
         if self.probes < 1:
             raise TrioError(f"probes must be at least 1, not {self.probes}")
         if self.weights == "inputs" and not DIALECTS[self.dialect].takes_matrices_as_inputs:
@@ -65,8 +79,18 @@ class GraphOptions:
         if DIALECTS[self.dialect].always_decodes_apart and not self.separate_decode:
             object.__setattr__(self, "separate_decode", True)
 
-    def make_dialect(self, *, decode: bool = False) -> Dialect:
-        """Make the dialect of one graph; `decode` says that it is decode.onnx."""
+    def make_dialect(self, kind: Kind = "prefill") -> Dialect:
+        """Make the dialect of the graph of one stage."""
+        has_layers = self.quantize is not None and kind not in ("vision", "embed")
         return DIALECTS[self.dialect](
-            FLOAT_TYPES[self.dtype], decode=decode, query_block=self.query_block
+            FLOAT_TYPES[self.dtype],
+            decode=kind == "decode",
+            query_block=self.query_block,
+            scheme=scheme_named(str(self.quantize)) if has_layers else None,
+            selects=kind == "select",
         )
+
+    def stored_weights(self, config: ModelConfig) -> list[StoredWeight]:
+        """List how each tensor is stored that any stage of a model may use."""
+        kinds: tuple[Kind, ...] = ("prefill",) if self.quantize is None else ("prefill", "select")
+        return stored_weights(config, *(self.make_dialect(kind) for kind in kinds))

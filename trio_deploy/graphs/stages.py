@@ -34,7 +34,7 @@ def build_vision(
         TrioError: scores that the tower does not have.
     """
     size = config.text.hidden_size
-    d = options.make_dialect()
+    d = options.make_dialect("vision")
     stage = Stage("vision", d)
     op = stage.op
     tower = make_tower(d, config)
@@ -63,7 +63,7 @@ def build_embed(config: ModelConfig, options: GraphOptions) -> ir.Model:
     """
     text = config.text
     size = text.hidden_size
-    d = options.make_dialect()
+    d = options.make_dialect("embed")
     stage = Stage("embed", d)
     op = stage.op
     ids = stage.input("input_ids", INT64, ["B", "S"])
@@ -167,7 +167,7 @@ def build_decode(
     present.{i}.key / .value of the same shapes, the new token at slot lengths[:, s].
     """
     text = config.text
-    d = options.make_dialect(decode=True)
+    d = options.make_dialect("decode")
     stage = Stage("decode", d)
     op = stage.op
     tokens = stage.input("input_ids", INT64, ["B", 1])

@@ -23,6 +23,14 @@ FLOAT_TYPES = {
 
 FLOAT_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
+#: Types of parts of weights by name.
+PART_TYPES = {
+    **FLOAT_TYPES,
+    "uint8": ir.DataType.UINT8,
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
+}
+
 _TINY = 1e-37  # below it a gradient counts as zero
 
 

@@ -5,38 +5,114 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
-from trio_deploy.graphs.values import FLOAT_NAMES
-from trio_deploy.quant.stored_weight import float_weight
+from trio_deploy.graphs.values import FLOAT_NAMES, PART_TYPES, cast, constant, shape_of, typed
+from trio_deploy.quant.schemes import quantised_weight
+from trio_deploy.quant.stored_weight import Coding, Part, StoredWeight, float_weight
 
 
-class Weight(nn.Parameter):
-    """Initializer of a float weight, without data: the exporter adds them.
+class PartValue(nn.Parameter):
+    """Initializer of a part of a weight, without data: the exporter adds them.
+
+    It registers itself under the part's name.
 
     Attributes:
-        stored: the weight and its one part, under whose name the initializer registers itself.
+        stored: the weight.
     """
 
-    def __init__(self, name: str, shape: Sequence[int], dtype: ir.DataType) -> None:
-        self.stored = float_weight(name, shape, FLOAT_NAMES[dtype])
-        super().__init__(shape, dtype=dtype, name=name)
+    def __init__(self, stored: StoredWeight, part: Part) -> None:
+        self.stored = stored
+        super().__init__(part.shape, dtype=PART_TYPES[part.dtype], name=part.name)
 
-    def _realize(self, builder: GraphBuilder) -> Weight:
+    def _realize(self, builder: GraphBuilder) -> PartValue:
         graph = builder.root.graph
-        known = graph.initializers.get(self.stored.name)
+        known = graph.initializers.get(str(self.name))
         if known is None:
             if self._realized:
-                raise RuntimeError(
-                    f"{self.stored.name} belongs to another graph: build modules afresh"
-                )
-            graph.initializers[self.stored.name] = self
+                raise RuntimeError(f"{self.name} belongs to another graph: build modules afresh")
+            graph.initializers[str(self.name)] = self
             self._realized = True
         elif known is not self:
-            raise RuntimeError(f"{self.stored.name} is used by two modules of one graph: share one")
+            raise RuntimeError(f"{self.name} is used by two modules of one graph: share one")
         return self
+
+
+class Weight(PartValue):
+    """A float weight, whose one part is the tensor."""
+
+    def __init__(self, name: str, shape: Sequence[int], dtype: ir.DataType) -> None:
+        stored = float_weight(name, shape, FLOAT_NAMES[dtype])
+        super().__init__(stored, stored.parts[0])
 
     def into(self, op: Any) -> Weight:
         """Register in the graph of `op`, for a use outside the module's own forward."""
-        return self._realize(op.builder)
+        self._realize(op.builder)
+        return self
+
+
+class QuantisedWeight(nn.Module):
+    """A matrix [out, in] as codes and scales.
+
+    Attributes:
+        codes, scale: its parts.
+        shape: [out, in].
+        coding: how it is stored.
+    """
+
+    def __init__(self, name: str, shape: Sequence[int], coding: Coding) -> None:
+        super().__init__(name)
+        stored = quantised_weight(name, shape, coding)
+        self.shape = list(stored.shape)
+        self.coding, self.scale_dtype = coding, PART_TYPES[coding.scale_dtype]
+        self.codes, self.scale = (PartValue(stored, part) for part in stored.parts)
+        self._dense: ir.Value | None = None
+
+    def into(self, op: Any) -> QuantisedWeight:
+        """Register its parts in the graph of `op`."""
+        for part in (self.codes, self.scale):
+            part._realize(op.builder)
+        return self
+
+    def dense(self, op: Any, dtype: ir.DataType) -> ir.Value:
+        """The matrix as a value of a float type, [out, in]: one DequantizeLinear per graph."""
+        self.into(op)
+        if self._dense is None:
+            made = self._from_blocks(op) if self.coding.form == "blocks" else self._from_signed(op)
+            self._dense = typed(cast(op, made, dtype), dtype, self.shape)
+            self._dense.name = self.name  # by which passes over graphs know a weight
+            producer = self._dense.producer()
+            assert producer is not None
+            producer.name = self.name
+        return self._dense
+
+    def _from_signed(self, op: Any) -> ir.Value:
+        per_row = len(shape_of(self.scale)) == 1
+        attributes = {"axis": 0} if per_row else {"axis": 1, "block_size": self.coding.block}
+        y = op.DequantizeLinear(self.codes, self.scale, **attributes)
+        return typed(y, self.scale_dtype, self.shape)
+
+    def _from_blocks(self, op: Any) -> ir.Value:
+        """Codes uint8 [out, ⌈in/b⌉, b], whose short last block is cut afterwards."""
+        if self.coding.bits != 8:
+            raise RuntimeError(f"{self.name}: codes of 4 bit in bytes cannot be dequantised")
+        out, columns = self.shape
+        scale = op.Unsqueeze(self.scale, [2])
+        zero = op.Expand(constant(op, np.full(1, 128, np.uint8), "zero_point"), op.Shape(scale))
+        y = op.DequantizeLinear(self.codes, scale, zero, axis=2, block_size=self.coding.block)
+        y = op.Reshape(typed(y, self.scale_dtype, shape_of(self.codes)), [out, -1])
+        if columns % self.coding.block:
+            y = op.Slice(y, [0], [columns], [1])
+        return typed(y, self.scale_dtype, self.shape)
+
+
+Matrix = Weight | QuantisedWeight
+"""A matrix of a linear layer."""
+
+
+def sizes(weight: Matrix) -> tuple[int, int]:
+    """(out, in) of a matrix."""
+    out, columns = weight.shape if isinstance(weight, QuantisedWeight) else shape_of(weight)
+    return int(out), int(columns)

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.connectors import Newline, make_connector
+from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.dialects.primitive import PrimitiveDialect
 from trio_deploy.graphs.modules import DecoderLayer, Embedding, Head
 from trio_deploy.graphs.towers import make_tower
 from trio_deploy.graphs.values import FLOAT_TYPES
-from trio_deploy.graphs.weight import Weight
+from trio_deploy.graphs.weight import PartValue
 from trio_deploy.quant.stored_weight import StoredWeight
 
 
 def canonical_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name each tensor that the graphs use, with its shape in the checkpoint."""
-    return {weight.name: weight.shape for weight in stored_weights(config, "float32")}
+    plain = PrimitiveDialect(FLOAT_TYPES["float32"])  # float parts are the same in every dialect
+    return {weight.name: weight.shape for weight in stored_weights(config, plain)}
 
 
-def stored_weights(config: ModelConfig, dtype: str) -> list[StoredWeight]:
-    """List how each tensor that the graphs use is stored, `dtype` being the graphs' float type.
+def stored_weights(config: ModelConfig, *dialects: Dialect) -> list[StoredWeight]:
+    """List how each tensor that graphs of some dialects use is stored.
 
     The modules of all stages declare them; weight files of a bundle are laid out in this order.
     Layers of the vision tower above the last one whose features are read are left out, and so is
-    `lm_head.weight` if the embeddings serve as the head.
+    `lm_head.weight` if the embeddings serve as the head. A matrix that dialects code differently,
+    such as segments and selections, is listed once for each.
     """
-    d, text = PrimitiveDialect(FLOAT_TYPES[dtype]), config.text  # the dialects' parts are the same
+    found = [weight for d in dialects for weight in _declared(config, d)]
+    return list({weight.parts[0].name: weight for weight in found}.values())
+
+
+def _declared(config: ModelConfig, d: Dialect) -> list[StoredWeight]:
+    text = config.text
     modules = [
         make_tower(d, config),
         make_connector(d, config),
@@ -33,6 +41,5 @@ def stored_weights(config: ModelConfig, dtype: str) -> list[StoredWeight]:
         *(DecoderLayer(d, text, i) for i in range(text.num_layers)),
         Head(d, text),
     ]
-    weights = (weight for module in modules for weight in module.parameters())
-    stored = (weight.stored for weight in weights if isinstance(weight, Weight))
-    return list({weight.name: weight for weight in stored}.values())
+    parts = (part for module in modules for part in module.parameters())
+    return [part.stored for part in parts if isinstance(part, PartValue)]

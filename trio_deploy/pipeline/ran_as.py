@@ -23,7 +23,7 @@ from trio_deploy.runtimes.registry import (
 )
 
 
-class RanAs(msgspec.Struct, frozen=True):
+class RanAs(msgspec.Struct, frozen=True, omit_defaults=True):
     """What produced a result.
 
     Attributes:
@@ -33,6 +33,9 @@ class RanAs(msgspec.Struct, frozen=True):
         dtype: float type of weights, embeddings and hidden states.
         precision: float type that the layers' products are computed in.
         device: processor, provider or GPU, by the runtime's name for it.
+        quantized: scheme of the weights; None: they are float.
+        activations: what activations are rounded to in products with quantised weights, `int8`;
+            None: to nothing.
     """
 
     runtime: str
@@ -41,6 +44,8 @@ class RanAs(msgspec.Struct, frozen=True):
     dtype: str
     precision: str
     device: str
+    quantized: str | None = None
+    activations: str | None = None
 
     @classmethod
     def of(cls, bundle: Bundle, options: RuntimeOptions, engines: Mapping[str, Engine]) -> RanAs:
@@ -51,7 +56,7 @@ class RanAs(msgspec.Struct, frozen=True):
             engines: by name of the stage.
         """
         segments = [engines[stage.name].execution for stage in bundle.of_kind("prefill")]
-        built_for = segments[0].target
+        built_for, quantized = segments[0].target, bundle.manifest.quantization
         return cls(
             str(options.runtime),
             built_for or target_name(bundle, options),
@@ -59,6 +64,8 @@ class RanAs(msgspec.Struct, frozen=True):
             float_type(engines[bundle.only("embed").name].outputs),
             " and ".join(dict.fromkeys(each.precision for each in segments)),
             " and ".join(dict.fromkeys(each.device for each in segments)),
+            None if quantized is None else quantized.scheme,
+            next((each.activations for each in segments if each.activations), None),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -68,7 +75,12 @@ class RanAs(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         graphs = f"{self.dialect} graphs in {self.dtype}" if self.dialect else self.dtype
         target = f", target {self.target}" if self.target else ""
-        return f"{self.runtime} on {self.device}{target}, {graphs}, computed in {self.precision}"
+        weights = f", weights in {self.quantized}" if self.quantized else ""
+        rounded = f" with activations in {self.activations}" if self.activations else ""
+        return (
+            f"{self.runtime} on {self.device}{target}, {graphs}{weights}, computed in "
+            f"{self.precision}{rounded}"
+        )
 
 
 def require_served(bundle: Bundle, options: RuntimeOptions, dtype: str | None = None) -> None:

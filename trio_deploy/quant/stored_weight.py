@@ -11,8 +11,21 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-#: Bytes per element of the types that parts may have.
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+import ml_dtypes
+import numpy as np
+
+from trio_deploy.quant.packing import Form
+
+#: Float types of weights and scales.
+FLOATS = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+#: Bits per element of the types that parts may have. Elements of 4 bit are two per byte, the first
+#: in the low nibble; parts in blocks are bytes.
+ITEM_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "uint8": 8, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -22,7 +35,7 @@ class Part:
     Attributes:
         name: its name in graphs and in the bundle's table of tensors.
         shape: as graphs refer to it.
-        dtype: a key of `ITEM_BYTES`.
+        dtype: a key of `ITEM_BITS`.
     """
 
     name: str
@@ -32,7 +45,24 @@ class Part:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return (math.prod(self.shape) * ITEM_BITS[self.dtype] + 7) // 8
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How a quantised matrix [N, K] is stored.
+
+    Attributes:
+        bits: 4 or 8.
+        block: entries along K per scale; K or more: a scale per row.
+        form: layout of the codes.
+        scale_dtype: type of the scales.
+    """
+
+    bits: int
+    block: int
+    form: Form
+    scale_dtype: str
 
 
 @dataclass(frozen=True)
@@ -43,11 +73,14 @@ class StoredWeight:
         name: canonical name.
         shape: in the checkpoint.
         parts: in the order of the weight files.
+        coding: how a quantised matrix is stored: its parts are codes and scales; None: a float
+            weight, whose one part is the tensor.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    coding: Coding | None = None
 
     @property
     def nbytes(self) -> int:

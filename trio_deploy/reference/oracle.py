@@ -15,7 +15,8 @@ arrays that the oracle computes.
 from __future__ import annotations
 
 import types
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,8 @@ class Oracle:
         threshold: cosine similarity from which a kept token suppresses another.
         storage: type that hidden states have between stages; None leaves them as they are. The
             reference for fp16 graphs computes in fp32 from what these hand to each other.
+        selection_weights: gives the model the weights that the selection before a layer computes
+            with, for as long as its context lasts; None: the layer's own.
     """
 
     def __init__(
@@ -152,6 +155,7 @@ class Oracle:
         positions: str = "renumber",
         threshold: float = DEFAULT_THRESHOLD,
         storage: torch.dtype | None = None,
+        selection_weights: Callable[[int], AbstractContextManager[object]] | None = None,
     ) -> None:
         if probe not in ("last", "shifted"):
             raise TrioError(f"probe is {probe!r}; use 'last' or 'shifted'")
@@ -165,6 +169,7 @@ class Oracle:
         self.positions, self.threshold = positions, threshold
         self.probe_logits = 0.0
         self.storage = storage
+        self.selection_weights = selection_weights or (lambda layer: nullcontext())
         if next(model.parameters()).dtype == torch.float64:
             _keep_norms_in_float64(model)
 
@@ -282,7 +287,9 @@ class Oracle:
 
     def select(self, method: str, point: Point) -> Pruned:
         """Prune a row as the method's reference says."""
-        view, module = self.view(method, point), methods.load(method)
+        with self.selection_weights(point.layer):
+            view = self.view(method, point)
+        module = methods.load(method)
         kept, scores = module.reference(view)
         stays = ~view.visual
         stays[kept] = True

@@ -1,12 +1,14 @@
 """transformers' model put together from the weights of a bundle: no checkpoint is needed.
 
-A bundle's own weights are what its graphs compute with, converted to another type or not, so they
-are what the reference must use.
+A bundle's own weights are what its graphs compute with, converted to another type, quantised or
+neither, so they are what the reference must use. Of a quantised matrix those are the values that
+its codes stand for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from trio_deploy.bundle.manifest import TensorPlace
 from trio_deploy.bundle.weights import SAFETENSORS
 from trio_deploy.checkpoint.safetensors import DTYPES
 from trio_deploy.errors import TrioError
-from trio_deploy.families.names import canonical_name
+from trio_deploy.families.names import EMBEDDINGS, HEAD, canonical_name
 from trio_deploy.families.registry import get_family
+from trio_deploy.quant.schemes import coded_part, decode, split_name
+from trio_deploy.quant.stored_weight import FLOATS, Part
 from trio_deploy.reference.adapters import model_class
 
 
@@ -36,12 +40,26 @@ def restore_model(bundle: Bundle, dtype: torch.dtype = torch.float32) -> Any:
     raw = bundle.manifest.model.config
     family = get_family(bundle.config.family)
     architecture = model_class(family.name)
-    places = bundle.manifest.tensors
-    tensors = {name: _mapped(bundle.path, place) for name, place in places.items()}
     config = architecture.config_class.from_dict(raw)
+    codes = _codes(bundle)
+    if EMBEDDINGS in codes:  # the quantised head of a model with tied embeddings
+        codes[HEAD] = codes.pop(EMBEDDINGS)
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
     with torch.device("meta"):
         expected = architecture(config).state_dict()
-    state = _state({name: canonical_name(family, name) for name in expected}, expected, tensors)
+    names = {name: canonical_name(family, name) for name in expected}
+    columns = {names[name]: shape[-1] for name, shape in _shapes(expected).items()}
+    places = bundle.manifest.tensors
+    tensors = {
+        name: _mapped(bundle.path, place)
+        for name, place in places.items()
+        if not _belongs_to_codes(name)
+    }
+    for name, widths in codes.items():
+        narrowest = widths[min(widths)]  # segments' own, rather than the copy for selections
+        tensors[name] = _dequantised(bundle, narrowest, columns[name])
+    state = _state(names, expected, tensors)
     silent = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -81,6 +99,59 @@ def _state(
             "does not know: install another one (5.x is tested)"
         )
     return state
+
+
+def selection_weights(bundle: Bundle, model: Any) -> Callable[[int], AbstractContextManager[None]]:
+    """What `Oracle` takes: puts the copies that selections compute with into a restored model."""
+    family = get_family(bundle.config.family)
+    copies = {name: widths[8] for name, widths in _codes(bundle).items() if len(widths) > 1}
+
+    @contextmanager
+    def use(layer: int) -> Iterator[None]:
+        own: list[tuple[Any, Tensor]] = []
+        for name, parameter in model.named_parameters():
+            canonical = canonical_name(family, name)
+            if canonical.startswith(f"language_model.layers.{layer}.") and canonical in copies:
+                values = _dequantised(bundle, copies[canonical], parameter.shape[1])
+                own.append((parameter, parameter.data))
+                parameter.data = values.to(parameter.dtype)
+        try:
+            yield
+        finally:
+            for parameter, values in own:
+                parameter.data = values
+
+    return use
+
+
+def _codes(bundle: Bundle) -> dict[str, dict[int, str]]:
+    """Quantised weights: canonical name → bits → name of the part with the codes."""
+    found: dict[str, dict[int, str]] = {}
+    for name in bundle.manifest.tensors:
+        if (split := split_name(name)) is not None:
+            found.setdefault(split[0], {})[split[1]] = name
+    return found
+
+
+def _belongs_to_codes(name: str) -> bool:
+    return split_name(name) is not None or split_name(name.removesuffix(".scale")) is not None
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items() if value.dim()}
+
+
+def _dequantised(bundle: Bundle, name: str, columns: int) -> Tensor:
+    """The values of a quantised matrix by the name of its codes, float32 [N, K]."""
+    split, places = split_name(name), bundle.manifest.tensors
+    assert split is not None
+    place = places[name]
+    part = Part(name, place.shape, place.dtype)
+    codes = np.fromfile(bundle.path / place.file, np.uint8, place.nbytes, offset=place.offset)
+    scale = places[f"{name}.scale"]
+    raw = np.fromfile(bundle.path / scale.file, np.uint8, scale.nbytes, offset=scale.offset)
+    scales = raw.view(FLOATS[scale.dtype]).reshape(scale.shape)
+    return torch.from_numpy(decode(codes.reshape(coded_part(part)[1]), scales, split[1], columns))
 
 
 def _mapped(bundle: Path, place: TensorPlace) -> Tensor:

@@ -55,11 +55,14 @@ class Execution:
         device: processor, provider or GPU, by the runtime's name for it.
         precision: float type of the products of activations and weights.
         target: target that the engine was built for, where engines are built.
+        activations: what activations are rounded to in products with quantised matrices, `int8`;
+            None: to nothing.
     """
 
     device: str
     precision: str
     target: str | None = None
+    activations: str | None = None
 
 
 class Engine(Protocol):

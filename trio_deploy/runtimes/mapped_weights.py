@@ -9,18 +9,14 @@ from __future__ import annotations
 import mmap
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from trio_deploy.bundle.manifest import TensorPlace
 from trio_deploy.errors import TrioError
 from trio_deploy.files import safe_path
+from trio_deploy.quant.stored_weight import FLOATS
 
-_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+_DTYPES = {**FLOATS, "uint8": np.dtype(np.uint8), "int8": np.dtype(np.int8)}
 
 
 class WeightMap:

@@ -154,6 +154,8 @@ class OrtRuntime(HostRuntime):
         # Stages run one after another, each with threads of its own: a stage's threads must not
         # spin while the next one works.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Products that it makes of DequantizeLinear and MatMul are in float, as these say.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if on_cpu:
             # Stages share one arena. A memory pattern would add a second block to the one that the
             # first run of each new prompt length allocates in it.
@@ -165,7 +167,8 @@ class OrtRuntime(HostRuntime):
             if self._low_memory:
                 options.add_session_config_entry("session.disable_prepacking", "1")
             for name, place in places.items():
-                if place.dtype != "bfloat16":  # there are no CPU kernels for it
+                # There are no CPU kernels for bfloat16, and no arrays of 4 bit.
+                if place.dtype not in ("bfloat16", "int4"):
                     shared.append(self._weight(path.parent, place))
                     options.add_initializer(name, shared[-1])
         try:
@@ -183,7 +186,11 @@ class OrtRuntime(HostRuntime):
             for entry in session.get_inputs()
             if entry.name in places
         }
-        return OrtEngine(session, "cpu" if on_cpu else "cuda", shared, bound)
+        # Codes in bytes are MatMulNBits' own, except in selections, which dequantise them.
+        coded = any(place.dtype == "uint8" for place in places.values()) and not keep_precision
+        return OrtEngine(
+            session, "cpu" if on_cpu else "cuda", shared, bound, "int8" if coded else None
+        )
 
     def _weight(self, folder: Path, place: TensorPlace) -> Any:
         """A weight where sessions read it: mapped, or once in the memory of the GPU."""
@@ -199,13 +206,19 @@ class OrtEngine:
     """One session."""
 
     def __init__(
-        self, session: Any, device: str, shared: list[Any], bound: Mapping[str, Any]
+        self,
+        session: Any,
+        device: str,
+        shared: list[Any],
+        bound: Mapping[str, Any],
+        activations: str | None = None,
     ) -> None:
         """Use `OrtRuntime.open`.
 
         Args:
             shared: weights that the session refers to and does not keep alive.
             bound: weights that are inputs of the graph, by name.
+            activations: as of `Execution`.
         """
         self._session = session
         self._device = device
@@ -216,7 +229,7 @@ class OrtEngine:
         self.outputs = _specs(session.get_outputs())
         # A graph is computed in its own type, by the first of the session's providers that can.
         precision = float_type(self.inputs, self.outputs)
-        self.execution = Execution(session.get_providers()[0], precision)
+        self.execution = Execution(session.get_providers()[0], precision, activations=activations)
 
     def run(
         self,
@@ -313,6 +326,12 @@ def _numpy(value: Any) -> np.ndarray:
 
 
 def _open(options: RuntimeOptions, bundle: Bundle | None) -> OrtRuntime:
+    if options.low_memory and bundle is not None and bundle.manifest.quantization is not None:
+        raise TrioError(
+            "quantised weights cannot be kept in the page cache alone: without its own arrangement "
+            "of their codes ONNX Runtime takes a hundred times as long and more memory: leave out "
+            "low memory, since the weights are small already"
+        )
     return OrtRuntime(
         threads=options.threads, low_memory=options.low_memory, provider=options.provider
     )

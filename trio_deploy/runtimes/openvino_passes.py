@@ -47,6 +47,25 @@ class Passes:
                 y = self._op.matmul(self._narrow(left), self._narrow(right), False, False)
                 _replace(product, self._op.convert(y, "f32"))
 
+    def dequantise(self, model: Any) -> None:
+        """Replace codes and scales of matrices by the float32 values that they stand for.
+
+        For select graphs: OpenVINO 2026.4 multiplies by compressed weights as they are, [K, N], as
+        if they were transposed: wrong numbers, no message.
+        """
+        for constant in _of_kind(model, "Constant"):
+            if not is_coded(constant):
+                continue
+            scaled, scale = _scaled(constant)
+            codes = constant.data.astype(np.float32)
+            # The Tensor that a constant is made of without a copy would be freed with its array.
+            values = self._op.constant(codes * scale.astype(np.float32), dtype=self._type.f32)
+            result = values if scaled.get_element_type() == self._type.f32 else None
+            node = result or self._op.convert(values, scaled.get_element_type().get_type_name())
+            values.set_friendly_name(scaled.get_friendly_name())
+            for target in list(scaled.output(0).get_target_inputs()):
+                target.replace_source_output(node.output(0))
+
     def narrow_caches(self, model: Any) -> Any:
         """The model with past.* and present.* in bfloat16, as attention computes with them."""
         changed = self._ports(model)
@@ -147,6 +166,26 @@ class Passes:
             narrow = self._op.convert(node.input_value(0), "bf16")
             return self._op.transpose(narrow, node.input_value(1))
         return self._op.convert(value, "bf16")
+
+
+def is_coded(node: Any) -> bool:
+    """Whether a node is the codes of a quantised matrix: the one constant of such a type."""
+    return node.get_type_name() == "Constant" and node.get_element_type().get_type_name() in (
+        "i8",
+        "i4",
+    )
+
+
+def _scaled(constant: Any) -> tuple[Any, np.ndarray]:
+    """The node that multiplies a matrix's codes by their scales, and the scales."""
+    node = constant
+    while node.get_type_name() != "Multiply":
+        (target,) = node.output(0).get_target_inputs()
+        node = target.get_node()
+    other = node.input_value(1).get_node()
+    while other.get_type_name() != "Constant":
+        other = other.input_value(0).get_node()
+    return node, other.data.reshape(constant.get_output_shape(0)[0], -1)
 
 
 def _of_kind(model: Any, kind: str) -> list[Any]:

@@ -54,7 +54,7 @@ def build_select(
     """
     if method not in METHODS:
         raise TrioError(f"unknown pruning method {method!r}: choose from {', '.join(METHODS)}")
-    text, d = config.text, options.make_dialect()
+    text, d = config.text, options.make_dialect("select")
     if text.rope.axes is not None and options.positions == "renumber":
         raise TrioError(
             "positions 'renumber' has no meaning where a token has three positions: use 'original'"

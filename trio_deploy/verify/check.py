@@ -28,6 +28,7 @@ from trio_deploy.runtimes.onnxruntime import RUNTIME as ORT
 from trio_deploy.runtimes.onnxruntime import OrtRuntime
 from trio_deploy.runtimes.tensorrt.runtime import TrtEngine
 from trio_deploy.verify.compare import (
+    CODED_PRODUCTS,
     PRODUCTS_OVERLAP,
     TOLERANCES,
     ParityRow,
@@ -91,6 +92,10 @@ def check(
     tolerance = TOLERANCES[pipeline.precision]
     if pipeline.precision != manifest.dtype:  # a selection's input is exact, as is most of its work
         tolerance = replace(tolerance, overlap=max(tolerance.overlap, PRODUCTS_OVERLAP))
+    segments = tolerance
+    if pipeline.ran_as.activations is not None:
+        wide = max(tolerance.relative, CODED_PRODUCTS)
+        segments = replace(tolerance, relative=wide, per_token=wide, tokens=False)
     rows += compare_stages(
         reference.stages,
         lambda stage, feeds: _run(pipeline, names[stage], feeds),
@@ -98,6 +103,7 @@ def check(
         threshold=manifest.threshold,
         separate_decode=manifest.decode == "separate",
         selections={s.label: s.method for s in loaded.stages.values() if s.method is not None},
+        segments=segments,
     )
     order = list(names)
     rows.sort(key=lambda row: _place(row.stage, order))
@@ -111,7 +117,9 @@ def check(
             title += "; each engine, at the shapes in brackets, against ONNX Runtime"
         else:
             title += f"; not against ONNX Runtime, which has no {manifest.dtype}"
-    rows += _compare_answers(pipeline, reference, tolerance)
+    rows += _compare_answers(pipeline, reference, segments)
+    if manifest.quantization is not None:
+        title += f"; the reference has the values of its {manifest.quantization.scheme} weights"
     if checkpoint is None:
         title += "; not compared with the checkpoint"
     elif golden:

@@ -72,6 +72,9 @@ TOLERANCES = {
     ),
 }
 
+CODED_PRODUCTS = 3e-2
+"""`relative` and `per_token` of segments whose activations are rounded to 8 bit in products."""
+
 PRODUCTS_OVERLAP = 0.98
 """`Tolerance.overlap` where only a selection's products with weights are in 16 bits."""
 
@@ -112,6 +115,7 @@ def compare_stages(
     threshold: float,
     separate_decode: bool,
     selections: Mapping[str, str],
+    segments: Tolerance | None = None,
 ) -> list[ParityRow]:
     """Feed every stage the reference's inputs and compare its outputs.
 
@@ -121,6 +125,7 @@ def compare_stages(
         threshold: cosine similarity of the greedy suppression.
         separate_decode: whether decode.onnx decodes, rather than the prefill graphs.
         selections: label of a select stage → its method.
+        segments: tolerance of the stages that run layers, where it is another one.
     """
     rows: dict[str, ParityRow] = {}
     for name, stage in _with_decode(stages, separate_decode).items():
@@ -131,7 +136,8 @@ def compare_stages(
             method = selections[name]
             row = compare_selection(name, stage, got, tolerance, threshold, method)
         else:
-            row = compare_outputs(name, stage, got, tolerance)
+            layers = segments is not None and kind_of_label(name) in ("prefill", "decode")
+            row = compare_outputs(name, stage, got, segments if layers and segments else tolerance)
         rows[name] = max(rows.get(name, row), row, key=lambda row: (not row.passed, row.max_rel))
     return list(rows.values())
 

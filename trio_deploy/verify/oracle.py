@@ -43,7 +43,7 @@ def ask_oracle(
         import torch
 
         from trio_deploy.reference.oracle import Oracle
-        from trio_deploy.reference.restore import restore_model
+        from trio_deploy.reference.restore import restore_model, selection_weights
     except ImportError as error:
         raise _needed(error.name) from error
     manifest = bundle.manifest
@@ -53,8 +53,11 @@ def ask_oracle(
         "threshold": manifest.threshold,
         "storage": None if manifest.dtype == "float32" else getattr(torch, manifest.dtype),
     }
-    if checkpoint is None:
-        oracle = Oracle(restore_model(bundle), family=bundle.config.family, **options)
+    if checkpoint is None or manifest.quantization is not None:  # a scheme is a question apart
+        model = restore_model(bundle)
+        if manifest.quantization is not None:
+            options["selection_weights"] = selection_weights(bundle, model)
+        oracle = Oracle(model, family=bundle.config.family, **options)
     else:
         oracle = Oracle.from_checkpoint(checkpoint, **options)
     rows = [Row.of(prompt.ids, pictures) for prompt, pictures in _encoded(pipeline, examples)]

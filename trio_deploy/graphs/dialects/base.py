@@ -10,8 +10,14 @@ from typing import Any, ClassVar, NamedTuple
 import onnx_ir as ir
 
 from trio_deploy.families.base import TextConfig
-from trio_deploy.graphs.values import INT64, last_two_swapped, reduce, shape_of
-from trio_deploy.graphs.weight import Weight
+from trio_deploy.graphs.values import FLOAT_NAMES, INT64, last_two_swapped, reduce, shape_of
+from trio_deploy.graphs.weight import Matrix, Weight
+from trio_deploy.quant.packing import Form
+from trio_deploy.quant.schemes import Scheme, coding_of
+from trio_deploy.quant.stored_weight import Coding
+
+#: Version of the standard operators that has types of 4 bit and blocks.
+FOUR_BIT_OPSET = 21
 
 
 class Angles(NamedTuple):
@@ -67,9 +73,13 @@ class Dialect(ABC):
         takes_matrices_as_inputs: whether products read a matrix as it is stored, so that it may be
             an input of the graph; others transpose constants once, when a graph is loaded.
         gathers_in_loops: whether a Gather of few rows of a large matrix is cheap inside a Loop.
+        form: layout of codes of quantised matrices.
         dtype: float type of weights, hidden states and the KV cache.
         query_block: queries of a long attention at a time, for runtimes that hold all scores of
             those that they compute at once; None: all queries.
+        scheme: how the matrices of decoder layers and of the head are quantised; None: they are
+            float.
+        selects: whether the graph is a selection, whose matrices have 8 bit at least.
     """
 
     name: ClassVar[str]
@@ -82,13 +92,41 @@ class Dialect(ABC):
     resizes_in_loops: ClassVar[bool] = False
     gathers_in_loops: ClassVar[bool] = True
     takes_matrices_as_inputs: ClassVar[bool] = False
+    form: ClassVar[Form] = "signed"
 
     def __init__(
-        self, dtype: ir.DataType, *, decode: bool = False, query_block: int | None = None
+        self,
+        dtype: ir.DataType,
+        *,
+        decode: bool = False,
+        query_block: int | None = None,
+        scheme: Scheme | None = None,
+        selects: bool = False,
     ) -> None:
         self.dtype, self.query_block = dtype, query_block
+        self.scheme, self.selects = scheme, selects
         if decode:
             self.opset = self.decode_opset
+        if scheme is not None and scheme.bits < 8 and not selects:
+            self.opset = max(self.opset, FOUR_BIT_OPSET)
+
+    def layer_coding(self, columns: int) -> Coding | None:
+        """How a matrix of a decoder layer with rows of K entries is quantised; None: it is not."""
+        return self._coding(8 if self.selects else 4, columns)
+
+    def head_coding(self, columns: int) -> Coding | None:
+        """How the output head is quantised; None: it is not."""
+        return self._coding(8, columns)
+
+    def _coding(self, least: int, columns: int) -> Coding | None:
+        if self.scheme is None:
+            return None
+        bits = max(least, self.scheme.bits)
+        return coding_of(self.scheme, bits, columns, self.form, FLOAT_NAMES[self.dtype])
+
+    def matrix(self, op: Any, weight: Matrix) -> ir.Value:
+        """A matrix as a value of the graph's float type, [out, in]."""
+        return weight if isinstance(weight, Weight) else weight.dense(op, self.dtype)
 
     def cache_head_dim(self, head_dim: int) -> int:
         """Head size of the KV cache: `head_dim`, or more if the operators pad heads with zeros."""
@@ -98,34 +136,33 @@ class Dialect(ABC):
 
     @abstractmethod
     def linear(
-        self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None
+        self, op: Any, x: ir.Value, weight: Matrix, bias: ir.Value | None = None
     ) -> ir.Value:
         """Compute x Wᵀ + b, [..., in] → [..., out], without a copy of W.
 
-        `weight` stands for `weight.stored`: a float weight is the initializer of its one part.
-        The weight of a quantisation scheme has an initializer per part; a dialect that can read
-        the scheme overrides this method and the other four of this group for it.
+        A float weight is the initializer of its one part. A quantised one has an initializer per
+        part: `matrix` dequantises it, unless a dialect has a product with its codes.
         """
 
-    def linear_transposed(self, op: Any, x: ir.Value, weight: Weight) -> ir.Value:
+    def linear_transposed(self, op: Any, x: ir.Value, weight: Matrix) -> ir.Value:
         """Compute x W, [..., out] → [..., in]: the backward pass of `linear`."""
-        return self.matmul_shared(op, x, weight)
+        return self.matmul_shared(op, x, self.matrix(op, weight))
 
     def linear_few_rows(
-        self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None
+        self, op: Any, x: ir.Value, weight: Matrix, bias: ir.Value | None = None
     ) -> ir.Value:
         """Compute `linear` for x [B, P, in] with few rows P."""
         return self.linear(op, x, weight, bias)
 
-    def linear_transposed_few_rows(self, op: Any, x: ir.Value, weight: Weight) -> ir.Value:
+    def linear_transposed_few_rows(self, op: Any, x: ir.Value, weight: Matrix) -> ir.Value:
         """Compute `linear_transposed` for x [B, P, out] with few rows P."""
         return self.linear_transposed(op, x, weight)
 
     def reshape_weight(
-        self, op: Any, weight: Weight, shape: Sequence[int], like: ir.Value
+        self, op: Any, weight: Matrix, shape: Sequence[int], like: ir.Value
     ) -> ir.Value:
         """Reshape a weight without a second copy of it; `like` is any value [B, ...]."""
-        return op.Reshape(weight, list(shape))
+        return op.Reshape(self.matrix(op, weight), list(shape))
 
     # Other operators
 

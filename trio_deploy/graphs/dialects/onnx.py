@@ -11,7 +11,7 @@ from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.dialects.base import KV, Angles, Dialect, Past, Window
 from trio_deploy.graphs.loops import by_blocks
 from trio_deploy.graphs.values import dim, dtype_of, merge_heads, shape_of, split_heads, typed
-from trio_deploy.graphs.weight import Weight
+from trio_deploy.graphs.weight import Matrix
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,14 @@ class OnnxDialect(Dialect):
     takes_matrices_as_inputs = True
 
     def linear(
-        self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None
+        self, op: Any, x: ir.Value, weight: Matrix, bias: ir.Value | None = None
     ) -> ir.Value:
         """Compute a Gemm, which takes a matrix that is transposed."""
-        out, inner = shape_of(weight)
+        w = self.matrix(op, weight)
+        out, inner = shape_of(w)
         lead = shape_of(x)[:-1]
         flat = x if len(lead) == 1 else op.Reshape(x, [-1, inner])
-        inputs = (flat, weight) if bias is None else (flat, weight, bias)
+        inputs = (flat, w) if bias is None else (flat, w, bias)
         y = op.Gemm(*inputs, transB=1)
         if len(lead) == 1:
             return y

@@ -20,9 +20,10 @@ from trio_deploy.graphs.values import (
     shape_of,
     typed,
 )
-from trio_deploy.graphs.weight import Weight
+from trio_deploy.graphs.weight import Matrix, QuantisedWeight, sizes
 
 _MICROSOFT = {"_domain": "com.microsoft", "_version": 1}
+_INT8_PRODUCTS = 4  # accuracy_level of MatMulNBits: the only one with a fast kernel for 8 bit
 _HEAD_STEP = 8  # GroupQueryAttention takes head sizes that are multiples of this
 
 
@@ -48,36 +49,52 @@ class OrtDialect(Dialect):
     domains: ClassVar[Mapping[str, int]] = {"com.microsoft": 1}
     always_takes_past = True
     resizes_in_loops = True
+    form = "blocks"
 
     def linear(
-        self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None
+        self, op: Any, x: ir.Value, weight: Matrix, bias: ir.Value | None = None
     ) -> ir.Value:
-        y = op.FusedMatMul(x, weight, transB=1, **_MICROSOFT)
-        typed(y, dtype_of(x), [*shape_of(x)[:-1], shape_of(weight)[0]])
+        if isinstance(weight, QuantisedWeight) and not self.selects:
+            y = self._product_with_codes(op, x, weight.into(op))
+        else:
+            y = op.FusedMatMul(x, self.matrix(op, weight), transB=1, **_MICROSOFT)
+        typed(y, dtype_of(x), [*shape_of(x)[:-1], sizes(weight)[0]])
         return y if bias is None else op.Add(y, bias)
 
+    def _product_with_codes(self, op: Any, x: ir.Value, weight: QuantisedWeight) -> ir.Value:
+        """Compute x Wᵀ with x rounded to 8 bit in blocks, by products of whole numbers.
+
+        Selections do not: MatMulNBits has no product with W, and rounding x would move scores.
+        """
+        out, columns = weight.shape
+        return op.MatMulNBits(
+            x, weight.codes, weight.scale, K=columns, N=out, bits=weight.coding.bits,
+            block_size=weight.coding.block, accuracy_level=_INT8_PRODUCTS, **_MICROSOFT,
+        )  # fmt: skip
+
     def linear_few_rows(
-        self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None
+        self, op: Any, x: ir.Value, weight: Matrix, bias: ir.Value | None = None
     ) -> ir.Value:
         """Compute `linear` with the weight on the left.
 
         Without prepacked weights ONNX Runtime's CPU kernel copies the right operand of a product
         into panels first, which for a few rows takes two to four times as long as the product.
         """
-        out, inner = shape_of(weight)
+        w = self.matrix(op, weight)
+        out, inner = shape_of(w)
         rows = int(shape_of(x)[1])
-        y = op.FusedMatMul(weight, op.Reshape(x, [-1, inner]), transB=1, **_MICROSOFT)
+        y = op.FusedMatMul(w, op.Reshape(x, [-1, inner]), transB=1, **_MICROSOFT)
         y = op.Transpose(typed(y, self.dtype, [out, None]), perm=[1, 0])
         y = op.Reshape(y, [-1, rows, out])
         return y if bias is None else op.Add(y, bias)
 
-    def linear_transposed_few_rows(self, op: Any, x: ir.Value, weight: Weight) -> ir.Value:
+    def linear_transposed_few_rows(self, op: Any, x: ir.Value, weight: Matrix) -> ir.Value:
         """Compute x W as one vector-matrix product per row and block of W.
 
         The weight on the left would be no better here than on the right (see `linear_few_rows`);
         a block is small enough to stay in the cache.
         """
-        out, inner = (int(size) for size in shape_of(weight))
+        out, inner = sizes(weight)
         rows = int(shape_of(x)[1])
         block = next((b for b in range(128, 31, -1) if out % b == 0), out)
         a = op.Transpose(op.Reshape(x, [-1, out // block, 1, block]), perm=[1, 0, 2, 3])
@@ -86,14 +103,15 @@ class OrtDialect(Dialect):
         return op.Reshape(y, [-1, rows, inner])
 
     def reshape_weight(
-        self, op: Any, weight: Weight, shape: Sequence[int], like: ir.Value
+        self, op: Any, weight: Matrix, shape: Sequence[int], like: ir.Value
     ) -> ir.Value:
         """Reshape to a shape that is known at run time only, since it is multiplied by B / B.
 
         ONNX Runtime's constant folding would make a copy otherwise.
         """
         one = op.Div(dim(op, like, 0), dim(op, like, 0))
-        return typed(op.Reshape(weight, op.Mul(one, list(shape))), self.dtype, shape)
+        w = op.Reshape(self.matrix(op, weight), op.Mul(one, list(shape)))
+        return typed(w, self.dtype, shape)
 
     def matmul_transposed(self, op: Any, a: ir.Value, b: ir.Value) -> ir.Value:
         y = op.FusedMatMul(a, b, transB=1, **_MICROSOFT)

@@ -24,7 +24,7 @@ from trio_deploy.graphs.values import (
     split_heads,
     typed,
 )
-from trio_deploy.graphs.weight import Weight
+from trio_deploy.graphs.weight import Matrix
 
 _HIDDEN = -1e30  # additive mask
 _RUN = 128  # places that `running_sum` adds up at a time
@@ -63,9 +63,9 @@ class PrimitiveDialect(Dialect):
     gathers_in_loops = False
 
     def linear(
-        self, op: Any, x: ir.Value, weight: Weight, bias: ir.Value | None = None
+        self, op: Any, x: ir.Value, weight: Matrix, bias: ir.Value | None = None
     ) -> ir.Value:
-        y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+        y = op.MatMul(x, op.Transpose(self.matrix(op, weight), perm=[1, 0]))
         return y if bias is None else op.Add(y, bias)
 
     def matmul_shared(self, op: Any, x: ir.Value, w: ir.Value) -> ir.Value:

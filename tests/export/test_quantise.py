@@ -1,0 +1,139 @@
+"""Exporting with quantised weights: the manifest, the files, and what cannot be combined."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from tests.support.bundles import Bundles
+from trio_deploy import Bundle, export_model
+from trio_deploy.bundle.describe import inspect
+from trio_deploy.bundle.manifest import Manifest, Quantization
+from trio_deploy.checkpoint.safetensors import Checkpoint
+from trio_deploy.config.options import ExportOptions
+from trio_deploy.config.recipe import read_recipe
+from trio_deploy.errors import TrioError
+from trio_deploy.export.attach import attach_weights
+from trio_deploy.export.job import quantize_of
+from trio_deploy.quant.matrix import dequantised, round_to_nearest
+from trio_deploy.quant.schemes import decode
+from trio_deploy.runtimes.registry import load_target
+
+PACKAGE = Path(__file__).parents[2] / "trio_deploy"
+TINY = PACKAGE / "data" / "tiny"
+
+
+@pytest.fixture
+def int4(bundles: Bundles) -> Bundle:
+    return Bundle.load(bundles.path("tiny", quantize="int4"))
+
+
+def test_a_manifest_says_what_is_stored(int4: Bundle) -> None:
+    assert int4.manifest.quantization == Quantization(
+        scheme="int4",
+        bits=4,
+        block=128,
+        symmetric=True,
+        selections="int8",
+        head="int8",
+        source="rtn",
+        revision=1,
+    )
+    name = "language_model.layers.2.mlp.up_proj.weight"
+    assert int4.manifest.tensors[f"{name}.int4"].dtype == "uint8"
+    assert name not in int4.manifest.tensors
+    int4.check_places()
+
+
+def test_older_runtimes_refuse_quantised_bundles_alone(int4: Bundle, bundles: Bundles) -> None:
+    """Those that know schema 2 say that the schema is newer than they understand."""
+    plain = Bundle.load(bundles.path("tiny"))
+    assert json.loads(int4.manifest.dump())["schema"] == 3
+    raw = json.loads(plain.manifest.dump())
+    assert raw["schema"] == 2 and "quantization" not in raw
+
+
+def test_a_schema_without_its_quantization_is_refused(int4: Bundle) -> None:
+    raw = json.loads(int4.manifest.dump())
+    with pytest.raises(TrioError, match="schema 2, not 3"):
+        Manifest.from_json(raw | {"schema": 2})
+    with pytest.raises(TrioError, match="schema 4, newer"):
+        Manifest.from_json(raw | {"schema": 4})
+
+
+def test_codes_are_those_of_the_checkpoint_rounded(int4: Bundle) -> None:
+    name = "language_model.layers.2.mlp.up_proj.weight"
+    entry = next(
+        entry
+        for other, entry in Checkpoint.from_path(TINY).tensors.items()
+        if other.endswith("layers.2.mlp.up_proj.weight") and "vision" not in other
+    )
+    values = np.fromfile(entry.file, "<f4" if entry.dtype == "F32" else "<f2",
+                         int(np.prod(entry.shape)), offset=entry.offset)  # fmt: skip
+    values = values.reshape(entry.shape).astype(np.float32)
+    codes, scale = (int4.manifest.tensors[f"{name}.int4{end}"] for end in ("", ".scale"))
+    found = decode(
+        np.fromfile(int4.path / codes.file, np.uint8, codes.nbytes, offset=codes.offset).reshape(
+            codes.shape
+        ),
+        np.fromfile(
+            int4.path / scale.file, np.float32, int(np.prod(scale.shape)), offset=scale.offset
+        ).reshape(scale.shape),
+        4,
+        entry.shape[1],
+    )
+    assert np.array_equal(found, dequantised(round_to_nearest(values, 4, 128)))
+
+
+def test_inspect_prints_the_share_of_each_width(int4: Bundle) -> None:
+    text = inspect(int4, interface=False)
+    assert "quantised  int4 (rtn), blocks of 128, selections and head int8" in text
+    assert "in 4 bit" in text and "in 8 bit" in text and "in float32" in text
+
+
+def test_weights_are_quantised_when_they_are_attached(int4: Bundle, tmp_path: Path) -> None:
+    planned = export_model(
+        "tiny", tmp_path / "b", quantize="int4", graphs_only=True, progress=False
+    )
+    assert planned.manifest.tensors == int4.manifest.tensors
+    whole = attach_weights(planned, TINY, progress=False)
+    for name in (n for n in int4.manifest.files if n.startswith("weights/")):
+        assert (whole.path / name).read_bytes() == (int4.path / name).read_bytes()
+
+
+def test_a_recipe_or_a_target_may_name_the_scheme(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"checkpoint: {TINY.resolve()}\nquantize: int8\n")
+    recipe, silent = read_recipe(file), read_recipe("tiny")
+    file.write_text("runtime: onnxruntime\ndtype: float32\nquantize: int4-g32\n")
+    target, cpu = load_target(file), load_target("cpu")
+    for named, device, option, expected in (
+        (silent, cpu, None, None),
+        (recipe, cpu, None, "int8"),
+        (recipe, target, None, "int8"),
+        (silent, target, None, "int4-g32"),
+        (recipe, target, "int4", "int4"),
+        (recipe, target, "none", None),
+    ):
+        assert quantize_of(named, device, ExportOptions(quantize=option)) == expected
+
+
+def test_unknown_schemes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(TrioError, match="unknown quantisation 'int3'"):
+        export_model("tiny", tmp_path / "b", quantize="int3", progress=False)
+    assert not (tmp_path / "b").exists()
+
+
+def test_quantised_weights_cannot_be_links(tmp_path: Path) -> None:
+    with pytest.raises(TrioError, match="--link-weights keeps the checkpoint's files"):
+        export_model("tiny", tmp_path / "b", quantize="int8", link_weights=True, progress=False)
+
+
+def test_manifests_of_float_bundles_are_unchanged(bundles: Bundles) -> None:
+    plain = Bundle.load(bundles.path("tiny")).manifest
+    assert "quantization" not in json.loads(plain.dump())
+    assert msgspec.structs.replace(plain).quantization is None
