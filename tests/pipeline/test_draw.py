@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from trio_deploy.families.base import Layout
+from trio_deploy.families.patches import token_boxes
 from trio_deploy.pipeline.draw import draw_kept, kept_panels
 
 
@@ -43,6 +44,27 @@ def test_a_long_and_narrow_picture_that_is_seen_as_a_whole_is_wide_enough_to_see
     assert min(whole.size) >= 84 and max(whole.size) == 336
     bright = (np.asarray(kept) == [0, 0, 255]).all(axis=2)
     assert bright.mean() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 97), (97, 1), (6, 8), (2, 3), (36, 40), (60, 36)])
+def test_a_picture_of_any_shape_is_lit_where_its_kept_tokens_are(grid):
+    """Grids of the Qwen families: a token is a cell of the whole picture."""
+    rows, columns = grid
+    size = (rows * 7, columns * 5)
+    boxes = token_boxes((2 * rows, 2 * columns), 2, size)
+    processed = Layout({}, len(boxes), "", np.arange(len(boxes)), boxes, size)
+    kept = np.flatnonzero(np.random.default_rng(0).random(len(boxes)) < 0.3)
+    image = Image.new("RGB", size[::-1], "blue")
+    whole, panel = kept_panels(image, processed, [kept])
+    lit = (np.asarray(panel) == [0, 0, 255]).all(axis=2)
+    assert max(whole.size) == 336 and min(whole.size) >= 84
+    # The pixel in the middle of each cell, and nothing else that is whole.
+    middle = ((boxes[:, 1::2].mean(axis=1), rows * 7), (boxes[:, ::2].mean(axis=1), columns * 5))
+    y, x = (
+        (at / side * pixels).astype(int)
+        for (at, side), pixels in zip(middle, lit.shape, strict=True)
+    )
+    assert np.flatnonzero(lit[y, x]).tolist() == kept.tolist()
 
 
 def test_the_caption_says_how_much_is_seen(monkeypatch):

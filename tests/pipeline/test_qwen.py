@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from tests.support.bundles import Bundles, made_once
+from tests.support.bundles import Bundles
 from tests.support.pictures import make_picture
 from tests.support.questions import alike
-from tests.support.qwen_checkpoints import make_processor, make_qwen
+from tests.support.qwen_checkpoints import make_processor, shared_checkpoint
 from tests.support.qwen_models import FAMILIES, shared_model
 from trio_deploy import Batcher, Bundle, Pipeline, Request, RuntimeOptions, TrioError, export_model
 from trio_deploy.families.registry import request_limits
@@ -36,7 +36,7 @@ PROMPTS: list[list[Any]] = [
 @pytest.fixture(scope="module")
 def checkpoint(run_folder: Path):
     def of(family: str) -> Path:
-        return made_once(run_folder / f"checkpoint-{family}", lambda to: make_qwen(to, family))
+        return shared_checkpoint(run_folder, family)
 
     return of
 

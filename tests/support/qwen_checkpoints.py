@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from tests.support.bundles import made_once
 from tests.support.checkpoints import WORDS, write_shards
 from tests.support.qwen_models import ARCHITECTURES, config_json, lively
 
@@ -68,7 +69,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def preprocessing(family: str, most_tokens: int = 48) -> dict[str, Any]:
+def preprocessing(family: str, most_tokens: int = 48, **changes: Any) -> dict[str, Any]:
     """A preprocessor_config.json with pictures of 4 visual tokens to as many as given."""
     factor = 32 if family == "qwen3_vl" else 28
     half = [0.5, 0.5, 0.5]
@@ -81,7 +82,7 @@ def preprocessing(family: str, most_tokens: int = 48) -> dict[str, Any]:
     }
     if family == "qwen3_vl":
         settings |= {"image_mean": half, "image_std": half}
-    return settings
+    return settings | changes
 
 
 def make_qwen(
@@ -128,6 +129,11 @@ def make_qwen(
     (folder / "model.safetensors").unlink()
     write_shards(tensors, folder, shards)
     return folder
+
+
+def shared_checkpoint(run_folder: Path, family: str) -> Path:
+    """`make_qwen` with its defaults, made once for the whole run: not to be changed."""
+    return made_once(run_folder / f"checkpoint-{family}", lambda to: make_qwen(to, family))
 
 
 def flat(raw: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from trio_deploy.config.recipe import TunedSchedule, is_schedule_file, read_sche
 from trio_deploy.config.target import Target
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.registry import request_limits
+from trio_deploy.families.registry import check_methods, check_positions, request_limits
 from trio_deploy.files import is_file, user_path
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.ran_as import require_served, target_name
@@ -209,7 +209,8 @@ def grid(
         The configurations, and a sentence for each that is not possible on the model.
 
     Raises:
-        TrioError: an unknown method, or options and methods for a bundle, which has its own.
+        TrioError: an unknown method, positions that the model does not have, or options and methods
+            for a bundle, which has its own.
     """
     options = list(product(thresholds, probes, positions))
     if source.bundle is not None:
@@ -219,6 +220,8 @@ def grid(
                 "that it was exported from"
             )
         return _at_budgets(source, _own_name(source.bundle.schedule), budgets)
+    for position in positions:
+        check_positions(source.config, position)
     found: list[Configuration] = []
     refused: list[str] = []
     kinds = {method: _parse(method) for method in methods}
@@ -280,7 +283,7 @@ def named(source: Source, text: str) -> Configuration:
     name, equals, points = text.partition("=")
     found = schedule_of(points if equals else text)
     schedule = found.schedule
-    schedule.validate(source.layers, source.visual)
+    require_possible(source, found)
     share = schedule.average(source.visual, source.layers) / source.visual
     return Configuration(
         name if equals else str(schedule),
@@ -290,6 +293,13 @@ def named(source: Source, text: str) -> Configuration:
         found.probe,
         found.positions,
     )
+
+
+def require_possible(source: Source, tuned: TunedSchedule) -> None:
+    """Raises TrioError if an export of the model would refuse a schedule or its positions."""
+    tuned.schedule.validate(source.layers, source.visual)
+    check_methods(source.config, tuned.schedule.methods)
+    check_positions(source.config, tuned.positions)
 
 
 def schedule_of(text: str) -> TunedSchedule:
@@ -322,9 +332,10 @@ def _parse(text: str) -> tuple[str, list[int] | str | None]:
 def _schedule(source: Source, kind: str, layers: list[int] | str | None, budget: float) -> Schedule:
     if kind == RECIPE or isinstance(layers, str):
         schedule = for_budget(budget, source.layers, source.recipe_schedules)
-        return schedule if kind == RECIPE else schedule.with_method(kind)
-    schedule = solve(budget, source.layers, layers=layers).with_method(kind)
-    schedule.validate(source.layers, source.visual)
+        schedule = schedule if kind == RECIPE else schedule.with_method(kind)
+    else:
+        schedule = solve(budget, source.layers, layers=layers).with_method(kind)
+    require_possible(source, TunedSchedule(schedule))
     return schedule
 
 

@@ -40,6 +40,8 @@ from trio_deploy.evaluation.configurations import (
 )
 from trio_deploy.evaluation.questions import Question
 from trio_deploy.evaluation.statistics import Bootstrap, Estimate
+from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.registry import check_methods, check_positions
 from trio_deploy.files import write_atomically
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.ran_as import RanAs
@@ -104,6 +106,12 @@ class Space:
                 raise TrioError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
         if not self.methods or not 1 <= self.points <= 3:
             raise TrioError("a search needs a method, and 1 to 3 pruning points")
+
+    def require_possible(self, config: ModelConfig) -> None:
+        """Raises TrioError where an export of the model would refuse a method or positions."""
+        check_methods(config, (*self.methods, *self.last))
+        for positions in self.positions:
+            check_positions(config, positions)
 
     def has(self, methods: Sequence[str]) -> bool:
         """Whether pruning points of these methods, in this order, lie inside the space."""
@@ -569,12 +577,17 @@ def tune(
             one does not say are the first of the space.
 
     Raises:
-        TrioError: the budget cannot be reached, or what exporting and running raises.
+        TrioError: the budget cannot be reached, or what exporting and running raises; before
+            anything is asked, a method or positions that the model does not have.
     """
     space = space or Space()
     check_budget(budget)
     if limit is not None and limit < 1:
         raise TrioError(f"a search begins with 1 candidate or more, not {limit}")
+    space.require_possible(source.config)
+    for each in start:
+        check_methods(source.config, each.schedule.methods)
+        check_positions(source.config, each.positions)
     tuner = Tuner(source, questions, out, options)
     search = Search(tuner, space, budget, source)
     first = search.begin(limit, start)
