@@ -104,10 +104,10 @@ def test_the_greatest_value_of_a_limit_is_taken_and_nothing_above_it(name: str) 
         parse_settings({name: str(above)}, kinds)
 
 
-def test_no_count_but_that_of_prefillers_may_be_zero() -> None:
+def test_no_count_but_those_that_turn_something_off_may_be_zero() -> None:
     kinds = KINDS | setting_kinds(RuntimeOptions)
     for name in (name for name, kind in kinds.items() if kind == "int"):
-        least = 0 if name == "prefillers" else 1
+        least = 0 if name in ("prefillers", "vision_cache_bytes") else 1
         assert parse_settings({name: str(least)}, kinds) == {name: least}
         with pytest.raises(TrioError, match=f"{name} must be {least} or more, got {least - 1}"):
             parse_settings({name: str(least - 1)}, kinds)

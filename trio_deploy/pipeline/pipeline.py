@@ -14,6 +14,7 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.export.cache import find_bundle
 from trio_deploy.pipeline.batch import DecodeBatch
+from trio_deploy.pipeline.features import CacheCounts, FeatureCache
 from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.prefill import Clock, Prefilled, Stages
 from trio_deploy.pipeline.prepare import RequestPreparer
@@ -217,6 +218,23 @@ class Pipeline:
         manifest = self.bundle.manifest
         pad_token = manifest.generation.pad_token_id or 0
         return DecodeBatch(self._stages, manifest.positions, pad_token, max_rows)
+
+    def cache_features(self, limit: int) -> None:
+        """Keep what the vision tower makes of pictures, for other questions about them.
+
+        Only pictures that come as the bytes of a file are kept, and found again by all of them.
+
+        Args:
+            limit: bytes of what is kept, beside everything else; 0 keeps nothing.
+        """
+        cache = FeatureCache(limit) if limit else None
+        self._stages.features = self._preparer.features = cache
+
+    @property
+    def feature_counts(self) -> CacheCounts:
+        """How often pictures were found in the cache of features, and its bytes."""
+        cache = self._stages.features
+        return CacheCounts() if cache is None else cache.counts
 
     def engine(self, stage: str) -> Engine:
         """The opened graph of a stage, to be fed directly."""

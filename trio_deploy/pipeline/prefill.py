@@ -16,6 +16,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import Layout
 from trio_deploy.families.registry import request_limits
 from trio_deploy.pipeline.cache import Allocate, CacheShape, SegmentCache
+from trio_deploy.pipeline.features import FeatureCache, KeyedLayout, Outputs
 from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.prompt import Batch
 from trio_deploy.runtimes.arrays import concatenate, on_host, to_host
@@ -98,6 +99,7 @@ class Stages:
         axes: positions per token: 1, or 3 (time, row and column).
         concurrent: whether several threads may run the stages at once.
         max_rows: most rows per batch; None: any number.
+        features: what the tower made of pictures before; None: nothing is kept.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
@@ -110,6 +112,7 @@ class Stages:
         self._shares_cache = runtime.shares_cache(bundle.manifest.dialect)
         self.sequence, self._moment = runtime.sequence, runtime.moment
         self.concurrent, self.max_rows = runtime.concurrent, runtime.max_rows
+        self.features: FeatureCache | None = None
         self.engines: dict[str, Engine] = {}
         self.info = bundle.stages
         for name, stage in self.info.items():
@@ -151,16 +154,45 @@ class Stages:
         """Run the vision tower once per distinct image; those of equal grids share runs.
 
         Args:
-            images: in order.
+            images: in order; the cache of features knows some by their files.
         """
-        once = list({id(image): image for image in images}.values())
         feature_name = self.vision.output_name("features")
         deepstack = [tensor.name for tensor in self.vision.outputs_of("deepstack")]
         scores = [tensor.name for tensor in self.vision.outputs_of("per_token")]
+        keyed = [image for image in images if isinstance(image, KeyedLayout)]
+        plain = {id(image): image for image in images if not isinstance(image, KeyedLayout)}
+        known: dict[bytes, Outputs] = {}
+        if keyed:
+            assert self.features is not None
+            known = self.features.encode(keyed, self._run_tower)
+        fresh = dict(zip(plain, self._run_tower(list(plain.values())), strict=True))
+        found = [
+            known[each.key] if isinstance(each, KeyedLayout) else fresh[id(each)] for each in images
+        ]
+
+        def joined(name: str) -> Array:
+            if not images:
+                return np.zeros((0, self.hidden_size), self.dtype)
+            return concatenate([outputs[name] for outputs in found])
+
+        return Encoded(
+            joined(feature_name),
+            {name: joined(name) for name in deepstack},
+            {
+                name: np.concatenate(
+                    [np.zeros(0, np.float32), *(outputs[name] for outputs in found)]
+                )
+                for name in scores
+            },
+        )
+
+    def _run_tower(self, images: Sequence[Layout]) -> list[Outputs]:
+        """The tower's outputs for each of distinct images, in order; scores are on the host."""
+        scores = [tensor.name for tensor in self.vision.outputs_of("per_token")]
         alike: dict[tuple[tuple[int, int, int], ...], list[Layout]] = {}
-        for image in once:
+        for image in images:
             alike.setdefault(image.grids, []).append(image)
-        found: dict[int, dict[str, Array]] = {}
+        found: dict[int, Outputs] = {}
         for same in alike.values():
             for start, stop in self._runs(same):
                 group, at = same[start:stop], 0
@@ -169,22 +201,7 @@ class Stages:
                     end = at + image.feature_rows
                     found[id(image)] = {name: values[at:end] for name, values in out.items()}
                     at = end
-
-        def joined(name: str) -> Array:
-            if not images:
-                return np.zeros((0, self.hidden_size), self.dtype)
-            return concatenate([found[id(image)][name] for image in images])
-
-        return Encoded(
-            joined(feature_name),
-            {name: joined(name) for name in deepstack},
-            {
-                name: np.concatenate(
-                    [np.zeros(0, np.float32), *(found[id(image)][name] for image in images)]
-                )
-                for name in scores
-            },
-        )
+        return [found[id(image)] for image in images]
 
     def _runs(self, images: Sequence[Layout]) -> Iterator[tuple[int, int]]:
         """Ranges of images of equal grids that share a run of the tower, which bounds its memory.

@@ -18,6 +18,7 @@ from trio_deploy.errors import PromptTooLong, TrioError
 from trio_deploy.families.base import Layout, grids_of
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import get_family
+from trio_deploy.pipeline.features import FeatureCache, KeyedLayout, key_of
 from trio_deploy.pipeline.fetch import check_scheme, fetch_pictures, is_address
 from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
@@ -27,7 +28,7 @@ from trio_deploy.pipeline.sequence import SequenceState
 from trio_deploy.schedule.schedule import Schedule
 
 _T = TypeVar("_T")
-_Opened = dict[tuple[int, bool], tuple[Image.Image, Layout]]
+_Opened = dict[tuple[int, bool], tuple[Image.Image | None, Layout]]
 """Images of a batch by the identity of their source and `Request.bgr`, so that requests can share
 them."""
 
@@ -63,6 +64,7 @@ class RequestPreparer:
 
     Attributes:
         encoder: text to tokens and back.
+        features: what the vision tower made of pictures before; None: nothing is kept.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -81,6 +83,7 @@ class RequestPreparer:
             bundle.config.text.max_positions,
             get_family(bundle.config.family).hub.picture,
         )
+        self.features: FeatureCache | None = None
         self._bundle = bundle
         self._preprocessor = Preprocessor.from_json(bundle.preprocessor, bundle.config)
         self._end_tokens = frozenset(bundle.manifest.generation.eos_token_ids)
@@ -168,13 +171,14 @@ class RequestPreparer:
         named = request.image_list
         if any(map(is_address, named)):
             self._check_fits(checked, sources)
-        images, layouts = [], []
+        images: list[Image.Image | None] = []
+        layouts: list[Layout] = []
         for source, asked in zip(sources, named, strict=True):
             if before_image is not None:
                 before_image()
             if (id(source), request.bgr) not in opened:
                 name = asked if is_address(asked) else None
-                opened[id(source), request.bgr] = self._open(source, request.bgr, name)
+                opened[id(source), request.bgr] = self._open(source, request, name)
             image, layout = opened[id(source), request.bgr]
             images.append(image)
             layouts.append(layout)
@@ -189,7 +193,7 @@ class RequestPreparer:
         _check_context(prompt, len(request.forced), context)
         return SequenceState(
             request=request,
-            images=images,
+            images=[image for image in images if image is not None] if all(images) else [],
             processed=layouts,
             prompt=prompt,
             max_tokens=len(request.forced) or min(request.max_new_tokens, context - prompt.length),
@@ -213,15 +217,25 @@ class RequestPreparer:
             ],
         )
 
-    def _open(self, source: ImageSource, bgr: bool, name: str | None) -> tuple[Image.Image, Layout]:
-        """Args:
-        name: what an error calls the picture.
+    def _open(
+        self, source: ImageSource, request: Request, name: str | None
+    ) -> tuple[Image.Image | None, Layout]:
+        """A picture and its layout; no picture where the cache of features knows the file.
+
+        Args:
+            name: what an error calls the picture.
         """
-        if bgr and isinstance(source, np.ndarray):
+        key = b""
+        if self.features is not None and request.cache_images and isinstance(source, bytes):
+            key = key_of(source)
+            if (known := self.features.find(key)) is not None:
+                return None, known
+        if request.bgr and isinstance(source, np.ndarray):
             source = source[..., ::-1]
         with memory_for("preprocess"):
             image = self._preprocessor.open_image(source, name)
-            return image, self._preprocessor(image)
+            layout = self._preprocessor(image)
+        return image, KeyedLayout.of(layout, key) if key else layout
 
     def _sampling_options(self, request: Request) -> SamplingOptions:
         """The request's options over the bundle's, texts of bad words as token ids."""

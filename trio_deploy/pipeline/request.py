@@ -58,6 +58,8 @@ class Request(SamplingOptions):
             probabilities.
         top_logprobs: record how likely each token was, and this many most likely ones (0: the token
             alone), in `Generation.token_logprobs`; None: nothing.
+        cache_images: keep what the vision tower makes of pictures for later requests, and use what
+            is kept, where the pipeline has a cache for it.
         ignore_eos: go on after an end token, as benchmarks of a fixed length want it.
         bundle_sampling: take sampling options that are None from the bundle, which has them from
             the checkpoint's generation_config.json; False: an option that is None has no effect.
@@ -75,6 +77,7 @@ class Request(SamplingOptions):
     bgr: bool = False
     top_logprobs: int | None = None
     ignore_eos: bool = False
+    cache_images: bool = True
 
     def check(self, vocabulary: int | None = None) -> None:
         """Check the kinds of all fields, and the ranges of those that no bundle decides.
@@ -122,7 +125,7 @@ class Request(SamplingOptions):
                 raise TrioError(
                     f"top_logprobs must be 0 to {MAX_TOP_LOGPROBS}, got {self.top_logprobs}"
                 )
-        for name in ("raw", "bundle_sampling", "bgr", "ignore_eos"):
+        for name in ("raw", "bundle_sampling", "bgr", "ignore_eos", "cache_images"):
             if not isinstance(getattr(self, name), bool):
                 raise TrioError(f"{name} must be true or false, got {shown(getattr(self, name))}")
 
@@ -176,7 +179,8 @@ class Generation:
         schedule: pruning points and what to keep at each, at the request's budget.
         kv_bytes: bytes of the keys and values of this sequence's tokens at the end.
         kv_bytes_allocated: bytes of all KV caches of the batch.
-        images: the images, upright RGB; `processed`: their visual tokens and what each one shows.
+        images: the images, upright RGB; none where the cache of features knew one;
+            `processed`: their visual tokens and what each one shows.
         first_logits: float [V], from which the first token was chosen.
         logprobs: natural logarithms of the forced tokens' probabilities; `greedy`: whether each was
             the most likely.

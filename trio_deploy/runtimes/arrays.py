@@ -38,6 +38,15 @@ def copy(target: Array, source: Array) -> None:
         target.device.copy(target, source)
 
 
+def duplicate(array: Array) -> Array:
+    """A copy in memory of its own, where the array is."""
+    if on_host(array):
+        return array.copy()
+    own = array.device.empty(tuple(array.shape), array.dtype)
+    copy(own, array)
+    return own
+
+
 def clear(array: Array) -> None:
     """Set every entry to zero."""
     if on_host(array):

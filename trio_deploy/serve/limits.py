@@ -55,6 +55,8 @@ class ServiceLimits:
         max_timeout_s: longest deadline, and the deadline of requests that name none, seconds.
         max_queue_bytes: bytes of texts, pictures and what the tower takes of them, of all requests
             that wait or run.
+        vision_cache_bytes: bytes of what the vision tower made of pictures, kept for other
+            questions about them, beside `max_queue_bytes`; 0 keeps nothing.
         batcher: limits of the batch and its queue.
     """
 
@@ -71,6 +73,7 @@ class ServiceLimits:
     max_banned: int = 256
     max_timeout_s: float = 300.0
     max_queue_bytes: int = 512 * 2**20
+    vision_cache_bytes: int = 256 * 2**20
     batcher: BatcherLimits = field(default_factory=BatcherLimits)
 
     def __post_init__(self) -> None:
@@ -160,7 +163,7 @@ def _check_range(name: str, value: float) -> None:
     """Raises TrioError for a number that a setting of this name cannot have."""
     if isinstance(value, float) and not (math.isfinite(value) and value > 0):
         raise TrioError(f"{name} must be above 0, got {value}")
-    minimum = 0 if name == "prefillers" else 1
+    minimum = 0 if name in ("prefillers", "vision_cache_bytes") else 1
     if isinstance(value, int) and not minimum <= value < 2**63:
         raise TrioError(f"{name} must be {minimum} or more, got {brief(value)}")
     if value > _MAXIMA.get(name, value):

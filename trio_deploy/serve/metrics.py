@@ -128,6 +128,24 @@ FAMILIES = (
         lambda metrics: metrics.step_rows,
     ),
     Family(
+        "trio_vision_cache_hits_total",
+        "counter",
+        "Pictures whose features were kept from earlier requests",
+        lambda metrics: metrics.vision_cache_hits,
+    ),
+    Family(
+        "trio_vision_cache_misses_total",
+        "counter",
+        "Pictures that the vision tower ran for",
+        lambda metrics: metrics.vision_cache_misses,
+    ),
+    Family(
+        "trio_vision_cache_bytes",
+        "gauge",
+        "Bytes of the features that are kept",
+        lambda metrics: metrics.vision_cache_bytes,
+    ),
+    Family(
         "trio_kv_bytes",
         "gauge",
         "Bytes of keys and values of the tokens of answers being decoded",

@@ -33,7 +33,7 @@ class ClientRequest:
         temperature, …, seed: as in `SamplingOptions`; None: the bundle's own.
         min_tokens: tokens before which no end token comes.
         bad_words: UTF-8 texts that the answer must not contain.
-        logit_bias, top_logprobs, ignore_eos: as in `Request`.
+        logit_bias, top_logprobs, ignore_eos, cache_images: as in `Request`.
         stop: UTF-8 texts that end the answer.
         budget: average share of visual tokens per layer.
         timeout_s: seconds until the deadline, as the client asks for it.
@@ -59,6 +59,7 @@ class ClientRequest:
     logit_bias: Mapping[int, float] | None = None
     top_logprobs: int | None = None
     ignore_eos: bool = False
+    cache_images: bool = True
     seed: int | None = None
     stop: Sequence[bytes] | None = None
     budget: float | None = None
@@ -103,6 +104,7 @@ def check_request(client: ClientRequest, limits: ServiceLimits) -> tuple[Request
         stop=_stop(client, limits),
         top_logprobs=client.top_logprobs,
         ignore_eos=client.ignore_eos,
+        cache_images=client.cache_images,
         budget=limits.budget if client.budget is None else check_budget(client.budget),
         **_sampling(client, limits),
     )

@@ -47,6 +47,8 @@ class Service:
         self._limits = limits or ServiceLimits()
         if warm_up:
             _warm_up(pipeline, self._limits)
+        self._pipeline = pipeline
+        pipeline.cache_features(self._limits.vision_cache_bytes)
         self._admission = Admission(self._limits, pipeline.bundle.config)
         self._batcher = Batcher(pipeline, self._limits.batcher)
         self._rejected: Counter[str] = Counter()
@@ -116,9 +118,15 @@ class Service:
 
     def metrics(self) -> Metrics:
         """A snapshot; `outcomes` has the requests that were not admitted, too."""
-        metrics = self._batcher.metrics()
+        metrics, cache = self._batcher.metrics(), self._pipeline.feature_counts
         with self._lock:
-            return replace(metrics, outcomes=dict(Counter(metrics.outcomes) + self._rejected))
+            return replace(
+                metrics,
+                outcomes=dict(Counter(metrics.outcomes) + self._rejected),
+                vision_cache_hits=cache.hits,
+                vision_cache_misses=cache.misses,
+                vision_cache_bytes=cache.nbytes,
+            )
 
     def close(self, *, timeout: float | None = None) -> bool:
         """Take no more requests, and finish those submitted.
@@ -129,7 +137,9 @@ class Service:
         Returns:
             Whether every request could finish.
         """
-        return self._batcher.close(timeout=timeout)
+        finished = self._batcher.close(timeout=timeout)
+        self._pipeline.cache_features(0)
+        return finished
 
 
 def _warm_up(pipeline: Pipeline, limits: ServiceLimits) -> None:

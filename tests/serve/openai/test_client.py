@@ -225,3 +225,14 @@ def test_what_this_server_alone_can_do_is_one_object(
     assert image["kept"] == [tokens.tolist() for tokens in expected.kept_of_image(0)]
     assert len(image["boxes"]) == 256 and told["kept"]["layers"] == [1, 5, 8]
     assert told["timings"]["first_token_s"] > 0
+
+
+def test_a_picture_is_seen_once_for_all_who_ask_about_it(
+    client: openai.OpenAI, server: HttpServer
+) -> None:
+    create(client, n=3, temperature=1.0)
+    create(client, messages=asking("what is red ?", file()))
+    metrics = server.service.metrics()
+    assert (metrics.vision_cache_misses, metrics.vision_cache_hits) == (1, 3)
+    create(client, extra_body={"trio": {"cache": False}})
+    assert server.service.metrics().vision_cache_hits == 3

@@ -63,6 +63,8 @@ class Metrics:
         prompt_tokens: of prefilled prompts, visual ones before pruning included.
         visual_tokens, kept_tokens: of prefilled prompts, before pruning and after the last point.
         steps: decode steps; `step_rows`: the sum of their rows.
+        vision_cache_hits, vision_cache_misses: pictures found in the cache of features, and those
+            that the tower ran for; `vision_cache_bytes`: its size. A service fills them in.
         prefills: prefills, which took in as many rows altogether as there are first tokens.
     """
 
@@ -81,6 +83,9 @@ class Metrics:
     kept_tokens: int = 0
     steps: int = 0
     step_rows: int = 0
+    vision_cache_hits: int = 0
+    vision_cache_misses: int = 0
+    vision_cache_bytes: int = 0
     prefills: int = 0
 
 

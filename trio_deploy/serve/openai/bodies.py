@@ -83,12 +83,14 @@ class TrioOptions(Struct, forbid_unknown_fields=True):
         kept: report which visual tokens each pruning point kept.
         timings: report seconds per stage.
         timeout_s: seconds until the answer ends with what there is.
+        cache: false: keep nothing of the pictures, and do not look whether they are known.
     """
 
     budget: float | None = None
     kept: bool | None = None
     timings: bool | None = None
     timeout_s: float | None = None
+    cache: bool | None = None
 
 
 class ChatBody(Struct, forbid_unknown_fields=True, kw_only=True):

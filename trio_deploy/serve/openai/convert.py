@@ -96,6 +96,7 @@ def to_asked(body: ChatBody, max_n: int) -> Asked:
         logit_bias=body.logit_bias,
         min_tokens=body.min_tokens,
         ignore_eos=bool(body.ignore_eos),
+        cache_images=trio.cache is not False,
         top_logprobs=(top or 0) if body.logprobs else None,
         seed=None if body.seed is None else body.seed % 2**64,
         stop=None if stop is None else [text.encode(errors="surrogatepass") for text in stop],
