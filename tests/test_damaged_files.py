@@ -25,9 +25,9 @@ from tests.support.pictures import make_picture
 from trio_deploy import Pipeline, TrioError, export_model
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.describe import inspect
+from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.checkpoint.processor_files import checkpoint_assets
 from trio_deploy.checkpoint.resolve import load_recipe
-from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.config.recipe import read_schedule, recipe_folder
 from trio_deploy.config.target import list_targets, target_folder
 from trio_deploy.evaluation.configurations import Source

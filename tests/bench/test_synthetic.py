@@ -10,7 +10,7 @@ import pytest
 from trio_deploy import RuntimeOptions, TrioError
 from trio_deploy.bench.measure import BenchOptions, measure
 from trio_deploy.bench.synthetic import RandomModel, Size, make_bundle, model_of, write_checkpoint
-from trio_deploy.checkpoint.safetensors import Checkpoint
+from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import parse_config, request_limits
 from trio_deploy.graphs.weights import canonical_tensors

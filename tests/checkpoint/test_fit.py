@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 
 from tests.support.checkpoints import VOCAB_SIZE, make_llava, make_llava_next, read_tensor
 from trio_deploy import TrioError
-from trio_deploy.checkpoint.safetensors import Checkpoint
+from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.export.checkpoint import read_checkpoint
 from trio_deploy.families.names import EMBEDDINGS, HEAD
 

@@ -16,10 +16,10 @@ from tests.support.checkpoints import make_llava, read_tensor
 from trio_deploy import TrioError
 from trio_deploy.bundle.weights import PartSource, plan_layout, write_layout
 from trio_deploy.bundle.writer import BundleWriter
+from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.checkpoint.folder import image_settings
 from trio_deploy.checkpoint.safetensors import (
     MAX_HEADER,
-    Checkpoint,
     TensorEntry,
     read_header,
 )

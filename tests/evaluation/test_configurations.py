@@ -15,8 +15,8 @@ from trio_deploy import (
     export_model,
 )
 from trio_deploy.checkpoint import fingerprint
+from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.checkpoint.resolve import load_recipe
-from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.config.recipe import recipe_folder
 from trio_deploy.evaluation.configurations import (
     Bundles,

@@ -32,8 +32,8 @@ from tests.support.waiting import WAIT_S
 from trio_deploy import Bundle, Request, Schedule, TrioError, export_model
 from trio_deploy.bundle import weights as weights_module
 from trio_deploy.bundle.describe import inspect
+from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.checkpoint.resolve import load_recipe
-from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.config.options import ExportOptions, SelectionOptions
 from trio_deploy.export import job as export_module
 from trio_deploy.export.attach import attach_weights

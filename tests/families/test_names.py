@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.checkpoints import LAYOUTS, make_llava, make_llava_next, read_tensor
 from trio_deploy import TrioError
-from trio_deploy.checkpoint.safetensors import Checkpoint
+from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.families.base import Family
 from trio_deploy.families.names import map_checkpoint_names, refuse_adapters
 from trio_deploy.families.registry import get_family, parse_config

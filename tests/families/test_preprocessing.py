@@ -22,8 +22,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from tests.support.checkpoints import preprocessor_of
 from tests.support.pictures import make_picture
 from trio_deploy import TrioError
+from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.checkpoint.resolve import load_recipe
-from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.families.llava_next import visual_tokens as llava_next_tokens
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import parse_config

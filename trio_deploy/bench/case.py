@@ -39,6 +39,8 @@ class Case:
         checkpoint: folder of the checkpoint, for OpenVINO GenAI.
         python: interpreter that has OpenVINO GenAI.
         pruning_ratio: per cent of the visual tokens that GenAI's own pruner is told to drop.
+        halves: whether that pruner chooses in each half of a picture's tokens, as it does unless
+            told otherwise, or among all of them.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Case:
     checkpoint: str | None = None
     python: str | None = None
     pruning_ratio: int | None = None
+    halves: bool = True
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

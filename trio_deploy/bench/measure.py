@@ -154,6 +154,7 @@ class Measurement:
             options.text_tokens,
         )
         self._answers: dict[str, Callable[[int], Run]] = {}
+        self._genai_prunes = False
         self._cases = [case for case in listed if self._open(case)]
 
     def _open(self, case: Case) -> bool:
@@ -161,10 +162,14 @@ class Measurement:
         if case.kind == "genai":  # computes in the pipeline's precision
             options = replace(case.options, precision=self._pipeline.precision)
             case = replace(case, options=options)
+        if not case.halves and not self._genai_prunes:
+            self._skipped[case.name] = "its pruner leaves this model alone"
+            return False
         try:
             answer = self._contenders.open(case, self._work)
             if case.kind in BASELINES:
-                answer(0)  # a baseline that fails is noticed before anything is measured
+                run = answer(0)  # a baseline that fails is noticed before anything is measured
+                self._genai_prunes |= case.pruning_ratio is not None and bool(run.keep)
         except TrioError as error:
             if case.kind not in BASELINES or self._options.baselines:
                 raise
@@ -302,7 +307,7 @@ def _baseline(
         budget=pruned.budget,
         pruning_ratio=ratio,
     )
-    return [genai, own]
+    return [genai, own, replace(own, name=f"{own.name}, not in halves", halves=False)]
 
 
 def _missing(kind: str, bundle: Bundle, options: BenchOptions) -> str | None:

@@ -30,6 +30,7 @@ class Workload:
         width, height: of each picture, in pixels.
         prompt: the text after them.
         new_tokens: generated in every run, the first one included.
+        visual_tokens: of all pictures; 0: not known yet.
     """
 
     images: int
@@ -37,6 +38,7 @@ class Workload:
     height: int
     prompt: str
     new_tokens: int
+    visual_tokens: int = 0
 
     def pictures(self, seed: int) -> list[Image.Image]:
         """Coarse colours with noise: no two patches are equal, neighbours resemble each other.
@@ -118,7 +120,7 @@ def fit_prompt(work: Workload, bundle: Bundle, text_tokens: int) -> tuple[Worklo
     def count(text: str) -> int:
         return inputs.prompt(replace(work, prompt=text).messages(), processed).length - visual
 
-    work = replace(work, prompt=prompt_of_length(count, text_tokens))
+    work = replace(work, prompt=prompt_of_length(count, text_tokens), visual_tokens=visual)
     length = visual + count(work.prompt)
     if length + work.new_tokens > bundle.config.text.max_positions:
         raise TrioError(

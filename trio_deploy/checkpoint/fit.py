@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from trio_deploy.checkpoint.safetensors import Checkpoint, TensorEntry, header_bytes
+from trio_deploy.checkpoint.checkpoint import Checkpoint, WeightEntry
+from trio_deploy.checkpoint.safetensors import TensorEntry, header_bytes
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import OUTSIDE_GRAPHS, ModelConfig, VisionConfig
 from trio_deploy.families.names import EMBEDDINGS, HEAD, canonical_name, refuse_adapters
@@ -60,7 +61,7 @@ def fit_config(checkpoint: Checkpoint, config: ModelConfig) -> ModelConfig:
     """
     refuse_adapters(checkpoint.tensors)
     family = family_of(checkpoint.config)
-    tensors = {canonical_name(family, name): entry for name, entry in checkpoint.tensors.items()}
+    tensors = {canonical_name(family, name): entry for name, entry in checkpoint.weights.items()}
     _check_layers(tensors, config)
     head, table = tensors.get(HEAD), tensors.get(EMBEDDINGS)
     if not config.text.tie_word_embeddings:
@@ -136,7 +137,7 @@ def unused_tensors(
     """
     known = {*used, HEAD, EMBEDDINGS}
     family = family_of(checkpoint.config)
-    names = {name: canonical_name(family, name) for name in checkpoint.tensors}
+    names = {name: canonical_name(family, name) for name in checkpoint.weights}
     unused = (
         name
         for name, canonical in names.items()
@@ -175,8 +176,10 @@ def _check_layers(names: Collection[str], config: ModelConfig) -> None:
             )
 
 
-def _same_values(one: TensorEntry, other: TensorEntry) -> bool:
-    """Whether two tensors are equal to the byte."""
+def _same_values(one: WeightEntry, other: WeightEntry) -> bool:
+    """Whether two weights are float tensors that are equal to the byte."""
+    if not (isinstance(one, TensorEntry) and isinstance(other, TensorEntry)):
+        return False
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with one.file.open("rb") as first, other.file.open("rb") as second:

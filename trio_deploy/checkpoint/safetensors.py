@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder: where each tensor lies in its .safetensors files.
+"""Where each tensor of a checkpoint folder lies in its .safetensors files.
 
 The headers are read here (eight bytes of length, then JSON), so that neither the safetensors
 package nor torch is needed, and no weight byte is touched. Format:
@@ -19,9 +19,7 @@ import numpy as np
 
 from trio_deploy.checkpoint.folder import has_file, read_object
 from trio_deploy.errors import TrioError
-from trio_deploy.families.names import map_checkpoint_names
-from trio_deploy.families.registry import family_of
-from trio_deploy.files import brief, is_folder, parse_json
+from trio_deploy.files import brief, parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,6 +32,13 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+#: The same of the whole numbers that quantised checkpoints hold.
+INTEGERS: dict[str, np.dtype[Any]] = {
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I8": np.dtype("i1"),
 }
 
 _MAX_VALUES = 4_000_000  # in a header: ten a tensor
@@ -68,7 +73,7 @@ class TensorEntry:
         file: the .safetensors file (in a Hugging Face cache, a symbolic link to it).
         offset: first byte, counted from the start of the file.
         nbytes: length in bytes.
-        dtype: as safetensors calls it; `F32`, `F16` or `BF16` for weights that can be used.
+        dtype: as safetensors calls it; `F32`, `F16` or `BF16` for float weights.
     """
 
     file: Path
@@ -77,72 +82,15 @@ class TensorEntry:
     shape: tuple[int, ...]
     dtype: str
 
-
-class Checkpoint:
-    """A folder as `save_pretrained` writes it or the hub delivers it.
-
-    Attributes:
-        path: the folder.
-        tensors: name in the checkpoint → where it lies.
-        config: config.json.
-    """
-
-    def __init__(
-        self, path: Path, tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]
-    ) -> None:
-        self.path = path
-        self.tensors = dict(tensors)
-        self.config = dict(config)
-
-    @classmethod
-    def from_path(cls, folder: str | Path) -> Checkpoint:
-        """Read config.json and the headers of all weight files.
-
-        Raises:
-            TrioError: the folder, config.json, or a shard is missing; a file is corrupt or
-                shorter than its header says; or there are no .safetensors weights.
-        """
-        folder = Path(folder)
-        if not is_folder(folder):
-            raise TrioError(f"there is no checkpoint folder at {folder}: correct the path")
-        config = read_object(folder / "config.json")
-        if config is None:
-            raise TrioError(
-                f"{folder} is not a checkpoint, since it has no config.json: pass the folder of one"
-            )
-        return cls(folder, _weights(folder), config)
-
-    def verify(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorEntry]:
-        """Check that the tensors a model needs are there, of the right shape and a usable type.
-
-        Types may differ from tensor to tensor: a bundle has one type, and converts to it.
-
-        Args:
-            shapes: canonical name → shape of each tensor that the graphs use.
-
-        Returns:
-            canonical name → where the tensor lies, in the order of `shapes`.
-
-        Raises:
-            TrioError: naming the file and the tensor.
-        """
-        names = map_checkpoint_names(family_of(self.config), self.tensors, shapes)
-        found: dict[str, TensorEntry] = {}
-        for canonical, name in names.items():
-            entry = self.tensors[name]
-            if entry.dtype not in DTYPES:
-                raise TrioError(
-                    f"tensor {name!r} in {entry.file} is {entry.dtype}, and weights must be F32, "
-                    "F16 or BF16: use the checkpoint before quantisation"
-                )
-            if entry.shape != shapes[canonical]:
-                raise TrioError(
-                    f"tensor {name!r} in {entry.file} has shape {list(entry.shape)}, but "
-                    f"config.json asks for {list(shapes[canonical])}: download both again, since "
-                    "they do not belong together"
-                )
-            found[canonical] = entry
-        return found
+    def read(self) -> np.ndarray:
+        """Read the tensor whole: of a type in `DTYPES` or `INTEGERS`."""
+        kind = DTYPES.get(self.dtype) or INTEGERS[self.dtype]
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            raw = stream.read(self.nbytes)
+        if len(raw) < self.nbytes:
+            raise TrioError(f"{self.file} is truncated: {_REMEDY}")
+        return np.frombuffer(raw, kind).reshape(self.shape)
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -246,11 +194,15 @@ def missing_weights(folder: Path) -> list[str]:
     return sorted(shard for shard in shards if not has_file(folder / shard))
 
 
-def _weights(folder: Path) -> dict[str, TensorEntry]:
+def read_headers(folder: Path) -> dict[str, TensorEntry]:
     """Read the headers of the weights, and take from them what transformers takes.
 
     The single file comes before the index. Of an index, each listed shard counts as a whole, with
     tensors that the index does not name; a tensor that two shards hold comes from the later name.
+
+    Raises:
+        TrioError: there are no weights, a shard is missing, or a file is corrupt or shorter than
+            its header says.
     """
     single = folder / SINGLE
     if has_file(single):

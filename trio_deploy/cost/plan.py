@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.checkpoint.fit import fit_config
 from trio_deploy.checkpoint.resolve import resolve, source_config
-from trio_deploy.checkpoint.safetensors import Checkpoint, missing_weights
+from trio_deploy.checkpoint.safetensors import missing_weights
 from trio_deploy.config.options import ExportOptions
 from trio_deploy.config.recipe import with_schedule_file
 from trio_deploy.config.target import Target

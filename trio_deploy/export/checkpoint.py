@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from trio_deploy.checkpoint.checkpoint import Checkpoint, WeightEntry
 from trio_deploy.checkpoint.fit import CheckpointInfo, describe_checkpoint, fit_config
 from trio_deploy.checkpoint.folder import refuse_adapter
-from trio_deploy.checkpoint.safetensors import Checkpoint, TensorEntry
+from trio_deploy.checkpoint.safetensors import TensorEntry
+from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config
 from trio_deploy.graphs.weights import canonical_tensors
@@ -45,7 +47,7 @@ def read_checkpoint(folder: Path) -> ReadCheckpoint:
     said = parse_config(checkpoint.config)
     config = fit_config(checkpoint, said)
     shapes = canonical_tensors(config)
-    tensors = checkpoint.verify(shapes)
+    tensors = _floats(checkpoint.verify(shapes))
     info = describe_checkpoint(checkpoint, config, shapes)
     notes = []
     if said.text.tie_word_embeddings and not config.text.tie_word_embeddings:
@@ -60,3 +62,18 @@ def read_checkpoint(folder: Path) -> ReadCheckpoint:
             f"transformers does: {', '.join(info.unused[:_NAMED])}{more}"
         )
     return ReadCheckpoint(config, tensors, info, tuple(notes))
+
+
+def _floats(weights: Mapping[str, WeightEntry]) -> dict[str, TensorEntry]:
+    """Weights that are all float.
+
+    Raises:
+        TrioError: one is quantised, which cannot be exported yet.
+    """
+    floats = {name: entry for name, entry in weights.items() if isinstance(entry, TensorEntry)}
+    if len(floats) < len(weights):
+        raise TrioError(
+            "the checkpoint is quantised, which cannot be exported yet: use the fp32, fp16 or bf16 "
+            "checkpoint it was made from"
+        )
+    return floats

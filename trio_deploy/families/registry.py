@@ -10,6 +10,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families import llava, llava_next, qwen2_vl, qwen3_vl
 from trio_deploy.families.base import Family, Limits, ModelConfig, PatchTowerConfig
 from trio_deploy.files import brief
+from trio_deploy.quant.quantization_config import read_quantization_config
 from trio_deploy.schedule.methods import encoder_scores
 
 FAMILIES: dict[str, Family] = {
@@ -78,11 +79,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(raw, Mapping):
         raise TrioError("config.json must hold an object")
     family = family_of(raw)
-    if raw.get("quantization_config"):
-        raise TrioError(
-            "the checkpoint is quantised (quantization_config in config.json): use the fp32, fp16 "
-            "or bf16 checkpoint it was made from"
-        )
+    read_quantization_config(raw)  # a form that cannot be read is known before any weight is
     return family.read(raw)
 
 

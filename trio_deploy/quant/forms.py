@@ -20,6 +20,7 @@ class CheckpointForm:
     Attributes:
         source: who wrote it, as a bundle records it.
         codes: last part of the name of the tensor of codes; the part before is the module's name.
+        scales: last part of the name of the tensor of scales, the one of floats.
         needed, optional: last parts of the names of a matrix's tensors.
         blocks: reads all but the codes, given their tensor's shape, and a name for messages.
         unpack: takes the codes apart, uint8 [N, K].
@@ -27,6 +28,7 @@ class CheckpointForm:
 
     source: str
     codes: str
+    scales: str
     needed: tuple[str, ...]
     optional: tuple[str, ...]
     blocks: Callable[[tuple[int, ...], Mapping[str, np.ndarray], str], Blocks]
@@ -43,19 +45,28 @@ class CheckpointForm:
 
 
 _GPTQ = CheckpointForm(
-    "gptq", gptq.CODES, gptq.NEEDED, gptq.OPTIONAL, gptq.blocks_of_gptq, gptq.codes_of_gptq
+    "gptq",
+    gptq.CODES,
+    "scales",
+    gptq.NEEDED,
+    gptq.OPTIONAL,
+    gptq.blocks_of_gptq,
+    gptq.codes_of_gptq,
 )
 
 FORMS: dict[str, CheckpointForm] = {
     "compressed-tensors": CheckpointForm(
         "compressed-tensors",
         compressed_tensors.CODES,
+        "weight_scale",
         compressed_tensors.NEEDED,
         compressed_tensors.OPTIONAL,
         compressed_tensors.blocks_of_compressed_tensors,
         compressed_tensors.codes_of_compressed_tensors,
     ),
-    "awq": CheckpointForm("awq", awq.CODES, awq.NEEDED, (), awq.blocks_of_awq, awq.codes_of_awq),
+    "awq": CheckpointForm(
+        "awq", awq.CODES, "scales", awq.NEEDED, (), awq.blocks_of_awq, awq.codes_of_awq
+    ),
     "gptq": _GPTQ,
     "gptq_v2": replace(_GPTQ, blocks=partial(gptq.blocks_of_gptq, less=0)),
 }

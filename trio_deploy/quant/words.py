@@ -51,10 +51,14 @@ class Blocks:
     zero: np.ndarray | None
 
     @property
+    def centred(self) -> bool:
+        """Whether all zero points are 2^(bits-1)."""
+        return self.zero is None or bool((self.zero == 1 << (self.bits - 1)).all())
+
+    @property
     def symmetric(self) -> bool:
         """Whether the matrix surely needs no zero points."""
-        middle = self.zero is None or bool((self.zero == 1 << (self.bits - 1)).all())
-        return middle and bool((self.scale >= 0).all())
+        return self.centred and bool((self.scale >= 0).all())
 
 
 def matrix_of(codes: np.ndarray, blocks: Blocks) -> QuantisedMatrix:

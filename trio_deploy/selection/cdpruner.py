@@ -31,10 +31,10 @@ from trio_deploy.selection.choice import Choice, Value
 if TYPE_CHECKING:
     from trio_deploy.selection.site import Site
 
-# Below it rounding in fp32 orders the gains; published code has 1e-6. Up to 33 % of the tokens on
-# the shipped model's activations, and up to 60 % on SmolLM2's, the picks are fp64's with either but
-# for 2 of 12,240 and 2 of 4,005. At 60 % on the former, beyond the kernel's rank, 276 of 11,088
-# picks are not fp64's with 1e-6, and 31 with 1e-4; 1e-3 leaves none, but ends the picks below 33 %.
+# Below it rounding in fp32 orders the gains. Up to 33 % of the tokens on the shipped model's
+# activations, and up to 60 % on SmolLM2's, 1e-4 and 1e-6 give the same picks, and fp64's but for 2
+# of 12,240 and 2 of 4,005. At 60 % on the former, beyond the kernel's rank, 276 of 11,088 picks are
+# not fp64's with 1e-6, and 31 with 1e-4; 1e-3 leaves none, but ends the picks below 33 %.
 _LEAST_GAIN = 1e-4
 _OFFSET = 1e-6  # of relevances before they are scaled: the least is not quite 0
 _TIE = 1e-4  # gains closer than this, relative to the greatest, count as equal: the earlier wins

@@ -6,9 +6,9 @@ import hashlib
 from pathlib import Path
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.checkpoint.fit import first_difference, fit_config, header_digests
 from trio_deploy.checkpoint.resolve import from_folder
-from trio_deploy.checkpoint.safetensors import Checkpoint
 from trio_deploy.errors import TrioError
 from trio_deploy.families.registry import parse_config
 from trio_deploy.verify.compare import ParityRow

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -30,6 +31,8 @@ _MODEL = "openvino_language_model.xml"
 _CONVERSION = (
     "optimum.commands.optimum_cli export openvino --task image-text-to-text --weight-format fp16"
 ).split()
+_SPLIT = "CDPRUNER_SPLIT_THRESHOLD"  # visual tokens beyond which its pruner halves them; 0: never
+_TEXT_ROOM = 8192  # tokens of text beside the visual ones that a prompt may have
 _PRECISIONS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -73,6 +76,7 @@ def _convert(checkpoint: Path, out: Path, python: str) -> None:
         [python, "-m", *_CONVERSION, "--model", str(checkpoint), str(out)],
         capture_output=True,
         text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},  # all it needs is in the folder
     )
     if done.returncode or not (out / _MODEL).is_file():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -110,7 +114,10 @@ class GenAI:
             "prompt": work.prompt,
             "new_tokens": work.new_tokens,
             "pruning_ratio": case.pruning_ratio,
+            "most_tokens": work.visual_tokens + _TEXT_ROOM,
         }
+        self._halves = case.halves
+        environment = {name: value for name, value in os.environ.items() if name != _SPLIT}
         with self._errors.open("w", encoding="utf-8") as errors:
             self._child = subprocess.Popen(
                 [python, "-I", str(_CHILD), json.dumps(arguments)],
@@ -118,6 +125,7 @@ class GenAI:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                env=environment if case.halves else {**environment, _SPLIT: "0"},
             )
 
     def __enter__(self) -> GenAI:
@@ -151,11 +159,13 @@ class GenAI:
         np.save(file, np.stack([np.asarray(image) for image in self._work.pictures(seed)]))
         reply = self._ask(str(file))
         return Run(
-            stages={},  # GenAI reports preprocessing, vision and prefill as one figure
+            stages=_stages(reply),
             first_token_s=reply["first_token_s"],
             tokens_per_s=reply["tokens_per_s"],
             prompt_tokens=reply["input_tokens"],
-            remark=pruning_text(reply["pruning"]),
+            visual_tokens=self._work.visual_tokens,
+            keep=_kept(reply["pruning"], self._work.visual_tokens),
+            remark=pruning_text(reply["pruning"], self._work.visual_tokens, self._halves),
             precision=self._precision,
             # GenAI does not say what it computes in: its properties are those that were passed.
             ran_as=RanAs("openvino genai", None, None, "float16", self._precision, "CPU"),
@@ -175,21 +185,51 @@ class GenAI:
         raise TrioError(f"OpenVINO GenAI failed on this checkpoint ({errors[-1]})")
 
 
-def pruning_text(tried: Mapping[str, Any] | None) -> str:
+def _stages(reply: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds per stage; empty where this version of GenAI does not report them.
+
+    What it calls vision includes preprocessing; the embedding of text and its pruner are what is
+    left of preparing the language model's inputs.
+    """
+    vision, prepare = reply["vision_s"], reply["prepare_s"]
+    if vision is None or prepare is None:
+        return {}
+    prefill = reply["first_token_s"] - prepare
+    return {"vision": vision, "embed": max(0.0, prepare - vision), "prefill": max(0.0, prefill)}
+
+
+def _dropped(tried: Mapping[str, Any] | None) -> int:
+    """Input tokens that GenAI's pruner dropped."""
+    return 0 if tried is None or not tried["known"] else tried["before"] - tried["after"]
+
+
+def _kept(tried: Mapping[str, Any] | None, visual: int) -> tuple[int, ...]:
+    """Visual tokens that GenAI's pruner left; empty where it dropped none."""
+    dropped = _dropped(tried)
+    return (visual - dropped,) if dropped else ()
+
+
+def pruning_text(tried: Mapping[str, Any] | None, visual: int, halves: bool) -> str:
     """What GenAI's own pruner did, for a table; "" if it was not tried.
 
     Args:
-        tried: `known`, whether this GenAI has a pruner; `ratio`, its per cent; `before` and
-            `after`, the input tokens without and with it; `same`, whether both gave one answer.
+        tried: `known`, whether this GenAI has a pruner; `ratio`, its per cent; `relevance_weight`;
+            `before` and `after`, the input tokens without and with it; `same`, whether both gave
+            one answer.
+        visual: visual tokens of the request.
+        halves: whether it chose in each half of them.
     """
     if tried is None:
         return ""
     if not tried["known"]:
         return "this version has no pruning_ratio, so nothing was pruned"
     told = f"pruning_ratio {tried['ratio']} %"
-    dropped = tried["before"] - tried["after"]
-    if dropped:
-        return f"{told} dropped {dropped} of {tried['before']} input tokens"
+    if dropped := _dropped(tried):
+        how = "in each half" if halves else f"among all of them ({_SPLIT}=0)"
+        return (
+            f"{told}, relevance_weight {tried['relevance_weight']}: kept {visual - dropped} of "
+            f"{visual} visual tokens, chosen {how}"
+        )
     if tried["same"]:
         return f"{told} was ignored: as many input tokens and the same answer without it"
     return f"{told} changed the answer, and not the number of input tokens that is reported"
