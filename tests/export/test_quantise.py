@@ -13,7 +13,7 @@ from tests.support.bundles import Bundles
 from trio_deploy import Bundle, export_model
 from trio_deploy.bundle.describe import inspect
 from trio_deploy.bundle.manifest import Manifest, Quantization
-from trio_deploy.checkpoint.safetensors import Checkpoint
+from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.config.options import ExportOptions
 from trio_deploy.config.recipe import read_recipe
 from trio_deploy.errors import TrioError
