@@ -164,6 +164,18 @@ def test_keeps_between_two_budgets_of_a_recipe_are_interpolated_linearly():
     assert [point.keep for point in halfway.points] == pytest.approx([0.55, 0.325])
 
 
+def test_proportions_of_a_recipe_hold_for_the_smallest_keeps():
+    recipe = {0.00055: Schedule.parse("0:0.001,1:0.0001")}
+    schedule = solve(0.0005, 2, (0, 1), like=recipe)
+    assert [point.keep for point in schedule.points] == [0.000909, 0.000091]
+
+
+def test_between_the_published_budgets_the_proportions_are_interpolated_linearly():
+    first, *others = (point.keep for point in solve(96 / 576, 32).points)
+    shares = [(54 / 92 + 128 / 218) / 2, (22 / 92 + 54 / 218) / 2]
+    assert [keep / first for keep in others] == pytest.approx(shares, abs=1e-5)
+
+
 def test_a_recipes_budget_of_1_keeps_all_whatever_rounding_says():
     """3 / (3 · 0.29) · 0.29 is above 1 by a rounding."""
     schedule = solve(0.5, 5, (1, 2), like={1.0: Schedule.parse("1:1.0,2:0.29")})
