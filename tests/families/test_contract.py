@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from trio_deploy.families.base import TowerSizes
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import FAMILIES, parse_config, request_limits
 
@@ -81,6 +82,39 @@ def test_no_image_brings_more_than_the_family_says(family):
         if config.pixels is None:
             assert tiles[0].size == limits.tile_values
             assert layout.feature_rows == len(tiles) * limits.tile_rows
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_names_on_the_hub_are_those_that_the_prefixes_undo(family):
+    from trio_deploy.families.names import canonical_name
+    from trio_deploy.graphs.weights import canonical_tensors
+
+    for name in canonical_tensors(parse_config(family.tiny())):
+        assert canonical_name(family, family.hub.name(name)) == name
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_a_config_of_any_sizes_is_read_as_these_sizes(family):
+    tower = TowerSizes(width=32, layers=4, mlp=64, heads=2, image=224, patch=14)
+    text = {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "vocab_size": 300,
+        "max_position_embeddings": 500,
+    }
+    raw = family.hub.config(tower, text) | dict.fromkeys(family.hub.tokens, 4)
+    config = parse_config(raw)
+    vision, read = config.vision, config.text
+    assert config.family == family.name and config.image_token_id == 4
+    sizes = (vision.hidden_size, vision.num_layers, vision.intermediate_size, vision.num_heads)
+    assert sizes == (32, 4, 64, 2) and vision.patch_size == 14
+    assert (read.hidden_size, read.intermediate_size, read.num_layers) == (48, 80, 5)
+    assert (read.num_heads, read.num_kv_heads, read.head_dim) == (3, 1, 16)
+    assert (read.vocab_size, read.max_positions) == (300, 500)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)

@@ -131,8 +131,16 @@ FAMILY = Family(
     counts=counts,
     request_limits=request_limits,
     reference="halves",
-    hub=clip_hub("halves", "LlavaForConditionalGeneration", lambda tower: {}),
     tiny=partial(tiny_clip_llama, "LlavaForConditionalGeneration", model_type="halves"),
+    hub=replace(
+        clip_hub("halves", "LlavaForConditionalGeneration", lambda tower: {}),
+        prefixes=(
+            ("vision_tower.", "sight."),
+            ("multi_modal_projector.", "bridge."),
+            ("lm_head.", "words.head."),
+            ("language_model.", "words."),
+        ),
+    ),
 )
 
 # --- reference/adapters.py ------------------------------------------------------------------------
@@ -167,17 +175,9 @@ def write_checkpoint(llava: Path, folder: Path) -> Path:
     shutil.copytree(llava, folder)
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "halves"}
     (folder / "config.json").write_text(json.dumps(config))
-    ours = {
-        "vision_tower.": "sight.",
-        "multi_modal_projector.": "bridge.",
-        "lm_head.": "words.head.",
-        "language_model.": "words.",
-    }
 
     def renamed(name: str) -> str:
-        name = canonical_name(FAMILIES["llava"], name)
-        prefix = next(prefix for prefix in ours if name.startswith(prefix))
-        return ours[prefix] + name.removeprefix(prefix)
+        return FAMILY.hub.name(canonical_name(FAMILIES["llava"], name))
 
     tensors = load_file(folder / "model.safetensors")
     save_file(

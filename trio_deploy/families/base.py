@@ -375,7 +375,7 @@ class HubLayout:
         tokens: special tokens of pictures, by the key of config.json that holds their id; the
             token that stands for a picture comes first.
         picture: what a chat template writes for a picture, and raw prompts begin with.
-        name: name of a tensor on the hub, from its canonical name.
+        prefixes: (canonical prefix, prefix on the hub); the first that fits a name counts.
         config: config.json without `tokens` for sizes of the tower and, in transformers' words, of
             the language model. Raises TrioError on sizes that the family cannot have.
         files: preprocessor_config.json and processor_config.json of a model that has none.
@@ -385,11 +385,18 @@ class HubLayout:
 
     tokens: Mapping[str, str]
     picture: str
-    name: Callable[[str], str]
+    prefixes: tuple[tuple[str, str], ...]
     config: Callable[[TowerSizes, Mapping[str, Any]], dict[str, Any]]
     files: Callable[[ModelConfig], dict[str, dict[str, Any]]]
     whole: Callable[[ModelConfig], ModelConfig] = _itself
     unread: Callable[[ModelConfig], dict[str, tuple[int, ...]]] = _nothing
+
+    def name(self, canonical: str) -> str:
+        """A tensor's name on the hub."""
+        for ours, theirs in self.prefixes:
+            if canonical.startswith(ours):
+                return theirs + canonical[len(ours) :]
+        return canonical
 
 
 @dataclass(frozen=True)

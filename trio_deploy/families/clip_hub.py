@@ -48,19 +48,12 @@ def clip_hub(
     return HubLayout(
         tokens={"image_token_index": "<image>"},
         picture="<image>",
-        name=_hub_name,
+        prefixes=_PREFIXES,
         config=config,
         files=clip_processor_files,
         whole=_whole,
         unread=_unread,
     )
-
-
-def _hub_name(name: str) -> str:
-    for ours, theirs in _PREFIXES:
-        if name.startswith(ours):
-            return theirs + name[len(ours) :]
-    return name
 
 
 def _whole(config: ModelConfig) -> ModelConfig:

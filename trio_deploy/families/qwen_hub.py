@@ -27,15 +27,8 @@ def qwen_hub(
     """The layout of a family.
 
     Args:
-        config: as of `HubLayout`.
-        prefixes: (canonical prefix, prefix on the hub), of which the first that fits counts.
+        config, prefixes: as of `HubLayout`.
     """
-
-    def name(canonical: str) -> str:
-        for ours, theirs in prefixes:
-            if canonical.startswith(ours):
-                return theirs + canonical[len(ours) :]
-        return canonical
 
     def files(model: ModelConfig) -> dict[str, dict[str, Any]]:
         settings, _ = patch_settings(_pixel_bounds(model), model)
@@ -46,7 +39,9 @@ def qwen_hub(
             "processor_config.json": {},
         }
 
-    return HubLayout(tokens=_TOKENS, picture=_PICTURE, name=name, config=config, files=files)
+    return HubLayout(
+        tokens=_TOKENS, picture=_PICTURE, prefixes=prefixes, config=config, files=files
+    )
 
 
 def _pixel_bounds(model: ModelConfig) -> dict[str, int]:
