@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.support.qwen_checkpoints import LAYOUTS, flat, make_qwen, preprocessi
 from tests.support.qwen_models import ARCHITECTURES, FAMILIES, config_json, model_config
 from trio_deploy import TrioError
 from trio_deploy.checkpoint.resolve import from_folder, source_config
+from trio_deploy.config.recipe import list_recipes, read_recipe
 from trio_deploy.export.checkpoint import read_checkpoint
 from trio_deploy.families.base import grids_of
 from trio_deploy.families.bounds import PATCH_TOWER
@@ -228,6 +230,53 @@ def test_pixels_and_tokens_equal_transformers(family, size):
     wanted |= {"window_index", "window_slot"} if vision.window else set()
     wanted |= {"position_taps", "position_weights"} if vision.position_side else set()
     assert set(ours.feeds) == wanted
+
+
+RECIPES = [name for name in list_recipes() if name.startswith(("qwen", "cosmos"))]
+ANY_SIZE = [
+    *[(28, 28), (1, 1), (27, 29), (33, 47), (640, 480), (481, 639), (1008, 1008), (1000, 999)],
+    *[(2048, 300), (300, 2048), (99, 1000), (2048, 1536), (4000, 20), (20, 3990), (5600, 28)],
+]
+
+
+_picture = cache(make_picture)
+
+
+@cache
+def _processed(settings: str, size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
+    """Patches and grid by transformers, of settings as JSON."""
+    made = Qwen2VLImageProcessorPil(**json.loads(settings))
+    theirs = made(images=[_picture(*size)], return_tensors="np")
+    return theirs["pixel_values"], theirs["image_grid_thw"][0].tolist()
+
+
+def test_there_are_ten_recipes():
+    assert len(RECIPES) == 10
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_pixels_at_the_bounds_of_every_recipe_equal_transformers(recipe):
+    """Its own least pixels and most, of pictures smaller and larger than both and very long."""
+    read = read_recipe(recipe)
+    config = parse_config(read.architecture)
+    raw = with_max_pixels(read.preprocessing, config, read.max_pixels)
+    preprocessor = Preprocessor(raw, config)
+    least, most = preprocessor.config.pixels
+    assert (least, most) == (read.preprocessing["size"]["shortest_edge"], read.max_pixels)
+    settings = {key: value for key, value in raw.items() if key != "image_processor_type"}
+    # The same bounds, as transformers is told of them.
+    settings["size"] = {"shortest_edge": least, "longest_edge": most}
+    counts = []
+    for size in ANY_SIZE:
+        ours = preprocessor(_picture(*size))
+        pixels, grid = _processed(json.dumps(settings, sort_keys=True), size)
+        np.testing.assert_array_equal(ours.feeds["pixel_values"][0], pixels)
+        assert ours.grids == ((1, grid[1] // 2, grid[2] // 2),)
+        assert len(ours.rows) == len(pixels) // 4
+        counts.append(len(ours.rows))
+    assert max(counts) <= request_limits(preprocessor.config).visual_tokens
+    factor = config.patch_tower.factor
+    assert min(counts) >= least // factor**2 and max(counts) > 0.95 * most // factor**2
 
 
 def test_a_picture_that_is_too_long_is_refused():

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 
+from tests.support.full_runs import only_in_full_runs
 from tests.support.qwen_models import (
     FAMILIES,
     model_config,
@@ -63,6 +64,36 @@ def test_one_graph_equals_transformers_for_grids_of_any_shape(
         assert got.keys() == want.keys()
         for name, values in want.items():
             assert relative(got[name], values) < 5e-6, (grid, name)
+
+
+REAL = ((1, 36, 40), (1, 60, 36))
+SQUARE = {"qwen2_vl": (1, 72, 72), "qwen2_5_vl": (1, 72, 72), "qwen3_vl": (1, 64, 64)}
+"""Patches of a picture of 1008 x 1008 pixels, which Qwen3-VL makes 1024 x 1024."""
+HERE = [(family, *TARGETS[0], None) for family in FAMILIES]
+HERE += [("qwen2_5_vl", *TARGETS[2], 512), ("qwen3_vl", *TARGETS[3], None)]
+LARGE = [
+    (family, *target, block) for family in FAMILIES for target in TARGETS for block in (None, 512)
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "dialect", "runtime", "block"),
+    [
+        case if case in HERE else pytest.param(*case, marks=only_in_full_runs("make tests"))
+        for case in LARGE
+    ],
+)
+def test_pictures_of_real_sizes_equal_transformers(
+    family: str, dialect: str, runtime: str, block: int | None
+) -> None:
+    """Up to 1,296 visual tokens; sides that are multiples of the windows, and that are not."""
+    config = model_config(family)
+    graph = build_vision(config, GraphOptions(dialect=dialect, query_block=block))
+    runner = Runner(graph, weights_of(shared_model(family)), runtime)
+    for grid in (*REAL, SQUARE[family]):
+        got = runner({"pixel_values": pixels(config, grid), **tower_feeds(config, grid)})
+        for name, values in expected(family, grid).items():
+            assert relative(got[name], values) < 5e-6, (grid, name, relative(got[name], values))
 
 
 @pytest.mark.parametrize(("dialect", "runtime"), TARGETS)

@@ -20,6 +20,7 @@ from trio_deploy.verify.compare import TOLERANCES, ParityRow, compare_stages
 TARGETS = [("ort", "ort"), ("onnx", "ort"), ("primitive", "ort"), ("primitive", "openvino")]
 PROMPTS = ((3, (4, 5), 9), (6,), ((3, 2), 5, (2, 9), 4))
 SCHEDULES = ("1:0.34,3:0.2:fastv", "0:0.6:divprune,2:0.3:topk-gradient", "2:0.5:dart,4:0.2:random")
+CDPRUNER = "0:0.6:cdpruner,3:0.3:cdpruner"
 
 CASES = [
     (family, SCHEDULES[(f + t) % 3], *target)
@@ -27,6 +28,8 @@ CASES = [
     for t, target in enumerate(TARGETS)
 ]
 CASES += [(family, schedule, "ort", "ort") for family in FAMILIES for schedule in SCHEDULES]
+CASES += [("qwen2_5_vl", CDPRUNER, *target) for target in TARGETS[:3]]
+CASES += [("qwen3_vl", CDPRUNER, *target) for target in TARGETS]
 CASES = list(dict.fromkeys(CASES))
 """Every family on every runtime, and with every schedule."""
 
@@ -85,10 +88,14 @@ def test_a_graph_that_decodes_all_layers_equals_the_oracle(dialect: str) -> None
     assert [row for row in rows if not row.passed] == []
 
 
+HALF = list(zip(FAMILIES, ["ort", "onnx", "primitive"], SCHEDULES[:1] * 3, strict=True))
+HALF += [("qwen2_5_vl", "onnx", CDPRUNER), ("qwen3_vl", "ort", CDPRUNER)]
+
+
 @pytest.mark.parametrize(
-    ("family", "dialect"), list(zip(FAMILIES, ["ort", "onnx", "primitive"], strict=True))
+    ("family", "dialect", "schedule"), [*HALF, ("qwen3_vl", "primitive", CDPRUNER)]
 )
-def test_half_precision_is_within_its_tolerance(family: str, dialect: str) -> None:
+def test_half_precision_is_within_its_tolerance(family: str, dialect: str, schedule: str) -> None:
     options = GraphOptions(dialect=dialect, positions="original", dtype="float16")
-    rows = compare(family, SCHEDULES[0], options, "ort", "float16")
+    rows = compare(family, schedule, options, "ort", "float16")
     assert [row for row in rows if not row.passed] == []

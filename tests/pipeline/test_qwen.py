@@ -23,6 +23,10 @@ from trio_deploy.families.rope import grid_positions
 
 ENGINES = [("ort", "onnxruntime"), ("onnx", "onnxruntime"), ("primitive", "openvino")]
 SCHEDULE = "1:0.5,3:0.25"
+ENCODER = "0:0.6:divprune,2:0.25"
+CASES = [(family, *engine, SCHEDULE) for family in FAMILIES for engine in ENGINES]
+#: What is dropped before the first layer takes no features of deepstack with it.
+CASES += [("qwen3_vl", *engine, ENCODER) for engine in ENGINES]
 
 #: Sizes of the pictures of a conversation, and what stands between and around them.
 PROMPTS: list[list[Any]] = [
@@ -43,12 +47,14 @@ def checkpoint(run_folder: Path):
 
 @pytest.fixture(scope="module")
 def opened(bundles: Bundles, checkpoint):
-    found: dict[tuple[str, str, str], Pipeline] = {}
+    found: dict[tuple[str, ...], Pipeline] = {}
 
-    def of(family: str, dialect: str = "ort", runtime: str = "onnxruntime") -> Pipeline:
-        key = (family, dialect, runtime)
+    def of(
+        family: str, dialect: str = "ort", runtime: str = "onnxruntime", schedule: str = SCHEDULE
+    ) -> Pipeline:
+        key = (family, dialect, runtime, schedule)
         if key not in found:
-            path = bundles.path(checkpoint(family), schedule=SCHEDULE, dialect=dialect)
+            path = bundles.path(checkpoint(family), schedule=schedule, dialect=dialect)
             bundle = Bundle.load(path).with_end_tokens([])
             found[key] = Pipeline.open(bundle, runtime=runtime, threads=1)
         return found[key]
@@ -118,20 +124,20 @@ def test_raw_prompts_are_tokenised_as_by_transformers(opened, family):
         np.testing.assert_array_equal(ours.prompt.positions, expected[:, 0])
 
 
-@pytest.mark.parametrize(("dialect", "runtime"), ENGINES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_of_a_batch_gives_what_it_gives_alone(opened, family, dialect, runtime):
-    pipeline = opened(family, dialect, runtime)
+@pytest.mark.parametrize(("family", "dialect", "runtime", "schedule"), CASES)
+def test_a_row_of_a_batch_gives_what_it_gives_alone(opened, family, dialect, runtime, schedule):
+    pipeline = opened(family, dialect, runtime, schedule)
     budgets = (None, 1.0, None, 0.6)
     requests = [ask(parts, new=3 + 2 * n, budget=budgets[n]) for n, parts in enumerate(PROMPTS)]
     for request, together in zip(requests, pipeline.generate_batch(requests), strict=True):
         assert alike(pipeline.generate(request), together)
 
 
-@pytest.mark.parametrize(("dialect", "runtime"), ENGINES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_requests_that_come_and_go_give_what_they_give_alone(opened, family, dialect, runtime):
-    pipeline = opened(family, dialect, runtime)
+@pytest.mark.parametrize(("family", "dialect", "runtime", "schedule"), CASES)
+def test_requests_that_come_and_go_give_what_they_give_alone(
+    opened, family, dialect, runtime, schedule
+):
+    pipeline = opened(family, dialect, runtime, schedule)
     requests = [ask(PROMPTS[n % 4], new=2 + n) for n in range(6)]
     with Batcher(pipeline, max_rows=3) as batcher:
         answers = [each.result(timeout=300) for each in [batcher.submit(r) for r in requests]]

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from tests.support.bundles import made_once
+from tests.support.full_runs import only_in_full_runs
 from trio_deploy import export_model
 from trio_deploy.families.clip_images import clip_processor_files
 from trio_deploy.families.preprocessing import Preprocessor
@@ -55,9 +56,7 @@ END = 2
 SCHEDULE = "8:0.5,16:0.25,22:0.1"
 
 #: What `make tests` leaves out and `make tests ALL=1` runs, since real weights take their time.
-in_full_runs = pytest.mark.skipif(
-    not os.environ.get("ALL"), reason="real weights: make tests ALL=1 runs this case, too"
-)
+in_full_runs = only_in_full_runs("real weights: make tests")
 
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"

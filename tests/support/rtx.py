@@ -15,6 +15,7 @@ import onnx
 import pytest
 
 from tests.support.bundles import Bundles, made_once
+from tests.support.full_runs import only_in_full_runs
 from tests.support.qwen_checkpoints import make_qwen
 from tests.support.weights_as_inputs import with_matrices_as_inputs
 from trio_deploy import Bundle
@@ -76,9 +77,7 @@ SMALL_QWEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 SMALL = ("tiny", *SMALL_QWEN)
 
 #: What `make rtx-tests` leaves out and `make rtx-tests ALL=1` runs.
-in_full_runs = pytest.mark.skipif(
-    not os.environ.get("ALL"), reason="TensorRT-RTX: make rtx-tests ALL=1 runs this case, too"
-)
+in_full_runs = only_in_full_runs("TensorRT-RTX: make rtx-tests")
 
 
 def require_compiler() -> None:

@@ -14,6 +14,7 @@ from trio_deploy.verify.compare import (
     compare_selection,
     difference,
     difference_of_proportions,
+    most_excluded,
     tied,
 )
 
@@ -119,6 +120,18 @@ def test_tokens_that_may_change_places_are_counted():
     assert not tied(reference * 1.01, reference).any()  # a common factor changes no rank
     wide = reference + np.array([0.0, 0.0, 0.0, 3.5])
     assert tied(wide, reference).tolist() == [False, True, True, True]
+
+
+def test_the_share_of_tokens_in_doubt_that_is_taken_grows_with_their_number():
+    """As it does for scores that are spread evenly, with errors that stay the same."""
+    draw, shares = np.random.default_rng(0), []
+    for count in (256, 1024, 4096):
+        reference = draw.random((200, count)) + 1
+        scores = reference + draw.normal(0, 3e-6, reference.shape)
+        doubtful = [tied(one, other) for one, other in zip(scores, reference, strict=True)]
+        shares.append(np.mean(doubtful) / most_excluded(0.01, count))
+    assert shares == pytest.approx([shares[0]] * 3, rel=0.2) and 0.1 < shares[0] < 1
+    assert most_excluded(0.01, 1) == most_excluded(0.01, 256) == 0.01
 
 
 def test_padding_is_not_compared_and_everything_else_is():

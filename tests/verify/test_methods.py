@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from tests.support.checkpoints import make_llava, make_llava_next
+from tests.support.qwen_checkpoints import shared_checkpoint
+from tests.support.qwen_models import FAMILIES as QWEN_FAMILIES
 from trio_deploy import Bundle, Pipeline, Request, check, export_model
 from trio_deploy.schedule.methods import METHODS, SEEDS, encoder_scores
 from trio_deploy.verify.examples import default_examples
@@ -53,6 +55,32 @@ def test_a_method_agrees_with_the_oracle_inside_the_model_and_at_the_encoder(
     assert all(row.overlap in (None, 1.0) for row in report.rows)
     outputs = [tensor.name for tensor in bundle.stages["vision"].outputs]
     assert outputs == ["image_features", *encoder_scores([method])]
+
+
+WITHOUT_CLASS_TOKEN = [name for name in METHODS if not encoder_scores([name])]
+QWEN = [
+    (method, QWEN_FAMILIES[n % 3], list(DIALECTS)[(n + n // 3) % 3], "float32")
+    for n, method in enumerate(WITHOUT_CLASS_TOKEN)
+]
+QWEN += [("cdpruner", f, d, "float32") for f, d in zip(QWEN_FAMILIES, DIALECTS, strict=True)]
+QWEN += [("cdpruner", "qwen3_vl", "ort", "float16"), ("trio", "qwen2_5_vl", "onnx", "float16")]
+QWEN += [("cdpruner", "qwen2_5_vl", "primitive", "float16")]
+
+
+@pytest.mark.parametrize(("method", "family", "dialect", "dtype"), list(dict.fromkeys(QWEN)))
+def test_a_method_agrees_with_the_oracle_where_tokens_have_three_positions(
+    method, family, dialect, dtype, run_folder, tmp_path
+):
+    bundle, report = checked(
+        shared_checkpoint(run_folder, family),
+        tmp_path / "b",
+        f"0:0.6:{method},1:0.4:{method},3:0.2:{method}",
+        dialect,
+        target="cpu-openvino" if dialect == "primitive" else "cpu",
+        dtype=dtype,
+    )
+    assert bundle.manifest.dtype == dtype and bundle.manifest.positions == "original"
+    assert dtype != "float32" or all(row.overlap in (None, 1.0) for row in report.rows)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -56,6 +56,28 @@ def test_a_bundle_with_bounds_of_its_own_that_prunes_at_the_encoder_passes(tmp_p
     assert again.passed, format_report(again)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_picture_of_1008_pixels_square_passes(family: str, tmp_path: Path) -> None:
+    """1,296 visual tokens (1,024 of Qwen3-VL), through a few narrow layers."""
+    vision: dict[str, Any] = {"depth": 2}
+    if family == "qwen2_5_vl":
+        vision["fullatt_block_indexes"] = [1]
+    if family == "qwen3_vl":
+        vision["deepstack_visual_indexes"] = [0, 1]
+    make_qwen(
+        tmp_path / "checkpoint",
+        family,
+        text={"num_hidden_layers": 3},
+        vision=vision,
+        most_tokens=1296,
+    )
+    options = {"schedule": "0:0.334:divprune,2:0.111", "dialect": TARGETS[family]}
+    bundle = export_model(tmp_path / "checkpoint", tmp_path / "bundle", progress=False, **options)
+    examples = [Example("what color is the circle ?", (picture(1008, 1008, 0),))]
+    report = check(bundle, checkpoint=tmp_path / "checkpoint", examples=examples, threads=1)
+    assert report.passed, format_report(report)
+
+
 class Without:
     """A graph that is given other values of one input."""
 

@@ -41,8 +41,9 @@ class Tolerance:
             wrong weights much.
         per_token: the same of hidden states, each token over its own values.
         overlap: minimum share of the kept visual tokens that are the reference's.
-        excluded: maximum share of the visual tokens whose rank lies within the error; None if the
-            kept tokens are compared by `overlap` alone.
+        excluded: maximum share of the visual tokens whose rank lies within the error, of rows of
+            up to `CROWDED` (`most_excluded`); None if the kept tokens are compared by `overlap`
+            alone.
         tokens: whether greedy tokens must be the reference's.
     """
 
@@ -71,6 +72,9 @@ TOLERANCES = {
         relative=8e-2, proportions=6e-2, per_token=8e-2, overlap=0.9, excluded=None, tokens=False
     ),
 }
+
+CROWDED = 256
+"""Visual tokens of a row from which on scores lie closer together than `excluded` was set for."""
 
 CODED_PRODUCTS = 3e-2
 """`relative` and `per_token` of segments whose activations are rounded to 8 bit in products."""
@@ -279,11 +283,20 @@ def compare_selection(
     if tolerance.excluded is None:
         if overlap < tolerance.overlap:
             problems.append(f"keep_index: only {overlap:.1%} of the kept tokens agree")
-    elif excluded > tolerance.excluded:
+    elif excluded > most_excluded(tolerance.excluded, max(row.visual for row in rows)):
         problems.append(f"saliency: the rank of {excluded:.1%} of the tokens lies within the error")
     return ParityRow(
         name, max_abs, max_rel, "saliency", overlap, excluded, problem=_summary(problems)
     )
+
+
+def most_excluded(share: float, visual: int) -> float:
+    """`Tolerance.excluded` of rows of so many visual tokens.
+
+    The scores of n tokens lie about 1/n apart, so the share of them that an error reaches grows
+    with n.
+    """
+    return share * max(1.0, visual / CROWDED)
 
 
 @dataclass(frozen=True)
