@@ -62,6 +62,7 @@ ALLOWED = {
         "cost.device_memory",
     ),
     "starlette uvicorn httptools": ("serve.openai",),
+    "llguidance": ("pipeline.grammar",),
     "onnxruntime": ("runtimes.onnxruntime",),
     # The last is a program for an environment with OpenVINO GenAI, which has no trio_deploy.
     "openvino openvino_genai": (
@@ -72,7 +73,7 @@ ALLOWED = {
     "tensorrt tensorrt_rtx_bindings": ("runtimes.tensorrt.bindings",),
     "cuda": ("runtimes.tensorrt.device",),
 }
-LAZY = {"onnxruntime", "openvino", "tensorrt", "cuda"}
+LAZY = {"llguidance", "onnxruntime", "openvino", "tensorrt", "cuda"}
 
 
 def room(module: str) -> str:

@@ -47,6 +47,7 @@ _EXTRAS = {
     "starlette": "serve",
     "uvicorn": "serve",
     "httptools": "serve",
+    "llguidance": "serve",
 }
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

@@ -12,14 +12,16 @@ import numpy as np
 from PIL import Image
 
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.checkpoint.tokenizer import load_tokenizer
+from trio_deploy.checkpoint.tokenizer import MAX_TOKENIZER, load_tokenizer
 from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import PromptTooLong, TrioError
 from trio_deploy.families.base import Layout, grids_of
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import get_family
+from trio_deploy.files import read_text
 from trio_deploy.pipeline.features import FeatureCache, KeyedLayout, key_of
 from trio_deploy.pipeline.fetch import check_scheme, fetch_pictures, is_address
+from trio_deploy.pipeline.grammar import Grammar, GrammarCompiler
 from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.prompt import Prompt, PromptEncoder
 from trio_deploy.pipeline.request import ImageSource, Request
@@ -39,6 +41,7 @@ class _Checked:
 
     Attributes:
         text: the whole prompt, one placeholder per image; `rendered`: by a chat template.
+        grammar: of the answer's form, at its beginning.
     """
 
     request: Request
@@ -46,6 +49,7 @@ class _Checked:
     schedule: Schedule
     text: str
     rendered: bool
+    grammar: Grammar | None
 
 
 @contextmanager
@@ -87,6 +91,13 @@ class RequestPreparer:
         self._bundle = bundle
         self._preprocessor = Preprocessor.from_json(bundle.preprocessor, bundle.config)
         self._end_tokens = frozenset(bundle.manifest.generation.eos_token_ids)
+        self._grammars = GrammarCompiler(
+            lambda: read_text(
+                bundle.tokenizer_path, "export the bundle again", limit=MAX_TOKENIZER
+            ),
+            bundle.config.text.vocab_size,
+            sorted(self._end_tokens),
+        )
         self._sampling = SamplingOptions.from_json(bundle.manifest.generation.sampling)
 
     def prepare(
@@ -142,9 +153,10 @@ class RequestPreparer:
         sampling = self._sampling_options(request)
         schedule = self._schedule(request)
         text = self.encoder.text(request.prompt, len(request.image_list), raw=request.raw)
-        checked = _Checked(
-            request, sampling, schedule, text, self.encoder.has_template and not request.raw
-        )
+        rendered = self.encoder.has_template and not request.raw
+        form = request.structure
+        grammar = None if form is None else self._grammars.grammar(form)
+        checked = _Checked(request, sampling, schedule, text, rendered, grammar)
         self._check_fits(checked, request.image_list)
         return checked
 
@@ -203,7 +215,7 @@ class RequestPreparer:
             sampler=(
                 Forced(request.forced)
                 if request.forced
-                else Sampler(sampling, prompt.ids, self._end_tokens)
+                else Sampler(sampling, prompt.ids, self._end_tokens, checked.grammar)
             ),
             detokenizer=Detokenizer(self.encoder.decode),
             stop_scanner=StopScanner(request.stop_strings),

@@ -16,6 +16,7 @@ from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError, shown
 from trio_deploy.families.base import Layout
 from trio_deploy.files import require_unicode
+from trio_deploy.pipeline.grammar import Structure
 from trio_deploy.pipeline.sampling import TokenLogprobs
 from trio_deploy.schedule.budget import check_budget
 from trio_deploy.schedule.schedule import Schedule
@@ -58,6 +59,8 @@ class Request(SamplingOptions):
             probabilities.
         top_logprobs: record how likely each token was, and this many most likely ones (0: the token
             alone), in `Generation.token_logprobs`; None: nothing.
+        structure: form that the answer must have, which needs the extra [serve]; an answer that
+            ends by `stop` has it, one that is cut by `length` is the beginning of one.
         cache_images: keep what the vision tower makes of pictures for later requests, and use what
             is kept, where the pipeline has a cache for it.
         ignore_eos: go on after an end token, as benchmarks of a fixed length want it.
@@ -78,6 +81,7 @@ class Request(SamplingOptions):
     top_logprobs: int | None = None
     ignore_eos: bool = False
     cache_images: bool = True
+    structure: Structure | None = None
 
     def check(self, vocabulary: int | None = None) -> None:
         """Check the kinds of all fields, and the ranges of those that no bundle decides.
@@ -124,6 +128,13 @@ class Request(SamplingOptions):
             if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
                 raise TrioError(
                     f"top_logprobs must be 0 to {MAX_TOP_LOGPROBS}, got {self.top_logprobs}"
+                )
+        if self.structure is not None:
+            if not isinstance(self.structure, Structure):
+                raise TrioError(f"structure must be a Structure, got {shown(self.structure)}")
+            if self.ignore_eos or len(self.forced):
+                raise TrioError(
+                    "an answer of a form ends by itself: give no ignore_eos and nothing forced"
                 )
         for name in ("raw", "bundle_sampling", "bgr", "ignore_eos", "cache_images"):
             if not isinstance(getattr(self, name), bool):

@@ -9,6 +9,7 @@ import numpy as np
 
 from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError
+from trio_deploy.pipeline.grammar import Grammar
 
 
 class Sampler:
@@ -19,13 +20,16 @@ class Sampler:
         options: SamplingOptions,
         prompt: Sequence[int] | np.ndarray = (),
         ends: Collection[int] = (),
+        grammar: Grammar | None = None,
     ) -> None:
         """Choose as the options say; None has no effect.
 
         Args:
             prompt: token ids [S] of the prompt before pruning, the image token at visual places.
             ends: tokens that end an answer.
+            grammar: what may come next.
         """
+        self._grammar = grammar
         self._options = options
         self._alters_logits = options.alters_logits
         self._prompt_length = len(prompt)
@@ -48,14 +52,19 @@ class Sampler:
             )
         if self._alters_logits:
             logits = process(logits, self._tokens, self._prompt_length, self._ends, self._options)
+        if self._grammar is not None:
+            logits = self._grammar.mask(logits)
+        if self._alters_logits or self._grammar is not None:
             token = int(np.argmax(logits))
             if logits[token] == -np.inf:
                 raise TrioError(
-                    "suppress_tokens, bad_words, no_repeat_ngram_size and min_new_tokens together "
-                    "leave no token to choose: ask for less"
+                    "suppress_tokens, bad_words, no_repeat_ngram_size, min_new_tokens and the form "
+                    "of the answer together leave no token to choose: ask for less"
                 )
         if not self._options.greedy:
             token = draw(warp(logits.astype(np.float64), self._options), self._generator)
+        if self._grammar is not None and token not in self._ends:
+            self._grammar.take(token)
         if self._alters_logits:  # which alone reads them
             self._tokens = np.append(self._tokens, token)
         return token

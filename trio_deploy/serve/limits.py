@@ -51,7 +51,8 @@ class ServiceLimits:
         max_request_pixels: pixels of all pictures of a request.
         max_prompt_bytes: bytes of the prompt, or of the messages' JSON.
         max_stop, max_stop_bytes: stop strings per request, bytes per stop string or bad word.
-        max_banned: most tokens in suppress_tokens, and most bad words, per request.
+        max_banned: most tokens in suppress_tokens and logit_bias, and most bad words, per request.
+        max_schema_bytes: bytes of the form that a request asks of its answer.
         max_timeout_s: longest deadline, and the deadline of requests that name none, seconds.
         max_queue_bytes: bytes of texts, pictures and what the tower takes of them, of all requests
             that wait or run.
@@ -71,6 +72,7 @@ class ServiceLimits:
     max_stop: int = 8
     max_stop_bytes: int = 256
     max_banned: int = 256
+    max_schema_bytes: int = 2**16
     max_timeout_s: float = 300.0
     max_queue_bytes: int = 512 * 2**20
     vision_cache_bytes: int = 256 * 2**20

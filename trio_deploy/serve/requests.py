@@ -15,6 +15,7 @@ from trio_deploy.checkpoint.conversation import require_text, texts_of
 from trio_deploy.config.sampling import SAMPLING_OPTIONS, SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.files import parse_json
+from trio_deploy.pipeline.grammar import Structure
 from trio_deploy.pipeline.request import Request
 from trio_deploy.schedule.budget import check_budget
 from trio_deploy.serve.limits import ServiceLimits
@@ -33,7 +34,7 @@ class ClientRequest:
         temperature, …, seed: as in `SamplingOptions`; None: the bundle's own.
         min_tokens: tokens before which no end token comes.
         bad_words: UTF-8 texts that the answer must not contain.
-        logit_bias, top_logprobs, ignore_eos, cache_images: as in `Request`.
+        logit_bias, top_logprobs, ignore_eos, cache_images, structure: as in `Request`.
         stop: UTF-8 texts that end the answer.
         budget: average share of visual tokens per layer.
         timeout_s: seconds until the deadline, as the client asks for it.
@@ -60,6 +61,7 @@ class ClientRequest:
     top_logprobs: int | None = None
     ignore_eos: bool = False
     cache_images: bool = True
+    structure: Structure | None = None
     seed: int | None = None
     stop: Sequence[bytes] | None = None
     budget: float | None = None
@@ -81,6 +83,7 @@ class ClientRequest:
             + sum(len(item) for items in lists for item in items or ())
             + 8 * len(self.suppress_tokens or ())
             + 16 * len(self.logit_bias or ())
+            + (self.structure.nbytes if self.structure else 0)
         )
 
 
@@ -105,6 +108,7 @@ def check_request(client: ClientRequest, limits: ServiceLimits) -> tuple[Request
         top_logprobs=client.top_logprobs,
         ignore_eos=client.ignore_eos,
         cache_images=client.cache_images,
+        structure=_structure(client, limits),
         budget=limits.budget if client.budget is None else check_budget(client.budget),
         **_sampling(client, limits),
     )
@@ -212,6 +216,16 @@ def _texts(texts: Sequence[bytes], what: str, limits: ServiceLimits) -> list[str
                 f"{limits.max_stop_bytes}"
             )
     return [_decode(text, f"a {what}") for text in texts]
+
+
+def _structure(client: ClientRequest, limits: ServiceLimits) -> Structure | None:
+    found = client.structure
+    if found is not None and found.nbytes > limits.max_schema_bytes:
+        raise TrioError(
+            f"response_format has {found.nbytes} bytes, but max_schema_bytes is "
+            f"{limits.max_schema_bytes}"
+        )
+    return found
 
 
 def _timeout(client: ClientRequest, limits: ServiceLimits) -> float:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.http_server import asking, data_uri
 from tests.support.tensors import file
+from trio_deploy.pipeline.grammar import Structure
 from trio_deploy.serve.openai.bodies import ChatBody, decode
 from trio_deploy.serve.openai.convert import Asked, to_asked
 from trio_deploy.serve.openai.errors import ApiError
@@ -100,6 +101,30 @@ def test_options_that_belong_to_others_are_refused_alone() -> None:
     assert read(logprobs=True, top_logprobs=3).clients[0].top_logprobs == 3
     assert read(logprobs=False).clients[0].top_logprobs is None
     assert wrong(stream_options={"include_usage": True})[0] == "stream_options"
+
+
+def structure(**fields: Any) -> Structure | None:
+    return read(**fields).clients[0].structure
+
+
+def test_forms_of_answers_are_read_in_openais_way_and_vllms() -> None:
+    assert structure(response_format={"type": "text"}) is None
+    assert structure(response_format={"type": "json_object"}) == Structure('{"type": "object"}')
+    schema = {"name": "a", "strict": True, "schema": {"type": "integer"}}
+    asked = structure(response_format={"type": "json_schema", "json_schema": schema})
+    assert asked == Structure('{"type": "integer"}')
+    assert structure(structured_outputs={"choice": ["a", "b"]}) == Structure(choices=("a", "b"))
+    assert structure(structured_outputs={"regex": "a+"}) == Structure(regex="a+")
+    for json_schema in ({"type": "null"}, '{"type": "null"}'):
+        asked = structure(structured_outputs={"json": json_schema})
+        assert asked == Structure('{"type": "null"}')
+    place = "structured_outputs"
+    for given in ({}, {"choice": ["a"], "regex": "a"}, {"choice": []}, {"choice": [""]}):
+        assert (wrong(structured_outputs=given)[0] or "").startswith(place)
+    both = {"response_format": {"type": "json_object"}, place: {"regex": "a"}}
+    assert wrong(**both)[0] == place
+    lacking = wrong(response_format={"type": "json_schema"})
+    assert lacking[0] == "response_format.json_schema"
 
 
 def picture_part(url: str, role: str = "user", **image: Any) -> list[dict[str, Any]]:

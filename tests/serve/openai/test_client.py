@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 from tests.support.batching import Gate
+from tests.support.bundles import Bundles
+from tests.support.byte_level import byte_level_bundle
 from tests.support.http_server import NAME, HttpServer, asking
 from tests.support.tensors import file
 from tests.support.waiting import WAIT_S, wait_for
@@ -236,3 +240,37 @@ def test_a_picture_is_seen_once_for_all_who_ask_about_it(
     assert (metrics.vision_cache_misses, metrics.vision_cache_hits) == (1, 3)
     create(client, extra_body={"trio": {"cache": False}})
     assert server.service.metrics().vision_cache_hits == 3
+
+
+class Thing(pydantic.BaseModel):
+    color: Literal["red", "white"]
+    count: int = pydantic.Field(ge=0, le=99)
+    note: str = pydantic.Field(max_length=4)
+
+
+def test_answers_of_a_form_are_parsed_by_the_package(
+    bundles: Bundles, run_folder: Path, start: Callable[..., HttpServer]
+) -> None:
+    server = start(Pipeline.open(byte_level_bundle(bundles, run_folder), threads=1))
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        asked: Any = {"model": NAME, "messages": asking("what?", file()), "temperature": 1.5}
+        for seed in range(3):
+            answer = client.chat.completions.parse(**asked, response_format=Thing, seed=seed)
+            assert isinstance(answer.choices[0].message.parsed, Thing)
+        several = client.chat.completions.parse(**asked, response_format=Thing, n=3)
+        assert all(isinstance(choice.message.parsed, Thing) for choice in several.choices)
+        chosen = create(client, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
+        assert chosen.choices[0].message.content in ("yes", "no")
+        wrong = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(client, response_format=wrong)
+        assert caught.value.param == "response_format" and "not" in str(caught.value)
+
+
+def test_a_model_without_a_form_in_bytes_says_so(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"no byte form|no end token") as caught:
+        create(client, response_format={"type": "json_object"})
+    assert caught.value.param == "response_format"
+    long = {"name": "a", "schema": {"enum": ["x" * 70_000]}}
+    with pytest.raises(openai.BadRequestError, match="max_schema_bytes"):
+        create(client, response_format={"type": "json_schema", "json_schema": long})

@@ -9,7 +9,7 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from trio_deploy.pipeline.request import MAX_TOP_LOGPROBS
 from trio_deploy.serve.openai.errors import ApiError, invalid
@@ -71,8 +71,24 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
 
 
+class JsonSchema(Struct, forbid_unknown_fields=True):
+    schema: Raw
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
 class ResponseFormat(Struct, forbid_unknown_fields=True):
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Struct, forbid_unknown_fields=True):
+    """vLLM's; one of the three."""
+
+    choice: list[str] | None = None
+    regex: str | None = None
+    json: Raw = msgspec.field(default_factory=Raw)
 
 
 class TrioOptions(Struct, forbid_unknown_fields=True):
@@ -118,6 +134,7 @@ class ChatBody(Struct, forbid_unknown_fields=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     trio: TrioOptions | None = None
 
     # Accepted, and without effect here.

@@ -9,10 +9,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
 from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.draw import pruned_before
+from trio_deploy.pipeline.grammar import Structure
 from trio_deploy.pipeline.prompt import PromptEncoder
 from trio_deploy.pipeline.request import Generation
 from trio_deploy.pipeline.sampling import TokenLogprobs
@@ -97,6 +98,7 @@ def to_asked(body: ChatBody, max_n: int) -> Asked:
         min_tokens=body.min_tokens,
         ignore_eos=bool(body.ignore_eos),
         cache_images=trio.cache is not False,
+        structure=_structure(body),
         top_logprobs=(top or 0) if body.logprobs else None,
         seed=None if body.seed is None else body.seed % 2**64,
         stop=None if stop is None else [text.encode(errors="surrogatepass") for text in stop],
@@ -153,6 +155,38 @@ def _max_tokens(body: ChatBody) -> int | None:
             f"max_tokens is {older}, but max_completion_tokens is {newer}: give one", "max_tokens"
         )
     return older if newer is None else newer
+
+
+def _structure(body: ChatBody) -> Structure | None:
+    """The form that an answer must have."""
+    asked = body.response_format
+    form = None if asked is None or asked.type == "text" else asked
+    outputs = body.structured_outputs
+    if outputs is not None:
+        schema = _text_of(outputs.json)
+        given = [each for each in (outputs.choice, outputs.regex, schema) if each is not None]
+        if len(given) != 1 or form is not None:
+            raise invalid(
+                "give one of choice, regex and json, and no response_format", "structured_outputs"
+            )
+        if outputs.choice is not None and not all(outputs.choice or [""]):
+            raise invalid("choice must be texts that are not empty", "structured_outputs.choice")
+        return Structure(schema, outputs.regex, tuple(outputs.choice or ()))
+    if form is None:
+        return None
+    if form.type == "json_object":
+        return Structure('{"type": "object"}')
+    if form.json_schema is None:
+        raise invalid("json_schema is missing", "response_format.json_schema")
+    return Structure(_text_of(form.json_schema.schema) or "null")
+
+
+def _text_of(schema: Raw) -> str | None:
+    """A schema's JSON, if there is one; vLLM's clients send it as a text, too."""
+    text = bytes(schema).decode(errors="replace").strip()
+    if text in ("", "null"):
+        return None
+    return str(msgspec.json.decode(text)) if text.startswith('"') else text
 
 
 def to_messages(messages: Sequence[Message]) -> tuple[bytes, list[bytes]]:

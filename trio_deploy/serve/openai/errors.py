@@ -26,7 +26,7 @@ _FIELDS = {
 }
 _OWN = (
     "messages max_tokens min_tokens temperature top_p top_k min_p seed repetition_penalty "
-    "presence_penalty frequency_penalty logit_bias top_logprobs"
+    "presence_penalty frequency_penalty logit_bias top_logprobs response_format"
 ).split()
 _WORD = re.compile(r"(?:\d+ |an? |the )?([a-z_]+)")
 
