@@ -30,7 +30,7 @@ PAGE = ROOT / "docs" / "results.md"
 MEASURED = ROOT / "docs" / "measurements"
 CHARTS = {"budgets": "retention.svg", "frontier": "frontier.svg", "tight": "tight.svg"}
 PLANS = ("llava-1.5-7b", "llava-next-7b")
-EVALUATIONS = ("budgets", "frontier", "shape", "tight", "busy", "close", "smooth")
+EVALUATIONS = ("budgets", "cdpruner", "frontier", "shape", "tight", "busy", "close", "smooth")
 BENCHES = {
     "bench-tiny": "--budget 0.111,0.222,0.333 --new-tokens 16 --runs 15 --threads 1 "
     "--baselines transformers",
@@ -58,6 +58,7 @@ def measured(name: str) -> str:
 def bars() -> str:
     """Table of the project's bounds with the measured figures, by the nearest other methods."""
     close, busy, budgets, smooth = map(loaded, ("close", "busy", "budgets", "smooth"))
+    cdpruner = loaded("cdpruner")
     recipe = next(one for one in close.results if one.name == "recipe")
     kept = recipe.overall.retention
     assert kept is not None
@@ -74,7 +75,12 @@ def bars() -> str:
             lambda name: name.endswith("@recipe")
         ),
     }
-    others = {one.name: (one, results) for results in (busy, close) for one in against(results)}
+    others = {
+        one.name: (one, results)
+        for results in (cdpruner, busy, close)
+        for one in against(results)
+        if one.share < 0.15
+    }
     for what, belongs in kinds.items():
         group = [entry for name, entry in others.items() if belongs(name) and name != "tuned"]
         level = [entry for entry in group if difference(entry[0]).low <= 0]
@@ -84,8 +90,8 @@ def bars() -> str:
             number = f"the {len(above)} others: " if level else ""
             nearest = min(above, key=lambda entry: difference(entry[0]).value)
             rows.append(f"| {what} | {number}nearest {points(*nearest)} | met |")
-    below = [one for one in against(budgets) if one.share > 0.15 and difference(one).high < 0]
-    large = [one for one in against(budgets) if one.share > 0.15]
+    large = [one for found in (budgets, cdpruner) for one in against(found) if one.share > 0.15]
+    below = [one for one in large if difference(one).high < 0]
     least = min(large, key=lambda one: difference(one).value)
     rows.append(
         f"| at 22.2 % and 33.3 %: below no other method beyond the interval | least: "
