@@ -56,6 +56,24 @@ def test_a_cpu_target_is_compared_with_this_machine(monkeypatch, gib, verdict):
     assert plan("llava-1.5-7b", target="cuda").fit.machine is None, "its memory is the GPU's"
 
 
+def test_the_towers_memory_is_a_part_of_a_cpus_plan(monkeypatch):
+    """It follows the picture, the float type, and whether the runtime holds scores."""
+    monkeypatch.setattr("trio_deploy.cost.plan.usable_memory", lambda: 16 * 2**30)
+    fit = plan("qwen3-vl-2b").fit
+    assert fit.tower == 7 * 5120 * (1024 + 4096) * 4
+    assert fit.to_json()["tower"] == fit.tower
+    assert "never pruned; about 700 MiB while it runs" in plan("qwen3-vl-2b").to_text()
+    small = plan("qwen3-vl-2b", visual_tokens=64)
+    assert small.fit.tower == fit.tower // 20 and "about 35 MiB while" in small.to_text()
+    assert plan("qwen3-vl-2b", dtype="float16").fit.tower == fit.tower // 2
+    largest = plan("qwen3-vl-2b", max_pixels=16_777_216)
+    assert largest.fit.tower == 7 * 65536 * 5120 * 4, "8.75 GiB"
+    assert fit.verdict.startswith("may not fit") and largest.fit.verdict.startswith("does not fit")
+    assert plan("llava-1.5-7b").fit.tower == 7 * 577 * (1024 + 4096) * 4
+    assert plan("qwen2.5-vl-3b").fit.tower == 7 * 5120 * (1280 + 3420 * 3 // 2) * 4
+    assert "while it runs" not in plan("qwen3-vl-2b", target="jetson-agx-orin-64gb").to_text()
+
+
 def test_a_plan_that_takes_long_says_what_it_does_before_it_does_it(monkeypatch, capsys):
     said = []
 

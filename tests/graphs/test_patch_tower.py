@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 from tests.support.full_runs import only_in_full_runs
 from tests.support.qwen_models import (
@@ -21,8 +22,10 @@ from tests.support.qwen_models import (
 from tests.support.run_graph import Runner, filled
 from tests.support.transformers_models import relative
 from trio_deploy import TrioError
+from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.stages import build_vision
+from trio_deploy.reference.adapters import adapt
 
 TARGETS = [("ort", "ort"), ("onnx", "ort"), ("primitive", "ort"), ("primitive", "openvino")]
 GRIDS = (
@@ -140,3 +143,38 @@ def test_graphs_pass_the_checker_with_strict_shape_inference(
 def test_scores_of_a_class_token_are_refused() -> None:
     with pytest.raises(TrioError, match="no class token"):
         build_vision(model_config("qwen2_vl"), GraphOptions(), ["prior"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_ways_to_place_patches_agree(family: str) -> None:
+    """By the definition, as these tests; by the family's own; by the oracle's adapter."""
+    config, factor = model_config(family), model_config(family).patch_tower.factor
+    raw = {"size": {"shortest_edge": factor**2, "longest_edge": 2000 * factor**2}}
+    preprocessor = Preprocessor(raw, config)
+    adapter = adapt(shared_model(family), family)
+    for _, rows, columns in GRIDS:
+        feeds = tower_feeds(config, (1, rows, columns))
+        size = (columns * factor // 2, rows * factor // 2)
+        ours = dict(preprocessor(Image.new("RGB", size)).feeds)
+        del ours["pixel_values"]
+        for placed in (ours, adapter._places(rows, columns)):
+            assert placed.keys() == feeds.keys()
+            for name in feeds.keys() - {"position_taps", "position_weights"}:
+                np.testing.assert_array_equal(placed[name], feeds[name], name)
+            if "position_taps" in feeds:
+                wanted, found = (
+                    _taken(each, config.patch_tower.position_side) for each in (feeds, placed)
+                )
+                np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def _taken(feeds: dict[str, np.ndarray], side: int) -> np.ndarray:
+    """How much of each entry of the table of positions each patch takes."""
+    share = np.zeros((len(feeds["position_taps"]), side**2))
+    for tap in range(4):
+        np.add.at(
+            share,
+            (np.arange(len(share)), feeds["position_taps"][:, tap]),
+            feeds["position_weights"][:, tap],
+        )
+    return share

@@ -7,17 +7,11 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers.vision_utils import (
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
 
 from trio_deploy.families.base import ModelConfig, PatchTowerConfig, RopeConfig, TextConfig
 
@@ -176,35 +170,52 @@ def weights_of(model: Any) -> dict[str, np.ndarray]:
 
 
 def tower_feeds(config: ModelConfig, grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """Inputs of the tower but for pixels, for (frames, rows, columns) of patches."""
-    vision = config.patch_tower
-    frame = torch.tensor([[1, grid[1], grid[2]]])
-    feeds = {"patch_position": get_vision_position_ids(frame, vision.merge).numpy()}
+    """Inputs of the tower but for pixels, for (frames, rows, columns) of patches.
+
+    By their definition, patch by patch: neither by transformers' functions, which the oracle's
+    adapter takes, nor by those of the families. What comes of them is compared with transformers'
+    towers, which find the places of patches themselves.
+    """
+    vision, (_, rows, columns) = config.patch_tower, grid
+    merge = vision.merge
+    places = [
+        (top + row, left + column)
+        for top in range(0, rows, merge)
+        for left in range(0, columns, merge)
+        for row in range(merge)
+        for column in range(merge)
+    ]
+    feeds = {"patch_position": np.array(places, np.int64)}
     if vision.position_side is not None:
-        taps, weights = get_vision_interpolation_indices_and_weights(
-            frame,
-            num_grid_per_side=vision.position_side,
-            align_corners=True,
-            spatial_merge_size=vision.merge,
-        )
-        feeds |= {"position_taps": taps.numpy(), "position_weights": weights.float().numpy()}
+        side = vision.position_side
+        index, weight = np.zeros((len(places), 4), np.int64), np.zeros((len(places), 4), np.float32)
+        for n, place in enumerate(places):
+            # The corners of table and grid coincide.
+            exact = [
+                at * (side - 1) / max(size - 1, 1)
+                for at, size in zip(place, (rows, columns), strict=True)
+            ]
+            corner = [min(math.floor(value), side - 2) for value in exact]
+            for tap, (down, across) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+                entry = (corner[0] + down, corner[1] + across)
+                index[n, tap] = entry[0] * side + entry[1]
+                weight[n, tap] = math.prod(
+                    1 - abs(value - tapped) for value, tapped in zip(exact, entry, strict=True)
+                )
+        feeds |= {"position_taps": index, "position_weights": weight}
     if vision.window is not None:
-        order, bounds = get_vision_window_index(
-            frame,
-            spatial_merge_size=vision.merge,
-            window_size=vision.window * vision.factor,
-            patch_size=vision.patch_size,
-        )
-        square = vision.merge**2
-        patches = (order[:, None] * square + torch.arange(square)).flatten().numpy()
-        ends = bounds.tolist()
-        index = np.full((len(ends) - 1, vision.window_slots), -1, np.int64)
-        for window, (start, stop) in enumerate(pairwise(ends)):
-            index[window, : stop - start] = patches[start:stop]
-        slot = np.empty(len(patches), np.int64)
-        flat = index.flatten()
-        slot[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
-        feeds |= {"window_index": index, "window_slot": slot}
+        reach = vision.window * merge
+        windows: dict[tuple[int, int], list[int]] = {}
+        for n, (row, column) in enumerate(places):
+            windows.setdefault((row // reach, column // reach), []).append(n)
+        members = [windows[place] for place in sorted(windows)]
+        table = np.full((len(members), vision.window_slots), -1, np.int64)
+        slot = np.zeros(len(places), np.int64)
+        for number, patches in enumerate(members):
+            for at, patch in enumerate(patches):
+                table[number, at] = patch
+                slot[patch] = number * vision.window_slots + at
+        feeds |= {"window_index": table, "window_slot": slot}
     return feeds
 
 

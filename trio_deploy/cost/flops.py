@@ -22,6 +22,10 @@ from trio_deploy.schedule.schedule import Schedule
 SUPPRESSION_BLOCK = 256
 """M, ranks per block of the suppression."""
 
+_TOWER_VALUES = 7
+"""Values per patch that a tower holds at its peak, in sums of hidden size and intermediate size
+(half as much again where the MLP has a gate): 5 to 7.3 as measured on CPUs."""
+
 
 def paper_layer_flops(n: int, d: int, m: int) -> int:
     """The paper's formula for one layer over n tokens: 4nd² + 2n²d + 2ndm.
@@ -58,6 +62,38 @@ def vision_flops(config: ModelConfig, tiles: int, rows: int | None = None) -> in
         return tiles * vision.flops((most if rows is None else rows) * vision.merge**2, width)
     features = vision.hidden_size * len(vision.feature_layers)
     return tiles * (vision.tile_flops() + most * (features * width + width * width))
+
+
+def vision_bytes(
+    config: ModelConfig,
+    tiles: int,
+    rows: int | None = None,
+    *,
+    item_bytes: int,
+    query_block: int | None = None,
+) -> int:
+    """Bytes that a run of the vision tower takes beside its weights, on a CPU: an estimate.
+
+    Most are the values between two products of a layer: `_TOWER_VALUES`, as measured
+    (docs/measurements/tower-memory.md). A runtime that holds scores has those of a block of queries
+    twice, before and behind the softmax.
+
+    Args:
+        tiles, rows: as of `vision_flops`.
+        item_bytes: bytes per value.
+        query_block: as of `GraphOptions`.
+    """
+    vision = config.vision
+    inner = vision.intermediate_size
+    if isinstance(vision, PatchTowerConfig):
+        inner = inner * 3 // 2 if vision.mlp == "gated" else inner
+        most = request_limits(config).tile_rows
+        patches = (most if rows is None else rows) * vision.merge**2
+    else:
+        patches = vision.side**2 + 1  # the class token
+    values = _TOWER_VALUES * tiles * patches * (vision.hidden_size + inner)
+    scores = 2 * vision.num_heads * min(query_block or 0, patches) * patches
+    return values * item_bytes + scores * 4  # float32
 
 
 def _widths(text: TextConfig) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from trio_deploy.cost.flops import (
     Cost,
     account,
     paper_layer_flops,
+    vision_bytes,
     vision_flops,
 )
 from trio_deploy.errors import TrioError
@@ -63,6 +64,8 @@ class HostMemory:
     Attributes:
         weights: bytes of the weights in the target's float type.
         cache: bytes of the KV cache in it, for the planned prompt.
+        tower: bytes that the vision tower takes beside its weights while it runs over the prompt's
+            picture, about.
         machine: bytes of this machine's memory, or its container's; None: unknown, or of no
             importance (a GPU).
     """
@@ -70,12 +73,13 @@ class HostMemory:
     target: Target
     weights: int
     cache: int
+    tower: int
     machine: int | None
 
     @property
     def verdict(self) -> str:
         """One line: whether it fits this machine."""
-        least = self.weights + self.cache
+        least = self.weights + self.cache + self.tower
         if self.machine is None:
             return f"takes {format_bytes(least)} and working memory on {self.target.name}"
         has = f"this machine's {format_bytes(self.machine)}"
@@ -97,6 +101,7 @@ class HostMemory:
             "quantize": self.target.quantize,
             "weights": self.weights,
             "kv_cache": self.cache,
+            "tower": self.tower,
             "machine": self.machine,
             "verdict": self.verdict,
         }
@@ -162,12 +167,14 @@ class Plan:
             format_bytes(full.kv_bytes),
             full.kv_bytes / max(1, ours.kv_bytes),
         )
+        tower = self.fit.tower if isinstance(self.fit, HostMemory) else 0
         lines = [
             self.model,
             f"prompt     {self.visual} visual and {self.text} text tokens",
             f"pruning    {kept} visual tokens kept{where}",
             f"kept       {share:.1%} of the visual tokens, averaged over {depth} layers",
-            f"tower      {_count(self.vision)}: multiply-adds of the vision tower, never pruned",
+            f"tower      {_count(self.vision)}: multiply-adds of the vision tower, never pruned"
+            + (f"; about {format_bytes(tower)} while it runs" if tower else ""),
             f"prefill    {flops}: multiply-adds of the language model",
             f"KV cache   {cache}: in 16 bits",
         ]
@@ -289,7 +296,7 @@ def plan(
         vision=vision_flops(config, tiles, visual_tokens),
         paper=paper,
         notes=_notes(config, chosen, visual, pruned, unpruned, paper),
-        fit=_memory(config, chosen, device, budgets, pruned),
+        fit=_memory(config, chosen, device, budgets, pruned, (tiles, visual_tokens)),
         warnings=_warnings(config, chosen, visual, text_tokens),
     )
 
@@ -300,8 +307,13 @@ def _memory(
     device: Target,
     budgets: Mapping[float, Schedule],
     cost: Cost,
+    picture: tuple[int, int | None],
 ) -> Fit | HostMemory | None:
-    """Memory on a target; None where weights cannot be counted without the extra [export]."""
+    """Memory on a target; None where weights cannot be counted without the extra [export].
+
+    Args:
+        picture: tiles, and feature rows per tile (None: the most), of the prompt's picture.
+    """
     if not runtime_spec(device.runtime).needs_engines:
         try:
             weights = _weight_bytes(config, schedule, device)
@@ -309,7 +321,9 @@ def _memory(
             return None
         scale = 2 if device.dtype == "float32" else 1
         machine = None if device.provider == "cuda" else usable_memory()
-        return HostMemory(device, weights, cost.kv_bytes * scale, machine)
+        block = runtime_spec(device.runtime).query_block(device.dialect)
+        tower = vision_bytes(config, *picture, item_bytes=2 * scale, query_block=block)
+        return HostMemory(device, weights, cost.kv_bytes * scale, tower, machine)
     # Builds graphs, which the arithmetic does not need.
     from trio_deploy.cost.device_memory import fit
 
