@@ -6,7 +6,7 @@ The tower has the sizes of a recipe and random weights, in float32. Each run is 
 own, which opens the graph, forgets its peak so far and runs one picture. With --out rows are
 written to docs/measurements/tower-memory.json and .md, with the machine; rows of other models,
 sides and ways that were measured before stay. A tower of fewer layers (--layers) needs as much
-beyond its weights.
+beyond its weights. The table in docs/architecture.md is made of the same rows.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ from trio_deploy.graphs.stages import build_vision
 from trio_deploy.quant.stored_weight import parts_of
 from trio_deploy.runtimes.registry import open_runtime, runtime_spec
 
-OUT = Path(__file__).parent.parent / "docs" / "measurements" / "tower-memory.json"
+DOCS = Path(__file__).parent.parent / "docs"
+OUT = DOCS / "measurements" / "tower-memory.json"
+PAGE = DOCS / "architecture.md"
+MARKS = ("<!-- tower memory: begin -->\n", "<!-- tower memory: end -->")
 MODELS = ("qwen3-vl-2b", "qwen2.5-vl-3b")
 SIDES = (1008, 2048)
 _MIB = 2**20
@@ -248,6 +251,34 @@ def record(rows: Sequence[dict[str, Any]], threads: int) -> None:
     )
 
 
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of docs/architecture.md: the memory of runs, of the tower with the most layers."""
+    most = {
+        (row["model"], row["side"], row["graphs"]): row["run_mib"]
+        for row in sorted(rows, key=lambda row: int(row["layers"]))
+    }
+    columns = sorted({key[:2] for key in most}, key=lambda key: (key[0], key[1]))
+    lines = [
+        "| runtime, graphs | " + " | ".join(f"`{name}`, {side}²" for name, side in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for way in WAYS.values():
+        found = [most.get((*column, way.title)) for column in columns]
+        cells = ["" if mib is None else f"{mib / 1024:.1f} GiB" for mib in found]
+        if any(cells):
+            lines.append(f"| {way.title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_page() -> None:
+    """Put the recorded rows into docs/architecture.md."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    made = summary(json.loads(OUT.read_text(encoding="utf-8"))["rows"])
+    PAGE.write_text(f"{before}{MARKS[0]}{made}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
 def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in args.model or MODELS:
         recipe = load_recipe(name)
@@ -282,6 +313,7 @@ def main() -> int:
         print(table([row]).splitlines()[-1], f"{row['seconds']} s", flush=True)
         if args.out:
             record([row], args.threads)
+            write_page()
     return 0
 
 

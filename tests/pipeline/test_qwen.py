@@ -253,6 +253,22 @@ def test_towers_attend_in_blocks_of_queries_on_runtimes_that_hold_all_scores(
     assert [node.op_type for node in graph.node].count("Loop") == full * blocks
 
 
+def test_graphs_for_another_runtime_refuse_pictures_whose_scores_take_too_much(
+    bundles, checkpoint, monkeypatch
+):
+    """A graph for OpenVINO, which fuses attention, holds all scores on ONNX Runtime."""
+    path = bundles.path(
+        checkpoint("qwen2_vl"), schedule=SCHEDULE, dialect="primitive", target="cpu-openvino"
+    )
+    monkeypatch.setattr("trio_deploy.pipeline.prefill._MOST_SCORES", 4 * 2 * 48**2)
+    small, large = ([size, "what is this ?"] for size in ((90, 120), (200, 130)))
+    elsewhere = Pipeline.open(path, runtime="onnxruntime", threads=1)
+    elsewhere.generate(ask(small, 1))
+    with pytest.raises(TrioError, match="140 patches takes .* made for another runtime: export"):
+        elsewhere.generate(ask(large, 1))
+    Pipeline.open(path, threads=1).generate(ask(large, 1))
+
+
 def test_the_most_pixels_of_an_export_bound_its_pictures(checkpoint, tmp_path):
     out = tmp_path / "bundle"
     bundle = export_model(

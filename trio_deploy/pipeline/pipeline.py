@@ -24,7 +24,7 @@ from trio_deploy.pipeline.request import Generation, Request
 from trio_deploy.pipeline.sequence import SequenceState
 from trio_deploy.pipeline.stream import TextStream
 from trio_deploy.runtimes.base import Engine
-from trio_deploy.runtimes.registry import complete_options, open_runtime
+from trio_deploy.runtimes.registry import complete_options, open_runtime, runtime_spec
 from trio_deploy.schedule.methods import SEEDS
 
 
@@ -96,7 +96,13 @@ class Pipeline:
         )
         loaded.require_weights()
         options = complete_options(loaded, options)
-        stages = Stages(loaded, open_runtime(options, loaded))
+        dialect, made_for = loaded.manifest.dialect, runtime_spec(loaded.manifest.runtime)
+        block = runtime_spec(str(options.runtime)).query_block(dialect)
+        stages = Stages(
+            loaded,
+            open_runtime(options, loaded),
+            holds_scores=block is not None and made_for.query_block(dialect) is None,
+        )
         # Hidden states and cache of a 16-bit bundle are rounded whatever the products are done in.
         dtype = loaded.manifest.dtype
         precision = dtype if dtype != "float32" else options.precision or dtype

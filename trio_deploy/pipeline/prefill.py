@@ -13,8 +13,9 @@ import numpy as np
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import Role, StageInfo
 from trio_deploy.errors import TrioError
-from trio_deploy.families.base import Layout
+from trio_deploy.families.base import Layout, PatchTowerConfig
 from trio_deploy.families.registry import request_limits
+from trio_deploy.files import format_bytes
 from trio_deploy.pipeline.cache import Allocate, CacheShape, SegmentCache
 from trio_deploy.pipeline.features import FeatureCache, KeyedLayout, Outputs
 from trio_deploy.pipeline.memory import memory_for
@@ -23,6 +24,8 @@ from trio_deploy.runtimes.arrays import concatenate, on_host, to_host
 from trio_deploy.runtimes.base import Array, Blocks, Engine, HostMoment, Moment, Runtime
 from trio_deploy.schedule.methods import METHODS
 from trio_deploy.schedule.view import all_equal
+
+_MOST_SCORES = 4 * 2**30  # bytes; what pictures need at the recipes' bounds is below
 
 
 @dataclass
@@ -102,8 +105,12 @@ class Stages:
         features: what the tower made of pictures before; None: nothing is kept.
     """
 
-    def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
+    def __init__(self, bundle: Bundle, runtime: Runtime, *, holds_scores: bool = False) -> None:
         """Open every graph.
+
+        Args:
+            holds_scores: whether the runtime computes all scores of an attention at once, and the
+                graphs, made for another one, have no loop over blocks of queries.
 
         Raises:
             TrioError: a graph does not load or is not of this bundle's kind.
@@ -125,6 +132,10 @@ class Stages:
                     shares_weights=selects or stage.kind == "embed",
                 )
         self.vision, self.embed = bundle.only("vision"), bundle.only("embed")
+        tower = bundle.config.vision
+        # Tiles of one size are small.
+        of_any_size = holds_scores and isinstance(tower, PatchTowerConfig)
+        self._heads_held = tower.num_heads if of_any_size else 0
         self._rows_at_once = request_limits(bundle.config).rows_at_once
         self.segments = [stage.name for stage in bundle.of_kind("prefill")]
         self.decode = next(iter(bundle.of_kind("decode")), None)
@@ -196,12 +207,29 @@ class Stages:
         for same in alike.values():
             for start, stop in self._runs(same):
                 group, at = same[start:stop], 0
+                self._check_scores(group)
                 out = self.engines[self.vision.name].run(self._vision_feeds(group), host=scores)
                 for image in group:
                     end = at + image.feature_rows
                     found[id(image)] = {name: values[at:end] for name, values in out.items()}
                     at = end
         return [found[id(image)] for image in images]
+
+    def _check_scores(self, group: Sequence[Layout]) -> None:
+        """Raise TrioError where the scores of a run of the tower would take too much memory."""
+        if not self._heads_held:
+            return
+        (name,) = (t.name for t in self.vision.inputs_of("image") if t.shape[0] == "T")
+        tiles, patches = (
+            sum(len(image.feeds[name]) for image in group),
+            group[0].feeds[name].shape[1],
+        )
+        if (held := 4 * self._heads_held * tiles * patches**2) > _MOST_SCORES:
+            raise TrioError(
+                f"a picture of {patches} patches takes {format_bytes(held)} for the scores of the "
+                "vision tower's attention, since the bundle's graphs are made for another runtime: "
+                "export it for this one (--target), or pass smaller pictures"
+            )
 
     def _runs(self, images: Sequence[Layout]) -> Iterator[tuple[int, int]]:
         """Ranges of images of equal grids that share a run of the tower, which bounds its memory.
