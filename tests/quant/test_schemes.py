@@ -61,6 +61,8 @@ def test_parts_are_named_by_their_bits() -> None:
         Part("w.int4.scale", (6, 2), "float16"),
     )
     assert signed.nbytes == 6 * 64 + 6 * 2 * 2
+    whole = quantised_weight("w", (6, 128), Coding(4, 128, "signed", "float16"))
+    assert whole.parts[1].shape == (6, 1)  # TensorRT takes 4 bit in blocks alone
     rows = quantised_weight("w", (6, 50), Coding(8, 50, "signed", "float32"))
     assert rows.parts == (Part("w.int8", (6, 50), "int8"), Part("w.int8.scale", (6,), "float32"))
     assert split_name("a.weight.int4") == ("a.weight", 4)

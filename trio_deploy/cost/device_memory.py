@@ -16,7 +16,7 @@ from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import check_positions
 from trio_deploy.files import format_bytes
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.runtimes.registry import load_target
+from trio_deploy.runtimes.registry import load_target, runtime_spec
 from trio_deploy.runtimes.tensorrt.memory import Fit, Memory, memory
 from trio_deploy.runtimes.tensorrt.target import require_engines, target_dialects
 from trio_deploy.schedule.schedule import Schedule
@@ -71,7 +71,7 @@ def planned(
     options = GraphOptions(
         dialect=target.dialect,
         dtype=target.dtype,  # type: ignore[arg-type]  # of a checked target
-        weights=target.weights,  # type: ignore[arg-type]
+        weights="constants" if target.quantize else target.weights,  # type: ignore[arg-type]
         positions=check_positions(config, None),  # type: ignore[arg-type]
         separate_decode=target.decode_layout == "separate",
         quantize=target.quantize,
@@ -116,7 +116,20 @@ def _advice(model: _Model, result: Fit) -> Iterator[str]:
         if result.layouts[1].total <= usable:
             yield f"it fits with {layout}, in a copy of the target's file (--target FILE)"
             return
-    if target.weights == "constants" and "onnx" in target_dialects(target):
+    schemes = runtime_spec(target.runtime).readable_schemes(target)
+    for scheme in schemes if target.quantize is None else ():
+        changed = replace(target, quantize=scheme)
+        if (needed := model.memory(changed)).total <= usable:
+            yield (
+                f"it fits with --quantize {scheme}, whose weights take "
+                f"{format_bytes(needed.all_weights)}"
+            )
+            return
+    if (
+        target.weights == "constants"
+        and target.quantize is None
+        and "onnx" in target_dialects(target)
+    ):
         changed = replace(target, decode_layout="separate", dialect="onnx", weights="inputs")
         if model.memory(changed).total <= usable:
             yield (
@@ -145,7 +158,7 @@ def _advice(model: _Model, result: Fit) -> Iterator[str]:
     else:
         yield (
             f"no budget or limit makes it fit: the weights alone take {format_bytes(weights)}, and "
-            f"{target.name} has {format_bytes(usable)}; quantised weights are not supported yet"
+            f"{target.name} has {format_bytes(usable)}"
         )
     room = usable - (min(each.total for each in result.layouts) - weights)
     if room > 0:
@@ -182,7 +195,8 @@ def _smallest_target(model: _Model, asked: Target, weights: int) -> str | None:
         if usable * 2**30 < weights:
             continue
         try:
-            needed = model.memory(replace(target, dtype=asked.dtype)).total
+            same = replace(target, dtype=asked.dtype, quantize=asked.quantize)
+            needed = model.memory(same).total
         except TrioError:  # its limits do not suit the model
             continue
         if needed <= usable * 2**30:

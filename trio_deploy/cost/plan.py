@@ -29,10 +29,9 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import check_methods, request_limits
 from trio_deploy.files import format_bytes
-from trio_deploy.quant.schemes import NO_SCHEME, scheme_named
 from trio_deploy.quant.stored_weight import parts_of
 from trio_deploy.runtimes.machine import usable_memory
-from trio_deploy.runtimes.registry import default_target, load_target, runtime_spec
+from trio_deploy.runtimes.registry import check_scheme, default_target, load_target, runtime_spec
 from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule, smallest_budget
 from trio_deploy.schedule.schedule import Schedule
 
@@ -379,8 +378,7 @@ def _device(options: ExportOptions, named: str | None) -> Target:
         raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     device = load_target(options.target or default_target())
     scheme = next((each for each in (options.quantize, named, device.quantize) if each), None)
-    scheme = None if scheme in (None, NO_SCHEME) else scheme_named(str(scheme)).name
-    return replace(device, dtype=dtype or device.dtype, quantize=scheme)
+    return replace(device, dtype=dtype or device.dtype, quantize=check_scheme(device, scheme))
 
 
 def _paper_rows(name: str) -> tuple[PaperRow, ...]:

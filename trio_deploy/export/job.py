@@ -63,7 +63,7 @@ from trio_deploy.families.registry import check_methods, check_positions, reques
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.quant.schemes import NO_SCHEME, ROUNDING, scheme_named
 from trio_deploy.quant.stored_weight import StoredWeight, parts_of
-from trio_deploy.runtimes.registry import load_target, runtime_spec
+from trio_deploy.runtimes.registry import check_scheme, load_target, runtime_spec
 from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule
 from trio_deploy.schedule.schedule import Schedule
 
@@ -198,6 +198,7 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
     options = replace(options, dtype=dtype, dialect=options.dialect or target.dialect)
     graphs = _graph_options(config, source.recipe, target, options)
     _refuse_unreadable(graphs.dialect, target)
+    check_scheme(target, graphs.quantize)
     return ExportJob(options, target, source, config, schedule, graphs, checkpoint, assets)
 
 
@@ -379,11 +380,14 @@ def _graph_options(
     values["positions"] = check_positions(config, values["positions"])
     if not 0 < values["threshold"] <= 1:
         raise TrioError(f"the threshold is {values['threshold']}, but cosines lie in (0, 1]")
+    scheme = quantize_of(recipe, target, options)
+    # Codes are constants: a target's inputs are meant for floats.
+    weights = options.weights or ("constants" if scheme else target.weights)
     return GraphOptions(
         dialect=str(options.dialect),
-        weights=options.weights or target.weights,  # type: ignore[arg-type]
+        weights=weights,  # type: ignore[arg-type]
         dtype=options.dtype,  # type: ignore[arg-type]
-        quantize=quantize_of(recipe, target, options),
+        quantize=scheme,
         separate_decode=target.decode_layout == "separate",
         query_block=runtime_spec(target.runtime).query_block(str(options.dialect)),
         **values,

@@ -6,7 +6,7 @@ Matrices stay [N, K]. Codes of 4 bit are two per byte, the first in the low nibb
   short last block filled up with the code of 0; scales [N, ⌈K/b⌉]; zero points, if the matrix has
   any, uint8 [N, ⌈⌈K/b⌉·bits/8⌉].
 * `signed`, which DequantizeLinear reads: codes less 2^(bits-1), int8 or int4 [N, K]; scales
-  [N, K/b], or [N] if a row has one. It has no zero points and no short blocks.
+  [N, K/b], or of 8 bit [N] if a row has one. It has no zero points and no short blocks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def pack(matrix: QuantisedMatrix, form: Form) -> dict[str, np.ndarray]:
             raise TrioError(f"rows of {columns} are no whole blocks of {matrix.block}")
         signed = matrix.codes ^ np.uint8(matrix.offset)  # less 2^(bits-1), in two's complement
         codes = signed if matrix.bits == 8 else _nibbles(signed)
-        return {"codes": codes, "scale": matrix.scale[:, 0] if per_row else matrix.scale}
+        alone = per_row and matrix.bits == 8  # types of 4 bit need blocks
+        return {"codes": codes, "scale": matrix.scale[:, 0] if alone else matrix.scale}
     blocks = block_count(columns, matrix.block)
     full = np.empty((rows, blocks, matrix.block), np.uint8)
     full[:] = matrix.offset if matrix.zero is None else matrix.zero[:, :, None]

@@ -75,7 +75,7 @@ def quantised_weight(name: str, shape: Sequence[int], coding: Coding) -> StoredW
         first = Part(codes, (rows, blocks, bytes_per_block), "uint8")
     else:
         first = Part(codes, (rows, columns), f"int{coding.bits}")
-    per_row = coding.form == "signed" and coding.block >= columns
+    per_row = coding.form == "signed" and coding.bits == 8 and coding.block >= columns
     scales: tuple[int, ...] = (rows,) if per_row else (rows, blocks)
     parts = (first, Part(f"{codes}.scale", scales, coding.scale_dtype))
     return StoredWeight(name, (rows, columns), parts, coding)

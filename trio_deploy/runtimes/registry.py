@@ -101,7 +101,33 @@ def check(target: Target) -> Target:
             f"{spec.title} does not read the {target.dialect} dialect"
             f"{nearest(target.dialect, readable)}: choose {_any_of(readable)}"
         )
-    return replace(target, dialect=target.dialect or readable[0])
+    scheme = check_scheme(target, target.quantize)
+    return replace(target, dialect=target.dialect or readable[0], quantize=scheme)
+
+
+def check_scheme(target: Target, scheme: str | None) -> str | None:
+    """Refuse a scheme of quantised weights that a target's runtime cannot keep narrow.
+
+    Returns:
+        The scheme; None: weights are float.
+
+    Raises:
+        TrioError: it cannot, or there is no such scheme.
+    """
+    if not scheme:
+        return None
+    from trio_deploy.quant.schemes import NO_SCHEME, scheme_named  # they need numpy
+
+    if scheme == NO_SCHEME:
+        return None
+    scheme_named(scheme)
+    spec = runtime_spec(target.runtime)
+    able = spec.readable_schemes(target)
+    if scheme not in able:
+        title = f"{spec.title}{f' {target.tensorrt}' if target.tensorrt else ''}"
+        remedy = f"choose {_any_of(able)}" if able else "leave quantised weights out"
+        raise TrioError(f"{title} does not take weights in {scheme}: {remedy}")
+    return scheme
 
 
 def check_options(options: RuntimeOptions, dtype: str = "float32") -> None:

@@ -27,7 +27,12 @@ from trio_deploy.runtimes.tensorrt.device import require_driver
 from trio_deploy.runtimes.tensorrt.first_run import run_at_corners
 from trio_deploy.runtimes.tensorrt.record import Gpu
 from trio_deploy.runtimes.tensorrt.runtime import REFUSALS, TrtEngine, TrtRuntime, open_with
-from trio_deploy.runtimes.tensorrt.target import DIALECTS, RTX_KEYS, check_rtx_target
+from trio_deploy.runtimes.tensorrt.target import (
+    DIALECTS,
+    RTX_KEYS,
+    check_rtx_target,
+    target_schemes,
+)
 
 #: Folder beside the engines.
 RUNTIME_CACHE = "runtime-cache"
@@ -155,6 +160,7 @@ RUNTIME = RuntimeSpec(
     open=partial(open_with, RtxRuntime),
     default_target="rtx",
     target_keys=RTX_KEYS,
+    target_schemes=target_schemes,
     devices={"gpu": None},
     needs_engines=True,
     check_target=check_rtx_target,

@@ -41,6 +41,7 @@ from trio_deploy.runtimes.tensorrt.target import (
     TARGET_KEYS,
     check_target,
     target_dialects,
+    target_schemes,
 )
 
 # Letter of a dynamic axis → its meaning, and the limits of a target (engines/*.yaml) that bound it.
@@ -729,4 +730,5 @@ RUNTIME = RuntimeSpec(
     needs_engines=True,
     check_target=check_target,
     target_dialects=target_dialects,
+    target_schemes=target_schemes,
 )

@@ -87,6 +87,18 @@ def dialects_of_version(version: str) -> tuple[str, ...]:
     return DIALECTS if newest else ("primitive",)
 
 
+def target_schemes(target: Target) -> tuple[str, ...]:
+    """Schemes of quantised weights that stay narrow in engines of a target.
+
+    By its documentation TensorRT 8.6 computes with codes only where activations have codes too; 4
+    bit came with 10.0, in blocks of 64 and 128.
+    """
+    library = require_engines(target)
+    if library.flavour != "rtx" and parse_version(library.version) < (10, 0):
+        return ()
+    return ("int8", "int4")
+
+
 def target_dialects(target: Target) -> tuple[str, ...]:
     """Dialects that the TensorRT of a target reads, the preferred one first."""
     return require_engines(target).dialects

@@ -15,7 +15,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from tests.support.exported import Export
-from trio_deploy import Pipeline, Request, TrioError
+from trio_deploy import Pipeline, Request, TrioError, export_model
 from trio_deploy.cli.main import main
 from trio_deploy.config.target import list_targets
 from trio_deploy.runtimes.base import TensorSpec
@@ -430,3 +430,76 @@ def test_every_table_names_its_source_and_takes_what_older_ones_took() -> None:
         assert all(set(types) <= set("FfIB") for types in table.operators.values())
     for older, newer in pairwise(tables):
         assert set(older.operators) <= set(newer.operators)
+
+
+# ------------------------------------------------------------------------------ quantised weights
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize(("target", "version"), [(JETSON, "10.3"), (H200, "10.15")])
+def test_quantised_graphs_pass(exported: Export, target: str, version: str, scheme: str) -> None:
+    report = dry_run(
+        exported("tiny", target, quantize=scheme), load_target(target), tensorrt=version
+    )
+    assert report.passed, report.to_text()
+    noted = [
+        each for each in report.findings if "opset 21, which codes of 4 bit need" in each.message
+    ]
+    assert bool(noted) == (scheme == "int4" and version == "10.3")
+
+
+def test_versions_before_10_keep_no_codes(exported: Export) -> None:
+    report = dry_run(exported("tiny", JETSON, quantize="int8"), load_target(JETSON), tensorrt="8.6")
+    assert any("does not keep weights in int8" in each for each in errors(report.findings))
+    old = replace(load_target(JETSON), tensorrt="8.6", quantize="int8")
+    with pytest.raises(TrioError, match=r"TensorRT 8.6 does not take weights in int8: leave"):
+        load_target(old)
+
+
+def test_blocks_of_32_are_refused_for_targets_with_engines(tmp_path: Path) -> None:
+    small = replace(load_target(H200), quantize="int4-g32")
+    with pytest.raises(TrioError, match="does not take weights in int4-g32: choose int8 or int4"):
+        load_target(small)
+    with pytest.raises(TrioError, match="does not take weights in int4-g32"):
+        export_model("tiny", tmp_path / "b", target=H200, quantize="int4-g32", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "attributes", "zero", "expected"),
+    [
+        (TensorProto.INT8, (4, 6), {"axis": 0}, False, ""),
+        (TensorProto.INT4, (4, 128), {"axis": 1, "block_size": 64}, False, ""),
+        (TensorProto.INT4, (4, 64), {"axis": 1, "block_size": 32}, False, "blocks of 32"),
+        (TensorProto.INT8, (4, 128), {"axis": 1, "block_size": 64}, False, "8 bit in blocks"),
+        (TensorProto.INT8, (4, 6), {"axis": 0}, True, "has zero points"),
+        (TensorProto.UINT4, (4, 128), {"axis": 1, "block_size": 64}, False, "weights in uint4"),
+    ],
+)
+def test_what_a_quantised_matrix_may_be(
+    dtype: int, shape: tuple[int, int], attributes: dict[str, int], zero: bool, expected: str
+) -> None:
+    block = attributes.get("block_size")
+    scales = (shape[0],) if block is None else (shape[0], shape[1] // block)
+    count = shape[0] * shape[1] // (2 if dtype in (TensorProto.INT4, TensorProto.UINT4) else 1)
+    initializers = [
+        helper.make_tensor("q", dtype, shape, b"\0" * count, raw=True),
+        numpy_helper.from_array(np.ones(scales, np.float32), "s"),
+    ]
+    inputs = ["q", "s"]
+    if zero:
+        initializers.append(numpy_helper.from_array(np.zeros(scales, np.int8), "z"))
+        inputs.append("z")
+    graph = helper.make_graph(
+        [
+            helper.make_node("DequantizeLinear", inputs, ["w"], **attributes),
+            helper.make_node("MatMul", ["w", "x"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", FLOAT, [shape[1], 2])],
+        [helper.make_tensor_value_info("y", FLOAT, [shape[0], 2])],
+        initializers,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+    _, findings = check_graph("g", model, [Profile("all", {}, {})], operator_table("10.15"))
+    found = errors(findings)
+    assert [expected in each for each in found] == ([True] if expected else [])

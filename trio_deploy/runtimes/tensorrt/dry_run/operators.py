@@ -29,6 +29,7 @@ class OperatorTable:
         constant: operator → numbers of inputs that must be constants.
         operators: operator → its element types, letters of F, f, I, B (see the data file).
         shape_operators: operators that may compute sizes.
+        codes: types of quantised matrices that stay narrow where activations are float.
     """
 
     version: str
@@ -42,6 +43,7 @@ class OperatorTable:
     constant: Mapping[str, Collection[int]]
     operators: Mapping[str, str]
     shape_operators: Collection[str]
+    codes: Collection[str] = ()
 
     def takes(self, operator: str, dtype: str) -> bool:
         """Whether an operator of the table supports an element type, such as "float16"."""

@@ -44,6 +44,9 @@ from trio_deploy.runtimes.tensorrt.target import (
 #: with that of TensorRT 10.15, and takes every graph that we export.
 _RTX_TABLE = "10.15"
 _CORNERS = ("min", "opt", "max")
+#: Entries of 4 bit that may share a scale.
+_BLOCKS = (64, 128)
+_FOUR_BIT_OPSET = 21
 
 #: Operator → numbers of the inputs whose elements it computes with; others: the first.
 _DATA_INPUTS: Mapping[str, slice] = {
@@ -347,8 +350,18 @@ def _opsets(model: ModelProto, table: OperatorTable) -> _Messages:
         oldest, newest = table.opset
         if entry.domain:
             yield f"uses operators of {entry.domain}, which need plugins", True
+        elif newest < entry.version <= _FOUR_BIT_OPSET and table.codes and _four_bit(model):
+            yield (
+                f"has opset {entry.version}, which codes of 4 bit need; {oldest} to {newest} are "
+                "documented, and the parser's source does not ask",
+                False,
+            )
         elif not oldest <= entry.version <= newest:
             yield f"has opset {entry.version}; opsets {oldest} to {newest} are supported", True
+
+
+def _four_bit(model: ModelProto) -> bool:
+    return any(tensor.data_type == TensorProto.INT4 for tensor in model.graph.initializer)
 
 
 def _volumes(resolved: Resolved, table: OperatorTable, label: str) -> _Messages:
@@ -364,6 +377,9 @@ def _volumes(resolved: Resolved, table: OperatorTable, label: str) -> _Messages:
 
 def _node(step: Step, table: OperatorTable) -> Iterator[str]:
     node = step.node
+    if node.op_type == "DequantizeLinear" and not node.domain:
+        yield from _dequantise(step, table)
+        return
     if node.domain or node.op_type not in table.operators:
         yield "is not supported"
         return
@@ -383,6 +399,27 @@ def _node(step: Step, table: OperatorTable) -> Iterator[str]:
     rule = _RULES.get(node.op_type)
     if rule is not None:
         yield from rule(step, table)
+
+
+def _dequantise(step: Step, table: OperatorTable) -> Iterator[str]:
+    """What a version does not take of a quantised matrix."""
+    codes, scale = step.inputs[:2]
+    assert codes is not None and scale is not None
+    dtype, attributes = dtype_name(codes.dtype), _attributes(step.node)
+    if dtype not in table.codes:
+        yield f"does not keep weights in {dtype}: export without --quantize"
+        return
+    if not codes.constant or not scale.constant:
+        yield "takes codes that are not weights"
+    if any(tensor is not None for tensor in step.inputs[2:]):
+        yield "has zero points: quantise symmetrically"
+    block = attributes.get("block_size", 0)
+    if dtype == "int4" and block not in _BLOCKS:
+        yield f"has blocks of {block}, not of 64 or 128: export with --quantize int4"
+    if dtype == "int4" and codes.shape[-1] % 2:
+        yield f"has rows of {codes.shape[-1]} codes of 4 bit, an odd number"
+    if dtype == "int8" and block:
+        yield "has codes of 8 bit in blocks: only a scale per row stays narrow for certain"
 
 
 def _narrowing(step: Step) -> Iterator[str]:
