@@ -29,7 +29,8 @@ from trio_deploy.quant.schemes import NO_SCHEME, SCHEMES
 
 _ROOT = Path(__file__).parents[1]
 _TEXT = ("docs/architecture.md", "docs/evaluation.md")
-_PIECE = 256  # tokens of a text that are read at once; perplexity is of those after the first
+_PIECE = 256  # tokens of a text that are read at once
+_FIRST = 8  # of them the prompt; perplexity is of those behind it
 
 
 def main() -> None:
@@ -107,11 +108,16 @@ def _perplexity(pipeline: Pipeline, count: int) -> float | None:
     total, seen = 0.0, 0
     for start in range(0, len(ids) - 1, _PIECE):
         piece = ids[start : start + _PIECE]
-        if len(piece) < 2:
+        if len(piece) <= _FIRST:
             break
-        first = tokenizer.decode(piece[:1])
+        forced = piece[_FIRST:]
         answer = pipeline.generate(
-            Request(first, raw=True, forced=piece[1:], max_new_tokens=len(piece) - 1)
+            Request(
+                tokenizer.decode(piece[:_FIRST]),
+                raw=True,
+                forced=forced,
+                max_new_tokens=len(forced),
+            )
         )
         total += float(np.sum(answer.logprobs))
         seen += len(answer.logprobs)

@@ -102,6 +102,7 @@ class Case:
         model: name of a recipe, or a family of `SMALL_QWEN`; full-size ones have their matrices as
             inputs, by the target in the `onnx` dialect.
         schedule: as for `trio export`; "": the recipe's.
+        quantize: scheme of the weights; "": they are float.
     """
 
     model: str = "tiny"
@@ -109,9 +110,10 @@ class Case:
     layout: str = "shared"
     dtype: str = "float16"
     schedule: str = ""
+    quantize: str = ""
 
     def __str__(self) -> str:
-        words = (self.model, self.dialect, self.layout, self.dtype, self.schedule)
+        words = (self.model, self.dialect, self.layout, self.dtype, self.schedule, self.quantize)
         return "-".join(word for word in words if word)
 
 
@@ -155,6 +157,8 @@ class Compiler:
             options["schedule"] = case.schedule
         if large:
             options["graphs_only"] = True
+        if case.quantize:
+            options["quantize"] = case.quantize
         bundle = Bundle.load(self._bundles.path(self._model(case.model), **options))
         return bundle, load_target(file)
 

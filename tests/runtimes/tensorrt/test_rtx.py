@@ -356,3 +356,22 @@ def test_what_tensorrt_does_not_take_is_refused(
     }
     with pytest.raises(TrioError, match=says):
         compile_ahead(tmp_path / "refused.onnx", [Profile("default", bounds)], dtype="float32")
+
+
+@pytest.mark.parametrize(("dialect", "layout"), [("primitive", "shared"), ("onnx", "separate")])
+def test_plans_of_quantised_weights_are_narrow(
+    compiler: Compiler, dialect: str, layout: str
+) -> None:
+    """The compiler keeps the codes: plans lose the bytes that graphs lose."""
+    sizes, stored = {}, {}
+    for scheme in ("", "int8", "int4"):
+        case = Case("qwen2_5_vl", dialect, layout, schedule=QWEN_SCHEDULE, quantize=scheme)
+        made = {name: compiler.compile(case, name) for name in ("prefill_1", "select_2")}
+        sizes[scheme] = {name: stage.done.compiled.plan_bytes for name, stage in made.items()}
+        stored[scheme] = {name: stored_bytes(stage.graph) for name, stage in made.items()}
+    for scheme in ("int8", "int4"):
+        saved = {name: sizes[""][name] - sizes[scheme][name] for name in sizes[""]}
+        graphs = {name: stored[""][name] - stored[scheme][name] for name in stored[""]}
+        assert saved["prefill_1"] > 0.8 * graphs["prefill_1"]
+        # It multiplies by a matrix and by its transpose, and may hold codes in a layout for each.
+        assert saved["select_2"] > 0.3 * graphs["select_2"]

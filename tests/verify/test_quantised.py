@@ -1,0 +1,88 @@
+"""`trio check` of bundles with quantised weights, in every family."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.bundles import Bundles
+from tests.support.checkpoints import make_llava, make_llava_next
+from tests.support.qwen_checkpoints import make_qwen
+from trio_deploy import Bundle, Pipeline, TrioError, check, export_model
+from trio_deploy.reference import restore
+from trio_deploy.verify.report import format_report
+
+#: Model, what it is exported with, runtime; what activations are rounded to.
+CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str, str | None]] = {
+    "llava, tied": (
+        make_llava,
+        {"tie": True},
+        {"quantize": "int4", "dialect": "ort"},
+        "onnxruntime",
+        "int8",
+    ),
+    "llava_next": (
+        make_llava_next,
+        {"mistral": True, "layout": "hub", "dtype": "bfloat16"},
+        {"quantize": "int8", "target": "cpu-openvino", "dtype": "float32"},
+        "openvino",
+        "int8",
+    ),
+    "qwen2_vl": (
+        lambda to, **more: make_qwen(to, "qwen2_vl", **more),
+        {},
+        {"quantize": "int4", "dialect": "onnx"},
+        "onnxruntime",
+        None,
+    ),
+    "qwen2_5_vl, tied": (
+        lambda to, **more: make_qwen(to, "qwen2_5_vl", **more),
+        {"tie": True},
+        {"quantize": "int4-g32", "dialect": "ort"},
+        "onnxruntime",
+        "int8",
+    ),
+    "qwen3_vl": (
+        lambda to, **more: make_qwen(to, "qwen3_vl", **more),
+        {},
+        {"quantize": "int4", "dialect": "primitive"},
+        "onnxruntime",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_quantised_bundle_agrees_with_the_values_of_its_codes(name: str, tmp_path: Path) -> None:
+    make, model, options, runtime, activations = CASES[name]
+    make(tmp_path / "checkpoint", **model)
+    bundle = export_model(
+        tmp_path / "checkpoint", tmp_path / "b", schedule="1:0.5,2:0.3", progress=False, **options
+    )
+    report = check(bundle, runtime=runtime, threads=1)
+    assert report.passed, format_report(report)
+    assert report.ran_as is not None
+    assert report.ran_as.quantized == options["quantize"]
+    assert report.ran_as.activations == activations
+    assert f"the values of its {options['quantize']} weights" in report.title
+    selections = [row for row in report.rows if row.stage.startswith("select")]
+    assert len(selections) == 2 and all(row.max_rel < 1e-5 for row in selections)
+
+
+def test_selections_are_compared_with_their_own_copies(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference of a selection has codes of 8 bit where its layer has 4."""
+    monkeypatch.setattr(restore, "selection_weights", lambda *_: lambda layer: nullcontext())
+    report = check(bundles.path("tiny", quantize="int4"), threads=1)
+    failed = [row.stage for row in report.rows if not row.passed]
+    assert failed == ["select_3"]  # those before it read no matrix
+
+
+def test_low_memory_is_refused(bundles: Bundles) -> None:
+    bundle = Bundle.load(bundles.path("tiny", quantize="int4"))
+    with pytest.raises(TrioError, match="quantised weights cannot be kept in the page cache alone"):
+        Pipeline.open(bundle, low_memory=True)
