@@ -233,8 +233,11 @@ def test_a_default_budget_that_cannot_be_reached_is_called_the_default():
     ("text", "words"),
     [
         ("11", r"a budget of 11 is not possible: .* at most 1; did you mean 0\.11\?$"),
+        ("1.5", r"a budget of 1\.5 is not possible: .*; did you mean 0\.015\?$"),
         ("11%", r"a budget of 11% is not possible: .* at most 1; did you mean 0\.11\?$"),
         (" 100 %", r"a budget of 100 % is not possible: .*; did you mean 1\?$"),
+        ("1%", r"a budget of 1% is not possible: .*; did you mean 0\.01\?$"),
+        ("101%", r"a budget of 101% is not possible: .* at most 1$"),
         ("250", r"a budget of 250 is not possible: .* at most 1$"),
         ("-1%", r"a budget of -1% is not possible: .* at most 1$"),
         ("0", r"a budget of 0 is not possible: .* at most 1$"),
