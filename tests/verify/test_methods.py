@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.support.checkpoints import make_llava, make_llava_next
+from tests.support.full_runs import only_in_full_runs
 from tests.support.qwen_checkpoints import shared_checkpoint
 from tests.support.qwen_models import FAMILIES as QWEN_FAMILIES
 from trio_deploy import Bundle, Pipeline, Request, check, export_model
@@ -57,17 +58,27 @@ def test_a_method_agrees_with_the_oracle_inside_the_model_and_at_the_encoder(
     assert outputs == ["image_features", *encoder_scores([method])]
 
 
-WITHOUT_CLASS_TOKEN = [name for name in METHODS if not encoder_scores([name])]
-QWEN = [
-    (method, QWEN_FAMILIES[n % 3], list(DIALECTS)[(n + n // 3) % 3], "float32")
-    for n, method in enumerate(WITHOUT_CLASS_TOKEN)
-]
-QWEN += [("cdpruner", f, d, "float32") for f, d in zip(QWEN_FAMILIES, DIALECTS, strict=True)]
-QWEN += [("cdpruner", "qwen3_vl", "ort", "float16"), ("trio", "qwen2_5_vl", "onnx", "float16")]
+#: Qwen: what test_qwen_stages.py has no case of; and each other method in full runs.
+QWEN = [("cdpruner", f, d, "float32") for f, d in zip(QWEN_FAMILIES, DIALECTS, strict=True)]
+QWEN += [("trio", "qwen2_5_vl", "onnx", "float16"), ("cdpruner", "qwen3_vl", "ort", "float16")]
 QWEN += [("cdpruner", "qwen2_5_vl", "primitive", "float16")]
+EACH = [
+    (method, QWEN_FAMILIES[n % 3], list(DIALECTS)[(n + n // 3) % 3], "float32")
+    for n, method in enumerate(name for name in METHODS if not encoder_scores([name]))
+]
 
 
-@pytest.mark.parametrize(("method", "family", "dialect", "dtype"), list(dict.fromkeys(QWEN)))
+@pytest.mark.parametrize(
+    ("method", "family", "dialect", "dtype"),
+    [
+        *QWEN,
+        *(
+            pytest.param(*case, marks=only_in_full_runs("make tests"))
+            for case in EACH
+            if case not in QWEN
+        ),
+    ],
+)
 def test_a_method_agrees_with_the_oracle_where_tokens_have_three_positions(
     method, family, dialect, dtype, run_folder, tmp_path
 ):
