@@ -19,6 +19,7 @@ from trio_deploy.selection.stage import build_select
 
 TARGETS = [("ort", "ort"), ("onnx", "ort"), ("primitive", "ort"), ("primitive", "openvino")]
 PROMPTS = ((3, (4, 5), 9), ((3, 2), 5, (2, 9), 4), (6,))
+REAL_SIZES = ((3, (36, 36), 9), ((3, 2), 5, (36, 40), 4))
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "biases, chunked axes": ("qwen2_5_vl", {}),
     "key norm, interleaved axes": ("qwen3_vl", {}),
@@ -40,7 +41,9 @@ class Double:
         return angle.cos().repeat(1, 1, 2), angle.sin().repeat(1, 1, 2)
 
 
-def case(kind: str, layer: int, seed: int) -> tuple[Any, dict, dict, np.ndarray]:
+def case(
+    kind: str, layer: int, seed: int, prompts: Any = PROMPTS
+) -> tuple[Any, dict, dict, np.ndarray]:
     """Configuration, weights, feeds of a padded batch, and the oracle's saliency in fp64."""
     family, extra = KINDS[kind]
     model = new_model(family, seed=seed, text={"rms_norm_eps": EPS, **extra})
@@ -49,7 +52,7 @@ def case(kind: str, layer: int, seed: int) -> tuple[Any, dict, dict, np.ndarray]
         config = model_config(family, rms_norm_eps=EPS, qkv_bias=True, o_bias=True)
     oracle = Oracle(model.double(), family=family, positions="original")
     oracle.adapter.rotary = Double(config)  # type: ignore[method-assign]
-    rows = [row_of(family, parts, seed + i) for i, parts in enumerate(PROMPTS)]
+    rows = [row_of(family, parts, seed + i) for i, parts in enumerate(prompts)]
     width = max(len(row.input_ids) for row in rows)
     feeds: dict[str, np.ndarray] = {
         "hidden_states": np.zeros((len(rows), width, 64)),
@@ -96,6 +99,21 @@ def test_the_formulas_are_exact_in_double_precision(kind: str, layer: int) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_precision_is_close_for_every_token(kind: str, dialect: str, runtime: str) -> None:
     config, weights, feeds, want = case(kind, 1, seed=5)
+    feeds["hidden_states"] = feeds["hidden_states"].astype(np.float32)
+    model = build_select(config, 1, GraphOptions(dialect=dialect, positions="original"))
+    got = Runner(model, weights, runtime)(feeds)["saliency"]
+    assert worst(got, want) < 3e-5
+    assert np.abs(got - want).max() < 1e-5 * want.max()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dialect", "runtime"),
+    [("biases, chunked axes", *TARGETS[0]), ("key norm, interleaved axes", *TARGETS[3])],
+)
+def test_single_precision_is_close_among_more_than_a_thousand_tokens(
+    kind: str, dialect: str, runtime: str
+) -> None:
+    config, weights, feeds, want = case(kind, 1, seed=5, prompts=REAL_SIZES)
     feeds["hidden_states"] = feeds["hidden_states"].astype(np.float32)
     model = build_select(config, 1, GraphOptions(dialect=dialect, positions="original"))
     got = Runner(model, weights, runtime)(feeds)["saliency"]
