@@ -107,6 +107,7 @@ def test_other_machines_need_a_key_unless_that_is_said(
         (["--set", "max_tokens=0"], "max_tokens must be 1 or more"),
         (["--set", "max_token=5"], "unknown parameter 'max_token'"),
         (["--set", "default_max_tokens=50", "--set", "max_tokens=5"], "at most max_tokens = 5"),
+        (["--allow-images-from", "*.example.com"], "--allow-images-from takes a host"),
         (["--drain-s", "-1"], "--drain-s must be 0 or more"),
         (["--ssl-certfile", "a"], "both --ssl-certfile and --ssl-keyfile"),
         (["--ssl-certfile", "/no/a", "--ssl-keyfile", "/no/b"], "there is no file /no/a"),

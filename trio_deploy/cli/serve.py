@@ -16,6 +16,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.files import is_folder, read_text
 
 if TYPE_CHECKING:
+    from trio_deploy.serve.fetch import ImageHosts
     from trio_deploy.serve.openai.app import Served
     from trio_deploy.serve.openai.gate import Doors
     from trio_deploy.serve.openai.process import ProcessOptions
@@ -75,6 +76,14 @@ def _add_doors(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="name by which clients reach the server, as in their URL; may be repeated",
     )
+    group.add_argument(
+        "--allow-images-from",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="host whose pictures are fetched where a request names their https address; may be "
+        "repeated (default: none)",
+    )
     group.add_argument("--ssl-certfile", metavar="FILE", help="certificate, for https")
     group.add_argument("--ssl-keyfile", metavar="FILE", help="its key")
 
@@ -105,6 +114,7 @@ def _add_process(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be, open the model, then serve until a signal comes."""
+    from trio_deploy.serve.fetch import ImageHosts
     from trio_deploy.serve.limits import read_settings
     from trio_deploy.serve.openai.process import bind, serve
     from trio_deploy.serve.openai.settings import Settings
@@ -112,10 +122,11 @@ def run(args: argparse.Namespace) -> None:
     options = runtime_options(args)
     settings = Settings.parse(read_settings(args.settings, args.set))
     doors, process = doors_of(args), _process_options(args)
+    images = ImageHosts.parse(args.allow_images_from)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("trio_deploy").setLevel(logging.INFO)
     with bind(args.host, args.port) as listener:
-        served = _open(args, options, settings, doors)
+        served = _open(args, options, settings, doors, images)
         url = _url(args, listener)
 
         def listening() -> None:
@@ -127,7 +138,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _open(
-    args: argparse.Namespace, options: RuntimeOptions, settings: Settings, doors: Doors
+    args: argparse.Namespace,
+    options: RuntimeOptions,
+    settings: Settings,
+    doors: Doors,
+    images: ImageHosts,
 ) -> Served:
     from trio_deploy.pipeline.pipeline import Pipeline
     from trio_deploy.serve.openai.app import Served
@@ -141,6 +156,7 @@ def _open(
         name=args.name or _name(args.bundle),
         limits=settings.http,
         doors=doors,
+        images=images,
         metrics_prefix=args.metrics_prefix,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import ipaddress
 import re
 import socket
 import sys
@@ -32,6 +33,7 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _CHUNK = 2**16
 _ELSEWHERE = "it redirects to a scheme other than http and https"
 _BROKE_OFF = "the connection broke off"
+_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses behind a translator
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -45,6 +47,8 @@ class FetchLimits:
         timeout_s: seconds from the first connection to the last byte of a file, redirects included.
         max_request_s: seconds for the files at all distinct addresses of one request.
         max_redirects: redirects per picture, each to http or https.
+        public: fetch from public addresses of the network alone, and through no proxy: for
+            addresses that others name.
     """
 
     max_bytes: int = 50 * 2**20
@@ -52,6 +56,7 @@ class FetchLimits:
     timeout_s: float = 30.0
     max_request_s: float = 120.0
     max_redirects: int = 5
+    public: bool = False
 
 
 def is_address(source: object) -> TypeGuard[str]:
@@ -153,8 +158,8 @@ def _fetch(address: str, limits: FetchLimits, left: _Left) -> bytes:
 def _download(address: str, limits: FetchLimits, left: _Left, connection: _Connection) -> bytes:
     opener = urllib.request.OpenerDirector()  # no handlers of files, ftp or data
     for handler in (
-        urllib.request.ProxyHandler(),
-        _Handler(connection),
+        urllib.request.ProxyHandler({} if limits.public else None),
+        _Handler(connection, limits.public),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
         _Redirects(limits.max_redirects),
@@ -230,9 +235,10 @@ class _Https(http.client.HTTPSConnection, _Http):
 class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """Opens http and https addresses, and reports the sockets."""
 
-    def __init__(self, connection: _Connection) -> None:
+    def __init__(self, connection: _Connection, public: bool) -> None:
         super().__init__()
         self._connection = connection
+        self._public = public
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(self._reporting(_Http), req)
@@ -244,9 +250,53 @@ class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         def connect(*args: Any, **options: Any) -> _Http:
             made = kind(*args, **options)
             made.report = self._connection.opened
+            if self._public:
+                made._create_connection = _connect_public  # type: ignore[attr-defined]
             return made
 
         return connect
+
+
+def _connect_public(
+    address: tuple[str, int], timeout: float | None = None, source: object = None
+) -> socket.socket:
+    """Connect to a host of which all addresses are public, at one of those that were looked up.
+
+    One look-up: a name that resolves to another address the next time cannot get past it.
+
+    Raises:
+        TrioError: one of the addresses is not public.
+    """
+    host, port = address
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    if not all(is_public(str(each[4][0])) for each in found):
+        raise TrioError(f"cannot fetch from {host}: its address is not a public one")
+    failure: OSError = OSError("it has no address")
+    for family, kind, protocol, _, place in found:
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(timeout)
+            connection.connect(place)
+        except OSError as error:
+            connection.close()
+            failure = error
+        else:
+            return connection
+    raise failure
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public network, and stands for no other that is not."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(found, ipaddress.IPv6Address):
+        if found in _TRANSLATED or found.sixtofour is not None or found.teredo is not None:
+            return False
+        if found.ipv4_mapped is not None:
+            return is_public(str(found.ipv4_mapped))
+    return found.is_global and not found.is_multicast
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,18 +23,27 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.batcher.events import Refused
 from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy.serve.fetch import ImageHosts
 from trio_deploy.serve.metrics import PREFIX, prometheus_text
 from trio_deploy.serve.openai.bodies import (
     ChatBody,
     DetokenizeBody,
     Detokenized,
+    Message,
     Model,
     Models,
     TokenizeBody,
     Tokens,
     decode,
 )
-from trio_deploy.serve.openai.convert import Asked, clean, to_asked, to_messages
+from trio_deploy.serve.openai.convert import (
+    Asked,
+    Files,
+    addresses_of,
+    clean,
+    to_asked,
+    to_messages,
+)
 from trio_deploy.serve.openai.errors import ApiError, invalid, of_exception, unavailable
 from trio_deploy.serve.openai.gate import Bodies, Doors, Gate, Life
 from trio_deploy.serve.openai.schema import openapi
@@ -50,6 +60,7 @@ from trio_deploy.serve.requests import ClientRequest, check_request
 from trio_deploy.serve.service import Service
 
 _LOG = logging.getLogger(__name__)
+_FETCHERS = 8  # pictures that are fetched at once
 _SSE = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -63,6 +74,7 @@ class Served:
 
     Attributes:
         name: of the model, as clients call it.
+        images: hosts whose pictures are fetched.
         metrics_prefix: of metrics that vLLM has, too.
     """
 
@@ -72,6 +84,7 @@ class Served:
     limits: HttpLimits = field(default_factory=HttpLimits)
     doors: Doors = field(default_factory=Doors)
     life: Life = field(default_factory=Life)
+    images: ImageHosts = field(default_factory=ImageHosts)
     metrics_prefix: str = PREFIX
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -130,22 +143,24 @@ class _Routes:
         self._bodies = bodies
         self._generation = served.pipeline.bundle.manifest.generation
         self._openapi = _json(openapi())
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="trio-fetch")
 
     async def chat(self, request: Request) -> Response:
         answers = Answers()
 
-        def begin(body: bytes) -> Asked:
+        def begin(chat: ChatBody, files: Files) -> Asked:
             """Done by another thread: a large picture takes a while to decode."""
-            chat = decode(body, ChatBody)
-            self._served.check_model(chat.model)
-            asked = to_asked(chat, self._served.limits.max_n)
+            asked = to_asked(chat, self._served.limits.max_n, files)
             answers.submit(self._served.service.submit, asked.clients)
             return asked
 
         try:
             async with self._bodies.read(request) as body:
                 with self._telling(request):
-                    asked = await asyncio.to_thread(begin, body)
+                    chat = await asyncio.to_thread(decode, body, ChatBody)
+                    self._served.check_model(chat.model)
+                    async with self._fetched(chat.messages) as files:
+                        asked = await asyncio.to_thread(begin, chat, files)
         except BaseException as error:
             answers.cancel()
             # What the service refused, it has counted itself.
@@ -153,6 +168,28 @@ class _Routes:
                 self._served.service.count_rejected(error)
             raise
         return _ChatResponse(self._served, request, answers, asked)
+
+    @asynccontextmanager
+    async def _fetched(self, messages: Sequence[Message]) -> AsyncIterator[Files]:
+        """Files at the addresses that messages name, which are counted until the block is left."""
+        addresses = addresses_of(messages, self._served.images)
+        limits, loop = self._served.service.limits, asyncio.get_running_loop()
+        if len(addresses) > limits.max_images:
+            raise invalid(f"{len(addresses)} images, but max_images is {limits.max_images}")
+        size = limits.max_image_bytes * len(addresses)
+        self._bodies.held.take(size)
+        try:
+            fetch = self._served.images.fetch
+            # Threads of its own: hosts that are slow keep nobody waiting who names none.
+            fetched = await asyncio.gather(
+                *(
+                    loop.run_in_executor(self._fetchers, fetch, address, limits.max_image_bytes)
+                    for address in addresses
+                )
+            )
+            yield dict(zip(addresses, fetched, strict=True))
+        finally:
+            self._bodies.held.release(size)
 
     async def completions(self, request: Request) -> Response:
         raise invalid(
@@ -179,7 +216,7 @@ class _Routes:
                 )
             tokens = pipeline.encoder.tokens(clean(body.prompt), special=body.add_special_tokens)
         else:
-            messages, pictures = to_messages(body.messages or [])
+            messages, pictures = to_messages(body.messages or [])  # no picture is fetched
             client = ClientRequest(messages=messages, images_base64=pictures, max_tokens=1)
             tokens = pipeline.prepare(check_request(client, limits)[0]).prompt.ids.tolist()
         names = pipeline.encoder.names(tokens) if body.return_token_strs else None

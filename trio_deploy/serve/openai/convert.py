@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from trio_deploy.pipeline.grammar import Structure
 from trio_deploy.pipeline.prompt import PromptEncoder
 from trio_deploy.pipeline.request import Generation
 from trio_deploy.pipeline.sampling import TokenLogprobs
+from trio_deploy.serve.fetch import ImageHosts
 from trio_deploy.serve.openai.bodies import (
     ChatBody,
     ImagePart,
@@ -50,6 +52,10 @@ _UNSUPPORTED = (
 _LEAST_LOGPROB = -9999.0  # what OpenAI gives for tokens that cannot come: JSON has no infinity
 _PLACE = "messages[{}].content[{}]"
 
+Files = Mapping[str, bytes]
+"""Contents of pictures by their addresses."""
+_NO_FILES: Files = {}
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -70,8 +76,11 @@ class Asked:
     timings: bool
 
 
-def to_asked(body: ChatBody, max_n: int) -> Asked:
+def to_asked(body: ChatBody, max_n: int, files: Files = _NO_FILES) -> Asked:
     """Read what a body asks for.
+
+    Args:
+        files: contents of the pictures that it names by address.
 
     Raises:
         ApiError: it asks for what this server does not do.
@@ -81,7 +90,7 @@ def to_asked(body: ChatBody, max_n: int) -> Asked:
     top = body.top_logprobs
     if top is not None and not body.logprobs:
         raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
-    messages, pictures = to_messages(body.messages)
+    messages, pictures = to_messages(body.messages, files)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
     client = ClientRequest(
         messages=messages,
@@ -189,18 +198,63 @@ def _text_of(schema: Raw) -> str | None:
     return str(msgspec.json.decode(text)) if text.startswith('"') else text
 
 
-def to_messages(messages: Sequence[Message]) -> tuple[bytes, list[bytes]]:
+def addresses_of(messages: Sequence[Message], hosts: ImageHosts) -> list[str]:
+    """Addresses of pictures to fetch, each once.
+
+    Raises:
+        ApiError: one is not of a host whose pictures are fetched.
+    """
+    found = []
+    for number, message in enumerate(messages):
+        parts = message.content if isinstance(message.content, list) else []
+        for place, part in enumerate(parts):
+            if not isinstance(part, ImagePart) or is_data_uri(part.image_url.url):
+                continue
+            try:
+                hosts.check(part.image_url.url)
+            except TrioError as error:
+                where = f"{_PLACE.format(number, place)}.image_url.url"
+                raise invalid(str(error), where, "unsupported_parameter") from None
+            found.append(part.image_url.url)
+    return list(dict.fromkeys(found))
+
+
+def to_messages(messages: Sequence[Message], files: Files = _NO_FILES) -> tuple[bytes, list[bytes]]:
     """JSON of a conversation in Hugging Face's format, and its pictures in base64.
+
+    Args:
+        files: contents of pictures by their addresses.
 
     Raises:
         ApiError: it has parts that are not supported.
     """
-    pictures: list[bytes] = []
+    pictures = _Pictures(files)
     found = [_message(number, message, pictures) for number, message in enumerate(messages)]
-    return msgspec.json.encode(found), pictures
+    return msgspec.json.encode(found), pictures.found
 
 
-def _message(number: int, message: Message, pictures: list[bytes]) -> dict[str, Any]:
+@dataclass
+class _Pictures:
+    """Pictures of a conversation in base64, in order."""
+
+    files: Files
+    found: list[bytes] = field(default_factory=list)
+
+    def add(self, url: str) -> None:
+        """Take in a picture.
+
+        Raises:
+            TrioError: it is neither in the address nor among the files.
+        """
+        if is_data_uri(url):
+            self.found.append(data_uri_content(url))
+        elif url in self.files:
+            self.found.append(base64.b64encode(self.files[url]))
+        else:
+            ImageHosts().check(url)
+
+
+def _message(number: int, message: Message, pictures: _Pictures) -> dict[str, Any]:
     place = f"messages[{number}]"
     for name in ("name", "refusal", "annotations", "audio", "function_call", "tool_calls"):
         if getattr(message, name):
@@ -217,7 +271,7 @@ def _message(number: int, message: Message, pictures: list[bytes]) -> dict[str, 
     return {"role": role, "content": items}
 
 
-def _item(place: str, part: Part, role: str, pictures: list[bytes]) -> dict[str, str]:
+def _item(place: str, part: Part, role: str, pictures: _Pictures) -> dict[str, str]:
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
     if not isinstance(part, ImagePart):
@@ -236,15 +290,8 @@ def _item(place: str, part: Part, role: str, pictures: list[bytes]) -> dict[str,
             f"{place}.image_url.detail",
             "unsupported_parameter",
         )
-    url = part.image_url.url
-    if not is_data_uri(url):
-        raise invalid(
-            "pictures by URL are not fetched: send data:image/png;base64,…",
-            f"{place}.image_url.url",
-            "unsupported_parameter",
-        )
     try:
-        pictures.append(data_uri_content(url))
+        pictures.add(part.image_url.url)
     except TrioError as error:
         raise invalid(str(error), f"{place}.image_url.url", "invalid_image") from None
     return {"type": "image"}
