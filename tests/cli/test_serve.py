@@ -55,7 +55,7 @@ def test_the_first_lines_work_as_printed_and_a_signal_ends_it_in_order(process: 
     running, lines = process
     assert lines, running.stderr.read()
     url = re.findall(r"http://127\.0\.0\.1:\d+", lines[0])[0]
-    assert "serves tiny at" in lines[0] and "512 unless asked for" in lines[1]
+    assert "serves tiny at" in lines[0] and "512 unless asked for" in lines[2]
     (curl,) = [line for line in lines if line.startswith("curl ")]
     if shutil.which("curl"):
         done = subprocess.run(["sh", "-c", curl], capture_output=True, text=True, timeout=WAIT_S)

@@ -46,6 +46,7 @@ from trio_deploy.serve.openai.convert import (
 )
 from trio_deploy.serve.openai.errors import ApiError, invalid, of_exception, unavailable
 from trio_deploy.serve.openai.gate import Bodies, Doors, Gate, Life
+from trio_deploy.serve.openai.page import page
 from trio_deploy.serve.openai.schema import openapi
 from trio_deploy.serve.openai.settings import HttpLimits
 from trio_deploy.serve.openai.stream import (
@@ -124,6 +125,7 @@ def build_app(served: Served) -> ASGIApp:
             Route("/ready", routes.ready),
             Route("/metrics", routes.metrics),
             Route("/openapi.json", routes.openapi),
+            Route("/", routes.page),
         ],
         exception_handlers={
             HTTPException: _not_served,
@@ -259,6 +261,10 @@ class _Routes:
 
     async def openapi(self, request: Request) -> Response:
         return self._openapi
+
+    async def page(self, request: Request) -> Response:
+        content, headers = page()
+        return Response(content, media_type="text/html", headers=headers)
 
     async def failed(self, request: Request, error: Exception) -> Response:
         return _of_error(self._told(request, error))

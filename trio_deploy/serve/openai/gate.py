@@ -46,7 +46,7 @@ class Doors:
     keys: Sequence[bytes] = ()
     hosts: Collection[str] | None = None
     any_address: bool = False
-    open: Collection[str] = _PROBES
+    open: Collection[str] = (*_PROBES, "/")
 
     def check(self, path: str, headers: Headers) -> None:
         """Check a request.

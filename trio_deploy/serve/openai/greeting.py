@@ -21,6 +21,7 @@ def greeting(served: Served, url: str) -> str:
     budget = "the bundle's budget" if limits.budget is None else f"budget {limits.budget:g}"
     lines = [
         f"trio serves {served.name} at {url}/v1 ({served.pipeline.ran_as})",
+        f"a page to try it: {url}/",
         f"limits: context {served.context} tokens, answers {limits.max_tokens} tokens "
         f"({limits.default_max_tokens} unless asked for), {limits.max_images} pictures of "
         f"{format_bytes(limits.max_image_bytes)}, {batcher.max_rows} requests at a time and "
