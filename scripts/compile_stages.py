@@ -6,7 +6,8 @@
 One stage after another, each in a process of its own. The weights of a bundle without weights
 (`trio export --graphs-only`) become inputs of its graphs: then the engines hold none, and kernels
 and scratch memory are those of engines that are given theirs. With --out the table is written to
-docs/measurements/NAME.md and .json, with the machine and the compiler's version.
+docs/measurements/NAME.md and .json, with the machine and the compiler's version; of all stages
+the largest scratch memory goes into the table that `trio plan` shows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,6 +30,7 @@ from trio_deploy.bench.environment import machine
 from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.ahead import AheadOfTime, compile_ahead
 from trio_deploy.runtimes.tensorrt.build import weight_bytes
+from trio_deploy.runtimes.tensorrt.logged import FILE, Logged, key_of, written
 from trio_deploy.runtimes.tensorrt.profiles import profiles
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +87,16 @@ HEADS = {
 }
 
 
+def record(bundle: Bundle, target: str, about: str, version: str, scratch: int) -> None:
+    """Enter the largest scratch memory into the table that `trio plan` shows."""
+    manifest = bundle.manifest
+    own = replace(load_target(target), dialect=manifest.dialect, dtype=manifest.dtype)
+    key = key_of(bundle.config, bundle.schedule, own)
+    file = ROOT / "trio_deploy" / FILE
+    entry = Logged(about, f"TensorRT-RTX {version}", scratch, key)
+    file.write_text(written(file.read_text(), entry))
+
+
 def table(rows: Sequence[dict[str, float | int | str]]) -> str:
     """A table in Markdown."""
     lines = ["| " + " | ".join(HEADS.values()) + " |", "|---" * len(HEADS) + "|"]
@@ -101,12 +114,13 @@ def main() -> int:
     args = parser.parse_args()
     bundle = Bundle.load(args.bundle)
     stages = args.stage or list(bundle.stages)
-    rows, failed, version = [], {}, ""
+    rows, scratch, failed, version = [], [], {}, ""
     for stage, done in tqdm(compiled(bundle, args.target, stages), total=len(stages), unit="stage"):
         if isinstance(done, str):
             failed[stage] = done
         else:
             rows.append(row(bundle, stage, done))
+            scratch.append(done.report.activation_bytes)
             version = done.compiled.version
     for stage, why in failed.items():
         print(f"{stage}: {why}", file=sys.stderr)
@@ -121,6 +135,8 @@ def main() -> int:
     print(f"TensorRT-RTX {version}: {about}\n\n{table(rows)}")
     if args.out:
         file = ROOT / "docs" / "measurements" / f"{args.out}.json"
+        if set(stages) == set(bundle.stages) and not failed:
+            record(bundle, args.target, about, version, max(scratch))
         raw = {"tensorrt_rtx": version, "about": about, "machine": where, "stages": rows}
         file.write_text(json.dumps(raw, indent=1) + "\n")
         file.with_suffix(".md").write_text(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +21,15 @@ from tests.support.transformers_models import language_model, model_config, rela
 from trio_deploy import TrioError
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.reference.oracle import Oracle, Point
-from trio_deploy.schedule.methods import ARRAYS, METHODS, SEEDS
+from trio_deploy.schedule.methods import ARRAYS, METHODS, SEEDS, load
+from trio_deploy.schedule.view import View
 from trio_deploy.selection import random
 from trio_deploy.selection.stage import build_select
 
 CONFIG = model_config(qkv_bias=True, o_bias=True)
 targets = pytest.mark.parametrize(("dialect", "runtime"), TARGETS)
 methods = pytest.mark.parametrize("method", METHODS)
+LOOPING = ("trio", "dart", "divprune", "cdpruner")
 
 
 @cache
@@ -136,7 +139,7 @@ def test_blocks_of_ranks_change_nothing(method: str, block: int) -> None:
     assert_same(feeds, runner(method, "ort", "ort", 1, block)(feeds), method, 1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOOPING)
 def test_a_round_number_of_shape_one_changes_nothing(method: str) -> None:
     """TensorRT's older parsers give a Loop's body its number as [1], where ONNX has a scalar."""
     run = runner(method, "primitive", "ort", 1)
@@ -167,13 +170,14 @@ def count_in_vectors(graph: onnx.GraphProto) -> int:
     return loops
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOOPING)
 def test_rounds_too_many_change_nothing(method: str) -> None:
     """TensorRT's parser has run a Loop once more than it should (onnx-tensorrt's issue 891)."""
     run = runner(method, "primitive", "ort", 1, 4)
     feeds = batch([9, 99, 0, 3, 1], seed=7)
     proto = onnx.ModelProto.FromString(run.proto.SerializeToString())
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "always"))
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(12), "too many"))
     go_on_for_ever(proto.graph)
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     outputs = session.run(run.outputs, {name: feeds[name] for name in run.inputs})
@@ -182,14 +186,64 @@ def test_rounds_too_many_change_nothing(method: str) -> None:
 
 
 def go_on_for_ever(graph: onnx.GraphProto) -> None:
-    """Lets every Loop in a graph run to its last round."""
+    """Lets every Loop in a graph that ends by its data run too many rounds."""
     for node in graph.node:
         for body in [entry.g for entry in node.attribute if entry.name == "body"]:
-            node.input[1], go_on = "always", body.output[0].name
             go_on_for_ever(body)
+            if not node.input[1]:
+                continue  # its rounds are counted
+            node.input[:2], go_on = ["too many", "always"], body.output[0].name
             for inner in body.node:
                 inner.output[:] = [f"{o}.unused" if o == go_on else o for o in inner.output]
             body.node.append(onnx.helper.make_node("Identity", ["always"], [go_on]))
+
+
+@pytest.mark.parametrize("dialect", ["ort", "onnx", "primitive"])
+@methods
+def test_a_loop_depends_on_data_after_its_rounds_alone(method: str, dialect: Any) -> None:
+    """TensorRT's host waits wherever data decide: not before a loop, and not in a counted one."""
+    graph = runner(method, dialect, "ort", 1).proto.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    for node in loops(graph):
+        trips, start = node.input[:2]
+        assert trips in constants and (not start or start in constants), node.name
+    assert any(True for _ in loops(graph)) == (method in LOOPING)
+
+
+def loops(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The Loops of a graph, those in bodies among them."""
+    for node in graph.node:
+        for body in [entry.g for entry in node.attribute if entry.name == "body"]:
+            yield node
+            yield from loops(body)
+
+
+@targets
+@pytest.mark.parametrize("method", ["divprune", "dart", "cdpruner"])
+def test_more_picks_than_one_round_makes_are_those_of_the_reference(
+    method: str, dialect: Any, runtime: str
+) -> None:
+    """Rows of 45 visual tokens, many of them copies, that keep 0 to 45."""
+    run, rng = runner(method, dialect, runtime, 0), np.random.default_rng(0)
+    visual = np.zeros((6, 60), bool)
+    visual[:, 5:50] = True
+    for keep in ([1, 15, 16, 17, 18, 40], [31, 32, 33, 34, 44, 45]):
+        hidden = rng.normal(size=(6, 60, 48)).astype(np.float32)
+        hidden[:3, 8:45] = hidden[:3, rng.integers(8, 45, size=37)]
+        feeds = {
+            "hidden_states": hidden,
+            "position_ids": np.tile(np.arange(60), (6, 1)),
+            "lengths": np.full(6, 60),
+            "visual_mask": visual,
+            "keep": np.array(keep),
+            "width": np.array([15 + max(keep)]),
+        }
+        index = run(feeds)["keep_index"]
+        for row, count in enumerate(keep):
+            view = View(0, hidden[row].astype(np.float64), visual[row], count, 0.8)
+            kept, _ = load(method).reference(view)
+            expected = np.sort(np.concatenate([kept, np.flatnonzero(~visual[row])]))
+            assert index[row][index[row] >= 0].tolist() == expected.tolist(), (row, count)
 
 
 @methods

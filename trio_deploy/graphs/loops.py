@@ -1,13 +1,30 @@
-"""Loops of a graph whose bodies are written as Python functions."""
+"""Loops of a graph whose bodies are written as Python functions.
+
+TensorRT's host waits for the GPU wherever it has to know whether a loop goes on. A loop of a fixed
+number of rounds costs no wait. One that depends on data always runs its first round, and is bounded
+by a constant: so the host waits once per round, and not before the first.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
-from trio_deploy.graphs.values import BOOL, FLOAT, INT64, dim, dtype_of, shape_of, typed
+from trio_deploy.graphs.values import (
+    BOOL,
+    FLOAT,
+    INT64,
+    constant,
+    dim,
+    dtype_of,
+    shape_of,
+    typed,
+)
+
+_FOR_EVER = 2**30  # rounds that no loop has
 
 
 def any_of(op: Any, flags: ir.Value) -> ir.Value:
@@ -15,27 +32,52 @@ def any_of(op: Any, flags: ir.Value) -> ir.Value:
     return op.Greater(op.ReduceSum(op.Cast(flags, to=FLOAT), keepdims=0), 0.5)
 
 
-def loop(
+def counted_loop(
     op: Any,
-    trips: ir.Value,
-    start: ir.Value,
+    trips: int,
     states: Sequence[ir.Value],
-    body: Callable[..., tuple[ir.Value, list[ir.Value]]],
+    body: Callable[..., list[ir.Value]],
     name: str,
 ) -> list[ir.Value]:
-    """Write a Loop of at most `trips` rounds that goes on while its body says so.
+    """Write a Loop of `trips` rounds.
 
     Args:
-        trips: int64 scalar.
-        start: bool scalar, whether the first round runs.
         states: loop-carried values; their types and shapes hold through all rounds.
-        body: called once as ``body(op, iteration, *states)``; returns (go on, new states).
+        body: called once as ``body(op, iteration, *states)``; returns the new states.
         name: of the graph of the body, and a prefix of its values.
 
     Returns:
         The states after the last round.
     """
 
+    def always(inner: Any, iteration: ir.Value, *inside: ir.Value) -> tuple[Any, list[ir.Value]]:
+        return inner.Constant(value=ir.tensor(np.array(True))), body(inner, iteration, *inside)
+
+    return _loop(op, trips, None, states, always, name)
+
+
+def loop_while(
+    op: Any,
+    states: Sequence[ir.Value],
+    body: Callable[..., tuple[ir.Value, list[ir.Value]]],
+    name: str,
+    most: int = _FOR_EVER,
+) -> list[ir.Value]:
+    """Write a Loop of at least one round, and at most `most`, that goes on while its body says so.
+
+    Like `counted_loop`, but `body` returns (go on: bool scalar, new states).
+    """
+    return _loop(op, most, constant(op, np.array(True), "true"), states, body, name)
+
+
+def _loop(
+    op: Any,
+    trips: int,
+    start: ir.Value | None,
+    states: Sequence[ir.Value],
+    body: Callable[..., tuple[ir.Value, list[ir.Value]]],
+    name: str,
+) -> list[ir.Value]:
     def trace(inner: Any, iteration: ir.Value, _go: ir.Value, *inside: ir.Value) -> list[ir.Value]:
         inner.builder.push_module(name)  # its values must not share names with the outer graph's
         go_on, after = body(inner, iteration, *inside)
@@ -62,7 +104,8 @@ def loop(
         ],
         name=name,
     )
-    results = list(op.Loop(trips, start, *states, body=graph, _outputs=len(states)))
+    rounds = constant(op, np.array(trips), f"rounds_{trips}")
+    results = list(op.Loop(rounds, start, *states, body=graph, _outputs=len(states)))
     for value, state in zip(results, states, strict=True):
         value.type, value.shape = state.type, state.shape
     return results

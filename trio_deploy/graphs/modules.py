@@ -81,6 +81,11 @@ class Linear(nn.Module):
         bias = None if self.bias is None else self.bias.into(op)
         return self.d.linear_few_rows(op, x, self.weight.into(op), bias)
 
+    def few_rows_beside(self, op: Any, x: ir.Value) -> ir.Value:
+        """Compute `few_rows` beside that of another weight for the same x."""
+        bias = None if self.bias is None else self.bias.into(op)
+        return self.d.linear_few_rows_beside(op, x, self.weight.into(op), bias)
+
     def backward_few_rows(self, op: Any, g: ir.Value) -> ir.Value:
         """Compute `backward` for f32 [B, P, out] → f32 [B, P, in] with few rows P."""
         weight = self.weight.into(op)
@@ -413,7 +418,7 @@ class MLP(nn.Module):
 
     def forward_probes(self, op: Any, x: ir.Value) -> tuple[ir.Value, Gates]:
         """Compute `forward` for few rows [B, P, d], and what `backward_probes` needs."""
-        gate, up = self.gate_proj.few_rows(op, x), self.up_proj.few_rows(op, x)
+        gate, up = self.gate_proj.few_rows(op, x), self.up_proj.few_rows_beside(op, x)
         sigmoid = op.Sigmoid(gate)
         silu = op.Mul(gate, sigmoid)
         return self.down_proj.few_rows(op, op.Mul(silu, up)), Gates(gate, sigmoid, silu, up)

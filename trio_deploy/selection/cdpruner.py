@@ -40,10 +40,14 @@ _OFFSET = 1e-6  # of relevances before they are scaled: the least is not quite 0
 _TIE = 1e-4  # gains closer than this, relative to the greatest, count as equal: the earlier wins
 _ROUNDING = 1e-5  # of a gain in fp32, whose terms are at most 1
 _NONE = -1.0  # below every gain
+_AT_ONCE = 16  # picks between two questions whether any row goes on
 
 
 def graph(op: Any, site: Site) -> Choice:
-    """Take one token per round of a loop; then the most relevant of the others."""
+    """Take one token per round of a loop; then the most relevant of the others.
+
+    Each round of a loop that ends with the last pick is a loop of 16 picks, as in DivPrune.
+    """
     tokens, visual = site.tokens, site.tokens.visual
     need, prunes = site.need(op)
     unit = site.unit_rows(op, site.float32(op, tokens.x), tokens.squares)
@@ -53,18 +57,23 @@ def graph(op: Any, site: Site) -> Choice:
     index = site.float32(op, tokens.index)
     length = site.float32(op, site.dim(op, relevance, 1))
     # K rows of the factor, W: a size of TensorRT's cannot depend on what rows keep.
-    most = op.Squeeze(site.width, [0])
-    numbers = op.Range(0, most, 1)
+    numbers = op.Range(0, op.Squeeze(site.width, [0]), 1)
 
-    def take(op: Any, turn: Value, gain: Value, factor: Value, chosen: Value, score: Value) -> Any:
+    def greatest_gain(op: Any, gain: Value, chosen: Value) -> tuple[Value, Value, Value, Value]:
+        """Which tokens are free [B,S], their gains [B,S], the best [B,1], whether it counts."""
         free = op.And(visual, op.Less(chosen, 0.5))
         open_ = op.Where(free, gain, _NONE)
-        best = site.reduce(op, "ReduceMax", open_, [1])  # [B,1]
+        best = site.reduce(op, "ReduceMax", open_, [1])
+        lacks = op.Less(site.reduce(op, "ReduceSum", chosen, [1]), need)
+        return free, open_, best, op.And(lacks, op.Greater(best, _LEAST_GAIN))
+
+    def take(
+        op: Any, turn: Value, gain: Value, factor: Value, chosen: Value, score: Value
+    ) -> list[Value]:
+        free, open_, best, goes_on = greatest_gain(op, gain, chosen)
         hit = op.And(free, op.GreaterOrEqual(open_, op.Mul(best, 1.0 - _TIE)))
         first = site.reduce(op, "ReduceMin", op.Where(hit, index, length), [1])
         first = op.Min(first, op.Sub(length, 1.0))  # a row without a free token
-        count = site.reduce(op, "ReduceSum", chosen, [1])
-        goes_on = op.And(op.Less(count, need), op.Greater(best, _LEAST_GAIN))
         picked = site.float32(op, op.And(op.Equal(index, first), op.And(hit, goes_on)))
         # A row of the factor: what the token has in common with each, less what is told already.
         place = op.Add(site.int64(op, first), tokens.offset)
@@ -81,18 +90,27 @@ def graph(op: Any, site: Site) -> Choice:
         score = op.Add(score, op.Mul(picked, gain))
         chosen = op.Add(chosen, picked)
         gain = op.Max(op.Sub(gain, op.Mul(new, new)), 0.0)
+        return [gain, factor, chosen, score]
+
+    def take_some(op: Any, turn: Value, *states: Value) -> tuple[Value, list[Value]]:
+        first = op.Mul(turn, _AT_ONCE)
+
+        def take_next(op: Any, turn: Value, *states: Value) -> list[Value]:
+            return take(op, op.Add(first, turn), *states)
+
+        gain, factor, chosen, score = site.counted_loop(op, _AT_ONCE, states, take_next, "pick")
+        goes_on = greatest_gain(op, gain, chosen)[3]
         return site.any_of(op, goes_on), [gain, factor, chosen, score]
 
     nothing = op.Mul(relevance, 0.0)
     empty = op.Mul(op.Reshape(site.float32(op, numbers), [1, -1, 1]), 0.0)
     factor = op.Add(op.Unsqueeze(nothing, [1]), empty)  # [B,K,S]
     states = [op.Mul(relevance, relevance), factor, nothing, nothing]
-    goes_on = site.any_of(op, op.Greater(need, 0.0))
-    _, _, chosen, score = site.loop(op, most, goes_on, states, take, "picks")
+    _, _, chosen, score = site.loop_while(op, states, take_some, "picks")
     taken = op.Greater(chosen, 0.5)
     left = op.Sub(need, site.reduce(op, "ReduceSum", chosen, [1]))
     others = op.And(visual, op.Not(taken))
-    fillers = site.greatest(op, relevance, others, op.Max(left, 0.0), "fillers")
+    fillers = site.greatest(op, relevance, others, left)
     return site.by_picks(op, op.Or(taken, fillers), prunes, score)
 
 

@@ -56,7 +56,7 @@ def graph(op: Any, site: Site) -> Choice:
     numbers = site.constant(op, _counting(2 * PIVOTS), "numbers")
     shape = op.Shape(tokens.visual)
 
-    def grow(op: Any, turn: Value, chosen: Value, score: Value) -> tuple[Value, list[Value]]:
+    def grow(op: Any, turn: Value, chosen: Value, score: Value) -> list[Value]:
         later = op.GreaterOrEqual(numbers, site.float32(op, turn))
         left = site.reduce(op, "ReduceSum", op.Mul(valid, site.float32(op, later)), [1])
         # Reshaped, since TensorRT's older parsers hand on the turn as [1], not as a scalar.
@@ -68,13 +68,10 @@ def graph(op: Any, site: Site) -> Choice:
         compared = op.And(free, op.Greater(rest, 0.5))
         score = op.Where(compared, distance, score)
         taken = site.greatest(op, distance, free, share)
-        more = op.Less(site.reduce(op, "ReduceSum", chosen, [1]), need)
-        return site.any_of(op, more), [op.Add(chosen, site.float32(op, taken)), score]
+        return [op.Add(chosen, site.float32(op, taken)), score]
 
-    turns = op.Squeeze(site.constant(op, np.array([2 * PIVOTS]), "all_pivots"), [0])
-    goes_on = site.any_of(op, op.Greater(need, 0.0))
     states = [chosen, op.Mul(chosen, FARTHEST)]
-    chosen, score = site.loop(op, turns, goes_on, states, grow, "grow")
+    chosen, score = site.counted_loop(op, 2 * PIVOTS, states, grow, "grow")
     return site.by_picks(op, op.Greater(chosen, 0.5), prunes, score)
 
 
@@ -90,7 +87,7 @@ def _features(op: Any, site: Site) -> tuple[Value, Value, Value, Value]:
     norms = site.reduce(op, "ReduceSum", norms, [2], keepdims=False)
     features = site.float32(op, site.final_norm(op))
     squares = site.reduce(op, "ReduceSumSquare", features, [2])
-    before = op.CumSum(site.float32(op, tokens.visual), 1)
+    before = site.d.running_sum(op, site.float32(op, tokens.visual))
     return features, squares, norms, op.And(tokens.text, op.Greater(before, 0.5))
 
 

@@ -28,10 +28,15 @@ if TYPE_CHECKING:
     from trio_deploy.selection.site import Site
 
 _TAKEN = -1.0  # below the distance of every token that can be chosen
+_AT_ONCE = 16  # picks between two questions whether any row lacks one
 
 
 def graph(op: Any, site: Site) -> Choice:
-    """Take one token per round of a loop; distances within `TIE` are equal, the earlier wins."""
+    """Take one token per round of a loop; distances within `TIE` are equal, the earlier wins.
+
+    Each round of a loop that ends with the last pick is a loop of 16 picks: TensorRT's host waits
+    where a loop depends on data, and a row that has enough picks nothing more.
+    """
     tokens, visual = site.tokens, site.tokens.visual
     need, prunes = site.need(op)
     unit = site.unit_rows(op, site.float32(op, tokens.x), tokens.squares)
@@ -73,21 +78,20 @@ def graph(op: Any, site: Site) -> Choice:
         some = op.Greater(site.reduce(op, "ReduceSum", picked, [1]), 0.5)
         return op.Where(some, op.Min(gap, op.Max(distance, 0.0)), gap)
 
-    def next_one(
-        op: Any, _turn: Value, gap: Value, chosen: Value, score: Value
-    ) -> tuple[Value, list[Value]]:
+    def next_one(op: Any, _turn: Value, gap: Value, chosen: Value, score: Value) -> list[Value]:
         token, picked = take(op, gap, chosen)
         score = op.Add(score, op.Mul(picked, gap))
-        chosen = op.Add(chosen, picked)
+        return [nearer(op, gap, token, picked), op.Add(chosen, picked), score]
+
+    def next_ones(op: Any, _turn: Value, *states: Value) -> tuple[Value, list[Value]]:
+        gap, chosen, score = site.counted_loop(op, _AT_ONCE, states, next_one, "pick")
         more = op.Less(site.reduce(op, "ReduceSum", chosen, [1]), need)
-        return site.any_of(op, more), [nearer(op, gap, token, picked), chosen, score]
+        return site.any_of(op, more), [gap, chosen, score]
 
     token, chosen = take(op, nearest, nothing)
     gap = nearer(op, op.Add(nothing, FARTHEST), token, chosen)
-    rounds = op.Squeeze(site.dim(op, nearest, 1), [0])
-    goes_on = site.any_of(op, op.Greater(need, 1.0))
     states = [gap, chosen, op.Mul(chosen, FARTHEST)]
-    gap, chosen, score = site.loop(op, rounds, goes_on, states, next_one, "picks")
+    gap, chosen, score = site.loop_while(op, states, next_ones, "picks")
     picked = op.Greater(chosen, 0.5)
     return site.by_picks(op, picked, prunes, op.Where(picked, score, gap))
 

@@ -15,7 +15,7 @@ from typing import Any
 from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.graph import Stage
-from trio_deploy.graphs.loops import any_of, loop
+from trio_deploy.graphs.loops import any_of, counted_loop, loop_while
 from trio_deploy.graphs.modules import DecoderLayer, RMSNorm
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.rope import positions_at, rotary_angles
@@ -63,7 +63,8 @@ class Site:
     any_of = staticmethod(any_of)
     constant = staticmethod(constant)
     dim = staticmethod(dim)
-    loop = staticmethod(loop)
+    counted_loop = staticmethod(counted_loop)
+    loop_while = staticmethod(loop_while)
     merge_heads = staticmethod(merge_heads)
     reduce = staticmethod(reduce)
 
@@ -114,24 +115,19 @@ class Site:
 
     # ---- which tokens stay ----------------------------------------------------------------------
 
-    def greatest(
-        self, op: Any, score: Value, among: Value, count: Value, name: str = "ranks"
-    ) -> Value:
+    def greatest(self, op: Any, score: Value, among: Value, count: Value) -> Value:
         """Mark the `count` f32 [B,1] greatest of `score` among the tokens of `among`, bool [B,S].
 
         Scores f32 [B,S] are not negative; ties go to the earlier token.
-
-        Args:
-            name: of the loop, unique in the graph.
         """
-        return greatest(op, self.d, score, among, count, self.block, name)
+        return greatest(op, self.d, score, among, count, self.tokens.index)
 
     def largest(self, op: Any, score: Value, among: Value, count: int) -> tuple[Value, Value]:
         """Find the `count` greatest of `score` [B,S] ≥ 0 among the tokens of `among`, descending.
 
         Returns their indices int64 [B,count], and which of them exist, bool [B,count].
         """
-        return largest(op, self.d, score, among, count)
+        return largest(op, self.d, score, among, count, self.tokens.index)
 
     def suppress(self, op: Any, score: Value) -> tuple[Value, Value]:
         """Suppress near-copies greedily by falling score f32 [B,S], not negative.

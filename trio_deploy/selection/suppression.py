@@ -11,7 +11,7 @@ has a data-dependent shape (but if the dialect resizes in loops, a block is comp
 than is kept by then), and no index is scattered to twice.
 
 B rows, S tokens, N of them visual, d hidden size, M block size, K capacity for kept tokens,
-R = M ceil(S / M) ranks.
+R = M (ceil(S / M) + 1) ranks.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from typing import Any
 import numpy as np
 
 from trio_deploy.graphs.dialects.base import Dialect
-from trio_deploy.graphs.loops import any_of, loop
+from trio_deploy.graphs.loops import any_of, loop_while
 from trio_deploy.graphs.values import FLOAT, INT64, cast, constant, dim, filled, reduce
 from trio_deploy.selection.choice import Value
-from trio_deploy.selection.ranking import NO_CANDIDATE, earlier
+from trio_deploy.selection.ranking import NO_CANDIDATE
 from trio_deploy.selection.saliency import Tokens
 
 BLOCK = 256
 """M, ranks that are worked through at a time."""
 NORM_FLOOR = 1e-12
 """Least norm of a row: a zero row has cosine 0 with every other, and no NaN."""
+_ROUNDS = 2
+"""Rounds of a fixed point between two questions whether it is reached."""
 _END = np.iinfo(np.int64).max  # of a slice
 
 
@@ -42,7 +44,7 @@ class _Ranks:
     Attributes:
         tokens: int64 [B,R], the token of each rank; behind the S tokens, places of their own.
         candidates: bool [B,R], ranks of visual tokens.
-        blocks: int64 [1], ceil(S / M).
+        blocks: int64 [1], ceil(S / M) + 1: the last one has no candidates, for rounds too many.
         available: f32 [B,1], N.
         prunes: bool [B,1], whether the row keeps less than it has.
         need: f32 [B,1], tokens to choose, 0 where the row keeps all it has.
@@ -109,7 +111,7 @@ class Suppression:
         available = reduce(op, "ReduceSum", op.Cast(tokens.visual, to=FLOAT), [1])
         keep = op.Unsqueeze(self.keep, [1])
         prunes = op.Less(keep, op.Cast(available, to=INT64))
-        blocks = op.Div(op.Add(length, block - 1), block)
+        blocks = op.Add(op.Div(op.Add(length, block - 1), block), 1)
         places = op.Range(0, op.Squeeze(op.Mul(blocks, block), [0]), 1)  # all ranks
         order = self.d.descending(op, op.Where(tokens.visual, scores, NO_CANDIDATE), tokens.index)
         rest = op.Slice(places, length, [_END], [0])
@@ -131,7 +133,7 @@ class Suppression:
         up_to = constant(op, np.triu(np.ones((block, block), np.float32)), f"up_to_{block}")
         columns = op.Range(0, block, 1)
         slots = op.Unsqueeze(op.Cast(op.Range(0, op.Squeeze(capacity, [0]), 1), to=FLOAT), [0])
-        before = earlier(op, block)
+        before = constant(op, np.triu(np.ones((1, block, block), np.bool_), 1), f"before_{block}")
 
         def full(width: Value, value: Any) -> Value:
             return filled(op, op.Concat(batch, width, axis=0), value)
@@ -152,21 +154,22 @@ class Suppression:
             count: Value,
             converged: Value,
         ) -> tuple[Value, list[Value]]:
-            mine = op.Add(columns, op.Mul(iteration, block))
+            number = op.Min(iteration, op.Sub(ranks.blocks, 1))
+            mine = op.Add(columns, op.Mul(number, block))
             candidate = op.Gather(ranks.candidates, mine, axis=1)  # [B,M]
             # No candidate: any token, it never counts.
             token = op.Min(op.Gather(ranks.tokens, mine, axis=1), last)
             compared = _greatest_count(op, count) if self.d.resizes_in_loops else capacity
-            similar = self._similar(op, norms, buffer, token, compared)  # [B,M,K+M]
-            by_kept = op.Slice(similar, [0], compared, [2])
+            similar = self._similar(op, norms, buffer, token, compared)  # [B,K+M,M]
+            by_kept = op.Slice(similar, [0], compared, [1])
             taken = op.Less(op.Slice(slots, [0], compared, [1]), count)
-            by_kept = op.And(by_kept, op.Unsqueeze(taken, [1]))
-            hits = reduce(op, "ReduceSum", op.Cast(by_kept, to=FLOAT), [2], keepdims=False)
+            by_kept = op.And(by_kept, op.Unsqueeze(taken, [2]))
+            hits = reduce(op, "ReduceSum", op.Cast(by_kept, to=FLOAT), [1], keepdims=False)
             alive = op.And(op.And(candidate, op.Less(count, need)), op.Less(hits, 0.5))
             kept, changed = _fixed_point(
                 op,
                 op.Cast(alive, to=FLOAT),
-                op.Cast(op.And(op.Slice(similar, compared, [_END], [2]), before), to=FLOAT),
+                op.Cast(op.And(op.Slice(similar, compared, [_END], [1]), before), to=FLOAT),
                 block,
             )
             # No more than the budget, best first.
@@ -184,8 +187,7 @@ class Suppression:
             more = op.And(op.Less(count, need), op.Less(done, ranks.available))
             return any_of(op, more), [status, buffer, count, converged]
 
-        trips, first = op.Squeeze(ranks.blocks, [0]), any_of(op, op.Greater(need, 0.0))
-        status, _, count, converged = loop(op, trips, first, start, take_block, "blocks")
+        status, _, count, converged = loop_while(op, start, take_block, "blocks")
         return _Survivors(status, count, converged)
 
     def fill_up(self, op: Any, ranks: _Ranks, survivors: _Survivors) -> Value:
@@ -208,8 +210,11 @@ class Suppression:
     ) -> Value:
         """Compare a block's tokens [B,M] with the first `compared` of the kept and one another.
 
+        The block is the right operand: its size is fixed, and TensorRT copies one of another size
+        to pad it.
+
         Returns:
-            Whether the cosine reaches the threshold, bool [B,M,compared+M].
+            Whether the cosine reaches the threshold, bool [B,compared+M,M].
         """
         both = op.Concat(op.Slice(buffer, [0], compared, [1]), token, axis=1)
         rows = op.Gather(self.tokens.flat, op.Add(both, self.tokens.offset), axis=0)
@@ -217,13 +222,13 @@ class Suppression:
         own_rows = op.Slice(rows, compared, [_END], [1])
         bound = op.GatherElements(norms, both, axis=1)
         own = op.Mul(op.Slice(bound, compared, [_END], [1]), self.threshold)
-        bound = op.Mul(op.Unsqueeze(own, [2]), op.Unsqueeze(bound, [1]))
-        dots = op.MatMul(own_rows, op.Transpose(rows, perm=[0, 2, 1]))
+        bound = op.Mul(op.Unsqueeze(own, [1]), op.Unsqueeze(bound, [2]))
+        dots = op.MatMul(rows, op.Transpose(own_rows, perm=[0, 2, 1]))
         return op.GreaterOrEqual(dots, bound)
 
 
 def _fixed_point(op: Any, alive: Value, conflict: Value, block: int) -> tuple[Value, Value]:
-    """Suppress greedily among `alive` [B,M] in rank order; conflict [B,M,M]: j suppresses i.
+    """Suppress greedily among `alive` [B,M] in rank order, by conflict [B,M,M]: row against column.
 
     Returns:
         What is kept, 0 or 1 [B,M], and how many places the last round changed [B,1].
@@ -232,20 +237,16 @@ def _fixed_point(op: Any, alive: Value, conflict: Value, block: int) -> tuple[Va
     def settle(
         op: Any, _iteration: Value, kept: Value, _changed: Value
     ) -> tuple[Value, list[Value]]:
-        hits = op.Squeeze(op.MatMul(conflict, op.Unsqueeze(kept, [2])), [2])
-        after = op.Mul(alive, op.Cast(op.Less(hits, 0.5), to=FLOAT))
-        changed = reduce(op, "ReduceSum", op.Abs(op.Sub(after, kept)), [1])
-        return any_of(op, op.Greater(changed, 0.5)), [after, changed]
+        for _ in range(_ROUNDS):
+            before = kept
+            hits = op.Squeeze(op.MatMul(op.Unsqueeze(kept, [1]), conflict), [1])
+            kept = op.Mul(alive, op.Cast(op.Less(hits, 0.5), to=FLOAT))
+        changed = reduce(op, "ReduceSum", op.Abs(op.Sub(kept, before)), [1])
+        return any_of(op, op.Greater(changed, 0.5)), [kept, changed]
 
     # Every round settles at least one more rank, and one more round finds nothing changed.
-    kept, changed = loop(
-        op,
-        op.Squeeze(constant(op, np.array([block + 1]), "rounds"), [0]),
-        any_of(op, op.Greater(alive, 0.5)),
-        [alive, op.Mul(reduce(op, "ReduceSum", alive, [1]), 0.0)],
-        settle,
-        "fixed_point",
-    )
+    states = [alive, op.Mul(reduce(op, "ReduceSum", alive, [1]), 0.0)]
+    kept, changed = loop_while(op, states, settle, "fixed_point", most=-(-(block + 1) // _ROUNDS))
     return kept, changed
 
 

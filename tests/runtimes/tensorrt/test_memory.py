@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.support.exported import Export
@@ -14,15 +15,17 @@ from trio_deploy import Schedule, TrioError
 from trio_deploy.checkpoint.resolve import described, load_recipe, source_config
 from trio_deploy.cli.main import main
 from trio_deploy.config.recipe import list_recipes
-from trio_deploy.config.target import list_targets, target_folder
+from trio_deploy.config.target import Limits, list_targets, target_folder
 from trio_deploy.cost.device_memory import fit, planned
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config
 from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.build import weight_bytes
+from trio_deploy.runtimes.tensorrt.logged import Logged, written
 from trio_deploy.runtimes.tensorrt.memory import Fit
 from trio_deploy.runtimes.tensorrt.target import FLAVOURS
 
+ROOT = Path(__file__).parents[3]
 _GIB = 2**30
 
 
@@ -155,6 +158,37 @@ def test_attention_counts_as_split_up_and_is_shown_fused_too() -> None:
     raw = unsure.to_json()
     assert raw["fits"] is False and raw["fits_if_attention_is_fused"] is True
     assert raw["layouts"][0]["total_if_attention_is_fused"] == own.total_fused
+
+
+def test_what_nvidias_compiler_logged_stands_beneath_the_bound() -> None:
+    """Of the case that docs/measurements/tensorrt-rtx.json has; a plan of another has no row."""
+    config, schedule = model("llava-next-7b")
+    found = fit(config, schedule, load_target("rtx-40"))
+    own, other = found.layouts
+    measured = json.loads((ROOT / "docs" / "measurements" / "tensorrt-rtx.json").read_text())
+    assert own.logged is not None and other.logged is None
+    largest = max(stage["activations_mib"] for stage in measured["stages"])
+    assert own.logged.scratch_bytes == pytest.approx(largest * 2**20, rel=1e-3)
+    assert own.logged.scratch_bytes < own.activations
+    assert re.search(r"^  logged by TensorRT-RTX [\d.]+ +\d+ MiB$", found.to_text(), re.MULTILINE)
+    assert found.to_json()["layouts"][0]["activations_logged"] == own.logged.scratch_bytes
+    smaller = replace(load_target("rtx-40"), limits=replace(Limits(), max_new_tokens=128))
+    assert "logged by" not in fit(config, schedule, smaller).to_text()
+
+
+def test_what_is_logged_again_takes_the_place_of_what_was() -> None:
+    first = Logged("model, on a", "C 1", 5, "k")
+    text = written(written("[]", first), Logged("other", "C 1", 6, "l"))
+    again = msgspec.json.decode(written(text, Logged("model, on a", "C 2", 7, "k")))
+    assert [(each["key"], each["scratch_bytes"]) for each in again] == [("k", 7), ("l", 6)]
+
+
+def test_a_step_of_the_primitive_dialect_moves_the_cache_four_times() -> None:
+    config, schedule = model("llava-next-7b")
+    own, other = fit(config, schedule, load_target("h200")).layouts
+    assert (own.dialect, own.moved) == ("onnx", own.cache)
+    assert (other.dialect, other.moved) == ("primitive", 2 * other.cache)  # of two buffers
+    assert own.to_json()["kv_cache_moved_per_step"] == own.moved
 
 
 def test_attention_in_float32_is_never_counted_as_fused() -> None:

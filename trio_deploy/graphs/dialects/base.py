@@ -10,7 +10,14 @@ from typing import Any, ClassVar, NamedTuple
 import onnx_ir as ir
 
 from trio_deploy.families.base import TextConfig
-from trio_deploy.graphs.values import FLOAT_NAMES, INT64, last_two_swapped, reduce, shape_of
+from trio_deploy.graphs.values import (
+    FLOAT_NAMES,
+    INT64,
+    last_two_swapped,
+    reduce,
+    shape_of,
+    typed,
+)
 from trio_deploy.graphs.weight import Matrix, Weight
 from trio_deploy.quant.packing import Form
 from trio_deploy.quant.schemes import Scheme, coding_of
@@ -154,6 +161,29 @@ class Dialect(ABC):
         """Compute `linear` for x [B, P, in] with few rows P."""
         return self.linear(op, x, weight, bias)
 
+    def linear_few_rows_beside(
+        self, op: Any, x: ir.Value, weight: Matrix, bias: ir.Value | None = None
+    ) -> ir.Value:
+        """Compute `linear_few_rows` beside another one of the same x.
+
+        It is (W xᵀ)ᵀ over another number of axes than that one: TensorRT joins two products that
+        are alike, by a matrix that holds both weights, which is a second copy where the backward
+        pass uses them, too.
+        """
+        return self._weight_on_the_left(op, x, weight, bias, lead=[])
+
+    def _weight_on_the_left(
+        self, op: Any, x: ir.Value, weight: Matrix, bias: ir.Value | None, lead: list[int]
+    ) -> ir.Value:
+        """Compute (W xᵀ)ᵀ + b for x [B, P, in], of which the product sees [*lead, B·P, in]."""
+        w = self.matrix(op, weight)
+        out, inner = shape_of(w)
+        rows, swapped = int(shape_of(x)[1]), last_two_swapped(len(lead) + 2)
+        y = op.MatMul(w, op.Transpose(op.Reshape(x, [*lead, -1, inner]), perm=swapped))
+        y = op.Transpose(typed(y, self.dtype, [*lead, out, None]), perm=swapped)
+        y = op.Reshape(y, [-1, rows, out])
+        return y if bias is None else op.Add(y, bias)
+
     def linear_transposed_few_rows(self, op: Any, x: ir.Value, weight: Matrix) -> ir.Value:
         """Compute `linear_transposed` for x [B, P, out] with few rows P."""
         return self.linear_transposed(op, x, weight)
@@ -252,18 +282,20 @@ class Dialect(ABC):
     def decode_window(self, op: Any, angles: Angles, x: ir.Value, past: Past) -> Window:
         """Prepare the attention of decode.onnx over one new token per row, x [B, 1, d]."""
 
-    def descending(self, op: Any, score: ir.Value, index: ir.Value) -> ir.Value:
-        """Order the tokens of each row by descending score [B, S], ties by `index` int64 [S].
+    def ranks(self, op: Any, score: ir.Value, index: ir.Value) -> ir.Value:
+        """Number the tokens of each row by descending score [B, S], ties by `index` int64 [S].
 
-        Returns their indices, int64 [B, S]. A token's rank is the number of tokens ahead of it:
-        OpenVINO and TensorRT do not document what TopK does with ties, and TensorRT sorts no more
-        than 3840 values.
+        Returns f32 [B, S], the number of tokens ahead of each: OpenVINO and TensorRT do not
+        document what TopK does with ties, and TensorRT sorts no more than 3840 values.
         """
         own, other = op.Unsqueeze(score, [2]), op.Unsqueeze(score, [1])
         earlier = op.Less(op.Unsqueeze(index, [0]), op.Unsqueeze(index, [1]))  # [S, S]
         ahead = op.Or(op.Greater(other, own), op.And(op.Equal(other, own), earlier))
-        rank = reduce(op, "ReduceSum", op.Where(ahead, 1.0, 0.0), [2], keepdims=False)
-        rank = op.Cast(rank, to=INT64)
+        return reduce(op, "ReduceSum", op.Where(ahead, 1.0, 0.0), [2], keepdims=False)
+
+    def descending(self, op: Any, score: ir.Value, index: ir.Value) -> ir.Value:
+        """Order the tokens of each row by `ranks`: their indices, int64 [B, S]."""
+        rank = op.Cast(self.ranks(op, score, index), to=INT64)
         return op.ScatterElements(rank, rank, op.Expand(index, op.Shape(rank)), axis=1)
 
     def running_sum(self, op: Any, flags: ir.Value) -> ir.Value:

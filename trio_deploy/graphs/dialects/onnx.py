@@ -52,6 +52,20 @@ class OnnxDialect(Dialect):
         y = op.Reshape(y, op.Concat(op.Shape(x, end=-1), [out], axis=0))
         return typed(y, dtype_of(x), [*lead, out])
 
+    def linear_few_rows(
+        self, op: Any, x: ir.Value, weight: Matrix, bias: ir.Value | None = None
+    ) -> ir.Value:
+        """Compute `linear` with the weight on the left, over three axes.
+
+        TensorRT transposes a weight that is an input in every run, but for this form.
+        """
+        return self._weight_on_the_left(op, x, weight, bias, lead=[1])
+
+    def linear_few_rows_beside(
+        self, op: Any, x: ir.Value, weight: Matrix, bias: ir.Value | None = None
+    ) -> ir.Value:
+        return self.linear(op, x, weight, bias)
+
     def full_attention(
         self,
         op: Any,

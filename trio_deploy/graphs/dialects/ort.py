@@ -12,6 +12,7 @@ import onnx_ir as ir
 from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.dialects.base import KV, Angles, Dialect, Past, Window
 from trio_deploy.graphs.values import (
+    FLOAT,
     INT32,
     constant,
     dim,
@@ -87,6 +88,11 @@ class OrtDialect(Dialect):
         y = op.Transpose(typed(y, self.dtype, [out, None]), perm=[1, 0])
         y = op.Reshape(y, [-1, rows, out])
         return y if bias is None else op.Add(y, bias)
+
+    def linear_few_rows_beside(
+        self, op: Any, x: ir.Value, weight: Matrix, bias: ir.Value | None = None
+    ) -> ir.Value:
+        return self.linear_few_rows(op, x, weight, bias)
 
     def linear_transposed_few_rows(self, op: Any, x: ir.Value, weight: Matrix) -> ir.Value:
         """Compute x W as one vector-matrix product per row and block of W.
@@ -181,6 +187,11 @@ class OrtDialect(Dialect):
         total = op.Add(op.ReduceMax(past.lengths, keepdims=1), new)
         total = op.Cast(op.Squeeze(total, [0]), to=INT32)
         return CacheWindow(angles, seqlens, total)
+
+    def ranks(self, op: Any, score: ir.Value, index: ir.Value) -> ir.Value:
+        order = self.descending(op, score, index)
+        places = op.Expand(op.Cast(index, to=FLOAT), op.Shape(order))
+        return op.ScatterElements(places, order, places, axis=1)
 
     def descending(self, op: Any, score: ir.Value, index: ir.Value) -> ir.Value:
         """Sort: of equal scores ONNX Runtime's TopK takes the lower index first."""

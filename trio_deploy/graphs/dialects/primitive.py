@@ -220,10 +220,11 @@ class PrimitiveDialect(Dialect):
         flags = op.Reshape(op.Concat(flags, padding, axis=1), table)
         triangle = constant(op, np.triu(np.ones((_RUN, _RUN), np.float32)), "run")
         inside = op.MatMul(flags, triangle)
-        totals = op.Slice(inside, [_RUN - 1], [_RUN], [2])  # [B, blocks, 1]
+        totals = op.Transpose(op.Slice(inside, [_RUN - 1], [_RUN], [2]), perm=[0, 2, 1])
         number = op.Range(0, op.Squeeze(blocks, [0]), 1)
         before = op.Less(op.Unsqueeze(number, [0]), op.Unsqueeze(number, [1]))
-        offsets = op.MatMul(op.Cast(before, to=FLOAT), totals)
+        # Not a product: TensorRT pads operands of dynamic sizes, in a copy.
+        offsets = reduce(op, "ReduceSum", op.Where(before, totals, 0.0), [2])  # [B, blocks, 1]
         sums = op.Reshape(op.Add(inside, offsets), op.Concat(batch, [-1], axis=0))
         return op.Slice(sums, [0], length, [1])
 

@@ -24,6 +24,7 @@ from trio_deploy.families.base import ModelConfig
 from trio_deploy.files import format_bytes
 from trio_deploy.runtimes.tensorrt.dry_run.rules import read_graph
 from trio_deploy.runtimes.tensorrt.dry_run.shapes import Resolved, activation_bytes, resolve
+from trio_deploy.runtimes.tensorrt.logged import Logged, logged
 from trio_deploy.runtimes.tensorrt.profiles import (
     DECODE,
     Profile,
@@ -52,6 +53,8 @@ class Memory:
         cache: keys and values of a full batch, at the schedule's budget where capacity may vary.
         activations: maximum of the engine that needs the largest.
         fused: the same if every Attention node is one kernel.
+        logged: the same as NVIDIA's compiler logged it; None: it was not asked for this model.
+        moved: bytes of the cache that a decode step reads and writes.
         tensors: inputs and outputs of the stage with the largest, new keys and values included.
         cached: other buffers that the runtime may cache for the next request.
     """
@@ -64,6 +67,8 @@ class Memory:
     cache: int
     activations: int
     fused: int
+    logged: Logged | None
+    moved: int
     tensors: int
     cached: int
 
@@ -96,6 +101,8 @@ class Memory:
             "kv_cache": self.cache,
             "activations_at_most": self.activations,
             "activations_if_attention_is_fused": self.fused,
+            "activations_logged": None if self.logged is None else self.logged.scratch_bytes,
+            "kv_cache_moved_per_step": self.moved,
             "inputs_and_outputs": self.tensors,
             "kept_for_the_next_request": self.cached,
             "cuda_and_tensorrt": CONTEXT_BYTES,
@@ -151,6 +158,8 @@ def memory(
         cache=cache,
         activations=activations,
         fused=fused,
+        logged=logged(config, schedule, target),
+        moved=_moved(target, cache),
         tensors=tensors,
         cached=max(0, buffers - cache - tensors),
     )
@@ -169,6 +178,16 @@ def bundle_fit(bundle: Bundle, target: Target) -> Fit:
         target,
         (memory(manifest.stages, graphs, bundle.config, bundle.schedule, own, bundle.budgets),),
     )
+
+
+def _moved(target: Target, cache: int) -> int:
+    """Bytes of the cache that a decode step moves.
+
+    With the `onnx` dialect it reads one cache, in place. With `primitive` it reads one, writes the
+    other, and writes a copy for attention, which reads it: so TensorRT-RTX's compiler does, in all
+    forms of the graph that were tried.
+    """
+    return cache if target.dialect == "onnx" else cache // 2 * 4
 
 
 def _at_most(graph: ModelProto, profile: Profile) -> Resolved:
@@ -291,7 +310,7 @@ class Fit:
             "",
             f"{'decode layout':<34}" + "".join(f"{each.layout:>12}" for each in self.layouts),
         ]
-        rows: list[tuple[str, list[int]]] = [
+        rows: list[tuple[str, Sequence[int | None]]] = [
             ("weights, about", [each.all_weights for each in self.layouts]),
             ("  vision and embed", [_part(m, "vision", "embed") for m in self.layouts]),
             ("  segments of layers", [_part(m, "prefill") for m in self.layouts]),
@@ -301,14 +320,18 @@ class Fit:
             ("KV cache", [each.cache for each in self.layouts]),
             ("activations, at most", [each.activations for each in self.layouts]),
             *self._fused("  if attention is fused", "activations", "fused"),
+            *self._logged(),
             ("inputs and outputs", [each.tensors for each in self.layouts]),
             ("cached for the next request", [each.cached for each in self.layouts]),
             ("CUDA and TensorRT, about", [CONTEXT_BYTES for _ in self.layouts]),
             ("total", [each.total for each in self.layouts]),
             *self._fused("  if attention is fused", "total", "total_fused"),
+            ("KV cache moved per decode step", [each.moved for each in self.layouts]),
         ]
         for label, sizes in rows:
-            lines.append(f"{label:<34}" + "".join(f"{format_bytes(n):>12}" for n in sizes))
+            figures = ["" if size is None else format_bytes(size) for size in sizes]
+            line = f"{label:<34}" + "".join(f"{figure:>12}" for figure in figures)
+            lines.append(line.rstrip())
         if self.usable is not None:
             verdicts = [_verdict(each, self.usable) for each in self.layouts]
             lines.append(f"{'fits':<34}" + "".join(f"{verdict:>12}" for verdict in verdicts))
@@ -320,6 +343,13 @@ class Fit:
         """A row of the weights that are inputs, if there are any."""
         found = [each.bound for each in self.layouts]
         return [("  inputs of the engines, once", found)] if any(found) else []
+
+    def _logged(self) -> list[tuple[str, list[int | None]]]:
+        """A row of what NVIDIA's compiler logged, if it was asked for one of the layouts."""
+        found = [each.logged for each in self.layouts]
+        names = [each.compiler for each in found if each is not None]
+        sizes = [None if each is None else each.scratch_bytes for each in found]
+        return [(f"  logged by {names[0]}", sizes)] if names else []
 
     def _fused(self, label: str, split: str, whole: str) -> list[tuple[str, list[int]]]:
         """A row of the bytes with fused attention, if they differ."""
