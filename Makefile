@@ -32,7 +32,7 @@ $(VENV)/.serve-ready: $(DEPENDENCIES) | $(BIN)/python
 # torch first and by its exact version, so that no later requirement brings another build of it.
 $(VENV)/.test-ready: $(DEPENDENCIES) | $(BIN)/python
 	$(PIP) install --quiet $(TESTED) torch
-	$(PIP) install --quiet $(TESTED) --editable '.[cpu,export,openvino,reference,serve,dev]'
+	$(PIP) install --quiet $(TESTED) --editable '.[cpu,export,openvino,reference,serve,chat,dev]'
 	@touch $@ $(VENV)/.demo-ready $(VENV)/.serve-ready
 
 # The Triton server has an environment of its own, since its Python needs numpy < 2. Exit status 3:
