@@ -11,6 +11,8 @@ from trio_deploy import TrioError, plan
 from trio_deploy.checkpoint.resolve import load_recipe
 from trio_deploy.cli.main import main
 
+GIB = 2**30
+
 
 def test_the_papers_rows_stand_beside_ours_and_differences_are_explained():
     planned = plan("llava-next-7b", budget=0.111, visual_tokens=2880)
@@ -54,6 +56,23 @@ def test_a_cpu_target_is_compared_with_this_machine(monkeypatch, gib, verdict):
     half = plan("llava-1.5-7b", dtype="float16").fit
     assert half.weights * 2 == fit.weights and half.cache * 2 == fit.cache
     assert plan("llava-1.5-7b", target="cuda").fit.machine is None, "its memory is the GPU's"
+
+
+def test_quantised_weights_are_counted_with_the_copies_of_selections():
+    whole, narrow = (
+        plan("llava-1.5-7b", quantize=scheme, progress=False) for scheme in ("none", "int4")
+    )
+    assert 26 * GIB < whole.fit.weights < 27 * GIB
+    # 3.0 for the layers and 0.2 for their scales, 0.6 for three selections, 0.1 for the head, and
+    # tower, projector and embeddings as they were.
+    assert 5.0 * GIB < narrow.fit.weights < 6.0 * GIB
+    assert "in int4 and float32, for the target cpu" in narrow.to_text()
+    assert narrow.fit.to_json()["quantize"] == "int4"
+
+
+def test_a_scheme_that_a_target_does_not_take_is_refused():
+    with pytest.raises(TrioError, match="TensorRT 10.3 does not take weights in int4-g32"):
+        plan("llava-1.5-7b", target="jetson-orin-nx-16gb", quantize="int4-g32", progress=False)
 
 
 def test_the_towers_memory_is_a_part_of_a_cpus_plan(monkeypatch):

@@ -13,9 +13,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from tests.support.bundles import Bundles
 from tests.support.run_graph import Runner, filled
 from tests.support.selection_cases import batch_of, weights_of
 from tests.support.transformers_models import model_config, relative
+from trio_deploy import Bundle
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.stages import build_prefill
 from trio_deploy.runtimes import openvino_passes
@@ -210,3 +212,21 @@ def test_narrowed_square_weights_own_their_memory(tmp_path: Path) -> None:
         rounded = weight.astype(ml_dtypes.bfloat16).astype(np.float32)
         assert any(np.array_equal(rounded, array) for array in found), part
     assert len(found) == 2
+
+
+def test_passes_know_quantised_matrices(bundles: Bundles) -> None:
+    """By the name of the weight that the codes stand for, as they know floats."""
+    bundle = Bundle.load(bundles.path("tiny", target="cpu-openvino", quantize="int4"))
+    core, passes = openvino.Core(), openvino_passes.Passes()
+    select = core.read_model(str(bundle.graph("select_3")))
+    assert sum(openvino_passes.is_coded(node) for node in select.get_ops()) == 8
+    passes.dequantise(select)
+    assert not any(openvino_passes.is_coded(node) for node in select.get_ops())
+    passes.narrow_products(select)
+    products = [node for node in select.get_ops() if node.get_type_name() == "MatMul"]
+    narrow = [p for p in products if p.get_input_element_type(0).get_type_name() == "bf16"]
+    assert len(narrow) == 13
+    segment = core.read_model(str(bundle.graph("prefill_3")))
+    passes.unfuse_mlps(segment)
+    layers = len(bundle.stages["prefill_3"].layers)
+    assert sum(node.get_type_name() == "Clamp" for node in segment.get_ops()) == layers
