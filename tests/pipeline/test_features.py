@@ -17,6 +17,7 @@ from tests.support.waiting import WAIT_S, wait_for
 from trio_deploy import Batcher, Pipeline, Request
 from trio_deploy.families.base import Layout
 from trio_deploy.pipeline.features import FeatureCache, KeyedLayout, key_of
+from trio_deploy.pipeline.prefill import Clock
 
 ROWS = 4
 ONE = ROWS * 2 * 4 + ROWS * 8 + ROWS * 4 * 8  # bytes of one picture's outputs, rows and boxes
@@ -205,3 +206,12 @@ def test_one_run_serves_many_at_once(cached: Pipeline, monkeypatch: pytest.Monke
         for handle in handles:
             handle.result(WAIT_S)
     assert runs() == 1
+
+
+def test_what_was_prepared_with_the_cache_runs_without_it(cached: Pipeline) -> None:
+    request = Request("what ?", file(), max_new_tokens=1)
+    expected = cached.generate(request).first_logits
+    known, unknown = cached.prepare(request), cached.prepare(Request("what ?", file(41, 30)))
+    cached.cache_features(0)
+    logits = cached.prefill([known, unknown], Clock()).logits
+    assert expected is not None and np.allclose(logits[0], expected, atol=1e-4)

@@ -172,10 +172,8 @@ class Stages:
         scores = [tensor.name for tensor in self.vision.outputs_of("per_token")]
         keyed = [image for image in images if isinstance(image, KeyedLayout)]
         plain = {id(image): image for image in images if not isinstance(image, KeyedLayout)}
-        known: dict[bytes, Outputs] = {}
-        if keyed:
-            assert self.features is not None
-            known = self.features.encode(keyed, self._run_tower)
+        cache = self.features or FeatureCache(0)  # it may have been turned off meanwhile
+        known = cache.encode(keyed, self._run_tower)
         fresh = dict(zip(plain, self._run_tower(list(plain.values())), strict=True))
         found = [
             known[each.key] if isinstance(each, KeyedLayout) else fresh[id(each)] for each in images
