@@ -14,7 +14,7 @@ from trio_deploy.bundle.manifest import (
 from trio_deploy.checkpoint.fit import CheckpointInfo
 from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.files import format_bytes
-from trio_deploy.quant.schemes import split_name
+from trio_deploy.quant.schemes import BESIDE_CODES, split_name
 from trio_deploy.quant.stored_weight import ITEM_BITS
 
 
@@ -78,7 +78,7 @@ def _widths(manifest: Manifest) -> list[str]:
             width = f"{split[1]} bit"
             bits = ITEM_BITS[place.dtype] if place.dtype != "uint8" else split[1]
             count = place.nbytes * 8 // bits
-        elif name.endswith(".scale") and split_name(name.removesuffix(".scale")) is not None:
+        elif name.endswith(BESIDE_CODES) and split_name(name.rpartition(".")[0]) is not None:
             continue
         else:
             width, count = place.dtype, math.prod(place.shape)

@@ -188,7 +188,8 @@ class Quantization(msgspec.Struct, frozen=True):
         symmetric: whether no matrix has zero points.
         selections: bits of the copies that selections compute with, `int8`.
         head: of the output head, `int8`.
-        source: where the codes come from: `rtn`, rounding to nearest at export.
+        source: where the codes come from: `rtn`, rounding to nearest at export, or the form of
+            the checkpoint, `compressed-tensors`, `awq` or `gptq`.
         revision: of what `source` does; codes of one revision are the same.
     """
 

@@ -25,10 +25,13 @@ from tqdm import tqdm
 
 from trio_deploy.bundle.manifest import WEIGHTS, TensorPlace
 from trio_deploy.bundle.writer import BundleWriter
+from trio_deploy.checkpoint.checkpoint import WeightEntry
+from trio_deploy.checkpoint.quantised import QuantisedEntry
 from trio_deploy.checkpoint.safetensors import DTYPES as NUMPY_DTYPES
 from trio_deploy.checkpoint.safetensors import TensorEntry
 from trio_deploy.errors import TrioError
-from trio_deploy.quant.schemes import coded_part, encode
+from trio_deploy.quant.matrix import dequantised
+from trio_deploy.quant.schemes import coded_part, encode, stored_arrays
 from trio_deploy.quant.stored_weight import Part, StoredWeight
 
 Progress = Callable[[int], object]
@@ -59,11 +62,11 @@ class PartSource:
     """What a part is made from.
 
     Attributes:
-        entry: the checkpoint's tensor.
+        entry: the checkpoint's tensor, or its quantised matrix.
         weight: the weight that the part belongs to, if it is quantised.
     """
 
-    entry: TensorEntry
+    entry: WeightEntry
     weight: StoredWeight | None = None
 
 
@@ -152,14 +155,14 @@ def write_layout(
             quantised is not finite; names the tensor.
     """
     writer.require_space(layout.nbytes)
-    scales: dict[str, list[np.ndarray]] = {}
+    rest: dict[str, list[np.ndarray]] = {}
     for shard in layout.shards:
         digest = hashlib.sha256()
         with writer.path(shard.file).open("wb") as out:
             digest.update(shard.header)
             out.write(shard.header)
             for name in shard.names:
-                for chunk in _chunks(name, sources[name], layout.places[name], scales):
+                for chunk in _chunks(name, sources[name], layout.places[name], rest):
                     digest.update(chunk)
                     out.write(chunk)
                     progress(len(chunk))
@@ -167,19 +170,31 @@ def write_layout(
 
 
 def _chunks(
-    name: str, source: PartSource, place: TensorPlace, scales: dict[str, list[np.ndarray]]
+    name: str, source: PartSource, place: TensorPlace, rest: dict[str, list[np.ndarray]]
 ) -> Iterable[bytes | memoryview]:
     """The bytes of a part, in pieces.
 
     Args:
-        scales: of the matrices whose codes were written, by name; taken out when they are due.
+        rest: pieces of the parts beside codes, of the matrices whose codes were written, by name;
+            taken out when they are due.
     """
-    weight = source.weight
+    weight, entry = source.weight, source.entry
     if weight is None or weight.coding is None:
-        return _converted(name, source.entry, place)
-    if name == weight.parts[0].name:
-        return _quantised(source.entry, weight, scales.setdefault(weight.parts[1].name, []))
-    return (part.view(np.uint8).data for part in scales.pop(name))
+        if isinstance(entry, QuantisedEntry):  # where graphs have floats alone
+            values = dequantised(entry.read())
+            return [_convert(name, values, NUMPY_DTYPES[SAFETENSORS[place.dtype]])]
+        return _converted(name, entry, place)
+    codes, *others = (part.name for part in weight.parts)
+    if name != codes:
+        return (part.reshape(-1).view(np.uint8).data for part in rest.pop(name))
+    if isinstance(entry, TensorEntry):
+        return _quantised(entry, weight, rest.setdefault(others[0], []))
+    try:
+        first, *arrays = stored_arrays(entry.read(), weight.coding)
+    except TrioError as error:
+        raise TrioError(f"{entry.file}: {weight.name}: {error}") from None
+    rest |= {other: [array] for other, array in zip(others, arrays, strict=True)}
+    return [first.reshape(-1).view(np.uint8).data]
 
 
 def _quantised(
@@ -233,6 +248,11 @@ def _convert(name: str, values: np.ndarray, target: np.dtype) -> memoryview:
             "(65504): export with --dtype float32 or bfloat16"
         )
     return narrow.view(np.uint8).data
+
+
+def dtype_of(entry: WeightEntry) -> str:
+    """Float type of a checkpoint's weight; of a quantised matrix the name of its form."""
+    return entry.form.source if isinstance(entry, QuantisedEntry) else DTYPES[entry.dtype]
 
 
 def kept_places(sources: Mapping[str, TensorEntry]) -> dict[str, TensorPlace]:

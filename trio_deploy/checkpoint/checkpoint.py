@@ -11,10 +11,11 @@ from trio_deploy.checkpoint.folder import read_object
 from trio_deploy.checkpoint.quantised import QuantisedEntry, weights_of
 from trio_deploy.checkpoint.safetensors import DTYPES, TensorEntry, read_headers
 from trio_deploy.errors import TrioError
-from trio_deploy.families.names import map_checkpoint_names
+from trio_deploy.families.names import HEAD, LAYERS, canonical_name, map_checkpoint_names
 from trio_deploy.families.registry import family_of
 from trio_deploy.files import is_folder
 from trio_deploy.quant.quantization_config import read_quantization_config
+from trio_deploy.quant.schemes import StoredMatrix
 
 WeightEntry = TensorEntry | QuantisedEntry
 """A weight of a checkpoint: a float tensor, or a quantised matrix."""
@@ -63,6 +64,18 @@ class Checkpoint:
                 config.json, or their form cannot be read.
         """
         return weights_of(self.tensors, read_quantization_config(self.config))
+
+    @property
+    def stored(self) -> dict[str, StoredMatrix] | None:
+        """Quantised matrices of decoder layers and the head by canonical name; None: none are."""
+        family = family_of(self.config)
+        named = {canonical_name(family, name): entry for name, entry in self.weights.items()}
+        found = {
+            name: StoredMatrix(entry.bits, entry.block, entry.symmetric)
+            for name, entry in named.items()
+            if isinstance(entry, QuantisedEntry) and (name == HEAD or name.startswith(LAYERS))
+        }
+        return found or None
 
     def verify(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, WeightEntry]:
         """Check that the weights a model needs are there, of the right shape and a usable type.

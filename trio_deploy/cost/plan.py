@@ -29,6 +29,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import check_methods, request_limits
 from trio_deploy.files import format_bytes
+from trio_deploy.quant.schemes import scheme_of
 from trio_deploy.quant.stored_weight import parts_of
 from trio_deploy.runtimes.machine import usable_memory
 from trio_deploy.runtimes.registry import check_scheme, default_target, load_target, runtime_spec
@@ -256,9 +257,10 @@ def plan(
     """
     options = with_schedule_file(replace(options or ExportOptions(), **keywords))
     found = resolve(model, weights_needed=False)
-    config = source_config(found, options.max_pixels)
+    config, stored = source_config(found, options.max_pixels), None
     if found.folder is not None and not missing_weights(found.folder):
-        config = fit_config(Checkpoint.from_path(found.folder), config)
+        checkpoint = Checkpoint.from_path(found.folder)
+        config, stored = fit_config(checkpoint, config), checkpoint.stored
     published = found.recipe.schedules if found.recipe else {}
     visual, tiles = _visual_tokens(config, visual_tokens)
     if visual < 0 or text_tokens < 0 or probes < 1:
@@ -275,7 +277,8 @@ def plan(
 
     pruned, unpruned = cost(chosen), cost(Schedule())
     paper = _paper_rows(found.name)
-    device = _device(options, found.recipe.quantize if found.recipe else None)
+    named = found.recipe.quantize if found.recipe else None
+    device = _device(options, scheme_of(stored).name if stored else named)
     if progress and runtime_spec(device.runtime).needs_engines:
         print(
             f"trio: building the graphs of {found.name} to count its memory on {device.name}, "

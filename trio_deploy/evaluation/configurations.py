@@ -14,7 +14,7 @@ from typing import Any
 from trio_deploy import __version__
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import MANIFEST, WEIGHTS
-from trio_deploy.bundle.weights import DTYPES
+from trio_deploy.bundle.weights import dtype_of
 from trio_deploy.checkpoint.fingerprint import digest, of_checkpoint, of_files
 from trio_deploy.checkpoint.resolve import resolve, source_config
 from trio_deploy.config.options import RuntimeOptions
@@ -132,7 +132,7 @@ class Source:
             found.name,
             replace(read.config, pixels=source_config(found).pixels),
             os.fspath(model),
-            dtypes=frozenset(DTYPES[entry.dtype] for entry in read.tensors.values()),
+            dtypes=frozenset(map(dtype_of, read.tensors.values())),
             recipe_schedules=dict(found.recipe.schedules) if found.recipe else {},
             fingerprint=of_checkpoint(found.folder, found.recipe),
         )

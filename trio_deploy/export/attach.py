@@ -24,7 +24,7 @@ from trio_deploy.checkpoint.processor_files import (
 )
 from trio_deploy.checkpoint.resolve import HUB_ID, from_folder
 from trio_deploy.errors import TrioError
-from trio_deploy.export.checkpoint import read_checkpoint
+from trio_deploy.export.checkpoint import ReadCheckpoint, read_checkpoint
 from trio_deploy.export.job import print_note, sources_by_part, write_weights
 from trio_deploy.files import is_folder, user_path
 from trio_deploy.graphs.options import GraphOptions
@@ -74,7 +74,7 @@ def attach_weights(
         )
     used = [
         weight
-        for weight in _graph_options(old).stored_weights(config)
+        for weight in _graph_options(old, read).stored_weights(config)
         if any(part.name in old.manifest.tensors for part in weight.parts)
     ]
     layout = plan_layout(parts_of(used))
@@ -116,13 +116,25 @@ def attach_weights(
     return Bundle.load(old.path)
 
 
-def _graph_options(bundle: Bundle) -> GraphOptions:
-    """The options of a bundle's graphs that say how weights are stored."""
+def _graph_options(bundle: Bundle, read: ReadCheckpoint) -> GraphOptions:
+    """The options of a bundle's graphs that say how weights are stored.
+
+    Raises:
+        TrioError: the graphs were made for a checkpoint that is quantised otherwise.
+    """
     manifest, quantised = bundle.manifest, bundle.manifest.quantization
+    source = "rtn" if quantised is None else quantised.source
+    if source != (read.form or "rtn"):
+        kinds = {"rtn": "float"}
+        raise TrioError(
+            f"the graphs of {bundle.path} were made for a checkpoint in {kinds.get(source, source)}"
+            f", not in {read.form or 'float'}: pass that one, or export this one"
+        )
     return GraphOptions(
         dialect=manifest.dialect,
         dtype=manifest.dtype,  # type: ignore[arg-type]  # of a loaded bundle
         quantize=None if quantised is None else quantised.scheme,
+        stored=read.stored,
     )
 
 

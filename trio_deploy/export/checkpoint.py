@@ -9,11 +9,11 @@ from pathlib import Path
 from trio_deploy.checkpoint.checkpoint import Checkpoint, WeightEntry
 from trio_deploy.checkpoint.fit import CheckpointInfo, describe_checkpoint, fit_config
 from trio_deploy.checkpoint.folder import refuse_adapter
-from trio_deploy.checkpoint.safetensors import TensorEntry
-from trio_deploy.errors import TrioError
+from trio_deploy.checkpoint.quantised import QuantisedEntry
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config
 from trio_deploy.graphs.weights import canonical_tensors
+from trio_deploy.quant.schemes import StoredMatrix
 
 _NAMED = 4  # unused tensors that a note names
 
@@ -24,15 +24,24 @@ class ReadCheckpoint:
 
     Attributes:
         config: as the tensors have it.
-        tensors: canonical name → tensor, for those that graphs use.
+        tensors: canonical name → weight, for those that graphs use.
+        stored: matrices of decoder layers and the head that are quantised, by canonical name;
+            None: there are none.
         info: what a bundle records of it.
         notes: what a user should know of it, a sentence each.
     """
 
     config: ModelConfig
-    tensors: Mapping[str, TensorEntry]
+    tensors: Mapping[str, WeightEntry]
+    stored: Mapping[str, StoredMatrix] | None
     info: CheckpointInfo
     notes: tuple[str, ...]
+
+    @property
+    def form(self) -> str | None:
+        """The form of quantised matrices; None: there are none."""
+        entries = (e for e in self.tensors.values() if isinstance(e, QuantisedEntry))
+        return next((entry.form.source for entry in entries), None)
 
 
 def read_checkpoint(folder: Path) -> ReadCheckpoint:
@@ -47,7 +56,7 @@ def read_checkpoint(folder: Path) -> ReadCheckpoint:
     said = parse_config(checkpoint.config)
     config = fit_config(checkpoint, said)
     shapes = canonical_tensors(config)
-    tensors = _floats(checkpoint.verify(shapes))
+    tensors = checkpoint.verify(shapes)
     info = describe_checkpoint(checkpoint, config, shapes)
     notes = []
     if said.text.tie_word_embeddings and not config.text.tie_word_embeddings:
@@ -61,19 +70,4 @@ def read_checkpoint(folder: Path) -> ReadCheckpoint:
             "config.json has no use for these tensors of the checkpoint, which are left out, as "
             f"transformers does: {', '.join(info.unused[:_NAMED])}{more}"
         )
-    return ReadCheckpoint(config, tensors, info, tuple(notes))
-
-
-def _floats(weights: Mapping[str, WeightEntry]) -> dict[str, TensorEntry]:
-    """Weights that are all float.
-
-    Raises:
-        TrioError: one is quantised, which cannot be exported yet.
-    """
-    floats = {name: entry for name, entry in weights.items() if isinstance(entry, TensorEntry)}
-    if len(floats) < len(weights):
-        raise TrioError(
-            "the checkpoint is quantised, which cannot be exported yet: use the fp32, fp16 or bf16 "
-            "checkpoint it was made from"
-        )
-    return floats
+    return ReadCheckpoint(config, tensors, checkpoint.stored, info, tuple(notes))

@@ -28,17 +28,18 @@ from trio_deploy.bundle.manifest import (
     TensorPlace,
 )
 from trio_deploy.bundle.weights import (
-    DTYPES,
     SAFETENSORS,
     Layout,
     PartSource,
     byte_bar,
+    dtype_of,
     keep_files,
     kept_places,
     plan_layout,
     write_layout,
 )
 from trio_deploy.bundle.writer import BundleWriter
+from trio_deploy.checkpoint.checkpoint import WeightEntry
 from trio_deploy.checkpoint.processor_files import (
     Assets,
     checkpoint_assets,
@@ -61,7 +62,8 @@ from trio_deploy.export.graphs import build_graphs, plan_stages, serialised, use
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import check_methods, check_positions, request_limits
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.quant.schemes import NO_SCHEME, ROUNDING, scheme_named
+from trio_deploy.quant.quantization_config import read_quantization_config
+from trio_deploy.quant.schemes import NO_SCHEME, READING, ROUNDING, StoredMatrix, scheme_of
 from trio_deploy.quant.stored_weight import StoredWeight, parts_of
 from trio_deploy.runtimes.registry import check_scheme, load_target, runtime_spec
 from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule
@@ -196,7 +198,7 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
         assets = _assets(source, config, chosen, options.max_pixels)
     schedule = plan_schedule(source, config, options)
     options = replace(options, dtype=dtype, dialect=options.dialect or target.dialect)
-    graphs = _graph_options(config, source.recipe, target, options)
+    graphs = _graph_options(config, source, target, options, checkpoint)
     _refuse_unreadable(graphs.dialect, target)
     check_scheme(target, graphs.quantize)
     return ExportJob(options, target, source, config, schedule, graphs, checkpoint, assets)
@@ -247,22 +249,26 @@ def lay_out_weights(job: ExportJob, models: Mapping[str, ir.Model]) -> WeightPla
     parts = parts_of(weights)
     read = None if job.options.graphs_only else job.checkpoint
     sources = sources_by_part(weights, read.tensors) if read else {}
-    same = bool(sources) and all(DTYPES[sources[p.name].entry.dtype] == p.dtype for p in parts)
+    same = bool(sources) and all(dtype_of(sources[p.name].entry) == p.dtype for p in parts)
     if job.options.link_weights and not same:
-        has = sorted({DTYPES[source.entry.dtype] for source in sources.values()})
+        has = sorted({dtype_of(source.entry) for source in sources.values()})
         hint = f"pass --dtype {has[0]} or " if len(has) == 1 else ""
         raise TrioError(
             f"--link-weights cannot make {dtype} out of the checkpoint's {', '.join(has)}: "
             f"{hint}leave --link-weights out"
         )
     if same:
-        return WeightPlan(None, sources, kept_places({n: s.entry for n, s in sources.items()}))
+        return WeightPlan(None, sources, kept_places(_floats(sources)))
     layout = plan_layout(parts)
     return WeightPlan(layout, sources, layout.places)
 
 
+def _floats(sources: Mapping[str, PartSource]) -> dict[str, TensorEntry]:
+    return {n: s.entry for n, s in sources.items() if isinstance(s.entry, TensorEntry)}
+
+
 def sources_by_part(
-    weights: Iterable[StoredWeight], checkpoint: Mapping[str, TensorEntry]
+    weights: Iterable[StoredWeight], checkpoint: Mapping[str, WeightEntry]
 ) -> dict[str, PartSource]:
     """Map the name of each part of the weights to what it is made from.
 
@@ -329,7 +335,9 @@ def write_bundle(
             precision=target.precision,
             budgets=job.budgets,
             checkpoint=job.checkpoint.info if job.checkpoint else None,
-            quantization=quantization_of(job.graphs),
+            quantization=quantization_of(
+                job.graphs, (job.checkpoint and job.checkpoint.form) or "rtn"
+            ),
         )
         writer.write(MANIFEST, manifest.dump())
     for note in (*(job.checkpoint.notes if job.checkpoint else ()), *assets.notes):
@@ -370,9 +378,18 @@ def _refuse_unreadable(dialect: str, target: Target) -> None:
 
 
 def _graph_options(
-    config: ModelConfig, recipe: Recipe | None, target: Target, options: ExportOptions
+    config: ModelConfig,
+    source: Source,
+    target: Target,
+    options: ExportOptions,
+    checkpoint: ReadCheckpoint | None,
 ) -> GraphOptions:
     """How the graphs are written: as given, else as the recipe says, else the default."""
+    recipe = source.recipe
+    stored = _stored_matrices(source, checkpoint)
+    quantize = quantize_of(recipe, target, options)
+    if stored is not None:
+        quantize = _same_scheme(scheme_of(stored).name, options)
     values: dict[str, Any] = {}
     for name in ("probe", "positions", "threshold"):
         given = getattr(options.selection, name)
@@ -380,18 +397,55 @@ def _graph_options(
     values["positions"] = check_positions(config, values["positions"])
     if not 0 < values["threshold"] <= 1:
         raise TrioError(f"the threshold is {values['threshold']}, but cosines lie in (0, 1]")
-    scheme = quantize_of(recipe, target, options)
     # Codes are constants: a target's inputs are meant for floats.
-    weights = options.weights or ("constants" if scheme else target.weights)
+    weights = options.weights or ("constants" if quantize else target.weights)
     return GraphOptions(
         dialect=str(options.dialect),
         weights=weights,  # type: ignore[arg-type]
         dtype=options.dtype,  # type: ignore[arg-type]
-        quantize=scheme,
+        quantize=quantize,
+        stored=stored,
         separate_decode=target.decode_layout == "separate",
         query_block=runtime_spec(target.runtime).query_block(str(options.dialect)),
         **values,
     )
+
+
+def _stored_matrices(
+    source: Source, checkpoint: ReadCheckpoint | None
+) -> Mapping[str, StoredMatrix] | None:
+    """Matrices that the checkpoint holds quantised; None: it has none.
+
+    Raises:
+        TrioError: config.json says that there are, and the weights are not at hand.
+    """
+    if checkpoint is not None:
+        return checkpoint.stored
+    if read_quantization_config(source.raw_config) is not None:
+        raise TrioError(
+            "the checkpoint is quantised, and which of its matrices are is known from its weights: "
+            "download them, or export without --graphs-only"
+        )
+    return None
+
+
+def _same_scheme(scheme: str, options: ExportOptions) -> str:
+    """The scheme of a quantised checkpoint.
+
+    Raises:
+        TrioError: the options ask for another one, or for the checkpoint's own files.
+    """
+    if options.quantize not in (None, scheme):
+        raise TrioError(
+            f"--quantize {options.quantize} cannot be had of a checkpoint that is quantised as "
+            f"{scheme}: leave --quantize out, or use the float checkpoint it was made from"
+        )
+    if options.link_weights:
+        raise TrioError(
+            "--link-weights keeps the checkpoint's files, and codes are written in another order: "
+            "leave --link-weights out"
+        )
+    return scheme
 
 
 def quantize_of(recipe: Recipe | None, target: Target, options: ExportOptions) -> str | None:
@@ -401,21 +455,29 @@ def quantize_of(recipe: Recipe | None, target: Target, options: ExportOptions) -
     return None if chosen in (None, NO_SCHEME) else chosen
 
 
-def quantization_of(graphs: GraphOptions) -> Quantization | None:
-    """What a manifest says of quantised weights; None: all are float."""
-    if graphs.quantize is None:
+def quantization_of(graphs: GraphOptions, source: str = "rtn") -> Quantization | None:
+    """What a manifest says of quantised weights; None: all are float.
+
+    Args:
+        source: where the codes come from.
+    """
+    scheme = graphs.scheme
+    if scheme is None:
         return None
-    scheme = scheme_named(graphs.quantize)
+    stored = (scheme.stored or {}).values()
     per_row = scheme.bits == 8 and graphs.make_dialect().form == "signed"
+    block = 0 if per_row else scheme.blocks[0]
+    if stored:
+        block = max(matrix.block for matrix in stored if matrix.bits == scheme.bits)
     return Quantization(
         scheme=scheme.name,
         bits=scheme.bits,
-        block=0 if per_row else scheme.blocks[0],
-        symmetric=True,
+        block=block,
+        symmetric=all(matrix.symmetric for matrix in stored),
         selections="int8",
         head="int8",
-        source="rtn",
-        revision=ROUNDING,
+        source=source,
+        revision=READING if stored else ROUNDING,
     )
 
 

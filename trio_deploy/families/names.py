@@ -11,6 +11,8 @@ from trio_deploy.families.base import Family
 #: the other.
 EMBEDDINGS = "language_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+#: What canonical names of the decoder layers' tensors begin with.
+LAYERS = "language_model.layers."
 
 
 def map_checkpoint_names(

@@ -68,6 +68,14 @@ class Linear(nn.Module):
             self.weight = QuantisedWeight(matrix, shape, coding)
         self.bias = Weight(f"{name}.bias", [out_features], d.dtype) if bias else None
 
+    @classmethod
+    def of_layer(
+        cls, d: Dialect, name: str, out_features: int, in_features: int, bias: bool
+    ) -> Linear:
+        """Make a matrix of a decoder layer, quantised as the dialect says."""
+        coding = d.layer_coding(f"{name}.weight", in_features)
+        return cls(d, name, out_features, in_features, bias, coding)
+
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
         """[..., in] → [..., out]."""
         return self.d.linear(op, x, self.weight, self.bias)
@@ -247,11 +255,10 @@ class Attention(nn.Module):
         self.d, self.text = d, text
         size, inner = text.hidden_size, text.num_heads * text.head_dim
         kv, bias = text.num_kv_heads * text.head_dim, text.qkv_bias
-        coding = d.layer_coding(size)
-        self.q_proj = Linear(d, f"{name}.q_proj", inner, size, bias, coding)
-        self.k_proj = Linear(d, f"{name}.k_proj", kv, size, bias, coding)
-        self.v_proj = Linear(d, f"{name}.v_proj", kv, size, bias, coding)
-        self.o_proj = Linear(d, f"{name}.o_proj", size, inner, text.o_bias, d.layer_coding(inner))
+        self.q_proj = Linear.of_layer(d, f"{name}.q_proj", inner, size, bias)
+        self.k_proj = Linear.of_layer(d, f"{name}.k_proj", kv, size, bias)
+        self.v_proj = Linear.of_layer(d, f"{name}.v_proj", kv, size, bias)
+        self.o_proj = Linear.of_layer(d, f"{name}.o_proj", size, inner, text.o_bias)
         self.q_norm = self.k_norm = None
         if text.qk_norm:
             self.q_norm = RMSNorm(d, f"{name}.q_norm", text.head_dim, text.rms_norm_eps)
@@ -406,10 +413,9 @@ class MLP(nn.Module):
     def __init__(self, d: Dialect, name: str, text: TextConfig) -> None:
         super().__init__(name.rpartition(".")[2])
         size, inner, bias = text.hidden_size, text.intermediate_size, text.mlp_bias
-        coding = d.layer_coding(size)
-        self.gate_proj = Linear(d, f"{name}.gate_proj", inner, size, bias, coding)
-        self.up_proj = Linear(d, f"{name}.up_proj", inner, size, bias, coding)
-        self.down_proj = Linear(d, f"{name}.down_proj", size, inner, bias, d.layer_coding(inner))
+        self.gate_proj = Linear.of_layer(d, f"{name}.gate_proj", inner, size, bias)
+        self.up_proj = Linear.of_layer(d, f"{name}.up_proj", inner, size, bias)
+        self.down_proj = Linear.of_layer(d, f"{name}.down_proj", size, inner, bias)
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
         """[..., d] → [..., d]."""
@@ -466,7 +472,8 @@ class Head(nn.Module):
         super().__init__("head")
         self.norm = RMSNorm(d, "language_model.norm", text.hidden_size, text.rms_norm_eps)
         name = "language_model.embed_tokens" if text.tie_word_embeddings else "lm_head"
-        size, coding = text.hidden_size, d.head_coding(text.hidden_size)
+        size = text.hidden_size
+        coding = d.head_coding(f"{name}.weight", size)
         self.lm_head = Linear(d, name, text.vocab_size, size, coding=coding)
         if table is not None and text.tie_word_embeddings and coding is None:
             self.lm_head.weight = table.weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.dialects.table import DIALECTS
 from trio_deploy.graphs.values import FLOAT_TYPES
 from trio_deploy.graphs.weights import stored_weights
-from trio_deploy.quant.schemes import scheme_named
+from trio_deploy.quant.schemes import Scheme, StoredMatrix, scheme_named, scheme_of
 from trio_deploy.quant.stored_weight import StoredWeight
 
 
@@ -36,6 +37,8 @@ class GraphOptions:
             graphs take no past.
         query_block: as of `Dialect`, for the vision tower over pictures of any size.
         quantize: scheme of `quant.schemes.SCHEMES` for decoder layers and the head; None: float.
+        stored: matrices that the checkpoint holds quantised, whose scheme `quantize` names; None:
+            all are rounded.
     """
 
     dialect: str = "ort"
@@ -48,6 +51,7 @@ class GraphOptions:
     separate_decode: bool = False
     query_block: int | None = None
     quantize: str | None = None
+    stored: Mapping[str, StoredMatrix] | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -79,6 +83,13 @@ class GraphOptions:
         if DIALECTS[self.dialect].always_decodes_apart and not self.separate_decode:
             object.__setattr__(self, "separate_decode", True)
 
+    @property
+    def scheme(self) -> Scheme | None:
+        """How matrices are quantised; None: they are float."""
+        if self.quantize is None:
+            return None
+        return scheme_named(self.quantize) if self.stored is None else scheme_of(self.stored)
+
     def make_dialect(self, kind: Kind = "prefill") -> Dialect:
         """Make the dialect of the graph of one stage."""
         has_layers = self.quantize is not None and kind not in ("vision", "embed")
@@ -86,7 +97,7 @@ class GraphOptions:
             FLOAT_TYPES[self.dtype],
             decode=kind == "decode",
             query_block=self.query_block,
-            scheme=scheme_named(str(self.quantize)) if has_layers else None,
+            scheme=self.scheme if has_layers else None,
             selects=kind == "select",
         )
 

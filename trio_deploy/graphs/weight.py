@@ -58,6 +58,7 @@ class QuantisedWeight(nn.Module):
 
     Attributes:
         codes, scale: its parts.
+        zero: its zero points, or what blocks have added, by `coding`; None: neither.
         shape: [out, in].
         coding: how it is stored.
     """
@@ -67,20 +68,28 @@ class QuantisedWeight(nn.Module):
         stored = quantised_weight(name, shape, coding)
         self.shape = list(stored.shape)
         self.coding, self.scale_dtype = coding, PART_TYPES[coding.scale_dtype]
-        self.codes, self.scale = (PartValue(stored, part) for part in stored.parts)
+        parts = [PartValue(stored, part) for part in stored.parts]
+        self.codes, self.scale = parts[:2]
+        self.zero = parts[2] if coding.asymmetric else None
         self._dense: ir.Value | None = None
 
     def into(self, op: Any) -> QuantisedWeight:
         """Register its parts in the graph of `op`."""
-        for part in (self.codes, self.scale):
-            part._realize(op.builder)
+        for part in (self.codes, self.scale, self.zero):
+            if part is not None:
+                part._realize(op.builder)
         return self
 
-    def dense(self, op: Any, dtype: ir.DataType) -> ir.Value:
-        """The matrix as a value of a float type, [out, in]: one DequantizeLinear per graph."""
+    def dense(self, op: Any, dtype: ir.DataType, offsets: bool = True) -> ir.Value:
+        """The matrix as a value of a float type, [out, in]: one DequantizeLinear per graph.
+
+        Args:
+            offsets: with what blocks have added, if they have.
+        """
         self.into(op)
         if self._dense is None:
-            made = self._from_blocks(op) if self.coding.form == "blocks" else self._from_signed(op)
+            blocks = self.coding.form == "blocks"
+            made = self._from_blocks(op) if blocks else self._from_signed(op, offsets)
             self._dense = typed(cast(op, made, dtype), dtype, self.shape)
             self._dense.name = self.name  # by which passes over graphs know a weight
             producer = self._dense.producer()
@@ -88,10 +97,18 @@ class QuantisedWeight(nn.Module):
             producer.name = self.name
         return self._dense
 
-    def _from_signed(self, op: Any) -> ir.Value:
+    def _from_signed(self, op: Any, offsets: bool) -> ir.Value:
+        """Codes [out, in], or in 8 bit [out·blocks, in/blocks], whose rows have a scale each."""
+        out, columns = self.shape
         per_row = len(shape_of(self.scale)) == 1
         attributes = {"axis": 0} if per_row else {"axis": 1, "block_size": self.coding.block}
         y = op.DequantizeLinear(self.codes, self.scale, **attributes)
+        y = typed(y, self.scale_dtype, shape_of(self.codes))
+        if self.zero is not None and offsets:
+            y = op.Reshape(y, [out, -1, min(self.coding.block, columns)])
+            y = op.Reshape(op.Add(y, op.Unsqueeze(self.zero, [2])), self.shape)
+        elif list(shape_of(self.codes)) != self.shape:
+            y = op.Reshape(y, self.shape)
         return typed(y, self.scale_dtype, self.shape)
 
     def _from_blocks(self, op: Any) -> ir.Value:
@@ -100,7 +117,10 @@ class QuantisedWeight(nn.Module):
             raise RuntimeError(f"{self.name}: codes of 4 bit in bytes cannot be dequantised")
         out, columns = self.shape
         scale = op.Unsqueeze(self.scale, [2])
-        zero = op.Expand(constant(op, np.full(1, 128, np.uint8), "zero_point"), op.Shape(scale))
+        if self.zero is not None:
+            zero = op.Unsqueeze(self.zero, [2])
+        else:
+            zero = op.Expand(constant(op, np.full(1, 128, np.uint8), "zero_point"), op.Shape(scale))
         y = op.DequantizeLinear(self.codes, scale, zero, axis=2, block_size=self.coding.block)
         y = op.Reshape(typed(y, self.scale_dtype, shape_of(self.codes)), [out, -1])
         if columns % self.coding.block:

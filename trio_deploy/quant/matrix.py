@@ -110,6 +110,29 @@ def dequantised(matrix: QuantisedMatrix) -> np.ndarray:
     return np.ascontiguousarray(values.astype(np.float32).reshape(rows, -1)[:, :columns])
 
 
+def in_8_bit(matrix: QuantisedMatrix) -> QuantisedMatrix:
+    """A matrix of 4 bit in 8 bit, to the same values and without zero points."""
+    columns = matrix.codes.shape[1]
+    zero: int | np.ndarray = matrix.offset
+    if matrix.zero is not None:
+        zero = np.repeat(matrix.zero.astype(np.int16), matrix.block, axis=1)[:, :columns]
+    codes = (matrix.codes.astype(np.int16) - zero + 128).astype(np.uint8)
+    return QuantisedMatrix(codes, matrix.scale, None, 8, matrix.block)
+
+
+def in_blocks(matrix: QuantisedMatrix, block: int) -> QuantisedMatrix:
+    """A matrix in smaller blocks, to the same values.
+
+    Args:
+        block: divides the matrix's, or is at most a row where that has one scale.
+    """
+    columns = matrix.codes.shape[1]
+    of = np.arange(block_count(columns, block)) * block // matrix.block  # old block of each
+    scale = np.ascontiguousarray(matrix.scale[:, of])
+    zero = None if matrix.zero is None else np.ascontiguousarray(matrix.zero[:, of])
+    return QuantisedMatrix(matrix.codes, scale, zero, matrix.bits, block)
+
+
 def _in_blocks(array: np.ndarray, block: int) -> np.ndarray:
     """Cut rows [N, K] into blocks [N, ⌈K/block⌉, block], a short last one filled with zeros."""
     rows, columns = array.shape

@@ -87,6 +87,14 @@ def read_quantization_config(raw: Mapping[str, Any]) -> QuantizationConfig | Non
     return readers[method](said)
 
 
+def without_quantization_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of the same model with float weights."""
+    plain = {key: value for key, value in raw.items() if key != KEY}
+    if isinstance(text := plain.get("text_config"), Mapping):
+        plain["text_config"] = {key: value for key, value in text.items() if key != KEY}
+    return plain
+
+
 def _compressed_tensors(said: Mapping[str, Any]) -> QuantizationConfig:
     groups = _value(said, "config_groups", dict, {})
     if not groups:

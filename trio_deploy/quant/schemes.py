@@ -9,13 +9,20 @@ else stays float.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from trio_deploy.errors import TrioError
-from trio_deploy.quant.matrix import block_count, dequantised, round_to_nearest
+from trio_deploy.quant.matrix import (
+    QuantisedMatrix,
+    block_count,
+    dequantised,
+    in_8_bit,
+    in_blocks,
+    round_to_nearest,
+)
 from trio_deploy.quant.packing import Form, pack, unpack
 from trio_deploy.quant.stored_weight import FLOATS, Coding, Part, StoredWeight
 
@@ -24,6 +31,23 @@ _BLOCKS_OF_8 = (128, 64)
 
 #: How rounding to nearest computes codes: a bundle names it, so that a change can be told.
 ROUNDING = 1
+#: The same of how codes of quantised checkpoints are read.
+READING = 1
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """How a quantised checkpoint holds a matrix.
+
+    Attributes:
+        bits: 4 or 8.
+        block: entries along K that share a scale.
+        symmetric: whether it needs no zero points.
+    """
+
+    bits: int
+    block: int
+    symmetric: bool
 
 
 @dataclass(frozen=True)
@@ -34,11 +58,15 @@ class Scheme:
         name: as users write it.
         bits: of the matrices of decoder layers, 4 or 8.
         blocks: entries that share a scale; the first that divides a row.
+        stored: matrices that a checkpoint holds quantised, by canonical name: they keep their
+            codes, other matrices of decoder layers stay float, and a float head is rounded. None:
+            all are rounded.
     """
 
     name: str
     bits: int
     blocks: tuple[int, ...]
+    stored: Mapping[str, StoredMatrix] | None = None
 
 
 SCHEMES = {
@@ -66,19 +94,37 @@ def scheme_named(name: str) -> Scheme:
     return SCHEMES[name]
 
 
+def scheme_of(stored: Mapping[str, StoredMatrix]) -> Scheme:
+    """The scheme of a checkpoint's quantised matrices, with the name of what they are like."""
+    bits = min(matrix.bits for matrix in stored.values())
+    block = min(matrix.block for matrix in stored.values() if matrix.bits == bits)
+    if bits == 8:
+        return replace(SCHEMES["int8"], stored=stored)
+    return replace(SCHEMES["int4" if block > 32 else "int4-g32"], blocks=(block,), stored=stored)
+
+
 def quantised_weight(name: str, shape: Sequence[int], coding: Coding) -> StoredWeight:
-    """A matrix [N, K] as the parts `<name>.int4`, its codes, and `<name>.int4.scale`."""
+    """A matrix [N, K] as its codes `<name>.int4`, `<name>.int4.scale` and what `coding` adds.
+
+    Zero points are `<name>.int4.zero`; what blocks have added is `<name>.int4.offset`.
+    """
     rows, columns = shape
     blocks, codes = block_count(columns, coding.block), f"{name}.int{coding.bits}"
     if coding.form == "blocks":
         bytes_per_block = coding.block * coding.bits // 8
         first = Part(codes, (rows, blocks, bytes_per_block), "uint8")
+        scales: tuple[int, ...] = (rows, blocks)
+    elif coding.bits == 8:
+        first = Part(codes, (rows * blocks, columns // blocks), "int8")
+        scales = (rows * blocks,)
     else:
-        first = Part(codes, (rows, columns), f"int{coding.bits}")
-    per_row = coding.form == "signed" and coding.bits == 8 and coding.block >= columns
-    scales: tuple[int, ...] = (rows,) if per_row else (rows, blocks)
-    parts = (first, Part(f"{codes}.scale", scales, coding.scale_dtype))
-    return StoredWeight(name, (rows, columns), parts, coding)
+        first, scales = Part(codes, (rows, columns), "int4"), (rows, blocks)
+    parts = [first, Part(f"{codes}.scale", scales, coding.scale_dtype)]
+    if coding.asymmetric and coding.form == "blocks":
+        parts.append(Part(f"{codes}.zero", (rows, (blocks * coding.bits + 7) // 8), "uint8"))
+    elif coding.asymmetric:
+        parts.append(Part(f"{codes}.offset", (rows, blocks), coding.scale_dtype))
+    return StoredWeight(name, (rows, columns), tuple(parts), coding)
 
 
 def encode(rows: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarray]:
@@ -92,16 +138,68 @@ def encode(rows: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarray]:
     return packed["codes"], packed["scale"].astype(kind)
 
 
-def decode(codes: np.ndarray, scale: np.ndarray, bits: int, columns: int) -> np.ndarray:
+def stored_arrays(matrix: QuantisedMatrix, coding: Coding) -> list[np.ndarray]:
+    """The arrays of the parts of a checkpoint's matrix, which keeps its values.
+
+    Raises:
+        TrioError: a scale does not fit into the type of scales.
+    """
+    rows, columns = matrix.codes.shape
+    if coding.bits == 8 and matrix.bits == 4:
+        matrix = in_8_bit(matrix)
+    if coding.block < matrix.block:
+        matrix = in_blocks(matrix, coding.block)
+    kind, offset = FLOATS[coding.scale_dtype], None
+    with np.errstate(over="ignore"):
+        scale = matrix.scale.astype(kind)
+    if not bool(np.isfinite(scale.astype(np.float32)).all()):
+        raise TrioError(f"a scale is more than {coding.scale_dtype} can hold: choose --dtype")
+    if coding.form == "signed":
+        if matrix.zero is not None:
+            offset = matrix.scale * (matrix.offset - matrix.zero.astype(np.float32))
+        elif coding.asymmetric:
+            offset = np.zeros_like(matrix.scale)
+        matrix = replace(matrix, zero=None)
+        if coding.bits == 8 and matrix.block < columns:
+            flat = (rows * matrix.scale.shape[1], matrix.block)
+            matrix = replace(
+                matrix, codes=matrix.codes.reshape(flat), scale=matrix.scale.reshape(-1, 1)
+            )
+    elif coding.asymmetric and matrix.zero is None:
+        matrix = replace(matrix, zero=np.full(matrix.scale.shape, matrix.offset, np.uint8))
+    packed = pack(matrix, coding.form)
+    arrays = [packed["codes"], packed["scale"].astype(kind)]
+    if coding.asymmetric:
+        arrays.append(packed["zero"] if offset is None else offset.astype(kind))
+    return arrays
+
+
+def decode(
+    codes: np.ndarray,
+    scale: np.ndarray,
+    bits: int,
+    columns: int,
+    *,
+    zero: np.ndarray | None = None,
+    offset: np.ndarray | None = None,
+) -> np.ndarray:
     """The values of a quantised matrix, float32 [N, K], from the arrays of its parts.
 
     Args:
-        codes: as stored: bytes [N, ⌈K/b⌉, b·bits/8] in blocks, else [N, K] or [N, K/2].
+        codes: as stored: bytes [N, ⌈K/b⌉, b·bits/8] in blocks, else [N, K] or [N, K/2], or in
+            8 bit [N·K/b, b].
         scale: in any float type.
         bits, columns: of the matrix, K columns.
+        zero: zero points, in blocks.
+        offset: what blocks have added, [N, K/b].
     """
     form: Form = "blocks" if codes.ndim == 3 else "signed"
-    return dequantised(unpack({"codes": codes, "scale": scale}, form, columns, bits))
+    arrays = {"codes": codes, "scale": scale} | ({} if zero is None else {"zero": zero})
+    values = dequantised(unpack(arrays, form, columns, bits)).reshape(-1, columns)
+    if offset is not None:
+        block = columns // offset.shape[1]
+        values += np.repeat(offset.astype(np.float32), block, axis=1)
+    return values
 
 
 def coding_of(scheme: Scheme, bits: int, columns: int, form: Form, dtype: str) -> Coding:
@@ -122,6 +220,69 @@ def coding_of(scheme: Scheme, bits: int, columns: int, form: Form, dtype: str) -
     if bits == 8 or whole is None:
         return Coding(8, columns, form, "float32")
     return Coding(bits, whole, form, dtype)
+
+
+def layer_coding(
+    scheme: Scheme, name: str, columns: int, selects: bool, form: Form, dtype: str
+) -> Coding | None:
+    """How a matrix of a decoder layer is stored; None: float.
+
+    Args:
+        name: canonical name.
+        selects: whether a selection computes with it, in 8 bit at least.
+        dtype: the graph's float type.
+    """
+    least = 8 if selects else 4
+    if scheme.stored is None:
+        return coding_of(scheme, max(least, scheme.bits), columns, form, dtype)
+    matrix = scheme.stored.get(name)
+    return None if matrix is None else coding_of_stored(matrix, least, columns, form, dtype)
+
+
+def head_coding(
+    scheme: Scheme, name: str, columns: int, selects: bool, form: Form, dtype: str
+) -> Coding | None:
+    """How the output head is stored, as `layer_coding`: in 8 bit, if it was float."""
+    if scheme.stored is None or name not in scheme.stored:
+        return coding_of(scheme, 8, columns, form, dtype)
+    return layer_coding(scheme, name, columns, selects, form, dtype)
+
+
+def coding_of_stored(
+    matrix: StoredMatrix, least: int, columns: int, form: Form, dtype: str
+) -> Coding:
+    """How a checkpoint's matrix is stored: to the same values.
+
+    Codes of 4 bit become codes of 8 bit without zero points where 4 bit cannot be had: less the
+    zero point they lie between -15 and 15.
+
+    Args:
+        least: bits.
+        dtype: the graph's float type.
+
+    Raises:
+        TrioError: operators have no blocks of that size.
+    """
+    whole_row = matrix.block >= columns
+    sizes = (128, 64, 32, 16)
+    fitting = (b for b in sizes if (columns if whole_row else matrix.block) % b == 0)
+    block = next(fitting, None)
+    bits = max(least, matrix.bits)
+    if form == "signed" and (bits == 8 or block is None):
+        block = columns if whole_row else matrix.block
+        return Coding(8, block, form, "float32", matrix.bits == 8 and not matrix.symmetric)
+    if block is None and whole_row:
+        block = sizes[0]  # the last may be short
+    if block is None:
+        raise TrioError(
+            f"the checkpoint has blocks of {matrix.block}, and operators those of 16 and more, in "
+            "powers of 2: use another checkpoint"
+        )
+    return Coding(bits, block, form, dtype, bits == matrix.bits and not matrix.symmetric)
+
+
+#: Ends of the names of parts beside codes.
+BESIDE_CODES = (".scale", ".zero", ".offset")
 
 
 def split_name(name: str) -> tuple[str, int] | None:

@@ -57,12 +57,15 @@ class Coding:
         block: entries along K per scale; K or more: a scale per row.
         form: layout of the codes.
         scale_dtype: type of the scales.
+        asymmetric: whether a part says what 0 is, of a checkpoint that was quantised so: zero
+            points in `blocks`, and in `signed`, which has none, what blocks have added to them.
     """
 
     bits: int
     block: int
     form: Form
     scale_dtype: str
+    asymmetric: bool = False
 
 
 @dataclass(frozen=True)

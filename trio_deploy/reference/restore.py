@@ -25,7 +25,8 @@ from trio_deploy.checkpoint.safetensors import DTYPES
 from trio_deploy.errors import TrioError
 from trio_deploy.families.names import EMBEDDINGS, HEAD, canonical_name
 from trio_deploy.families.registry import get_family
-from trio_deploy.quant.schemes import coded_part, decode, split_name
+from trio_deploy.quant.quantization_config import without_quantization_config
+from trio_deploy.quant.schemes import BESIDE_CODES, coded_part, decode, split_name
 from trio_deploy.quant.stored_weight import FLOATS, Part
 from trio_deploy.reference.adapters import model_class
 
@@ -37,7 +38,7 @@ def restore_model(bundle: Bundle, dtype: torch.dtype = torch.float32) -> Any:
         TrioError: the bundle has no weights yet, or transformers does not know the model.
     """
     bundle.require_weights()
-    raw = bundle.manifest.model.config
+    raw = without_quantization_config(bundle.manifest.model.config)
     family = get_family(bundle.config.family)
     architecture = model_class(family.name)
     config = architecture.config_class.from_dict(raw)
@@ -134,7 +135,8 @@ def _codes(bundle: Bundle) -> dict[str, dict[int, str]]:
 
 
 def _belongs_to_codes(name: str) -> bool:
-    return split_name(name) is not None or split_name(name.removesuffix(".scale")) is not None
+    weight, _, end = name.rpartition(".")
+    return split_name(weight if f".{end}" in BESIDE_CODES else name) is not None
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -145,13 +147,21 @@ def _dequantised(bundle: Bundle, name: str, columns: int) -> Tensor:
     """The values of a quantised matrix by the name of its codes, float32 [N, K]."""
     split, places = split_name(name), bundle.manifest.tensors
     assert split is not None
-    place = places[name]
-    part = Part(name, place.shape, place.dtype)
-    codes = np.fromfile(bundle.path / place.file, np.uint8, place.nbytes, offset=place.offset)
-    scale = places[f"{name}.scale"]
-    raw = np.fromfile(bundle.path / scale.file, np.uint8, scale.nbytes, offset=scale.offset)
-    scales = raw.view(FLOATS[scale.dtype]).reshape(scale.shape)
-    return torch.from_numpy(decode(codes.reshape(coded_part(part)[1]), scales, split[1], columns))
+
+    def array(part: str) -> np.ndarray | None:
+        if part not in places:
+            return None
+        place = places[part]
+        raw = np.fromfile(bundle.path / place.file, np.uint8, place.nbytes, offset=place.offset)
+        if place.dtype in FLOATS:
+            return raw.view(FLOATS[place.dtype]).reshape(place.shape)
+        return raw.reshape(coded_part(Part(part, place.shape, place.dtype))[1])
+
+    codes, scale = array(name), array(f"{name}.scale")
+    assert codes is not None and scale is not None
+    zero, offset = array(f"{name}.zero"), array(f"{name}.offset")
+    values = decode(codes, scale, split[1], columns, zero=zero, offset=offset)
+    return torch.from_numpy(values)
 
 
 def _mapped(bundle: Path, place: TensorPlace) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,14 +13,15 @@ from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.values import (
     FLOAT_NAMES,
     INT64,
+    cast,
     last_two_swapped,
     reduce,
     shape_of,
     typed,
 )
-from trio_deploy.graphs.weight import Matrix, Weight
+from trio_deploy.graphs.weight import Matrix, QuantisedWeight, Weight, sizes
 from trio_deploy.quant.packing import Form
-from trio_deploy.quant.schemes import Scheme, coding_of
+from trio_deploy.quant.schemes import Scheme, head_coding, layer_coding
 from trio_deploy.quant.stored_weight import Coding
 
 #: Version of the standard operators that has types of 4 bit and blocks.
@@ -117,23 +118,46 @@ class Dialect(ABC):
         if scheme is not None and scheme.bits < 8 and not selects:
             self.opset = max(self.opset, FOUR_BIT_OPSET)
 
-    def layer_coding(self, columns: int) -> Coding | None:
+    def layer_coding(self, name: str, columns: int) -> Coding | None:
         """How a matrix of a decoder layer with rows of K entries is quantised; None: it is not."""
-        return self._coding(8 if self.selects else 4, columns)
+        return self._coding(layer_coding, name, columns)
 
-    def head_coding(self, columns: int) -> Coding | None:
+    def head_coding(self, name: str, columns: int) -> Coding | None:
         """How the output head is quantised; None: it is not."""
-        return self._coding(8, columns)
+        return self._coding(head_coding, name, columns)
 
-    def _coding(self, least: int, columns: int) -> Coding | None:
+    def _coding(
+        self, coding: Callable[..., Coding | None], name: str, columns: int
+    ) -> Coding | None:
         if self.scheme is None:
             return None
-        bits = max(least, self.scheme.bits)
-        return coding_of(self.scheme, bits, columns, self.form, FLOAT_NAMES[self.dtype])
+        dtype = FLOAT_NAMES[self.dtype]
+        return coding(self.scheme, name, columns, self.selects, self.form, dtype)
 
     def matrix(self, op: Any, weight: Matrix) -> ir.Value:
         """A matrix as a value of the graph's float type, [out, in]."""
         return weight if isinstance(weight, Weight) else weight.dense(op, self.dtype)
+
+    def product(
+        self, op: Any, x: ir.Value, weight: Matrix, multiply: Callable[[ir.Value], ir.Value]
+    ) -> ir.Value:
+        """Compute x Wᵀ by `multiply`, which is given W.
+
+        Where blocks of W have numbers added to them, W is given without, so that it stays a
+        DequantizeLinear alone, and the sums of x per block times those numbers are added.
+        """
+        added = weight.zero if isinstance(weight, QuantisedWeight) else None
+        if added is None or not isinstance(weight, QuantisedWeight) or self.selects:
+            return multiply(self.matrix(op, weight))
+        y = multiply(weight.dense(op, self.dtype, offsets=False))
+        lead, (out, columns) = shape_of(x)[:-1], sizes(weight)
+        blocks = int(shape_of(added)[1])
+        parts = op.Reshape(x, [*(0 for _ in lead), blocks, columns // blocks])
+        parts = typed(parts, self.dtype, [*lead, blocks, columns // blocks])
+        sums = reduce(op, "ReduceSum", parts, [-1], keepdims=False)
+        sums = typed(sums, self.dtype, [*lead, blocks])
+        extra = op.MatMul(sums, op.Transpose(cast(op, added, self.dtype), perm=[1, 0]))
+        return typed(op.Add(y, extra), self.dtype, [*lead, out])
 
     def cache_head_dim(self, head_dim: int) -> int:
         """Head size of the KV cache: `head_dim`, or more if the operators pad heads with zeros."""

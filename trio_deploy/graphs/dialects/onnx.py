@@ -11,7 +11,7 @@ from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.dialects.base import KV, Angles, Dialect, Past, Window
 from trio_deploy.graphs.loops import by_blocks
 from trio_deploy.graphs.values import dim, dtype_of, merge_heads, shape_of, split_heads, typed
-from trio_deploy.graphs.weight import Matrix
+from trio_deploy.graphs.weight import Matrix, sizes
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,19 @@ class OnnxDialect(Dialect):
         self, op: Any, x: ir.Value, weight: Matrix, bias: ir.Value | None = None
     ) -> ir.Value:
         """Compute a Gemm, which takes a matrix that is transposed."""
-        w = self.matrix(op, weight)
-        out, inner = shape_of(w)
+        out, inner = sizes(weight)
         lead = shape_of(x)[:-1]
-        flat = x if len(lead) == 1 else op.Reshape(x, [-1, inner])
-        inputs = (flat, w) if bias is None else (flat, w, bias)
-        y = op.Gemm(*inputs, transB=1)
-        if len(lead) == 1:
-            return y
-        y = op.Reshape(y, op.Concat(op.Shape(x, end=-1), [out], axis=0))
-        return typed(y, dtype_of(x), [*lead, out])
+
+        def gemm(w: ir.Value) -> ir.Value:
+            flat = x if len(lead) == 1 else op.Reshape(x, [-1, inner])
+            inputs = (flat, w) if bias is None else (flat, w, bias)
+            y = op.Gemm(*inputs, transB=1)
+            if len(lead) == 1:
+                return y
+            y = op.Reshape(y, op.Concat(op.Shape(x, end=-1), [out], axis=0))
+            return typed(y, dtype_of(x), [*lead, out])
+
+        return self.product(op, x, weight, gemm)
 
     def linear_few_rows(
         self, op: Any, x: ir.Value, weight: Matrix, bias: ir.Value | None = None

@@ -68,8 +68,9 @@ class OrtDialect(Dialect):
         Selections do not: MatMulNBits has no product with W, and rounding x would move scores.
         """
         out, columns = weight.shape
+        parts = [weight.codes, weight.scale] + ([] if weight.zero is None else [weight.zero])
         return op.MatMulNBits(
-            x, weight.codes, weight.scale, K=columns, N=out, bits=weight.coding.bits,
+            x, *parts, K=columns, N=out, bits=weight.coding.bits,
             block_size=weight.coding.block, accuracy_level=_INT8_PRODUCTS, **_MICROSOFT,
         )  # fmt: skip
 
