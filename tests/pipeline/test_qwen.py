@@ -17,6 +17,7 @@ from tests.support.pictures import make_picture
 from tests.support.questions import alike
 from tests.support.qwen_checkpoints import make_processor, shared_checkpoint
 from tests.support.qwen_models import FAMILIES, shared_model
+from tests.support.tensors import file
 from trio_deploy import Batcher, Bundle, Pipeline, Request, RuntimeOptions, TrioError, export_model
 from trio_deploy.families.registry import request_limits
 from trio_deploy.families.rope import grid_positions
@@ -209,6 +210,32 @@ def test_small_pictures_share_a_run_where_the_largest_fills_one(checkpoint, tmp_
     monkeypatch.setattr(stages, "_rows_at_once", 2 * 12)
     assert alike(pipeline.generate(request), together)
     assert sorted(runs) == [(1, 16), (2, 48), (2, 48)]
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, ENCODER])
+def test_follow_ups_about_pictures_of_several_sizes_are_answered_as_without_the_cache(
+    opened, schedule
+):
+    """Features that are added behind decoder layers are held, too, each with its picture."""
+    pipeline = opened("qwen3_vl", schedule=schedule)
+    files = {size: file(*size) for size in ((28, 28), (90, 120), (300, 40))}
+    orders = ([(90, 120)], [(28, 28), (90, 120), (300, 40)], [(300, 40), (28, 28), (300, 40)], [])
+
+    def asked(sizes: list[tuple[int, int]]) -> Request:
+        content = [{"type": "image"} for _ in sizes] + [{"type": "text", "text": "what is it ?"}]
+        pictures = [files[size] for size in sizes]
+        return Request([{"role": "user", "content": content}], pictures, 4)
+
+    alone = [pipeline.generate(asked(sizes)) for sizes in orders]
+    pipeline.cache_features(2**24)
+    try:
+        follow_ups = [pipeline.generate(asked(sizes)) for sizes in orders]
+        together = pipeline.generate_batch([asked(sizes) for sizes in orders])
+        assert pipeline.feature_counts.misses == len(files)
+    finally:
+        pipeline.cache_features(0)
+    for one, other, third in zip(alone, follow_ups, together, strict=True):
+        assert alike(one, other) and alike(one, third)
 
 
 def test_what_has_no_meaning_is_refused_at_export(checkpoint, tmp_path):
