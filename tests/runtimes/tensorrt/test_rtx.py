@@ -91,8 +91,10 @@ ACTIVATIONS = {
         "decode": 30,
     },
 }
-#: The same for small models, whichever stage.
+#: The same for small models, whichever stage. In float32, where no attention is fused, it is four
+#: times as much, and in a tower of patches all scores of both heads before and after the softmax.
 SMALL_ACTIVATIONS = 40
+SCORES_OF_PATCHES = 470
 
 #: Copies to the host, for each of which it waits: one in the body of a loop that data end.
 HOST_WAITS = {
@@ -176,7 +178,10 @@ def test_weights_are_held_once(stage: Stage) -> None:
 
 def test_scratch_memory_stays_within_what_it_was(stage: Stage) -> None:
     if stage.case.model in SMALL:
-        most = SMALL_ACTIVATIONS * (4 if stage.case.dtype == "float32" else 1)
+        full = stage.case.dtype == "float32"
+        most = SMALL_ACTIVATIONS * (4 if full else 1)
+        if full and stage.info.kind == "vision" and stage.case.model in SMALL_QWEN:
+            most = SCORES_OF_PATCHES
     else:
         most = ACTIVATIONS[stage.case.model, stage.case.dialect][stage.info.name]
     assert stage.report.activation_bytes <= most * 2**20
