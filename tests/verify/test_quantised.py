@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+import trio_deploy
 from tests.support.bundles import Bundles
 from tests.support.checkpoints import make_llava, make_llava_next
 from tests.support.qwen_checkpoints import make_qwen
 from trio_deploy import Bundle, Pipeline, TrioError, check, export_model
 from trio_deploy.reference import restore
 from trio_deploy.verify.report import format_report
+
+TINY = Path(trio_deploy.__file__).parent / "data" / "tiny"
 
 #: Model, what it is exported with, runtime; what activations are rounded to.
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str, str | None]] = {
@@ -80,6 +83,15 @@ def test_selections_are_compared_with_their_own_copies(
     report = check(bundles.path("tiny", quantize="int4"), threads=1)
     failed = [row.stage for row in report.rows if not row.passed]
     assert failed == ["select_3"]  # those before it read no matrix
+
+
+def test_the_cost_of_a_scheme_is_shown_beside_the_graphs(bundles: Bundles) -> None:
+    report = check(bundles.path("tiny", quantize="int8"), checkpoint=TINY, threads=1)
+    assert report.passed, format_report(report)
+    points = [row for row in report.rows if row.stage.startswith("scheme, point")]
+    assert len(points) == 3
+    assert points[0].overlap == 1 and all(row.overlap > 0.9 for row in points)
+    assert {row.stage for row in report.rows} >= {"processor", "scheme, answer 0"}
 
 
 def test_low_memory_is_refused(bundles: Bundles) -> None:

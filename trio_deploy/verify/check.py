@@ -38,7 +38,13 @@ from trio_deploy.verify.compare import (
 from trio_deploy.verify.engines import compare_engines
 from trio_deploy.verify.examples import Example, default_examples
 from trio_deploy.verify.golden import Reference, load, store
-from trio_deploy.verify.oracle import NEW_TOKENS, ask_oracle, compare_inputs, require_oracle
+from trio_deploy.verify.oracle import (
+    NEW_TOKENS,
+    ask_oracle,
+    compare_inputs,
+    compare_scheme,
+    require_oracle,
+)
 from trio_deploy.verify.origin import compare_origin
 from trio_deploy.verify.report import Report
 
@@ -62,7 +68,8 @@ def check(
             weights and its output head are compared. Without `golden` the oracle is transformers'
             model as loaded from it, and prompts are compared with its processor's; with `golden`
             nothing compares the values of its weights. None: the oracle has the weights in the
-            bundle, which are not compared with any checkpoint.
+            bundle, which are not compared with any checkpoint. Of a quantised bundle it has these
+            in any case, and rows `scheme` say how far the checkpoint is.
         examples: questions to ask; None: `default_examples`.
         keywords: fields of `RuntimeOptions`, which replace those of `options`.
 
@@ -119,6 +126,8 @@ def check(
             title += f"; not against ONNX Runtime, which has no {manifest.dtype}"
     rows += _compare_answers(pipeline, reference, segments)
     if manifest.quantization is not None:
+        if checkpoint is not None and not golden:
+            rows += compare_scheme(pipeline, reference, checkpoint)
         title += f"; the reference has the values of its {manifest.quantization.scheme} weights"
     if checkpoint is None:
         title += "; not compared with the checkpoint"

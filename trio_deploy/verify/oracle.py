@@ -46,13 +46,7 @@ def ask_oracle(
         from trio_deploy.reference.restore import restore_model, selection_weights
     except ImportError as error:
         raise _needed(error.name) from error
-    manifest = bundle.manifest
-    options: dict[str, Any] = {
-        "probe": manifest.probe,
-        "positions": manifest.positions,
-        "threshold": manifest.threshold,
-        "storage": None if manifest.dtype == "float32" else getattr(torch, manifest.dtype),
-    }
+    manifest, options = bundle.manifest, _options(bundle, torch)
     if checkpoint is None or manifest.quantization is not None:  # a scheme is a question apart
         model = restore_model(bundle)
         if manifest.quantization is not None:
@@ -65,6 +59,56 @@ def ask_oracle(
     ends = set(manifest.generation.eos_token_ids)
     tokens = [_until_end(row, ends) for row in result.token_ids]
     return Reference(list(examples), result.stages, tokens)
+
+
+def compare_scheme(
+    pipeline: Pipeline, reference: Reference, checkpoint: str | Path
+) -> list[ParityRow]:
+    """Compare a quantised bundle with its float checkpoint: what its scheme costs.
+
+    Nothing is beyond tolerance here: a few questions tell how large it is, no more.
+
+    Returns:
+        A row per pruning point with the share of the checkpoint's kept visual tokens that the
+        bundle keeps too, and one per answer.
+    """
+    import torch
+
+    from trio_deploy.reference.oracle import Oracle
+
+    examples = reference.examples
+    oracle = Oracle.from_checkpoint(checkpoint, **_options(pipeline.bundle, torch))
+    encoded = [Row.of(prompt.ids, pictures) for prompt, pictures in _encoded(pipeline, examples)]
+    floats = oracle.generate(encoded, pipeline.bundle.schedule, max_new_tokens=NEW_TOKENS)
+    requests = [
+        Request(e.prompt, e.pictures, max_new_tokens=NEW_TOKENS, bundle_sampling=False)
+        for e in examples
+    ]
+    answers = pipeline.generate_batch(requests)
+    rows = []
+    for point in range(len(pipeline.bundle.schedule.points)):
+        both = kept = 0
+        for answer, row in zip(answers, floats.rows, strict=True):
+            theirs = np.intersect1d(row.kept[point], answer.visual)
+            both += len(np.intersect1d(answer.kept[point], theirs))
+            kept += len(theirs)
+        rows.append(ParityRow(f"scheme, point {point + 1}", overlap=both / kept if kept else 1.0))
+    ends = set(pipeline.bundle.manifest.generation.eos_token_ids)
+    for number, (answer, row) in enumerate(zip(answers, floats.rows, strict=True)):
+        same = answer.token_ids == _until_end(row.token_ids, ends)
+        rows.append(ParityRow(f"scheme, answer {number}", tokens_equal=same))
+    return rows
+
+
+def _options(bundle: Bundle, torch: Any) -> dict[str, Any]:
+    """How the oracle of a bundle selects and stores hidden states."""
+    manifest = bundle.manifest
+    return {
+        "probe": manifest.probe,
+        "positions": manifest.positions,
+        "threshold": manifest.threshold,
+        "storage": None if manifest.dtype == "float32" else getattr(torch, manifest.dtype),
+    }
 
 
 def require_oracle() -> None:

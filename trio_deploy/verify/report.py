@@ -79,7 +79,7 @@ def format_report(report: Report) -> str:
             f"{verdict}; kept: share of the reference's "
             "kept visual tokens, in doubt: share whose rank lies within the error"
             + (
-                "; tokens: answers may differ in this type, only float32 requires equal ones"
+                "; tokens: answers may differ, only float32 requires equal ones"
                 if tolerated
                 else ""
             ),
