@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import ml_dtypes
@@ -15,6 +16,8 @@ from tests.support.packed import in_awq, in_compressed_tensors, in_gptq, random_
 from trio_deploy.errors import TrioError
 from trio_deploy.quant.forms import FORMS
 from trio_deploy.quant.matrix import QuantisedMatrix, dequantised
+from trio_deploy.quant.schemes import stored_arrays
+from trio_deploy.quant.stored_weight import Coding
 from trio_deploy.quant.words import Blocks, matrix_of
 
 PACKERS = {
@@ -148,6 +151,15 @@ def test_scales_of_0_and_below_are_written_as_scales_above(
     assert np.array_equal(dequantised(matrix), wanted.astype(np.float32))
     if symmetric and least:
         assert matrix.zero is None
+
+
+def test_scales_are_kept_within_the_type_of_scales() -> None:
+    made = random_matrix(4, 64, 4, 32)
+    coding = Coding(4, 32, "blocks", "float16")
+    small = replace(made, scale=made.scale * np.float32(1e-9))
+    assert (stored_arrays(small, coding)[1] > 0).all()
+    with pytest.raises(TrioError, match="a scale is more than float16 can hold: choose --dtype"):
+        stored_arrays(replace(made, scale=made.scale * np.float32(1e9)), coding)
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])

@@ -16,6 +16,7 @@ import numpy as np
 
 from trio_deploy.errors import TrioError
 from trio_deploy.quant.matrix import (
+    LEAST_SCALE,
     QuantisedMatrix,
     block_count,
     dequantised,
@@ -151,8 +152,8 @@ def stored_arrays(matrix: QuantisedMatrix, coding: Coding) -> list[np.ndarray]:
         matrix = in_blocks(matrix, coding.block)
     kind, offset = FLOATS[coding.scale_dtype], None
     with np.errstate(over="ignore"):
-        scale = matrix.scale.astype(kind)
-    if not bool(np.isfinite(scale.astype(np.float32)).all()):
+        most = matrix.scale.max().astype(kind)
+    if not np.isfinite(most.astype(np.float32)):
         raise TrioError(f"a scale is more than {coding.scale_dtype} can hold: choose --dtype")
     if coding.form == "signed":
         if matrix.zero is not None:
@@ -168,7 +169,7 @@ def stored_arrays(matrix: QuantisedMatrix, coding: Coding) -> list[np.ndarray]:
     elif coding.asymmetric and matrix.zero is None:
         matrix = replace(matrix, zero=np.full(matrix.scale.shape, matrix.offset, np.uint8))
     packed = pack(matrix, coding.form)
-    arrays = [packed["codes"], packed["scale"].astype(kind)]
+    arrays = [packed["codes"], np.maximum(packed["scale"], LEAST_SCALE).astype(kind)]
     if coding.asymmetric:
         arrays.append(packed["zero"] if offset is None else offset.astype(kind))
     return arrays
