@@ -46,13 +46,13 @@ def test_the_model_that_ran_out_of_memory_is_freed_before_another_is_compiled() 
     models: list[weakref.ref[_Model]] = []
     alive: list[bool] = []
 
-    def compile_model() -> _Model:
+    def compile_model() -> tuple[_Model, None]:
         alive.append(any(model() is not None for model in models))
         if len(alive) == 2:  # there is no memory for it yet
             raise OutOfMemory("out of memory")
         model = _Model(fails=not models)
         models.append(weakref.ref(model))
-        return model
+        return model, None
 
     engine = OvEngine(None, compile_model)
     for _ in range(2):

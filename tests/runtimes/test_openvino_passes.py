@@ -92,6 +92,23 @@ def test_queries_in_parts_give_what_they_give_at_once(tmp_path: Path, length: in
             assert relative(got[name], array) < 1e-6, name
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_segments_behind_a_pruning_point_read_prompts_in_parts_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int
+) -> None:
+    """With a point before layer 0 they alone have layers, and without pruning they see it all."""
+    seen: list[str] = []
+    monkeypatch.setattr(
+        openvino_passes.Passes, "split_queries", lambda passes, model: seen.append("layers")
+    )
+    config = model_config()
+    segment = build_prefill(config, index, 0, 2, PRIMITIVE)
+    opened(tmp_path, segment, random_weights(segment))
+    selection = build_select(config, 1, PRIMITIVE)
+    opened(tmp_path, selection, weights_of(config))
+    assert seen == ["layers"]
+
+
 def test_numbers_that_passes_add_to_a_graph_are_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

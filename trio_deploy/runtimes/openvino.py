@@ -109,7 +109,7 @@ class OvRuntime(HostRuntime):
             options["INFERENCE_NUM_THREADS"] = self._threads
         try:
             model = self._core.read_model(str(path))
-            if _reads_whole_prompts(model):
+            if _takes_prompts(model):
                 self._passes.split_queries(model)
             if coded := any(is_coded(node) for node in model.get_ops()):
                 if keep_precision:
@@ -221,9 +221,10 @@ class _Step:
         self._engine.infer(self._request)
 
 
-def _reads_whole_prompts(model: Any) -> bool:
-    """Whether a graph is the segment before the first pruning point."""
-    return any(port.get_any_name() == "inputs_embeds" for port in model.inputs)
+def _takes_prompts(model: Any) -> bool:
+    """Whether a graph is a segment of layers: each may be given a whole prompt, pruned or not."""
+    rows = any(port.get_any_name() in ("inputs_embeds", "hidden_states") for port in model.inputs)
+    return rows and any(port.get_any_name().startswith("present.") for port in model.outputs)
 
 
 def _specs(ports: list[Any]) -> dict[str, TensorSpec]:
