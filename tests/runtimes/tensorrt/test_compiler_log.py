@@ -88,6 +88,25 @@ def test_what_kernels_do_is_known_by_their_names(report: CompilerReport) -> None
     assert report.copies([2 * 6 * 4], ["present.0.key"]) == ["scratch"]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "found"),
+    [
+        ((4, -1, -1), True),
+        ((4, 257, 257), True),  # of a tower, whose patches are counted
+        ((1, 4, -1, -1), True),
+        ((1, 4, 224, 224), False),  # a picture whose three channels are stored as four
+        ((4, 257, 258), False),
+        ((4, 257, 32), False),
+        ((3, 257, 257), False),
+        ((4, 1, 1), False),
+        ((4, 4), False),
+    ],
+)
+def test_scores_are_a_square_per_head(sizes: tuple[int, ...], found: bool) -> None:
+    kernel = Kernel("k", "kgen", (), (), (LoggedTensor("s", sizes, "Float"),), ())
+    assert bool(CompilerReport("1.7.1.116", 0, 0, (kernel,)).scores(heads=4)) == found
+
+
 def test_an_unknown_compiler_changed_and_did_not_fail() -> None:
     report = read(*MEMORY, "\n".join(LINES), version="1.8.0.1")
     assert report.weight_bytes == 128

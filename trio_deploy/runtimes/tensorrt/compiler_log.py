@@ -127,7 +127,7 @@ class CompilerReport(msgspec.Struct, frozen=True):
         return sum(kernel.name.startswith(self.names.to_host) for kernel in self.kernels)
 
     def scores(self, heads: int) -> list[str]:
-        """Float outputs of [heads,S,S] or [1,heads,S,S]: attention that was split up.
+        """Float outputs of [heads,S,S], or [1,heads,S,S] if S is dynamic: attention split up.
 
         Only in an engine for one row: a batch of dynamic size hides the heads.
         """
@@ -219,4 +219,7 @@ def _tensors(text: str) -> tuple[LoggedTensor, ...]:
 
 def _is_scores(sizes: tuple[int, ...], heads: int) -> bool:
     fixed = [size for size in sizes if size >= 0]
-    return len(sizes) - len(fixed) == 2 and heads > 1 and math.prod(fixed) == heads
+    if len(sizes) - len(fixed) == 2:  # S is dynamic
+        return heads > 1 and math.prod(fixed) == heads
+    # Patches of a tower's tile; with four axes it may be a picture, of as many channels.
+    return len(sizes) == 3 and sizes[0] == heads > 1 and sizes[1] == sizes[2] > 1
