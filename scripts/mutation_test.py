@@ -77,21 +77,46 @@ class Mutant:
         return self.module, self.before.strip(), self.after.strip()
 
 
-def mutants(module: Path) -> Iterator[Mutant]:
-    """All mutants of a module but those that cannot matter.
+def mutants(modules: Sequence[Path], sample: int | None, seed: int) -> list[Mutant]:
+    """All mutants of modules, or as many as are to be drawn, but those that cannot matter.
 
     These are the ones of annotations, which nothing evaluates; of `is` and `==`, which differ for
     equal objects that are not the same (of booleans, small numbers, types and names there are
-    none); and of `frozen=True`, which guards against code that is not there.
+    none); of `frozen=True`, which guards against code that is not there; and of `TYPE_CHECKING`.
     """
-    from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    places = [place for module in modules for place in mutable(module)]
+    if sample is not None:
+        random.Random(seed).shuffle(places)
+    found: dict[tuple[Path, str], Mutant] = {}
+    for module, name, number in places:
+        if len(found) == sample:
+            break
+        source = module.read_text(encoding="utf-8")
+        code = mutate_code(source, get_operator(name)(), number)
+        # Another end of the last line changes nothing.
+        if code is None or code.splitlines() == source.splitlines() or (module, code) in found:
+            continue
+        line, before, after = first_difference(source, code)
+        if "@dataclass(frozen=True" in before and "@dataclass(frozen=False" in after:
+            continue
+        if before.strip() == "if TYPE_CHECKING:":
+            continue
+        path = str(module.relative_to(ROOT))
+        found[module, code] = Mutant(path, code, line, before, after)
+    return list(found.values())
+
+
+def mutable(module: Path) -> Iterator[tuple[Path, str, int]]:
+    """The module, the name of an operator of Cosmic Ray and the number of each place for it."""
+    from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator, operator_names
 
     source = module.read_text(encoding="utf-8")
     idle = annotated(source)
     nodes = list(ast_nodes(get_ast(source)))
-    seen = set()
     for name in operator_names():
         kind = get_operator(name)
         if kind.arguments() or name.endswith(("_Is", "_IsNot", "_Is_Eq", "_IsNot_NotEq")):
@@ -99,17 +124,8 @@ def mutants(module: Path) -> Iterator[Mutant]:
         operator = kind()
         places = [place for node in nodes for place in operator.mutation_positions(node)]
         for number, (start, _) in enumerate(places):
-            if any(first <= start < last for first, last in idle):
-                continue
-            code = mutate_code(source, operator, number)
-            # Another end of the last line changes nothing.
-            if code is None or code.splitlines() == source.splitlines() or code in seen:
-                continue
-            seen.add(code)
-            line, before, after = first_difference(source, code)
-            if "@dataclass(frozen=True" in before and "@dataclass(frozen=False" in after:
-                continue
-            yield Mutant(str(module.relative_to(ROOT)), code, line, before, after)
+            if not any(first <= start < last for first, last in idle):
+                yield module, name, number
 
 
 def first_difference(source: str, code: str) -> tuple[int, str, str]:
@@ -202,9 +218,7 @@ def main() -> int:
     tests = [str(path.relative_to(ROOT)) for path in paths if path not in modules]
     if not modules or not tests:
         parser.error("name at least one module of trio_deploy and one test")
-    found = [mutant for module in modules for mutant in mutants(module)]
-    if args.sample is not None and args.sample < len(found):
-        found = random.Random(args.seed).sample(found, args.sample)
+    found = mutants(modules, args.sample, args.seed)
     listed = yaml.safe_load(WITHOUT_EFFECT.read_text(encoding="utf-8")) or []
     known = {(one["module"], one["before"], one["after"]) for one in listed}
     with tempfile.TemporaryDirectory() as folder:

@@ -122,6 +122,13 @@ def test_budgets_that_a_recipe_does_not_list_have_the_layers_and_methods_of_the_
     assert for_budget(1.0, 16, recipe).resolve(100) == (100, 100)
 
 
+def test_a_recipes_budget_of_1_gives_no_other_its_layers():
+    keeps_all = {"1.0": Schedule.parse("3:1.0")}
+    half = {"0.5": Schedule.parse("1:0.6,4:0.4:dart")}
+    assert for_budget(0.9, 16, half | keeps_all) == for_budget(0.9, 16, half)
+    assert for_budget(0.9, 16, keeps_all) == solve(0.9, 16)
+
+
 OWN = Schedule.parse("0:0.2:divprune,8:0.07")
 RECIPE = {
     "0.111": OWN,
@@ -267,12 +274,21 @@ def test_texts_of_budgets_are_read():
 def test_a_budget_below_the_first_layers_names_the_smallest():
     with pytest.raises(TrioError, match=r"must be above 0\.125"):
         solve(0.111, 8)
+    with pytest.raises(TrioError, match=r"must be above 0\.125"):
+        solve(0.125, 8)
     with pytest.raises(TrioError, match="no pruning point"):
         solve(0.5, 32, ())
     assert solve(1.0, 32, ()) == Schedule()
 
 
+def test_a_recipes_budget_that_its_first_layers_take_says_nothing_of_proportions():
+    recipe = {0.125: Schedule.parse("1:0.5,3:0.1")}
+    assert solve(0.5, 8, (1, 3), like=recipe) == solve(0.5, 8, (1, 3))
+
+
 def test_a_solved_schedule_keeps_the_methods_of_its_points():
+    with pytest.raises(ValueError, match="shorter"):
+        solve(0.111, 32, (0, 16), ("divprune",))
     for budget in (0.111, 1.0):
         schedule = solve(budget, 32, (0, 16), ("divprune", "trio"))
         assert schedule.methods == ("divprune", "trio")
