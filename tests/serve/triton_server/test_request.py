@@ -88,6 +88,7 @@ def test_a_whole_request_is_read() -> None:
         "bad_words": ["ä", "b c"],
         "bad_words_ids": None,
         "seed": 3,
+        "logit_bias": None,  # of the other server's clients
     }
 
 
