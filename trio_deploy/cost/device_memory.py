@@ -116,15 +116,6 @@ def _advice(model: _Model, result: Fit) -> Iterator[str]:
         if result.layouts[1].total <= usable:
             yield f"it fits with {layout}, in a copy of the target's file (--target FILE)"
             return
-    schemes = runtime_spec(target.runtime).readable_schemes(target)
-    for scheme in schemes if target.quantize is None else ():
-        changed = replace(target, quantize=scheme)
-        if (needed := model.memory(changed)).total <= usable:
-            yield (
-                f"it fits with --quantize {scheme}, whose weights take "
-                f"{format_bytes(needed.all_weights)}"
-            )
-            return
     if (
         target.weights == "constants"
         and target.quantize is None
@@ -151,14 +142,25 @@ def _advice(model: _Model, result: Fit) -> Iterator[str]:
                     "(--target FILE)"
                 )
                 return
+    schemes = runtime_spec(target.runtime).readable_schemes(target)
+    for scheme in schemes if target.quantize is None else ():
+        needed = model.memory(replace(target, quantize=scheme))
+        if needed.total <= usable:
+            yield (
+                f"it fits with --quantize {scheme}, whose weights take "
+                f"{format_bytes(needed.all_weights)}"
+            )
+            return
+    if weights < usable:
         yield (
             f"the weights alone, {format_bytes(weights)} of {format_bytes(usable)}, leave too "
             "little for a request"
         )
     else:
+        nor = ", nor do quantised weights" if target.quantize is None and schemes else ""
         yield (
-            f"no budget or limit makes it fit: the weights alone take {format_bytes(weights)}, and "
-            f"{target.name} has {format_bytes(usable)}"
+            f"no budget or limit makes it fit{nor}: the weights alone take "
+            f"{format_bytes(weights)}, and {target.name} has {format_bytes(usable)}"
         )
     room = usable - (min(each.total for each in result.layouts) - weights)
     if room > 0:
