@@ -55,7 +55,6 @@ def main() -> None:
         several = options["new_tokens"] > 1
         reply = {
             "first_token_s": metrics.get_ttft().mean / 1000,
-            "vision_s": _seconds(metrics, "get_vision_encoding_duration"),
             "prepare_s": _seconds(metrics, "get_prepare_embeddings_duration"),
             "wall_s": wall,
             "tokens_per_s": 1000 / metrics.get_tpot().mean if several else 0.0,

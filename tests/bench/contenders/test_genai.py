@@ -75,8 +75,7 @@ class Pipeline:
         tokens = 100 - (ratio if HEEDED else 0)
         figure = types.SimpleNamespace(mean=1000.0)
         part = lambda share: lambda: types.SimpleNamespace(mean=share * 1000.0)
-        parts = {"get_prepare_embeddings_duration": part(0.75),
-            "get_vision_encoding_duration": part(0.5)} if STAGES else {}
+        parts = {"get_prepare_embeddings_duration": part(0.75)} if STAGES else {}
         metrics = types.SimpleNamespace(get_num_input_tokens=lambda: tokens,
             get_ttft=lambda: figure, get_tpot=lambda: figure, **parts)
         with open(os.path.join(os.path.dirname(__file__), "threshold"), "w") as file:
@@ -146,8 +145,8 @@ def test_vision_and_language_model_are_told_apart_where_genai_does(fake, answeri
         answering(stages=stages)
         with GenAI(pruning(fake, tmp_path), WORK) as contender:
             run = contender(0)
-        assert run.stages == ({"vision": 0.5, "embed": 0.25, "prefill": 0.25} if stages else {})
-        assert run.prefill_s == (0.5 if stages else 0)
+        assert run.stages == ({"vision": 0.75, "prefill": 0.25} if stages else {})
+        assert run.prefill_s == (0.25 if stages else 0)
 
 
 def test_an_answer_that_changed_without_fewer_tokens_is_said():

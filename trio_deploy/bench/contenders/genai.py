@@ -188,14 +188,13 @@ class GenAI:
 def _stages(reply: Mapping[str, Any]) -> dict[str, float]:
     """Seconds per stage; empty where this version of GenAI does not report them.
 
-    What it calls vision includes preprocessing; the embedding of text and its pruner are what is
-    left of preparing the language model's inputs.
+    Preparing the language model's inputs is one figure: preprocessing, the tower, its pruner and
+    the embedding of text. (What it calls vision encoding leaves out the tower of Qwen's models.)
     """
-    vision, prepare = reply["vision_s"], reply["prepare_s"]
-    if vision is None or prepare is None:
+    prepare = reply["prepare_s"]
+    if prepare is None:
         return {}
-    prefill = reply["first_token_s"] - prepare
-    return {"vision": vision, "embed": max(0.0, prepare - vision), "prefill": max(0.0, prefill)}
+    return {"vision": prepare, "prefill": max(0.0, reply["first_token_s"] - prepare)}
 
 
 def _dropped(tried: Mapping[str, Any] | None) -> int:
