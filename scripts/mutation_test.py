@@ -96,8 +96,8 @@ def mutants(modules: Sequence[Path], sample: int | None, seed: int) -> list[Muta
             break
         source = module.read_text(encoding="utf-8")
         code = mutate_code(source, get_operator(name)(), number)
-        # Another end of the last line changes nothing.
-        if code is None or code.splitlines() == source.splitlines() or (module, code) in found:
+        # The same program in other words, as 1e30 + 1, is none.
+        if code is None or (module, code) in found or same_program(source, code):
             continue
         line, before, after = first_difference(source, code)
         if "@dataclass(frozen=True" in before and "@dataclass(frozen=False" in after:
@@ -107,6 +107,11 @@ def mutants(modules: Sequence[Path], sample: int | None, seed: int) -> list[Muta
         path = str(module.relative_to(ROOT))
         found[module, code] = Mutant(path, code, line, before, after)
     return list(found.values())
+
+
+def same_program(one: str, other: str) -> bool:
+    """Whether two texts are parsed to the same."""
+    return ast.dump(ast.parse(one)) == ast.dump(ast.parse(other))
 
 
 def mutable(module: Path) -> Iterator[tuple[Path, str, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from trio_deploy import Schedule
@@ -13,7 +15,7 @@ from trio_deploy.cost.flops import (
 )
 from trio_deploy.families.base import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from trio_deploy.families.registry import request_limits
-from trio_deploy.schedule.methods import METHODS
+from trio_deploy.schedule.methods import METHODS, PointSizes, load
 from trio_deploy.selection.trio import saliency_flops
 
 MIB = 2**20
@@ -120,3 +122,38 @@ def test_what_selects_is_counted_by_its_method():
     assert one_shot.saliency == 0 and one_shot.similarity == 8 * 636 * 4096
     layers = {c.layers for c in by.values()}
     assert len(layers) == 1
+
+
+SMALL = replace(
+    VICUNA,
+    hidden_size=40,
+    intermediate_size=88,
+    num_heads=6,
+    num_kv_heads=3,
+    head_dim=5,
+    vocab_size=97,
+)
+GRADIENT = 36 * (2 * 40 * 15 + 2 * 4 * 30 + 3 * 6 * 4 * 40) + 4 * (
+    40 * 30 + 2 * (2 * 30 * 40 + 3 * 40 * 88 + 40 * 97)
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "layer", "after", "expected"),
+    [
+        ("trio", 1, 11, (GRADIENT, 29 * (11 + 5) * 40)),
+        ("trio", 1, 25, (GRADIENT, 29 * 29 * 40)),
+        ("topk-gradient", 1, 11, (GRADIENT, 0)),
+        ("fastv", 1, 11, (36 * 40 * 15 + 40 * 30 + 36 * 30, 0)),
+        ("dart", 1, 11, (36 * 40 * 15, 8 * 36 * 40)),
+        ("dart", 0, 11, (0, 8 * 36 * 40)),
+        ("divprune", 1, 11, (0, 36 * 36 * 40)),
+        ("cdpruner", 1, 13, (2 * 36 * 40, 13 * 36 * (40 + 2 * 13))),
+        ("vscan", 1, 11, (0, 2 * 36 * (7 + 11) * 40)),
+        ("cls-attention", 1, 11, (0, 0)),
+        ("random", 1, 11, (0, 0)),
+    ],
+)
+def test_the_operations_of_a_method_are_those_of_its_formula(method, layer, after, expected):
+    sizes = PointSizes(layer, before=29, after=after, text_tokens=7, probes=4, block=5)
+    assert load(method).flops(SMALL, sizes) == expected

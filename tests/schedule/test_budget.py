@@ -15,6 +15,7 @@ from trio_deploy.schedule.budget import (
     check_budget,
     default_layers,
     for_budget,
+    is_budget,
     read_budget,
     resolve_schedule,
     schedule_at_budget,
@@ -42,8 +43,8 @@ def test_published_budgets_give_the_published_counts(budget, keeps):
 
 @pytest.mark.parametrize(
     ("num_layers", "layers"),
-    [(40, (1, 13, 19)), (32, (1, 10, 15)), (28, (1, 9, 13)), (16, (1, 5, 8)), (12, (1, 4, 6)),
-     (4, (1, 2, 3)), (3, (1, 2)), (2, (1,)), (1, ())],
+    [(80, (3, 25, 38)), (40, (1, 13, 19)), (32, (1, 10, 15)), (28, (1, 9, 13)), (16, (1, 5, 8)),
+     (12, (1, 4, 6)), (4, (1, 2, 3)), (3, (1, 2)), (2, (1,)), (1, ())],
 )  # fmt: skip
 def test_pruning_layers_scale_with_depth(num_layers, layers):
     assert default_layers(num_layers) == layers
@@ -189,6 +190,19 @@ def test_a_recipes_budget_of_1_keeps_all_whatever_rounding_says():
     assert [point.keep for point in schedule.points] == [0.375, 0.375]
 
 
+def test_proportions_are_those_of_keeps_that_have_reached_1():
+    near = {0.9: Schedule.parse("1:1.0,5:0.5")}  # at most 1, so the second is 11/15
+    first, second = (point.keep for point in solve(0.5, 8, (1, 5), like=near).points)
+    assert second / first == pytest.approx(11 / 15, rel=1e-5)
+    both = {0.4: Schedule.parse("1:0.4,2:0.2"), 1.0: Schedule.parse("1:1.0,2:0.29")}
+    halfway = solve(0.7, 5, (1, 2), like=both)  # of 0.4 and 0.2, and of 1 and 1
+    assert [point.keep for point in halfway.points] == pytest.approx([0.7, 0.6])
+
+
+def test_a_recipe_may_have_a_single_point():
+    assert solve(0.1, 16, (1,), like={0.2: Schedule.parse("1:0.15")}) == solve(0.1, 16, (1,))
+
+
 def test_a_budget_is_solved_in_the_published_proportions_where_the_recipe_has_none():
     for budget in (0.111, 0.2, 0.7):
         assert schedule_at_budget(budget, 16, OWN, {}) == solve(budget, 16, OWN.layers, OWN.methods)
@@ -272,13 +286,14 @@ def test_texts_of_budgets_are_read():
 
 
 def test_a_budget_below_the_first_layers_names_the_smallest():
-    with pytest.raises(TrioError, match=r"must be above 0\.125"):
+    with pytest.raises(TrioError, match=r"1 of 8 layers run on all .* must be above 0\.125"):
         solve(0.111, 8)
     with pytest.raises(TrioError, match=r"must be above 0\.125"):
         solve(0.125, 8)
     with pytest.raises(TrioError, match="no pruning point"):
         solve(0.5, 32, ())
     assert solve(1.0, 32, ()) == Schedule()
+    assert smallest_budget(32, ()) == 1
 
 
 def test_a_recipes_budget_that_its_first_layers_take_says_nothing_of_proportions():
@@ -309,6 +324,13 @@ def test_a_schedule_is_asked_for_by_budget_text_or_name():
     with pytest.raises(TrioError, match="encoder"):
         resolve_schedule(32, schedule="decoder", published=published)
     assert for_budget(0.2, 32, published).methods == ("trio",) * 3
+
+
+def test_a_name_begins_with_a_letter_and_a_budget_does_not():
+    assert all(is_budget(key) for key in ("0.1", ".1", "1"))
+    assert not any(is_budget(key) for key in ("v2", "a", "encoder"))
+    with pytest.raises(TrioError, match="no schedule called 'v2'"):
+        resolve_schedule(32, schedule="v2")
 
 
 def test_keeps_are_stored_with_six_digits_and_none_becomes_zero():

@@ -24,6 +24,11 @@ def test_a_mutant_is_placed_where_it_differs_at_the_end_too(code, found):
     assert script.first_difference("a = 1\nb = 2\n", code) == found
 
 
+def test_a_mutant_that_is_the_same_program_is_none():
+    assert script.same_program("a = -1e30\n", "a = - 1e+30")
+    assert not script.same_program("a = 1\n", "a = 2\n")
+
+
 @pytest.mark.parametrize("ends", ["sleep 100", "exit 0"])
 def test_what_the_tests_start_does_not_outlive_them(tmp_path, monkeypatch, ends):
     def tests(copy, tests):
