@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-import json
+import io
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
 
+from tests.support.browser import browser, needs_browser
 from tests.support.http_server import HttpServer
 from tests.support.questions import IMAGE_ITEM
-from tests.support.tensors import file
-from tests.support.waiting import WAIT_S
+from tests.support.waiting import wait_for
 from trio_deploy import Pipeline, Request
+from trio_deploy.pipeline.request import Generation
 from trio_deploy.serve.openai.gate import Doors, digest_of
 from trio_deploy.serve.openai.page import page
 
-FOLDER = Path(__file__).parent
-PAGE = FOLDER.parents[2] / "trio_deploy" / "serve" / "openai" / "page.html"
+PAGE = Path(__file__).parents[3] / "trio_deploy" / "serve" / "openai" / "page.html"
+SIDE = 96
 QUESTIONS = ("what color is the circle ?", "what shape is red ?")
 
-needs_node = pytest.mark.skipif(
-    shutil.which("node") is None, reason="node runs the page's program, and there is none"
-)
-
-
-def run_program(server: HttpServer, folder: Path, *questions: str) -> Any:
-    """What the page shows after questions about the picture in a folder."""
-    words = ["node", FOLDER / "page_program.mjs", PAGE, server.url, folder / "picture.png"]
-    done = subprocess.run([*words, *questions], capture_output=True, text=True, timeout=WAIT_S)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+# Places of a panel's canvas that are black as the picture, or of a frame: those of kept patches.
+LIT = """return [...document.querySelectorAll(".turn")].map((turn) =>
+  [...turn.querySelectorAll("canvas")].map((canvas) => {
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    const lit = [];
+    for (let place = 0; place < data.length; place += 4) {
+      if (data[place] < 150) lit.push(place / 4);
+    }
+    return { width: canvas.width, height: canvas.height, lit };
+  }));"""
 
 
 def test_the_page_is_served_and_may_run_its_own_program_alone(
@@ -58,49 +60,103 @@ def test_the_page_takes_nothing_from_elsewhere_and_puts_no_text_in_as_markup() -
     assert not re.findall(r"""\s(?:style|on\w+)=["']""", text)  # which the policy would not let in
 
 
-@needs_node
-@pytest.mark.parametrize("keys", [[], ["secret"]], ids=["open", "with a key"])
-def test_its_program_asks_and_lights_what_was_kept(
-    start: Callable[..., HttpServer], pipeline: Pipeline, tmp_path: Path, keys: list[str]
-) -> None:
-    server = start(
-        settings={"default_max_tokens": "4"}, doors=Doors([digest_of(key) for key in keys])
-    )
-    (tmp_path / "picture.png").write_bytes(file())
-    done = subprocess.run(
-        [
-            "node",
-            FOLDER / "page_program.mjs",
-            PAGE,
-            server.url,
-            tmp_path / "picture.png",
-            *QUESTIONS,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-    )
-    assert done.returncode == 0, done.stderr
-    shown = json.loads(done.stdout)
-    assert shown["model"] == "· tiny"
-    newest_first = list(reversed(shown["turns"]))
+def black(side: int = SIDE) -> bytes:
+    """A picture's file; on the page, a dropped patch of it turns light grey."""
+    out = io.BytesIO()
+    Image.new("RGB", (side, side)).save(out, "PNG")
+    return out.getvalue()
+
+
+def ask(driver: Chrome, question: str) -> None:
+    """Ask on the page and wait until the answer has ended."""
+    driver.find_element(By.ID, "question").send_keys(question)
+    driver.find_element(By.ID, "send").click()
+    wait_for(driver.find_element(By.ID, "send").is_enabled)
+
+
+def shown(driver: Chrome, what: str) -> list[str]:
+    """Texts of elements, those of the newest turn first."""
+    return [found.text for found in driver.find_elements(By.CSS_SELECTOR, what)]
+
+
+def answers(pipeline: Pipeline, picture: bytes) -> list[Generation]:
+    """Answers to the questions, each with those before it."""
     messages: list[dict[str, Any]] = []
-    for question, turn in zip(QUESTIONS, newest_first, strict=True):
+    found = []
+    for question in QUESTIONS:
         parts = [*([] if messages else [IMAGE_ITEM]), {"type": "text", "text": question}]
         messages = [*messages, {"role": "user", "content": parts}]
-        expected = pipeline.generate(Request(messages, [file()], max_new_tokens=4))
-        assert (turn["question"], turn["answer"]) == (question, expected.text)
-        assert not turn["failed"] and "tokens/s · kept" in turn["figures"]
-        assert [panel["rects"] for panel in turn["panels"]] == expected.keep_counts
-        assert turn["panels"][0]["caption"].startswith("from layer 1: ")
-        messages = [*messages, {"role": "assistant", "content": expected.text}]
+        found.append(pipeline.generate(Request(messages, [picture], max_new_tokens=4)))
+        messages = [*messages, {"role": "assistant", "content": found[-1].text}]
+    return found
 
 
-@needs_node
-def test_an_error_is_shown_in_the_place_of_the_answer(
-    start: Callable[..., HttpServer], tmp_path: Path
+def kept_places(generation: Generation, point: int) -> np.ndarray:
+    """Places of a panel, [height, width], that kept tokens cover."""
+    places = np.zeros((SIDE, SIDE), bool)
+    for token in generation.kept_of_image(0)[point]:
+        x0, y0, x1, y1 = (round(edge) for edge in generation.processed[0].boxes[token])
+        places[y0:y1, x0:x1] = True
+    return places
+
+
+@needs_browser
+@pytest.mark.parametrize("keys", [[], ["secret"]], ids=["open", "with a key"])
+def test_a_person_asks_and_sees_what_each_question_kept(
+    start: Callable[..., HttpServer], pipeline: Pipeline, tmp_path: Path, keys: list[str]
 ) -> None:
-    server = start()
-    (tmp_path / "picture.png").write_bytes(b"no picture")
-    (turn,) = run_program(server, tmp_path, "what ?")["turns"]
-    assert turn["failed"] and "cannot be read as a picture" in turn["answer"]
+    doors = Doors([digest_of(key) for key in keys])
+    server = start(settings={"default_max_tokens": "4"}, doors=doors)
+    (tmp_path / "picture.png").write_bytes(black())
+    with browser() as driver:
+        driver.get(server.url)
+        for key in keys:
+            driver.switch_to.alert.send_keys(key)
+            driver.switch_to.alert.accept()
+        wait_for(lambda: shown(driver, "#model") == ["· tiny"])
+        driver.find_element(By.ID, "file").send_keys(str(tmp_path / "picture.png"))
+        wait_for(lambda: bool(driver.find_elements(By.CSS_SELECTOR, "#drop img")))
+        for question in QUESTIONS:
+            ask(driver, question)
+        newest_first = answers(pipeline, black())[::-1]
+        assert shown(driver, "h2") == list(QUESTIONS[::-1])
+        assert shown(driver, ".answer") == [each.text for each in newest_first]
+        assert all("tokens/s · kept" in text for text in shown(driver, ".figures"))
+        captions = shown(driver, "figcaption")
+        assert all(text.startswith("from layer ") for text in captions)
+        assert [text.endswith(" new") for text in captions] == [True] * 3 + [False] * 3
+        for generation, panels in zip(newest_first, driver.execute_script(LIT), strict=True):
+            for point, panel in enumerate(panels):
+                lit = np.zeros(panel["width"] * panel["height"], bool)
+                lit[panel["lit"]] = True
+                expected = kept_places(generation, point)
+                assert 0 < expected.sum() < expected.size
+                assert np.array_equal(lit.reshape(expected.shape), expected), point
+        said = [entry for entry in driver.get_log("browser") if entry["source"] != "network"]
+        assert said == []  # its policy refused nothing
+
+
+@needs_browser
+def test_an_error_is_shown_in_the_place_of_the_answer(
+    start: Callable[..., HttpServer],
+) -> None:
+    server = start(settings={"max_prompt_bytes": "10"})
+    with browser() as driver:
+        driver.get(server.url)
+        ask(driver, QUESTIONS[0])
+        assert "max_prompt_bytes" in shown(driver, ".answer.error")[0]
+
+
+@needs_browser
+@pytest.mark.parametrize("size", [(1200, 900), (360, 740)], ids=["desktop", "phone"])
+def test_nothing_is_wider_than_the_window(
+    start: Callable[..., HttpServer], tmp_path: Path, size: tuple[int, int]
+) -> None:
+    server = start(settings={"default_max_tokens": "4"})
+    (tmp_path / "picture.png").write_bytes(black())
+    with browser(*size) as driver:
+        driver.get(server.url)
+        driver.find_element(By.ID, "file").send_keys(str(tmp_path / "picture.png"))
+        ask(driver, QUESTIONS[0])
+        assert driver.execute_script("return innerWidth") == size[0]
+        assert driver.execute_script("return document.documentElement.scrollWidth") == size[0]
