@@ -20,6 +20,10 @@ class OutOfMemory(TrioError):
         self.stage = stage
 
 
+class NoChoice(TrioError):
+    """What a request asks of its answer leaves no token to choose, or is too complex to tell."""
+
+
 class PromptTooLong(TrioError):
     """A prompt has more tokens than the model's context or a limit holds."""
 

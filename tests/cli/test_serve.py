@@ -91,12 +91,17 @@ def test_other_machines_need_a_key_unless_that_is_said(
     assert doors.keys == [] and doors.any_address
     file = tmp_path / "keys"
     file.write_text("one\n\n two \n")
-    monkeypatch.setenv(serve.API_KEY, "three")
+    monkeypatch.setenv(serve.API_KEY, "three\n")
     doors = serve.doors_of(parsed("--api-key-file", str(file), "--allowed-host", "A.example.com"))
     assert {*doors.keys} == {digest_of(key) for key in ("one", "two", "three")}
     assert doors.hosts is not None and "a.example.com" in doors.hosts and not doors.any_address
     with pytest.raises(TrioError, match="leave one out"):
         serve.doors_of(parsed("--no-auth"))
+    monkeypatch.setenv(serve.API_KEY, " ")  # no key, not one that nobody can send
+    assert serve.doors_of(parsed()).keys == []
+    monkeypatch.setenv(serve.API_KEY, "clé")
+    with pytest.raises(TrioError, match="ASCII"):
+        serve.doors_of(parsed())
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def doors_of(args: argparse.Namespace) -> Doors:
 
 
 def _keys(args: argparse.Namespace) -> list[str]:
-    keys = [os.environ[API_KEY]] if os.environ.get(API_KEY) else []
+    keys = [key] if (key := os.environ.get(API_KEY, "").strip()) else []
     if args.api_key_file is not None:
         try:
             text = read_text(args.api_key_file, "write one key per line")
@@ -195,6 +195,8 @@ def _keys(args: argparse.Namespace) -> list[str]:
         if not found:
             raise TrioError(f"{args.api_key_file} has no key: write one per line")
         keys += found
+    if not all(map(str.isascii, keys)):
+        raise TrioError("a key has letters that no header can carry: make keys of ASCII letters")
     if keys and args.no_auth:
         raise TrioError("there are keys, and --no-auth asks for none: leave one out")
     return keys

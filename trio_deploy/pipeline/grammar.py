@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trio_deploy.errors import TrioError
+from trio_deploy.errors import NoChoice, TrioError
 
 _MAX_KEPT = 64  # compiled grammars
 _LIMITS: Any = {  # so that no schema takes much longer than a second, or 100 MB, to compile
@@ -59,7 +59,7 @@ class Grammar:
         """Logits [V] with -inf for what may not come next; an end token only where it may end.
 
         Raises:
-            TrioError: the grammar is too complex to go on.
+            NoChoice: the grammar is too complex to go on.
         """
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
@@ -70,14 +70,14 @@ class Grammar:
         """Go on after a token.
 
         Raises:
-            TrioError: it may not come here.
+            NoChoice: it may not come here.
         """
         self._matcher.consume_token(token)
         self._check()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise TrioError(f"response_format: {_one_line(self._matcher.get_error())}")
+            raise NoChoice(f"response_format: {_one_line(self._matcher.get_error())}")
 
 
 class GrammarCompiler:

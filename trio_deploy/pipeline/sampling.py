@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trio_deploy.config.sampling import SamplingOptions
-from trio_deploy.errors import TrioError
+from trio_deploy.errors import NoChoice, TrioError
 from trio_deploy.pipeline.grammar import Grammar
 
 
@@ -41,8 +41,8 @@ class Sampler:
         """The next token for logits [V] of any float type.
 
         Raises:
-            TrioError: the logits are not numbers (an overflow in half precision, for example), or
-                the options leave no token to choose.
+            TrioError: the logits are not numbers (an overflow in half precision, for example).
+            NoChoice: the options leave no token to choose.
         """
         token = int(np.argmax(logits))
         if not np.isfinite(logits[token]):
@@ -57,7 +57,7 @@ class Sampler:
         if self._alters_logits or self._grammar is not None:
             token = int(np.argmax(logits))
             if logits[token] == -np.inf:
-                raise TrioError(
+                raise NoChoice(
                     "suppress_tokens, bad_words, no_repeat_ngram_size, min_new_tokens and the form "
                     "of the answer together leave no token to choose: ask for less"
                 )

@@ -25,6 +25,7 @@ from trio_deploy.pipeline.batcher.events import Cancelled, Event, Handle, OnEven
 from trio_deploy.pipeline.batcher.metrics import Metrics
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.request import Request
+from trio_deploy.pipeline.sequence import SequenceState
 from trio_deploy.serve.admission import Admission
 from trio_deploy.serve.limits import ServiceLimits
 from trio_deploy.serve.requests import ClientRequest, check_request
@@ -110,6 +111,21 @@ class Service:
         except BaseException:
             self._admission.release(size)
             raise
+
+    def prepare(self, client: ClientRequest) -> SequenceState:
+        """Check and prepare a request, without having it answered; its bytes count meanwhile.
+
+        Raises:
+            Refused: too much waits already.
+            TrioError: what is wrong with the request.
+        """
+        self._admission.check_sent(client)
+        request, _ = check_request(client, self._limits)
+        size = self._admission.admit(client, request)
+        try:
+            return self._pipeline.prepare(request)
+        finally:
+            self._admission.release(size)
 
     def count_rejected(self, error: Exception) -> None:
         """Count a request that did not become a `ClientRequest`, or that was not accepted."""

@@ -265,6 +265,9 @@ def test_answers_of_a_form_are_parsed_by_the_package(
         with pytest.raises(openai.BadRequestError) as caught:
             create(client, response_format=wrong)
         assert caught.value.param == "response_format" and "not" in str(caught.value)
+        shorter = {"structured_outputs": {"choice": ["yes"]}, "min_tokens": 30}
+        with pytest.raises(openai.BadRequestError, match="leave no token to choose"):
+            create(client, extra_body=shorter, max_tokens=40)
 
 
 def test_a_model_without_a_form_in_bytes_says_so(client: openai.OpenAI) -> None:

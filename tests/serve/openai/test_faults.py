@@ -13,6 +13,7 @@ from tests.support.http_server import HttpServer, Reply, chat, read_reply, reque
 from tests.support.waiting import WAIT_S, wait_for
 from trio_deploy import Pipeline, TrioError
 from trio_deploy.pipeline.batch import DecodeBatch
+from trio_deploy.serve.openai import process
 from trio_deploy.serve.openai.gate import Doors, digest_of
 from trio_deploy.serve.openai.process import bind
 
@@ -131,6 +132,22 @@ def test_bodies_beyond_the_limit_are_refused_with_a_length_and_without(start: St
     assert server.service.metrics().outcomes == {"invalid": 3}
 
 
+def test_a_body_that_could_never_be_held_is_told_so_and_not_to_try_again(start: Start) -> None:
+    server = start(settings={"max_queue_bytes": "3000"})
+    reply = server.post(CHAT, b" " * 1001)
+    assert (reply.status, "retry-after" in reply.headers) == (413, False)
+    assert "max_queue_bytes" in reply.error["message"]
+
+
+def test_pictures_whose_tokens_are_asked_for_count_as_those_of_answers(start: Start) -> None:
+    server = start(settings={"max_queue_bytes": "100000"})
+    body = {"messages": chat()["messages"]}
+    reply = server.post("/tokenize", body)
+    assert reply.status == 400 and "max_queue_bytes" in reply.error["message"]
+    assert server.post("/tokenize", {"prompt": "red"}).status == 200
+    assert server.idle()
+
+
 def test_a_body_in_pieces_is_read_as_one_with_a_length(server: HttpServer) -> None:
     content = request("POST", CHAT, chat(max_tokens=2)).partition(b"\r\n\r\n")[2]
     with server.connection() as connection:
@@ -170,6 +187,45 @@ def test_a_head_that_does_not_end_is_cut_off(start: Start) -> None:
         with pytest.raises(ConnectionResetError):
             assert kept.recv(1) == b""
             raise ConnectionResetError
+
+
+def test_a_head_that_is_too_large_is_refused_before_it_is_whole(server: HttpServer) -> None:
+    with server.connection() as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n")
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):  # which is more than the system holds back
+                connection.sendall(b"x-a: " + b"y" * 60_000 + b"\r\n")
+    with server.connection() as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nx-a: " + b"y" * 66_000)
+        reply = read_reply(connection)
+    assert reply.status == 431 and "65536" in reply.error["message"]
+    assert server.ask("GET", "/health", x_a="y" * 60_000).status == 200
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["line break", "body of a refused request"])
+def test_bytes_that_begin_no_request_keep_no_connection_open(
+    start: Start, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    monkeypatch.setattr(process, "_KEEP_ALIVE_S", 0.2)
+    server = start()
+    with server.connection() as idle:
+        if ended:
+            idle.sendall(request("POST", CHAT, b"{", content_length="2", content_type="text/plain",
+                                 connection="keep-alive"))  # fmt: skip
+        else:
+            idle.sendall(request("GET", "/health", connection="keep-alive"))
+        assert read_reply(idle).status == (415 if ended else 200)
+        idle.sendall(b"}" if ended else b"\r\n")
+        assert idle.recv(1) == b""
+
+
+def test_requests_in_a_row_on_a_connection_that_is_lost_all_end(server: HttpServer) -> None:
+    with server.connection() as connection:
+        asked = request("POST", CHAT, chat(**LONG), connection="keep-alive")
+        connection.sendall(asked + asked)
+        wait_for(lambda: server.service.metrics().active == 1)
+    server.wait_until_idle()
+    assert server.service.metrics().outcomes == {"cancelled": 1}
 
 
 def test_a_body_that_does_not_come_is_told_so(start: Start) -> None:

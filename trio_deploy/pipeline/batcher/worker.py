@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from trio_deploy.errors import TrioError
+from trio_deploy.errors import NoChoice, TrioError
 from trio_deploy.pipeline.batcher.events import (
     Cancelled,
     DeadlinePassed,
@@ -289,7 +289,7 @@ class Worker:
         for row, piece in zip(rows, pieces, strict=True):
             job = self._decoding[row]
             if isinstance(piece, Exception):
-                self._fail(job, failed(piece))
+                self._fail(job, piece if isinstance(piece, NoChoice) else failed(piece))
                 continue
             last = row.token_logprobs[-1] if row.token_logprobs else None
             event = Event(row.token_ids[-1], piece, logprobs=last)

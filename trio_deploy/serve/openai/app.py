@@ -57,7 +57,7 @@ from trio_deploy.serve.openai.stream import (
     generations_of,
     send_stream,
 )
-from trio_deploy.serve.requests import ClientRequest, check_request
+from trio_deploy.serve.requests import ClientRequest
 from trio_deploy.serve.service import Service
 
 _LOG = logging.getLogger(__name__)
@@ -203,9 +203,10 @@ class _Routes:
     async def tokenize(self, request: Request) -> Response:
         async with self._bodies.read(request) as body:
             with self._telling(request):
-                return _json(await asyncio.to_thread(self._tokenize, decode(body, TokenizeBody)))
+                return _json(await asyncio.to_thread(self._tokenize, body))
 
-    def _tokenize(self, body: TokenizeBody) -> Tokens:
+    def _tokenize(self, content: bytes) -> Tokens:
+        body = decode(content, TokenizeBody)
         self._served.check_model(body.model)
         pipeline, limits = self._served.pipeline, self._served.service.limits
         if (body.prompt is None) == (body.messages is None):
@@ -220,20 +221,27 @@ class _Routes:
         else:
             messages, pictures = to_messages(body.messages or [])  # no picture is fetched
             client = ClientRequest(messages=messages, images_base64=pictures, max_tokens=1)
-            tokens = pipeline.prepare(check_request(client, limits)[0]).prompt.ids.tolist()
+            tokens = self._served.service.prepare(client).prompt.ids.tolist()
         names = pipeline.encoder.names(tokens) if body.return_token_strs else None
         return Tokens(len(tokens), self._served.context, tokens, names)
 
     async def detokenize(self, request: Request) -> Response:
         async with self._bodies.read(request) as body:
-            asked = decode(body, DetokenizeBody)
+            return _json(await asyncio.to_thread(self._detokenize, body))
+
+    def _detokenize(self, content: bytes) -> Detokenized:
+        asked = decode(content, DetokenizeBody)
         self._served.check_model(asked.model)
+        if len(asked.tokens) > self._served.context:
+            raise invalid(
+                f"{len(asked.tokens)} tokens are more than the context of {self._served.context}",
+                "tokens",
+            )
         vocabulary = self._served.pipeline.bundle.config.text.vocab_size
         if any(token >= vocabulary for token in asked.tokens):
             raise invalid(f"tokens must be below {vocabulary}", "tokens")
         encoder = self._served.pipeline.encoder
-        text = await asyncio.to_thread(encoder.decode, asked.tokens, special=True)
-        return _json(Detokenized(clean(text)))
+        return Detokenized(clean(encoder.decode(asked.tokens, special=True)))
 
     async def models(self, request: Request) -> Response:
         return _json(Models([self._model()]))

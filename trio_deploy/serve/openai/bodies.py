@@ -366,4 +366,4 @@ def _of_validation(text: str) -> ApiError:
 
 
 def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
+    return text if text[1:2].isupper() else text[:1].lower() + text[1:]  # JSON stays JSON

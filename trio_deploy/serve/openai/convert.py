@@ -345,8 +345,8 @@ def _kept(generation: Generation) -> Kept:
     for number, layout in enumerate(generation.processed):
         height, width = layout.size
         boxes = [
-            None if math.isnan(box[0]) else [int(side) for side in np.rint(box)]
-            for box in layout.boxes.tolist()
+            None if math.isnan(box[0]) else [int(side) for side in box]
+            for box in np.rint(layout.boxes).tolist()
         ]
         kept = [tokens.tolist() for tokens in generation.kept_of_image(number)]
         images.append(KeptOfImage([int(width), int(height)], boxes, kept))

@@ -137,6 +137,7 @@ class Bodies:
 
     def __init__(self, limits: HttpLimits, max_held_bytes: int) -> None:
         self._limits = limits
+        self._largest = min(limits.max_body_bytes, max_held_bytes // _COPIES)
         self.held = HeldBytes(max_held_bytes)
 
     @asynccontextmanager
@@ -155,7 +156,7 @@ class Bodies:
                 code="unsupported_media_type",
             )
         announced = _length(request.headers)
-        if announced > self._limits.max_body_bytes:
+        if announced > self._largest:
             raise self._too_large(announced)
         size = _COPIES * announced
         self.held.take(size)
@@ -182,7 +183,7 @@ class Bodies:
         size = 0
         async for part in request.stream():
             size += len(part)
-            if size > self._limits.max_body_bytes:
+            if size > self._largest:
                 raise self._too_large(size)
             if size > announced:  # it comes in pieces, without a length
                 self.held.take(_COPIES * len(part))
@@ -193,8 +194,8 @@ class Bodies:
     def _too_large(self, size: int) -> ApiError:
         return ApiError(
             413,
-            f"the body has {size} bytes or more, but max_body_bytes is "
-            f"{self._limits.max_body_bytes}",
+            f"the body has {size} bytes or more, but at most {self._largest} are taken, by "
+            f"max_body_bytes = {self._limits.max_body_bytes} and a third of max_queue_bytes",
             code="request_too_large",
         )
 

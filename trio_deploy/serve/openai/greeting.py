@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shlex
 
 from PIL import Image, ImageDraw
 
@@ -38,7 +39,8 @@ def _curl(served: Served, url: str) -> list[str]:
     key = ' -H "Authorization: Bearer $TRIO_API_KEY"' if served.doors.keys else ""
     body = json.dumps({"model": served.name, "messages": _messages()})
     return [
-        f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+        f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
+        f"-d {shlex.quote(body)}"
     ]
 
 

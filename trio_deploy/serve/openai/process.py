@@ -15,16 +15,17 @@ from typing import Any
 import msgspec
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from trio_deploy.errors import TrioError
 from trio_deploy.serve.openai.app import Served, build_app
-from trio_deploy.serve.openai.errors import invalid
+from trio_deploy.serve.openai.errors import ApiError, invalid
 from trio_deploy.serve.openai.settings import HttpLimits
 
 _LOG = logging.getLogger("trio_deploy.serve")
 _KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they close first
 _BACKLOG = 2048
+_MAX_HEAD = 2**16  # bytes of a request's line and headers; httptools itself takes any number
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,17 @@ class Server(uvicorn.Server):
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's connection, with time limits for slow heads and for readers that do not read."""
+    """uvicorn's connection, with limits for heads, for readers that do not read, and for idleness.
+
+    All requests of a connection that is lost are told so, not only the last one that came.
+    """
 
     def __init__(self, *given: Any, limits: HttpLimits, **named: Any) -> None:
         super().__init__(*given, **named)
         self._limits = limits
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._head_bytes = 0
+        self._open: list[RequestResponseCycle] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -169,7 +175,30 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         for name in list(self._timers):
             self._keep(name)
+        for cycle in self._open:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        due = "head" in self._timers
+        super().data_received(data)
+        self._head_bytes = self._head_bytes + len(data) if due and "head" in self._timers else 0
+        if self._head_bytes > _MAX_HEAD and not self.transport.is_closing():
+            error = ApiError(431, f"the request's head has more than {_MAX_HEAD} bytes")
+            self._refuse("431 Request Header Fields Too Large", error)
+        self._limit_idleness()
+
+    def _limit_idleness(self) -> None:
+        """Begin the time for another request anew: any byte ends it, also one that begins none."""
+        running = self.cycle is not None and not self.cycle.response_complete
+        if running or self._timers.keys() & {"head", "rest"} or self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def on_message_begin(self) -> None:
         self._abort_in("head", self._limits.head_s)
@@ -178,6 +207,7 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._keep("head")
         super().on_headers_complete()
+        self._open = [each for each in (*self._open, self.cycle) if not each.response_complete]
 
     def on_message_complete(self) -> None:
         self._keep("rest")
@@ -203,9 +233,13 @@ class Protocol(HttpToolsProtocol):
             super().timeout_keep_alive_handler()
 
     def send_400_response(self, msg: str) -> None:
-        body = msgspec.json.encode(invalid("this is no HTTP request", code="invalid_http").body)
+        self._refuse("400 Bad Request", invalid("this is no HTTP request", code="invalid_http"))
+
+    def _refuse(self, status: str, error: ApiError) -> None:
+        """Send an error that no application has seen, and close."""
+        body = msgspec.json.encode(error.body)
         head = (
-            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
