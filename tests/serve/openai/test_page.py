@@ -14,6 +14,7 @@ from PIL import Image
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
+from tests.support.batching import Gate
 from tests.support.browser import browser, needs_browser
 from tests.support.http_server import HttpServer
 from tests.support.questions import IMAGE_ITEM
@@ -145,6 +146,33 @@ def test_an_error_is_shown_in_the_place_of_the_answer(
         driver.get(server.url)
         ask(driver, QUESTIONS[0])
         assert "max_prompt_bytes" in shown(driver, ".answer.error")[0]
+
+
+@needs_browser
+def test_an_answer_that_comes_after_a_new_start_is_no_part_of_it(
+    start: Callable[..., HttpServer],
+    pipeline: Pipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = start(settings={"default_max_tokens": "4"})
+    gate = Gate(pipeline, monkeypatch)
+    (tmp_path / "picture.png").write_bytes(black())
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with browser() as driver:
+        driver.get(server.url)
+        drop = driver.find_element(By.ID, "file")
+        drop.send_keys(str(tmp_path / "picture.png"))
+        wait_for(lambda: bool(driver.find_elements(By.CSS_SELECTOR, "#drop img")))
+        drop.send_keys(str(tmp_path / "broken.png"))
+        wait_for(lambda: shown(driver, "#status") == ["This browser cannot open the picture"])
+        driver.find_element(By.ID, "question").send_keys(QUESTIONS[0])
+        driver.find_element(By.ID, "send").click()
+        gate.held()  # so the picture before the broken one was sent
+        driver.find_element(By.ID, "reset").click()
+        gate.open.set()
+        wait_for(driver.find_element(By.ID, "send").is_enabled)
+        assert driver.execute_script("return [messages.length, before.length]") == [0, 0]
 
 
 @needs_browser
