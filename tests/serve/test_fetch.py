@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.support.batching import opened
 from tests.support.bundles import Bundles
 from tests.support.http_server import HttpServer
 from tests.support.tensors import file
+from tests.support.waiting import WAIT_S
 from trio_deploy import Request, TrioError
 from trio_deploy.pipeline import fetch as fetching
 from trio_deploy.pipeline.fetch import is_public
@@ -188,5 +190,34 @@ def test_the_server_answers_about_pictures_of_its_hosts_alone(
         server.wait_until_idle()
         tokens = server.post("/tokenize", {"messages": body(f"{address}/picture")["messages"]})
         assert tokens.status == 400
+    finally:
+        server.close()
+
+
+def test_a_picture_that_cannot_be_had_waits_for_those_that_still_come(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed, come = threading.Event(), list[str]()
+
+    def fetch(hosts: ImageHosts, url: str, max_bytes: int) -> bytes:
+        if url.endswith("wrong"):
+            failed.set()
+            raise TrioError("cannot fetch it")
+        failed.wait(WAIT_S)
+        time.sleep(0.1)
+        come.append(url)
+        return file()
+
+    monkeypatch.setattr(ImageHosts, "fetch", fetch)
+    server = HttpServer(opened(bundles), images=ImageHosts.parse(["a.example.com"]))
+    try:
+        parts = [
+            {"type": "image_url", "image_url": {"url": f"https://a.example.com/{name}"}}
+            for name in ("wrong", "slow")
+        ]
+        content = [*parts, {"type": "text", "text": "what ?"}]
+        body = {"messages": [{"role": "user", "content": content}]}
+        assert server.post("/v1/chat/completions", body).status == 400
+        assert come  # so no byte comes that is not counted any more
     finally:
         server.close()

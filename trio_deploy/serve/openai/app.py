@@ -143,7 +143,6 @@ class _Routes:
     def __init__(self, served: Served, bodies: Bodies) -> None:
         self._served = served
         self._bodies = bodies
-        self._generation = served.pipeline.bundle.manifest.generation
         self._openapi = _json(openapi())
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="trio-fetch")
 
@@ -182,14 +181,21 @@ class _Routes:
         self._bodies.held.take(size)
         try:
             fetch = self._served.images.fetch
-            # Threads of its own: hosts that are slow keep nobody waiting who names none.
+            # Threads of its own: hosts that are slow keep nobody waiting who names none. All are
+            # waited for, also if one fails, since what they fetch is counted until then.
             fetched = await asyncio.gather(
                 *(
                     loop.run_in_executor(self._fetchers, fetch, address, limits.max_image_bytes)
                     for address in addresses
-                )
+                ),
+                return_exceptions=True,
             )
-            yield dict(zip(addresses, fetched, strict=True))
+            files: dict[str, bytes] = {}
+            for address, found in zip(addresses, fetched, strict=True):
+                if isinstance(found, BaseException):
+                    raise found
+                files[address] = found
+            yield files
         finally:
             self._bodies.held.release(size)
 
