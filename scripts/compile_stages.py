@@ -31,6 +31,7 @@ from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.ahead import AheadOfTime, compile_ahead
 from trio_deploy.runtimes.tensorrt.build import weight_bytes
 from trio_deploy.runtimes.tensorrt.logged import FILE, Logged, key_of, written
+from trio_deploy.runtimes.tensorrt.memory import as_exported
 from trio_deploy.runtimes.tensorrt.profiles import profiles
 
 ROOT = Path(__file__).parent.parent
@@ -89,8 +90,9 @@ HEADS = {
 
 def record(bundle: Bundle, target: str, about: str, version: str, scratch: int) -> None:
     """Enter the largest scratch memory into the table that `trio plan` shows."""
-    manifest = bundle.manifest
-    own = replace(load_target(target), dialect=manifest.dialect, dtype=manifest.dtype)
+    own = as_exported(bundle, load_target(target))
+    if not has_weights(bundle):  # as `compiled` has them
+        own = replace(own, weights="inputs")
     key = key_of(bundle.config, bundle.schedule, own)
     file = ROOT / "trio_deploy" / FILE
     entry = Logged(about, f"TensorRT-RTX {version}", scratch, key)

@@ -68,10 +68,12 @@ def planned(
     Raises:
         TrioError: the target's limits do not suit the model.
     """
+    if target.quantize:  # as an export does
+        target = replace(target, weights="constants")
     options = GraphOptions(
         dialect=target.dialect,
         dtype=target.dtype,  # type: ignore[arg-type]  # of a checked target
-        weights="constants" if target.quantize else target.weights,  # type: ignore[arg-type]
+        weights=target.weights,  # type: ignore[arg-type]
         positions=check_positions(config, None),  # type: ignore[arg-type]
         separate_decode=target.decode_layout == "separate",
         quantize=target.quantize,

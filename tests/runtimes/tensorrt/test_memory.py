@@ -10,8 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.support.bundles import Bundles
 from tests.support.exported import Export
-from trio_deploy import Schedule, TrioError
+from trio_deploy import Bundle, Schedule, TrioError
 from trio_deploy.checkpoint.resolve import described, load_recipe, source_config
 from trio_deploy.cli.main import main
 from trio_deploy.config.recipe import list_recipes
@@ -21,8 +22,8 @@ from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import parse_config
 from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.build import weight_bytes
-from trio_deploy.runtimes.tensorrt.logged import Logged, written
-from trio_deploy.runtimes.tensorrt.memory import Fit
+from trio_deploy.runtimes.tensorrt.logged import Logged, logged, written
+from trio_deploy.runtimes.tensorrt.memory import Fit, as_exported
 from trio_deploy.runtimes.tensorrt.target import FLAVOURS
 
 ROOT = Path(__file__).parents[3]
@@ -176,6 +177,25 @@ def test_what_nvidias_compiler_logged_stands_beneath_the_bound() -> None:
     assert found.to_json()["layouts"][0]["activations_logged"] == own.logged.scratch_bytes
     smaller = replace(load_target("rtx-40"), limits=replace(Limits(), max_new_tokens=128))
     assert "logged by" not in fit(config, schedule, smaller).to_text()
+    quantised = replace(load_target("rtx-40"), quantize="int8", weights="inputs")
+    assert logged(config, schedule, quantised) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({}, ("inputs", None)),
+        ({"weights": "constants"}, ("constants", None)),
+        ({"quantize": "int8"}, ("constants", "int8")),
+    ],
+)
+def test_a_bundle_has_the_form_of_its_export_whatever_its_target_says(
+    bundles: Bundles, options: dict[str, str], form: tuple[str, str | None]
+) -> None:
+    bundle = Bundle.load(bundles.path("tiny", target="rtx-40", graphs_only=True, **options))
+    own = as_exported(bundle, load_target("rtx-40"))
+    assert (own.weights, own.quantize) == form
+    assert (own.dialect, own.dtype, own.decode_layout) == ("onnx", "float16", "separate")
 
 
 def test_what_is_logged_again_takes_the_place_of_what_was() -> None:

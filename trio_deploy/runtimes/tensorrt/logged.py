@@ -37,7 +37,13 @@ class Logged(msgspec.Struct, frozen=True):
 
 def key_of(config: ModelConfig, schedule: Schedule, target: Target) -> str:
     """A digest of all that decides how large the intermediate results of engines are."""
-    form = (target.dialect, target.dtype, target.decode_layout, target.weights)
+    form = (
+        target.dialect,
+        target.dtype,
+        target.decode_layout,
+        target.weights,
+        target.quantize,
+    )
     facts = msgspec.json.encode([config, schedule.points, form, target.limits], order="sorted")
     return hashlib.sha256(facts).hexdigest()[:16]
 

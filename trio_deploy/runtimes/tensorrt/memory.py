@@ -171,12 +171,26 @@ def bundle_fit(bundle: Bundle, target: Target) -> Fit:
     Raises:
         TrioError: the target's limits do not fit the model, or a graph cannot be read.
     """
-    manifest = bundle.manifest
-    graphs = {stage.name: read_graph(bundle.graph(stage.name)) for stage in manifest.stages}
-    own = replace(target, dialect=manifest.dialect, dtype=manifest.dtype)
+    stages = bundle.manifest.stages
+    graphs = {stage.name: read_graph(bundle.graph(stage.name)) for stage in stages}
+    own = as_exported(bundle, target)
     return Fit(
+        target, (memory(stages, graphs, bundle.config, bundle.schedule, own, bundle.budgets),)
+    )
+
+
+def as_exported(bundle: Bundle, target: Target) -> Target:
+    """A target with the form of a bundle's graphs, which the options of its export decided."""
+    manifest = bundle.manifest
+    fed = any(stage.weight_inputs for stage in manifest.stages)
+    scheme = None if manifest.quantization is None else manifest.quantization.scheme
+    return replace(
         target,
-        (memory(manifest.stages, graphs, bundle.config, bundle.schedule, own, bundle.budgets),),
+        dialect=manifest.dialect,
+        dtype=manifest.dtype,
+        decode_layout=manifest.decode,
+        weights="inputs" if fed else "constants",
+        quantize=scheme,
     )
 
 
