@@ -254,17 +254,21 @@ def test_a_reader_that_does_not_read_is_cut_off_and_frees_its_row(start: Start) 
         stalled.sendall(request("POST", CHAT, body))
         wait_for(lambda: server.service.metrics().outcomes == {"cancelled": 1})
     server.wait_until_idle()
-    wait_for(lambda: not server.served.life.connections)
+    wait_for(lambda: not server.server.server_state.connections)
 
 
 def test_connections_beyond_the_limit_are_refused_but_probes_are_not(start: Start) -> None:
     server = start(settings={"max_connections": "2"})
-    with server.connection(), server.connection():
-        wait_for(lambda: len(server.served.life.connections) == 2)
+    with server.connection() as early, server.connection():
+        wait_for(lambda: len(server.server.server_state.connections) == 2)
         reply = server.post(CHAT, chat())
         assert (reply.status, reply.error["type"]) == (429, "rate_limit_error")
         assert server.ask("GET", "/health").status == 200
-    wait_for(lambda: not server.served.life.connections)
+        with server.connection():  # those within the limit lose nothing by it
+            wait_for(lambda: len(server.server.server_state.connections) == 3)
+            early.sendall(request("POST", CHAT, chat(max_tokens=2)))
+            assert read_reply(early).status == 200
+    wait_for(lambda: not server.server.server_state.connections)
     assert right(server)
 
 

@@ -29,6 +29,7 @@ _LOG = logging.getLogger("trio_deploy.serve")
 _ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _PROBES = ("/health", "/ready")
+BEYOND = "beyond"  # in the state of requests on connections beyond max_connections
 _COPIES = 3  # of a body while it is read: as it came, as text, and decoded
 
 
@@ -97,11 +98,10 @@ def _is_address(name: str) -> bool:
 
 
 class Life:
-    """Whether the server takes requests, and how many connections it has."""
+    """Whether the server takes requests."""
 
     def __init__(self) -> None:
         self.draining = False
-        self.connections: Collection[object] = ()
 
 
 class HeldBytes:
@@ -235,7 +235,7 @@ class Gate:
 
         try:
             try:
-                self._check(scope["path"], headers)
+                self._check(scope, headers)
                 await self._app(scope, receive, labelled)
             except ApiError as error:
                 await send_error(error, labelled)
@@ -249,13 +249,14 @@ class Gate:
             level = logging.DEBUG if quiet else logging.INFO
             _LOG.log(level, "%s %s %s %.3f s %s", scope["method"], path, told, took, request_id)
 
-    def _check(self, path: str, headers: Headers) -> None:
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        path = scope["path"]
         self._doors.check(path, headers)
         if path in _PROBES:
             return
         if self._life.draining:
             raise unavailable("the server is shutting down: ask another one", 1)
-        if len(self._life.connections) > self._limits.max_connections:
+        if BEYOND in scope["state"]:
             error = busy(
                 f"max_connections = {self._limits.max_connections} connections are open: try "
                 "again later",

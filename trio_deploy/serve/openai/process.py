@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from trio_deploy.errors import TrioError
 from trio_deploy.serve.openai.app import Served, build_app
 from trio_deploy.serve.openai.errors import ApiError, invalid
+from trio_deploy.serve.openai.gate import BEYOND
 from trio_deploy.serve.openai.settings import HttpLimits
 
 _LOG = logging.getLogger("trio_deploy.serve")
@@ -125,7 +126,6 @@ class Server(uvicorn.Server):
             )
         )
         self._life = served.life
-        self._life.connections = self.server_state.connections
         self._delay_s = options.drain_delay_s
         self._listening = listening
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -170,6 +170,8 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self._limits.max_connections:
+            self.app_state = {**self.app_state, BEYOND: True}
         self._abort_in("head", self._limits.head_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
