@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from functools import cache
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import torch
 from tests.support.run_graph import Runner
 from tests.support.selection_cases import TARGETS, batch_of
 from tests.support.transformers_models import language_model, model_config, relative, text_weights
+from tests.support.waiting import WAIT_S
 from trio_deploy import TrioError
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.reference.oracle import Oracle, Point
@@ -183,6 +185,23 @@ def test_rounds_too_many_change_nothing(method: str) -> None:
     outputs = session.run(run.outputs, {name: feeds[name] for name in run.inputs})
     for name, array in zip(run.outputs, outputs, strict=True):
         np.testing.assert_array_equal(array, run(feeds)[name], err_msg=name)
+
+
+@pytest.mark.parametrize("method", LOOPING)
+def test_a_row_that_is_not_finite_ends_and_leaves_the_others_alone(method: str) -> None:
+    run = runner(method, "ort", "ort", 1)
+    feeds = batch([7, 6, 1, 3, 5], seed=7)
+    expected = run(feeds)
+    feeds["hidden_states"][0] = np.nan
+    options = onnxruntime.RunOptions()
+    ended = threading.Timer(WAIT_S, setattr, (options, "terminate", True))
+    ended.start()
+    session = onnxruntime.InferenceSession(run.proto.SerializeToString())
+    outputs = session.run(run.outputs, {name: feeds[name] for name in run.inputs}, options)
+    ended.cancel()
+    for name, array in zip(run.outputs, outputs, strict=True):
+        if array.ndim:
+            np.testing.assert_array_equal(array[1:], expected[name][1:], err_msg=name)
 
 
 def go_on_for_ever(graph: onnx.GraphProto) -> None:

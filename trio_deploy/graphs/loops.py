@@ -1,8 +1,10 @@
 """Loops of a graph whose bodies are written as Python functions.
 
 TensorRT's host waits for the GPU wherever it has to know whether a loop goes on. A loop of a fixed
-number of rounds costs no wait. One that depends on data always runs its first round, and is bounded
-by a constant: so the host waits once per round, and not before the first.
+number of rounds costs no wait. One that depends on data always runs its first round, and has a
+constant as its number of rounds: so the host waits once per round, and not before the first. That
+constant bounds nothing: the condition of such a loop has to end for every input, values that are no
+numbers included.
 """
 
 from __future__ import annotations

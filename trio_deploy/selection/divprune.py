@@ -84,8 +84,11 @@ def graph(op: Any, site: Site) -> Choice:
         return [nearer(op, gap, token, picked), op.Add(chosen, picked), score]
 
     def next_ones(op: Any, _turn: Value, *states: Value) -> tuple[Value, list[Value]]:
+        before = site.reduce(op, "ReduceSum", states[1], [1])
         gap, chosen, score = site.counted_loop(op, _AT_ONCE, states, next_one, "pick")
-        more = op.Less(site.reduce(op, "ReduceSum", chosen, [1]), need)
+        count = site.reduce(op, "ReduceSum", chosen, [1])
+        # A row whose distances are no numbers has no farthest token, and would never have enough.
+        more = op.And(op.Less(count, need), op.Greater(count, before))
         return site.any_of(op, more), [gap, chosen, score]
 
     token, chosen = take(op, nearest, nothing)
