@@ -131,6 +131,13 @@ def test_unknown_schemes_are_refused_before_anything_is_written(tmp_path: Path) 
 def test_quantised_weights_cannot_be_links(tmp_path: Path) -> None:
     with pytest.raises(TrioError, match="--link-weights keeps the checkpoint's files"):
         export_model("tiny", tmp_path / "b", quantize="int8", link_weights=True, progress=False)
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"checkpoint: {TINY.resolve()}\nquantize: int8\n")
+    with pytest.raises(TrioError, match="and weights in int8 are written into other ones"):
+        export_model(file, tmp_path / "b", link_weights=True, progress=False)
+    floats = {"quantize": "none", "dtype": "float16", "link_weights": True}
+    plain = export_model(file, tmp_path / "b", progress=False, **floats)
+    assert plain.manifest.quantization is None
 
 
 def test_manifests_of_float_bundles_are_unchanged(bundles: Bundles) -> None:

@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.support.checkpoints import make_llava
 from tests.support.pictures import make_picture
 from tests.support.quantised_checkpoints import DECODER, FORMS, quantise_checkpoint
 from tests.support.qwen_checkpoints import make_qwen
@@ -17,6 +19,8 @@ from trio_deploy import Bundle, Pipeline, Request, check, export_model
 from trio_deploy.errors import TrioError
 from trio_deploy.export.attach import attach_weights
 from trio_deploy.quant.matrix import dequantised, round_to_nearest
+from trio_deploy.quant.schemes import coded_part, decode
+from trio_deploy.quant.stored_weight import Part
 from trio_deploy.verify.report import format_report
 
 SCHEDULE = "1:0.5,2:0.25"
@@ -56,11 +60,7 @@ def with_rounded_head(plain: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_codes_run_on_onnx_runtime_and_agree_with_their_values(
-    folders, form, tmp_path, monkeypatch
-) -> None:
-    # Rounding activations to 8 bit costs more in a random model with 64 columns than in a real one.
-    monkeypatch.setattr("trio_deploy.verify.check.CODED_PRODUCTS", 0.08)
+def test_codes_run_on_onnx_runtime_and_agree_with_their_values(folders, form, tmp_path) -> None:
     bundle = export(folders[form][0], tmp_path / "b")
     said = bundle.manifest.quantization
     assert said is not None and (said.scheme, said.bits, said.block) == ("int4-g32", 4, 32)
@@ -69,10 +69,45 @@ def test_codes_run_on_onnx_runtime_and_agree_with_their_values(
     assert tensors[f"{GATE}.int4"].dtype == "uint8" and GATE not in tensors
     assert (f"{GATE}.int4.zero" in tensors) == (form == "awq")
     assert tensors["lm_head.weight.int8"].dtype == "uint8"
-    report = check(bundle, threads=1)
+    report = check(bundle, checkpoint=folders[form][0], threads=1)
     assert report.passed, format_report(report)
     selections = [row for row in report.rows if row.stage.startswith("select")]
     assert selections and all(row.max_rel < 1e-5 for row in selections)
+    # Its codes are the checkpoint's own, which transformers cannot load without other libraries.
+    assert not any(row.stage.startswith("scheme") for row in report.rows)
+
+
+def test_a_float_bundle_is_not_compared_with_a_quantised_checkpoint(folders, tmp_path) -> None:
+    quantised, plain = folders["awq"]
+    bundle = export(plain, tmp_path / "b")
+    with pytest.raises(TrioError, match="the reference loads float checkpoints alone"):
+        check(bundle, checkpoint=quantised, threads=1)
+
+
+@pytest.mark.parametrize("dialect", ["ort", "primitive"])
+def test_embeddings_that_are_quantised_and_tied_are_the_head_to_the_same_values(
+    dialect, tmp_path
+) -> None:
+    source = make_llava(tmp_path / "source", tie=True)
+    quantised, _ = quantise_checkpoint(
+        source,
+        tmp_path,
+        "compressed-tensors",
+        which=lambda name: DECODER.fullmatch(name) or name.endswith("embed_tokens.weight"),
+    )
+    bundle = export(quantised, tmp_path / "b", dialect=dialect)
+    assert bundle.manifest.quantization is not None and bundle.manifest.quantization.head == "int4"
+
+    def part(end: str) -> np.ndarray:
+        place = bundle.manifest.tensors[f"language_model.embed_tokens.weight{end}"]
+        raw = np.fromfile(bundle.path / place.file, np.uint8, place.nbytes, offset=place.offset)
+        if place.dtype == "float32":
+            return raw.view(np.float32).reshape(place.shape)
+        return raw.reshape(coded_part(Part("", place.shape, place.dtype))[1])
+
+    table = part("")
+    head = decode(part(".int4"), part(".int4.scale"), 4, table.shape[1])
+    assert np.array_equal(head, table)
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "awq"])
@@ -94,8 +129,7 @@ def test_openvino_answers_as_the_values_of_an_asymmetric_checkpoint(folders, tmp
     assert selections and all(row.passed and row.max_rel < 1e-5 for row in selections)
 
 
-def test_a_qwen_checkpoint_in_awq_as_on_the_hub(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("trio_deploy.verify.check.CODED_PRODUCTS", 0.08)
+def test_a_qwen_checkpoint_in_awq_as_on_the_hub(tmp_path) -> None:
     source = make_qwen(tmp_path / "source", "qwen2_vl", layout="hub")
     quantised, _ = quantise_checkpoint(source, tmp_path, "awq")
     bundle = export(quantised, tmp_path / "b", schedule="1:0.5")

@@ -17,12 +17,15 @@ from trio_deploy.quant.matrix import dequantised, round_to_nearest
 from trio_deploy.quant.packing import Form, pack
 from trio_deploy.quant.schemes import (
     SCHEMES,
+    StoredMatrix,
     coded_part,
     coding_of,
+    coding_of_stored,
     decode,
     quantised_weight,
     scheme_named,
     split_name,
+    stored_arrays,
 )
 from trio_deploy.quant.stored_weight import Coding, Part
 
@@ -144,3 +147,19 @@ def test_headers_of_codes_are_those_of_bytes() -> None:
 def test_unknown_schemes_are_refused() -> None:
     with pytest.raises(TrioError, match="choose one of int8, int4, int4-g32, none"):
         scheme_named("int3")
+
+
+@pytest.mark.parametrize("form", ["blocks", "signed"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [24, 40, 64, 200])
+def test_rows_of_a_checkpoint_with_one_scale_each_keep_their_values(
+    form: Form, bits: int, columns: int
+) -> None:
+    """Also where no block divides them, and the last one is short."""
+    values = np.random.default_rng(0).normal(0, 0.1, (6, columns)).astype(np.float32)
+    matrix = round_to_nearest(values, bits, columns)
+    coding = coding_of_stored(StoredMatrix(bits, columns, True), 4, columns, form, "float32")
+    arrays = stored_arrays(matrix, coding)
+    parts = quantised_weight("w", values.shape, coding).parts
+    assert [a.nbytes for a in arrays] == [part.nbytes for part in parts]
+    assert np.array_equal(decode(*arrays, coding.bits, columns), dequantised(matrix))

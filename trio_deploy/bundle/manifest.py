@@ -187,7 +187,7 @@ class Quantization(msgspec.Struct, frozen=True):
         block: entries that share a scale at most; 0: a row.
         symmetric: whether no matrix has zero points.
         selections: bits of the copies that selections compute with, `int8`.
-        head: of the output head, `int8`.
+        head: of the output head, `int8`, unless the checkpoint has it in 4 bit.
         source: where the codes come from: `rtn`, rounding to nearest at export, or the form of
             the checkpoint, `compressed-tensors`, `awq` or `gptq`.
         revision: of what `source` does; codes of one revision are the same.

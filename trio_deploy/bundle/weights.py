@@ -144,8 +144,9 @@ def write_layout(
 ) -> None:
     """Write a planned layout from a checkpoint, converting or quantising tensors.
 
-    Memory stays at a few chunks of 16 MiB whatever the tensors' sizes; the scales of a quantised
-    matrix are kept until its codes are written.
+    Memory stays at a few chunks of 16 MiB whatever the tensors' sizes, but for a matrix that the
+    checkpoint holds quantised, which is read whole. Scales are kept until they are written behind
+    the codes of their matrix.
 
     Args:
         sources: what each part is made from, by name of the part.

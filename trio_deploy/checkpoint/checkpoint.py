@@ -11,7 +11,13 @@ from trio_deploy.checkpoint.folder import read_object
 from trio_deploy.checkpoint.quantised import QuantisedEntry, weights_of
 from trio_deploy.checkpoint.safetensors import DTYPES, TensorEntry, read_headers
 from trio_deploy.errors import TrioError
-from trio_deploy.families.names import HEAD, LAYERS, canonical_name, map_checkpoint_names
+from trio_deploy.families.names import (
+    EMBEDDINGS,
+    HEAD,
+    LAYERS,
+    canonical_name,
+    map_checkpoint_names,
+)
 from trio_deploy.families.registry import family_of
 from trio_deploy.files import is_folder
 from trio_deploy.quant.quantization_config import read_quantization_config
@@ -67,13 +73,17 @@ class Checkpoint:
 
     @property
     def stored(self) -> dict[str, StoredMatrix] | None:
-        """Quantised matrices of decoder layers and the head by canonical name; None: none are."""
+        """Quantised matrices of decoder layers and the head by canonical name; None: none are.
+
+        Where there is no head of its own, the embeddings are it.
+        """
         family = family_of(self.config)
         named = {canonical_name(family, name): entry for name, entry in self.weights.items()}
+        head = HEAD if HEAD in named else EMBEDDINGS
         found = {
             name: StoredMatrix(entry.bits, entry.block, entry.symmetric)
             for name, entry in named.items()
-            if isinstance(entry, QuantisedEntry) and (name == HEAD or name.startswith(LAYERS))
+            if isinstance(entry, QuantisedEntry) and (name == head or name.startswith(LAYERS))
         }
         return found or None
 

@@ -60,6 +60,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.export.checkpoint import ReadCheckpoint, read_checkpoint
 from trio_deploy.export.graphs import build_graphs, plan_stages, serialised, used_weights
 from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.names import EMBEDDINGS, HEAD
 from trio_deploy.families.registry import check_methods, check_positions, request_limits
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.quant.quantization_config import read_quantization_config
@@ -165,11 +166,6 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
     if options.budget is not None and options.schedule is not None:
         raise TrioError("pass either --budget or --schedule: both say how many tokens are kept")
     options = with_schedule_file(options)
-    if options.quantize and options.link_weights:
-        raise TrioError(
-            "--link-weights keeps the checkpoint's files, and --quantize writes other weights: "
-            "leave one of them out"
-        )
     if options.graphs_only and options.link_weights:
         raise TrioError("--graphs-only writes no weights, so leave out --link-weights")
     if options.graphs_only and options.chat_template is not None:
@@ -184,7 +180,9 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
     if dtype not in SAFETENSORS:
         raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(SAFETENSORS)}")
     _refuse_unless_it_runs(dtype, target)
-    if (ahead := described(model)) is not None:  # before weights are downloaded
+    ahead = described(model)  # before weights are downloaded
+    _refuse_links(options, quantize_of(ahead.recipe if ahead else None, target, options))
+    if ahead is not None:
         plan_schedule(ahead, source_config(ahead, options.max_pixels), options)
     source = resolve(model, weights_needed=not options.graphs_only)
     config, checkpoint = source_config(source, options.max_pixels), None
@@ -201,6 +199,7 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
     graphs = _graph_options(config, source, target, options, checkpoint)
     _refuse_unreadable(graphs.dialect, target)
     check_scheme(target, graphs.quantize)
+    _refuse_links(options, graphs.quantize)
     return ExportJob(options, target, source, config, schedule, graphs, checkpoint, assets)
 
 
@@ -433,19 +432,23 @@ def _same_scheme(scheme: str, options: ExportOptions) -> str:
     """The scheme of a quantised checkpoint.
 
     Raises:
-        TrioError: the options ask for another one, or for the checkpoint's own files.
+        TrioError: the options ask for another one.
     """
     if options.quantize not in (None, scheme):
         raise TrioError(
             f"--quantize {options.quantize} cannot be had of a checkpoint that is quantised as "
             f"{scheme}: leave --quantize out, or use the float checkpoint it was made from"
         )
-    if options.link_weights:
-        raise TrioError(
-            "--link-weights keeps the checkpoint's files, and codes are written in another order: "
-            "leave --link-weights out"
-        )
     return scheme
+
+
+def _refuse_links(options: ExportOptions, quantize: str | None) -> None:
+    """Raises TrioError where the checkpoint's files are to be kept and weights are quantised."""
+    if options.link_weights and quantize is not None:
+        raise TrioError(
+            f"--link-weights keeps the checkpoint's files, and weights in {quantize} are written "
+            "into other ones: leave --link-weights out"
+        )
 
 
 def quantize_of(recipe: Recipe | None, target: Target, options: ExportOptions) -> str | None:
@@ -464,7 +467,9 @@ def quantization_of(graphs: GraphOptions, source: str = "rtn") -> Quantization |
     scheme = graphs.scheme
     if scheme is None:
         return None
-    stored = (scheme.stored or {}).values()
+    named = scheme.stored or {}
+    stored = named.values()
+    heads = [named[name] for name in (HEAD, EMBEDDINGS) if name in named]
     per_row = scheme.bits == 8 and graphs.make_dialect().form == "signed"
     block = 0 if per_row else scheme.blocks[0]
     if stored:
@@ -475,7 +480,7 @@ def quantization_of(graphs: GraphOptions, source: str = "rtn") -> Quantization |
         block=block,
         symmetric=all(matrix.symmetric for matrix in stored),
         selections="int8",
-        head="int8",
+        head=f"int{heads[0].bits}" if heads else "int8",
         source=source,
         revision=READING if stored else ROUNDING,
     )

@@ -124,7 +124,7 @@ def in_blocks(matrix: QuantisedMatrix, block: int) -> QuantisedMatrix:
     """A matrix in smaller blocks, to the same values.
 
     Args:
-        block: divides the matrix's, or is at most a row where that has one scale.
+        block: divides the matrix's; of any size where that has a scale per row.
     """
     columns = matrix.codes.shape[1]
     of = np.arange(block_count(columns, block)) * block // matrix.block  # old block of each

@@ -148,13 +148,15 @@ def stored_arrays(matrix: QuantisedMatrix, coding: Coding) -> list[np.ndarray]:
     rows, columns = matrix.codes.shape
     if coding.bits == 8 and matrix.bits == 4:
         matrix = in_8_bit(matrix)
-    if coding.block < matrix.block:
+    if coding.block < matrix.block or matrix.block >= columns:
         matrix = in_blocks(matrix, coding.block)
     kind, offset = FLOATS[coding.scale_dtype], None
     with np.errstate(over="ignore"):
         most = matrix.scale.max().astype(kind)
     if not np.isfinite(most.astype(np.float32)):
-        raise TrioError(f"a scale is more than {coding.scale_dtype} can hold: choose --dtype")
+        raise TrioError(
+            f"a scale is more than {coding.scale_dtype} can hold: choose --dtype float32"
+        )
     if coding.form == "signed":
         if matrix.zero is not None:
             offset = matrix.scale * (matrix.offset - matrix.zero.astype(np.float32))

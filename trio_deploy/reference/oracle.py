@@ -32,6 +32,7 @@ from trio_deploy.checkpoint.resolve import from_folder
 from trio_deploy.config.options import DEFAULT_THRESHOLD
 from trio_deploy.errors import TrioError
 from trio_deploy.families.registry import parse_config
+from trio_deploy.quant.quantization_config import read_quantization_config
 from trio_deploy.reference.adapters import Deepstack, adapt, model_class
 from trio_deploy.reference.row import Row as Row
 from trio_deploy.reference.trace import Stage, Tensors, Trace, stack_rows
@@ -180,9 +181,15 @@ class Oracle:
         """Load a checkpoint folder with transformers; `options` as of the class.
 
         Raises:
-            TrioError: not a checkpoint of a supported family.
+            TrioError: not a checkpoint of a supported family, or one that is quantised.
         """
-        family = parse_config(from_folder(Path(path)).raw_config).family
+        raw = from_folder(Path(path)).raw_config
+        if read_quantization_config(raw) is not None:
+            raise TrioError(
+                f"{path} is quantised, and the reference loads float checkpoints alone: pass the "
+                "folder that the bundle was made from"
+            )
+        family = parse_config(raw).family
         model = model_class(family).from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
         return cls(model, family=family, **options)
 

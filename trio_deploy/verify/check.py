@@ -69,7 +69,7 @@ def check(
             model as loaded from it, and prompts are compared with its processor's; with `golden`
             nothing compares the values of its weights. None: the oracle has the weights in the
             bundle, which are not compared with any checkpoint. Of a quantised bundle it has these
-            in any case, and rows `scheme` say how far the checkpoint is.
+            in any case, and rows `scheme` say how far the checkpoint is, if that is a float one.
         examples: questions to ask; None: `default_examples`.
         keywords: fields of `RuntimeOptions`, which replace those of `options`.
 
@@ -126,7 +126,7 @@ def check(
             title += f"; not against ONNX Runtime, which has no {manifest.dtype}"
     rows += _compare_answers(pipeline, reference, segments)
     if manifest.quantization is not None:
-        if checkpoint is not None and not golden:
+        if checkpoint is not None and not golden and manifest.quantization.source == "rtn":
             rows += compare_scheme(pipeline, reference, checkpoint)
         title += f"; the reference has the values of its {manifest.quantization.scheme} weights"
     if checkpoint is None:
