@@ -115,6 +115,6 @@ def test_no_command_on_bundles_is_left_out():
     (found,) = (each for each in actions if isinstance(each, argparse._SubParsersAction))
     takers = {n for n, p in found.choices.items() if any(a.dest == "bundle" for a in p._actions)}
     assert takers == {
-        "run", "build", "check", "triton", "bench", "report", "inspect",
+        "run", "build", "check", "triton", "bench", "report", "inspect", "serve", "chat",
         "attach-weights",  # which completes a bundle made by hand
     }  # fmt: skip

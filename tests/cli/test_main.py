@@ -53,6 +53,7 @@ def test_export_hands_on_what_was_asked(calls, capsys):
     assert args == ("llava-next-7b", Path("b"))
     assert options == {
         "budget": 0.222,
+        "quantize": None,
         "chat_template": "none",
         "method": "dart",
         "schedule": None,

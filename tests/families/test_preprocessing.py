@@ -24,7 +24,7 @@ from tests.support.pictures import make_picture
 from trio_deploy import TrioError
 from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.checkpoint.resolve import load_recipe
-from trio_deploy.families.llava_next import visual_tokens as llava_next_tokens
+from trio_deploy.families.llava_next import counts as llava_next_counts
 from trio_deploy.families.preprocessing import Preprocessor
 from trio_deploy.families.registry import parse_config
 
@@ -94,7 +94,7 @@ def test_llava_next_pixels_and_token_count_equal_transformers(llava_next, size):
     np.testing.assert_array_equal(ours.feeds["pixel_values"], theirs["pixel_values"][0])
     assert ours.size == tuple(theirs["image_sizes"][0])
     assert len(ours.rows) == len(ours.boxes) == _expanded(processor, image)
-    counts = [llava_next_tokens(each, config) for each in (ours.size, ours.size[::-1])]
+    counts = [llava_next_counts(s, config).visual_tokens for s in (ours.size, ours.size[::-1])]
     assert counts[0] == len(ours.rows)
     assert preprocessor.least_tokens(image) == min(counts)
 

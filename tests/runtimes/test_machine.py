@@ -156,4 +156,4 @@ def test_one_core_counts_as_one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path
         openvino, "OvEngine", lambda _, compile_model: compiled.append(compile_model())
     )
     runtime.open(write_product(tmp_path)[0])
-    assert unfused and compiled[0].get_property("INFERENCE_NUM_THREADS") == 1
+    assert unfused and compiled[0][0].get_property("INFERENCE_NUM_THREADS") == 1

@@ -223,12 +223,13 @@ def test_narrowed_square_weights_own_their_memory(tmp_path: Path) -> None:
     )
     with np.load(tmp_path / "held.npz") as held:
         found = list(held.values())
-    # The two square matrices that the backward pass multiplies from the other side.
-    for part in ("k_proj", "o_proj"):
-        weight = weights[f"language_model.layers.1.self_attn.{part}.weight"].astype(np.float32)
+    # The two square matrices that the backward pass multiplies from the other side, and the one of
+    # the MLP that is multiplied from the left.
+    for part in ("self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj"):
+        weight = weights[f"language_model.layers.1.{part}.weight"].astype(np.float32)
         rounded = weight.astype(ml_dtypes.bfloat16).astype(np.float32)
         assert any(np.array_equal(rounded, array) for array in found), part
-    assert len(found) == 2
+    assert len(found) == 3
 
 
 def test_passes_know_quantised_matrices(bundles: Bundles) -> None:

@@ -284,9 +284,12 @@ def test_selections_that_read_other_weights_in_bfloat16_are_noticed(bundles, tmp
 
     def failed(fault: str) -> list[str]:
         def spoilt(self, product):
+            left = product.input_value(0).get_node()
+            if left.get_type_name() != "Transpose":  # of the forward pass
+                return real(self, product)
             weight = openvino_passes._constant(product.input_value(0))
             changed = self._op.constant(np.ascontiguousarray(faults[fault](weight.data)))
-            order = product.input_value(0).get_node().input_value(1)
+            order = left.input_value(1)
             product.input(0).replace_source_output(self._op.transpose(changed, order).output(0))
             real(self, product)
 

@@ -136,18 +136,19 @@ class Passes:
         return self._op.slice(value, start, stop, _at(1), _at(axis))
 
     def _from_the_right(self, product: Any) -> None:
-        """Replace (Wᵀ xᵀ)ᵀ, as graphs write x W for a square W, by x W in bfloat16.
+        """Replace (M xᵀ)ᵀ by x Mᵀ in bfloat16, for M = Wᵀ, or W itself.
 
-        Graphs do so because OpenVINO confuses the packings of W and Wᵀ if both are one constant;
-        a copy of W with its own memory is safe.
+        Graphs write x W so for a square W, since OpenVINO confuses the packings of W and Wᵀ if both
+        are one constant, and x Wᵀ for the second of two products that are alike. A copy of W with
+        its own memory is safe.
         """
         # Rounded here, since OpenVINO truncates; then handed over as float32, which it copies. A
         # Tensor of bfloat16 would share memory that is freed when this function returns.
         weight = _constant(product.input_value(0)).data.astype(ml_dtypes.bfloat16)
         copy = self._op.constant(weight.astype(np.float32), dtype=self._type.bf16)
         x = product.input_value(1).get_node().input_value(0)
-        y = self._op.matmul(self._narrow(x), copy, False, False)
-        y = self._op.convert(y, "f32")
+        plain = product.input_value(0).get_node().get_type_name() == "Constant"
+        y = self._op.convert(self._op.matmul(self._narrow(x), copy, False, plain), "f32")
         for target in product.output(0).get_target_inputs():
             _replace(target.get_node(), y)
 
