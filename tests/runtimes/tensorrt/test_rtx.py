@@ -508,4 +508,4 @@ def test_plans_of_quantised_weights_are_narrow(
         graphs = {name: stored[""][name] - stored[scheme][name] for name in stored[""]}
         assert saved["prefill_1"] > 0.8 * graphs["prefill_1"]
         # It multiplies by a matrix and by its transpose, and may hold codes in a layout for each.
-        assert saved["select_2"] > 0.3 * graphs["select_2"]
+        assert saved["select_2"] > 0.15 * graphs["select_2"]

@@ -8,6 +8,10 @@ from typing import Any
 from trio_deploy.pipeline.batcher.metrics import Metrics
 from trio_deploy.serve.metrics import FAMILIES, values
 
+#: Without those of the cache of features: with them Triton 2.51 aborted as it shut down, in the
+#: shared memory that it keeps metrics in.
+_EXPORTED = [family for family in FAMILIES if "vision_cache" not in family.name]
+
 
 class Exporter:
     """Keeps Triton's metrics at a service's values.
@@ -24,7 +28,7 @@ class Exporter:
         self._metrics: dict[tuple[str, str], Any] = {}
         self._values: dict[tuple[str, str], float] = {}
         self._families: dict[str, Any] = {}
-        for family in FAMILIES:
+        for family in _EXPORTED:
             # Triton 2.51 has no histograms: their sums and counts are counters.
             gauge = family.kind == "gauge"
             kind = utils.MetricFamily.GAUGE if gauge else utils.MetricFamily.COUNTER
@@ -38,7 +42,7 @@ class Exporter:
 
     def update(self, metrics: Metrics) -> None:
         """Bring the families up to date."""
-        for family in FAMILIES:
+        for family in _EXPORTED:
             for name, label, value in values(family, metrics):
                 change = value - self._values.get((name, label), 0.0)
                 if change:
