@@ -496,16 +496,19 @@ def test_what_the_compiler_does_not_notice_is_known(
 def test_plans_of_quantised_weights_are_narrow(
     compiler: Compiler, dialect: str, layout: str
 ) -> None:
-    """The compiler keeps the codes: plans lose the bytes that graphs lose."""
-    sizes, stored = {}, {}
+    """The compiler keeps the codes: engines lose the bytes that graphs lose."""
+    sizes, held, stored = {}, {}, {}
     for scheme in ("", "int8", "int4"):
         case = Case("qwen2_5_vl", dialect, layout, schedule=QWEN_SCHEDULE, quantize=scheme)
         made = {name: compiler.compile(case, name) for name in ("prefill_1", "select_2")}
-        sizes[scheme] = {name: stage.done.compiled.plan_bytes for name, stage in made.items()}
+        sizes[scheme] = made["prefill_1"].done.compiled.plan_bytes
+        held[scheme] = {name: stage.report.weight_bytes for name, stage in made.items()}
         stored[scheme] = {name: stored_bytes(stage.graph) for name, stage in made.items()}
     for scheme in ("int8", "int4"):
-        saved = {name: sizes[""][name] - sizes[scheme][name] for name in sizes[""]}
-        graphs = {name: stored[""][name] - stored[scheme][name] for name in stored[""]}
-        assert saved["prefill_1"] > 0.8 * graphs["prefill_1"]
-        # It multiplies by a matrix and by its transpose, and may hold codes in a layout for each.
-        assert saved["select_2"] > 0.15 * graphs["select_2"]
+        saved = {name: held[""][name] - held[scheme][name] for name in made}
+        graphs = {name: stored[""][name] - stored[scheme][name] for name in made}
+        assert sizes[""] - sizes[scheme] > 0.8 * graphs["prefill_1"]
+        assert saved["prefill_1"] > 0.98 * graphs["prefill_1"]
+        # Its plan is kernels for the most part. In onnx a matrix that is multiplied from both sides
+        # is held in a layout for each.
+        assert saved["select_2"] > 0.8 * graphs["select_2"]
