@@ -147,15 +147,15 @@ class Service:
     def close(self, *, timeout: float | None = None) -> bool:
         """Take no more requests, and finish those submitted.
 
+        The cache of features stays with the pipeline, so that the last metrics are what was served.
+
         Args:
             timeout: seconds to finish; what is left then is cancelled.
 
         Returns:
             Whether every request could finish.
         """
-        finished = self._batcher.close(timeout=timeout)
-        self._pipeline.cache_features(0)
-        return finished
+        return self._batcher.close(timeout=timeout)
 
 
 def _warm_up(pipeline: Pipeline, limits: ServiceLimits) -> None:
