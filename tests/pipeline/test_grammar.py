@@ -155,7 +155,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_schema_that_is_none_is_refused_at_once(pipeline: Pipeline, name: str) -> None:
     began = time.perf_counter()
-    with pytest.raises(TrioError, match="response_format: .") as caught:
+    with pytest.raises(TrioError, match="structure: .") as caught:
         pipeline.generate(asking(Structure(WRONG[name])))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     assert time.perf_counter() - began < 60  # it ends
@@ -163,7 +163,7 @@ def test_a_schema_that_is_none_is_refused_at_once(pipeline: Pipeline, name: str)
 
 def test_what_would_take_for_ever_is_refused_or_ends(pipeline: Pipeline) -> None:
     many = {"enum": [f"{n:0>60}" for n in range(1000)]}
-    with pytest.raises(TrioError, match="response_format"):
+    with pytest.raises(TrioError, match="structure"):
         pipeline.generate(asking(Structure(regex="[a-")))
     for structure in (
         Structure(regex="(a|b|ab){1,500}(c|d){1,500}" * 50),
@@ -173,14 +173,14 @@ def test_what_would_take_for_ever_is_refused_or_ends(pipeline: Pipeline) -> None
         try:
             assert len(pipeline.generate(asking(structure, max_new_tokens=2)).token_ids) <= 2
         except TrioError as error:
-            assert "response_format" in str(error)
+            assert "structure" in str(error)
 
 
 def test_a_loop_of_references_ends(pipeline: Pipeline) -> None:
     try:
         answer = pipeline.generate(asking(Structure('{"$ref": "#"}'), max_new_tokens=5))
     except TrioError as error:
-        assert "response_format" in str(error)
+        assert "structure" in str(error)
     else:
         assert len(answer.token_ids) <= 5
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from trio_deploy.cli.options import add_chat_template
+from trio_deploy.cli.terminal import say
 
 SUMMARY = "Add a checkpoint's weights to a bundle exported with --graphs-only."
 
@@ -23,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
     from trio_deploy.export.attach import attach_weights
 
     bundle = attach_weights(args.bundle, args.checkpoint, chat_template=args.chat_template)
-    print(inspect(bundle, interface=False))
+    say(inspect(bundle, interface=False))

@@ -20,6 +20,7 @@ from trio_deploy.cli.options import (
     pixels,
     runtime_options,
 )
+from trio_deploy.cli.terminal import say
 from trio_deploy.errors import TrioError
 from trio_deploy.files import is_folder
 from trio_deploy.schedule.budget import read_budget
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
     result: dict[str, Any] = {"command": shown_command(args.arguments), **measured}
     if args.out is not None:
         write(result, args.out, bench_chart(result))
-    print(json.dumps(result, indent=2) if args.json else to_text(result))
+    say(json.dumps(result, indent=2) if args.json else to_text(result))
 
 
 def _subject(

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from trio_deploy.cli.options import add_bundle, bundle_of
+from trio_deploy.cli.terminal import say
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 
@@ -129,11 +130,11 @@ def _dry_run(bundle: Bundle, target: Target, args: argparse.Namespace) -> int:
     memory = None if args.stage else bundle_fit(bundle, target)  # all stages are loaded together
     if args.json:
         more = {} if memory is None else {"memory": memory.to_json()}
-        print(json.dumps({**report.to_json(), **more}, indent=2))
+        say(json.dumps({**report.to_json(), **more}, indent=2))
     else:
-        print(report.to_text())
+        say(report.to_text())
         if memory is not None:
-            print(f"memory: {memory.verdict}")
+            say(f"memory: {memory.verdict}")
     oversized = memory is not None and memory.oversized and not args.allow_oversized
     return 0 if report.passed and not oversized else 1
 
@@ -171,4 +172,4 @@ def _build(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
         force=args.force,
         progress=not args.json,
     )
-    print(json.dumps(outcome.to_json(), indent=2) if args.json else outcome.to_text())
+    say(json.dumps(outcome.to_json(), indent=2) if args.json else outcome.to_text())

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from trio_deploy.cli.terminal import say
 from trio_deploy.errors import TrioError
 
 if TYPE_CHECKING:
@@ -36,12 +37,12 @@ def run(args: argparse.Namespace) -> None:
     if not args.clear:
         if args.name:
             raise TrioError("names are for --clear: `trio cache` alone lists every bundle")
-        print(f"{cache_folder()}\n{cache_text(list_cache())}")
+        say(f"{cache_folder()}\n{cache_text(list_cache())}")
         return
     removed, busy = clear_cache(args.name)
     for name in busy:
-        print(f"trio: {name} is being exported by another process, it stays", file=sys.stderr)
-    print(f"removed {', '.join(removed) or 'nothing'}")
+        say(f"trio: {name} is being exported by another process, it stays", file=sys.stderr)
+    say(f"removed {', '.join(removed) or 'nothing'}")
 
 
 def cache_text(entries: Sequence[Entry]) -> str:

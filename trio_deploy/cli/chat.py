@@ -22,6 +22,7 @@ from trio_deploy.cli.options import (
     bundle_of,
     runtime_options,
 )
+from trio_deploy.cli.terminal import say
 from trio_deploy.errors import PromptTooLong, TrioError
 from trio_deploy.files import is_file, nearest_name, write_atomically
 from trio_deploy.schedule.budget import read_budget
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 SUMMARY = "Talk about pictures in the terminal."
 
 _CACHE = 256 * 2**20  # bytes of what the vision tower made of pictures
-_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 COMMANDS = {
     "/image": "PATH or address of a picture for the next question; the path alone will do",
     "/budget": "share of visual tokens from now on, such as 0.222, or default",
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     chat = Chat(pipeline, args.max_new_tokens, budget, args.system, dim=terminal)
     if terminal:
-        print("ask, or name a picture; /help says what else there is")
+        say("ask, or name a picture; /help says what else there is")
     for line in _lines_of_terminal() if terminal else _lines_of_pipe():
         if not chat.take(line):
             return
@@ -115,9 +115,9 @@ class Chat:
             elif line:
                 self._ask(line)
         except PromptTooLong as error:
-            print(f"trio: {error}, or start again with /reset")
+            say(f"trio: {error}, or start again with /reset")
         except TrioError as error:
-            print(f"trio: {error}")
+            say(f"trio: {error}")
         return True
 
     def _command(self, line: str) -> bool:
@@ -165,12 +165,12 @@ class Chat:
             try:
                 for piece in stream:
                     said += piece
-                    print(piece, end="", flush=True)
+                    say(piece, end="", flush=True)
                 generation = stream.generation
             except KeyboardInterrupt:  # the answer ends here, the program does not
-                print(" …", end="")
+                say(" …", end="")
             finally:
-                print()
+                say()
         self.messages += [asked, {"role": "assistant", "content": said}]
         self.images, self.waiting, self.last = images, [], generation
         if generation is not None:
@@ -192,7 +192,7 @@ class Chat:
         draw_generation(replace(self.last, images=images)).save(drawn, "PNG")
         with tempfile.NamedTemporaryFile(prefix="trio-kept-", suffix=".png", delete=False) as file:
             file.write(drawn.getvalue())
-        print(file.name)
+        say(file.name)
 
     def _start_with(self, text: str) -> None:
         self._reset()
@@ -213,10 +213,10 @@ class Chat:
 
     def _help(self, text: str) -> None:
         for name, does in COMMANDS.items():
-            print(f"{name:<9}{does}")
+            say(f"{name:<9}{does}")
 
     def _figures(self, text: str) -> None:
-        print(f"{_DIM}{text}{_PLAIN}" if self.dim else text)
+        say(text, dim=self.dim)
 
 
 def _summary(generation: Generation) -> str:
@@ -268,7 +268,7 @@ def _lines_of_terminal() -> Iterator[str]:
         try:
             yield read()
         except KeyboardInterrupt:
-            print()
+            say()
         except EOFError:
             return
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from trio_deploy.cli.options import add_bundle, add_runtime_options, runtime_options
+from trio_deploy.cli.terminal import say
 
 SUMMARY = "Compare a bundle with the reference, stage by stage."
 
@@ -41,5 +42,5 @@ def run(args: argparse.Namespace) -> int:
     if args.record:
         verify.record(args.bundle, options, checkpoint=args.checkpoint)
     report = verify.check(args.bundle, options, golden=args.golden, checkpoint=args.checkpoint)
-    print(json.dumps(report.to_json(), indent=2) if args.json else format_report(report))
+    say(json.dumps(report.to_json(), indent=2) if args.json else format_report(report))
     return 0 if report.passed else 1

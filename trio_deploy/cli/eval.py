@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from trio_deploy.cli.options import add_runtime_options, runtime_options
+from trio_deploy.cli.terminal import say
 from trio_deploy.errors import TrioError
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         args.out,
         runtime_options(args),
         comparison=comparison_of(args),
-        left_out=lambda sentence: print(f"trio: {sentence}", file=sys.stderr),
+        left_out=lambda sentence: say(f"trio: {sentence}", file=sys.stderr),
         dtype=args.dtype,
         batch=args.batch,
     )
@@ -139,9 +140,9 @@ def run(args: argparse.Namespace) -> None:
             write_atomically(args.out / CHART, retention_chart(results).encode())
             written.append(CHART)
         except TrioError as error:  # the results are written nevertheless
-            print(f"trio: {error}", file=sys.stderr)
-    print(f"trio: wrote {', '.join(written)} to {args.out}", file=sys.stderr)
-    print(json.dumps(results.to_json(), indent=1) if args.json else results.to_text())
+            say(f"trio: {error}", file=sys.stderr)
+    say(f"trio: wrote {', '.join(written)} to {args.out}", file=sys.stderr)
+    say(json.dumps(results.to_json(), indent=1) if args.json else results.to_text())
 
 
 def read_questions_of(args: argparse.Namespace) -> QuestionSet:

@@ -14,6 +14,7 @@ from trio_deploy.cli.options import (
     budget_of,
     model_of,
 )
+from trio_deploy.cli.terminal import say
 from trio_deploy.config.options import DEFAULT_THRESHOLD
 
 SUMMARY = "Turn a checkpoint into a bundle of pruned ONNX graphs."
@@ -85,4 +86,4 @@ def run(args: argparse.Namespace) -> None:
         probe=args.probe,
         threshold=args.threshold,
     )
-    print(inspect(bundle, interface=False))
+    say(inspect(bundle, interface=False))

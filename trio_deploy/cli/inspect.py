@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from trio_deploy.cli.options import add_bundle, bundle_of
+from trio_deploy.cli.terminal import say
 
 SUMMARY = "Show what a bundle holds."
 
@@ -38,18 +39,18 @@ def run(args: argparse.Namespace) -> int:
     if args.verify:
         bundle.check_places()
     if args.verify and bundle.files_without_checksum and bundle.manifest.weights != "planned":
-        print(
+        say(
             f"trio: nothing to compare {', '.join(bundle.files_without_checksum)} with: no "
             "checksum of linked weights was recorded until now",
             file=sys.stderr,
         )
         bundle = bundle.record_checksums()
-    print(inspect(bundle))
+    say(inspect(bundle))
     if not args.verify:
         return 0
-    print(f"verified   {compared} of {len(bundle.manifest.files)} files have their checksum")
+    say(f"verified   {compared} of {len(bundle.manifest.files)} files have their checksum")
     if bundle.manifest.weights == "planned":
-        print(
+        say(
             "trio: weights are missing, only the other files were verified: complete the bundle "
             "with `trio attach-weights`",
             file=sys.stderr,

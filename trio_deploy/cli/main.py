@@ -32,6 +32,7 @@ from trio_deploy.cli import (
 )
 from trio_deploy.cli import eval as evaluate
 from trio_deploy.cli.signals import Stopped, raising_signals
+from trio_deploy.cli.terminal import say
 from trio_deploy.errors import TrioError
 from trio_deploy.files import nearest_name
 
@@ -86,13 +87,13 @@ def _execute(args: argparse.Namespace) -> int:
     except TrioError as error:
         if args.debug:
             raise
-        print(f"trio: {error}", file=sys.stderr)
+        say(f"trio: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         if args.debug or error.name is None or error.name.split(".")[0] not in _EXTRAS:
             raise
         package = error.name.split(".")[0]
-        print(
+        say(
             f"trio: this needs the package {package}, which is not installed: "
             f"pip install 'trio-deploy[{_EXTRAS[package]}]'",
             file=sys.stderr,
@@ -101,13 +102,13 @@ def _execute(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if args.debug:
             raise
-        print("trio: interrupted", file=sys.stderr)
+        say("trio: interrupted", file=sys.stderr)
         return _INTERRUPTED
     except Stopped as error:
         if args.debug:
             raise
         with contextlib.suppress(OSError):  # the terminal is gone
-            print(f"trio: {error}", file=sys.stderr)
+            say(f"trio: {error}", file=sys.stderr)
         return error.status
     except BrokenPipeError:  # `trio plan … | head`
         sys.stderr.close()
@@ -116,7 +117,7 @@ def _execute(args: argparse.Namespace) -> int:
         if args.debug:
             raise
         words = f" ({error})" if str(error) else ""
-        print(
+        say(
             "trio: out of memory: end other programs, or allow this process more" + words,
             file=sys.stderr,
         )
@@ -124,7 +125,7 @@ def _execute(args: argparse.Namespace) -> int:
     except OSError as error:  # no permission, a disk that fails: not foreseen by a command
         if args.debug:
             raise
-        print(f"trio: {error}", file=sys.stderr)
+        say(f"trio: {error}", file=sys.stderr)
         return 1
 
 

@@ -13,6 +13,7 @@ from trio_deploy.cli.options import (
     budget_of,
     model_of,
 )
+from trio_deploy.cli.terminal import say
 
 SUMMARY = "Compute what a budget keeps and costs, and whether it fits."
 
@@ -64,6 +65,4 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         quantize=args.quantize,
     )
-    print(
-        json.dumps(planned.to_json(), indent=2) if args.json else planned.to_text(paper=args.paper)
-    )
+    say(json.dumps(planned.to_json(), indent=2) if args.json else planned.to_text(paper=args.paper))

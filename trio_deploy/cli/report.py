@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from trio_deploy.cli.options import add_bundle, add_runtime_options, runtime_options
+from trio_deploy.cli.terminal import say
 
 SUMMARY = "Write one HTML page about a bundle."
 
@@ -73,4 +74,4 @@ def run(args: argparse.Namespace) -> None:
         scenes=args.scenes,
         runtime=runtime_options(args),
     )
-    print(write_report(args.bundle, args.out, options))
+    say(write_report(args.bundle, args.out, options))

@@ -18,6 +18,7 @@ from trio_deploy.cli.options import (
     bundle_of,
     runtime_options,
 )
+from trio_deploy.cli.terminal import say
 from trio_deploy.config.sampling import SAMPLING_OPTIONS
 from trio_deploy.errors import TrioError
 from trio_deploy.files import exists, is_file, is_folder, write_atomically
@@ -143,15 +144,15 @@ def run(args: argparse.Namespace) -> None:
     stream = Pipeline.open(bundle, options).stream(request)
     for piece in stream:
         if not args.json:
-            print(piece, end="", flush=True)
+            say(piece, end="", flush=True)
     generation = stream.generation
     if args.json:
-        print(json.dumps(generation_json(generation), indent=2))
+        say(json.dumps(generation_json(generation), indent=2))
     else:
         said = "" if generation.text.strip() else EMPTY
-        print(f"{said}\n\n{generation_text(generation)}")
+        say(f"{said}\n\n{generation_text(generation)}")
     for warning in generation.warnings:
-        print(f"trio: {warning}", file=sys.stderr)
+        say(f"trio: {warning}", file=sys.stderr)
     if args.show is not None:
         save_kept(generation, args.show)
 

@@ -6,11 +6,13 @@ import argparse
 import logging
 import math
 import os
+import re
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trio_deploy.cli.options import add_bundle, add_runtime_options, bundle_of, runtime_options
+from trio_deploy.cli.terminal import say
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.files import is_folder, read_text
@@ -28,6 +30,7 @@ API_KEY = "TRIO_API_KEY"
 """Environment variable with a key that clients need."""
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_HOST = re.compile(r"([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?")
 _EVERY_ADDRESS = ("0.0.0.0", "::")
 
 
@@ -73,8 +76,9 @@ def _add_doors(command: argparse.ArgumentParser) -> None:
         "--allowed-host",
         action="append",
         default=[],
-        metavar="NAME",
-        help="name by which clients reach the server, as in their URL; may be repeated",
+        metavar="NAME[:PORT]",
+        help="name by which clients reach the server, as in their URL, with any port or with one; "
+        "may be repeated",
     )
     group.add_argument(
         "--allow-images-from",
@@ -132,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
         def listening() -> None:
             from trio_deploy.serve.openai.greeting import greeting
 
-            print(greeting(served, url), flush=True)
+            say(greeting(served, url), flush=True)
 
         serve(served, listener, process, listening)
 
@@ -180,6 +184,12 @@ def doors_of(args: argparse.Namespace) -> Doors:
             f"at --host {args.host} other machines can ask: name a file of keys with "
             f"--api-key-file, set {API_KEY}, or say --no-auth"
         )
+    for name in args.allowed_host:
+        if not _HOST.fullmatch(name):
+            raise TrioError(
+                f"--allowed-host {name!r:.100} is no name of a host: write what stands in a URL "
+                "between // and the next /, such as trio.example.com or trio.example.com:8000"
+            )
     hosts = {name.lower() for name in (args.host, f"[{args.host}]", *args.allowed_host)}
     return Doors([digest_of(key) for key in keys], hosts, any_address=args.host in _EVERY_ADDRESS)
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from trio_deploy.cli.options import add_bundle, add_runtime_options, bundle_of, runtime_options
+from trio_deploy.cli.terminal import say
 
 SUMMARY = "Write a model repository for the Triton Inference Server."
 
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         require_servable(options, args.out, args.force)
     bundle = bundle_of(args, options.runtime, budgets=[options.budget])
     models = write_repository(bundle, args.out, options, force=args.force)
-    print(f"{args.out}: {', '.join(models)}")
+    say(f"{args.out}: {', '.join(models)}")
     if warning := path_warning(args.out):
-        print(f"trio: {warning}", file=sys.stderr)
-    print(f"serve it: tritonserver --model-repository {args.out}")
+        say(f"trio: {warning}", file=sys.stderr)
+    say(f"serve it: tritonserver --model-repository {args.out}")

@@ -16,6 +16,7 @@ from trio_deploy.cli.eval import (
     values,
 )
 from trio_deploy.cli.options import budget_of, runtime_options
+from trio_deploy.cli.terminal import say
 from trio_deploy.config.options import DEFAULT_THRESHOLD
 from trio_deploy.runtimes.registry import default_target
 
@@ -102,9 +103,9 @@ def run(args: argparse.Namespace) -> None:
         limit=args.candidates,
         start=[schedule_of(text) for text in args.start],
     )
-    print(f"trio: wrote {BEST} to {args.out}", file=sys.stderr)
-    print(tuned_text(tuned))
-    print(f"\nTo export it:\n\n    {export_command(args)}")
+    say(f"trio: wrote {BEST} to {args.out}", file=sys.stderr)
+    say(tuned_text(tuned))
+    say(f"\nTo export it:\n\n    {export_command(args)}")
 
 
 def export_command(args: argparse.Namespace) -> str:

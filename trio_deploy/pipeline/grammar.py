@@ -10,7 +10,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,11 +35,13 @@ class Structure:
         schema: text of a JSON schema that the answer keeps, as compact JSON.
         regex: regular expression that the answer matches as a whole.
         choices: texts of which the answer is one.
+        name: what errors call it: the field by which whoever asks has given it.
     """
 
     schema: str | None = None
     regex: str | None = None
     choices: tuple[str, ...] = ()
+    name: str = field(default="structure", compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -51,9 +53,10 @@ class Structure:
 class Grammar:
     """What may come next in one answer."""
 
-    def __init__(self, matcher: Any) -> None:
+    def __init__(self, matcher: Any, name: str) -> None:
         """Use `GrammarCompiler.grammar`."""
         self._matcher = matcher
+        self._name = name
 
     def mask(self, logits: np.ndarray) -> np.ndarray:
         """Logits [V] with -inf for what may not come next; an end token only where it may end.
@@ -77,7 +80,7 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise NoChoice(f"response_format: {_one_line(self._matcher.get_error())}")
+            raise NoChoice(f"{self._name}: {_one_line(self._matcher.get_error())}")
 
 
 class GrammarCompiler:
@@ -111,28 +114,28 @@ class GrammarCompiler:
             self._kept[structure] = matcher
             if len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
-            return Grammar(matcher.deep_copy())
+            return Grammar(matcher.deep_copy(), structure.name)
 
     def _compile(self, structure: Structure) -> Any:
         from llguidance import LLMatcher, LLParserLimits
 
         if self._tokens is None:
-            self._tokens = self._open()
+            self._tokens = self._open(structure.name)
         try:
             source = _source(structure)
         except ValueError as error:
-            raise TrioError(f"response_format: {_one_line(str(error))}") from None
+            raise TrioError(f"{structure.name}: {_one_line(str(error))}") from None
         matcher = LLMatcher(self._tokens, source, log_level=0, limits=LLParserLimits(**_LIMITS))
         if matcher.is_error():
-            raise TrioError(f"response_format: {_one_line(matcher.get_error())}")
+            raise TrioError(f"{structure.name}: {_one_line(matcher.get_error())}")
         return matcher
 
-    def _open(self) -> Any:
+    def _open(self, name: str) -> Any:
         from llguidance import LLTokenizer
 
         if not self._end_tokens:
             raise TrioError(
-                "response_format: this bundle has no end token, so no answer of a form could end"
+                f"{name}: this bundle has no end token, so no answer of a form could end"
             )
         try:
             return LLTokenizer(
@@ -140,7 +143,7 @@ class GrammarCompiler:
             )
         except ValueError as error:
             raise TrioError(
-                "response_format: this bundle's tokenizer has no byte form, which structured "
+                f"{name}: this bundle's tokenizer has no byte form, which structured "
                 f"output needs ({_one_line(str(error))})"
             ) from None
 

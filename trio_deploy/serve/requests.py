@@ -222,7 +222,7 @@ def _structure(client: ClientRequest, limits: ServiceLimits) -> Structure | None
     found = client.structure
     if found is not None and found.nbytes > limits.max_schema_bytes:
         raise TrioError(
-            f"response_format has {found.nbytes} bytes, but max_schema_bytes is "
+            f"{found.name} has {found.nbytes} bytes, but max_schema_bytes is "
             f"{limits.max_schema_bytes}"
         )
     return found

@@ -277,3 +277,8 @@ def test_a_model_without_a_form_in_bytes_says_so(client: openai.OpenAI) -> None:
     long = {"name": "a", "schema": {"enum": ["x" * 70_000]}}
     with pytest.raises(openai.BadRequestError, match="max_schema_bytes"):
         create(client, response_format={"type": "json_schema", "json_schema": long})
+    for given in ({"regex": "a+"}, {"regex": "a" * 70_000}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(client, extra_body={"structured_outputs": given})
+        assert caught.value.param == "structured_outputs"
+        assert "response_format" not in str(caught.value)

@@ -302,6 +302,14 @@ def test_a_name_that_is_not_ours_is_refused(start: Start) -> None:
     )
     assert [status(host) for host in bad] == [400] * len(bad)
     assert server.ask("GET", "/health", host="10.0.0.1").status == 200
+    one_port = start(doors=Doors(hosts={"models.example.com:8000"}))
+    for host, expected in (
+        ("models.example.com:8000", 200),
+        ("Models.example.com:8000", 200),
+        ("models.example.com:8001", 400),
+        ("models.example.com", 400),
+    ):
+        assert one_port.ask("GET", "/v1/models", host=host).status == expected
     anywhere = start(doors=Doors(hosts={"0.0.0.0"}, any_address=True))
     assert anywhere.ask("GET", "/v1/models", host="10.0.0.1:80").status == 200
     assert anywhere.ask("GET", "/v1/models", host="evil.com").status == 400

@@ -180,14 +180,15 @@ def _structure(body: ChatBody) -> Structure | None:
             )
         if outputs.choice is not None and not all(outputs.choice or [""]):
             raise invalid("choice must be texts that are not empty", "structured_outputs.choice")
-        return Structure(schema, outputs.regex, tuple(outputs.choice or ()))
+        choices = tuple(outputs.choice or ())
+        return Structure(schema, outputs.regex, choices, name="structured_outputs")
     if form is None:
         return None
     if form.type == "json_object":
-        return Structure('{"type": "object"}')
+        return Structure('{"type": "object"}', name="response_format")
     if form.json_schema is None:
         raise invalid("json_schema is missing", "response_format.json_schema")
-    return Structure(_text_of(form.json_schema.schema) or "null")
+    return Structure(_text_of(form.json_schema.schema) or "null", name="response_format")
 
 
 def _text_of(schema: Raw) -> str | None:

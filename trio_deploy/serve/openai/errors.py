@@ -26,7 +26,7 @@ _FIELDS = {
 }
 _OWN = (
     "messages max_tokens min_tokens temperature top_p top_k min_p seed repetition_penalty "
-    "presence_penalty frequency_penalty logit_bias top_logprobs response_format"
+    "presence_penalty frequency_penalty logit_bias top_logprobs response_format structured_outputs"
 ).split()
 _WORD = re.compile(r"(?:\d+ |an? |the )?([a-z_]+)")
 

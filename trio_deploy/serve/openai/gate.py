@@ -39,7 +39,8 @@ class Doors:
 
     Attributes:
         keys: SHA-256 digests of the keys; empty: no key is asked for.
-        hosts: names that a request's Host may have, without ports; None: any name.
+        hosts: names that a request's Host may have, in lower case: with any port, or, where they
+            have one, with this one; None: any name.
         any_address: whether it may also be an IP address: no other site can have one.
         open: paths for which no key is asked.
     """
@@ -73,7 +74,7 @@ class Doors:
         if self.hosts is None:
             return True
         name = re.sub(r":\d+$", "", host).lower()
-        if name in self.hosts or name in _LOOPBACK:
+        if name in self.hosts or host.lower() in self.hosts or name in _LOOPBACK:
             return True
         return self.any_address and _is_address(name)
 
