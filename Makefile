@@ -1,18 +1,19 @@
 # make demo: a real answer about a real picture, without torch.   make serve: the shipped model for
-# OpenAI's clients.   make test: everything that runs in twenty minutes.   make test ALL=1: the long
-# cases, too (those on real weights).
+# OpenAI's clients, and a page.   make docs: the documents as a site.   make test: everything that runs
+# in twenty minutes.   make test ALL=1: the long cases, too (those on real weights).
 # All set up .venv first, once; they set it up again when the dependencies change.
 
 PYTHON ?= python3
 VENV := .venv
 TRITON := .venv-triton
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TESTED := -c requirements/tested.txt
 DEPENDENCIES := pyproject.toml requirements/tested.txt
 PROMPT ?= what color is the circle?
 
-.PHONY: demo demo-intro serve test lint types tests server-tests rtx-tests rtx real-weights check-python clean
+.PHONY: demo demo-intro serve docs test lint types tests server-tests rtx-tests rtx real-weights check-python clean
 .DELETE_ON_ERROR:
 
 check-python:
@@ -54,7 +55,18 @@ demo: demo-intro $(VENV)/.demo-ready
 serve: $(VENV)/.serve-ready
 	$(BIN)/trio serve tiny
 
-test: lint types tests
+# The site's packages have an environment of their own: none of them is needed by a test.
+$(DOCS)/.ready: requirements/docs.txt | check-python
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements/docs.txt
+	@touch $@
+
+# Any link that leads nowhere is an error.
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/python -m mkdocs build --strict --quiet
+	@echo "The site is in out/site: open out/site/index.html, or serve the folder"
+
+test: lint types docs tests
 
 lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .

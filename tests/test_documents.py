@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
     [
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
         *(ROOT / f"{folder}/README.md" for folder in ("export", "engines", "examples")),
         *(ROOT / "docs").glob("*.md"),
         ROOT / "trio_deploy" / "data" / "tiny" / "README.md",

@@ -78,6 +78,12 @@ def test_the_guide_lists_every_public_name():
     assert len({what for _, what in listed}) == len(listed)
 
 
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"^::: trio_deploy\.(\w+)$", page, re.MULTILINE)
+    assert named == trio_deploy.__all__
+
+
 def test_the_guides_program_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")

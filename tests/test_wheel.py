@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import trio_deploy
+
 ROOT = Path(__file__).parent.parent
 SCENE = ROOT / "examples" / "scene.png"
 RECORDED = ROOT / "tests" / "fixtures" / "schema_1" / "bundle_ort"
@@ -43,11 +45,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the sdist, which so holds all that it needs."""
+def dist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the sdist and of the wheel built from it, which so holds all that it needs."""
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source, cwd=folder)
-    (file,) = folder.glob("*.whl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (file,) = dist.glob("*.whl")
     return file
 
 
@@ -95,6 +102,13 @@ def installed(programs: Path, cwd: Path) -> set[str]:
         cwd=cwd,
     )
     return {package["name"].lower() for package in json.loads(listing)}
+
+
+def test_the_distributions_are_of_this_version_and_fit_for_an_index(dist: Path) -> None:
+    files = sorted(path.name for path in dist.iterdir())
+    named = f"trio_deploy-{trio_deploy.__version__}"
+    assert files == [f"{named}-py3-none-any.whl", f"{named}.tar.gz"]
+    run(sys.executable, "-m", "twine", "check", "--strict", *files, cwd=dist)
 
 
 def test_no_install_brings_torch_and_a_device_needs_no_onnx(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trio_deploy.verify.check import check
     from trio_deploy.verify.report import Report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Batcher",
     "Bundle",
