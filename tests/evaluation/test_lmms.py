@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.pictures import make_picture
+from tests.support.qwen_checkpoints import shared_checkpoint
+from tests.support.qwen_models import FAMILIES
 from trio_deploy import Request, TrioError
 from trio_deploy.evaluation import scenes
 
@@ -140,6 +143,38 @@ def test_a_loss_is_the_mean_over_the_tokens_of_the_continuation(model, scene):
     assert loss == pytest.approx(-np.mean(given.logprobs), rel=1e-3, abs=1e-6) and greedy
     ((same, _),) = model.loglikelihood([question(plate.text, lambda document: plate.answer)])
     assert same == pytest.approx(loss, rel=1e-3, abs=1e-6)
+
+
+#: Sizes of the pictures of each document.
+SIZES = [[(28, 28)], [(400, 300), (20, 1000)], [(1990, 10)], []]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_qwen_models_answer_and_weigh_choices_about_pictures_of_any_size(
+    family, adapter, bundles, run_folder
+):
+    bundle = bundles.path(shared_checkpoint(run_folder, family), schedule="0:0.5:divprune,2:0.25")
+    model = adapter.Trio(bundle=str(bundle), batch_size="3", threads=1)
+    documents = [[make_picture(*size, 3) for size in sizes] for sizes in SIZES]
+    model.task_dict = {"task": {"test": documents}}
+
+    def asked(what: Any) -> list[Instance]:
+        places = range(len(SIZES))
+        return [
+            Instance(("what is it ?", what, lambda document: document, place, "task", "test"))
+            for place in places
+        ]
+
+    answers = model.generate_until(asked({"max_new_tokens": 5}))
+    losses = model.loglikelihood(asked("red star"))
+    forced = model.pipeline.tokenize("red star")
+    for pictures, answer, (loss, greedy) in zip(documents, answers, losses, strict=True):
+        alone = model.pipeline.generate(Request("what is it ?", pictures, 5))
+        assert answer == alone.text
+        given = model.pipeline.generate(Request("what is it ?", pictures, forced=forced))
+        assert loss == pytest.approx(-np.mean(given.logprobs), rel=1e-3)
+        assert greedy == all(given.greedy)
+        assert (alone.visual_tokens > 0) == bool(pictures)
 
 
 @pytest.mark.parametrize(
