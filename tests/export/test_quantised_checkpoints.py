@@ -15,7 +15,7 @@ from tests.support.checkpoints import make_llava
 from tests.support.pictures import make_picture
 from tests.support.quantised_checkpoints import DECODER, FORMS, quantise_checkpoint
 from tests.support.qwen_checkpoints import make_qwen
-from trio_deploy import Bundle, Pipeline, Request, check, export_model
+from trio_deploy import Bundle, Pipeline, Request, check, export_model, plan
 from trio_deploy.errors import TrioError
 from trio_deploy.export.attach import attach_weights
 from trio_deploy.quant.matrix import dequantised, round_to_nearest
@@ -164,6 +164,9 @@ def test_a_scheme_beside_a_quantised_checkpoint_must_be_its_own(folders, tmp_pat
     for other in ("int8", "int4", "none"):
         with pytest.raises(TrioError, match=f"--quantize {other} cannot .* quantised as int4-g32"):
             export(source, tmp_path / "c", quantize=other)
+        with pytest.raises(TrioError, match=f"--quantize {other} cannot .* quantised as int4-g32"):
+            plan(source, quantize=other, budget=0.5)
+    assert plan(source, quantize="int4-g32", budget=0.5).fit.target.quantize == "int4-g32"
     with pytest.raises(TrioError, match="--link-weights keeps the checkpoint's files"):
         export(source, tmp_path / "c", link_weights=True)
     assert not (tmp_path / "c").exists()
@@ -183,6 +186,8 @@ def test_graphs_alone_take_the_weights_that_they_were_made_for(folders, tmp_path
             (alone / file.name).write_bytes(file.read_bytes())
     with pytest.raises(TrioError, match="which of its matrices are is known from its weights"):
         export(alone, tmp_path / "d", graphs_only=True)
+    with pytest.raises(TrioError, match="which of its matrices are is known from its weights"):
+        plan(alone, budget=0.5)
 
 
 def test_forms_that_cannot_be_read_are_refused_before_anything_is_written(

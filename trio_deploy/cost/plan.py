@@ -29,7 +29,8 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.registry import check_methods, request_limits
 from trio_deploy.files import format_bytes
-from trio_deploy.quant.schemes import scheme_of
+from trio_deploy.quant.quantization_config import require_float
+from trio_deploy.quant.schemes import same_scheme
 from trio_deploy.quant.stored_weight import parts_of
 from trio_deploy.runtimes.machine import usable_memory
 from trio_deploy.runtimes.registry import check_scheme, default_target, load_target, runtime_spec
@@ -253,7 +254,8 @@ def plan(
         keywords: fields of `ExportOptions`, which replace those of `options`.
 
     Raises:
-        TrioError: unknown model, impossible budget or schedule, or counts below 0.
+        TrioError: unknown model, impossible budget or schedule, counts below 0, or a quantised
+            checkpoint without its weights or with another scheme than it has.
     """
     options = with_schedule_file(replace(options or ExportOptions(), **keywords))
     found = resolve(model, weights_needed=False)
@@ -261,6 +263,8 @@ def plan(
     if found.folder is not None and not missing_weights(found.folder):
         checkpoint = Checkpoint.from_path(found.folder)
         config, stored = fit_config(checkpoint, config), checkpoint.stored
+    else:
+        require_float(found.raw_config)
     published = found.recipe.schedules if found.recipe else {}
     visual, tiles = _visual_tokens(config, visual_tokens)
     if visual < 0 or text_tokens < 0 or probes < 1:
@@ -278,7 +282,9 @@ def plan(
     pruned, unpruned = cost(chosen), cost(Schedule())
     paper = _paper_rows(found.name)
     named = found.recipe.quantize if found.recipe else None
-    device = _device(options, scheme_of(stored).name if stored else named)
+    if stored:
+        options = replace(options, quantize=same_scheme(stored, options.quantize))
+    device = _device(options, named)
     if progress and runtime_spec(device.runtime).needs_engines:
         print(
             f"trio: building the graphs of {found.name} to count its memory on {device.name}, "

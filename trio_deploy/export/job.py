@@ -63,8 +63,8 @@ from trio_deploy.families.base import ModelConfig
 from trio_deploy.families.names import EMBEDDINGS, HEAD
 from trio_deploy.families.registry import check_methods, check_positions, request_limits
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.quant.quantization_config import read_quantization_config
-from trio_deploy.quant.schemes import NO_SCHEME, READING, ROUNDING, StoredMatrix, scheme_of
+from trio_deploy.quant.quantization_config import require_float
+from trio_deploy.quant.schemes import NO_SCHEME, READING, ROUNDING, StoredMatrix, same_scheme
 from trio_deploy.quant.stored_weight import StoredWeight, parts_of
 from trio_deploy.runtimes.registry import check_scheme, load_target, runtime_spec
 from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule
@@ -388,7 +388,7 @@ def _graph_options(
     stored = _stored_matrices(source, checkpoint)
     quantize = quantize_of(recipe, target, options)
     if stored is not None:
-        quantize = _same_scheme(scheme_of(stored).name, options)
+        quantize = same_scheme(stored, options.quantize)
     values: dict[str, Any] = {}
     for name in ("probe", "positions", "threshold"):
         given = getattr(options.selection, name)
@@ -420,26 +420,8 @@ def _stored_matrices(
     """
     if checkpoint is not None:
         return checkpoint.stored
-    if read_quantization_config(source.raw_config) is not None:
-        raise TrioError(
-            "the checkpoint is quantised, and which of its matrices are is known from its weights: "
-            "download them, or export without --graphs-only"
-        )
+    require_float(source.raw_config)
     return None
-
-
-def _same_scheme(scheme: str, options: ExportOptions) -> str:
-    """The scheme of a quantised checkpoint.
-
-    Raises:
-        TrioError: the options ask for another one.
-    """
-    if options.quantize not in (None, scheme):
-        raise TrioError(
-            f"--quantize {options.quantize} cannot be had of a checkpoint that is quantised as "
-            f"{scheme}: leave --quantize out, or use the float checkpoint it was made from"
-        )
-    return scheme
 
 
 def _refuse_links(options: ExportOptions, quantize: str | None) -> None:

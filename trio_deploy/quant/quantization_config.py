@@ -87,6 +87,19 @@ def read_quantization_config(raw: Mapping[str, Any]) -> QuantizationConfig | Non
     return readers[method](said)
 
 
+def require_float(raw: Mapping[str, Any]) -> None:
+    """Refuse a config.json of quantised weights where the weights are not at hand.
+
+    Raises:
+        TrioError: it says that there are quantised matrices.
+    """
+    if read_quantization_config(raw) is not None:
+        raise TrioError(
+            "the checkpoint is quantised, and which of its matrices are is known from its weights: "
+            "download all of it and pass the folder"
+        )
+
+
 def without_quantization_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json of the same model with float weights."""
     plain = {key: value for key, value in raw.items() if key != KEY}

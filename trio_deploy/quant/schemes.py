@@ -104,6 +104,24 @@ def scheme_of(stored: Mapping[str, StoredMatrix]) -> Scheme:
     return replace(SCHEMES["int4" if block > 32 else "int4-g32"], blocks=(block,), stored=stored)
 
 
+def same_scheme(stored: Mapping[str, StoredMatrix], asked: str | None) -> str:
+    """The name of the scheme of a checkpoint's quantised matrices.
+
+    Args:
+        asked: the scheme that was asked for; None: whatever there is.
+
+    Raises:
+        TrioError: another one was asked for.
+    """
+    scheme = scheme_of(stored).name
+    if asked not in (None, scheme):
+        raise TrioError(
+            f"--quantize {asked} cannot be had of a checkpoint that is quantised as {scheme}: "
+            "leave --quantize out, or use the float checkpoint it was made from"
+        )
+    return scheme
+
+
 def quantised_weight(name: str, shape: Sequence[int], coding: Coding) -> StoredWeight:
     """A matrix [N, K] as its codes `<name>.int4`, `<name>.int4.scale` and what `coding` adds.
 
