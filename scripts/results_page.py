@@ -21,8 +21,8 @@ from trio_deploy import export_model, plan
 from trio_deploy.bench.environment import machine_text
 from trio_deploy.bench.table import to_markdown, write
 from trio_deploy.cli import main as cli
-from trio_deploy.evaluation.results import Result, Results, points_text
-from trio_deploy.evaluation.statistics import Estimate
+from trio_deploy.evaluation.results import Result, Results
+from trio_deploy.evaluation.statistics import Estimate, points_text
 from trio_deploy.report.charts import bench_chart, retention_chart
 
 ROOT = Path(__file__).parent.parent

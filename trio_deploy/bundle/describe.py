@@ -30,6 +30,7 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
         "linked": "hard links (onnx.load refuses them, ONNX Runtime takes them)",
         "planned": "missing: complete the bundle with `trio attach-weights`",
     }.get(manifest.weights, manifest.weights)
+    widths = quantised_widths(manifest)
     others = {f"{known:g}": of for known, of in it.budgets.items() if of != it.schedule}
     place = f"{manifest.runtime}, {manifest.provider}" if manifest.provider else manifest.runtime
     unchecked = len(it.files_without_checksum)
@@ -48,7 +49,7 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
         f"answers    {SamplingOptions.from_json(manifest.generation.sampling).describe()}",
         f"weights    {format_bytes(sum(i.size for i in weights.values()))} in {len(weights)} "
         f"file{'s' if len(weights) != 1 else ''}, {state}",
-        *_widths(manifest),
+        *(f"{word:<10} {line}" for word, line in zip(("quantised", ""), widths, strict=False)),
         *_origin(manifest.checkpoint),
         f"checksums  {f'none yet of {unchecked}' if unchecked else 'of all files'}",
         f"graphs     {format_bytes(sum(graphs.values()))}",
@@ -65,7 +66,7 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
     return "\n".join(lines)
 
 
-def _widths(manifest: Manifest) -> list[str]:
+def quantised_widths(manifest: Manifest) -> list[str]:
     """The scheme of quantised weights, and the share of all weights that each width has."""
     quantised = manifest.quantization
     if quantised is None:
@@ -86,9 +87,8 @@ def _widths(manifest: Manifest) -> list[str]:
     total = sum(counts.values())
     shares = ", ".join(f"{count / total:.1%} in {width}" for width, count in counts.items())
     return [
-        f"quantised  {quantised.scheme} ({quantised.source}), {block}, selections and head "
-        f"{quantised.head}",
-        f"           of the weights {shares}",
+        f"{quantised.scheme} ({quantised.source}), {block}, selections and head {quantised.head}",
+        f"of the weights {shares}",
     ]
 
 

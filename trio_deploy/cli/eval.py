@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from trio_deploy.cli.options import add_runtime_options, runtime_options
+from trio_deploy.cli.options import add_quantize, add_runtime_options, runtime_options
 from trio_deploy.cli.terminal import say
 from trio_deploy.errors import TrioError
 
@@ -59,6 +59,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--seeds", type=int, default=1, help="seeds to average random selections over (default: 1)"
     )
     command.add_argument("--blind", action="store_true", help="also ask without the picture")
+    command.add_argument(
+        "--float",
+        metavar="MODEL",
+        help="bundle or model with the float weights of a quantised one, which is asked too: kept "
+        "tokens and answers are compared, and the status is 1 if they miss the scheme's bars "
+        "(default: the model itself if --quantize, its recipe or the target quantises it; none: "
+        "do not compare)",
+    )
     command.add_argument("--no-plot", action="store_true", help="write no chart")
     add_question_arguments(command, split="test", scenes=64)
     command.add_argument(
@@ -110,11 +118,15 @@ def add_asking_arguments(command: argparse.ArgumentParser) -> None:
         f"{SCENE_TOKENS})",
     )
     command.add_argument("--dtype", help="float type of exported bundles (default: the target's)")
+    add_quantize(command)
     add_runtime_options(command)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Measure what the arguments name, and write and print what was found.
+
+    Returns:
+        1 if quantised weights miss a bar of their scheme.
 
     Raises:
         TrioError: an option is wrong, or what `evaluate` raises.
@@ -130,8 +142,10 @@ def run(args: argparse.Namespace) -> None:
         args.out,
         runtime_options(args),
         comparison=comparison_of(args),
+        floats=args.float,
         left_out=lambda sentence: say(f"trio: {sentence}", file=sys.stderr),
         dtype=args.dtype,
+        quantize=args.quantize,
         batch=args.batch,
     )
     written = [RESULTS, TABLE]
@@ -143,6 +157,7 @@ def run(args: argparse.Namespace) -> None:
             say(f"trio: {error}", file=sys.stderr)
     say(f"trio: wrote {', '.join(written)} to {args.out}", file=sys.stderr)
     say(json.dumps(results.to_json(), indent=1) if args.json else results.to_text())
+    return 0 if results.passed else 1
 
 
 def read_questions_of(args: argparse.Namespace) -> QuestionSet:

@@ -91,7 +91,13 @@ def run(args: argparse.Namespace) -> None:
         asked.questions,
         DEFAULT_BUDGET if budget is None else budget,
         args.out,
-        AskOptions(runtime_options(args), args.dtype, args.batch, asked.max_new_tokens),
+        AskOptions(
+            runtime_options(args),
+            args.dtype,
+            args.batch,
+            asked.max_new_tokens,
+            quantize=args.quantize,
+        ),
         space=Space(
             methods=tuple(values(args.methods, str)),
             thresholds=tuple(values(args.threshold, float)) or (DEFAULT_THRESHOLD,),
@@ -114,7 +120,8 @@ def export_command(args: argparse.Namespace) -> str:
 
     words = ["trio", "export", "--model", args.model, "--schedule", str(args.out / BEST)]
     target = args.target or (default_target(args.runtime) if args.runtime else None)
-    for option, value in (("--target", target), ("--dtype", args.dtype)):
+    given = {"--target": target, "--dtype": args.dtype, "--quantize": args.quantize}
+    for option, value in given.items():
         words += [option, str(value)] if value else []
     return shlex.join([*words, "--out", "BUNDLE"])
 

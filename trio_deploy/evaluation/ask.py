@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
-from trio_deploy.evaluation.configurations import Bundles, Configuration
+from trio_deploy.evaluation.configurations import UNPRUNED, Bundles, Configuration
 from trio_deploy.evaluation.questions import Question
 from trio_deploy.evaluation.statistics import divergence, top_tokens
 from trio_deploy.files import sha256_of, write_remedy
@@ -48,6 +48,7 @@ class AskOptions:
         batch: requests per batch.
         max_new_tokens: maximum length of an answer.
         progress: show progress bars.
+        quantize: scheme of exported bundles; None: the recipe's, else the target's.
     """
 
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
@@ -55,6 +56,7 @@ class AskOptions:
     batch: int = 16
     max_new_tokens: int = 128
     progress: bool = True
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -83,11 +85,16 @@ class FirstToken(msgspec.Struct, frozen=True):
 
 
 class AnswerLine(Line, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One answer; the unpruned model's have `first`, and no `kl` from themselves."""
+    """One answer; the unpruned model's have `first`, and no `kl` from themselves.
+
+    Attributes:
+        kept: as of `Answer`; None: not recorded.
+    """
 
     text: str
     kl: float = 0.0
     first: FirstToken | None = None
+    kept: list[list[int]] | None = None
 
 
 _Line = TypeVar("_Line", bound=Line)
@@ -101,12 +108,15 @@ class Answer:
         score: 0 to 1; None if the question has no reference.
         divergence: KL of the first token's distribution from the unpruned model's, in nats.
         agrees: whether the answer equals the unpruned model's.
+        kept: for each pruning point, the kept visual tokens, numbered from 0; empty if they were
+            not recorded, or nothing is pruned.
     """
 
     text: str
     score: float | None
     divergence: float
     agrees: bool
+    kept: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)
@@ -154,8 +164,10 @@ class Examiner:
         scorer: Callable[[str, Any], float],
         out: Path,
         options: AskOptions | None = None,
+        *,
+        kept: bool = False,
     ) -> None:
-        """Arguments as in `evaluate`."""
+        """Arguments as in `evaluate`; `kept`: record which visual tokens are kept."""
         options = options or AskOptions()
         self.questions = list(questions)
         self._asked = checksums(self.questions)
@@ -164,6 +176,7 @@ class Examiner:
         self._batch = options.batch
         self._limit = options.max_new_tokens
         self._progress = options.progress
+        self._kept = kept
 
     def reference(self, configuration: Configuration, bundles: Bundles) -> list[First]:
         """The unpruned model's answers."""
@@ -199,6 +212,7 @@ class Examiner:
                         else self._scorer(entry.text, question.reference),
                         entry.kl,
                         entry.text.strip() == expected[question.id].text.strip(),
+                        entry.kept or (),
                     )
                     for question, entry in zip(self.questions, lines, strict=True)
                 ]
@@ -220,12 +234,12 @@ class Examiner:
         log = AnswerLog(self._out / f"{bundles.identity(configuration)}-{seed}.jsonl", AnswerLine)
         asked = {q.id: q for q in self.questions}
         ran = log.entries[-1].ran if log.entries else None
-        known = _answered(log, self._asked, self._limit, ran)
+        known = self._answered(log, ran)
         seconds = 0.0
         if len(known) < len(asked):
             pipeline = bundles.pipeline(configuration)
             ran = pipeline.ran_as
-            known = _answered(log, self._asked, self._limit, ran)
+            known = self._answered(log, ran)
             missing = [q for q in self.questions if q.id not in known]
             label = configuration.name + (f" #{seed}" if len(configuration.seeds) > 1 else "")
             bar = tqdm(
@@ -247,12 +261,23 @@ class Examiner:
                             limit=self._limit,
                             ran=ran,
                             text=generation.text,
+                            kept=_kept(configuration, generation) if self._kept else None,
                             **more(question, generation),
                         )
                         log.add(entry)
                         known[question.id] = entry
                     bar.update(len(group))
         return [known[q.id] for q in self.questions], seconds
+
+    def _answered(self, log: AnswerLog[AnswerLine], ran: RanAs | None) -> dict[str, AnswerLine]:
+        """Stored lines of the questions as they are asked now, by id, of engines that ran so."""
+        return {
+            entry.id: entry
+            for entry in log.entries
+            if entry.ran == ran
+            and same(entry, self._asked, self._limit)
+            and not (self._kept and entry.kept is None)
+        }
 
     def _ask(
         self,
@@ -349,6 +374,12 @@ def _first_line(_: Question, generation: Generation) -> dict[str, Any]:
     return {"first": FirstToken(tokens.tolist(), np.round(logprobs, 6).tolist())}
 
 
+def _kept(configuration: Configuration, generation: Generation) -> list[list[int]]:
+    if configuration.name == UNPRUNED:
+        return []
+    return [tokens.tolist() for tokens in generation.kept_visual]
+
+
 def _logprobs(generation: Generation) -> np.ndarray:
     assert generation.first_logits is not None
     return log_softmax(generation.first_logits)
@@ -357,13 +388,6 @@ def _logprobs(generation: Generation) -> np.ndarray:
 def same(entry: Line, asked: Mapping[str, str], limit: int) -> bool:
     """Whether a stored line belongs to a question as it is asked now; `asked`: see `checksums`."""
     return entry.id in asked and entry.asked == asked[entry.id] and entry.limit == limit
-
-
-def _answered(
-    log: AnswerLog[AnswerLine], asked: Mapping[str, str], limit: int, ran: RanAs | None
-) -> dict[str, AnswerLine]:
-    """Stored lines of the questions as they are asked now, by their ids, of engines that ran so."""
-    return {e.id: e for e in log.entries if e.ran == ran and same(e, asked, limit)}
 
 
 def checksums(questions: Sequence[Question]) -> dict[str, str]:

@@ -26,7 +26,9 @@ from trio_deploy.families.registry import check_methods, check_positions, reques
 from trio_deploy.files import is_file, user_path
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.ran_as import require_served, target_name
+from trio_deploy.quant.schemes import NO_SCHEME, scheme_of
 from trio_deploy.runtimes.registry import (
+    check_scheme,
     complete_options,
     default_target,
     load_target,
@@ -96,6 +98,8 @@ class Source:
         bundle: the bundle, if there is one already.
         dtypes: float types of the checkpoint's weights.
         fingerprint: checksum of the content, independent of its path; answers are stored by it.
+        quantize: scheme of the recipe, to quantise by at export; `none` overrides the target's.
+        stored: scheme that the checkpoint's weights are quantised by already.
     """
 
     name: str
@@ -105,6 +109,8 @@ class Source:
     dtypes: frozenset[str] = frozenset()
     recipe_schedules: dict[str, Schedule] = field(default_factory=dict)
     fingerprint: str = ""
+    quantize: str | None = None
+    stored: str | None = None
 
     @classmethod
     def open(cls, model: str | os.PathLike[str]) -> Source:
@@ -135,6 +141,8 @@ class Source:
             dtypes=frozenset(map(dtype_of, read.tensors.values())),
             recipe_schedules=dict(found.recipe.schedules) if found.recipe else {},
             fingerprint=of_checkpoint(found.folder, found.recipe),
+            quantize=found.recipe.quantize if found.recipe else None,
+            stored=scheme_of(read.stored).name if read.stored else None,
         )
 
     @property
@@ -351,6 +359,9 @@ class Bundles:
 
     They stay under `folder` for the next run and share one copy of the weights: hard links to the
     checkpoint if the float type is the same, else to the first bundle's.
+
+    Attributes:
+        scheme: by which their weights are quantised; None: they are float.
     """
 
     def __init__(
@@ -359,22 +370,26 @@ class Bundles:
         folder: Path,
         options: RuntimeOptions | None = None,
         dtype: str | None = None,
+        quantize: str | None = None,
     ) -> None:
         """Check that the source can be run so.
 
         Args:
             options: how bundles are run.
             dtype: float type of exported bundles; None: the target's.
+            quantize: scheme of exported bundles; None: the recipe's, else the target's.
 
         Raises:
             TrioError: there is no such target, it is of another runtime than the one named, this
-                machine cannot run it, or a bundle that exists cannot serve it.
+                machine cannot run it, it does not take the scheme, or a bundle that exists cannot
+                serve it.
         """
         options = options or RuntimeOptions()
         self._source = source
         self._folder = folder
         self._options = options
         self._dtype = dtype
+        self._quantize = quantize
         if isinstance(options.target, Target):
             raise TrioError("an evaluation exports for a target's name or file: pass one of them")
         self._target_name = options.target or ""
@@ -383,10 +398,22 @@ class Bundles:
             # The contents of a target's file, not its path.
             target = load_target(self._target_name)
             require_runnable(options, target if dtype is None else replace(target, dtype=dtype))
+            usual = check_scheme(target, source.quantize or target.quantize)
+            chosen = check_scheme(target, quantize or source.quantize or target.quantize)
+            self.scheme = source.stored or chosen
+            # What is exported anyway is not named: its answers are those of a run without a name.
+            self._quantize = None if chosen == usual else quantize
             content = json.dumps(asdict(target), default=str)
             asked = [content, dtype, options.runtime, options.provider]
-            self._run = asked + ([options.precision] if options.precision else [])
+            self._run = asked + [each for each in (options.precision, self._quantize) if each]
         else:
+            quantization = source.bundle.manifest.quantization
+            self.scheme = quantization.scheme if quantization else None
+            if quantize not in (None, self.scheme or NO_SCHEME):
+                raise TrioError(
+                    f"{source.bundle.path} has weights in {self.scheme or 'floats'}: leave "
+                    "--quantize out, or pass the model that it was exported from"
+                )
             require_served(source.bundle, options, dtype)
             self._run = _completed(source.bundle, options)
         self._open: tuple[str, Pipeline] | None = None
@@ -406,6 +433,10 @@ class Bundles:
                 options = replace(options, target=None)
             self._open = (key, Pipeline.open(self.bundle(configuration), options))
         return self._open[1]
+
+    def close(self) -> None:
+        """Close the pipeline that is open, before another model is opened."""
+        self._open = None
 
     def identity(self, configuration: Configuration) -> str:
         """Checksum of what answers: model content, options, configuration, package version."""
@@ -428,7 +459,8 @@ class Bundles:
         what = configuration.to_json()
         for incidental in ("name", "seeds", "budget", "blind"):
             del what[incidental]
-        return digest([self._source.fingerprint, self._run[:2], what, __version__])
+        scheme = [self._quantize] if self._quantize else []
+        return digest([self._source.fingerprint, self._run[:2], *scheme, what, __version__])
 
     def bundle(self, configuration: Configuration) -> Bundle:
         """The configuration's bundle, exported if it does not exist yet."""
@@ -448,6 +480,7 @@ class Bundles:
             positions=configuration.positions,
             target=self._target_name,
             dtype=self._dtype,
+            quantize=self._quantize,
             link_weights=self._linkable(),
             progress=False,
         )
@@ -456,7 +489,7 @@ class Bundles:
 
     def _linkable(self) -> bool:
         dtype = self._dtype or load_target(self._target_name).dtype
-        return self._source.dtypes == {dtype}
+        return self.scheme is None and self._source.dtypes == {dtype}
 
     def _share(self, bundle: Bundle) -> None:
         """Replace weights that another bundle here has too by hard links to those."""

@@ -17,8 +17,9 @@ from trio_deploy.errors import TrioError
 from trio_deploy.evaluation.ask import Measured
 from trio_deploy.evaluation.configurations import BLIND, UNPRUNED, Configuration, Source, used
 from trio_deploy.evaluation.questions import Question
+from trio_deploy.evaluation.scheme import SchemeForm, SchemeResults, table_of
 from trio_deploy.evaluation.scorers import pope_summary, yes_or_no
-from trio_deploy.evaluation.statistics import Bootstrap, Estimate
+from trio_deploy.evaluation.statistics import Bootstrap, Estimate, EstimateForm, points_text
 from trio_deploy.files import convert, read_json, sha256_of, write_together
 from trio_deploy.pipeline.ran_as import RanAs
 from trio_deploy.schedule.schedule import Schedule
@@ -133,6 +134,7 @@ class Results:
         results: the unpruned model first.
         bundle: checksum of the measured bundle's manifest; empty if bundles were exported from a
             model, and in files of earlier versions.
+        scheme: what quantised weights cost; None: they are float, or were compared with no floats.
     """
 
     model: str
@@ -144,6 +146,12 @@ class Results:
     results: list[Result]
     scored: int
     bundle: str = ""
+    scheme: SchemeResults | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether quantised weights meet the bars of their scheme, where it was judged."""
+        return self.scheme is None or self.scheme.passed
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -157,6 +165,7 @@ class Results:
             "scored": self.scored,
             "bundle": self.bundle,
             "results": [result.to_json() for result in self.results],
+            "scheme": self.scheme and self.scheme.to_json(),
         }
 
     @classmethod
@@ -188,7 +197,8 @@ class Results:
                 "measure again"
             ) from None
         del raw["schema"]
-        return cls(**{**raw, "results": results})
+        scheme = SchemeResults.from_json(raw["scheme"]) if raw.get("scheme") else None
+        return cls(**{**raw, "results": results, "scheme": scheme})
 
     def save(self, folder: Path) -> None:
         """Write results.json and results.md."""
@@ -255,6 +265,8 @@ class Results:
             "distribution from the unpruned model's, in nats.",
             "",
         ]
+        if self.scheme is not None:
+            lines += [*table_of(self.scheme), ""]
         lines += [line for said in self.ran_text() for line in (said, "")]
         return "\n".join(lines)
 
@@ -277,22 +289,14 @@ class Results:
         return f"{few}scored by `{self.scorer}`"
 
 
-class _Estimate(msgspec.Struct):
-    """The form of an `Estimate` in results.json; both ends are numbers, or both null."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
 class _Kind(msgspec.Struct):
     """The form of a `KindResult` in results.json."""
 
     questions: int
     agreement: float
     kl: float
-    accuracy: _Estimate | None
-    retention: _Estimate | None
+    accuracy: EstimateForm | None
+    retention: EstimateForm | None
 
 
 class _Point(msgspec.Struct):
@@ -312,12 +316,12 @@ class _Result(msgspec.Struct):
     schedule: list[_Point] | None
     options: dict[str, float | str]
     questions: int
-    agreement: _Estimate
+    agreement: EstimateForm
     kl: float
-    accuracy: _Estimate | None
-    retention: _Estimate | None
+    accuracy: EstimateForm | None
+    retention: EstimateForm | None
     kinds: dict[str, _Kind]
-    behind: _Estimate | None
+    behind: EstimateForm | None
     against: str | None
     extra: dict[str, dict[str, float]]
     ran_as: RanAs | None = None
@@ -336,6 +340,7 @@ class _ResultsFile(msgspec.Struct):
     scored: int
     results: list[_Result]
     bundle: str = ""
+    scheme: SchemeForm | None = None
 
 
 def _check_alike(results: Sequence[_Result]) -> None:
@@ -524,12 +529,3 @@ def range_text(estimate: Estimate | None) -> str:
     if estimate.low == estimate.high:
         return f"{estimate.value:.1%}"
     return f"{estimate.value:.1%} ({estimate.low:.1%} to {estimate.high:.1%})"
-
-
-def points_text(estimate: Estimate | None) -> str:
-    """A difference of shares and its interval, in percentage points."""
-    if estimate is None:
-        return ""
-    if not estimate.known:
-        return f"{100 * estimate.value:+.1f} (–)"
-    return f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 DRAWS = 4000
@@ -57,6 +58,23 @@ class Estimate:
     def from_json(cls, raw: dict[str, Any]) -> Estimate:
         ends = (math.nan if raw[end] is None else float(raw[end]) for end in ("low", "high"))
         return cls(float(raw["value"]), *ends)
+
+
+class EstimateForm(msgspec.Struct):
+    """The form of an `Estimate` in results.json; both ends are numbers, or both null."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def points_text(estimate: Estimate | None) -> str:
+    """A difference of shares and its interval, in percentage points."""
+    if estimate is None:
+        return ""
+    if not estimate.known:
+        return f"{100 * estimate.value:+.1f} (–)"
+    return f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
 
 
 class Bootstrap:

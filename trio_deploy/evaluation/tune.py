@@ -337,7 +337,9 @@ class Tuner:
         order = np.random.default_rng(0).permutation(len(questions))
         self.questions = [questions[place] for place in order]
         self._asked = checksums(self.questions)
-        self._bundles = Bundles(source, out / BUNDLES, options.runtime, options.dtype)
+        self._bundles = Bundles(
+            source, out / BUNDLES, options.runtime, options.dtype, options.quantize
+        )
         self._batch = options.batch
         self._limit = options.max_new_tokens
         self._progress = options.progress

@@ -8,6 +8,7 @@ from typing import Any
 from trio_deploy.bench.results import PROBES
 from trio_deploy.bench.table import operations, times
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.describe import quantised_widths
 from trio_deploy.bundle.manifest import ENGINES, WEIGHTS, StageInfo
 from trio_deploy.cost.flops import account, vision_flops
 from trio_deploy.errors import TrioError
@@ -63,6 +64,7 @@ def exported(bundle: Bundle) -> dict[str, Any]:
             f"similarity threshold {manifest.threshold:g}",
         ),
         ("Weights", f"{format_bytes(sum(weights))}, {state}"),
+        *((("Quantised", "; ".join(widths)),) if (widths := quantised_widths(manifest)) else ()),
         ("Made with", ", ".join(f"{name} {v}" for name, v in manifest.versions.items())),
     ]
     stages = [
@@ -76,6 +78,7 @@ def exported(bundle: Bundle) -> dict[str, Any]:
     ]
     return {
         "name": manifest.model.name,
+        "scheme": manifest.quantization.scheme if manifest.quantization else "",
         "facts": facts,
         "stages": stages,
         "engines": _engines(bundle.path / ENGINES),

@@ -18,6 +18,8 @@ from trio_deploy.errors import TrioError
 from trio_deploy.evaluation.configurations import BLIND
 from trio_deploy.evaluation.configurations import UNPRUNED as ALL_TOKENS
 from trio_deploy.evaluation.results import Result, Results
+from trio_deploy.evaluation.scheme import SchemeResults, overlap_text
+from trio_deploy.evaluation.statistics import points_text
 from trio_deploy.families.registry import check_positions
 from trio_deploy.files import sha256_of
 from trio_deploy.report.charts import Retention
@@ -146,6 +148,28 @@ def summarise(results: Results, bundle: Bundle) -> dict[str, Any]:
         if own and own.overall.retention
         else None,
         "without": _without(bundle) if own is None and bundle.schedule.points else "",
+        "scheme": None if results.scheme is None else _scheme(results.scheme),
+    }
+
+
+def _scheme(results: SchemeResults) -> dict[str, Any]:
+    """What quantised weights cost beside float ones."""
+    return {
+        "against": results.against,
+        "verdict": results.verdict,
+        "judged": results.judged,
+        "passed": results.passed,
+        "rows": [
+            {
+                "name": row.name,
+                "share": f"{row.share:.1%}",
+                "overlap": overlap_text(row),
+                "agreement": f"{row.agreement.value:.1%}",
+                "gained": points_text(row.gained),
+                "problem": "; ".join(row.problems),
+            }
+            for row in results.rows
+        ],
     }
 
 
