@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -202,6 +204,29 @@ def test_a_token_with_huge_hidden_states_hides_no_other():
     zero = Stage(stage.inputs, {"hidden_states": np.zeros_like(hidden)})
     assert compare_outputs("prefill_0", zero, zero.outputs, EXACT).passed
     assert not compare_outputs("prefill_0", zero, {"hidden_states": hidden}, EXACT).passed
+
+
+@pytest.mark.parametrize("key", ["hidden_states", "logits", "present.0.key"])
+def test_many_small_differences_of_one_token_are_noticed_by_its_norm(key):
+    """A wrong part of a matrix moves all values of a token a little, and none by much."""
+    rng = np.random.default_rng(0)
+    shape = {"hidden_states": (2, 5, 64), "logits": (2, 64), "present.0.key": (2, 4, 5, 16)}[key]
+    values = rng.normal(size=shape).astype(np.float32)
+    values[..., 0] = 9  # the greatest value, which the differences are small beside
+    stage = Stage({"lengths": np.array([5, 4]), "past_lengths": np.array([0, 0])}, {key: values})
+    bounds = replace(TOLERANCES["float32"], relative=0.1, per_token=0.1, norm=0.023)
+    near, wrong = values.copy(), values.copy()
+    near += (0.01 * rng.choice([-1, 1], shape)).astype(np.float32)
+    token = (1,) if key == "logits" else (1, 2) if key == "hidden_states" else (1, slice(None), 2)
+    wrong[token] += (0.5 * rng.choice([-1, 1], values[token].shape)).astype(np.float32)
+    assert compare_outputs("prefill_0", stage, {key: near}, bounds).passed
+    row = compare_outputs("prefill_0", stage, {key: wrong}, bounds)
+    assert not row.passed and "of a token's norm" in row.problem and key in row.problem
+    assert compare_outputs("prefill_0", stage, {key: wrong}, replace(bounds, norm=None)).passed
+    if key != "logits":  # padding is not compared
+        padding = values.copy()
+        padding[(1, 4) if key == "hidden_states" else (1, slice(None), 4)] = np.nan
+        assert compare_outputs("prefill_0", stage, {key: padding}, bounds).passed
 
 
 def picked(method: str, kept: list[list[int]], scores: np.ndarray) -> Stage:

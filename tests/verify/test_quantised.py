@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import trio_deploy
@@ -14,6 +15,7 @@ from tests.support.checkpoints import make_llava, make_llava_next
 from tests.support.qwen_checkpoints import make_qwen
 from trio_deploy import Bundle, Pipeline, TrioError, check, export_model
 from trio_deploy.reference import restore
+from trio_deploy.verify.check import record
 from trio_deploy.verify.report import format_report
 
 TINY = Path(trio_deploy.__file__).parent / "data" / "tiny"
@@ -73,6 +75,31 @@ def test_a_quantised_bundle_agrees_with_the_values_of_its_codes(name: str, tmp_p
     assert f"the values of its {options['quantize']} weights" in report.title
     selections = [row for row in report.rows if row.stage.startswith("select")]
     assert len(selections) == 2 and all(row.max_rel < 1e-5 for row in selections)
+
+
+@pytest.mark.parametrize(
+    ("options", "runtime"),
+    [
+        ({"quantize": "int8"}, "onnxruntime"),
+        ({"quantize": "int4"}, "onnxruntime"),
+        ({"quantize": "int8", "target": "cpu-openvino", "dtype": "float32"}, "openvino"),
+    ],
+)
+def test_a_tenth_of_a_matrix_that_is_wrong_is_noticed(
+    options: dict[str, Any], runtime: str, bundles: Bundles, tmp_path: Path
+) -> None:
+    """Of the matrix that moves least, where activations are rounded to 8 bit anyway."""
+    bundle = record(bundles.copy(tmp_path / "b", "tiny", **options), runtime=runtime, threads=1)
+    assert check(bundle, golden=True, runtime=runtime, threads=1).passed
+    name = f"language_model.layers.8.mlp.gate_proj.weight.{options['quantize']}"
+    place = bundle.manifest.tensors[name]
+    codes = np.memmap(bundle.path / place.file, np.uint8, "r+", place.offset, (place.nbytes // 10,))
+    codes[:] = np.random.default_rng(0).integers(0, 256, codes.shape)
+    codes.flush()
+    report = check(bundle, golden=True, runtime=runtime, threads=1)
+    damaged = next(s.label for s in bundle.of_kind("prefill") if 8 in s.layers)
+    failed = {row.stage.removesuffix(" (decode)") for row in report.rows if not row.passed}
+    assert damaged in failed  # and the selection that reads the same codes, if there is one
 
 
 def test_selections_are_compared_with_their_own_copies(

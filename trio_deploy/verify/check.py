@@ -28,6 +28,7 @@ from trio_deploy.runtimes.onnxruntime import RUNTIME as ORT
 from trio_deploy.runtimes.onnxruntime import OrtRuntime
 from trio_deploy.runtimes.tensorrt.runtime import TrtEngine
 from trio_deploy.verify.compare import (
+    CODED_NORM,
     CODED_PRODUCTS,
     PRODUCTS_OVERLAP,
     TOLERANCES,
@@ -102,7 +103,7 @@ def check(
     segments = tolerance
     if pipeline.ran_as.activations is not None:
         wide = max(tolerance.relative, CODED_PRODUCTS)
-        segments = replace(tolerance, relative=wide, per_token=wide, tokens=False)
+        segments = replace(tolerance, relative=wide, per_token=wide, tokens=False, norm=CODED_NORM)
     rows += compare_stages(
         reference.stages,
         lambda stage, feeds: _run(pipeline, names[stage], feeds),

@@ -45,6 +45,9 @@ class Tolerance:
             up to `CROWDED` (`most_excluded`); None if the kept tokens are compared by `overlap`
             alone.
         tokens: whether greedy tokens must be the reference's.
+        norm: maximum of ‖difference‖ / ‖reference‖ of a token's hidden state, logits, or keys or
+            values of all heads, as the root of the mean square over tokens, beside the maxima
+            above; None: no bound.
     """
 
     relative: float
@@ -53,6 +56,7 @@ class Tolerance:
     overlap: float
     excluded: float | None
     tokens: bool
+    norm: float | None = None
 
 
 TOLERANCES = {
@@ -81,8 +85,15 @@ CROWDED = 256
 CODED_PRODUCTS = 1e-1
 """`relative` and `per_token` of segments whose activations are rounded to 8 bit in products.
 
-The greatest difference; that of norms is a third of it. With the tiny model's trained weights it is
-0.016, with random ones up to 0.04; of a wrong matrix it is about 1.
+The greatest difference. With the tiny model's trained weights it is 0.016, with random ones up to
+0.04; of a wrong matrix it is about 1.
+"""
+
+CODED_NORM = 2.3e-2
+"""`norm` of the same segments.
+
+Trained weights differ by up to 0.016, random ones by 0.021; with a tenth of the matrix overwritten
+that moves least, trained ones by 0.025 or more.
 """
 
 PRODUCTS_OVERLAP = 0.98
@@ -218,6 +229,12 @@ def compare_outputs(
             worst = ParityRow(name, max_abs, max_rel, key)
         if not max_rel <= most:
             problems.append(f"{key} differs by {max_rel:.1e}")
+        if tolerance.norm is not None:
+            far = difference_of_norms(
+                by_token(key, got[key], valid), by_token(key, expected, valid)
+            )
+            if not far <= tolerance.norm:
+                problems.append(f"{key} differs by {far:.1e} of a token's norm")
     return ParityRow(name, worst.max_abs, worst.max_rel, worst.worst, problem=_summary(problems))
 
 
@@ -414,6 +431,31 @@ def difference_by_token(got: NDArray, expected: NDArray) -> tuple[float, float]:
     scale = np.maximum(scale, np.median(scale))
     relative = np.divide(delta, scale, out=np.where(delta > 0, np.inf, 0.0), where=scale > 0)
     return float(delta.max()), float(relative.max())
+
+
+def by_token(key: str, output: NDArray, valid: NDArray[np.bool_]) -> NDArray:
+    """Values of an output [tokens, values] with a row per token that is not padding."""
+    if key.startswith("present."):  # [B, G, C, D]: all heads of a token are one row
+        output, valid = (np.moveaxis(each, 1, 2) for each in (output, valid))
+        output, valid = (each.reshape(*each.shape[:2], -1) for each in (output, valid))
+    return output[valid[..., 0]]
+
+
+def difference_of_norms(got: NDArray, expected: NDArray) -> float:
+    """Root mean square over rows [N, values] of ‖difference‖ / ‖reference‖; infinite if not finite.
+
+    As in `difference_by_token`, a row of less than the median norm counts as one of that.
+    """
+    if expected.size == 0:
+        return 0.0
+    wide = expected.astype(np.float64)
+    delta = np.linalg.norm(got.astype(np.float64) - wide, axis=1)
+    if not np.isfinite(delta).all():
+        return float("inf")
+    scale = np.linalg.norm(wide, axis=1)
+    scale = np.maximum(scale, np.median(scale))
+    far = np.divide(delta, scale, out=np.where(delta > 0, np.inf, 0.0), where=scale > 0)
+    return float(np.sqrt(np.mean(far**2)))
 
 
 def difference_of_proportions(scores: NDArray, reference: NDArray) -> float:
