@@ -18,11 +18,14 @@ from tests.support.run_graph import Runner, filled
 from tests.support.selection_cases import batch_of, weights_of
 from tests.support.transformers_models import model_config, relative
 from trio_deploy import Bundle
+from trio_deploy.graphs.graph import Stage
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.stages import build_prefill
+from trio_deploy.graphs.values import FLOAT
 from trio_deploy.runtimes import openvino_passes
 from trio_deploy.runtimes.base import Engine
 from trio_deploy.runtimes.registry import open_engine
+from trio_deploy.schedule.methods import METHODS
 from trio_deploy.selection.stage import build_select
 
 openvino = pytest.importorskip("openvino")
@@ -131,6 +134,74 @@ def test_numbers_that_passes_add_to_a_graph_are_copies(
     got = compiled(feeds)
     for name, array in Runner(model, weights, "openvino")(feeds).items():
         assert relative(got[name], array) < 1e-6, name
+
+
+#: Times that a method's graph ranks tokens, in bodies of loops too.
+RANKINGS = {
+    "trio": 1,
+    "topk-gradient": 1,
+    "fastv": 1,
+    "dart": 3,
+    "divprune": 0,
+    "random": 1,
+    "cls-attention": 1,
+    "vscan": 2,
+    "cdpruner": 1,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_selection_sorts_and_keeps_what_it_keeps_by_comparing(
+    tmp_path: Path, method: str
+) -> None:
+    config = model_config()
+    model = build_select(config, 1, PRIMITIVE, method=method)
+    weights = random_weights(model)
+    compares = Runner(model, weights, "openvino")
+    onnx.save(filled(model, weights), tmp_path / "graph.onnx")
+    from trio_deploy.runtimes.openvino import OvRuntime
+
+    sorts = OvRuntime(threads=1).open(tmp_path / "graph.onnx", keep_precision=True)
+    changed = openvino.Core().read_model(tmp_path / "graph.onnx")
+    openvino_passes.Passes().sort_ranks(changed)
+    assert sorted_twice(changed) == RANKINGS[method]
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        feeds = batch_of(config, seed)
+        shape = feeds["visual_mask"].shape
+        feeds["seed"] = rng.integers(1000, size=len(feeds["keep"]))
+        feeds["prior"] = rng.integers(4, size=shape).astype(np.float32)  # with ties
+        feeds["prior_local"] = rng.integers(4, size=shape).astype(np.float32)
+        got = sorts.run({name: feeds[name] for name in sorts.inputs})
+        for name, array in compares(feeds).items():
+            np.testing.assert_array_equal(got[name], array, err_msg=name)
+
+
+def sorted_twice(model: Any) -> int:
+    """Rankings by sorting in a model and in the bodies of its loops, two TopKs each."""
+    found = 0
+    for node in model.get_ops():
+        if node.get_type_name() == "Loop":
+            found += 2 * sorted_twice(node.get_function())
+        found += node.get_type_name() == "TopK"
+    return found // 2
+
+
+@pytest.mark.parametrize("length", [1, 2, 19, 300])
+def test_ranks_by_sorting_are_those_of_a_stable_sort(length: int) -> None:
+    stage = Stage("ranks", PRIMITIVE.make_dialect())
+    score = stage.input("score", FLOAT, ["B", "S"])
+    index = stage.op.Range(0, stage.op.Squeeze(stage.op.Shape(score, start=1, end=2), [0]), 1)
+    stage.output("rank", stage.d.ranks(stage.op, score, index), FLOAT, ["B", "S"])
+    core = openvino.Core()
+    model = core.read_model(filled(stage.finish(model_config()), {}).SerializeToString(), b"")
+    openvino_passes.Passes().sort_ranks(model)
+    assert sorted_twice(model) == 1
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for seed, most in enumerate((1, 3, 1000)):
+        scores = np.random.default_rng(seed).integers(most, size=(3, length)).astype(np.float32)
+        order = np.argsort(-scores, axis=1, kind="stable")
+        np.testing.assert_array_equal(compiled([scores])["rank"], np.argsort(order, axis=1))
 
 
 @needs_bfloat16

@@ -116,6 +116,8 @@ class OvRuntime(HostRuntime):
                     self._passes.dequantise(model)
                 else:
                     options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _GROUP
+            if keep_precision:
+                self._passes.sort_ranks(model)
             if self._precision == "bfloat16" and keep_precision:
                 self._passes.narrow_products(model)
             elif self._precision == "bfloat16":

@@ -1,7 +1,7 @@
 """Passes over `primitive` graphs that make OpenVINO's CPU plugin faster.
 
-Each pass changes a model before it is compiled; results change by rounding only.
-Shapes: B rows, S new tokens, P = max(C, S) slots of the cache.
+Each pass changes a model before it is compiled; results change by rounding only, which tokens stay
+not at all. Shapes: B rows, S new tokens, P = max(C, S) slots of the cache.
 """
 
 from __future__ import annotations
@@ -65,6 +65,39 @@ class Passes:
             values.set_friendly_name(scaled.get_friendly_name())
             for target in list(scaled.output(0).get_target_inputs()):
                 target.replace_source_output(node.output(0))
+
+    def sort_ranks(self, model: Any) -> None:
+        """Sort where a graph compares all tokens with all to rank them, in bodies of Loops too.
+
+        TopK of OpenVINO promises no order of equal scores unless it is told to be stable, which
+        takes it as long as comparing all with all. So it sorts twice: scores, then the numbers
+        (distinct scores ahead of it) · S + place, no two of which are equal. These are int32, for S
+        up to 46,340: comparing would take 10 GB there.
+        """
+        for loop in _of_kind(model, "Loop"):
+            self.sort_ranks(loop.get_function())
+        for counted in _of_kind(model, "ReduceSum"):
+            score = _ranked(counted)
+            if score is not None:
+                _replace(counted, self._ranks(score))
+
+    def _ranks(self, score: Any) -> Any:
+        """The number of tokens ahead of each, f32 [B,S]."""
+        op = self._op
+        length = op.gather(op.shape_of(score, "i32"), _at(1), np.int64(0))  # [1]
+        count = op.squeeze(length, _at(0))
+        best = op.topk(score, count, 1, "max", "value", "i32")
+        values = best.output(0)
+        before = self._cut(_at(0), _at(-1), values, 1)
+        after = self._cut(_at(1), _at(_END), values, 1)
+        changes = op.convert(op.not_equal(before, after), "i32")
+        changes = op.pad(changes, _at(0, 1), _at(0, 0), "constant", np.int32(0))
+        ahead = op.multiply(op.cum_sum(changes, np.int64(1)), length)
+        keys = op.topk(op.add(ahead, best.output(1)), count, 1, "min", "value", "i32").output(0)
+        order = op.subtract(keys, ahead)
+        places = op.range(np.int32(0), count, np.int32(1), "i32")
+        places = op.broadcast(places, op.shape_of(order))
+        return op.convert(op.scatter_elements_update(order, order, places, np.int64(1)), "f32")
 
     def narrow_caches(self, model: Any) -> Any:
         """The model with past.* and present.* in bfloat16, as attention computes with them."""
@@ -187,6 +220,25 @@ def _scaled(constant: Any) -> tuple[Any, np.ndarray]:
     while other.get_type_name() != "Constant":
         other = other.input_value(0).get_node()
     return node, other.data.reshape(constant.get_output_shape(0)[0], -1)
+
+
+def _ranked(counted: Any) -> Any | None:
+    """The scores [B,S] whose ranks a ReduceSum counts, as `Dialect.ranks` writes it; or None."""
+    chosen = counted.input_value(0).get_node()
+    if chosen.get_type_name() != "Select":
+        return None
+    either = chosen.input_value(0).get_node()
+    if either.get_type_name() != "LogicalOr":
+        return None
+    greater, tied = (either.input_value(i).get_node() for i in range(2))
+    if (greater.get_type_name(), tied.get_type_name()) != ("Greater", "LogicalAnd"):
+        return None
+    equal = tied.input_value(0).get_node()
+    same = [greater.input_value(i) == equal.input_value(i) for i in range(2)]
+    if equal.get_type_name() != "Equal" or not all(same):
+        return None
+    other, own = (greater.input_value(i).get_node() for i in range(2))
+    return other.input_value(0) if other.input_value(0) == own.input_value(0) else None
 
 
 def _of_kind(model: Any, kind: str) -> list[Any]:
