@@ -7,13 +7,14 @@ PYTHON ?= python3
 VENV := .venv
 TRITON := .venv-triton
 DOCS := .venv-docs
+RAY := .venv-ray
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TESTED := -c requirements/tested.txt
 DEPENDENCIES := pyproject.toml requirements/tested.txt
 PROMPT ?= what color is the circle?
 
-.PHONY: demo demo-intro serve docs test lint types tests server-tests rtx-tests rtx real-weights check-python clean
+.PHONY: demo demo-intro serve docs test lint types tests server-tests rtx-tests rtx ray-tests real-weights check-python clean
 .DELETE_ON_ERROR:
 
 check-python:
@@ -53,7 +54,7 @@ demo: demo-intro $(VENV)/.demo-ready
 	@echo "The kept visual tokens are drawn in out/kept.png"
 
 serve: $(VENV)/.serve-ready
-	$(BIN)/trio serve tiny
+	$(BIN)/trio serve tiny --open
 
 # The site's packages have an environment of their own: none of them is needed by a test.
 $(DOCS)/.ready: requirements/docs.txt | check-python
@@ -106,6 +107,15 @@ rtx-tests: rtx
 	else \
 		echo "TensorRT-RTX tests skipped: pip cannot get its wheels, which are for Linux on x86-64 (above is why)"; \
 	fi
+
+# Two nodes of a cluster on this machine. Not a part of make test, since Ray is large.
+$(RAY)/.ready: pyproject.toml requirements/ray.txt | check-python
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements/ray.txt --editable '.[cpu,export,serve]'
+	@touch $@
+
+ray-tests: $(RAY)/.ready
+	$(RAY)/bin/python -m pytest -q -s tests/serve/test_ray.py $(PYTEST_ARGS)
 
 # After the others, since a server and its clients want both cores. 5: nothing was selected.
 server-tests: $(TRITON)/.triton-ready

@@ -4,9 +4,8 @@
 
 KServe generates the models of its Python package from the same Go types as its CRD. This fetches
 that package and the Kubernetes client from PyPI, parses the model classes without running them, and
-keeps, starting from InferenceService, every type with a field in
-deploy/kserve/inferenceservice.yaml: all of its fields, their types and which are required. Run it
-again for a newer KServe.
+keeps, starting from InferenceService, every type with a field in a file of deploy/kserve: all of
+its fields, their types and which are required. Run it again for a newer KServe.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-MANIFEST = ROOT / "deploy" / "kserve" / "inferenceservice.yaml"
+MANIFESTS = ROOT / "deploy" / "kserve"
 SCHEMA = ROOT / "tests" / "serve" / "triton_server" / "kserve_schema.json"
 PACKAGES = {"kserve==0.21.0": "kserve/models/", "kubernetes==34.1.0": "kubernetes/client/models/"}
 START = "V1beta1InferenceService"
@@ -97,7 +96,10 @@ def main() -> None:
                 models = (model_class(archive.read(name).decode()) for name in files)
                 classes = dict(filter(None, models)) | classes
     found: dict[str, Any] = {}
-    used(yaml.safe_load(MANIFEST.read_text()), START, classes, found)
+    for path in sorted(MANIFESTS.glob("*.yaml")):
+        for document in yaml.safe_load_all(path.read_text()):
+            if document["kind"] == "InferenceService":
+                used(document, START, classes, found)
     schema = {"source": sources, "start": START, "types": dict(sorted(found.items()))}
     SCHEMA.write_text(json.dumps(schema, indent=1) + "\n")
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
+import stat
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,6 +116,81 @@ def test_the_distributions_are_of_this_version_and_fit_for_an_index(dist: Path) 
     named = f"trio_deploy-{trio_deploy.__version__}"
     assert files == [f"{named}-py3-none-any.whl", f"{named}.tar.gz"]
     run(sys.executable, "-m", "twine", "check", "--strict", *files, cwd=dist)
+
+
+def dockerfile(name: str = "Dockerfile") -> list[tuple[str, str]]:
+    """Instructions of a file for containers, in order, each with its text on one line."""
+    text = (ROOT / "deploy" / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.split(maxsplit=1) for line in text.splitlines()]
+    return [(line[0], line[1]) for line in lines if line and not line[0].startswith("#")]
+
+
+@pytest.fixture
+def container(wheel: Path, bundle: Path) -> Iterator[tuple[Path, Path]]:
+    """An environment as the image's steps make it, and a bundle, which others may read."""
+    extras = dict(text.split("=", 1) for name, text in dockerfile() if name == "ARG")["EXTRAS"]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        programs = environment(root / "venv", f"{wheel}[{extras}]")
+        shutil.copytree(bundle, root / "bundle")
+        yield programs, root / "bundle"
+
+
+def test_the_image_is_built_of_what_there_is() -> None:
+    steps = dockerfile()
+    copied = [
+        name
+        for instruction, text in steps
+        if instruction == "COPY" and not text.startswith("--from")
+        for name in text.split()[:-1]
+    ]
+    assert copied and all((ROOT / name).exists() for name in copied)
+    (user,) = [text for instruction, text in steps if instruction == "USER"]
+    assert all(int(number) > 0 for number in user.split(":"))
+    last = max(number for number, (instruction, _) in enumerate(steps) if instruction == "RUN")
+    assert last < [instruction for instruction, _ in steps].index("USER")
+
+
+def test_the_images_command_serves_as_nobody_with_nothing_to_write(
+    container: tuple[Path, Path],
+) -> None:
+    """The steps of deploy/Dockerfile in a clean folder, since no builder runs in tests."""
+    programs, bundle = container
+    steps = dict(dockerfile())  # the last of each
+    user, group = map(int, steps["USER"].split(":"))
+    command = json.loads(steps["ENTRYPOINT"])
+    check = json.loads(re.findall(r"CMD (\[.*\])", steps["HEALTHCHECK"])[0])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [{"/bundle": str(bundle), "8000": port}.get(word, word) for word in command]
+    check = [word.replace(":8000", f":{port}") for word in check]
+    variables = dict(word.split("=", 1) for word in steps["ENV"].split())
+    as_nobody: dict[str, Any] = {"cwd": "/", "env": variables | {"PATH": str(programs)}}
+    python = (programs / "python").resolve()
+    if os.geteuid() == 0 and all(each.stat().st_mode & stat.S_IXOTH for each in python.parents):
+        as_nobody |= {"user": user, "group": group, "extra_groups": []}
+    arguments = [programs / command[0], *command[1:], "--name", "tiny", "--no-auth"]
+    files = {path: path.stat().st_mtime_ns for path in bundle.parent.rglob("*")}
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, **as_nobody) as server:
+        try:
+            assert server.stdout is not None and "serves tiny at" in server.stdout.readline()
+            health = [programs / check[0], *check[1:]]
+            assert subprocess.run(health, **as_nobody).returncode == 0
+            body = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}]}
+            asked = urllib.request.Request(
+                f"http://127.0.0.1:{port}/v1/chat/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(asked, timeout=60) as reply:
+                assert json.load(reply)["choices"][0]["finish_reason"]
+            server.terminate()
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
+    assert files == {path: path.stat().st_mtime_ns for path in bundle.parent.rglob("*")}
 
 
 def test_no_install_brings_torch_and_a_device_needs_no_onnx(

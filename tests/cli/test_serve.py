@@ -135,6 +135,24 @@ def test_what_is_wrong_is_told_before_a_model_is_exported(
     assert message in capsys.readouterr().err
 
 
+def test_the_page_opens_where_a_browser_has_a_window_and_else_its_address_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or len(opened) < 2)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    page = "http://127.0.0.1:8000/"
+    serve.open_page(page)
+    assert not opened and page in capsys.readouterr().out
+    monkeypatch.setenv("DISPLAY", ":0")
+    serve.open_page(page)
+    assert opened == [page] and not capsys.readouterr().out
+    serve.open_page(page)  # the browser fails
+    assert page in capsys.readouterr().out
+
+
 def test_a_model_is_called_as_it_was_named(tmp_path: Path) -> None:
     folder = tmp_path / "my-bundle"
     folder.mkdir()

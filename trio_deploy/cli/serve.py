@@ -8,6 +8,9 @@ import math
 import os
 import re
 import socket
+import sys
+import threading
+import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +46,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--port", type=int, default=8000, help="port to listen at; 0: a free one (default: 8000)"
     )
+    command.add_argument("--open", action="store_true", help="open the page in a browser")
     command.add_argument("--name", help="what clients call the model (default: as named here)")
     command.add_argument(
         "--settings", type=Path, metavar="YAML", help="file of limits, a name and value per line"
@@ -137,8 +141,21 @@ def run(args: argparse.Namespace) -> None:
             from trio_deploy.serve.openai.greeting import greeting
 
             say(greeting(served, url), flush=True)
+            if args.open:  # in a thread, since some browsers return only when they end
+                threading.Thread(target=open_page, args=(f"{url}/",), daemon=True).start()
 
         serve(served, listener, process, listening)
+
+
+def open_page(url: str) -> None:
+    """Open a page in a browser that has a window, or say where it is.
+
+    A browser of the terminal would take it from the server.
+    """
+    windows = sys.platform in ("win32", "darwin")
+    windows = windows or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+    if not (windows and webbrowser.open(url)):
+        say(f"there is no browser here: open {url} where there is one", flush=True)
 
 
 def _open(

@@ -1,4 +1,4 @@
-"""The manifest for KServe against KServe's own schema, of which kserve_schema.json is an extract.
+"""The manifests for KServe against KServe's own schema, of which kserve_schema.json is an extract.
 
 scripts/kserve_schema.py made it.
 """
@@ -14,14 +14,23 @@ from typing import Any
 import pytest
 import yaml
 
+from trio_deploy.cli.main import parser
+from trio_deploy.cli.serve import API_KEY
 from trio_deploy.pipeline.batcher.metrics import Metrics
 from trio_deploy.serve import metrics
+from trio_deploy.serve.limits import read_settings
+from trio_deploy.serve.metrics import prometheus_text
+from trio_deploy.serve.openai.gate import Doors
+from trio_deploy.serve.openai.settings import Settings
 
 ROOT = Path(__file__).parents[3]
 SCHEMA = json.loads((Path(__file__).parent / "kserve_schema.json").read_text())
-MANIFEST = yaml.safe_load((ROOT / "deploy" / "kserve" / "inferenceservice.yaml").read_text())
+KSERVE = ROOT / "deploy" / "kserve"
+MANIFEST = yaml.safe_load((KSERVE / "inferenceservice.yaml").read_text())
+SERVER, MONITOR = yaml.safe_load_all((KSERVE / "server.yaml").read_text())
 
 SCALARS = {"str": str, "int": int, "bool": bool, "float": float}
+PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 # Kubernetes writes quantities ("16Gi") and ports as text or numbers.
 LOOSE = {"object", "V1beta1MetricQuantity", "ResourceQuantity"}
 
@@ -57,8 +66,9 @@ def check(value: Any, kind: str, where: str = "") -> list[str]:
     return errors
 
 
-def test_the_manifest_follows_kserves_schema():
-    assert check(MANIFEST, SCHEMA["start"]) == []
+@pytest.mark.parametrize("manifest", [MANIFEST, SERVER], ids=["triton", "server"])
+def test_a_manifest_follows_kserves_schema(manifest):
+    assert check(manifest, SCHEMA["start"]) == []
 
 
 @pytest.mark.parametrize(
@@ -119,3 +129,38 @@ def test_the_server_ends_in_time_in_spite_of_streams_that_stay_open_and_no_answe
     grace = int(arguments["--grpc-max-connection-age-grace"]) / 1000
     assert grace > longest
     assert age + grace < int(arguments["--exit-timeout-secs"])
+
+
+def container() -> dict[str, Any]:
+    (found,) = SERVER["spec"]["predictor"]["containers"]
+    return found
+
+
+def test_the_plain_servers_command_and_limits_are_taken():
+    command = container()["command"] + container()["args"]
+    assert command[:2] == ["trio", "serve"]
+    parsed = parser().parse_args(command[1:])
+    settings = Settings.parse(read_settings(None, parsed.set))
+    assert parsed.drain_s > settings.service.max_timeout_s
+    grace = SERVER["spec"]["predictor"]["terminationGracePeriodSeconds"]
+    assert grace > parsed.drain_s + parsed.drain_delay_s
+    probe = container()["readinessProbe"]
+    assert parsed.drain_delay_s > probe["periodSeconds"] * probe["failureThreshold"]
+    ports = {container()[name]["httpGet"]["port"] for name in PROBES}
+    assert ports == {parsed.port} == {container()["ports"][0]["containerPort"]}
+    assert {container()[name]["httpGet"]["path"] for name in PROBES} == set(Doors().open) - {"/"}
+
+
+def test_the_plain_server_scales_on_its_own_metrics_and_is_asked_with_its_key():
+    (metric,) = SERVER["spec"]["predictor"]["autoScaling"]["metrics"]
+    query = metric["external"]["metric"]["query"]
+    names = set(re.findall(r"trio_\w+(?=\{)", query))
+    assert len(names) == 2 and names <= set(re.findall(r"trio_\w+", prometheus_text(Metrics())))
+    rows = Settings().service.batcher.max_rows
+    assert int(metric["external"]["target"]["value"]) == rows
+    (key,) = [env["valueFrom"] for env in container()["env"] if env["name"] == API_KEY]
+    (endpoint,) = MONITOR["spec"]["podMetricsEndpoints"]
+    assert endpoint["authorization"]["credentials"] == key["secretKeyRef"]
+    assert endpoint["port"] == container()["ports"][0]["name"]
+    pods = f"{SERVER['metadata']['name']}-predictor-"
+    assert query.count(pods) == 2
