@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from tests.support import qwen_models
 from tests.support.quantised import quantised
@@ -65,10 +66,10 @@ def prompt(config: ModelConfig, dtype: str = "float32") -> dict[str, np.ndarray]
 
 
 def pair(
-    build: Any, dialect: str, scheme: str, config: ModelConfig
+    build: Any, dialect: str, scheme: str, config: ModelConfig, **more: Any
 ) -> tuple[ir.Model, dict[str, np.ndarray], ir.Model, dict[str, np.ndarray]]:
     """A quantised graph and its arrays, and a float one with the values that they stand for."""
-    plain, coded = (build(options(dialect, each, config)) for each in (None, scheme))
+    plain, coded = (build(options(dialect, each, config, **more)) for each in (None, scheme))
     arrays, values = quantised(coded, random_weights(plain, 1))
     return coded, arrays, plain, values
 
@@ -180,6 +181,48 @@ def test_a_weight_is_dequantised_once_per_selection() -> None:
     nodes = [node for node in model.graph if node.op_type == "DequantizeLinear"]
     assert len(nodes) == 8  # seven matrices of the layer, and the head
     assert "MatMulNBits" not in {node.op_type for node in model.graph}
+
+
+@pytest.mark.parametrize("dialect", ["onnx", "primitive"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_graphs_dequantise_floats_of_4_bit_to_the_values_of_their_codes(
+    dialect: str, dtype: Any
+) -> None:
+    """To the bit in float32, by onnx's own evaluator: ONNX Runtime has no such type."""
+    config = MODELS["biases, tied"]()
+    coded, arrays, plain, values = pair(segment(config), dialect, "nvfp4", config, dtype=dtype)
+    proto = filled(coded, arrays)
+    assert proto.opset_import[0].version == 23
+    onnx.checker.check_model(proto, full_check=True)
+    found = {value.name: value for value in plain.graph.initializers.values()}
+    for layer in (0, 1):
+        name = f"language_model.layers.{layer}.mlp.down_proj.weight"
+        matrix = ReferenceEvaluator(part_of(proto, name)).run(None, {})[0]
+        assert matrix.shape == tuple(found[name].shape)
+        assert np.array_equal(matrix, values[name].astype(dtype))
+
+
+def part_of(model: onnx.ModelProto, output: str) -> onnx.ModelProto:
+    """What computes one value of constants alone, as a model."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    needed, nodes = [output], []
+    for node in reversed(model.graph.node):
+        if set(node.output) & set(needed):
+            nodes.insert(0, node)
+            needed.extend(node.input)
+    made = onnx.helper.make_graph(
+        nodes,
+        "part",
+        [],
+        [onnx.helper.make_value_info(output, onnx.TypeProto())],
+        [constants[name] for name in dict.fromkeys(needed) if name in constants],
+    )
+    return onnx.helper.make_model(made, opset_imports=model.opset_import, ir_version=11)
+
+
+def test_floats_of_4_bit_are_not_for_graphs_of_onnx_runtime() -> None:
+    with pytest.raises(TrioError, match="no products with weights in nvfp4: choose the dialect"):
+        GraphOptions(dialect="ort", quantize="nvfp4")
 
 
 def test_weights_as_inputs_are_not_quantised() -> None:

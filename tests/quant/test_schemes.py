@@ -14,6 +14,7 @@ from trio_deploy.bundle.writer import BundleWriter
 from trio_deploy.checkpoint.safetensors import TensorEntry, read_header
 from trio_deploy.errors import TrioError
 from trio_deploy.quant.matrix import dequantised, round_to_nearest
+from trio_deploy.quant.narrow_floats import round_to_e2m1, scale_of_matrix
 from trio_deploy.quant.packing import Form, pack
 from trio_deploy.quant.schemes import (
     SCHEMES,
@@ -22,6 +23,8 @@ from trio_deploy.quant.schemes import (
     coding_of,
     coding_of_stored,
     decode,
+    head_coding,
+    layer_coding,
     quantised_weight,
     scheme_named,
     split_name,
@@ -68,9 +71,35 @@ def test_parts_are_named_by_their_bits() -> None:
     assert whole.parts[1].shape == (6, 1)  # TensorRT takes 4 bit in blocks alone
     rows = quantised_weight("w", (6, 50), Coding(8, 50, "signed", "float32"))
     assert rows.parts == (Part("w.int8", (6, 50), "int8"), Part("w.int8.scale", (6,), "float32"))
-    assert split_name("a.weight.int4") == ("a.weight", 4)
-    assert split_name("a.weight.int8") == ("a.weight", 8)
+    floats = quantised_weight("w", (6, 128), Coding(4, 16, "signed", "float8_e4m3fn", kind="fp"))
+    assert floats.parts == (
+        Part("w.fp4", (6, 128), "float4_e2m1fn"),
+        Part("w.fp4.scale", (6, 8), "float8_e4m3fn"),
+        Part("w.fp4.matrix", (), "float32"),
+    )
+    assert floats.nbytes == 6 * 64 + 6 * 8 + 4
+    assert split_name("a.weight.int4") == ("a.weight", "int4")
+    assert split_name("a.weight.int8") == ("a.weight", "int8")
+    assert split_name("a.weight.fp4") == ("a.weight", "fp4")
     assert split_name("a.weight.int8.scale") is None and split_name("a.weight") is None
+
+
+@pytest.mark.parametrize(
+    ("selects", "columns", "expected"),
+    [
+        (False, 64, Coding(4, 16, "signed", "float8_e4m3fn", kind="fp")),
+        (False, 40, Coding(8, 40, "signed", "float32")),
+        (True, 64, Coding(8, 64, "signed", "float32")),
+    ],
+)
+def test_floats_of_4_bit_are_for_segments_and_rows_of_whole_blocks(
+    selects: bool, columns: int, expected: Coding
+) -> None:
+    scheme = SCHEMES["nvfp4"]
+    assert layer_coding(scheme, "w", columns, selects, "signed", "float16") == expected
+    assert head_coding(scheme, "w", columns, selects, "signed", "float16") == Coding(
+        8, columns, "signed", "float32"
+    )
 
 
 CODINGS = [
@@ -79,6 +108,8 @@ CODINGS = [
     Coding(4, 64, "signed", "float16"),
     Coding(8, 320, "signed", "float32"),
 ]
+
+FLOATS_OF_4_BIT = Coding(4, 16, "signed", "float8_e4m3fn", kind="fp")
 
 
 @pytest.mark.parametrize("coding", CODINGS, ids=str)
@@ -119,12 +150,44 @@ def test_weight_files_hold_what_numpy_packs(
     assert np.array_equal(found, dequantised(matrix))
 
 
-def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
+def test_files_hold_floats_of_4_bit_whose_scale_is_that_of_the_whole_matrix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its greatest value is in the last rows, which are read last."""
+    values = np.random.default_rng(0).normal(0, 0.1, (7, 64)).astype(ml_dtypes.bfloat16)
+    values[6, 5] = 3
+    file = tmp_path / "checkpoint.bin"
+    file.write_bytes(values.tobytes())
+    entry = TensorEntry(file, 0, values.nbytes, values.shape, "BF16")
+    weight = quantised_weight("w", values.shape, FLOATS_OF_4_BIT)
+    layout = plan_layout(weight.parts)
+    monkeypatch.setattr("trio_deploy.bundle.weights._CHUNK", 3 * 64 * 4)
+    with BundleWriter(tmp_path / "bundle") as writer:
+        write_layout(writer, layout, {p.name: PartSource(entry, weight) for p in weight.parts})
+    raw = {}
+    for part, of in zip(weight.parts, ("codes", "scale", "matrix"), strict=True):
+        place = layout.places[part.name]
+        content = (tmp_path / "bundle" / place.file).read_bytes()
+        raw[of] = content[place.offset : place.offset + place.nbytes]
+    wide = values.astype(np.float32)
+    of_matrix = scale_of_matrix(3.0)
+    codes, scale = round_to_e2m1(wide, of_matrix)
+    assert raw == {
+        "codes": codes.tobytes(),
+        "scale": scale.tobytes(),
+        "matrix": of_matrix.tobytes(),
+    }
+    header = read_header(tmp_path / "bundle" / layout.shards[0].file)
+    assert [header[p.name].dtype for p in weight.parts] == ["U8", "F8_E4M3", "F32"]
+
+
+@pytest.mark.parametrize("coding", [CODINGS[2], FLOATS_OF_4_BIT], ids=str)
+def test_a_value_that_is_not_finite_is_named(coding: Coding, tmp_path: Path) -> None:
     values = np.ones((4, 64), np.float32)
     values[2, 3] = np.inf
     file = tmp_path / "checkpoint.bin"
     file.write_bytes(values.tobytes())
-    weight = quantised_weight("w", values.shape, CODINGS[2])
+    weight = quantised_weight("w", values.shape, coding)
     source = PartSource(TensorEntry(file, 0, values.nbytes, values.shape, "F32"), weight)
     layout = plan_layout(weight.parts)
     with (
@@ -145,7 +208,7 @@ def test_headers_of_codes_are_those_of_bytes() -> None:
 
 
 def test_unknown_schemes_are_refused() -> None:
-    with pytest.raises(TrioError, match="choose one of int8, int4, int4-g32, none"):
+    with pytest.raises(TrioError, match="choose one of int8, int4, int4-g32, nvfp4, none"):
         scheme_named("int3")
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from trio_deploy.graphs.weight import PartValue
-from trio_deploy.quant.schemes import decode, encode
+from trio_deploy.quant.narrow_floats import E2M1, E4M3, greatest, scale_of_matrix
+from trio_deploy.quant.packing import apart
+from trio_deploy.quant.schemes import encode, values_of
 
 
 def quantised(
@@ -17,21 +19,32 @@ def quantised(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Arrays of a graph's parts made from float weights, and the weights that they stand for.
 
-    Codes of 4 bit are arrays of ml_dtypes.int4, one per entry.
+    Codes of 4 bit are arrays of ml_dtypes' types, one per entry.
     """
     parts, values = dict(weights), dict(weights)
     for value in model.graph.initializers.values():
         if not isinstance(value, PartValue) or value.stored.coding is None:
             continue
-        stored = value.stored
-        first, second = stored.parts
-        codes, scale = encode(weights[stored.name], stored.coding)
-        bits, columns = stored.coding.bits, stored.shape[1]
-        values[stored.name] = decode(codes, scale, bits, columns)
-        if first.dtype == "int4":
-            low, high = codes << 4, codes & 0xF0
-            codes = np.stack([low, high], axis=-1).view(np.int8) >> 4
-            codes = codes.reshape(first.shape).astype(ml_dtypes.int4)
-        parts |= {first.name: codes.view(np.int8) if first.dtype == "int8" else codes}
-        parts[second.name] = scale
+        stored, coding = value.stored, value.stored.coding
+        assert coding is not None
+        of_matrix = None
+        if coding.label == "fp4":
+            of_matrix = scale_of_matrix(greatest(weights[stored.name]))
+        codes, scale = encode(weights[stored.name], coding, of_matrix)
+        arrays = {"codes": codes, "scale": scale}
+        arrays |= {} if of_matrix is None else {"matrix": of_matrix}
+        values[stored.name] = values_of(arrays, coding.label, stored.shape[1])
+        for part, array in zip(stored.parts, arrays.values(), strict=True):
+            parts[part.name] = _in_type(array, part.dtype).reshape(part.shape)
     return parts, values
+
+
+def _in_type(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The array of a part in its own type, as far as numpy has it."""
+    if dtype == "int4":
+        return ((apart(array) << 4).view(np.int8) >> 4).astype(ml_dtypes.int4)
+    if dtype == "float4_e2m1fn":
+        return apart(array).view(E2M1)
+    if dtype == "float8_e4m3fn":
+        return array.view(E4M3)
+    return array.view(np.int8) if dtype == "int8" else array

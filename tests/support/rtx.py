@@ -103,6 +103,7 @@ class Case:
             inputs, by the target in the `onnx` dialect.
         schedule: as for `trio export`; "": the recipe's.
         quantize: scheme of the weights; "": they are float.
+        gpu: compute capability that the target names, for schemes that not every GPU has.
     """
 
     model: str = "tiny"
@@ -111,6 +112,7 @@ class Case:
     dtype: str = "float16"
     schedule: str = ""
     quantize: str = ""
+    gpu: str = ""
 
     def __str__(self) -> str:
         words = (self.model, self.dialect, self.layout, self.dtype, self.schedule, self.quantize)
@@ -147,11 +149,12 @@ class Compiler:
         """A case's bundle and target, exported once per run."""
         large = case.model not in SMALL
         size = "full-size-" if large else ""
-        file = self._folder / f"{size}{case.dialect}-{case.layout}-{case.dtype}.yaml"
+        file = self._folder / f"{size}{case.dialect}-{case.layout}-{case.dtype}{case.gpu}.yaml"
         if not file.exists():
             values = {"dialect": case.dialect, "layout": case.layout, "dtype": case.dtype}
             values["weights"] = "inputs" if (large and case.dialect == "onnx") else "constants"
-            file.write_text(TARGET.format(**values))
+            named = f'compute_capability: "{case.gpu}"\n' if case.gpu else ""
+            file.write_text(TARGET.format(**values) + named)
         options: dict[str, Any] = {"target": file}
         if case.schedule:
             options["schedule"] = case.schedule

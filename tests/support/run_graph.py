@@ -15,7 +15,7 @@ def filled(model: ir.Model, weights: Mapping[str, np.ndarray]) -> onnx.ModelProt
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             dtype = value.type.dtype
-            array = np.ascontiguousarray(weights[name]).astype(dtype.numpy())
+            array = np.asarray(weights[name], order="C").astype(dtype.numpy())
             assert array.shape == tuple(value.shape), (name, array.shape, value.shape)
             value.const_value = ir.tensor(array, dtype=dtype, name=name)
     return ir.to_proto(model)

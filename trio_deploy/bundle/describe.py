@@ -14,7 +14,7 @@ from trio_deploy.bundle.manifest import (
 from trio_deploy.checkpoint.fit import CheckpointInfo
 from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.files import format_bytes
-from trio_deploy.quant.schemes import BESIDE_CODES, split_name
+from trio_deploy.quant.schemes import BESIDE_CODES, bits_of, split_name
 from trio_deploy.quant.stored_weight import ITEM_BITS
 
 
@@ -76,8 +76,9 @@ def quantised_widths(manifest: Manifest) -> list[str]:
     for name, place in manifest.tensors.items():
         split = split_name(name)
         if split is not None:
-            width = f"{split[1]} bit"
-            bits = ITEM_BITS[place.dtype] if place.dtype != "uint8" else split[1]
+            own = bits_of(split[1])
+            width = f"{own} bit"
+            bits = ITEM_BITS[place.dtype] if place.dtype != "uint8" else own
             count = place.nbytes * 8 // bits
         elif name.endswith(BESIDE_CODES) and split_name(name.rpartition(".")[0]) is not None:
             continue

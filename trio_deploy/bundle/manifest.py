@@ -168,7 +168,8 @@ class TensorPlace(msgspec.Struct, frozen=True):
     Attributes:
         file: path in the bundle, `weights/….safetensors`.
         offset: first byte, counted from the start of the file.
-        dtype: `float32`, `float16` or `bfloat16`; of codes `uint8` (in blocks), `int8` or `int4`.
+        dtype: `float32`, `float16` or `bfloat16`; of codes `uint8` (in blocks), `int8`,
+            `int4` or `float4_e2m1fn`, whose scales are `float8_e4m3fn`.
     """
 
     file: str
@@ -182,7 +183,7 @@ class Quantization(msgspec.Struct, frozen=True):
     """How the matrices of a bundle were quantised.
 
     Attributes:
-        scheme: `int8`, `int4` or `int4-g32`: what is stored, however it came to be.
+        scheme: name of the menu (`quant/schemes.py`): what is stored, however it came to be.
         bits: of the matrices of decoder layers.
         block: entries that share a scale at most; 0: a row.
         symmetric: whether no matrix has zero points.

@@ -31,6 +31,7 @@ from trio_deploy.checkpoint.safetensors import DTYPES as NUMPY_DTYPES
 from trio_deploy.checkpoint.safetensors import TensorEntry
 from trio_deploy.errors import TrioError
 from trio_deploy.quant.matrix import dequantised
+from trio_deploy.quant.narrow_floats import greatest, scale_of_matrix
 from trio_deploy.quant.schemes import coded_part, encode, stored_arrays
 from trio_deploy.quant.stored_weight import Part, StoredWeight
 
@@ -39,7 +40,7 @@ Progress = Callable[[int], object]
 
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DTYPES = {code: name for name, code in SAFETENSORS.items()}
-_CODES = {**SAFETENSORS, "uint8": "U8", "int8": "I8"}
+_CODES = {**SAFETENSORS, "uint8": "U8", "int8": "I8", "float8_e4m3fn": "F8_E4M3"}
 _CHUNK = 1 << 24
 _SHARD = 4_000_000_000  # below the 4 GiB that FAT file systems can hold in a file
 _ALIGN = 64
@@ -189,7 +190,7 @@ def _chunks(
     if name != codes:
         return (part.reshape(-1).view(np.uint8).data for part in rest.pop(name))
     if isinstance(entry, TensorEntry):
-        return _quantised(entry, weight, rest.setdefault(others[0], []))
+        return _quantised(entry, weight, rest)
     try:
         first, *arrays = stored_arrays(entry.read(), weight.coding)
     except TrioError as error:
@@ -199,10 +200,40 @@ def _chunks(
 
 
 def _quantised(
-    entry: TensorEntry, weight: StoredWeight, scales: list[np.ndarray]
+    entry: TensorEntry, weight: StoredWeight, rest: dict[str, list[np.ndarray]]
 ) -> Iterator[memoryview]:
-    """Codes of a matrix, some rows at a time, whose scales are added to `scales`."""
+    """Codes of a matrix, some rows at a time, whose scales are added to `rest`.
+
+    A matrix with a scale of its own is read twice, first for its greatest value.
+    """
     assert weight.coding is not None
+    scale_of, *others = (part.name for part in weight.parts[1:])
+    most, of_matrix = 0.0, None
+    if others:
+        for rows in _rows(entry, weight):
+            with _named(entry, weight.name):
+                most = max(most, greatest(rows))
+        of_matrix = scale_of_matrix(most)
+        rest[others[0]] = [of_matrix]
+    scales = rest[scale_of] = []
+    for rows in _rows(entry, weight):
+        with _named(entry, weight.name):
+            codes, scale = encode(rows, weight.coding, of_matrix)
+        scales.append(scale)
+        yield codes.reshape(-1).view(np.uint8).data
+
+
+@contextlib.contextmanager
+def _named(entry: TensorEntry, name: str) -> Iterator[None]:
+    """Say in an error which tensor of which file it is about."""
+    try:
+        yield
+    except TrioError as error:
+        raise TrioError(f"{entry.file}: {name}: {error}") from None
+
+
+def _rows(entry: TensorEntry, weight: StoredWeight) -> Iterator[np.ndarray]:
+    """A float matrix of the checkpoint, some rows at a time."""
     rows, columns = weight.shape
     kind = NUMPY_DTYPES[entry.dtype]
     at_once = max(1, _CHUNK // (columns * 4))
@@ -213,13 +244,7 @@ def _quantised(
             raw = file.read(count * columns * kind.itemsize)
             if len(raw) < count * columns * kind.itemsize:
                 raise _truncated(entry.file, weight.name)
-            values = np.frombuffer(raw, kind).reshape(count, columns)
-            try:
-                codes, scale = encode(values, weight.coding)
-            except TrioError as error:
-                raise TrioError(f"{entry.file}: {weight.name}: {error}") from None
-            scales.append(scale)
-            yield codes.reshape(-1).view(np.uint8).data
+            yield np.frombuffer(raw, kind).reshape(count, columns)
 
 
 def _truncated(file: Path, name: str) -> TrioError:

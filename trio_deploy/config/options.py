@@ -64,8 +64,8 @@ class ExportOptions:
         method: selection method of pruning points that name none; None: the recipe's, else trio.
         dtype: float type of graphs and weights; None: the target's.
         dialect: dialect of the graphs; None: the target's.
-        quantize: scheme to quantise by, `int8`, `int4` or `int4-g32`; `none`: weights stay float;
-            None: the recipe's, else the target's, else none.
+        quantize: scheme to quantise by, `int8`, `int4`, `int4-g32` or `nvfp4`; `none`: weights stay
+            float; None: the recipe's, else the target's, else none.
         weights: `constants` of the graphs, or `inputs`, which the runtime binds: one copy in memory
             for all stages; None: the target's.
         target: name or file of a target, or the target itself; None: `cpu`.

@@ -15,7 +15,13 @@ from trio_deploy.graphs.dialects.base import Dialect
 from trio_deploy.graphs.dialects.table import DIALECTS
 from trio_deploy.graphs.values import FLOAT_TYPES
 from trio_deploy.graphs.weights import stored_weights
-from trio_deploy.quant.schemes import Scheme, StoredMatrix, scheme_named, scheme_of
+from trio_deploy.quant.schemes import (
+    WHOLE_NUMBERS,
+    Scheme,
+    StoredMatrix,
+    scheme_named,
+    scheme_of,
+)
 from trio_deploy.quant.stored_weight import StoredWeight
 
 
@@ -65,7 +71,14 @@ class GraphOptions:
             if value not in allowed:
                 raise TrioError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
         if self.quantize is not None:
-            scheme_named(self.quantize)
+            scheme = scheme_named(self.quantize)
+            if scheme.kind == "fp" and DIALECTS[self.dialect].form != "signed":
+                able = [name for name, made in DIALECTS.items() if made.form == "signed"]
+                raise TrioError(
+                    f"{self.dialect} graphs are computed by ONNX Runtime, which has no products "
+                    f"with weights in {self.quantize}: choose the dialect {' or '.join(able)}, or "
+                    f"quantize {', '.join(WHOLE_NUMBERS)}"
+                )
             if self.weights == "inputs":
                 raise TrioError(
                     "quantised weights are constants of their graphs, since an input's codes would "

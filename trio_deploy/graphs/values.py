@@ -29,6 +29,8 @@ PART_TYPES = {
     "uint8": ir.DataType.UINT8,
     "int8": ir.DataType.INT8,
     "int4": ir.DataType.INT4,
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
+    "float4_e2m1fn": ir.DataType.FLOAT4E2M1,
 }
 
 _TINY = 1e-37  # below it a gradient counts as zero

@@ -9,7 +9,15 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
-from trio_deploy.graphs.values import FLOAT_NAMES, PART_TYPES, cast, constant, shape_of, typed
+from trio_deploy.graphs.values import (
+    FLOAT,
+    FLOAT_NAMES,
+    PART_TYPES,
+    cast,
+    constant,
+    shape_of,
+    typed,
+)
 from trio_deploy.quant.schemes import quantised_weight
 from trio_deploy.quant.stored_weight import Coding, Part, StoredWeight, float_weight
 
@@ -59,6 +67,7 @@ class QuantisedWeight(nn.Module):
     Attributes:
         codes, scale: its parts.
         zero: its zero points, or what blocks have added, by `coding`; None: neither.
+        of_matrix: the scale of all its blocks' scales; None: they have none.
         shape: [out, in].
         coding: how it is stored.
     """
@@ -67,15 +76,17 @@ class QuantisedWeight(nn.Module):
         super().__init__(name)
         stored = quantised_weight(name, shape, coding)
         self.shape = list(stored.shape)
-        self.coding, self.scale_dtype = coding, PART_TYPES[coding.scale_dtype]
+        self.coding = coding
+        self.scale_dtype = FLOAT if coding.label == "fp4" else PART_TYPES[coding.scale_dtype]
         parts = [PartValue(stored, part) for part in stored.parts]
         self.codes, self.scale = parts[:2]
         self.zero = parts[2] if coding.asymmetric else None
+        self.of_matrix = parts[2] if coding.label == "fp4" else None
         self._dense: ir.Value | None = None
 
     def into(self, op: Any) -> QuantisedWeight:
         """Register its parts in the graph of `op`."""
-        for part in (self.codes, self.scale, self.zero):
+        for part in (self.codes, self.scale, self.zero, self.of_matrix):
             if part is not None:
                 part._realize(op.builder)
         return self
@@ -100,9 +111,13 @@ class QuantisedWeight(nn.Module):
     def _from_signed(self, op: Any, offsets: bool) -> ir.Value:
         """Codes [out, in], or in 8 bit [out·blocks, in/blocks], whose rows have a scale each."""
         out, columns = self.shape
+        scale: ir.Value = self.scale
+        if self.of_matrix is not None:
+            scale = op.DequantizeLinear(scale, self.of_matrix)
+            scale = typed(scale, FLOAT, shape_of(self.scale))
         per_row = len(shape_of(self.scale)) == 1
         attributes = {"axis": 0} if per_row else {"axis": 1, "block_size": self.coding.block}
-        y = op.DequantizeLinear(self.codes, self.scale, **attributes)
+        y = op.DequantizeLinear(self.codes, scale, **attributes)
         y = typed(y, self.scale_dtype, shape_of(self.codes))
         if self.zero is not None and offsets:
             y = op.Reshape(y, [out, -1, min(self.coding.block, columns)])

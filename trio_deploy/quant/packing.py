@@ -39,18 +39,18 @@ def pack(matrix: QuantisedMatrix, form: Form) -> dict[str, np.ndarray]:
         if columns % matrix.block and not per_row:
             raise TrioError(f"rows of {columns} are no whole blocks of {matrix.block}")
         signed = matrix.codes ^ np.uint8(matrix.offset)  # less 2^(bits-1), in two's complement
-        codes = signed if matrix.bits == 8 else _nibbles(signed)
+        codes = signed if matrix.bits == 8 else nibbles(signed)
         alone = per_row and matrix.bits == 8  # types of 4 bit need blocks
         return {"codes": codes, "scale": matrix.scale[:, 0] if alone else matrix.scale}
     blocks = block_count(columns, matrix.block)
     full = np.empty((rows, blocks, matrix.block), np.uint8)
     full[:] = matrix.offset if matrix.zero is None else matrix.zero[:, :, None]
     full.reshape(rows, -1)[:, :columns] = matrix.codes
-    codes = full if matrix.bits == 8 else _nibbles(full)
+    codes = full if matrix.bits == 8 else nibbles(full)
     packed = {"codes": codes, "scale": matrix.scale}
     if matrix.zero is not None:
         even = np.pad(matrix.zero, ((0, 0), (0, blocks % 2)))
-        packed["zero"] = matrix.zero if matrix.bits == 8 else _nibbles(even)
+        packed["zero"] = matrix.zero if matrix.bits == 8 else nibbles(even)
     return packed
 
 
@@ -64,24 +64,24 @@ def unpack(arrays: dict[str, np.ndarray], form: Form, columns: int, bits: int) -
     codes, scale = arrays["codes"], np.asarray(arrays["scale"]).astype(np.float32)
     scale = scale.reshape(len(codes), -1)
     if form == "signed":
-        whole = codes.view(np.uint8) if bits == 8 else _apart(codes)
+        whole = codes.view(np.uint8) if bits == 8 else apart(codes)
         block = columns // scale.shape[1]
         return QuantisedMatrix(whole ^ np.uint8(1 << (bits - 1)), scale, None, bits, block)
-    whole = codes if bits == 8 else _apart(codes)
+    whole = codes if bits == 8 else apart(codes)
     block = whole.shape[2]
     zero = arrays.get("zero")
     if zero is not None and bits == 4:
-        zero = np.ascontiguousarray(_apart(zero)[:, : scale.shape[1]])
+        zero = np.ascontiguousarray(apart(zero)[:, : scale.shape[1]])
     cut = np.ascontiguousarray(whole.reshape(len(codes), -1)[:, :columns])
     return QuantisedMatrix(cut, scale, zero, bits, block)
 
 
-def _nibbles(codes: np.ndarray) -> np.ndarray:
+def nibbles(codes: np.ndarray) -> np.ndarray:
     """Pack codes of 4 bit [..., n], n even, into bytes [..., n/2]."""
     return (codes[..., ::2] & 15) | (codes[..., 1::2] << 4)
 
 
-def _apart(packed: np.ndarray) -> np.ndarray:
+def apart(packed: np.ndarray) -> np.ndarray:
     """Unpack bytes [..., n/2] into codes of 4 bit [..., n]."""
     codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
     codes[..., ::2] = packed & 15

@@ -1,9 +1,9 @@
 """The menu of schemes, and how one matrix is stored under each.
 
-A scheme says how many bits the matrices of the decoder layers have. The output head has 8, since
-4 move more tokens there than anywhere else; so have the copies of a layer's matrices that
-selections compute with, since it is their rounding that decides which tokens are kept. Everything
-else stays float.
+A scheme says how many bits the matrices of the decoder layers have, as whole numbers or floats. The
+output head is in whole numbers of 8 bit, since 4 move more tokens there than anywhere else; so are
+the copies of a layer's matrices that selections compute with, since it is their rounding that
+decides which tokens are kept. Everything else stays float.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ from trio_deploy.quant.matrix import (
     in_blocks,
     round_to_nearest,
 )
+from trio_deploy.quant.narrow_floats import (
+    BLOCK,
+    from_e2m1,
+    from_e4m3,
+    round_to_e2m1,
+    round_to_e4m3,
+)
 from trio_deploy.quant.packing import Form, pack, unpack
-from trio_deploy.quant.stored_weight import FLOATS, Coding, Part, StoredWeight
+from trio_deploy.quant.stored_weight import FLOATS, LABELS, Coding, Kind, Part, StoredWeight
 
 #: Blocks of matrices in 8 bit, where they have any: the first that divides a row.
 _BLOCKS_OF_8 = (128, 64)
@@ -58,7 +65,10 @@ class Scheme:
     Attributes:
         name: as users write it.
         bits: of the matrices of decoder layers, 4 or 8.
-        blocks: entries that share a scale; the first that divides a row.
+        blocks: entries that share a scale; the first that divides a row; none: a row.
+        kind: of the codes of decoder layers. Floats are computed by NVIDIA's GPUs alone.
+        capability: compute capability from which on GPUs have the codes' type; "": any device.
+        tensorrt: version from which on TensorRT has it.
         stored: matrices that a checkpoint holds quantised, by canonical name: they keep their
             codes, other matrices of decoder layers stay float, and a float head is rounded. None:
             all are rounded.
@@ -67,7 +77,15 @@ class Scheme:
     name: str
     bits: int
     blocks: tuple[int, ...]
+    kind: Kind = "int"
+    capability: str = ""
+    tensorrt: str = ""
     stored: Mapping[str, StoredMatrix] | None = None
+
+    @property
+    def label(self) -> str:
+        """`int4`, as of `Coding`."""
+        return f"{self.kind}{self.bits}"
 
 
 SCHEMES = {
@@ -76,9 +94,12 @@ SCHEMES = {
         Scheme("int8", 8, _BLOCKS_OF_8),
         Scheme("int4", 4, (128, 64)),
         Scheme("int4-g32", 4, (32,)),
+        Scheme("nvfp4", 4, (BLOCK,), "fp", "10.0", "10.8"),
     )
 }
 
+#: Schemes that every device can compute with.
+WHOLE_NUMBERS = tuple(name for name, scheme in SCHEMES.items() if scheme.kind == "int")
 
 NO_SCHEME = "none"
 """What users write to leave weights float where a recipe or target says otherwise."""
@@ -125,34 +146,48 @@ def same_scheme(stored: Mapping[str, StoredMatrix], asked: str | None) -> str:
 def quantised_weight(name: str, shape: Sequence[int], coding: Coding) -> StoredWeight:
     """A matrix [N, K] as its codes `<name>.int4`, `<name>.int4.scale` and what `coding` adds.
 
-    Zero points are `<name>.int4.zero`; what blocks have added is `<name>.int4.offset`.
+    Zero points are `<name>.int4.zero`; what blocks have added is `<name>.int4.offset`; the scale of
+    a whole matrix is `<name>.fp4.matrix`.
     """
     rows, columns = shape
-    blocks, codes = block_count(columns, coding.block), f"{name}.int{coding.bits}"
+    blocks, codes = block_count(columns, coding.block), f"{name}.{coding.label}"
     if coding.form == "blocks":
         bytes_per_block = coding.block * coding.bits // 8
         first = Part(codes, (rows, blocks, bytes_per_block), "uint8")
         scales: tuple[int, ...] = (rows, blocks)
+    elif coding.label == "fp8":
+        first, scales = Part(codes, (rows, columns), LABELS["fp8"]), (rows,)
     elif coding.bits == 8:
         first = Part(codes, (rows * blocks, columns // blocks), "int8")
         scales = (rows * blocks,)
     else:
-        first, scales = Part(codes, (rows, columns), "int4"), (rows, blocks)
+        first, scales = Part(codes, (rows, columns), LABELS[coding.label]), (rows, blocks)
     parts = [first, Part(f"{codes}.scale", scales, coding.scale_dtype)]
     if coding.asymmetric and coding.form == "blocks":
         parts.append(Part(f"{codes}.zero", (rows, (blocks * coding.bits + 7) // 8), "uint8"))
     elif coding.asymmetric:
         parts.append(Part(f"{codes}.offset", (rows, blocks), coding.scale_dtype))
+    elif coding.label == "fp4":
+        parts.append(Part(f"{codes}.matrix", (), "float32"))
     return StoredWeight(name, (rows, columns), tuple(parts), coding)
 
 
-def encode(rows: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarray]:
+def encode(
+    rows: np.ndarray, coding: Coding, of_matrix: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Round some rows of a matrix, floats [n, K]: its codes as bytes, and its scales.
+
+    Args:
+        of_matrix: the scale of the whole matrix, where `coding` has one.
 
     Raises:
         TrioError: a value is not finite.
     """
+    if of_matrix is not None:
+        return round_to_e2m1(rows, of_matrix)
     kind = FLOATS[coding.scale_dtype]
+    if coding.kind == "fp":
+        return round_to_e4m3(rows, kind)
     packed = pack(round_to_nearest(rows, coding.bits, coding.block, kind), coding.form)
     return packed["codes"], packed["scale"].astype(kind)
 
@@ -195,6 +230,23 @@ def stored_arrays(matrix: QuantisedMatrix, coding: Coding) -> list[np.ndarray]:
     return arrays
 
 
+def values_of(arrays: Mapping[str, np.ndarray], label: str, columns: int) -> np.ndarray:
+    """The values of a quantised matrix, float32 [N, K], from the arrays of its parts.
+
+    Args:
+        arrays: `codes`, `scale`, and the others that there are by the end of their names.
+        label: as of `Coding`.
+        columns: K.
+    """
+    codes, scale = arrays["codes"], arrays["scale"]
+    if label == "fp8":
+        return from_e4m3(codes, scale)
+    if label == "fp4":
+        return from_e2m1(codes, scale, arrays["matrix"])
+    others = {name: arrays[name] for name in ("zero", "offset") if name in arrays}
+    return decode(codes, scale, int(label.removeprefix("int")), columns, **others)
+
+
 def decode(
     codes: np.ndarray,
     scale: np.ndarray,
@@ -204,7 +256,7 @@ def decode(
     zero: np.ndarray | None = None,
     offset: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The values of a quantised matrix, float32 [N, K], from the arrays of its parts.
+    """The values of a matrix in whole numbers, float32 [N, K], from the arrays of its parts.
 
     Args:
         codes: as stored: bytes [N, ⌈K/b⌉, b·bits/8] in blocks, else [N, K] or [N, K/2], or in
@@ -231,16 +283,26 @@ def coding_of(scheme: Scheme, bits: int, columns: int, form: Form, dtype: str) -
     `blocks` the last block may be short.
 
     Args:
-        bits: of this matrix: the scheme's, or 8 for the head and selections.
+        bits: of this matrix, in whole numbers: the scheme's, or 8 for the head and selections.
         dtype: the graph's float type.
     """
-    blocks = scheme.blocks if bits == scheme.bits else _BLOCKS_OF_8
+    blocks = scheme.blocks if f"int{bits}" == scheme.label else _BLOCKS_OF_8
     whole = next((block for block in blocks if columns % block == 0), None)
     if form == "blocks":
         return Coding(bits, whole or blocks[0], form, dtype)
     if bits == 8 or whole is None:
         return Coding(8, columns, form, "float32")
     return Coding(bits, whole, form, dtype)
+
+
+def _float_coding(scheme: Scheme, columns: int, dtype: str) -> Coding | None:
+    """How a matrix is stored under a scheme of floats; None: no block divides its rows."""
+    if not scheme.blocks:
+        return Coding(scheme.bits, columns, "signed", dtype, kind="fp")
+    block = next((block for block in scheme.blocks if columns % block == 0), None)
+    if block is None:
+        return None
+    return Coding(scheme.bits, block, "signed", LABELS["fp8"], kind="fp")
 
 
 def layer_coding(
@@ -254,6 +316,9 @@ def layer_coding(
         dtype: the graph's float type.
     """
     least = 8 if selects else 4
+    if scheme.kind == "fp":
+        own = None if selects else _float_coding(scheme, columns, dtype)
+        return own or coding_of(scheme, 8, columns, form, dtype)
     if scheme.stored is None:
         return coding_of(scheme, max(least, scheme.bits), columns, form, dtype)
     matrix = scheme.stored.get(name)
@@ -303,17 +368,22 @@ def coding_of_stored(
 
 
 #: Ends of the names of parts beside codes.
-BESIDE_CODES = (".scale", ".zero", ".offset")
+BESIDE_CODES = (".scale", ".zero", ".offset", ".matrix")
 
 
-def split_name(name: str) -> tuple[str, int] | None:
-    """The weight and the bits that the name of a part with codes tells; None for other parts."""
+def split_name(name: str) -> tuple[str, str] | None:
+    """The weight and the label that the name of a part with codes tells; None for other parts."""
     weight, _, label = name.rpartition(".")
-    return (weight, int(label[3:])) if label in ("int4", "int8") else None
+    return (weight, label) if label in LABELS else None
+
+
+def bits_of(label: str) -> int:
+    """Bits per code: `int4`, 4."""
+    return int(label[-1])
 
 
 def coded_part(part: Part) -> tuple[str, tuple[int, ...]]:
     """How a part lies in a .safetensors file, which has no type of 4 bit: its type and shape."""
-    if part.dtype == "int4":
+    if part.dtype in (LABELS["int4"], LABELS["fp4"]):
         return "uint8", (*part.shape[:-1], math.ceil(part.shape[-1] / 2))
     return part.dtype, part.shape

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +26,22 @@ FLOATS = {
 
 #: Bits per element of the types that parts may have. Elements of 4 bit are two per byte, the first
 #: in the low nibble; parts in blocks are bytes.
-ITEM_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "uint8": 8, "int8": 8, "int4": 4}
+ITEM_BITS = {
+    "float32": 32,
+    "float16": 16,
+    "bfloat16": 16,
+    "uint8": 8,
+    "int8": 8,
+    "float8_e4m3fn": 8,
+    "int4": 4,
+    "float4_e2m1fn": 4,
+}
+
+Kind = Literal["int", "fp"]
+"""Whole numbers, or floats of few bits."""
+
+#: Kinds of codes: type of their parts where they are not in blocks of bytes.
+LABELS = {"int4": "int4", "int8": "int8", "fp4": "float4_e2m1fn", "fp8": "float8_e4m3fn"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,7 @@ class Coding:
         block: entries along K per scale; K or more: a scale per row.
         form: layout of the codes.
         scale_dtype: type of the scales.
+        kind: whether codes are whole numbers or floats of few bits.
         asymmetric: whether a part says what 0 is, of a checkpoint that was quantised so: zero
             points in `blocks`, and in `signed`, which has none, what blocks have added to them.
     """
@@ -66,6 +83,12 @@ class Coding:
     form: Form
     scale_dtype: str
     asymmetric: bool = False
+    kind: Kind = "int"
+
+    @property
+    def label(self) -> str:
+        """`int4`: by which parts are named, a key of `LABELS`."""
+        return f"{self.kind}{self.bits}"
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,12 @@ from trio_deploy.errors import TrioError
 from trio_deploy.families.names import EMBEDDINGS, HEAD, canonical_name
 from trio_deploy.families.registry import get_family
 from trio_deploy.quant.quantization_config import without_quantization_config
-from trio_deploy.quant.schemes import BESIDE_CODES, coded_part, decode, split_name
+from trio_deploy.quant.schemes import BESIDE_CODES, coded_part, split_name, values_of
 from trio_deploy.quant.stored_weight import FLOATS, Part
 from trio_deploy.reference.adapters import model_class
+
+#: Label of the codes that selections have of their own.
+COPIES = "int8"
 
 
 def restore_model(bundle: Bundle, dtype: torch.dtype = torch.float32) -> Any:
@@ -58,8 +61,8 @@ def restore_model(bundle: Bundle, dtype: torch.dtype = torch.float32) -> Any:
         if not _belongs_to_codes(name)
     }
     for name, widths in codes.items():
-        narrowest = widths[min(widths)]  # segments' own, rather than the copy for selections
-        tensors[name] = _dequantised(bundle, narrowest, columns[name])
+        own = next((label for label in widths if label != COPIES), COPIES)
+        tensors[name] = _dequantised(bundle, widths[own], columns[name])
     state = _state(names, expected, tensors)
     silent = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
@@ -105,7 +108,7 @@ def _state(
 def selection_weights(bundle: Bundle, model: Any) -> Callable[[int], AbstractContextManager[None]]:
     """What `Oracle` takes: puts the copies that selections compute with into a restored model."""
     family = get_family(bundle.config.family)
-    copies = {name: widths[8] for name, widths in _codes(bundle).items() if len(widths) > 1}
+    copies = {name: widths[COPIES] for name, widths in _codes(bundle).items() if len(widths) > 1}
 
     @contextmanager
     def use(layer: int) -> Iterator[None]:
@@ -125,9 +128,9 @@ def selection_weights(bundle: Bundle, model: Any) -> Callable[[int], AbstractCon
     return use
 
 
-def _codes(bundle: Bundle) -> dict[str, dict[int, str]]:
-    """Quantised weights: canonical name → bits → name of the part with the codes."""
-    found: dict[str, dict[int, str]] = {}
+def _codes(bundle: Bundle) -> dict[str, dict[str, str]]:
+    """Quantised weights: canonical name → label → name of the part with the codes."""
+    found: dict[str, dict[str, str]] = {}
     for name in bundle.manifest.tensors:
         if (split := split_name(name)) is not None:
             found.setdefault(split[0], {})[split[1]] = name
@@ -157,11 +160,9 @@ def _dequantised(bundle: Bundle, name: str, columns: int) -> Tensor:
             return raw.view(FLOATS[place.dtype]).reshape(place.shape)
         return raw.reshape(coded_part(Part(part, place.shape, place.dtype))[1])
 
-    codes, scale = array(name), array(f"{name}.scale")
-    assert codes is not None and scale is not None
-    zero, offset = array(f"{name}.zero"), array(f"{name}.offset")
-    values = decode(codes, scale, split[1], columns, zero=zero, offset=offset)
-    return torch.from_numpy(values)
+    found = {"codes": array(name)} | {end[1:]: array(name + end) for end in BESIDE_CODES}
+    arrays = {key: value for key, value in found.items() if value is not None}
+    return torch.from_numpy(values_of(arrays, split[1], columns))
 
 
 def _mapped(bundle: Path, place: TensorPlace) -> Tensor:

@@ -16,7 +16,7 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target
 from trio_deploy.config.yaml_files import DTYPES
 from trio_deploy.errors import TrioError
-from trio_deploy.quant.schemes import SCHEMES
+from trio_deploy.quant.schemes import WHOLE_NUMBERS
 
 Array = Any
 """A numpy array, or memory of the engine's device from `Engine.empty`.
@@ -256,7 +256,8 @@ class RuntimeSpec:
         check_target: checks what this runtime alone knows of a target, and fills in its defaults.
         target_dialects: dialects that the version on a target reads; None: all of `dialects`.
         target_schemes: schemes of quantised weights that the version on a target keeps narrow;
-            None: all.
+            None: those in whole numbers.
+        schemes: those whose bundles it runs, narrow or not, such as for comparisons; none: all.
         holds_scores: dialects in which it computes all scores of an attention (heads × queries ×
             keys, float32) before it goes on: graphs for it attend `QUERY_BLOCK` queries at a time
             where the vision tower takes pictures of any size.
@@ -276,6 +277,7 @@ class RuntimeSpec:
     check_target: Callable[[Target], Target] = _unchanged
     target_dialects: Callable[[Target], tuple[str, ...]] | None = None
     target_schemes: Callable[[Target], tuple[str, ...]] | None = None
+    schemes: tuple[str, ...] = ()
     holds_scores: tuple[str, ...] = ()
 
     def query_block(self, dialect: str) -> int | None:
@@ -284,7 +286,7 @@ class RuntimeSpec:
 
     def readable_schemes(self, target: Target) -> tuple[str, ...]:
         """Schemes of quantised weights that it keeps narrow on a target."""
-        return tuple(SCHEMES) if self.target_schemes is None else self.target_schemes(target)
+        return WHOLE_NUMBERS if self.target_schemes is None else self.target_schemes(target)
 
     def readable_dialects(self, target: Target) -> tuple[str, ...]:
         """Dialects it reads on a target, the preferred one first."""

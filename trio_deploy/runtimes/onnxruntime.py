@@ -29,6 +29,7 @@ from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.config.target import Target
 from trio_deploy.config.yaml_files import nearest
 from trio_deploy.errors import TrioError
+from trio_deploy.quant.schemes import WHOLE_NUMBERS
 from trio_deploy.runtimes.base import (
     Array,
     Execution,
@@ -44,6 +45,7 @@ from trio_deploy.runtimes.machine import cores_to_name
 from trio_deploy.runtimes.mapped_weights import WeightMap
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_SHARED = ("float32", "float16", "uint8", "int8")  # types of weights that sessions share
 _DTYPES = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -167,8 +169,8 @@ class OrtRuntime(HostRuntime):
             if self._low_memory:
                 options.add_session_config_entry("session.disable_prepacking", "1")
             for name, place in places.items():
-                # There are no CPU kernels for bfloat16, and no arrays of 4 bit.
-                if place.dtype not in ("bfloat16", "int4"):
+                # There are no CPU kernels for bfloat16, and no arrays of 4 bit or narrow floats.
+                if place.dtype in _SHARED:
                     shared.append(self._weight(path.parent, place))
                     options.add_initializer(name, shared[-1])
         try:
@@ -365,4 +367,5 @@ RUNTIME = RuntimeSpec(
     devices={"cpu": "cpu", "gpu": "cuda"},
     check_target=_check_target,
     holds_scores=("onnx", "primitive"),
+    schemes=WHOLE_NUMBERS,
 )

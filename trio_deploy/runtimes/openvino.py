@@ -19,6 +19,7 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import TensorPlace
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import OutOfMemory, TrioError
+from trio_deploy.quant.schemes import WHOLE_NUMBERS
 from trio_deploy.runtimes.base import (
     Array,
     Execution,
@@ -260,4 +261,5 @@ RUNTIME = RuntimeSpec(
     },
     open=_open,
     default_target="cpu-openvino",
+    schemes=WHOLE_NUMBERS,
 )

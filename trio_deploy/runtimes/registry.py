@@ -120,13 +120,22 @@ def check_scheme(target: Target, scheme: str | None) -> str | None:
 
     if scheme == NO_SCHEME:
         return None
-    scheme_named(scheme)
+    named = scheme_named(scheme)
     spec = runtime_spec(target.runtime)
     able = spec.readable_schemes(target)
     if scheme not in able:
         title = f"{spec.title}{f' {target.tensorrt}' if target.tensorrt else ''}"
+        if named.capability and spec.needs_engines:
+            gpus = target.compute_capabilities or (target.compute_capability or "not named",)
+            title = f"{title} (compute capability {', '.join(gpus)})"
+        what = scheme
+        if named.capability:
+            what += (
+                f", which need compute capability {named.capability} and TensorRT "
+                f"{named.tensorrt}, or later ones"
+            )
         remedy = f"choose {_any_of(able)}" if able else "leave quantised weights out"
-        raise TrioError(f"{title} does not take weights in {scheme}: {remedy}")
+        raise TrioError(f"{title} does not take weights in {what}: {remedy}")
     return scheme
 
 
@@ -211,6 +220,12 @@ def open_runtime(options: RuntimeOptions | None = None, bundle: Bundle | None = 
         options = complete_options(bundle, options)
     options = replace(options, runtime=options.runtime or next(iter(RUNTIMES)))
     spec = _able(options, "float32" if bundle is None else bundle.manifest.dtype)
+    quantised = None if bundle is None else bundle.manifest.quantization
+    if quantised is not None and spec.schemes and quantised.scheme not in spec.schemes:
+        raise TrioError(
+            f"{spec.title} cannot compute with weights in {quantised.scheme}, which NVIDIA's GPUs "
+            f"have: run the bundle there, or export one with --quantize {_any_of(spec.schemes)}"
+        )
     return spec.open(options, bundle)
 
 

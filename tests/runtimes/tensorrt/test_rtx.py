@@ -492,6 +492,37 @@ def test_what_the_compiler_does_not_notice_is_known(
     _compile(UNNOTICED[what], _bounds(UNNOTICED[what]), tmp_path)
 
 
+FLOATS = {"nvfp4": ("12.0", "8.9")}
+"""Scheme of narrow floats → a GPU that has them, and one that has not."""
+
+
+@pytest.mark.parametrize("scheme", FLOATS)
+@pytest.mark.parametrize(("dialect", "layout"), [("primitive", "shared"), ("onnx", "separate")])
+def test_plans_of_narrow_floats_are_narrow(
+    compiler: Compiler, dialect: str, layout: str, scheme: str
+) -> None:
+    gpu, _ = FLOATS[scheme]
+    sizes, held, stored = {}, {}, {}
+    for each in ("", scheme):
+        case = Case("qwen2_5_vl", dialect, layout, schedule=QWEN_SCHEDULE, quantize=each, gpu=gpu)
+        made = compiler.compile(case, "prefill_1", (gpu,))
+        sizes[each] = made.done.compiled.plan_bytes
+        held[each], stored[each] = made.report.weight_bytes, stored_bytes(made.graph)
+    saved = stored[""] - stored[scheme]
+    assert held[""] - held[scheme] > 0.98 * saved
+    assert sizes[""] - sizes[scheme] > 0.6 * saved  # its kernels are larger
+
+
+@pytest.mark.parametrize("scheme", FLOATS)
+def test_gpus_without_narrow_floats_are_refused_by_the_compiler_too(
+    compiler: Compiler, scheme: str
+) -> None:
+    gpu, other = FLOATS[scheme]
+    case = Case("qwen2_5_vl", schedule=QWEN_SCHEDULE, quantize=scheme, gpu=gpu)
+    with pytest.raises(TrioError, match="HW-specific datatypes"):
+        compiler.compile(case, "prefill_1", (other,))
+
+
 @pytest.mark.parametrize(("dialect", "layout"), [("primitive", "shared"), ("onnx", "separate")])
 def test_plans_of_quantised_weights_are_narrow(
     compiler: Compiler, dialect: str, layout: str

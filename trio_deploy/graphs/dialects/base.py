@@ -24,8 +24,8 @@ from trio_deploy.quant.packing import Form
 from trio_deploy.quant.schemes import Scheme, head_coding, layer_coding
 from trio_deploy.quant.stored_weight import Coding
 
-#: Version of the standard operators that has types of 4 bit and blocks.
-FOUR_BIT_OPSET = 21
+#: Version of the standard operators that has the type of some codes, with their blocks.
+OPSETS_OF_CODES = {"int4": 21, "fp4": 23}
 
 
 class Angles(NamedTuple):
@@ -115,8 +115,8 @@ class Dialect(ABC):
         self.scheme, self.selects = scheme, selects
         if decode:
             self.opset = self.decode_opset
-        if scheme is not None and scheme.bits < 8 and not selects:
-            self.opset = max(self.opset, FOUR_BIT_OPSET)
+        if scheme is not None and not selects:
+            self.opset = max(self.opset, OPSETS_OF_CODES.get(scheme.label, 0))
 
     def layer_coding(self, name: str, columns: int) -> Coding | None:
         """How a matrix of a decoder layer with rows of K entries is quantised; None: it is not."""

@@ -91,12 +91,23 @@ def target_schemes(target: Target) -> tuple[str, ...]:
     """Schemes of quantised weights that stay narrow in engines of a target.
 
     By its documentation TensorRT 8.6 computes with codes only where activations have codes too; 4
-    bit came with 10.0, in blocks of 64 and 128.
+    bit came with 10.0, in blocks of 64 and 128. For GPUs that have no floats of few bits the
+    compiler refuses them.
     """
+    from trio_deploy.quant.schemes import SCHEMES  # needs numpy
+
     library = require_engines(target)
-    if library.flavour != "rtx" and parse_version(library.version) < (10, 0):
+    version = None if library.flavour == "rtx" else parse_version(library.version)
+    if version is not None and version < (10, 0):
         return ()
-    return ("int8", "int4")
+    gpus = target.compute_capabilities or (target.compute_capability,)
+    able = ["int8", "int4"]
+    for scheme in SCHEMES.values():
+        if scheme.kind == "fp" and (version is None or version >= parse_version(scheme.tensorrt)):
+            least = parse_version(scheme.capability)
+            if all(gpu is not None and parse_version(gpu) >= least for gpu in gpus):
+                able.append(scheme.name)
+    return tuple(able)
 
 
 def target_dialects(target: Target) -> tuple[str, ...]:

@@ -417,7 +417,7 @@ def test_the_newest_table_that_is_no_newer_holds() -> None:
         "8.6",
         "8.6",
         "10.0",
-        "10.0",
+        "10.8",
         "10.15",
         "10.15",
     ]
@@ -433,6 +433,16 @@ def test_every_table_names_its_source_and_takes_what_older_ones_took() -> None:
 
 
 # ------------------------------------------------------------------------------ quantised weights
+
+
+def test_graphs_of_floats_of_4_bit_pass(exported: Export) -> None:
+    thor = load_target("jetson-thor")
+    bundle = exported("tiny", "jetson-thor", quantize="nvfp4")
+    report = dry_run(bundle, thor)
+    assert report.passed, report.to_text()
+    assert any("opset 23, which codes of 4 bit need" in each.message for each in report.findings)
+    older = dry_run(bundle, thor, tensorrt="10.7")
+    assert any("does not keep weights in float4e2m1" in each for each in errors(older.findings))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
@@ -473,6 +483,8 @@ def test_blocks_of_32_are_refused_for_targets_with_engines(tmp_path: Path) -> No
         (TensorProto.INT8, (4, 128), {"axis": 1, "block_size": 64}, False, "8 bit in blocks"),
         (TensorProto.INT8, (4, 6), {"axis": 0}, True, "has zero points"),
         (TensorProto.UINT4, (4, 128), {"axis": 1, "block_size": 64}, False, "weights in uint4"),
+        (TensorProto.FLOAT4E2M1, (4, 32), {"axis": 1, "block_size": 16}, False, ""),
+        (TensorProto.FLOAT4E2M1, (4, 32), {"axis": 1, "block_size": 32}, False, "not of 16"),
     ],
 )
 def test_what_a_quantised_matrix_may_be(
@@ -480,7 +492,8 @@ def test_what_a_quantised_matrix_may_be(
 ) -> None:
     block = attributes.get("block_size")
     scales = (shape[0],) if block is None else (shape[0], shape[1] // block)
-    count = shape[0] * shape[1] // (2 if dtype in (TensorProto.INT4, TensorProto.UINT4) else 1)
+    halves = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
+    count = shape[0] * shape[1] // (2 if dtype in halves else 1)
     initializers = [
         helper.make_tensor("q", dtype, shape, b"\0" * count, raw=True),
         numpy_helper.from_array(np.ones(scales, np.float32), "s"),
@@ -499,7 +512,7 @@ def test_what_a_quantised_matrix_may_be(
         [helper.make_tensor_value_info("y", FLOAT, [shape[0], 2])],
         initializers,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
     _, findings = check_graph("g", model, [Profile("all", {}, {})], operator_table("10.15"))
     found = errors(findings)
     assert [expected in each for each in found] == ([True] if expected else [])

@@ -44,9 +44,10 @@ from trio_deploy.runtimes.tensorrt.target import (
 #: with that of TensorRT 10.15, and takes every graph that we export.
 _RTX_TABLE = "10.15"
 _CORNERS = ("min", "opt", "max")
-#: Entries of 4 bit that may share a scale.
-_BLOCKS = (64, 128)
-_FOUR_BIT_OPSET = 21
+#: Entries of 4 bit that may share a scale, by type.
+_BLOCKS = {"int4": (64, 128), "float4e2m1": (16,)}
+#: Opset that the type of some codes came with.
+_OPSETS_OF_CODES = {TensorProto.INT4: 21, TensorProto.FLOAT4E2M1: 23}
 
 #: Operator → numbers of the inputs whose elements it computes with; others: the first.
 _DATA_INPUTS: Mapping[str, slice] = {
@@ -350,7 +351,7 @@ def _opsets(model: ModelProto, table: OperatorTable) -> _Messages:
         oldest, newest = table.opset
         if entry.domain:
             yield f"uses operators of {entry.domain}, which need plugins", True
-        elif newest < entry.version <= _FOUR_BIT_OPSET and table.codes and _four_bit(model):
+        elif newest < entry.version <= _opset_of_codes(model) and table.codes:
             yield (
                 f"has opset {entry.version}, which codes of 4 bit need; {oldest} to {newest} are "
                 "documented, and the parser's source does not ask",
@@ -360,8 +361,10 @@ def _opsets(model: ModelProto, table: OperatorTable) -> _Messages:
             yield f"has opset {entry.version}; opsets {oldest} to {newest} are supported", True
 
 
-def _four_bit(model: ModelProto) -> bool:
-    return any(tensor.data_type == TensorProto.INT4 for tensor in model.graph.initializer)
+def _opset_of_codes(model: ModelProto) -> int:
+    """Opset that a graph has for its codes of 4 bit; 0: it has none."""
+    types = {tensor.data_type for tensor in model.graph.initializer}
+    return max((_OPSETS_OF_CODES.get(each, 0) for each in types), default=0)
 
 
 def _volumes(resolved: Resolved, table: OperatorTable, label: str) -> _Messages:
@@ -414,9 +417,11 @@ def _dequantise(step: Step, table: OperatorTable) -> Iterator[str]:
     if any(tensor is not None for tensor in step.inputs[2:]):
         yield "has zero points: quantise symmetrically"
     block = attributes.get("block_size", 0)
-    if dtype == "int4" and block not in _BLOCKS:
-        yield f"has blocks of {block}, not of 64 or 128: export with --quantize int4"
-    if dtype == "int4" and codes.shape[-1] % 2:
+    sizes = _BLOCKS.get(dtype)
+    if sizes is not None and block not in sizes:
+        needed = " or ".join(map(str, sizes))
+        yield f"has blocks of {block}, not of {needed}: export with --quantize int4"
+    if sizes is not None and codes.shape[-1] % 2:
         yield f"has rows of {codes.shape[-1]} codes of 4 bit, an odd number"
     if dtype == "int8" and block:
         yield "has codes of 8 bit in blocks: only a scale per row stays narrow for certain"
