@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from tests.support.bundles import Bundles
 from tests.support.pictures import make_picture
+from tests.support.pieces import equal, of, ran
 from tests.support.questions import alike
 from tests.support.qwen_checkpoints import make_processor, shared_checkpoint
 from tests.support.qwen_models import FAMILIES, shared_model
@@ -71,6 +72,16 @@ def ask(parts: list[Any], new: int = 8, **options: Any) -> Request:
         for part in parts
     ]
     return Request([{"role": "user", "content": content}], images, new, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefill_in_pieces_gives_what_the_whole_gives_to_the_last_bit(opened, family: str):
+    """Pieces take their part of the positions and of what is added behind layers."""
+    pipeline = opened(family)
+    for prompt in PROMPTS:
+        expected, stages = ran(pipeline, [ask(prompt)])
+        got, pieces = ran(pipeline, [ask(prompt)], of(9))
+        assert len(pieces) > len(stages) and equal(got, expected)
 
 
 def inputs_of(family: str, request: Request) -> dict[str, Any]:

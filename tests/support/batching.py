@@ -80,10 +80,10 @@ class Gate:
         self.turns: list[int] = []
         prefill = pipeline.prefill
 
-        def gated(rows: list[SequenceState], clock: Any) -> Any:
+        def gated(rows: list[SequenceState], *given: Any) -> Any:
             self.turns.append(len(rows))
             assert self.open.wait(WAIT_S)
-            return prefill(rows, clock)
+            return prefill(rows, *given)
 
         monkeypatch.setattr(pipeline, "prefill", gated)
 

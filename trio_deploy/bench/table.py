@@ -28,6 +28,16 @@ _SWEEP_HEAD = (
     "visual tokens|budget|first token s|(quartiles)|prefill s|against no pruning|FLOPs limit|"
     "reached|prefill FLOPs|KV MiB"
 ).split("|")
+_WAITING_HEAD = (
+    "budget|rows|bound on the gap|longest gap s|tokens/s|against no bound|first token s|"
+    "against no bound|tokens/s, nobody joins"
+).split("|")
+WAITING_NOTE = (
+    "Rows that are being decoded, while prompts with pictures join them one after another, with a "
+    "bound on the gap (`max_gap_ms`) and without one by turns. The gap is the longest time between "
+    "two tokens of a row in any run; tokens per second are those of all rows, first tokens those "
+    "of the prompts that join: medians."
+)
 
 
 def to_text(result: Mapping[str, Any]) -> str:
@@ -44,7 +54,7 @@ def to_markdown(result: Mapping[str, Any], command: str, picture: str | None = N
     """The same tables as Markdown, with the machine, the command and, if named, the chart."""
     lines = [f"# {_title(result)}", "", f"Command: `{command}`.", ""]
     machine = machine_text(result["machine"], result["load_before"], result["load_after"])
-    lines += [f"Machine: {machine}", "", NOTE, ""]
+    lines += [f"Machine: {machine}", "", WAITING_NOTE if "waiting" in result else NOTE, ""]
     if picture:
         lines += [f"![{_title(result)}]({picture})", ""]
     for head, *rows in _tables(result):
@@ -66,6 +76,8 @@ def _title(result: Mapping[str, Any]) -> str:
 
 def _said(result: Mapping[str, Any]) -> list[str]:
     """Sentences about the cases: how they ran, and remarks."""
+    if "waiting" in result:
+        return [f"{RanAs(**result['ran_as'])}."]
     points = result.get("points", [result])
     cases = [case for point in points for case in point["cases"]]
     remarks = {f"{case['name']}: {case['remark']}." for case in cases if case.get("remark")}
@@ -89,6 +101,8 @@ def _tables(result: Mapping[str, Any]) -> list[list[list[str]]]:
     """Tables as rows of cells, heads first."""
     if "points" in result:
         return [_sweep_table(result["points"])]
+    if "waiting" in result:
+        return [_waiting_table(result["waiting"])]
     cases = result["cases"]
     return [_time_table(cases), _cost_table(cases)]
 
@@ -157,6 +171,30 @@ def _sweep_table(points: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def _waiting_table(points: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Ratios are to the line without a bound."""
+    table, plain = [_WAITING_HEAD], points[0]
+    for point in points:
+        if point["bound"] == "no bound":
+            plain = point
+        ratios = (point[key] / plain[key] for key in ("tokens_per_s", "first_token_s"))
+        faster, later = ("" if point is plain else f"{ratio:.2f}" for ratio in ratios)
+        table.append(
+            [
+                point["case"],
+                str(point["rows"]),
+                point["bound"],
+                f"{point['gap_s']:.2f}",
+                f"{point['tokens_per_s']:.1f}",
+                faster,
+                f"{point['first_token_s']:.2f}",
+                later,
+                f"{point['alone_tokens_per_s']:.1f}",
+            ]
+        )
+    return table
+
+
 def where(case: Mapping[str, Any]) -> str:
     """The runtime that computed a case, and its float type."""
     engine = {
@@ -212,21 +250,22 @@ def _piped(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def write(result: dict[str, Any], out: Path, chart: str) -> list[Path]:
-    """Write `out` with .json, .md and .svg appended: figures, tables and the chart.
+def write(result: dict[str, Any], out: Path, chart: str | None) -> list[Path]:
+    """Write `out` with .json, .md and, of a chart, .svg appended: figures, tables and the chart.
 
     Args:
         result: figures, and under `command` their origin.
-        chart: an SVG file's content.
+        chart: an SVG file's content; None: there is none.
 
     Raises:
         TrioError: they cannot be written.
     """
     files = [out.with_name(f"{out.name}.{ending}") for ending in ("json", "md", "svg")]
-    contents = (
+    contents = [
         json.dumps(result, indent=1) + "\n",
-        to_markdown(result, result["command"], files[2].name),
-        chart,
-    )
+        to_markdown(result, result["command"], files[2].name if chart else None),
+        *([chart] if chart else []),
+    ]
+    files = files[: len(contents)]
     write_together({file: text.encode() for file, text in zip(files, contents, strict=True)})
     return files

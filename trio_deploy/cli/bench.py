@@ -28,6 +28,7 @@ from trio_deploy.schedule.budget import read_budget
 if TYPE_CHECKING:
     from trio_deploy.bench.measure import BenchOptions
     from trio_deploy.bundle.bundle import Bundle
+    from trio_deploy.pipeline.batcher.scheduler import BatcherLimits
 
 SUMMARY = "Measure time and memory, compared with no pruning and other pipelines."
 
@@ -79,6 +80,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--sweep", action="store_true", help="measure every budget with every number of --images"
     )
     command.add_argument(
+        "--rows",
+        type=list_of(int),
+        help="measure instead how long so many rows that are being decoded wait while prompts join "
+        "them, such as 1,8,16",
+    )
+    command.add_argument(
+        "--max-gap-ms",
+        type=float,
+        help="bound on that wait, with --rows, compared with none (default: that of the servers)",
+    )
+    command.add_argument(
         "--baselines",
         type=list_of(str, none="none"),
         help="pipelines to compare with: transformers, oracle, genai, comma-separated, or none "
@@ -110,6 +122,7 @@ def run(args: argparse.Namespace) -> None:
         TrioError: neither or both of bundle and --size, an option that does not go with them, or
             what measuring raises.
     """
+    from trio_deploy.bench.joining import measure_rows
     from trio_deploy.bench.measure import BenchOptions, measure, sweep
     from trio_deploy.bench.table import to_text, write
     from trio_deploy.report.charts import bench_chart
@@ -119,6 +132,7 @@ def run(args: argparse.Namespace) -> None:
         raise TrioError("several numbers of --images are a sweep: pass --sweep, or one number")
     if args.out is not None and not is_folder(args.out.absolute().parent):
         raise TrioError(f"--out cannot write {args.out}: there is no folder {args.out.parent}")
+    limits = _limits(args)
     budgets = tuple(map(read_budget, args.budget or ()))
     options = BenchOptions(
         budgets=budgets or ((0.111, 0.222, 0.333) if args.sweep else (None,)),
@@ -136,11 +150,29 @@ def run(args: argparse.Namespace) -> None:
     )
     with contextlib.ExitStack() as stack:
         bundle, options = _subject(args, options, stack)
-        measured = sweep(bundle, options, images) if args.sweep else measure(bundle, options)
+        if args.rows:
+            measured = measure_rows(bundle, options, args.rows, limits.max_gap_ms)
+        else:
+            measured = sweep(bundle, options, images) if args.sweep else measure(bundle, options)
     result: dict[str, Any] = {"command": shown_command(args.arguments), **measured}
     if args.out is not None:
-        write(result, args.out, bench_chart(result))
+        write(result, args.out, None if args.rows else bench_chart(result))
     say(json.dumps(result, indent=2) if args.json else to_text(result))
+
+
+def _limits(args: argparse.Namespace) -> BatcherLimits:
+    """The bound on the gap.
+
+    Raises:
+        TrioError: it is out of range, or options do not go together.
+    """
+    from trio_deploy.pipeline.batcher.scheduler import BatcherLimits
+
+    if args.max_gap_ms is not None and not args.rows:
+        raise TrioError("--max-gap-ms belongs to --rows: name numbers of rows")
+    if args.rows and (args.sweep or args.baselines):
+        raise TrioError("--rows measures the bundle alone: leave out --sweep and --baselines")
+    return BatcherLimits(**({} if args.max_gap_ms is None else {"max_gap_ms": args.max_gap_ms}))
 
 
 def _subject(

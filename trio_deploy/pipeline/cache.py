@@ -80,8 +80,11 @@ class SegmentCache:
         """The first rows alone, in the same memory; all rows where it cannot be sliced."""
         if count == self.rows or not self.sliceable:
             return self
-        parts = [{slot: array[:count] for slot, array in each.items()} for each in self.buffers]
-        return SegmentCache(self.layers, self.capacity, self.lengths[:count], self.shape, parts)
+        return self._cut(slice(count))
+
+    def only_row(self, row: int) -> SegmentCache:
+        """One row alone, in the same memory, which can be sliced."""
+        return self._cut(slice(row, row + 1))
 
     @property
     def sliceable(self) -> bool:
@@ -159,6 +162,10 @@ class SegmentCache:
     @property
     def _full(self) -> tuple[int, ...]:
         return (self.rows, self.shape.heads, self.capacity, self.shape.head_dim)
+
+    def _cut(self, rows: slice) -> SegmentCache:
+        parts = [{slot: array[rows] for slot, array in each.items()} for each in self.buffers]
+        return SegmentCache(self.layers, self.capacity, self.lengths[rows], self.shape, parts)
 
     def _named(self, tensors: Sequence[TensorInfo], step: int) -> dict[str, Array]:
         buffers = self._set(step)

@@ -16,6 +16,7 @@ from trio_deploy.export.cache import find_bundle
 from trio_deploy.pipeline.batch import DecodeBatch
 from trio_deploy.pipeline.features import CacheCounts, FeatureCache
 from trio_deploy.pipeline.memory import memory_for
+from trio_deploy.pipeline.pieces import Pace, Turn, at_once
 from trio_deploy.pipeline.prefill import Clock, Prefilled, Stages
 from trio_deploy.pipeline.prepare import RequestPreparer
 from trio_deploy.pipeline.prompt import PromptEncoder, collate
@@ -42,6 +43,7 @@ class Pipeline:
         precision: float type that the segments' results are rounded to, and in which selections
             multiply with weights; the rest of a selection is computed in the bundle's type.
         ran_as: runtime, target, float types and device, read back from the opened engines.
+        pace: how long pieces of prefills take here, as batchers learn it.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Pipeline:
         self.bundle = bundle
         self.precision = precision
         self.ran_as = ran_as
+        self.pace = Pace()
         self._stages = stages
         self._preparer = preparer
 
@@ -189,8 +192,13 @@ class Pipeline:
         """
         return self._preparer.prepare(request, before_image)
 
-    def prefill(self, sequences: Sequence[SequenceState], clock: Clock) -> Prefilled:
+    def prefill(
+        self, sequences: Sequence[SequenceState], clock: Clock, turn: Turn = at_once
+    ) -> Prefilled:
         """Run prepared sequences up to their first logits, and record what each one kept.
+
+        Args:
+            turn: called before each stage, and between the pieces of long ones.
 
         Raises:
             TrioError: a selection did not converge.
@@ -209,6 +217,7 @@ class Pipeline:
             np.array([each.max_tokens for each in sequences], np.int64),
             clock,
             np.array([(each.request.seed or 0) % SEEDS for each in sequences], np.int64),
+            turn,
         )
         for row, sequence in enumerate(sequences):
             sequence.kept = [kept[row] for kept in prefilled.kept]

@@ -19,6 +19,7 @@ from trio_deploy.files import format_bytes
 from trio_deploy.pipeline.cache import Allocate, CacheShape, SegmentCache
 from trio_deploy.pipeline.features import FeatureCache, KeyedLayout, Outputs
 from trio_deploy.pipeline.memory import memory_for
+from trio_deploy.pipeline.pieces import Piece, Turn, at_once
 from trio_deploy.pipeline.prompt import Batch
 from trio_deploy.runtimes.arrays import concatenate, on_host, to_host
 from trio_deploy.runtimes.base import Array, Blocks, Engine, HostMoment, Moment, Runtime
@@ -145,6 +146,10 @@ class Stages:
         dtype = self.engines[self.embed.name].outputs[self.embed.output_name("tokens")].dtype
         self.axes = 1 if text.rope.axes is None else 3
         self.hidden_size, self.vocab_size, self.dtype = text.hidden_size, text.vocab_size, dtype
+        self._work_per_key = 2 * text.num_heads * text.head_dim
+        self._work_per_query = text.hidden_size * (
+            2 * (text.num_heads + text.num_kv_heads) * text.head_dim + 3 * text.intermediate_size
+        )
         if [i for name in self.segments for i in self.layers[name]] != list(range(text.num_layers)):
             raise TrioError(
                 "the bundle's segments do not cover the model's layers one by one: export it again"
@@ -261,6 +266,7 @@ class Stages:
         new_tokens: np.ndarray,
         clock: Clock,
         seeds: np.ndarray | None = None,
+        turn: Turn = at_once,
     ) -> Prefilled:
         """Run a batch up to its first logits.
 
@@ -269,6 +275,7 @@ class Stages:
             keeps: for each pruning point, int64 [B], visual tokens to keep.
             new_tokens: int64 [B], most tokens that each row generates; sizes the KV cache.
             seeds: int64 [B], of `random` selections; None: 0 for all.
+            turn: called before each stage, and between the pieces of a segment.
 
         Raises:
             TrioError: a selection did not converge, or the request exceeds what an engine was built
@@ -277,8 +284,10 @@ class Stages:
         visual = batch.visual_mask.sum(axis=1)
         for name, lengths in self.lengths(batch.lengths, visual, keeps).items():
             self.capacity(name, int((lengths + new_tokens).max()))  # before anything is computed
+        turn(Piece("vision", sum(image.feature_rows for image in images)))
         with clock.stage("vision", self._moment):
             encoded = self.encode_images(images)
+        turn(Piece("embed", batch.input_ids.size))
         with clock.stage("embed", self._moment):
             embed = self.feeds(
                 self.embed,
@@ -309,6 +318,7 @@ class Stages:
             if stage.kind == "select":
                 keep, selection = keeps[len(selections)], None
                 if (keep < tokens.visual_counts).any():
+                    turn(Piece(stage.label, int(tokens.lengths.sum())))
                     with clock.stage(stage.label, self._moment):
                         selection, tokens = self._select(stage, tokens, keep)
                 selections.append(selection)
@@ -316,7 +326,8 @@ class Stages:
                 with clock.stage(stage.label, self._moment):
                     longest = int((tokens.lengths + new_tokens).max())
                     caches[name] = self.cache(name, tokens.lengths, longest)
-                    tokens.hidden = self._segment(stage, caches[name], tokens, deepstack)
+                segment = _Segment(stage, caches[name], tokens, deepstack)
+                tokens.hidden = self._segment(segment, clock, turn)
         logits = to_host(tokens.hidden)  # waits for the device, for the first time
         kept = _kept(selections, batch.lengths)
         return Prefilled(logits, caches, kept, _faults(selections, kept, batch))
@@ -405,34 +416,69 @@ class Stages:
         """The stage whose decode steps read a segment's cache."""
         return self.decode or self.info[name]
 
-    def _segment(
-        self,
-        stage: StageInfo,
-        cache: SegmentCache,
-        tokens: _Tokens,
-        deepstack: Mapping[str, Array],
-    ) -> Array:
-        """Run a segment and fill its cache; returns hidden states, or logits of the last one."""
+    def _segment(self, segment: _Segment, clock: Clock, turn: Turn) -> Array:
+        """Run a segment and fill its cache; returns hidden states, or logits of the last one.
+
+        A graph that writes its keys and values behind those of a row's earlier tokens takes the
+        tokens of a row in pieces of any lengths. Padding is not computed then, and stays 0.
+        """
+        stage, tokens = segment.stage, segment.tokens
+        layers, lengths = len(stage.layers), [int(length) for length in tokens.lengths]
+        apart = (
+            self._shares_cache
+            and bool(stage.inputs_of("cache"))
+            and segment.cache.sliceable
+            and on_host(tokens.hidden)
+        )
+
+        def left(row: int, start: int) -> Piece:
+            rows = ((start, lengths[row]), *((0, length) for length in lengths[row + 1 :]))
+            per_query, per_key = layers * self._work_per_query, layers * self._work_per_key
+            return Piece.of_queries(stage.label, rows, per_query, per_key)
+
+        queries = turn(left(0, 0) if apart else Piece(stage.label, sum(lengths)))
+        if queries is None:
+            with clock.stage(stage.label, self._moment):
+                return self._run_segment(segment)
+        last = bool(stage.outputs_of("logits"))
+        whole = (len(lengths), self.vocab_size) if last else tokens.hidden.shape
+        out: np.ndarray = np.zeros(whole, np.float32 if last else tokens.hidden.dtype)
+        for row, length in enumerate(lengths):
+            start = 0
+            while start < length:
+                stop = length if queries is None else min(start + queries, length)
+                with clock.stage(stage.label, self._moment):
+                    y = self._run_segment(segment.part(row, start, stop), start)
+                    out[row : row + 1, ... if last else slice(start, stop)] = y
+                start = stop
+                if start < length or row + 1 < len(lengths):
+                    row_left = (row, start) if start < length else (row + 1, 0)
+                    queries = turn(left(*row_left))
+        return out
+
+    def _run_segment(self, segment: _Segment, past: int = 0) -> Array:
+        """Run a segment's graph on tokens that stand behind `past` others of their row."""
+        stage, tokens, cache = segment.stage, segment.tokens, segment.cache
         feeds = self.feeds(
             stage,
             {
                 "tokens": tokens.hidden,
                 "positions": tokens.positions,
                 "lengths": tokens.lengths,
-                "past_lengths": np.zeros_like(tokens.lengths),
+                "past_lengths": np.full_like(tokens.lengths, past),
                 "feature_index": tokens.feature_index,
             },
-            {**tokens.per_token, **deepstack},
+            {**tokens.per_token, **segment.deepstack},
         )
         into: Mapping[str, Array] = {}
-        if past := stage.inputs_of("cache"):
+        if inputs := stage.inputs_of("cache"):
             if self._shares_cache:
                 feeds |= cache.past(stage)
                 into = cache.present(stage)
             else:
                 shape = self.cache_shape
                 none = np.zeros((len(tokens.lengths), shape.heads, 0, shape.head_dim), shape.dtype)
-                feeds |= {tensor.name: none for tensor in past}
+                feeds |= {tensor.name: none for tensor in inputs}
         outputs = self.engines[stage.name].run(feeds, into, host=())
         if not into:
             cache.fill(stage, outputs)
@@ -507,6 +553,37 @@ class _Tokens:
     seeds: np.ndarray
     per_token: dict[str, np.ndarray]
     feature_index: Array
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A segment's graph and what it runs on.
+
+    Attributes:
+        deepstack: [R,d] each, features that are added behind a decoder layer, by name.
+    """
+
+    stage: StageInfo
+    cache: SegmentCache
+    tokens: _Tokens
+    deepstack: Mapping[str, Array]
+
+    def part(self, row: int, start: int, stop: int) -> _Segment:
+        """The same for some tokens of one row."""
+
+        def cut(array: Array) -> Array:  # [B,S] or [B,3,S]
+            return np.ascontiguousarray(array[row : row + 1, ..., start:stop])
+
+        tokens = self.tokens
+        part = replace(
+            tokens,
+            hidden=tokens.hidden[row : row + 1, start:stop],
+            positions=cut(to_host(tokens.positions)),
+            lengths=np.array([stop - start], np.int64),
+            per_token={name: cut(values) for name, values in tokens.per_token.items()},
+            feature_index=cut(to_host(tokens.feature_index)),
+        )
+        return replace(self, cache=self.cache.only_row(row), tokens=part)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from trio_deploy import TrioError
 from trio_deploy.pipeline.batcher.scheduler import (
     Action,
     BatcherLimits,
+    Continue,
     Decode,
     Entry,
     Expire,
@@ -29,6 +31,9 @@ LIMITS = BatcherLimits(max_rows=4, prefill_rows=3, prefill_tokens=100)
 THREADS = replace(LIMITS, prefillers=2)
 KV = replace(LIMITS, max_kv_bytes=50)
 A, B, C, D = (Entry(key, tokens=tokens) for key, tokens in enumerate((10, 20, 30, 40)))
+GAP = replace(LIMITS, max_gap_ms=500)
+# The last step ended at 10.0 and took 0.125 s, and the next piece takes 0.15 s at least.
+PIECE = State(decoding=[A], prefilling=1, prefills=1, piece_s=0.15, stepped=10.0, step_s=0.125)
 LATE = Entry(7, deadline=5.0, tokens=10)
 HALF = Entry(8, tokens=50)  # of the tokens of one prefill
 
@@ -152,6 +157,47 @@ SITUATIONS: dict[str, tuple[State, BatcherLimits, Action]] = {
         LIMITS,
         Expire((7,), ()),
     ),
+    "a piece, nobody is being decoded": (
+        replace(PIECE, decoding=(), now=10.0),
+        GAP,
+        Continue(math.inf),
+    ),
+    "a piece, as long as the rows can wait": (replace(PIECE, now=10.125), GAP, Continue(0.25)),
+    "another piece, there is room for it": (
+        replace(PIECE, now=10.125, piece_ran=True),
+        GAP,
+        Continue(0.25),
+    ),
+    "another piece, just room for it": (
+        replace(PIECE, now=10.125, piece_s=0.25, piece_ran=True),
+        GAP,
+        Continue(0.25),
+    ),
+    "a step, for there is no room for another piece": (
+        replace(PIECE, now=10.25, piece_ran=True),
+        GAP,
+        Decode(),
+    ),
+    "a piece where no step is short enough, so that the prefill ends": (
+        replace(PIECE, now=10.25, step_s=9.0),
+        GAP,
+        Continue(0.0),
+    ),
+    "rows that joined take their step before a piece": (
+        replace(PIECE, now=10.0, joined=True),
+        GAP,
+        Decode(),
+    ),
+    "cancelled before a piece": (
+        replace(PIECE, now=10.0, cancelled=frozenset([0])),
+        GAP,
+        Expire((0,), ()),
+    ),
+    "nobody else is prefilled between the pieces": (
+        replace(PIECE, now=10.0, waiting=[B], decoding=()),
+        GAP,
+        Continue(math.inf),
+    ),
     "cancelled, but already ended": (State(cancelled=frozenset([3])), LIMITS, Wait(None)),
 }
 
@@ -185,9 +231,13 @@ def test_who_may_wait(queued: int, closing: bool, reason: str | None) -> None:
         ({"max_kv_bytes": 0}, "max_kv_bytes"),
         ({"preparers": 0}, "preparers"),
         ({"prefillers": -1}, "prefillers must be 0 or more"),
+        ({"max_gap_ms": 0}, "max_gap_ms must be a number above 0, got 0"),
+        ({"max_gap_ms": math.inf}, "max_gap_ms"),
+        ({"max_gap_ms": math.nan}, "max_gap_ms"),
+        ({"max_gap_ms": "500"}, "max_gap_ms"),
     ],
 )
-def test_limits_that_are_too_small_are_refused(limits: dict[str, int], message: str) -> None:
+def test_limits_that_are_too_small_are_refused(limits: dict[str, Any], message: str) -> None:
     with pytest.raises(TrioError, match=message):
         BatcherLimits(**limits)
 
@@ -217,10 +267,15 @@ class Run:
     plan: list[Planned]
     limits: BatcherLimits
     prefill_time: int
+    piece_time: int = 1
     time: int = 0
     preparing: dict[int, Entry] = field(default_factory=dict)
     waiting: dict[int, Entry] = field(default_factory=dict)
-    prefilling: list[tuple[int, list[Entry]]] = field(default_factory=list)
+    prefilling: list[tuple[float, list[Entry]]] = field(default_factory=list)
+    arrived: set[int] = field(default_factory=set)
+    pieces: int = 0
+    piece_ran: bool = False
+    stepped: int = 0
     decoding: dict[int, Entry] = field(default_factory=dict)
     made: dict[int, int] = field(default_factory=dict)
     ended: dict[int, str] = field(default_factory=dict)
@@ -241,7 +296,8 @@ class Run:
 
     def arrive(self) -> None:
         for key, planned in enumerate(self.plan):
-            if planned.arrival == self.time:
+            if planned.arrival <= self.time and key not in self.arrived:
+                self.arrived.add(key)
                 if refusal(len(self.preparing) + len(self.waiting), False, self.limits):
                     self.ended[key] = "refused"
                 else:
@@ -259,6 +315,10 @@ class Run:
             prefills=len(self.prefilling) - len(finished),
             prefilled=len(finished),
             decoding=list(self.decoding.values()),
+            piece_s=self.piece_time if self.pieces else None,
+            piece_ran=self.piece_ran,
+            stepped=self.stepped,
+            step_s=1,
             joined=self.joined,
             cancelled=frozenset(k for k in everywhere if self.plan[k].cancel <= self.time),
             kv_bytes=[
@@ -285,11 +345,14 @@ class Run:
                     self.end(key, "cancelled" if key in cancelled else "deadline")
             case Prefill(keys):
                 self.prefill(keys, state)
+            case Continue(seconds):
+                self.piece(seconds, state)
             case Join():
                 self.join()
             case Decode():
                 assert self.decoding
-                self.joined = False
+                self.joined = self.piece_ran = False
+                self.stepped = self.time + 1
                 self.steps.append(len(self.decoding))
                 for key in list(self.decoding):
                     self.take(key)
@@ -307,14 +370,30 @@ class Run:
         padded = len(jobs) * max(entry.tokens for entry in jobs)
         assert len(jobs) == 1 or padded <= self.limits.prefill_tokens
         self.started += keys
-        inline = self.limits.prefillers == 0
-        self.prefilling.append((self.time if inline else self.time + self.prefill_time, jobs))
+        if self.limits.prefillers:
+            self.prefilling.append((self.time + self.prefill_time, jobs))
+        else:
+            self.pieces = 1 + self.prefill_time
+            self.prefilling.append((math.inf, jobs))
         under_way = sum(time > self.time for time, _ in self.prefilling)
-        assert under_way <= self.limits.prefillers
+        assert under_way <= max(1, self.limits.prefillers)
         rows = [*self.decoding, *self.in_prefill()]
         assert len(rows) <= self.limits.max_rows
         if self.limits.max_kv_bytes is not None and len(rows) > 1:
             assert self.kv_bytes(rows) <= self.limits.max_kv_bytes
+
+    def piece(self, seconds: float, state: State) -> None:
+        """Run a piece of the least length: of two, the second only where there is room for it."""
+        assert self.pieces and not (self.joined and state.decoding)
+        if state.decoding:
+            waited = self.time - self.stepped + self.piece_time + state.step_s
+            assert not self.piece_ran or waited <= self.limits.max_gap_ms / 1000
+        self.piece_ran = True
+        self.pieces -= 1
+        self.time += self.piece_time - 1
+        if not self.pieces:
+            ((_, jobs),) = self.prefilling
+            self.prefilling = [(self.time, jobs)]
 
     def join(self) -> None:
         assert not (self.joined and self.decoding), "those being decoded wait for a step"
@@ -356,15 +435,16 @@ limits = st.builds(
     prefill_tokens=st.integers(1, 150),
     max_kv_bytes=st.none() | st.integers(72, 300),
     prefillers=st.integers(0, 3),
+    max_gap_ms=st.integers(1, 12).map(lambda seconds: 1000.0 * seconds),
 )
 
 
-@given(st.lists(requests, max_size=25), limits, st.integers(0, 6))
+@given(st.lists(requests, max_size=25), limits, st.integers(0, 6), st.integers(1, 4))
 def test_a_whole_run_keeps_the_limits_and_ends_every_request(
-    plan: list[Planned], limits: BatcherLimits, prefill_time: int
+    plan: list[Planned], limits: BatcherLimits, prefill_time: int, piece_time: int
 ) -> None:
     """Limits, and that none that was cancelled or is overdue starts, are checked on the way."""
-    run = Run(plan, limits, prefill_time)
+    run = Run(plan, limits, prefill_time, piece_time)
     run.simulate()
     assert run.ended.keys() == set(range(len(plan))), "one is forgotten"
     assert len(run.started) == len(set(run.started))

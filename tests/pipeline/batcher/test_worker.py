@@ -179,10 +179,10 @@ def test_a_row_whose_prefill_fails_leaves_the_others_their_answers(
     """Prefilled together they all fail; then each is tried alone."""
     prefill = pipeline.prefill
 
-    def fragile(rows: list[SequenceState], clock: Any) -> Any:
+    def fragile(rows: list[SequenceState], *given: Any) -> Any:
         if any(row.request.max_new_tokens == 7 for row in rows):
             raise TrioError("select_2 found no set of tokens")
-        return prefill(rows, clock)
+        return prefill(rows, *given)
 
     gate = Gate(pipeline, monkeypatch)
     with Batcher(pipeline) as batcher:
@@ -251,8 +251,8 @@ def test_a_prefill_that_gives_nonsense_ends_its_rows_and_not_the_service(
 ) -> None:
     prefill = pipeline.prefill
 
-    def broken(rows: list[SequenceState], clock: Any) -> Any:
-        prefilled = prefill(rows, clock)
+    def broken(rows: list[SequenceState], *given: Any) -> Any:
+        prefilled = prefill(rows, *given)
         if fault == "logits":
             return replace(prefilled, logits=prefilled.logits[:0])
         for row in rows:
@@ -309,3 +309,69 @@ def test_a_prefill_that_no_thread_is_started_for_is_done_once(
             assert alike(handle.result(WAIT_S), expected)
         assert batcher.metrics().outcomes == {"length": 5}
         assert batcher.metrics().first_token.count == 5 and batcher._worker._prefills == 0
+
+
+def _steps_in_prefills(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, batcher: Batcher
+) -> list[int]:
+    """The decode steps that are taken within each prefill from now on."""
+    prefill, steps = pipeline.prefill, list[int]()
+
+    def counted(*given: Any) -> Any:
+        before = batcher.metrics().steps
+        prefilled = prefill(*given)
+        steps.append(batcher.metrics().steps - before)
+        return prefilled
+
+    monkeypatch.setattr(pipeline, "prefill", counted)
+    return steps
+
+
+@pytest.mark.parametrize("max_gap_ms", [0.001, 1e6])
+def test_rows_get_tokens_between_the_pieces_of_a_prefill_where_the_gap_asks_for_it(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, max_gap_ms: float
+) -> None:
+    running = Request("what is red ?", max_new_tokens=500)
+    joining = Request(ask(COLOR), [scenes.generate(0).image], max_new_tokens=2)
+    with Batcher(pipeline, max_gap_ms=max_gap_ms) as batcher:
+        started = threading.Event()
+        first = batcher.submit(running, lambda event: started.set())
+        assert started.wait(WAIT_S)
+        steps = _steps_in_prefills(pipeline, monkeypatch, batcher)
+        answer = batcher.submit(joining).result(WAIT_S)
+        assert not first.done and len(steps) == 1
+        whole = first.result(WAIT_S)
+    monkeypatch.undo()
+    runs = sum(stage.kind != "decode" for stage in pipeline.bundle.stages.values())
+    assert steps[0] >= runs - 1 if max_gap_ms < 1 else steps[0] == 0
+    assert alike(answer, pipeline.generate_batch([joining])[0])
+    assert alike(whole, pipeline.generate_batch([running])[0])
+
+
+def test_a_step_that_fails_between_pieces_ends_its_rows_and_not_the_prefill(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joining = Request(ask(COLOR), [scenes.generate(0).image], max_new_tokens=2)
+    with Batcher(pipeline, max_gap_ms=0.001) as batcher:
+        started = threading.Event()
+        first = batcher.submit(
+            Request("what is red ?", max_new_tokens=2000), lambda event: started.set()
+        )
+        assert started.wait(WAIT_S)
+        prefill, step = pipeline.prefill, batcher._worker._batch.step
+
+        def breaks_steps(*given: Any) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(batcher._worker._batch, "step", broken)
+                return prefill(*given)
+
+        def broken() -> Any:
+            raise TrioError("out of memory")
+
+        monkeypatch.setattr(pipeline, "prefill", breaks_steps)
+        answer = batcher.submit(joining).result(WAIT_S)
+        with pytest.raises(Failed, match="out of memory"):
+            first.result(WAIT_S)
+        assert batcher._worker._batch.step == step
+    monkeypatch.undo()
+    assert alike(answer, pipeline.generate_batch([joining])[0])

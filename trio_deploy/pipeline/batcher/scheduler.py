@@ -9,6 +9,9 @@ and carries the decision out. Every rule of the batcher is in this file:
 - Rows being decoded and rows being prefilled together never exceed the limits.
 - After prefilled rows have joined, the batch takes a decode step before more are prefilled or join,
   so that new requests cannot stall those being answered.
+- A prefill of the worker's own is run in pieces. The batch takes a decode step between two of them
+  where its rows would wait longer than `max_gap_ms` for their next tokens otherwise. At least one
+  piece runs between two steps, so that a prefill comes to its end whatever the limit.
 """
 
 from __future__ import annotations
@@ -35,6 +38,11 @@ class BatcherLimits:
         prefillers: threads that prefill while the worker decodes; 0: the worker prefills too,
             between steps. If a CPU's cores are shared out to them (and the pipeline is opened with
             `threads=1`), short answers come faster than from one prefill on all cores.
+        max_gap_ms: milliseconds that rows being decoded wait at most for their next tokens while
+            the worker prefills others, between steps. It is aimed at: a piece that takes longer by
+            itself takes as long, and how long pieces take is learnt from those before. A low one
+            delays the first tokens of those that join. Where stages return before they are done
+            (TensorRT), a prefill runs as a whole.
         preparers: threads that open pictures and tokenise prompts.
 
     Raises:
@@ -48,10 +56,15 @@ class BatcherLimits:
     max_prompt_tokens: int | None = None
     max_kv_bytes: int | None = None
     prefillers: int = 0
+    max_gap_ms: float = 500.0
     preparers: int = 2
 
     def __post_init__(self) -> None:
+        if type(self.max_gap_ms) not in (int, float) or not 0 < self.max_gap_ms < math.inf:
+            raise TrioError(f"max_gap_ms must be a number above 0, got {self.max_gap_ms!r:.40}")
         for field in fields(self):
+            if field.name == "max_gap_ms":
+                continue
             minimum = 0 if field.name == "prefillers" else 1
             value = getattr(self, field.name)
             if value is not None and (type(value) is not int or value < minimum):
@@ -83,6 +96,10 @@ class State:
         prefilling: requests whose prefill has begun and that have not joined the batch.
         prefills: prefills under way; `prefilled`: finished ones whose rows have not joined.
         decoding: requests whose rows are in the batch.
+        piece_s: seconds that the shortest next piece of the worker's own prefill takes, by
+            estimate; None: it has none under way.
+        piece_ran: whether a piece has run since the last decode step.
+        stepped: when the last decode step ended; `step_s`: seconds that it took.
         joined: whether rows have joined since the last decode step.
         cancelled: keys of requests to cancel, wherever they are.
         kv_bytes: item n: bytes of all KV buffers once those being prefilled and the first n + 1
@@ -98,6 +115,10 @@ class State:
     prefills: int = 0
     prefilled: int = 0
     decoding: Sequence[Entry] = ()
+    piece_s: float | None = None
+    piece_ran: bool = False
+    stepped: float = 0.0
+    step_s: float = 0.0
     joined: bool = False
     cancelled: frozenset[int] = frozenset()
     kv_bytes: Sequence[int] = ()
@@ -118,6 +139,13 @@ class Prefill:
     """Prefill waiting requests together, by key."""
 
     keys: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Continue:
+    """Run the next piece of the worker's own prefill, for about so many seconds at most."""
+
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -142,7 +170,7 @@ class Stop:
     """End: nothing is left to do, and no more requests will come."""
 
 
-Action = Expire | Prefill | Join | Decode | Wait | Stop
+Action = Expire | Prefill | Continue | Join | Decode | Wait | Stop
 
 
 def next_action(state: State, limits: BatcherLimits) -> Action:
@@ -151,6 +179,8 @@ def next_action(state: State, limits: BatcherLimits) -> Action:
         return expired
     if state.decoding and state.joined:
         return Decode()
+    if state.piece_s is not None:
+        return _piece(state, state.piece_s, limits)
     # Without threads of their own, prefills wait until the rows of the last one have joined.
     if (limits.prefillers or not state.prefilled) and (keys := _choose(state, limits)):
         return Prefill(keys)
@@ -186,6 +216,16 @@ def _expired(state: State) -> Expire | None:
         if entry.deadline <= state.now and entry.key not in state.cancelled
     )
     return Expire(cancelled, overdue) if cancelled or overdue else None
+
+
+def _piece(state: State, least: float, limits: BatcherLimits) -> Continue | Decode:
+    """Run a piece of the prefill where rows can wait for it, or where none has run yet."""
+    if not state.decoding:
+        return Continue(math.inf)
+    room = limits.max_gap_ms / 1000 - state.step_s - (state.now - state.stepped)
+    if state.piece_ran and least > room:
+        return Decode()
+    return Continue(max(room, 0.0))
 
 
 def _choose(state: State, limits: BatcherLimits) -> tuple[int, ...]:

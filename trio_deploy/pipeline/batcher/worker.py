@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -25,6 +25,7 @@ from trio_deploy.pipeline.batcher.queue import Job, RequestQueue
 from trio_deploy.pipeline.batcher.scheduler import (
     Action,
     BatcherLimits,
+    Continue,
     Decode,
     Entry,
     Expire,
@@ -35,6 +36,7 @@ from trio_deploy.pipeline.batcher.scheduler import (
     Wait,
     next_action,
 )
+from trio_deploy.pipeline.pieces import Pace, Piece, Turn, at_once
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.prefill import Clock, Prefilled
 from trio_deploy.pipeline.sequence import SequenceState
@@ -63,6 +65,9 @@ class Worker:
         self._decoding: dict[SequenceState, Job] = {}
         self._prefilling: dict[int, Job] = {}
         self._joined = False
+        self._piece: Piece | None = None  # what the worker's own prefill computes next
+        self._piece_ran = False
+        self._stepped = self._step_s = 0.0
         self._lock = threading.Lock()  # guards the next two, which threads that prefill change
         self._prefills = 0
         self._prefilled: deque[tuple[list[Job], Prefilled | Exception]] = deque()
@@ -86,15 +91,19 @@ class Worker:
         return self._thread.is_alive()
 
     def _run(self) -> None:
-        while True:
-            try:
-                action = next_action(self._state(), self._limits)
-                if isinstance(action, Stop):
-                    return
-                self._carry_out(action)
-            except Exception as error:  # ends the rows in the batch, not the service
-                _LOG.exception("the batch failed")
-                self._fail_batch(error)
+        while not isinstance(self._act(), Stop):
+            pass
+
+    def _act(self) -> Action | None:
+        """Do what comes next, unless that ends the caller's loop; None if it failed."""
+        try:
+            action = next_action(self._state(), self._limits)
+            self._carry_out(action)
+        except Exception as error:  # ends the rows in the batch, not the service
+            _LOG.exception("the batch failed")
+            self._fail_batch(error)
+            return None
+        return action
 
     def _state(self) -> State:
         queue = self._queue.snapshot()
@@ -108,6 +117,10 @@ class Worker:
             prefills=prefills,
             prefilled=prefilled,
             decoding=_entries(self._decoding.values()),
+            piece_s=None if self._piece is None else self._pipeline.pace.least_seconds(self._piece),
+            piece_ran=self._piece_ran,
+            stepped=self._stepped,
+            step_s=self._step_s,
             joined=self._joined,
             cancelled=queue.cancelled,
             kv_bytes=kv_bytes,
@@ -143,6 +156,8 @@ class Worker:
 
     def _carry_out(self, action: Action) -> None:
         match action:
+            case Stop() | Continue():
+                return
             case Wait(until):
                 self._queue.wait(until)
                 return
@@ -193,19 +208,31 @@ class Worker:
                 return
             except Exception:
                 _LOG.exception("no thread for a prefill: the worker does it")
-        self._run_prefill(jobs, claim)
+        turns = _Turns(self._pipeline.pace, self._take_turn)
+        self._run_prefill(jobs, claim, turns.turn)
+        turns.end()
+        self._piece = None
 
-    def _run_prefill(self, jobs: list[Job], claim: threading.Lock) -> None:
+    def _take_turn(self, piece: Piece) -> float:
+        """Do all that comes before the next piece of the worker's own prefill; its seconds."""
+        self._piece = piece
+        while not isinstance(action := self._act(), Continue):
+            pass
+        self._piece_ran = True
+        return action.seconds
+
+    def _run_prefill(self, jobs: list[Job], claim: threading.Lock, turn: Turn = at_once) -> None:
         """Prefill, and leave the result or the error for `_join_prefilled`.
 
         Args:
             claim: locked by the first caller, for good: a pool that failed to start a thread may
                 still run what it was given.
+            turn: called before each piece.
         """
         if not claim.acquire(blocking=False):
             return
         try:
-            parts = self._prefill(jobs)
+            parts = self._prefill(jobs, turn)
         except Exception as error:
             _LOG.exception("prefilling failed")
             parts = [(jobs, error)]
@@ -214,7 +241,9 @@ class Worker:
             self._prefilled.extend(parts)
         self._queue.wake()
 
-    def _prefill(self, jobs: list[Job]) -> list[tuple[list[Job], Prefilled | Exception]]:
+    def _prefill(
+        self, jobs: list[Job], turn: Turn
+    ) -> list[tuple[list[Job], Prefilled | Exception]]:
         """Prefill together; if that fails, each alone, so one bad request cannot fail its batch.
 
         Returns:
@@ -224,12 +253,12 @@ class Worker:
         clock = Clock()
         started = time.perf_counter()
         try:
-            prefilled = self._pipeline.prefill(rows, clock)
+            prefilled = self._pipeline.prefill(rows, clock, turn)
         except Exception as error:
             if len(jobs) == 1:
                 return [(jobs, error)]
             _LOG.warning("prefilling %d requests failed, each is tried alone", len(jobs))
-            return [part for job in jobs for part in self._prefill([job])]
+            return [part for job in jobs for part in self._prefill([job], turn)]
         for row in rows:
             prepared = row.timings["preprocess"]
             row.timings["queue"] = started - row.started - prepared
@@ -267,7 +296,8 @@ class Worker:
         self._send(rows, pieces)
 
     def _decode(self) -> None:
-        self._joined = False
+        self._joined = self._piece_ran = False
+        started = time.perf_counter()
         try:
             steps = self._batch.step()
         except Exception as error:  # which row is at fault cannot be told
@@ -283,6 +313,8 @@ class Worker:
         )
         self._send(rows, pieces)
         self._events.wait_one_step_behind()
+        self._stepped = time.perf_counter()
+        self._step_s = self._stepped - started
 
     def _send(self, rows: Sequence[SequenceState], pieces: Sequence[str | Exception]) -> None:
         """Send each row's token, and the end of the rows that have ended."""
@@ -321,6 +353,32 @@ class Worker:
         self._recorder.update_gauges(
             len(self._decoding), self._batch.kv_bytes, self._batch.kv_bytes_allocated
         )
+
+
+class _Turns:
+    """What others do between the pieces of a prefill, and how long its pieces take."""
+
+    def __init__(self, pace: Pace, others: Callable[[Piece], float]) -> None:
+        """Args:
+        others: takes the turn of others before a piece; returns the seconds that it may take.
+        """
+        self._pace = pace
+        self._others = others
+        self._ran: tuple[Piece, int | None, float] | None = None
+
+    def turn(self, piece: Piece) -> int | None:
+        """As `pieces.Turn`."""
+        self.end()
+        queries = self._pace.queries(piece, self._others(piece))
+        self._ran = piece, queries, time.perf_counter()
+        return queries
+
+    def end(self) -> None:
+        """Note how long the last piece took."""
+        if self._ran is not None:
+            piece, queries, started = self._ran
+            self._pace.record(piece, queries, time.perf_counter() - started)
+        self._ran = None
 
 
 def _entries(jobs: Iterable[Job]) -> tuple[Entry, ...]:
