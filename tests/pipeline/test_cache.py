@@ -40,6 +40,27 @@ def test_a_row_copied_between_caches_brings_its_tokens_and_no_other() -> None:
         cache(1, [0], 2).copy_rows([0], source, [1])
 
 
+def test_what_is_never_read_is_not_written() -> None:
+    """Memory that no row uses yet costs no time then: gigabytes where many rows wait."""
+    shape = CacheShape(1, 2, np.dtype(np.float32))
+    source, target = (
+        SegmentCache.allocate(
+            [0],
+            np.array([2]),
+            4,
+            shape,
+            lambda shapes, dtype: [np.full(each, np.nan, dtype) for each in shapes],
+            1,
+        )
+        for _ in range(2)
+    )
+    source.buffers[0][0, "key"][:] = 1
+    target.clears = False
+    target.copy_rows([0], source, [0])
+    keys = target.buffers[0][0, "key"]
+    assert (keys[:, :, :2] == 1).all() and np.isnan(keys[:, :, 2:]).all()
+
+
 def test_a_capacity_is_what_fits_exactly() -> None:
     shape = CacheShape(1, 2, np.dtype(np.float32))
 

@@ -117,6 +117,17 @@ def test_what_never_fits_is_the_requests_fault() -> None:
         assert type(caught.value) is TrioError and admitted.used == 0
 
 
+def test_requests_that_are_answered_together_must_fit_together() -> None:
+    size = admit(admission(10**9), PICTURE)
+    client = ClientRequest(prompt=b"what ?", images=[PICTURE])
+    request = Request("what ?", [PICTURE])
+    admitted = admission(3 * size)
+    with pytest.raises(TrioError, match="4 times, but .* ask for fewer answers") as caught:
+        admitted.admit(client, request, 4)
+    assert type(caught.value) is TrioError and admitted.used == 0
+    assert admitted.admit(client, request, 3) == size
+
+
 def test_pictures_of_more_visual_tokens_than_a_prompt_may_have_are_refused() -> None:
     limited = admission(10**9, hub_config(), max_prompt_tokens=1000)
     used = admit(limited, file(640, 480), file(640, 480))

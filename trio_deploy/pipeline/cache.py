@@ -43,6 +43,9 @@ class SegmentCache:
         lengths: int64 [B], tokens that each row holds.
         buffers: one or two sets, each from layer and `key` or `value` to an array.
         step: decode steps done, which tells the set that the next one reads.
+        clears: whether what lies behind a row's tokens is cleared, since the runtime multiplies it
+            by 0, which must not give NaN. Where it is never read, memory that no row uses yet is
+            not touched.
     """
 
     layers: Sequence[int]
@@ -51,6 +54,7 @@ class SegmentCache:
     shape: CacheShape
     buffers: list[dict[_Slot, Array]] = field(default_factory=list)
     step: int = 0
+    clears: bool = True
 
     @classmethod
     def allocate(
@@ -105,7 +109,6 @@ class SegmentCache:
             new = outputs[name]
             ours = array if self.sliceable else np.empty(self._full, self.shape.dtype)
             copy(ours[:, :, : new.shape[2]], new)
-            # A runtime may multiply what lies behind by 0, which must not give NaN.
             clear(ours[:, :, new.shape[2] :])
             if ours is not array:
                 array.update_inplace(ours)
@@ -127,7 +130,8 @@ class SegmentCache:
             theirs = theirs if source.sliceable else theirs.numpy()
             for row, other, length in zip(rows, source_rows, lengths, strict=True):
                 copy(ours[row : row + 1, :, :length], theirs[other : other + 1, :, :length])
-                clear(ours[row : row + 1, :, length:])  # as in `fill`
+                if self.clears:
+                    clear(ours[row : row + 1, :, length:])
             if ours is not array:
                 array.update_inplace(ours)
 

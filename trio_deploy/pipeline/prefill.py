@@ -375,7 +375,7 @@ class Stages:
 
     def cache(self, name: str, lengths: np.ndarray, tokens: int) -> SegmentCache:
         """Allocate a segment's cache: int64 [B] `lengths` now, room for `tokens` per row."""
-        return SegmentCache.allocate(
+        cache = SegmentCache.allocate(
             self.layers[name],
             lengths,
             self.capacity(name, tokens),
@@ -383,6 +383,8 @@ class Stages:
             self._allocator(self.engines[self._decode_stage(name).name]),
             self.buffer_sets,
         )
+        cache.clears = not self._writes_behind(name)
+        return cache
 
     @staticmethod
     def _allocator(engine: Engine) -> Allocate:
@@ -412,6 +414,13 @@ class Stages:
             if tensor.name in taken and tensor.role != "cache"
         }
 
+    def _writes_behind(self, name: str) -> bool:
+        """Whether a segment's graph writes keys and values into the cache, behind a row's others.
+
+        It reads those of the row's tokens alone then.
+        """
+        return self._shares_cache and bool(self.info[name].inputs_of("cache"))
+
     def _decode_stage(self, name: str) -> StageInfo:
         """The stage whose decode steps read a segment's cache."""
         return self.decode or self.info[name]
@@ -425,10 +434,7 @@ class Stages:
         stage, tokens = segment.stage, segment.tokens
         layers, lengths = len(stage.layers), [int(length) for length in tokens.lengths]
         apart = (
-            self._shares_cache
-            and bool(stage.inputs_of("cache"))
-            and segment.cache.sliceable
-            and on_host(tokens.hidden)
+            self._writes_behind(stage.name) and segment.cache.sliceable and on_host(tokens.hidden)
         )
 
         def left(row: int, start: int) -> Piece:

@@ -42,18 +42,19 @@ class Admission:
         if client.nbytes > self._limits.max_queue_bytes:
             raise self._never_fits(client.nbytes, "")
 
-    def admit(self, client: ClientRequest, request: Request) -> int:
+    def admit(self, client: ClientRequest, request: Request, together: int = 1) -> int:
         """Count a request's texts and pictures as they were sent, and what its pictures become.
 
         Args:
             request: the same, checked: its pictures are the bytes of files.
+            together: how many like it are to be answered together, or none of them.
 
         Returns:
             Their bytes, to be released once.
 
         Raises:
             Refused: they do not fit beside those of other requests.
-            TrioError: the request alone exceeds the limit, or a prompt's tokens; a picture has a
+            TrioError: the requests alone exceed the limit, or a prompt's tokens; a picture has a
                 shape that the model does not take.
         """
         pictures = cast("list[bytes]", request.image_list)
@@ -68,8 +69,8 @@ class Admission:
             f"patches and {tokens} visual tokens"
         ) * bool(found)
         limit = self._limits.max_queue_bytes
-        if size > limit:
-            raise self._never_fits(size, what)
+        if size * together > limit:
+            raise self._never_fits(size, what, together)
         with self._lock:
             if self._used + size > limit:
                 raise Refused(
@@ -101,8 +102,10 @@ class Admission:
                 "fewer or smaller ones"
             )
 
-    def _never_fits(self, size: int, what: str) -> TrioError:
+    def _never_fits(self, size: int, what: str, together: int = 1) -> TrioError:
+        times = f", {together} times" * (together > 1)
+        fewer = "ask for fewer answers, " * (together > 1)
         return TrioError(
-            f"the request needs {size} bytes{what}, but max_queue_bytes is "
-            f"{self._limits.max_queue_bytes}: send fewer or smaller pictures, or less text"
+            f"the request needs {size} bytes{what}{times}, but max_queue_bytes is "
+            f"{self._limits.max_queue_bytes}: {fewer}send fewer or smaller pictures, or less text"
         )

@@ -82,11 +82,14 @@ class Service:
         seconds = metrics.queued * mean / self._limits.batcher.max_rows
         return min(30, max(1, math.ceil(seconds)))
 
-    def submit(self, client: ClientRequest, on_event: OnEvent | None = None) -> Handle:
+    def submit(
+        self, client: ClientRequest, on_event: OnEvent | None = None, together: int = 1
+    ) -> Handle:
         """Check a request and have it answered.
 
         Args:
             on_event: as in `Batcher.submit`.
+            together: how many like it the client wants answers to, or none at all.
 
         Raises:
             Refused: too much waits already, or the service is closed: try again later.
@@ -95,7 +98,7 @@ class Service:
         try:
             self._admission.check_sent(client)
             request, timeout_s = check_request(client, self._limits)
-            size = self._admission.admit(client, request)
+            size = self._admission.admit(client, request, together)
         except Exception as error:
             self.count_rejected(error)
             raise

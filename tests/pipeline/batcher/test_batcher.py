@@ -24,18 +24,21 @@ from trio_deploy.pipeline.batcher.events import (
     Event,
     Handle,
 )
+from trio_deploy.pipeline.batcher.scheduler import BatcherLimits
+from trio_deploy.runtimes.onnxruntime import OrtEngine
 
 KINDS = [("ort", "onnxruntime"), ("onnx", "onnxruntime"), ("primitive", "openvino")]
 
 
-@pytest.mark.parametrize("prefillers", [0, 2])
+@pytest.mark.parametrize(("prefillers", "max_gap_ms"), [(0, 0.01), (0, 600.0), (2, 600.0)])
 @pytest.mark.parametrize(("dialect", "runtime"), KINDS)
 def test_rows_that_join_at_any_time_give_what_they_give_alone(
-    bundles: Bundles, dialect: str, runtime: str, prefillers: int
+    bundles: Bundles, dialect: str, runtime: str, prefillers: int, max_gap_ms: float
 ) -> None:
     pipeline = opened(bundles, dialect, runtime)
     requests = mixed(14)
-    with Batcher(pipeline, max_rows=5, prefill_rows=2, prefillers=prefillers) as batcher:
+    limits = BatcherLimits(max_rows=5, prefill_rows=2, prefillers=prefillers, max_gap_ms=max_gap_ms)
+    with Batcher(pipeline, limits) as batcher:
         handles = []
         for number, request in enumerate(requests):
             handles.append(batcher.submit(request))
@@ -48,6 +51,20 @@ def test_rows_that_join_at_any_time_give_what_they_give_alone(
     assert metrics.tokens == sum(len(answer.token_ids) for answer in answers)
     assert metrics.first_token.count == len(requests) and metrics.active == metrics.queued == 0
     assert metrics.kv_bytes == metrics.kv_bytes_allocated == 0
+
+
+def test_memory_that_holds_anything_changes_no_answer(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fresh memory of caches is not cleared where only tokens' keys and values are read."""
+    requests = mixed(9)
+    expected = [pipeline.generate_batch([request])[0] for request in requests]
+    monkeypatch.setattr(
+        OrtEngine, "empty", lambda self, shape, dtype: np.full(shape, np.nan, dtype)
+    )
+    with Batcher(pipeline, max_rows=5, max_gap_ms=0.01) as batcher:
+        for answer, handle in zip(expected, [batcher.submit(r) for r in requests], strict=True):
+            assert alike(handle.result(WAIT_S), answer)
 
 
 def test_a_long_answer_meets_many_short_ones(pipeline: Pipeline) -> None:

@@ -95,6 +95,14 @@ def test_every_answer_has_a_seed_of_its_own() -> None:
     assert wrong(n=5) == ("n", None) and wrong(n=2, temperature=0) == ("n", None)
 
 
+def test_several_answers_are_refused_where_all_would_be_the_same() -> None:
+    """Without a temperature the checkpoint's own counts."""
+    body = decode(json.dumps({"messages": asking("what ?"), "n": 2}).encode(), ChatBody)
+    with pytest.raises(ApiError, match="without a temperature .* set n to 1, or a temperature"):
+        to_asked(body, max_n=4)
+    assert len(to_asked(body, max_n=4, draws=True).clients) == 2
+
+
 def test_options_that_belong_to_others_are_refused_alone() -> None:
     assert wrong(top_logprobs=3)[0] == "top_logprobs"
     assert read(logprobs=True).clients[0].top_logprobs == 0

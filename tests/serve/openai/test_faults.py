@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 
 from tests.support.batching import Gate, expire
-from tests.support.http_server import HttpServer, Reply, chat, read_reply, request
+from tests.support.http_server import QUESTION, HttpServer, Reply, chat, read_reply, request
+from tests.support.tensors import file
 from tests.support.waiting import WAIT_S, wait_for
-from trio_deploy import Pipeline, TrioError
+from trio_deploy import Pipeline, Request, TrioError
 from trio_deploy.pipeline.batch import DecodeBatch
+from trio_deploy.serve.admission import Admission
+from trio_deploy.serve.fetch import ImageHosts
+from trio_deploy.serve.limits import ServiceLimits
 from trio_deploy.serve.openai import process
 from trio_deploy.serve.openai.gate import Doors, digest_of
 from trio_deploy.serve.openai.process import bind
+from trio_deploy.serve.requests import ClientRequest
 
 Start = Callable[..., HttpServer]
 LONG = {"max_tokens": 600}
@@ -137,6 +142,28 @@ def test_a_body_that_could_never_be_held_is_told_so_and_not_to_try_again(start: 
     reply = server.post(CHAT, b" " * 1001)
     assert (reply.status, "retry-after" in reply.headers) == (413, False)
     assert "max_queue_bytes" in reply.error["message"]
+
+
+def test_what_could_never_be_answered_is_told_so_and_not_to_try_again(start: Start) -> None:
+    """A client that is told to try again would do so for ever."""
+    server = start(settings={"max_queue": "2"})
+    too_many = server.post(CHAT, chat(n=3, temperature=1.0))
+    assert (too_many.status, too_many.error["param"]) == (400, "n")
+    assert "max_queue" in too_many.error["message"] and "retry-after" not in too_many.headers
+    alone = ClientRequest(prompt=QUESTION.encode(), images=[file()])
+    admission = Admission(ServiceLimits(), server.served.pipeline.bundle.config)
+    need = admission.admit(alone, Request(QUESTION, [file()]))
+    server = start(settings={"max_queue_bytes": str(3 * need)})
+    assert server.post(CHAT, chat(n=2, temperature=1.0, max_tokens=1)).status == 200
+    server.wait_until_idle()
+    together = server.post(CHAT, chat(n=4, temperature=1.0, max_tokens=1))
+    assert together.status == 400 and "4 times" in together.error["message"]
+    assert "retry-after" not in together.headers
+    hosts = ImageHosts.parse(["http://images.example.com"])
+    server = start(settings={"max_queue_bytes": "100000"}, images=hosts)
+    address = {"type": "image_url", "image_url": {"url": "http://images.example.com/a.png"}}
+    fetched = server.post(CHAT, {"messages": [{"role": "user", "content": [address]}]})
+    assert fetched.status == 400 and "max_queue_bytes" in fetched.error["message"]
 
 
 def test_pictures_whose_tokens_are_asked_for_count_as_those_of_answers(start: Start) -> None:

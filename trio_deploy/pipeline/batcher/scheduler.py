@@ -56,7 +56,7 @@ class BatcherLimits:
     max_prompt_tokens: int | None = None
     max_kv_bytes: int | None = None
     prefillers: int = 0
-    max_gap_ms: float = 500.0
+    max_gap_ms: float = 600.0
     preparers: int = 2
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.batcher.events import Refused
 from trio_deploy.pipeline.pipeline import Pipeline
@@ -45,7 +46,7 @@ from trio_deploy.serve.openai.convert import (
     to_messages,
 )
 from trio_deploy.serve.openai.errors import ApiError, invalid, of_exception, unavailable
-from trio_deploy.serve.openai.gate import Bodies, Doors, Gate, Life
+from trio_deploy.serve.openai.gate import COPIES, Bodies, Doors, Gate, Life
 from trio_deploy.serve.openai.page import page
 from trio_deploy.serve.openai.schema import openapi
 from trio_deploy.serve.openai.settings import HttpLimits
@@ -93,6 +94,17 @@ class Served:
     def context(self) -> int:
         """Tokens of the model's context."""
         return self.pipeline.bundle.config.text.max_positions
+
+    @property
+    def max_n(self) -> int:
+        """Most answers per request; more than the queue holds would never be taken."""
+        return min(self.limits.max_n, self.service.limits.batcher.max_queue)
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn for requests that name no temperature."""
+        sampling = self.pipeline.bundle.manifest.generation.sampling
+        return not SamplingOptions.from_json(sampling).greedy
 
     def check_model(self, model: str | None) -> None:
         """Check the model that a request names.
@@ -151,7 +163,7 @@ class _Routes:
 
         def begin(chat: ChatBody, files: Files) -> Asked:
             """Done by another thread: a large picture takes a while to decode."""
-            asked = to_asked(chat, self._served.limits.max_n, files)
+            asked = to_asked(chat, self._served.max_n, files, draws=self._served.draws)
             answers.submit(self._served.service.submit, asked.clients)
             return asked
 
@@ -160,7 +172,7 @@ class _Routes:
                 with self._telling(request):
                     chat = await asyncio.to_thread(decode, body, ChatBody)
                     self._served.check_model(chat.model)
-                    async with self._fetched(chat.messages) as files:
+                    async with self._fetched(chat.messages, COPIES * len(body)) as files:
                         asked = await asyncio.to_thread(begin, chat, files)
         except BaseException as error:
             answers.cancel()
@@ -171,14 +183,18 @@ class _Routes:
         return _ChatResponse(self._served, request, answers, asked)
 
     @asynccontextmanager
-    async def _fetched(self, messages: Sequence[Message]) -> AsyncIterator[Files]:
-        """Files at the addresses that messages name, which are counted until the block is left."""
+    async def _fetched(self, messages: Sequence[Message], held: int) -> AsyncIterator[Files]:
+        """Files at the addresses that messages name, which are counted until the block is left.
+
+        Args:
+            held: bytes that are counted of the request already.
+        """
         addresses = addresses_of(messages, self._served.images)
         limits, loop = self._served.service.limits, asyncio.get_running_loop()
         if len(addresses) > limits.max_images:
             raise invalid(f"{len(addresses)} images, but max_images is {limits.max_images}")
         size = limits.max_image_bytes * len(addresses)
-        self._bodies.held.take(size)
+        self._bodies.held.take(size, f"the {len(addresses)} pictures at addresses", held)
         try:
             fetch = self._served.images.fetch
             # Threads of its own: hosts that are slow keep nobody waiting who names none. All are

@@ -76,11 +76,13 @@ class Asked:
     timings: bool
 
 
-def to_asked(body: ChatBody, max_n: int, files: Files = _NO_FILES) -> Asked:
+def to_asked(body: ChatBody, max_n: int, files: Files = _NO_FILES, *, draws: bool = False) -> Asked:
     """Read what a body asks for.
 
     Args:
+        max_n: most answers.
         files: contents of the pictures that it names by address.
+        draws: whether tokens are drawn where the body names no temperature.
 
     Raises:
         ApiError: it asks for what this server does not do.
@@ -115,7 +117,7 @@ def to_asked(body: ChatBody, max_n: int, files: Files = _NO_FILES) -> Asked:
         timeout_s=trio.timeout_s,
     )
     return Asked(
-        _answers(client, body.n or 1, max_n),
+        _answers(client, body.n or 1, max_n, draws),
         stream=bool(body.stream),
         usage=_include_usage(body),
         logprobs=bool(body.logprobs),
@@ -124,11 +126,17 @@ def to_asked(body: ChatBody, max_n: int, files: Files = _NO_FILES) -> Asked:
     )
 
 
-def _answers(client: ClientRequest, count: int, most: int) -> list[ClientRequest]:
+def _answers(client: ClientRequest, count: int, most: int, draws: bool) -> list[ClientRequest]:
     if count > most:
-        raise invalid(f"n is {count}, but max_n is {most}", "n")
+        raise invalid(f"n is {count}, but at most {most} answers are given (max_n, max_queue)", "n")
     if count > 1 and client.temperature == 0:
         raise invalid("at temperature 0 all answers are the same: set n to 1", "n")
+    if count > 1 and client.temperature is None and not draws:
+        raise invalid(
+            "without a temperature this model takes the most likely tokens, so all answers are "
+            "the same: set n to 1, or a temperature",
+            "n",
+        )
     if client.seed is None:
         return [client] * count
     return [replace(client, seed=client.seed + number) for number in range(count)]

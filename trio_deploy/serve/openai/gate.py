@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trio_deploy.pipeline.batcher.events import Refused
-from trio_deploy.serve.openai.errors import ApiError, busy, unavailable
+from trio_deploy.serve.openai.errors import ApiError, busy, invalid, unavailable
 from trio_deploy.serve.openai.settings import HttpLimits
 
 _LOG = logging.getLogger("trio_deploy.serve")
@@ -30,7 +30,7 @@ _ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _PROBES = ("/health", "/ready")
 BEYOND = "beyond"  # in the state of requests on connections beyond max_connections
-_COPIES = 3  # of a body while it is read: as it came, as text, and decoded
+COPIES = 3  # of a body while it is read: as it came, as text, and decoded
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,22 @@ class HeldBytes:
         self._lock = threading.Lock()
         self.used = 0
 
-    def take(self, size: int) -> None:
+    def take(self, size: int, what: str = "the body", held: int = 0) -> None:
         """Count some bytes.
 
+        Args:
+            what: what has them, for the message.
+            held: bytes that are counted of the same request already.
+
         Raises:
+            ApiError: the request alone exceeds the limit.
             Refused: they do not fit beside those of other requests.
         """
+        if held + size > self._limit:
+            raise invalid(
+                f"{what} may have {size} bytes beside {held} others of the request, but "
+                f"max_queue_bytes is {self._limit}: send less"
+            )
         with self._lock:
             if self.used + size > self._limit:
                 raise Refused(
@@ -138,7 +148,7 @@ class Bodies:
 
     def __init__(self, limits: HttpLimits, max_held_bytes: int) -> None:
         self._limits = limits
-        self._largest = min(limits.max_body_bytes, max_held_bytes // _COPIES)
+        self._largest = min(limits.max_body_bytes, max_held_bytes // COPIES)
         self.held = HeldBytes(max_held_bytes)
 
     @asynccontextmanager
@@ -159,7 +169,7 @@ class Bodies:
         announced = _length(request.headers)
         if announced > self._largest:
             raise self._too_large(announced)
-        size = _COPIES * announced
+        size = COPIES * announced
         self.held.take(size)
         taken = [size]
         try:
@@ -187,8 +197,8 @@ class Bodies:
             if size > self._largest:
                 raise self._too_large(size)
             if size > announced:  # it comes in pieces, without a length
-                self.held.take(_COPIES * len(part))
-                taken.append(_COPIES * len(part))
+                self.held.take(COPIES * len(part))
+                taken.append(COPIES * len(part))
             parts.append(part)
         return b"".join(parts)
 

@@ -41,7 +41,7 @@ _WAITING = b": waiting\n\n"
 _COMMENT_S = 15.0  # between comments; proxies cut streams that are silent for a minute
 
 Send = Callable[[Any], Any]
-Submit = Callable[[ClientRequest, OnEvent], Handle]
+Submit = Callable[[ClientRequest, OnEvent, int], Handle]
 
 
 class ClientGone(Exception):
@@ -78,7 +78,7 @@ class Answers:
         """
         try:
             for number, client in enumerate(clients):
-                handle = submit(client, self._listener(number))
+                handle = submit(client, self._listener(number), len(clients))
                 self._handles.append(handle)
                 if self._cancelled:
                     break
