@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -297,6 +298,29 @@ def test_connections_beyond_the_limit_are_refused_but_probes_are_not(start: Star
             assert read_reply(early).status == 200
     wait_for(lambda: not server.server.server_state.connections)
     assert right(server)
+
+
+def test_what_is_sent_does_not_wait_for_acknowledgements() -> None:
+    """The kernel would keep small writes back until the client has acknowledged those before."""
+
+    async def sends_at_once() -> bool:
+        flags: asyncio.Queue[int] = asyncio.Queue()
+
+        class Asked(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                connection = transport.get_extra_info("socket")
+                flags.put_nowait(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+        with bind("127.0.0.1", 0) as listener:
+            server = await asyncio.get_running_loop().create_server(Asked, sock=listener)
+            async with server:
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                try:
+                    return bool(await asyncio.wait_for(flags.get(), WAIT_S))
+                finally:
+                    writer.close()
+
+    assert asyncio.run(sends_at_once())
 
 
 def test_who_may_ask_is_who_has_a_key(start: Start) -> None:

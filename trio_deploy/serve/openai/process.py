@@ -61,7 +61,9 @@ def bind(host: str, port: int) -> socket.socket:
         ((family, _, _, _, address), *_) = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        found = socket.socket(family, socket.SOCK_STREAM)
+        # Named as TCP: asyncio sends small writes at once then. Otherwise what follows a response's
+        # head waits until the client has acknowledged it, some 40 ms.
+        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             found.bind(address)
