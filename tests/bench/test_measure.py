@@ -13,6 +13,7 @@ from msgspec import structs
 
 from tests.support.bundles import make_speechless
 from trio_deploy import RuntimeOptions, Schedule, TrioError
+from trio_deploy.bench.case import Run
 from trio_deploy.bench.contenders.contenders import Contenders
 from trio_deploy.bench.measure import UNPRUNED, BenchOptions, interleave, list_cases, measure, sweep
 from trio_deploy.bench.table import NOTE, operations, times, to_markdown, to_text
@@ -143,6 +144,42 @@ def test_baselines_that_are_not_there_are_named(random_bundle, monkeypatch):
     cases, skipped = list_cases(random_bundle, replace(QUICK, baselines=None))
     assert [case.kind for case in cases] == ["trio", "trio"]
     assert "reference" in skipped["transformers"] and "reference" in skipped["oracle"]
+
+
+def test_other_weights_are_measured_at_the_same_budgets(random_bundle):
+    options = replace(QUICK, budgets=(None, 0.5), others={"int4": random_bundle})
+    cases, _ = list_cases(random_bundle, options)
+    names = [UNPRUNED, "45.8 %", "50 %", "45.8 %, int4", "50 %, int4"]
+    assert [case.name for case in cases] == names
+
+
+def test_llama_cpp_has_a_line_per_type_of_weights_and_one_build(random_bundle, monkeypatch):
+    monkeypatch.setattr("trio_deploy.bench.contenders.llama_cpp.missing", lambda python: None)
+    options = replace(QUICK, baselines=("llama.cpp",), llama_python="p")
+    for server, build in ((None, "xllamacpp"), (__file__, "native build")):
+        cases, _ = list_cases(random_bundle, replace(options, llama_server=server))
+        assert [case.name for case in cases[-2:]] == [
+            f"llama.cpp, Q4_0, {build}",
+            f"llama.cpp, Q8_0, {build}",
+        ]
+    with pytest.raises(TrioError, match="--llama-server /nowhere is no file"):
+        list_cases(random_bundle, replace(options, llama_server="/nowhere"))
+
+
+def test_why_a_pruner_has_no_second_line_is_what_its_first_said(random_bundle, monkeypatch):
+    monkeypatch.setattr("trio_deploy.bench.contenders.genai.missing", lambda python: None)
+    why = "this version has no pruning_ratio, so nothing was pruned"
+
+    class Fakes(Contenders):
+        def open(self, case, work):
+            if case.kind == "genai":
+                return lambda seed: Run({}, 1.0, 0.0, remark=why if case.pruning_ratio else "")
+            return super().open(case, work)
+
+    options = replace(QUICK, baselines=("genai",), checkpoint="c", genai_python="p")
+    with Fakes() as contenders:
+        result = measure(random_bundle, options, progress=False, contenders=contenders)
+    assert result["skipped"] == {"OpenVINO GenAI, CDPruner, 46 %, not in halves": why}
 
 
 def test_a_baseline_that_the_methods_rule_out_is_no_matter_of_installing(

@@ -12,7 +12,7 @@ from trio_deploy.bundle.manifest import kind_of_label
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.pipeline.ran_as import RanAs
 
-BASELINES = ("transformers", "oracle", "genai")
+BASELINES = ("transformers", "oracle", "genai", "llama.cpp")
 
 #: The groups of tables and charts by the kind of stage, in the order they run.
 _GROUP_OF_KIND = {
@@ -36,11 +36,13 @@ class Case:
         bundle: folder of the bundle.
         budget: share of visual tokens; None: the bundle's schedule, 1: no pruning.
         options: how the bundle is run.
-        checkpoint: folder of the checkpoint, for OpenVINO GenAI.
-        python: interpreter that has OpenVINO GenAI.
+        checkpoint: folder of the checkpoint, for OpenVINO GenAI; what is made of it lies beside it.
+        python: interpreter that has OpenVINO GenAI, or llama.cpp.
         pruning_ratio: per cent of the visual tokens that GenAI's own pruner is told to drop.
         halves: whether that pruner chooses in each half of a picture's tokens, as it does unless
             told otherwise, or among all of them.
+        weights: type of llama.cpp's weights.
+        server: a llama-server to ask; None: the build in `python`.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Case:
     python: str | None = None
     pruning_ratio: int | None = None
     halves: bool = True
+    weights: str | None = None
+    server: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -6,13 +6,14 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from trio_deploy.bench.case import BASELINES, Case, Run
+from trio_deploy.bench.contenders import genai, llama_cpp
 from trio_deploy.bench.contenders.contenders import Contenders
-from trio_deploy.bench.contenders.genai import missing
 from trio_deploy.bench.environment import load_average, machine
 from trio_deploy.bench.peak_memory import peak_memory
 from trio_deploy.bench.record import SCHEMA
@@ -49,6 +50,10 @@ class BenchOptions:
         memory: measure peak memory too, in a process of its own per case.
         runtime: how the bundle is run.
         checkpoint, genai_python: folder and interpreter for OpenVINO GenAI.
+        llama_python, llama_server: interpreter that has xllamacpp and gguf, and the llama-server of
+            another build, which is measured in its place; for llama.cpp.
+        others: bundles of the same model in other weights, by a name for them; they are measured
+            at the same budgets.
     """
 
     budgets: tuple[float | None, ...] = (None,)
@@ -63,6 +68,9 @@ class BenchOptions:
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     checkpoint: str | None = None
     genai_python: str | None = None
+    llama_python: str | None = None
+    llama_server: str | None = None
+    others: Mapping[str, Bundle] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise TrioError if a budget or count is impossible or a baseline unknown."""
@@ -154,7 +162,7 @@ class Measurement:
             options.text_tokens,
         )
         self._answers: dict[str, Callable[[int], Run]] = {}
-        self._genai_prunes = False
+        self._no_pruning = ""  # why GenAI's pruner has no line of its own
         self._cases = [case for case in listed if self._open(case)]
 
     def _open(self, case: Case) -> bool:
@@ -162,18 +170,22 @@ class Measurement:
         if case.kind == "genai":  # computes in the pipeline's precision
             options = replace(case.options, precision=self._pipeline.precision)
             case = replace(case, options=options)
-        if not case.halves and not self._genai_prunes:
-            self._skipped[case.name] = "its pruner leaves this model alone"
+        if not case.halves and self._no_pruning:
+            self._skipped[case.name] = self._no_pruning
             return False
         try:
             answer = self._contenders.open(case, self._work)
             if case.kind in BASELINES:
                 run = answer(0)  # a baseline that fails is noticed before anything is measured
-                self._genai_prunes |= case.pruning_ratio is not None and bool(run.keep)
+                if case.pruning_ratio is not None and not run.keep:
+                    self._no_pruning = run.remark
         except TrioError as error:
             if case.kind not in BASELINES or self._options.baselines:
                 raise
-            self._skipped[case.name if case.pruning_ratio else case.kind] = str(error)
+            several = case.pruning_ratio is not None or case.weights is not None
+            self._skipped[case.name if several else case.kind] = str(error)
+            if case.kind == "genai":  # what the other lines of it ask for would fail alike
+                self._no_pruning = str(error)
             return False
         self._answers[case.name] = answer
         return True
@@ -271,6 +283,11 @@ def list_cases(bundle: Bundle, options: BenchOptions) -> tuple[list[Case], dict[
             for budget in options.budgets
             if budget != 1
         ]
+    cases += [
+        replace(case, name=f"{case.name}, {name}", bundle=str(other.path))
+        for name, other in options.others.items()
+        for case in (cases[1:] or cases)
+    ]
     skipped: dict[str, str] = {}
     for kind in BASELINES if options.baselines is None else options.baselines:
         if reason := _missing(kind, bundle, options):
@@ -288,9 +305,11 @@ def _baseline(
     base = cases[0]
     if kind == "oracle":  # compared with the first pruned case
         return [replace(cases[1], name=f"oracle, autograd, {cases[1].name}", kind=kind)]
+    if kind == "llama.cpp":
+        return _llama_cpp(base, options)
     if kind == "transformers":
         return [replace(base, name=f"transformers, {UNPRUNED}", kind=kind)]
-    genai = replace(
+    whole = replace(
         base,
         name=f"OpenVINO GenAI, {UNPRUNED}",
         kind=kind,
@@ -299,15 +318,32 @@ def _baseline(
     )
     pruned = next((case for case in cases[1:] if case.kind == "trio"), None)
     if pruned is None:
-        return [genai]
+        return [whole]
     ratio = round(100 * (1 - _share(pruned.budget, bundle)))  # it takes whole per cent
     own = replace(
-        genai,
+        whole,
         name=f"OpenVINO GenAI, CDPruner, {100 - ratio} %",
         budget=pruned.budget,
         pruning_ratio=ratio,
     )
-    return [genai, own, replace(own, name=f"{own.name}, not in halves", halves=False)]
+    return [whole, own, replace(own, name=f"{own.name}, not in halves", halves=False)]
+
+
+def _llama_cpp(base: Case, options: BenchOptions) -> list[Case]:
+    """A line per type of weights."""
+    build = "native build" if options.llama_server else "xllamacpp"
+    return [
+        replace(
+            base,
+            name=f"llama.cpp, {weights}, {build}",
+            kind="llama.cpp",
+            checkpoint=options.checkpoint,
+            python=options.llama_python or sys.executable,
+            weights=weights,
+            server=options.llama_server,
+        )
+        for weights in llama_cpp.WEIGHTS
+    ]
 
 
 def _missing(kind: str, bundle: Bundle, options: BenchOptions) -> str | None:
@@ -317,7 +353,14 @@ def _missing(kind: str, bundle: Bundle, options: BenchOptions) -> str | None:
             return "it converts a checkpoint: pass its folder as --checkpoint"
         if options.genai_python is None and importlib.util.find_spec("openvino_genai") is None:
             return "not installed here: pass an interpreter that has it as --genai-python"
-        return missing(options.genai_python or sys.executable)
+        return genai.missing(options.genai_python or sys.executable)
+    if kind == "llama.cpp":
+        if options.llama_python is None and importlib.util.find_spec("xllamacpp") is None:
+            return "not installed here: pass an interpreter that has it as --llama-python"
+        if options.llama_server and not Path(options.llama_server).is_file():
+            return f"--llama-server {options.llama_server} is no file: pass a llama-server's"
+        python = options.llama_python or sys.executable
+        return llama_cpp.unlike(bundle.config) or llama_cpp.missing(python)
     if kind == "oracle":  # reasons that no installation changes come first
         if not bundle.schedule.layers:
             return "this bundle prunes nothing"

@@ -30,6 +30,7 @@ from trio_deploy.families import llava
 from trio_deploy.families.base import ModelConfig, TowerSizes
 from trio_deploy.families.preprocessing import with_max_pixels
 from trio_deploy.families.registry import family_of, get_family, parse_config
+from trio_deploy.quant.schemes import NO_SCHEME
 from trio_deploy.quant.stored_weight import Part
 from trio_deploy.runtimes.registry import default_target
 
@@ -405,12 +406,14 @@ class RandomModel:
         schedule: pruning points; None: those of the first budget.
         dtype: float type of the weights; None: float32.
         dialect: dialect of the graphs; None: the target's.
+        quantize: scheme of the weights; None: they are float.
     """
 
     size: str
     schedule: str | None = None
     dtype: str | None = None
     dialect: str | None = None
+    quantize: str | None = None
 
 
 def make_bundle(
@@ -441,17 +444,19 @@ def make_bundle(
         progress=progress,
     )
     target = options.target or default_target(options.runtime)
+    made_for = model.dialect or Path(str(target)).stem
     from trio_deploy.export.job import export_model  # needs the extra `export`
 
     bundle = export_model(
         checkpoint,
-        folder / f"{checkpoint.name}-{model.dialect or Path(str(target)).stem}",
+        folder / "-".join(filter(None, (checkpoint.name, made_for, model.quantize))),
         schedule=model.schedule,
         budget=None if model.schedule else budget,
         dtype=dtype,
         dialect=model.dialect,
         target=str(target),
-        link_weights=True,
+        quantize=model.quantize or NO_SCHEME,
+        link_weights=model.quantize is None,
         force=True,
         progress=False,
     )

@@ -201,6 +201,7 @@ def where(case: Mapping[str, Any]) -> str:
         "transformers": "torch",
         "oracle": "torch",
         "genai": "openvino genai",
+        "llama.cpp": "llama.cpp",
     }.get(case["kind"], case["runtime"] or "")
     return f"{engine} {case['precision']}".strip()
 

@@ -93,11 +93,25 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--baselines",
         type=list_of(str, none="none"),
-        help="pipelines to compare with: transformers, oracle, genai, comma-separated, or none "
-        "(default: those installed)",
+        help="pipelines to compare with: transformers, oracle, genai, llama.cpp, comma-separated, "
+        "or none (default: those installed)",
     )
     command.add_argument(
         "--genai-python", metavar="PATH", help="interpreter that has openvino-genai"
+    )
+    command.add_argument(
+        "--llama-python", metavar="PATH", help="interpreter that has xllamacpp and gguf"
+    )
+    command.add_argument(
+        "--llama-server",
+        metavar="PATH",
+        help="a llama-server to measure instead of xllamacpp's (scripts/build_llama_cpp.sh)",
+    )
+    command.add_argument(
+        "--quantize",
+        type=list_of(str),
+        help="with --size, schemes of weights to measure beside float ones: int8, int4, int4-g32, "
+        "comma-separated",
     )
     command.add_argument(
         "--checkpoint", metavar="DIR", help="checkpoint of the bundle, for the baseline genai"
@@ -147,6 +161,8 @@ def run(args: argparse.Namespace) -> None:
         runtime=runtime_options(args),
         checkpoint=args.checkpoint,
         genai_python=args.genai_python,
+        llama_python=args.llama_python,
+        llama_server=args.llama_server,
     )
     with contextlib.ExitStack() as stack:
         bundle, options = _subject(args, options, stack)
@@ -184,7 +200,10 @@ def _subject(
     if (args.bundle is None) == (args.size is None):
         raise TrioError("pass either a bundle's folder, or --size for random weights")
     if args.size is None:
-        made = {name: getattr(args, name) for name in ("schedule", "dtype", "dialect", "cache")}
+        made = {
+            name: getattr(args, name)
+            for name in ("schedule", "dtype", "dialect", "quantize", "cache")
+        }
         if given := [f"--{name}" for name, value in made.items() if value]:
             raise TrioError(
                 f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to --size: a bundle has "
@@ -196,7 +215,12 @@ def _subject(
     model = RandomModel(args.size, args.schedule, args.dtype, args.dialect)
     budget = next(filter(None, options.budgets), None)
     bundle, checkpoint = make_bundle(model, folder, options.runtime, budget)
-    return bundle, replace(options, checkpoint=options.checkpoint or str(checkpoint))
+    others = {
+        scheme: make_bundle(replace(model, quantize=scheme), folder, options.runtime, budget)[0]
+        for scheme in args.quantize or ()
+    }
+    checkpoint_folder = options.checkpoint or str(checkpoint)
+    return bundle, replace(options, checkpoint=checkpoint_folder, others=others)
 
 
 def shown_command(arguments: Sequence[str]) -> str:

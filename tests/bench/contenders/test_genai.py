@@ -45,7 +45,7 @@ def ended(number: int) -> bool:
 def test_an_exception_ends_the_process_at_once_and_removes_its_folder(fake, tmp_path):
     case = Case("x", "genai", "b", checkpoint=str(tmp_path / "model"), python=str(fake))
     with pytest.raises(KeyboardInterrupt), GenAI(case, WORK) as contender:
-        folder = Path(contender._folder.name)
+        folder = contender.folder
         wait_for(lambda: (tmp_path / "number").is_file() and (tmp_path / "number").read_text())
         raise KeyboardInterrupt
     assert ended(int((tmp_path / "number").read_text()))

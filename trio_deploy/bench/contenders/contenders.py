@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from trio_deploy.bench.case import Case, Run
 from trio_deploy.bench.contenders.genai import GenAI
+from trio_deploy.bench.contenders.llama_cpp import LlamaCpp
 from trio_deploy.bench.contenders.trio import open_pipeline, open_trio
 from trio_deploy.bench.workload import Workload
 from trio_deploy.config.options import RuntimeOptions
@@ -45,6 +46,8 @@ class Contenders:
         """
         if case.kind == "genai":
             return self._closing.enter_context(GenAI(case, work))
+        if case.kind == "llama.cpp":
+            return self._closing.enter_context(LlamaCpp(case, work))
         # These two import torch when they are opened.
         if case.kind == "transformers":
             from trio_deploy.bench.contenders.hf import open_transformers

@@ -6,20 +6,18 @@ environment, one line per request, and waits between requests.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from trio_deploy.bench.case import Case, Run
+from trio_deploy.bench.contenders.child import Child, start_error
 from trio_deploy.bench.workload import Workload
 from trio_deploy.checkpoint.folder import image_settings
 from trio_deploy.errors import TrioError
@@ -38,16 +36,10 @@ _PRECISIONS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 def missing(python: str) -> str | None:
     """Why this interpreter cannot run GenAI; None if it can."""
-    try:
-        check = subprocess.run([python, "-I", "-c", _NEEDED], capture_output=True, text=True)
-    except OSError as error:
-        return f"{python} does not start ({error.strerror})"
-    if not check.returncode:
-        return None
-    reason = check.stderr.strip().splitlines()[-1:] or ["no reason given"]
-    return (
-        f"{Path(python).name} has no OpenVINO GenAI ({reason[0]}): pip install openvino-genai "
-        "optimum-intel into an environment of its own and pass its interpreter as --genai-python"
+    reason = start_error(python, _NEEDED)
+    return reason and (
+        f"{reason}: pip install openvino-genai optimum-intel into an environment of its own and "
+        "pass its interpreter as --genai-python"
     )
 
 
@@ -86,7 +78,7 @@ def _convert(checkpoint: Path, out: Path, python: str) -> None:
     (out / "preprocessor_config.json").write_text(settings, encoding="utf-8")
 
 
-class GenAI:
+class GenAI(Child):
     """A process that answers with openvino_genai.VLMPipeline; a contender inside `with`."""
 
     def __init__(self, case: Case, work: Workload) -> None:
@@ -102,13 +94,10 @@ class GenAI:
             raise TrioError(
                 "the baseline genai converts a checkpoint: pass its folder as --checkpoint"
             )
-        self._work = work
+        self._work, self._halves = work, case.halves
         self._precision = case.options.precision or "float32"
-        folder = convert(Path(case.checkpoint), python)
-        self._folder = tempfile.TemporaryDirectory(prefix="trio-genai-")
-        self._errors = Path(self._folder.name) / "errors"
         arguments = {
-            "folder": str(folder),
+            "folder": str(convert(Path(case.checkpoint), python)),
             "threads": case.options.threads,
             "precision": _PRECISIONS[self._precision],
             "prompt": work.prompt,
@@ -116,38 +105,14 @@ class GenAI:
             "pruning_ratio": case.pruning_ratio,
             "most_tokens": work.visual_tokens + _TEXT_ROOM,
         }
-        self._halves = case.halves
         environment = {name: value for name, value in os.environ.items() if name != _SPLIT}
-        with self._errors.open("w", encoding="utf-8") as errors:
-            self._child = subprocess.Popen(
-                [python, "-I", str(_CHILD), json.dumps(arguments)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=environment if case.halves else {**environment, _SPLIT: "0"},
-            )
-
-    def __enter__(self) -> GenAI:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._child.stdin is not None
-        if kind is not None:  # an answer that nobody waits for may take minutes
-            self._child.kill()
-        with contextlib.suppress(BrokenPipeError):
-            self._child.stdin.close()
-        try:
-            self._child.wait(30)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-        self._folder.cleanup()
+        super().__init__(
+            "OpenVINO GenAI failed on this checkpoint",
+            python,
+            _CHILD,
+            arguments,
+            environment if case.halves else {**environment, _SPLIT: "0"},
+        )
 
     def __call__(self, seed: int) -> Run:
         """Answer once.
@@ -155,9 +120,9 @@ class GenAI:
         Raises:
             TrioError: the process ended.
         """
-        file = Path(self._folder.name) / "pictures.npy"
+        file = self.folder / "pictures.npy"
         np.save(file, np.stack([np.asarray(image) for image in self._work.pictures(seed)]))
-        reply = self._ask(str(file))
+        reply = self.ask(str(file))
         return Run(
             stages=_stages(reply),
             first_token_s=reply["first_token_s"],
@@ -171,18 +136,6 @@ class GenAI:
             ran_as=RanAs("openvino genai", None, None, "float16", self._precision, "CPU"),
             peak_mib=reply["peak_mib"],
         )
-
-    def _ask(self, line: str) -> dict[str, Any]:
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            print(line, file=self._child.stdin, flush=True)
-            for answer in self._child.stdout:
-                if answer.startswith("{"):  # other lines are the library's own messages
-                    return dict(json.loads(answer))
-        self._child.wait()
-        errors = self._errors.read_text(encoding="utf-8").strip().splitlines() or ["no message"]
-        raise TrioError(f"OpenVINO GenAI failed on this checkpoint ({errors[-1]})")
 
 
 def _stages(reply: Mapping[str, Any]) -> dict[str, float]:
