@@ -2,6 +2,7 @@
 
 import gc
 import json
+import mmap
 import subprocess
 import sys
 from collections.abc import Callable
@@ -437,3 +438,18 @@ def test_prefill_and_decode_write_into_one_buffer_in_place(tmp_path: Path) -> No
     assert np.allclose(y, fresh["y"], atol=1e-6)
     key = cache.buffers[0][0, "key"]
     assert np.isnan(key[:, :, 7:]).all() and not np.isnan(key[0, :, 6]).any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux says what is resident")
+def test_memory_of_a_large_cache_is_provided_where_it_is_written_alone(tmp_path: Path) -> None:
+    """Rows that join a batch get as much room as the longest, of which most write little."""
+    engine = open_engine(write_product(tmp_path)[0], "onnxruntime", threads=1)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before = resident()
+    cache = engine.empty((16, 8, 2**12, 64), np.dtype(np.float32))  # 128 MiB
+    cache[:, :, :8] = 1.0
+    assert cache.flags.c_contiguous and cache[3, 7, 7, 63] == 1.0
+    assert resident() - before < 32 * 2**20

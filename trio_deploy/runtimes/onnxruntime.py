@@ -15,6 +15,8 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import math
+import mmap
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -44,6 +46,7 @@ from trio_deploy.runtimes.failures import failure
 from trio_deploy.runtimes.machine import cores_to_name
 from trio_deploy.runtimes.mapped_weights import WeightMap
 
+_LARGE = 2**22  # bytes of memory that is worth a mapping of its own
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _SHARED = ("float32", "float16", "uint8", "int8")  # types of weights that sessions share
 _DTYPES = {
@@ -265,7 +268,7 @@ class OrtEngine:
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """`Engine.empty`: a numpy array on the CPU, an OrtValue on a GPU."""
         if self._device == "cpu":
-            return np.empty(shape, dtype)
+            return _untouched(shape, dtype)
         make = self._ort.OrtValue.ortvalue_from_shape_and_type
         return make(shape, dtype.type, self._device, 0)
 
@@ -316,6 +319,28 @@ class _Step:
         for value, array in self._copied:  # on a GPU, inputs from the host are copies
             value.update_inplace(array)
         _run(self._session, self._binding)
+
+
+def _untouched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory of which the system provides only the small pages that are written.
+
+    Numpy asks for pages of 2 MiB: writing the first tokens of every row and head of a large cache
+    would then provide, and clear, all of it.
+
+    Raises:
+        MemoryError: there is not so much.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _LARGE:
+        return np.empty(shape, dtype)
+    try:
+        memory = mmap.mmap(-1, nbytes)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            with contextlib.suppress(OSError):  # a system without large pages
+                memory.madvise(mmap.MADV_NOHUGEPAGE)
+    except OSError as error:
+        raise MemoryError(str(error)) from error
+    return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
 
 
 def _specs(args: list[Any]) -> dict[str, TensorSpec]:
