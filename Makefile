@@ -64,7 +64,7 @@ $(DOCS)/.ready: requirements/docs.txt | check-python
 
 # Any link that leads nowhere is an error.
 docs: $(DOCS)/.ready
-	$(DOCS)/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
 	@echo "The site is in out/site: open out/site/index.html, or serve the folder"
 
 test: lint types docs tests
