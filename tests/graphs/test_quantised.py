@@ -220,6 +220,23 @@ def part_of(model: onnx.ModelProto, output: str) -> onnx.ModelProto:
     return onnx.helper.make_model(made, opset_imports=model.opset_import, ir_version=11)
 
 
+@pytest.mark.parametrize("dialect", ["onnx", "primitive"])
+def test_products_in_fp8_round_what_they_multiply(dialect: str) -> None:
+    """A Q/DQ pair per product, with the scale that belongs to its matrix."""
+    config = MODELS["biases, tied"]()
+    name = "language_model.layers.1.mlp.down_proj.weight"
+    made = options(dialect, "fp8", config, inputs={name: 89.6})
+    coded, plain = segment(config)(made), segment(config)(options(dialect, None, config))
+    arrays, _ = quantised(coded, random_weights(plain, 1))
+    proto = filled(coded, arrays)
+    onnx.checker.check_model(proto, full_check=True)
+    rounded = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(rounded) == 2 * 7
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    scale = onnx.numpy_helper.to_array(constants[f"const.{name}.input_scale"])
+    assert scale == np.float32(0.2)
+
+
 def test_floats_of_4_bit_are_not_for_graphs_of_onnx_runtime() -> None:
     with pytest.raises(TrioError, match="no products with weights in nvfp4: choose the dialect"):
         GraphOptions(dialect="ort", quantize="nvfp4")

@@ -208,7 +208,7 @@ def test_headers_of_codes_are_those_of_bytes() -> None:
 
 
 def test_unknown_schemes_are_refused() -> None:
-    with pytest.raises(TrioError, match="choose one of int8, int4, int4-g32, nvfp4, none"):
+    with pytest.raises(TrioError, match="choose one of int8, int4, int4-g32, fp8, nvfp4, none"):
         scheme_named("int3")
 
 

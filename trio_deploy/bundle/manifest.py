@@ -10,6 +10,7 @@ import msgspec
 from trio_deploy.checkpoint.fit import CheckpointInfo
 from trio_deploy.checkpoint.processor_files import GenerationInfo
 from trio_deploy.checkpoint.resolve import MANIFEST as MANIFEST
+from trio_deploy.config.options import Calibration
 from trio_deploy.config.sampling import SamplingOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.files import convert
@@ -192,6 +193,7 @@ class Quantization(msgspec.Struct, frozen=True):
         source: where the codes come from: `rtn`, rounding to nearest at export, or the form of
             the checkpoint, `compressed-tensors`, `awq` or `gptq`.
         revision: of what `source` does; codes of one revision are the same.
+        calibration: what activations are rounded by, in `fp8`.
     """
 
     scheme: str
@@ -202,6 +204,7 @@ class Quantization(msgspec.Struct, frozen=True):
     head: str
     source: str
     revision: int
+    calibration: Calibration | None = None
 
 
 class FileInfo(msgspec.Struct, frozen=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from trio_deploy.cli.options import (
@@ -33,6 +34,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "(dialect onnx; default: the target's)",
     )
     add_quantize(command)
+    command.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="QUESTIONS",
+        help="questions like those that will be asked, in the form that `trio eval` reads: the "
+        "float model is asked them, and --quantize fp8 rounds activations by what was measured",
+    )
     command.add_argument("--target", help="name or file of the target (default: cpu)")
     add_chat_template(command)
     add_max_pixels(command)
@@ -66,6 +74,12 @@ def run(args: argparse.Namespace) -> None:
     from trio_deploy.bundle.describe import inspect
     from trio_deploy.export.job import export_model
 
+    calibration = None
+    if args.calibrate is not None:
+        from trio_deploy.evaluation.calibrate import calibrate
+        from trio_deploy.evaluation.questions import question_set
+
+        calibration = partial(calibrate, model_of(args), question_set(args.calibrate))
     bundle = export_model(
         model_of(args),
         args.out,
@@ -76,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
         dialect=args.dialect,
         weights=args.weights,
         quantize=args.quantize,
+        calibration=calibration,
         target=args.target,
         chat_template=args.chat_template,
         max_pixels=args.max_pixels,

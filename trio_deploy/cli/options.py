@@ -90,7 +90,7 @@ def add_quantize(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--quantize",
         metavar="SCHEME",
-        help="int8, int4, int4-g32 or nvfp4: how the decoder layers' matrices are stored "
+        help="int8, int4, int4-g32, fp8 or nvfp4: how the decoder layers' matrices are stored "
         "(docs/quantisation.md), or none (default: the recipe's, else the target's, else none)",
     )
 

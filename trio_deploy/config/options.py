@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from trio_deploy.config.target import Target
 from trio_deploy.schedule.budget import check_budget
@@ -53,6 +56,21 @@ class SelectionOptions:
     threshold: float | None = None
 
 
+class Calibration(msgspec.Struct, frozen=True):
+    """What was measured of activations, by which graphs round them.
+
+    Attributes:
+        source: name of the file of questions, or what else was asked.
+        questions: number of those asked.
+        greatest: the greatest magnitude of what each matrix of the decoder layers is multiplied by,
+            by canonical name. Scales are a 448th of it, the greatest number of E4M3.
+    """
+
+    source: str
+    questions: int
+    greatest: dict[str, float]
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """What an export makes of a model.
@@ -64,8 +82,10 @@ class ExportOptions:
         method: selection method of pruning points that name none; None: the recipe's, else trio.
         dtype: float type of graphs and weights; None: the target's.
         dialect: dialect of the graphs; None: the target's.
-        quantize: scheme to quantise by, `int8`, `int4`, `int4-g32` or `nvfp4`; `none`: weights stay
-            float; None: the recipe's, else the target's, else none.
+        quantize: scheme to quantise by, `int8`, `int4`, `int4-g32`, `fp8` or `nvfp4`; `none`:
+            weights stay float; None: the recipe's, else the target's, else none.
+        calibration: what `calibrate` measured, or a function that measures it once all else has
+            been checked; `fp8` alone needs it.
         weights: `constants` of the graphs, or `inputs`, which the runtime binds: one copy in memory
             for all stages; None: the target's.
         target: name or file of a target, or the target itself; None: `cpu`.
@@ -86,6 +106,7 @@ class ExportOptions:
     dialect: str | None = None
     weights: str | None = None
     quantize: str | None = None
+    calibration: Calibration | Callable[[], Calibration] | None = None
     target: str | Path | Target | None = None
     chat_template: str | Path | None = None
     max_pixels: int | None = None

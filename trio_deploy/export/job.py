@@ -53,7 +53,12 @@ from trio_deploy.checkpoint.resolve import (
     source_config,
 )
 from trio_deploy.checkpoint.safetensors import TensorEntry, missing_weights
-from trio_deploy.config.options import DEFAULT_THRESHOLD, ExportOptions, SelectionOptions
+from trio_deploy.config.options import (
+    DEFAULT_THRESHOLD,
+    Calibration,
+    ExportOptions,
+    SelectionOptions,
+)
 from trio_deploy.config.recipe import Recipe, with_schedule_file
 from trio_deploy.config.target import Target, list_targets
 from trio_deploy.errors import TrioError
@@ -64,7 +69,14 @@ from trio_deploy.families.names import EMBEDDINGS, HEAD
 from trio_deploy.families.registry import check_methods, check_positions, request_limits
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.quant.quantization_config import require_float
-from trio_deploy.quant.schemes import NO_SCHEME, READING, ROUNDING, StoredMatrix, same_scheme
+from trio_deploy.quant.schemes import (
+    NO_SCHEME,
+    READING,
+    ROUNDING,
+    SCHEMES,
+    StoredMatrix,
+    same_scheme,
+)
 from trio_deploy.quant.stored_weight import StoredWeight, parts_of
 from trio_deploy.runtimes.registry import check_scheme, load_target, runtime_spec
 from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule
@@ -181,7 +193,9 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
         raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(SAFETENSORS)}")
     _refuse_unless_it_runs(dtype, target)
     ahead = described(model)  # before weights are downloaded
-    _refuse_links(options, quantize_of(ahead.recipe if ahead else None, target, options))
+    wanted = quantize_of(ahead.recipe if ahead else None, target, options)
+    _refuse_links(options, wanted)
+    _require_calibration(options, wanted)
     if ahead is not None:
         plan_schedule(ahead, source_config(ahead, options.max_pixels), options)
     source = resolve(model, weights_needed=not options.graphs_only)
@@ -200,6 +214,9 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
     _refuse_unreadable(graphs.dialect, target)
     check_scheme(target, graphs.quantize)
     _refuse_links(options, graphs.quantize)
+    _require_calibration(options, graphs.quantize)
+    if options.calibration is not None:
+        options, graphs = _calibrated(options, graphs, config)
     return ExportJob(options, target, source, config, schedule, graphs, checkpoint, assets)
 
 
@@ -335,7 +352,9 @@ def write_bundle(
             budgets=job.budgets,
             checkpoint=job.checkpoint.info if job.checkpoint else None,
             quantization=quantization_of(
-                job.graphs, (job.checkpoint and job.checkpoint.form) or "rtn"
+                job.graphs,
+                (job.checkpoint and job.checkpoint.form) or "rtn",
+                options.calibration if isinstance(options.calibration, Calibration) else None,
             ),
         )
         writer.write(MANIFEST, manifest.dump())
@@ -433,6 +452,42 @@ def _refuse_links(options: ExportOptions, quantize: str | None) -> None:
         )
 
 
+def _require_calibration(options: ExportOptions, quantize: str | None) -> None:
+    """Raises TrioError where a scheme needs a calibration and there is none, or the reverse."""
+    needs = quantize in SCHEMES and SCHEMES[str(quantize)].rounds_inputs
+    if needs and options.calibration is None:
+        raise TrioError(
+            f"{quantize} rounds activations, too, whose greatest values have to be measured: pass "
+            "a file of questions like those that will be asked, by --calibrate"
+        )
+    if options.calibration is not None and not needs:
+        raise TrioError(
+            "--calibrate measures activations, which --quantize fp8 alone rounds: leave one out"
+        )
+
+
+def _calibrated(
+    options: ExportOptions, graphs: GraphOptions, config: ModelConfig
+) -> tuple[ExportOptions, GraphOptions]:
+    """Options with what was measured, or is measured now.
+
+    Raises:
+        TrioError: it was measured on another model.
+    """
+    found = options.calibration
+    if found is not None and not isinstance(found, Calibration):
+        found = found()
+    assert found is not None
+    for weight in graphs.stored_weights(config):
+        coded = weight.coding is not None and weight.coding.label == "fp8"
+        if coded and weight.name not in found.greatest:
+            raise TrioError(
+                f"the calibration says nothing of {weight.name}: it is one of another model, so "
+                "calibrate with this one"
+            )
+    return replace(options, calibration=found), replace(graphs, inputs=found.greatest)
+
+
 def quantize_of(recipe: Recipe | None, target: Target, options: ExportOptions) -> str | None:
     """The scheme to quantise by: the option, else the recipe's, else the target's; None: float."""
     named = (options.quantize, recipe and recipe.quantize, target.quantize)
@@ -440,11 +495,14 @@ def quantize_of(recipe: Recipe | None, target: Target, options: ExportOptions) -
     return None if chosen in (None, NO_SCHEME) else chosen
 
 
-def quantization_of(graphs: GraphOptions, source: str = "rtn") -> Quantization | None:
+def quantization_of(
+    graphs: GraphOptions, source: str = "rtn", calibration: Calibration | None = None
+) -> Quantization | None:
     """What a manifest says of quantised weights; None: all are float.
 
     Args:
         source: where the codes come from.
+        calibration: what activations are rounded by.
     """
     scheme = graphs.scheme
     if scheme is None:
@@ -465,6 +523,7 @@ def quantization_of(graphs: GraphOptions, source: str = "rtn") -> Quantization |
         head=f"int{heads[0].bits}" if heads else "int8",
         source=source,
         revision=READING if stored else ROUNDING,
+        calibration=calibration,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from trio_deploy.bundle.manifest import Kind
@@ -45,6 +45,7 @@ class GraphOptions:
         quantize: scheme of `quant.schemes.SCHEMES` for decoder layers and the head; None: float.
         stored: matrices that the checkpoint holds quantised, whose scheme `quantize` names; None:
             all are rounded.
+        inputs: as of `Scheme`.
     """
 
     dialect: str = "ort"
@@ -58,6 +59,7 @@ class GraphOptions:
     query_block: int | None = None
     quantize: str | None = None
     stored: Mapping[str, StoredMatrix] | None = None
+    inputs: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -101,7 +103,9 @@ class GraphOptions:
         """How matrices are quantised; None: they are float."""
         if self.quantize is None:
             return None
-        return scheme_named(self.quantize) if self.stored is None else scheme_of(self.stored)
+        if self.stored is not None:
+            return scheme_of(self.stored)
+        return replace(scheme_named(self.quantize), inputs=self.inputs)
 
     def make_dialect(self, kind: Kind = "prefill") -> Dialect:
         """Make the dialect of the graph of one stage."""

@@ -42,6 +42,15 @@ def greatest(rows: np.ndarray) -> float:
     return most
 
 
+def input_scale(most: float) -> float:
+    """The scale by which activations are rounded to E4M3.
+
+    Args:
+        most: their greatest magnitude.
+    """
+    return max(most / MOST_E4M3, LEAST_SCALE)
+
+
 def round_to_e4m3(
     rows: np.ndarray, scale_dtype: np.typing.DTypeLike = np.float32
 ) -> tuple[np.ndarray, np.ndarray]:

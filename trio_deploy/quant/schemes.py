@@ -69,6 +69,8 @@ class Scheme:
         kind: of the codes of decoder layers. Floats are computed by NVIDIA's GPUs alone.
         capability: compute capability from which on GPUs have the codes' type; "": any device.
         tensorrt: version from which on TensorRT has it.
+        inputs: the greatest magnitude of what a matrix is multiplied by, by canonical name, where
+            that is rounded too; None: it is not known, as in plans.
         stored: matrices that a checkpoint holds quantised, by canonical name: they keep their
             codes, other matrices of decoder layers stay float, and a float head is rounded. None:
             all are rounded.
@@ -80,12 +82,18 @@ class Scheme:
     kind: Kind = "int"
     capability: str = ""
     tensorrt: str = ""
+    inputs: Mapping[str, float] | None = None
     stored: Mapping[str, StoredMatrix] | None = None
 
     @property
     def label(self) -> str:
         """`int4`, as of `Coding`."""
         return f"{self.kind}{self.bits}"
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether what a matrix is multiplied by is rounded in graphs, by a scale of its own."""
+        return self.label == "fp8"
 
 
 SCHEMES = {
@@ -94,6 +102,7 @@ SCHEMES = {
         Scheme("int8", 8, _BLOCKS_OF_8),
         Scheme("int4", 4, (128, 64)),
         Scheme("int4-g32", 4, (32,)),
+        Scheme("fp8", 8, (), "fp", "8.9", "10.0"),
         Scheme("nvfp4", 4, (BLOCK,), "fp", "10.0", "10.8"),
     )
 }

@@ -25,6 +25,7 @@ from trio_deploy.checkpoint.safetensors import DTYPES
 from trio_deploy.errors import TrioError
 from trio_deploy.families.names import EMBEDDINGS, HEAD, canonical_name
 from trio_deploy.families.registry import get_family
+from trio_deploy.quant.narrow_floats import MOST_E4M3, input_scale
 from trio_deploy.quant.quantization_config import without_quantization_config
 from trio_deploy.quant.schemes import BESIDE_CODES, coded_part, split_name, values_of
 from trio_deploy.quant.stored_weight import FLOATS, Part
@@ -106,8 +107,13 @@ def _state(
 
 
 def selection_weights(bundle: Bundle, model: Any) -> Callable[[int], AbstractContextManager[None]]:
-    """What `Oracle` takes: puts the copies that selections compute with into a restored model."""
+    """What `Oracle` takes: puts the copies that selections compute with into a restored model.
+
+    Where graphs round what matrices are multiplied by, so does the model from here on, but for
+    selections.
+    """
     family = get_family(bundle.config.family)
+    selecting = _round_inputs(bundle, model)
     copies = {name: widths[COPIES] for name, widths in _codes(bundle).items() if len(widths) > 1}
 
     @contextmanager
@@ -119,13 +125,43 @@ def selection_weights(bundle: Bundle, model: Any) -> Callable[[int], AbstractCon
                 values = _dequantised(bundle, copies[canonical], parameter.shape[1])
                 own.append((parameter, parameter.data))
                 parameter.data = values.to(parameter.dtype)
+        selecting.add(layer)
         try:
             yield
         finally:
+            selecting.discard(layer)
             for parameter, values in own:
                 parameter.data = values
 
     return use
+
+
+def _round_inputs(bundle: Bundle, model: Any) -> set[int]:
+    """Make a model round to E4M3 what its matrices in it are multiplied by.
+
+    Returns:
+        a set of layers, in which it does not.
+    """
+    selecting: set[int] = set()
+    said, family = bundle.manifest.quantization, get_family(bundle.config.family)
+    if said is None or said.calibration is None:
+        return selecting
+    kind = FLOATS[bundle.manifest.dtype]
+    for name, module in model.named_modules():
+        most = said.calibration.greatest.get(canonical_name(family, f"{name}.weight"))
+        if most is None or not isinstance(module, torch.nn.Linear):
+            continue
+        layer = int(name.split("layers.")[1].partition(".")[0])
+        scale = float(np.array(input_scale(most), kind))
+
+        def rounded(_: Any, given: Any, layer: int = layer, scale: float = scale) -> Any:
+            if layer in selecting:
+                return None
+            inside = (given[0] / scale).clamp(-MOST_E4M3, MOST_E4M3)
+            return (inside.to(torch.float8_e4m3fn).to(inside.dtype) * scale,)
+
+        module.register_forward_pre_hook(rounded)
+    return selecting
 
 
 def _codes(bundle: Bundle) -> dict[str, dict[str, str]]:

@@ -49,6 +49,8 @@ from trio_deploy.runtimes.mapped_weights import WeightMap
 _LARGE = 2**22  # bytes of memory that is worth a mapping of its own
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _SHARED = ("float32", "float16", "uint8", "int8")  # types of weights that sessions share
+#: Type of the codes of weights → what activations are rounded to beside them.
+_ROUNDED = {"float8_e4m3fn": "fp8", "uint8": "int8"}
 _DTYPES = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -167,6 +169,10 @@ class OrtRuntime(HostRuntime):
             options.add_session_config_entry("session.use_env_allocators", "1")
             options.enable_mem_pattern = False
         places = weights or {}
+        kinds = {place.dtype for place in places.values()}
+        if "float8_e4m3fn" in kinds:
+            # Its rewriting of quantised graphs makes operators of narrow floats, which it has not.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         shared: list[Any] = []
         if on_cpu and (shares_weights or self._low_memory):
             if self._low_memory:
@@ -177,7 +183,8 @@ class OrtRuntime(HostRuntime):
                     shared.append(self._weight(path.parent, place))
                     options.add_initializer(name, shared[-1])
         try:
-            session = ort.InferenceSession(str(path), options, providers=[self.provider])
+            graph = self._graph(path, options)
+            session = ort.InferenceSession(graph, options, providers=[self.provider])
         except Exception as error:  # ONNX Runtime raises many types for this
             raise failure(f"ONNX Runtime cannot load {path.name}", error) from error
         used = session.get_providers()
@@ -191,11 +198,15 @@ class OrtRuntime(HostRuntime):
             for entry in session.get_inputs()
             if entry.name in places
         }
-        # Codes in bytes are MatMulNBits' own, except in selections, which dequantise them.
-        coded = any(place.dtype == "uint8" for place in places.values()) and not keep_precision
-        return OrtEngine(
-            session, "cpu" if on_cpu else "cuda", shared, bound, "int8" if coded else None
-        )
+        # Codes in bytes are MatMulNBits' own, except in selections, which dequantise them. Beside
+        # E4M3 graphs round activations themselves.
+        coded = [to for kind, to in _ROUNDED.items() if kind in kinds and not keep_precision]
+        rounded = coded[0] if coded else None
+        return OrtEngine(session, "cpu" if on_cpu else "cuda", shared, bound, rounded)
+
+    def _graph(self, path: Path, options: Any) -> str | bytes:
+        """What a session is made of: the graph's file, or its content."""
+        return str(path)
 
     def _weight(self, folder: Path, place: TensorPlace) -> Any:
         """A weight where sessions read it: mapped, or once in the memory of the GPU."""
@@ -392,5 +403,5 @@ RUNTIME = RuntimeSpec(
     devices={"cpu": "cpu", "gpu": "cuda"},
     check_target=_check_target,
     holds_scores=("onnx", "primitive"),
-    schemes=WHOLE_NUMBERS,
+    schemes=(*WHOLE_NUMBERS, "fp8"),
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
 from trio_deploy.families.base import TextConfig
@@ -14,18 +15,20 @@ from trio_deploy.graphs.values import (
     FLOAT_NAMES,
     INT64,
     cast,
+    constant,
     last_two_swapped,
     reduce,
     shape_of,
     typed,
 )
 from trio_deploy.graphs.weight import Matrix, QuantisedWeight, Weight, sizes
+from trio_deploy.quant.narrow_floats import E4M3, MOST_E4M3, input_scale
 from trio_deploy.quant.packing import Form
 from trio_deploy.quant.schemes import Scheme, head_coding, layer_coding
-from trio_deploy.quant.stored_weight import Coding
+from trio_deploy.quant.stored_weight import FLOATS, Coding
 
 #: Version of the standard operators that has the type of some codes, with their blocks.
-OPSETS_OF_CODES = {"int4": 21, "fp4": 23}
+OPSETS_OF_CODES = {"fp8": 19, "int4": 21, "fp4": 23}
 
 
 class Angles(NamedTuple):
@@ -139,17 +142,22 @@ class Dialect(ABC):
         return weight if isinstance(weight, Weight) else weight.dense(op, self.dtype)
 
     def product(
-        self, op: Any, x: ir.Value, weight: Matrix, multiply: Callable[[ir.Value], ir.Value]
+        self,
+        op: Any,
+        x: ir.Value,
+        weight: Matrix,
+        multiply: Callable[[ir.Value, ir.Value], ir.Value],
     ) -> ir.Value:
-        """Compute x Wᵀ by `multiply`, which is given W.
+        """Compute x Wᵀ by `multiply`, which is given x and W.
 
-        Where blocks of W have numbers added to them, W is given without, so that it stays a
-        DequantizeLinear alone, and the sums of x per block times those numbers are added.
+        Beside a matrix in E4M3 x is rounded to it, too. Where blocks of W have numbers added to
+        them, W is given without, so that it stays a DequantizeLinear alone, and the sums of x per
+        block times those numbers are added.
         """
         added = weight.zero if isinstance(weight, QuantisedWeight) else None
         if added is None or not isinstance(weight, QuantisedWeight) or self.selects:
-            return multiply(self.matrix(op, weight))
-        y = multiply(weight.dense(op, self.dtype, offsets=False))
+            return multiply(self._rounded(op, x, weight), self.matrix(op, weight))
+        y = multiply(x, weight.dense(op, self.dtype, offsets=False))
         lead, (out, columns) = shape_of(x)[:-1], sizes(weight)
         blocks = int(shape_of(added)[1])
         parts = op.Reshape(x, [*(0 for _ in lead), blocks, columns // blocks])
@@ -158,6 +166,19 @@ class Dialect(ABC):
         sums = typed(sums, self.dtype, [*lead, blocks])
         extra = op.MatMul(sums, op.Transpose(cast(op, added, self.dtype), perm=[1, 0]))
         return typed(op.Add(y, extra), self.dtype, [*lead, out])
+
+    def _rounded(self, op: Any, x: ir.Value, weight: Matrix) -> ir.Value:
+        """Round x to E4M3 by the scale that belongs to a matrix in it; x itself beside others."""
+        if not isinstance(weight, QuantisedWeight) or weight.coding.label != "fp8":
+            return x
+        assert self.scheme is not None
+        most = (self.scheme.inputs or {}).get(str(weight.name), MOST_E4M3)
+        kind = FLOATS[FLOAT_NAMES[self.dtype]]
+        scale = constant(op, np.array(input_scale(most), kind), f"{weight.name}.input_scale")
+        zero = constant(op, np.zeros((), E4M3), "zero_of_e4m3")
+        codes = op.QuantizeLinear(x, scale, zero)
+        codes = typed(codes, ir.DataType.FLOAT8E4M3FN, shape_of(x))
+        return typed(op.DequantizeLinear(codes, scale), self.dtype, shape_of(x))
 
     def cache_head_dim(self, head_dim: int) -> int:
         """Head size of the KV cache: `head_dim`, or more if the operators pad heads with zeros."""

@@ -44,7 +44,7 @@ class OnnxDialect(Dialect):
         out, inner = sizes(weight)
         lead = shape_of(x)[:-1]
 
-        def gemm(w: ir.Value) -> ir.Value:
+        def gemm(x: ir.Value, w: ir.Value) -> ir.Value:
             flat = x if len(lead) == 1 else op.Reshape(x, [-1, inner])
             inputs = (flat, w) if bias is None else (flat, w, bias)
             y = op.Gemm(*inputs, transB=1)

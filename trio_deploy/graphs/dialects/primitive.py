@@ -65,7 +65,7 @@ class PrimitiveDialect(Dialect):
     def linear(
         self, op: Any, x: ir.Value, weight: Matrix, bias: ir.Value | None = None
     ) -> ir.Value:
-        y = self.product(op, x, weight, lambda w: op.MatMul(x, op.Transpose(w, perm=[1, 0])))
+        y = self.product(op, x, weight, lambda x, w: op.MatMul(x, op.Transpose(w, perm=[1, 0])))
         return y if bias is None else op.Add(y, bias)
 
     def matmul_shared(self, op: Any, x: ir.Value, w: ir.Value) -> ir.Value:

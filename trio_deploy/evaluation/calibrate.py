@@ -1,0 +1,149 @@
+"""Calibration: how large the activations of a float model become over questions.
+
+The model runs on ONNX Runtime with the schedule of its recipe, and each product with a matrix of a
+decoder layer says how large its other operand is. Prompts alone are measured, a question at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from tqdm import tqdm
+
+from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import TensorPlace
+from trio_deploy.config.options import Calibration, RuntimeOptions
+from trio_deploy.errors import TrioError
+from trio_deploy.evaluation.questions import QuestionSet, question_set
+from trio_deploy.export.cache import find_bundle
+from trio_deploy.pipeline.pipeline import Pipeline
+from trio_deploy.pipeline.prefill import Clock, Stages
+from trio_deploy.pipeline.prepare import RequestPreparer
+from trio_deploy.pipeline.ran_as import RanAs
+from trio_deploy.pipeline.request import Request
+from trio_deploy.runtimes.base import Array, Step
+from trio_deploy.runtimes.onnxruntime import OrtEngine, OrtRuntime
+
+_LAYERS = re.compile(r"language_model\.layers\.\d+\..*\.weight")
+_MEASURED = "greatest."  # begins the names of outputs that are added
+_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def calibrate(
+    model: str | os.PathLike[str],
+    questions: str | os.PathLike[str] | QuestionSet,
+    *,
+    progress: bool = True,
+) -> Calibration:
+    """Measure the activations of a float model over questions.
+
+    Args:
+        model: what `export_model` takes; it is exported once into the cache, in float32.
+        questions: a file that `read_questions` reads, or questions.
+        progress: show a progress bar.
+
+    Raises:
+        TrioError: the questions or one of their pictures cannot be read, there are none, or the
+            model cannot be exported or answer them.
+    """
+    asked = question_set(questions)
+    if not asked.questions:
+        raise TrioError("there are no questions to calibrate with: pass a file that holds some")
+    options = RuntimeOptions(runtime="onnxruntime", target="cpu")
+    bundle = Bundle.load(find_bundle(model, options, to_run=True, progress=progress))
+    runtime = _Measuring({bundle.graph(stage.name) for stage in bundle.of_kind("prefill")})
+    stages = Stages(bundle, runtime, holds_scores=False)
+    ran_as = RanAs.of(bundle, options, stages.engines)
+    pipeline = Pipeline(bundle, stages, RequestPreparer(bundle), "float32", ran_as)
+    hidden = None if progress else True
+    for question in tqdm(asked.questions, "calibration", unit="question", disable=hidden):
+        request = Request(question.prompt, question.images, max_new_tokens=1)
+        try:
+            pipeline.prefill([pipeline.prepare(request)], Clock())
+        except TrioError as error:
+            raise TrioError(f"question {question.id}: {error}") from None
+    for name, most in runtime.found.items():
+        if not math.isfinite(most):
+            raise TrioError(f"activations before {name} are not finite: the model is damaged")
+    return Calibration(asked.data, len(asked.questions), dict(sorted(runtime.found.items())))
+
+
+class _Measuring(OrtRuntime):
+    """ONNX Runtime whose segments also measure what their matrices are multiplied by.
+
+    Attributes:
+        found: the greatest magnitude so far, by name of the matrix.
+    """
+
+    def __init__(self, segments: Collection[Path]) -> None:
+        super().__init__()
+        self.found: dict[str, float] = {}
+        self._segments = segments
+
+    def _graph(self, path: Path, options: Any) -> str | bytes:
+        if path not in self._segments:
+            return super()._graph(path, options)
+        options.add_session_config_entry(_FOLDER, str(path.parent.resolve()))
+        return _measured(onnx.load(str(path), load_external_data=False)).SerializeToString()
+
+    def open(
+        self, path: Path, weights: Mapping[str, TensorPlace] | None = None, **keywords: bool
+    ) -> Any:
+        """`Runtime.open`."""
+        return _Measured(super().open(path, weights, **keywords), self.found)
+
+
+class _Measured:
+    """An engine whose added outputs are read here, and not by who runs it."""
+
+    def __init__(self, engine: OrtEngine, found: dict[str, float]) -> None:
+        self._engine, self._found = engine, found
+        self.inputs, self.execution = engine.inputs, engine.execution
+        self.outputs = {n: s for n, s in engine.outputs.items() if not n.startswith(_MEASURED)}
+
+    def run(
+        self,
+        feeds: Mapping[str, Array],
+        into: Mapping[str, Array] | None = None,
+        *,
+        host: Collection[str] | None = None,
+    ) -> dict[str, Array]:
+        """`Engine.run`."""
+        outputs = self._engine.run(feeds, into, host=host)
+        for output in [name for name in outputs if name.startswith(_MEASURED)]:
+            name, most = output.removeprefix(_MEASURED), float(outputs.pop(output))
+            self._found[name] = max(self._found.get(name, 0.0), most)
+        return outputs
+
+    def bind(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> Step:
+        """`Engine.bind`, which measures nothing."""
+        return self._engine.bind(feeds, into)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """`Engine.empty`."""
+        return self._engine.empty(shape, dtype)
+
+
+def _measured(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Add an output per product with a matrix of a layer: how large its other operand is."""
+    graph, nodes = model.graph, []
+    for node in graph.node:
+        nodes.append(node)
+        name = node.input[1] if len(node.input) > 1 else ""
+        if node.op_type != "FusedMatMul" or not _LAYERS.fullmatch(name):
+            continue
+        output = f"{_MEASURED}{name}"
+        nodes.append(helper.make_node("Abs", [node.input[0]], [f"size.of.{name}"]))
+        nodes.append(helper.make_node("ReduceMax", [f"size.of.{name}"], [output], keepdims=0))
+        graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return model
