@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
 from tqdm import tqdm
 
 from trio_deploy.bundle.bundle import Bundle
@@ -24,6 +21,7 @@ from trio_deploy.config.options import Calibration, RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluation.questions import QuestionSet, question_set
 from trio_deploy.export.cache import find_bundle
+from trio_deploy.export.measured import MEASURED, measured
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.prefill import Clock, Stages
 from trio_deploy.pipeline.prepare import RequestPreparer
@@ -32,8 +30,6 @@ from trio_deploy.pipeline.request import Request
 from trio_deploy.runtimes.base import Array, Step
 from trio_deploy.runtimes.onnxruntime import OrtEngine, OrtRuntime
 
-_LAYERS = re.compile(r"language_model\.layers\.\d+\..*\.weight")
-_MEASURED = "greatest."  # begins the names of outputs that are added
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -92,7 +88,7 @@ class _Measuring(OrtRuntime):
         if path not in self._segments:
             return super()._graph(path, options)
         options.add_session_config_entry(_FOLDER, str(path.parent.resolve()))
-        return _measured(onnx.load(str(path), load_external_data=False)).SerializeToString()
+        return measured(path)
 
     def open(
         self, path: Path, weights: Mapping[str, TensorPlace] | None = None, **keywords: bool
@@ -107,7 +103,7 @@ class _Measured:
     def __init__(self, engine: OrtEngine, found: dict[str, float]) -> None:
         self._engine, self._found = engine, found
         self.inputs, self.execution = engine.inputs, engine.execution
-        self.outputs = {n: s for n, s in engine.outputs.items() if not n.startswith(_MEASURED)}
+        self.outputs = {n: s for n, s in engine.outputs.items() if not n.startswith(MEASURED)}
 
     def run(
         self,
@@ -118,8 +114,8 @@ class _Measured:
     ) -> dict[str, Array]:
         """`Engine.run`."""
         outputs = self._engine.run(feeds, into, host=host)
-        for output in [name for name in outputs if name.startswith(_MEASURED)]:
-            name, most = output.removeprefix(_MEASURED), float(outputs.pop(output))
+        for output in [name for name in outputs if name.startswith(MEASURED)]:
+            name, most = output.removeprefix(MEASURED), float(outputs.pop(output))
             self._found[name] = max(self._found.get(name, 0.0), most)
         return outputs
 
@@ -130,20 +126,3 @@ class _Measured:
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """`Engine.empty`."""
         return self._engine.empty(shape, dtype)
-
-
-def _measured(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Add an output per product with a matrix of a layer: how large its other operand is."""
-    graph, nodes = model.graph, []
-    for node in graph.node:
-        nodes.append(node)
-        name = node.input[1] if len(node.input) > 1 else ""
-        if node.op_type != "FusedMatMul" or not _LAYERS.fullmatch(name):
-            continue
-        output = f"{_MEASURED}{name}"
-        nodes.append(helper.make_node("Abs", [node.input[0]], [f"size.of.{name}"]))
-        nodes.append(helper.make_node("ReduceMax", [f"size.of.{name}"], [output], keepdims=0))
-        graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return model
