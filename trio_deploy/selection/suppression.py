@@ -44,7 +44,8 @@ class _Ranks:
     Attributes:
         tokens: int64 [B,R], the token of each rank; behind the S tokens, places of their own.
         candidates: bool [B,R], ranks of visual tokens.
-        blocks: int64 [1], ceil(S / M) + 1: the last one has no candidates, for rounds too many.
+        blocks: int64 [1], ceil(S / M) + 1. The last one has no candidates: a round too many, as
+            TensorRT's parser has run (onnx-tensorrt's issue 891), writes there and to no token.
         available: f32 [B,1], N.
         prunes: bool [B,1], whether the row keeps less than it has.
         need: f32 [B,1], tokens to choose, 0 where the row keeps all it has.
