@@ -1,6 +1,6 @@
 # make demo: a real answer about a real picture, without torch.   make serve: the shipped model for
 # OpenAI's clients, and a page.   make docs: the documents as a site.   make test: everything that runs
-# in twenty minutes.   make test ALL=1: the long cases, too (those on real weights).
+# in half an hour.   make test ALL=1: the long cases, too (those on real weights).
 # All set up .venv first, once; they set it up again when the dependencies change.
 
 PYTHON ?= python3
