@@ -178,7 +178,7 @@ def test_a_node_dies_under_load_and_no_answer_is_wrong(
         each: pipeline.generate(Request(each, file(), max_new_tokens=6)).text for each in QUESTIONS
     }
     monkeypatch.setenv("TRIO_API_KEY", KEY)
-    serve.run(app(asked(bundles, replicas="2", cpus="1")), name="default", _blocking=True)
+    serve.run(app(asked(bundles, replicas="2", cpus="1")), name="default")
     wait_for(lambda: replicas() == 2)
     load = Load(url, expected)
     threads = [threading.Thread(target=load.run, args=(number,)) for number in range(6)]
