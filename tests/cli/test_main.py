@@ -54,6 +54,7 @@ def test_export_hands_on_what_was_asked(calls, capsys):
     assert options == {
         "budget": 0.222,
         "quantize": None,
+        "calibration": None,
         "chat_template": "none",
         "method": "dart",
         "schedule": None,

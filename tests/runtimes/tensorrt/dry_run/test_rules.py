@@ -468,7 +468,7 @@ def test_versions_before_10_keep_no_codes(exported: Export) -> None:
 
 def test_blocks_of_32_are_refused_for_targets_with_engines(tmp_path: Path) -> None:
     small = replace(load_target(H200), quantize="int4-g32")
-    with pytest.raises(TrioError, match="does not take weights in int4-g32: choose int8 or int4"):
+    with pytest.raises(TrioError, match="weights in int4-g32: choose int8, int4 or fp8"):
         load_target(small)
     with pytest.raises(TrioError, match="does not take weights in int4-g32"):
         export_model("tiny", tmp_path / "b", target=H200, quantize="int4-g32", progress=False)
