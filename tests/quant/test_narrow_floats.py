@@ -84,3 +84,11 @@ def test_values_that_are_not_finite_are_refused(value: float) -> None:
     for round_it in (greatest, round_to_e4m3):
         with pytest.raises(TrioError, match="not finite"):
             round_it(values)
+
+
+def test_a_matrix_of_the_least_numbers_has_a_scale_above_0() -> None:
+    values = np.full((1, BLOCK), 1e-43, np.float32)
+    of_matrix = scale_of_matrix(greatest(values))
+    assert of_matrix > 0
+    with np.errstate(all="raise", under="ignore"):
+        assert np.isfinite(from_e2m1(*round_to_e2m1(values, of_matrix), of_matrix)).all()

@@ -36,10 +36,9 @@ def greatest(rows: np.ndarray) -> float:
     Raises:
         TrioError: a value is not finite.
     """
-    most = float(np.abs(rows.astype(np.float32, copy=False)).max(initial=0.0))
-    if not np.isfinite(most):
-        raise TrioError("a value is not finite, so the matrix cannot be quantised")
-    return most
+    most = np.abs(rows.astype(np.float32, copy=False)).max(initial=0.0)
+    _require_finite(most)
+    return float(most)
 
 
 def input_scale(most: float) -> float:
@@ -65,8 +64,8 @@ def round_to_e4m3(
         TrioError: a value is not finite.
     """
     wide = rows.astype(np.float32, copy=False)
-    greatest(wide)
     most = np.abs(wide).max(axis=1)
+    _require_finite(most)
     scale = np.where(most > 0, np.maximum(most / np.float32(MOST_E4M3), LEAST_SCALE), 1.0)
     stored = scale.astype(scale_dtype)
     return to_e4m3(wide / stored.astype(np.float32)[:, None]).view(np.uint8), stored
@@ -78,7 +77,8 @@ def scale_of_matrix(most: float) -> np.ndarray:
     Args:
         most: the greatest magnitude in the matrix.
     """
-    return np.array(most / (MOST_E4M3 * MOST_E2M1) if most > 0 else 1.0, np.float32)
+    least = np.finfo(np.float32).tiny  # below it a float32 may become 0
+    return np.array(max(most / (MOST_E4M3 * MOST_E2M1), least) if most > 0 else 1.0, np.float32)
 
 
 def round_to_e2m1(rows: np.ndarray, of_matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -97,6 +97,12 @@ def round_to_e2m1(rows: np.ndarray, of_matrix: np.ndarray) -> tuple[np.ndarray, 
     inside = blocks / (scale.astype(np.float32) * of_matrix)[:, :, None]
     codes = np.clip(inside, -MOST_E2M1, MOST_E2M1).astype(E2M1).view(np.uint8)
     return nibbles(codes.reshape(wide.shape)), scale.view(np.uint8)
+
+
+def _require_finite(most: np.ndarray) -> None:
+    """Raise TrioError unless all magnitudes are finite."""
+    if not np.isfinite(most).all():
+        raise TrioError("a value is not finite, so the matrix cannot be quantised")
 
 
 def from_e4m3(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
