@@ -61,6 +61,21 @@ def test_pieces_of_several_rows_give_each_row_what_it_gets_alone(bundles: Bundle
                 assert np.array_equal(keys[row, :, :length], own.buffers[0][slot][0, :, :length])
 
 
+def test_a_turn_for_all_that_is_left_is_the_last_of_its_stage(bundles: Bundles) -> None:
+    """Its seconds are noted as those of all rows that are left."""
+    pipeline = opened(bundles)
+    asked = [question(0), question(1), question(5, 2)]
+    expected, stages = ran(pipeline, asked)
+    turns = {stage.label: iter((20, None)) for stage in pipeline.bundle.of_kind("prefill")}
+
+    def once(piece: Piece) -> int | None:
+        return next(turns[piece.stage]) if piece.stage in turns else None
+
+    got, pieces = ran(pipeline, asked, once)
+    assert len(pieces) == len(stages) + len(turns)
+    assert equal(got, expected)
+
+
 def test_graphs_that_write_no_past_run_stage_by_stage(bundles: Bundles) -> None:
     pipeline = opened(bundles, "primitive", "onnxruntime")
     expected, stages = ran(pipeline, [question(1)])

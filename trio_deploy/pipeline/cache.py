@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -169,7 +169,7 @@ class SegmentCache:
 
     def _cut(self, rows: slice) -> SegmentCache:
         parts = [{slot: array[rows] for slot, array in each.items()} for each in self.buffers]
-        return SegmentCache(self.layers, self.capacity, self.lengths[rows], self.shape, parts)
+        return replace(self, lengths=self.lengths[rows], buffers=parts)
 
     def _named(self, tensors: Sequence[TensorInfo], step: int) -> dict[str, Array]:
         buffers = self._set(step)

@@ -457,9 +457,9 @@ class Stages:
                     y = self._run_segment(segment.part(row, start, stop), start)
                     out[row : row + 1, ... if last else slice(start, stop)] = y
                 start = stop
-                if start < length or row + 1 < len(lengths):
-                    row_left = (row, start) if start < length else (row + 1, 0)
-                    queries = turn(left(*row_left))
+                # Otherwise nothing is left, or the last turn was for all that is.
+                if queries is not None and (start < length or row + 1 < len(lengths)):
+                    queries = turn(left(row, start) if start < length else left(row + 1, 0))
         return out
 
     def _run_segment(self, segment: _Segment, past: int = 0) -> Array:

@@ -42,7 +42,7 @@ class BatcherLimits:
             the worker prefills others, between steps. It is aimed at: a piece that takes longer by
             itself takes as long, and how long pieces take is learnt from those before. A low one
             delays the first tokens of those that join. Where stages return before they are done
-            (TensorRT), a prefill runs as a whole.
+            (TensorRT), a prefill runs as a whole, unless a decode step alone takes longer.
         preparers: threads that open pictures and tokenise prompts.
 
     Raises:
