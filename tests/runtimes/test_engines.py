@@ -448,8 +448,12 @@ def test_memory_of_a_large_cache_is_provided_where_it_is_written_alone(tmp_path:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
-    before = resident()
+    def shared() -> int:  # with forked processes, which would write into it
+        return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
+
+    before, shared_before = resident(), shared()
     cache = engine.empty((16, 8, 2**12, 64), np.dtype(np.float32))  # 128 MiB
     cache[:, :, :8] = 1.0
     assert cache.flags.c_contiguous and cache[3, 7, 7, 63] == 1.0
     assert resident() - before < 32 * 2**20
+    assert shared() - shared_before < 2**18  # 512 KiB are written

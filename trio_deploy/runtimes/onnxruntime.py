@@ -17,6 +17,7 @@ import functools
 import importlib.metadata
 import math
 import mmap
+import os
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -345,7 +346,9 @@ def _untouched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     if nbytes < _LARGE:
         return np.empty(shape, dtype)
     try:
-        memory = mmap.mmap(-1, nbytes)
+        # Private, so that a forked process has a copy of its own, as of numpy's memory.
+        own = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+        memory = mmap.mmap(-1, nbytes, **own)
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
             with contextlib.suppress(OSError):  # a system without large pages
                 memory.madvise(mmap.MADV_NOHUGEPAGE)

@@ -484,7 +484,13 @@ def test_blocks_of_32_are_refused_for_targets_with_engines(tmp_path: Path) -> No
         (TensorProto.INT8, (4, 6), {"axis": 0}, True, "has zero points"),
         (TensorProto.UINT4, (4, 128), {"axis": 1, "block_size": 64}, False, "weights in uint4"),
         (TensorProto.FLOAT4E2M1, (4, 32), {"axis": 1, "block_size": 16}, False, ""),
-        (TensorProto.FLOAT4E2M1, (4, 32), {"axis": 1, "block_size": 32}, False, "not of 16"),
+        (
+            TensorProto.FLOAT4E2M1,
+            (4, 32),
+            {"axis": 1, "block_size": 32},
+            False,
+            "not of 16: export with --quantize nvfp4",
+        ),
     ],
 )
 def test_what_a_quantised_matrix_may_be(

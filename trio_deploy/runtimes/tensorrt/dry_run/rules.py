@@ -44,8 +44,8 @@ from trio_deploy.runtimes.tensorrt.target import (
 #: with that of TensorRT 10.15, and takes every graph that we export.
 _RTX_TABLE = "10.15"
 _CORNERS = ("min", "opt", "max")
-#: Entries of 4 bit that may share a scale, by type.
-_BLOCKS = {"int4": (64, 128), "float4e2m1": (16,)}
+#: By type of 4 bit: entries that may share a scale, and the scheme that has them.
+_BLOCKS = {"int4": ((64, 128), "int4"), "float4e2m1": ((16,), "nvfp4")}
 #: Opset that the type of some codes came with.
 _OPSETS_OF_CODES = {TensorProto.INT4: 21, TensorProto.FLOAT4E2M1: 23}
 
@@ -417,11 +417,11 @@ def _dequantise(step: Step, table: OperatorTable) -> Iterator[str]:
     if any(tensor is not None for tensor in step.inputs[2:]):
         yield "has zero points: quantise symmetrically"
     block = attributes.get("block_size", 0)
-    sizes = _BLOCKS.get(dtype)
-    if sizes is not None and block not in sizes:
+    sizes, scheme = _BLOCKS.get(dtype, ((), ""))
+    if sizes and block not in sizes:
         needed = " or ".join(map(str, sizes))
-        yield f"has blocks of {block}, not of {needed}: export with --quantize int4"
-    if sizes is not None and codes.shape[-1] % 2:
+        yield f"has blocks of {block}, not of {needed}: export with --quantize {scheme}"
+    if sizes and codes.shape[-1] % 2:
         yield f"has rows of {codes.shape[-1]} codes of 4 bit, an odd number"
     if dtype == "int8" and block:
         yield "has codes of 8 bit in blocks: only a scale per row stays narrow for certain"
