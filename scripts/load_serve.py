@@ -38,7 +38,7 @@ from trio_deploy.evaluation import scenes
 from trio_deploy.pipeline.batcher.events import Event, Handle
 from trio_deploy.serve.limits import ServiceLimits, parse_settings, read_settings, setting_kinds
 from trio_deploy.serve.requests import ClientRequest
-from trio_deploy.serve.service import Service
+from trio_deploy.serve.service import Service, switch_threads_often
 
 SIDE = 160  # pixels; an uncompressed picture has 77 kB then
 MAX_TOKENS = 32
@@ -513,7 +513,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for serve.md and serve.json")
     args = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    sys.setswitchinterval(0.0005)  # as the server has it
+    switch_threads_often()  # as the server does
     before = load_average()
     kinds = {"default": [], "threads 1, prefillers 2": ["threads=1", "prefillers=2"]}
     if args.set:

@@ -8,7 +8,6 @@ Ray's own command starts it, with options and limits as NAME=VALUE:
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +20,7 @@ from trio_deploy.serve.limits import parse_settings, setting_kinds
 from trio_deploy.serve.openai.app import Served, build_app
 from trio_deploy.serve.openai.gate import Doors, digest_of
 from trio_deploy.serve.openai.settings import Settings
-from trio_deploy.serve.service import Service
+from trio_deploy.serve.service import Service, switch_threads_often
 
 _KEY = "TRIO_API_KEY"
 _RETRY_AFTER_S = 2.0  # told to clients that Ray itself refuses
@@ -120,7 +119,7 @@ class Replica:
     """One process of Ray Serve, with the whole application in it."""
 
     def __init__(self, asked: Asked) -> None:
-        sys.setswitchinterval(0.0005)  # as `serve` of the plain server
+        switch_threads_often()
         self._served = asked.open()
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -13,6 +13,7 @@ import contextlib
 import io
 import math
 import queue
+import sys
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -29,6 +30,11 @@ from trio_deploy.pipeline.sequence import SequenceState
 from trio_deploy.serve.admission import Admission
 from trio_deploy.serve.limits import ServiceLimits
 from trio_deploy.serve.requests import ClientRequest, check_request
+
+
+def switch_threads_often() -> None:
+    """Let threads hand the interpreter over often: the model's thread never waits for long then."""
+    sys.setswitchinterval(0.0005)
 
 
 class Service:

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import logging
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
@@ -22,6 +21,7 @@ from trio_deploy.serve.openai.app import Served, build_app
 from trio_deploy.serve.openai.errors import ApiError, invalid
 from trio_deploy.serve.openai.gate import BEYOND
 from trio_deploy.serve.openai.settings import HttpLimits
+from trio_deploy.serve.service import switch_threads_often
 
 _LOG = logging.getLogger("trio_deploy.serve")
 _KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they close first
@@ -90,8 +90,7 @@ def serve(
         listener: from `bind`.
         listening: called when requests are taken.
     """
-    # Threads hand the interpreter over often, so that the model's thread never waits for long.
-    sys.setswitchinterval(0.0005)
+    switch_threads_often()
     server = Server(served, build_app(served), options, listening)
     try:
         server.run(sockets=[listener])

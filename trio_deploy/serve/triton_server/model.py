@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ import triton_python_backend_utils as pb_utils
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.pipeline import Pipeline
-from trio_deploy.serve.service import Service
+from trio_deploy.serve.service import Service, switch_threads_often
 from trio_deploy.serve.triton_server.answer import Answer
 from trio_deploy.serve.triton_server.backend import (
     TritonSender,
@@ -49,8 +48,7 @@ class TritonPythonModel:
             TritonModelException: the bundle is broken or a parameter is wrong, so that the model
                 does not become ready.
         """
-        # Threads hand the interpreter over often, so that the model's thread never waits for long.
-        sys.setswitchinterval(0.0005)
+        switch_threads_often()
         try:
             settings = Settings.parse(_parameters(args))
             pipeline = _open(settings, Path(args["model_repository"]))
