@@ -13,6 +13,8 @@ from tests.support.fakes.triton import MetricFamily
 from tests.support.tensors import file
 from tests.support.triton_models import QUESTION, ask
 from tests.support.waiting import wait_for
+from trio_deploy.pipeline.batcher.metrics import Metrics
+from trio_deploy.serve.triton_server.metrics import Exporter
 
 
 def metric_values(name: str) -> dict[str, float]:
@@ -61,6 +63,25 @@ def test_metrics_of_a_model_that_was_unloaded_say_that_nothing_runs(
     assert before.value == last["trio_generation_tokens_total"] == 6
     gauges = ("num_requests_waiting", "num_requests_running", "kv_bytes", "kv_bytes_allocated")
     assert [last[f"trio_{name}"] for name in gauges] == [0, 0, 0, 0]
+
+
+def test_what_has_ended_is_counted_before_nothing_seems_to_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Changes reach the server one by one, and a client may read between any two."""
+    changed: list[str] = []
+    exporter = Exporter(fake_utils.module(), {})
+    for (name, _), metric in exporter._metrics.items():
+        monkeypatch.setattr(metric, "increment", lambda change, name=name: changed.append(name))
+    exporter.update(Metrics(active=1, queued=1))
+    changed.clear()
+    exporter.update(Metrics(outcomes={"cancelled": 1}, tokens=3, steps=3))
+    assert set(changed[:-2]) == {
+        "trio_requests_total",
+        "trio_generation_tokens_total",
+        "trio_decode_steps_total",
+    }
+    assert changed[-2:] == ["trio_num_requests_running", "trio_num_requests_waiting"]
 
 
 def test_a_server_without_metrics_serves_without(
