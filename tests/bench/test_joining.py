@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from tests.support.bundles import Bundles
 from trio_deploy import Bundle, RuntimeOptions, TrioError
+from trio_deploy.bench import joining
 from trio_deploy.bench.joining import JOINS, measure_rows
 from trio_deploy.bench.measure import BenchOptions
 from trio_deploy.bench.table import to_markdown, to_text
 from trio_deploy.cli import main as cli
+from trio_deploy.pipeline.batch import DecodeBatch
 
 OPTIONS = BenchOptions(
     budgets=(None,),
@@ -60,6 +63,42 @@ def test_numbers_of_rows_that_cannot_be_are_refused(bundles: Bundles) -> None:
     bundle = Bundle.load(bundles.path("tiny"))
     with pytest.raises(TrioError, match="numbers of rows of 1 or more"):
         measure_rows(bundle, OPTIONS, [4, 0], 20.0, progress=False)
+
+
+def test_a_running_row_that_fails_ends_the_measurement_at_once(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "_WAIT_S", 20.0)
+
+    def broken(batch: DecodeBatch) -> object:
+        raise TrioError("select_2 found no set of tokens")
+
+    monkeypatch.setattr(DecodeBatch, "step", broken)
+    bundle = Bundle.load(bundles.path("tiny"))
+    with pytest.raises(TrioError, match="a running row failed: select_2 found no"):
+        measure_rows(bundle, OPTIONS, [2], 20.0, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("text_tokens", "new_tokens", "room", "advice"),
+    [
+        (630, 130, 100, "context of 1024 tokens was full .*: pass fewer --new-tokens"),
+        (16, 20, -20, "rows ended before all prompts had joined: pass more --new-tokens"),
+    ],
+)
+def test_rows_that_end_too_early_say_what_helps(
+    bundles: Bundles,
+    monkeypatch: pytest.MonkeyPatch,
+    text_tokens: int,
+    new_tokens: int,
+    room: int,
+    advice: str,
+) -> None:
+    monkeypatch.setattr(joining, "_STEPS_IN_PREFILL", room)
+    bundle = Bundle.load(bundles.path("tiny"))
+    options = replace(OPTIONS, text_tokens=text_tokens, new_tokens=new_tokens)
+    with pytest.raises(TrioError, match=advice):
+        measure_rows(bundle, options, [1], 0.001, progress=False)
 
 
 def test_the_command_writes_what_it_shows(bundles: Bundles, tmp_path, capsys) -> None:

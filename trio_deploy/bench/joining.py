@@ -50,10 +50,11 @@ class Joined:
 
 @dataclass
 class _Times:
-    """When tokens came, by row; listeners run in one thread."""
+    """When tokens came and what ended, by row; listeners run in one thread."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     rows: list[list[float]] = field(default_factory=list)
+    ended: dict[int, Event] = field(default_factory=dict)
 
     def add(self) -> int:
         """A new row's number."""
@@ -61,18 +62,31 @@ class _Times:
         return len(self.rows) - 1
 
     def note(self, row: int, event: Event) -> None:
-        """Note a token."""
-        if event.token_id is not None:
-            with self.changed:
-                self.rows[row].append(time.perf_counter())
-                self.changed.notify_all()
-
-    def wait(self, rows: int, tokens: int) -> None:
-        """Wait until each of the first rows has so many tokens."""
+        """Note a token, and the end of an answer."""
         with self.changed:
-            self.changed.wait_for(
-                lambda: all(len(times) >= tokens for times in self.rows[:rows]), _WAIT_S
-            )
+            if event.token_id is not None:
+                self.rows[row].append(time.perf_counter())
+            if event.last:
+                self.ended[row] = event
+            self.changed.notify_all()
+
+    def wait(self, rows: int, tokens: int) -> bool:
+        """Wait until each of the first rows has so many tokens; False if one ended before."""
+
+        def over() -> bool:
+            return self.first_end(rows) is not None
+
+        def there() -> bool:
+            return all(len(times) >= tokens for times in self.rows[:rows])
+
+        with self.changed:
+            if not self.changed.wait_for(lambda: there() or over(), _WAIT_S):
+                raise TrioError(f"the running rows got no token within {_WAIT_S:g} s")
+            return not over()
+
+    def first_end(self, rows: int) -> Event | None:
+        """The end of one of the first rows, if one has ended."""
+        return next((self.ended[row] for row in range(rows) if row in self.ended), None)
 
 
 def measure_rows(
@@ -157,14 +171,15 @@ class _Runner:
     def run(self, seed: int) -> Joined:
         """Measure once, with pictures of this seed."""
         times, new = _Times(), self.work.new_tokens
+        room = JOINS * (new + _STEPS_IN_PREFILL) + 2 * new
         with Batcher(
             self.pipeline, max_rows=self.rows + 1, max_gap_ms=self.max_gap_ms, max_queue=self.rows
         ) as batcher:
-            plain = self._request([], JOINS * (new + _STEPS_IN_PREFILL) + 2 * new)
+            plain = self._request([], room)
             running = [self._submit(batcher, plain, times) for _ in range(self.rows)]
-            times.wait(self.rows, 2)
+            self._wait(times, 2, room)
             started, had = time.perf_counter(), sum(map(len, times.rows))
-            times.wait(self.rows, 2 + new)
+            self._wait(times, 2 + new, room)
             alone = (sum(map(len, times.rows)) - had) / (time.perf_counter() - started)
             start = time.perf_counter()
             first = []
@@ -172,9 +187,8 @@ class _Runner:
                 pictured = self._request(self.work.pictures(seed * JOINS + join), new)
                 handle = self._submit(batcher, pictured, times)
                 first.append(handle.result(_WAIT_S).first_token_s)
+                self._wait(times, 0, room)
             end = time.perf_counter()
-            if any(handle.done for handle in running):
-                raise TrioError("rows ended before all prompts had joined: pass more --new-tokens")
             for handle in running:
                 handle.cancel()
         tokens = sum(start <= at <= end for row in times.rows for at in row)
@@ -185,6 +199,29 @@ class _Runner:
             if later >= start and earlier <= end
         ]
         return Joined(max(gaps), tokens / (end - start), alone, tuple(first))
+
+    def _wait(self, times: _Times, tokens: int, room: int) -> None:
+        """Wait until the running rows have so many tokens.
+
+        Args:
+            room: tokens that they were asked for.
+
+        Raises:
+            TrioError: one has ended.
+        """
+        if times.wait(self.rows, tokens):
+            return
+        event = times.first_end(self.rows)
+        assert event is not None
+        if event.error is not None:
+            raise TrioError(f"a running row failed: {event.error}") from event.error
+        if event.generation is not None and len(event.generation.token_ids) < room:
+            context = self.pipeline.bundle.config.text.max_positions
+            raise TrioError(
+                f"the model's context of {context} tokens was full before all prompts had joined: "
+                "pass fewer --new-tokens or --text-tokens, or with --size a larger context="
+            )
+        raise TrioError("rows ended before all prompts had joined: pass more --new-tokens")
 
     def _request(self, pictures: list[Any], new_tokens: int) -> Request:
         text = self.work if pictures else replace(self.work, images=0)

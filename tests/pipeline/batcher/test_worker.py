@@ -24,6 +24,7 @@ from trio_deploy.pipeline.batcher.events import (
     Failed,
 )
 from trio_deploy.pipeline.batcher.scheduler import BatcherLimits, Wait, next_action
+from trio_deploy.pipeline.pieces import Piece
 from trio_deploy.pipeline.sampling import Detokenizer
 from trio_deploy.pipeline.sequence import SequenceState
 
@@ -375,3 +376,42 @@ def test_a_step_that_fails_between_pieces_ends_its_rows_and_not_the_prefill(
         assert batcher._worker._batch.step == step
     monkeypatch.undo()
     assert alike(answer, pipeline.generate_batch([joining])[0])
+
+
+def test_a_piece_that_fails_says_nothing_about_how_long_pieces_take(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither when all rows fail together, nor when one of them fails alone."""
+    learnt: list[str] = []
+    record, prefill, tried = pipeline.pace.record, pipeline.prefill, list[int]()
+
+    def noted(piece: Piece, queries: int | None, seconds: float) -> None:
+        learnt.append(piece.stage)
+        record(piece, queries, seconds)
+
+    def fragile(rows: list[SequenceState], clock: Any, turn: Any) -> Any:
+        tried.append(len(rows))
+        if any(row.request.max_new_tokens == 7 for row in rows):
+            turn(Piece("sound", 1))
+            turn(Piece("broken", 1))
+            raise TrioError("out of memory")
+        return prefill(rows, clock, turn)
+
+    monkeypatch.setattr(pipeline.pace, "record", noted)
+    gate = Gate(pipeline, monkeypatch)
+    with Batcher(pipeline) as batcher:
+        first = batcher.submit(SHORT)
+        gate.held()
+        monkeypatch.setattr(pipeline, "prefill", fragile)
+        handles = [
+            batcher.submit(Request("what is red ?", max_new_tokens=count)) for count in (6, 7)
+        ]
+        wait_for(lambda: len(waiting(batcher)) == 2)
+        gate.open.set()
+        for handle in (first, handles[0]):
+            handle.result(WAIT_S)
+        with pytest.raises(Failed, match="out of memory"):
+            handles[1].result(WAIT_S)
+    assert tried == [2, 1, 1]
+    assert learnt.count("sound") == 2 and "broken" not in learnt
+    assert len(set(learnt)) > 1  # those of the others are learnt

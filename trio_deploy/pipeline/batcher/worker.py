@@ -36,7 +36,7 @@ from trio_deploy.pipeline.batcher.scheduler import (
     Wait,
     next_action,
 )
-from trio_deploy.pipeline.pieces import Pace, Piece, Turn, at_once
+from trio_deploy.pipeline.pieces import Pace, Piece
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.prefill import Clock, Prefilled
 from trio_deploy.pipeline.sequence import SequenceState
@@ -208,9 +208,7 @@ class Worker:
                 return
             except Exception:
                 _LOG.exception("no thread for a prefill: the worker does it")
-        turns = _Turns(self._pipeline.pace, self._take_turn)
-        self._run_prefill(jobs, claim, turns.turn)
-        turns.end()
+        self._run_prefill(jobs, claim, self._take_turn)
         self._piece = None
 
     def _take_turn(self, piece: Piece) -> float:
@@ -221,18 +219,20 @@ class Worker:
         self._piece_ran = True
         return action.seconds
 
-    def _run_prefill(self, jobs: list[Job], claim: threading.Lock, turn: Turn = at_once) -> None:
+    def _run_prefill(
+        self, jobs: list[Job], claim: threading.Lock, others: Others | None = None
+    ) -> None:
         """Prefill, and leave the result or the error for `_join_prefilled`.
 
         Args:
             claim: locked by the first caller, for good: a pool that failed to start a thread may
                 still run what it was given.
-            turn: called before each piece.
+            others: takes the turn of others before each piece; None: nobody waits.
         """
         if not claim.acquire(blocking=False):
             return
         try:
-            parts = self._prefill(jobs, turn)
+            parts = self._prefill(jobs, others)
         except Exception as error:
             _LOG.exception("prefilling failed")
             parts = [(jobs, error)]
@@ -242,7 +242,7 @@ class Worker:
         self._queue.wake()
 
     def _prefill(
-        self, jobs: list[Job], turn: Turn
+        self, jobs: list[Job], others: Others | None
     ) -> list[tuple[list[Job], Prefilled | Exception]]:
         """Prefill together; if that fails, each alone, so one bad request cannot fail its batch.
 
@@ -253,12 +253,17 @@ class Worker:
         clock = Clock()
         started = time.perf_counter()
         try:
-            prefilled = self._pipeline.prefill(rows, clock, turn)
+            if others is None:
+                prefilled = self._pipeline.prefill(rows, clock)
+            else:
+                turns = _Turns(self._pipeline.pace, others)
+                prefilled = self._pipeline.prefill(rows, clock, turns.turn)
+                turns.end()  # not reached by a piece that fails, whose time says nothing
         except Exception as error:
             if len(jobs) == 1:
                 return [(jobs, error)]
             _LOG.warning("prefilling %d requests failed, each is tried alone", len(jobs))
-            return [part for job in jobs for part in self._prefill([job], turn)]
+            return [part for job in jobs for part in self._prefill([job], others)]
         for row in rows:
             prepared = row.timings["preprocess"]
             row.timings["queue"] = started - row.started - prepared
@@ -355,13 +360,14 @@ class Worker:
         )
 
 
-class _Turns:
-    """What others do between the pieces of a prefill, and how long its pieces take."""
+Others = Callable[[Piece], float]
+"""Takes the turn of others before a piece; returns the seconds that the piece may take."""
 
-    def __init__(self, pace: Pace, others: Callable[[Piece], float]) -> None:
-        """Args:
-        others: takes the turn of others before a piece; returns the seconds that it may take.
-        """
+
+class _Turns:
+    """What others do between the pieces of one prefill, and how long its pieces take."""
+
+    def __init__(self, pace: Pace, others: Others) -> None:
         self._pace = pace
         self._others = others
         self._ran: tuple[Piece, int | None, float] | None = None
