@@ -8,13 +8,14 @@ VENV := .venv
 TRITON := .venv-triton
 DOCS := .venv-docs
 RAY := .venv-ray
+AIPERF := .venv-aiperf
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TESTED := -c requirements/tested.txt
 DEPENDENCIES := pyproject.toml requirements/tested.txt
 PROMPT ?= what color is the circle?
 
-.PHONY: demo demo-intro serve docs test lint types tests server-tests rtx-tests rtx ray-tests real-weights check-python clean
+.PHONY: demo demo-intro serve docs test lint types tests server-tests rtx-tests rtx ray-tests bench-serve real-weights check-python clean
 .DELETE_ON_ERROR:
 
 check-python:
@@ -116,6 +117,16 @@ $(RAY)/.ready: pyproject.toml requirements/ray.txt | check-python
 
 ray-tests: $(RAY)/.ready
 	$(RAY)/bin/python -m pytest -q -s tests/serve/test_ray.py $(PYTEST_ARGS)
+
+# NVIDIA's client for servers of language models: 139 packages, 1.1 GB installed, with other versions of
+# some of ours.
+$(AIPERF)/.ready: requirements/aiperf.txt | check-python
+	$(PYTHON) -m venv $(AIPERF)
+	$(AIPERF)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements/aiperf.txt
+	@touch $@
+
+bench-serve: $(VENV)/.serve-ready $(AIPERF)/.ready
+	$(BIN)/python scripts/bench_serve.py --aiperf $(AIPERF)/bin/aiperf --out docs/measurements
 
 # After the others, since a server and its clients want both cores. 5: nothing was selected.
 server-tests: $(TRITON)/.triton-ready
