@@ -21,6 +21,7 @@ import pytest
 from tests.support.fakes import triton as fake_utils
 from tests.support.fakes.triton import Asked
 from trio_deploy.cli.main import main
+from trio_deploy.errors import TrioError
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures" / "schema_1"
@@ -131,7 +132,7 @@ def load_model(name: str) -> Any:
     return module.TritonPythonModel()
 
 
-def arguments(name: str, served_as: str, **changed: str) -> dict[str, str]:
+def arguments(name: str, **changed: str) -> dict[str, str]:
     """Give a model what Triton does, with the parameters of its config.pbtxt."""
     text = (REPOSITORY / name / "config.pbtxt").read_text(encoding="utf-8")
     pattern = r'parameters \{\s*key: "(\w+)"\s*value \{\s*string_value: "([^"]*)"'
@@ -144,7 +145,7 @@ def arguments(name: str, served_as: str, **changed: str) -> dict[str, str]:
     return {
         "model_config": json.dumps(config),
         "model_repository": str(REPOSITORY / name),
-        "model_name": served_as,
+        "model_name": name,
         "model_version": "1",
     }
 
@@ -166,27 +167,22 @@ def ask(model: Any, request: Mapping[str, Any]) -> list[int]:
 
 
 @pytest.mark.usefixtures("backend")
-def test_a_written_triton_repository_serves_both_its_models() -> None:
-    name = f"trio_vlm_{uuid.uuid4().hex}"  # tests beside this one serve models, too
-    model, complete = load_model("trio_vlm"), load_model("trio_vlm_complete")
-    model.initialize(arguments("trio_vlm", name, watch="false"))
+def test_a_written_triton_repository_serves_its_model() -> None:
+    model = load_model("trio_vlm")
+    assert type(model).__name__ == "TritonPythonModel"
+    model.initialize(arguments("trio_vlm", watch="false"))
     try:
-        complete.initialize(arguments("trio_vlm_complete", "c", model=name, watch="false"))
-        try:
-            for request in requests("bundle_ort"):
-                assert ask(model, request) == request["answer"]["token_ids"]
-                assert ask(complete, request) == request["answer"]["token_ids"]
-            # An output that its configuration lacks, such as warnings, would be an error in Triton.
-            unknown = Asked({"prompt": np.array([b"a giraffe ?"], np.object_)})
-            model.execute([unknown])
-            assert "warnings" not in unknown.outputs()[-1]
-        finally:
-            complete.finalize()
+        for request in requests("bundle_ort"):
+            assert ask(model, request) == request["answer"]["token_ids"]
+        # An output that its configuration lacks, such as warnings, would be an error in Triton.
+        unknown = Asked({"prompt": np.array([b"a giraffe ?"], np.object_)})
+        model.execute([unknown])
+        assert "warnings" not in unknown.outputs()[-1]
     finally:
         model.finalize()
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("name", ["trio_vlm", "trio_vlm_complete"])
-def test_every_import_of_a_written_model_resolves(name: str) -> None:
-    assert type(load_model(name)).__name__ == "TritonPythonModel"
+def test_the_model_of_a_written_repository_that_was_removed_says_what_to_do() -> None:
+    with pytest.raises(TrioError, match="removed in .* 0.2: delete its folder .* or `trio serve`"):
+        load_model("trio_vlm_complete")

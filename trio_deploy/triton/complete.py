@@ -1,3 +1,9 @@
-"""Where Triton repositories written before 0.2 look for their model."""
+"""Where Triton repositories written before 0.2 look for `trio_vlm_complete`, which is gone."""
 
-from trio_deploy.serve.triton_server.complete import TritonPythonModel as TritonPythonModel
+from trio_deploy.errors import TrioError
+
+raise TrioError(
+    "this model was removed in trio-deploy 0.2: delete its folder from the repository, or write "
+    "the repository again with `trio triton BUNDLE --out FOLDER --force`, and ask `trio_vlm` at "
+    '/generate with "stream": false, or `trio serve`'
+)

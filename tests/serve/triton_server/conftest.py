@@ -38,26 +38,25 @@ def pipeline(bundle: Path) -> Pipeline:
 
 
 @pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, ModuleType]]:
-    """The modules of `trio_vlm` and `trio_vlm_complete`, imported with the stand-in."""
+def model_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module of `trio_vlm`, imported with the stand-in."""
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake_utils.module())
     names = tuple(
-        f"trio_deploy.serve.triton_server.{name}" for name in ("model", "complete", "backend")
+        f"trio_deploy.serve.triton_server.{name}" for name in ("model", "answer", "backend")
     )
     switch = sys.getswitchinterval()
-    model, complete, _ = (importlib.import_module(name) for name in names)
-    yield model, complete
+    yield importlib.import_module(names[0])
     sys.setswitchinterval(switch)
     for name in names:
         del sys.modules[name]
 
 
 @pytest.fixture
-def load(modules: tuple[ModuleType, ModuleType], bundle: Path) -> Iterator[Callable[..., Any]]:
+def load(model_module: ModuleType, bundle: Path) -> Iterator[Callable[..., Any]]:
     loaded = []
 
     def load(**parameters: str) -> Any:
-        model = modules[0].TritonPythonModel()
+        model = model_module.TritonPythonModel()
         given = {
             "bundle": bundle.name,
             "threads": "1",

@@ -12,7 +12,7 @@ from tests.support.waiting import WAIT_S
 
 
 def test_nothing_is_asked_of_triton_about_a_request_whose_last_response_is_sent(
-    modules: tuple[ModuleType, ModuleType],
+    model_module: ModuleType,
 ) -> None:
     """Triton 2.51 dies of it (segmentation fault)."""
     request = Asked()

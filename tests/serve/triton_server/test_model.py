@@ -69,7 +69,9 @@ def test_without_streaming_it_is_one_response(load: Callable[..., Any], pipeline
     expected = pipeline.generate(Request(QUESTION, [file()], max_new_tokens=5))
     assert response["token_ids"] == expected.token_ids
     assert response["text"] == [expected.text.encode()]
-    assert response["finish_reason"] == [b"length"]
+    assert response["finish_reason"] == [b"length"] and response["timings"]
+    code, said = ask(load(), {"stream": False}, prompt=QUESTION, max_tokens=0).error()
+    assert code is TritonError.INVALID_ARG and "max_tokens must be 1 to" in said
 
 
 def test_messages_with_several_pictures_are_answered_as_by_the_pipeline(
@@ -129,6 +131,15 @@ def test_a_cancelled_stream_ends_within_a_token(load: Callable[..., Any]) -> Non
     assert len(request.sender.responses) <= 3 + 2 + 1
 
 
+def test_a_whole_answer_that_is_cancelled_ends_in_the_model(load: Callable[..., Any]) -> None:
+    model = load(max_tokens="2000")
+    request = ask(model, {"stream": False}, prompt=QUESTION, max_tokens=2000)
+    wait_for(lambda: model._service.metrics().active == 1)
+    request.sender.cancel()
+    assert request.error()[0] is TritonError.CANCELLED
+    assert model._service.metrics().outcomes.get("cancelled") == 1
+
+
 def test_a_waiting_request_is_cancelled_too_and_what_is_too_much_is_refused(
     load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +197,20 @@ def test_what_a_client_does_wrong_is_an_invalid_argument(
     code, said = ask(model, **inputs).error()
     assert code is TritonError.INVALID_ARG and message in said
     assert ask(model, prompt=QUESTION, max_tokens=1).outputs(), "the others are served on"
+
+
+@pytest.mark.parametrize(
+    "parameters", ["[1]", "{", "[" * 100_000, '{"id": 1' + "0" * 5000 + "}", '{"a": 1, "a": 2}']
+)
+def test_parameters_that_are_no_object_are_the_clients_fault(
+    load: Callable[..., Any], parameters: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load()
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.support.fakes.triton.Asked.parameters", lambda _: parameters)
+        code, said = ask(model, prompt=QUESTION).error()
+    assert code is TritonError.INVALID_ARG and "the request's parameters" in said
+    assert ask(model, prompt=QUESTION, max_tokens=1).outputs()
 
 
 @pytest.mark.parametrize("pictures", [0, 1])
@@ -251,7 +276,6 @@ def test_a_client_that_is_gone_harms_nobody(load: Callable[..., Any]) -> None:
 )
 def test_a_model_that_cannot_be_served_says_why_and_does_not_load(
     load: Callable[..., Any],
-    modules: tuple[ModuleType, ModuleType],
     parameters: dict[str, str],
     message: str,
 ) -> None:
@@ -260,7 +284,7 @@ def test_a_model_that_cannot_be_served_says_why_and_does_not_load(
 
 
 def test_a_damaged_bundle_does_not_load(
-    modules: tuple[ModuleType, ModuleType], bundle: Path, tmp_path: Path
+    model_module: ModuleType, bundle: Path, tmp_path: Path
 ) -> None:
     for path in bundle.rglob("*"):
         if path.is_file():
@@ -269,7 +293,7 @@ def test_a_damaged_bundle_does_not_load(
             data = path.read_bytes()
             copy.write_bytes(data[: len(data) // 2] if path.suffix == ".safetensors" else data)
     with pytest.raises(fake_utils.TritonModelException, match="trio_vlm: .*safetensors"):
-        modules[0].TritonPythonModel().initialize(arguments(tmp_path, bundle="bundle"))
+        model_module.TritonPythonModel().initialize(arguments(tmp_path, bundle="bundle"))
 
 
 def test_a_model_warms_up_and_takes_tritons_own_parameters(load: Callable[..., Any]) -> None:

@@ -31,16 +31,11 @@ def files(folder: Path) -> set[str]:
     return {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
 
 
-def test_the_repository_holds_the_two_models_and_a_whole_bundle(bundle, tmp_path):
-    assert write_repository(bundle, tmp_path / "out") == ["trio_vlm", "trio_vlm_complete"]
+def test_the_repository_holds_one_model_and_a_whole_bundle(bundle, tmp_path):
+    assert write_repository(bundle, tmp_path / "out") == ["trio_vlm"]
     written = files(tmp_path / "out")
-    assert {
-        RECORD,
-        "trio_vlm/config.pbtxt",
-        "trio_vlm/1/model.py",
-        "trio_vlm_complete/config.pbtxt",
-        "trio_vlm_complete/1/model.py",
-    } <= written
+    own = {RECORD, "trio_vlm/config.pbtxt", "trio_vlm/1/model.py"}
+    assert own == {name for name in written if not name.startswith("trio_vlm/1/bundle/")}
     copied = Bundle.load(tmp_path / "out" / "trio_vlm" / "1" / "bundle", verify=True)
     assert copied.manifest == bundle.manifest
 
@@ -96,7 +91,7 @@ def test_nothing_is_left_behind_when_writing_fails(bundle, tmp_path, monkeypatch
     def fail(*arguments: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("trio_deploy.serve.triton_server.repository._model_py", fail)
+    monkeypatch.setattr("trio_deploy.serve.triton_server.repository._record", fail)
     with pytest.raises(TrioError, match=r"cannot write the model repository .*nothing was left"):
         write_repository(bundle, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -266,7 +261,7 @@ def test_the_model_warms_itself_up_where_no_limit_can_refuse_the_question(bundle
 def test_the_record_names_the_models(bundle, tmp_path):
     models = write_repository(bundle, tmp_path / "out", Options(name="cat", stages=True))
     assert json.loads((tmp_path / "out" / RECORD).read_text())["models"] == models
-    assert {"cat_vlm", "cat_vlm_complete", "cat_vision", "cat_embeddings"} <= set(models)
+    assert {"cat_vlm", "cat_vision", "cat_embeddings"} <= set(models)
 
 
 def test_a_place_that_the_server_cannot_load_from_is_warned_of(bundle, tmp_path, capsys):
@@ -275,13 +270,6 @@ def test_a_place_that_the_server_cannot_load_from_is_warned_of(bundle, tmp_path,
         command = ["triton", str(bundle.path), "--out", str(tmp_path / name)]
         assert main(command) == 0
         assert ("characters beyond ASCII" in capsys.readouterr().err) == warned
-
-
-def test_plain_requests_may_be_as_many_as_the_model_takes(bundle, tmp_path):
-    options = Options(settings={"max_rows": "3", "max_queue": "4"}, instances=2)
-    write_repository(bundle, tmp_path / "out", options)
-    config = (tmp_path / "out" / "trio_vlm_complete" / "config.pbtxt").read_text()
-    assert 'key: "max_requests"\n  value {\n    string_value: "14"' in config
 
 
 @pytest.mark.parametrize(

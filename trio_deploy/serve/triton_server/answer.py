@@ -21,8 +21,8 @@ from trio_deploy.pipeline.batcher.events import (
 from trio_deploy.pipeline.request import Generation
 from trio_deploy.serve.requests import ClientRequest
 from trio_deploy.serve.service import Service
+from trio_deploy.serve.triton_server.backend import TritonSender
 from trio_deploy.serve.triton_server.request import Delivery
-from trio_deploy.serve.triton_server.sender import Sender
 
 _LOG = logging.getLogger(__name__)
 _CODES: dict[type[Exception], str] = {
@@ -42,7 +42,7 @@ class Answer:
         begun: whether there was a token.
     """
 
-    def __init__(self, sender: Sender, done: Callable[[Answer], None]) -> None:
+    def __init__(self, sender: TritonSender, done: Callable[[Answer], None]) -> None:
         """Args:
         done: called before the last response.
         """

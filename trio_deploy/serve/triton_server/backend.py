@@ -1,4 +1,4 @@
-"""Triton's python backend as both models use it: inputs of a request, and its responses."""
+"""Inputs of a request of Triton's python backend, and its responses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class TritonSender:
-    """Sends to Triton's client, from any thread.
+    """Sends responses to Triton's client until the last one, from any thread, and none after it.
 
     The server frees a request's memory once its last response is there, and reads it without a
     check when it is asked whether the request was cancelled: in Triton 2.51 a query that coincides
@@ -35,20 +35,20 @@ class TritonSender:
         self._ended = False
 
     def send(self, outputs: Mapping[str, np.ndarray], *, last: bool) -> None:
-        """As `sender.Sender.send`."""
+        """Send a response: outputs by name, strings as bytes in object arrays."""
         tensors = [
             pb_utils.Tensor(name, array) for name, array in outputs.items() if name in self._outputs
         ]
         self._send(pb_utils.InferenceResponse(tensors), last)
 
     def fail(self, text: str, code: str) -> None:
-        """As `sender.Sender.fail`."""
+        """Send an error as the last response; `code` is the name of an error code of Triton's."""
         # By name, since `pb_utils` has no errors yet when Triton looks for auto_complete_config.
         error = pb_utils.TritonError(text, getattr(pb_utils.TritonError, code))
         self._send(pb_utils.InferenceResponse(error=error), last=True)
 
     def is_cancelled(self) -> bool:
-        """As `sender.Sender.is_cancelled`."""
+        """Whether the client has cancelled; false once the last response is sent."""
         with self._lock:
             return not self._ended and self._sender.is_cancelled()
 

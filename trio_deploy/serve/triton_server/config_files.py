@@ -43,28 +43,17 @@ class EngineTraits:
     narrow: bool
 
 
-def streaming_config(settings: Mapping[str, str], device: str, instances: int) -> Fields:
-    """Configure the model that streams answers."""
+def vlm_config(settings: Mapping[str, str], device: str, instances: int) -> Fields:
+    """Configure the model that answers requests."""
     return {
         "backend": "python",
         "max_batch_size": 0,
-        **_request_interface(),
+        "input": [
+            _tensor(name, kind, (size,), optional=True) for name, (kind, size) in INPUTS.items()
+        ],
+        "output": [_tensor(name, kind, (size,)) for name, (kind, size) in OUTPUTS.items()],
         "model_transaction_policy": {"decoupled": True},
         "instance_group": [_instances(instances, device)],
-        "parameters": _parameters(settings),
-    }
-
-
-def complete_config(settings: Mapping[str, str]) -> Fields:
-    """Configure the model for plain requests.
-
-    One small process serves any number at once: it waits for the streaming model.
-    """
-    return {
-        "backend": "python",
-        "max_batch_size": 0,
-        **_request_interface(),
-        "instance_group": [{"count": 1, "kind": Enum("KIND_CPU")}],
         "parameters": _parameters(settings),
     }
 
@@ -125,16 +114,6 @@ def _instances(count: int, device: str) -> Fields:
     if device == "gpu":
         return {"count": count, "kind": Enum("KIND_GPU"), "gpus": [0]}
     return {"count": count, "kind": Enum("KIND_CPU")}
-
-
-def _request_interface() -> Fields:
-    """Inputs and outputs of the models that take whole requests."""
-    return {
-        "input": [
-            _tensor(name, kind, (size,), optional=True) for name, (kind, size) in INPUTS.items()
-        ],
-        "output": [_tensor(name, kind, (size,)) for name, (kind, size) in OUTPUTS.items()],
-    }
 
 
 def _stage_interface(stage: StageInfo, narrow: bool = False, sizes: Collection[str] = ()) -> Fields:

@@ -26,10 +26,8 @@ from trio_deploy.serve.triton_server.backend import (
     configured_outputs,
     input_arrays,
 )
-from trio_deploy.serve.triton_server.local_socket import InferRequest, LocalServer
 from trio_deploy.serve.triton_server.metrics import Exporter
 from trio_deploy.serve.triton_server.request import read
-from trio_deploy.serve.triton_server.sender import Sender
 from trio_deploy.serve.triton_server.settings import Settings
 from trio_deploy.serve.triton_server.watch import Watch
 
@@ -61,11 +59,6 @@ class TritonPythonModel:
         self._stop = threading.Event()
         self._poller = threading.Thread(target=self._poll, name="trio-poll", daemon=True)
         self._poller.start()
-        try:
-            self._local = LocalServer(args["model_name"], self._take)
-        except (OSError, RuntimeError) as error:
-            text = f"{args['model_name']} cannot listen for plain requests: {error}"
-            raise pb_utils.TritonModelException(text) from error
         self._watch = Watch(args["model_name"]) if settings.watch else None
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -73,8 +66,7 @@ class TritonPythonModel:
         for request in requests:
             sender = TritonSender(request, self._outputs)
             try:
-                arrays = input_arrays(request)
-                self._take(sender, InferRequest(arrays, request.parameters(), request.timeout()))
+                self._take(sender, request)
             except Exception as error:  # nothing that a client sends may end the instance
                 _LOG.exception("a request failed")
                 sender.fail(f"internal error: {error!r:.200}", "INTERNAL")
@@ -83,7 +75,6 @@ class TritonPythonModel:
         """Answer the requests taken, then stop."""
         if self._watch is not None:
             self._watch.close()
-        self._local.close()
         self._service.close(timeout=_DRAIN_S)
         self._stop.set()
         self._poller.join()
@@ -92,10 +83,10 @@ class TritonPythonModel:
         except Exception:
             _LOG.exception("the last metrics were lost")
 
-    def _take(self, sender: Sender, request: InferRequest) -> None:
+    def _take(self, sender: TritonSender, request: Any) -> None:
         answer = Answer(sender, self._answers.discard)
         try:
-            client, delivery = read(request.tensors, request.parameters, request.timeout_us)
+            client, delivery = read(input_arrays(request), request.parameters(), request.timeout())
         except Exception as error:
             self._service.count_rejected(error)
             answer.fail(error)

@@ -2,8 +2,7 @@
 
     repository/
       trio.json                                                            what it was made of
-      trio_vlm/            config.pbtxt, 1/model.py, 1/bundle/             streamed answers
-      trio_vlm_complete/   config.pbtxt, 1/model.py                        whole answers
+      trio_vlm/            config.pbtxt, 1/model.py, 1/bundle/             answers
     and with `stages` each graph as a model of its own, for composed pipelines:
       trio_vision/         config.pbtxt, 1/model.onnx/{model.onnx, weights/}  (or 1/model.plan)
       trio_embed/, trio_prefill_0/, trio_select_1/, …
@@ -45,20 +44,25 @@ from trio_deploy.runtimes.tensorrt.record import Record
 from trio_deploy.schedule.budget import read_budget
 from trio_deploy.serve.triton_server.config_files import (
     EngineTraits,
-    complete_config,
     engine_config,
     ensemble_config,
     graph_config,
-    streaming_config,
+    vlm_config,
 )
 from trio_deploy.serve.triton_server.pbtxt import format_message
-from trio_deploy.serve.triton_server.settings import Settings, check_settings
+from trio_deploy.serve.triton_server.settings import check_settings
 
 DEVICES = ("cpu", "gpu")
 #: File that says what the repository was made of; Triton reads folders only.
 RECORD = "trio.json"
 
 _BUNDLE = "1/bundle"
+_MODEL_PY = b'''"""Loaded by Triton's python backend, whose Python needs trio-deploy installed."""
+
+from trio_deploy.serve.triton_server.model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
 # The processes of models read their names and paths as ASCII.
 _NAME = re.compile(r"(?=.*[A-Za-z0-9])[A-Za-z0-9_-]+")
 
@@ -136,7 +140,6 @@ def write_repository(
     with writer:
         models = _Models(writer, bundle, options, settings)
         models.add_vlm(files)
-        models.add_complete()
         if options.stages:
             models.add_stages(
                 _plans(bundle, target) if runtime_spec(runtime).needs_engines else None
@@ -287,7 +290,7 @@ class _Models:
         self._settings = settings
 
     def add_vlm(self, files: Sequence[tuple[str, Path]]) -> None:
-        """Add the streaming model, which contains the bundle."""
+        """Add the model that answers, which contains the bundle."""
         name = f"{self._options.name}_vlm"
         with byte_bar(sum(path.stat().st_size for _, path in files), "bundle") as bar:
             for relative, path in files:
@@ -295,26 +298,10 @@ class _Models:
         if self._settings.get("target", "").startswith("1/"):
             target = user_path(str(self._options.runtime.target))
             self._writer.write(f"{name}/{self._settings['target']}", target.read_bytes())
-        self._writer.write(f"{name}/1/model.py", _model_py("model"))
+        self._writer.write(f"{name}/1/model.py", _MODEL_PY)
         self._config(
-            name, streaming_config(self._settings, self._options.device, self._options.instances)
+            name, vlm_config(self._settings, self._options.device, self._options.instances)
         )
-
-    def add_complete(self) -> None:
-        """Add the model for plain requests, which forwards to the streaming one."""
-        name = f"{self._options.name}_vlm_complete"
-        limits = Settings.parse(self._settings).limits
-        instances = self._options.instances
-        requests = instances * (limits.batcher.max_rows + limits.batcher.max_queue)
-        parameters = {
-            "model": f"{self._options.name}_vlm",
-            "max_requests": str(requests),
-            "max_bytes": str(instances * limits.max_queue_bytes),
-        }
-        if "watch" in self._settings:
-            parameters["watch"] = self._settings["watch"]
-        self._writer.write(f"{name}/1/model.py", _model_py("complete"))
-        self._config(name, complete_config(parameters))
 
     def add_stages(self, plans: Mapping[str, tuple[Path, EngineTraits]] | None) -> None:
         """Add each stage as a model, and vision + embed as an ensemble.
@@ -375,11 +362,3 @@ def _record(bundle: Bundle, names: Sequence[str]) -> bytes:
         "models": list(names),
     }
     return (json.dumps(record, indent=1) + "\n").encode()
-
-
-def _model_py(module: str) -> bytes:
-    return (
-        '"""Loaded by Triton\'s python backend, whose Python needs trio-deploy installed."""\n\n'
-        f"from trio_deploy.serve.triton_server.{module} import TritonPythonModel\n\n"
-        '__all__ = ["TritonPythonModel"]\n'
-    ).encode()

@@ -12,7 +12,7 @@ from trio_deploy.errors import TrioError
 from trio_deploy.files import brief, parse_json
 from trio_deploy.serve.requests import ClientRequest
 
-#: Inputs of both models by name, all of them optional: (kind, elements); −1: any number.
+#: Inputs by name, all of them optional: (kind, elements); −1: any number.
 INPUTS: dict[str, tuple[str, int]] = {
     "prompt": ("string", 1),
     "messages": ("string", 1),
@@ -36,7 +36,7 @@ INPUTS: dict[str, tuple[str, int]] = {
     "timeout_s": ("float64", 1),
 }
 
-#: Outputs of both models, likewise.
+#: Outputs, likewise.
 OUTPUTS: dict[str, tuple[str, int]] = {
     "text": ("string", 1),
     "token_ids": ("int64", -1),
@@ -60,11 +60,6 @@ class Delivery:
 
     stream: bool = True
     id: str = ""
-
-
-def nbytes(array: np.ndarray) -> int:
-    """Bytes of an input; strings are bytes in an object array."""
-    return sum(map(len, array.ravel())) if array.dtype == np.object_ else array.nbytes
 
 
 def read(
@@ -110,20 +105,10 @@ def _value(name: str, array: np.ndarray) -> Any:
     return values if count == -1 else values[0]
 
 
-def read_parameters(parameters: str) -> dict[str, Any]:
-    """The request's own parameters, a JSON object; empty: none.
-
-    Raises:
-        TrioError: they are no object.
-    """
+def _delivery(parameters: str) -> Delivery:
     given = parse_json(parameters or "{}", "the request's parameters", "send an object")
     if not isinstance(given, dict):
         raise TrioError(f"the request's parameters must be an object, not {brief(given)}")
-    return given
-
-
-def _delivery(parameters: str) -> Delivery:
-    given = read_parameters(parameters)
     stream = given.pop("stream", True)
     if not isinstance(stream, bool):
         raise TrioError(f"the parameter stream must be true or false, got {stream!r:.40}")

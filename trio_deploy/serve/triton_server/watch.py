@@ -98,19 +98,10 @@ def _end(server: int) -> None:
 def _is_running(process: int) -> bool:
     """Whether a process exists and is no zombie."""
     try:
-        return process_stat(process)[0] != b"Z"
+        status = Path(f"/proc/{process}/stat").read_bytes()  # the program's name may have any bytes
     except OSError:
         return False
-
-
-def process_stat(process: int) -> list[bytes]:
-    """Fields of /proc/PID/stat from the process state on: parent at 1, start time at 19.
-
-    Raises:
-        OSError: there is no such process.
-    """
-    status = Path(f"/proc/{process}/stat").read_bytes()  # the program's name may have any bytes
-    return status.rpartition(b")")[2].split()
+    return status.rpartition(b")")[2].split()[0] != b"Z"
 
 
 if __name__ == "__main__":
