@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -179,6 +180,30 @@ def test_files_hold_floats_of_4_bit_whose_scale_is_that_of_the_whole_matrix(
     }
     header = read_header(tmp_path / "bundle" / layout.shards[0].file)
     assert [header[p.name].dtype for p in weight.parts] == ["U8", "F8_E4M3", "F32"]
+
+
+@pytest.mark.parametrize("coding", [*CODINGS[:3], FLOATS_OF_4_BIT], ids=str)
+def test_a_matrix_is_never_in_memory_as_a_whole(
+    coding: Coding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4 MiB, in pieces of 64 KiB as float32: a few of those, and the scales."""
+    shape = (2048, 1024)
+    file = tmp_path / "checkpoint.bin"
+    with file.open("wb") as out:
+        out.truncate(2 * shape[0] * shape[1])
+    entry = TensorEntry(file, 0, file.stat().st_size, shape, "F16")
+    weight = quantised_weight("w", shape, coding)
+    layout = plan_layout(weight.parts)
+    monkeypatch.setattr("trio_deploy.bundle.weights._CHUNK", 1 << 16)
+    tracemalloc.start()
+    try:
+        with BundleWriter(tmp_path / "bundle") as writer:
+            write_layout(writer, layout, {p.name: PartSource(entry, weight) for p in weight.parts})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    scales = layout.places[weight.parts[1].name].nbytes
+    assert peak - scales < 1 << 20
 
 
 @pytest.mark.parametrize("coding", [CODINGS[2], FLOATS_OF_4_BIT], ids=str)
