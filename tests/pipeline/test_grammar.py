@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (bfloat16 by its name)
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from tests.support.bundles import Bundles
 from tests.support.byte_level import byte_level_bundle
 from tests.support.pictures import make_picture
 from trio_deploy import Batcher, Pipeline, Request, TrioError
-from trio_deploy.pipeline.grammar import GrammarCompiler, Structure
+from trio_deploy.pipeline.grammar import Grammar, GrammarCompiler, Structure
 
 pytest.importorskip("llguidance")
 
@@ -200,3 +201,30 @@ def test_a_form_ends_by_itself() -> None:
             asking(Structure("{}"), **fields).check()
     with pytest.raises(TrioError, match="structure must be"):
         Request("?", structure="{}").check()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("width", [1, 8, 61, 1003])
+def test_a_mask_leaves_the_logits_that_may_come_and_no_others(width: int, dtype: str) -> None:
+    """At each step by itself, whatever the step before it allowed."""
+
+    class Matcher:
+        allowed: np.ndarray
+
+        def compute_bitmask(self) -> bytes:
+            padded = np.append(self.allowed, [False] * (-width % 32))  # llguidance's words
+            return np.packbits(padded, bitorder="little").tobytes()
+
+        def is_error(self) -> bool:
+            return False
+
+    matcher, generator = Matcher(), np.random.default_rng(width)
+    grammar = Grammar(matcher, "structure")
+    for share in (0.5, 0.0, 1.0, 0.1):
+        matcher.allowed = generator.random(width) < share
+        logits = generator.standard_normal(width).astype(dtype)
+        logits[generator.random(width) < 0.1] = -np.inf  # tokens that are suppressed
+        before = logits.copy()
+        expected = [x if may else -np.inf for x, may in zip(logits, matcher.allowed, strict=True)]
+        np.testing.assert_array_equal(grammar.mask(logits), np.array(expected, np.float64))
+        np.testing.assert_array_equal(logits, before)

@@ -26,6 +26,9 @@ _LIMITS: Any = {  # so that no schema takes much longer than a second, or 100 MB
     "max_grammar_size": 500_000,
 }
 
+#: What is added to the logits of eight tokens, by the byte whose bits say which of them may come.
+_ADDED = np.where((np.arange(256)[:, None] >> np.arange(8)) & 1, 0.0, -np.inf).astype(np.float32)
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -57,17 +60,27 @@ class Grammar:
         """Use `GrammarCompiler.grammar`."""
         self._matcher = matcher
         self._name = name
+        self._added = np.empty((0, 8), np.float32)  # kept, since new memory costs more than the sum
 
     def mask(self, logits: np.ndarray) -> np.ndarray:
         """Logits [V] with -inf for what may not come next; an end token only where it may end.
+
+        Args:
+            logits: finite or -inf, of any float type.
+
+        Returns:
+            float32 at least, valid until the next call.
 
         Raises:
             NoChoice: the grammar is too complex to go on.
         """
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        bits = np.unpackbits(allowed, count=len(logits), bitorder="little")
-        return np.where(bits.view(np.bool_), logits, -np.inf)
+        if len(self._added) != len(allowed):
+            self._added = np.empty((len(allowed), 8), np.float32)
+        added = _ADDED.take(allowed, axis=0, out=self._added, mode="clip").reshape(-1)
+        added = added[: len(logits)]
+        return np.add(logits, added, out=added) if logits.dtype == added.dtype else logits + added
 
     def take(self, token: int) -> None:
         """Go on after a token.
