@@ -24,6 +24,7 @@ from trio_deploy import TrioError
 from trio_deploy.cli import serve
 from trio_deploy.cli.main import main
 from trio_deploy.serve.openai.gate import digest_of
+from trio_deploy.serve.openai.keys import API_KEY
 
 
 def parsed(*words: str) -> argparse.Namespace:
@@ -37,7 +38,7 @@ def process(bundles: Bundles) -> Any:
     """A running server, and the lines that it printed first."""
     words = [sys.executable, "-m", "trio_deploy", "serve", str(bundles.path("tiny")), "--port", "0"]
     words += ["--threads", "1", "--name", "tiny"]
-    environment = {k: v for k, v in os.environ.items() if k != serve.API_KEY}
+    environment = {k: v for k, v in os.environ.items() if k != API_KEY}
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as running:
@@ -83,7 +84,7 @@ def test_the_first_lines_work_as_printed_and_a_signal_ends_it_in_order(process: 
 def test_other_machines_need_a_key_unless_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(serve.API_KEY, raising=False)
+    monkeypatch.delenv(API_KEY, raising=False)
     assert serve.doors_of(parsed()).keys == []
     with pytest.raises(TrioError, match="--no-auth"):
         serve.doors_of(parsed("--host", "0.0.0.0"))
@@ -91,15 +92,15 @@ def test_other_machines_need_a_key_unless_that_is_said(
     assert doors.keys == [] and doors.any_address
     file = tmp_path / "keys"
     file.write_text("one\n\n two \n")
-    monkeypatch.setenv(serve.API_KEY, "three\n")
+    monkeypatch.setenv(API_KEY, "three\n")
     doors = serve.doors_of(parsed("--api-key-file", str(file), "--allowed-host", "A.example.com"))
     assert {*doors.keys} == {digest_of(key) for key in ("one", "two", "three")}
     assert doors.hosts is not None and "a.example.com" in doors.hosts and not doors.any_address
     with pytest.raises(TrioError, match="leave one out"):
         serve.doors_of(parsed("--no-auth"))
-    monkeypatch.setenv(serve.API_KEY, " ")  # no key, not one that nobody can send
+    monkeypatch.setenv(API_KEY, " ")  # no key, not one that nobody can send
     assert serve.doors_of(parsed()).keys == []
-    monkeypatch.setenv(serve.API_KEY, "clé")
+    monkeypatch.setenv(API_KEY, "clé")
     with pytest.raises(TrioError, match="ASCII"):
         serve.doors_of(parsed())
 
@@ -129,7 +130,7 @@ def test_what_is_wrong_is_told_before_a_model_is_exported(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delenv(serve.API_KEY, raising=False)
+    monkeypatch.delenv(API_KEY, raising=False)
     monkeypatch.setattr("trio_deploy.cli.serve.bundle_of", lambda *given, **named: 1 / 0)
     assert main(["serve", "tiny", *words]) == 1
     assert message in capsys.readouterr().err

@@ -16,6 +16,7 @@ import pytest
 from tests.support.bundles import Bundles
 from tests.support.waiting import WAIT_S, wait_for
 from trio_deploy import Pipeline, Request, TrioError
+from trio_deploy.serve.openai.keys import API_KEY
 from trio_deploy.serve.ray_app import Asked, app
 
 QUESTIONS = (
@@ -35,7 +36,7 @@ def asked(bundles: Bundles, **more: str) -> dict[str, str]:
 def test_options_and_limits_are_read_before_anything_starts(
     bundles: Bundles, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    monkeypatch.delenv("TRIO_API_KEY", raising=False)
+    monkeypatch.delenv(API_KEY, raising=False)
     found = Asked.parse(asked(bundles, no_auth="true", replicas="2", max_replicas="3"))
     assert found.options.replicas == 2 and found.settings.service.max_tokens == 6
     assert found.settings.service.batcher.max_rows == 8 and not found.keys
@@ -48,20 +49,23 @@ def test_options_and_limits_are_read_before_anything_starts(
     ):
         with pytest.raises(TrioError, match=message):
             Asked.parse(asked(bundles, **wrong))
-    monkeypatch.setenv("TRIO_API_KEY", KEY)
+    monkeypatch.setenv(API_KEY, KEY)
     assert len(Asked.parse(asked(bundles)).keys) == 1
     with pytest.raises(TrioError, match="one of the two"):
         Asked.parse(asked(bundles, no_auth="true"))
+    monkeypatch.setenv(API_KEY, "clé")
+    with pytest.raises(TrioError, match="ASCII"):
+        Asked.parse(asked(bundles))
 
 
 def test_a_replica_asks_for_the_key_or_knows_the_hosts(
     bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRIO_API_KEY", KEY)
+    monkeypatch.setenv(API_KEY, KEY)
     served = Asked.parse(asked(bundles)).open()
     served.service.close(timeout=0.0)
     assert served.name == "tiny" and served.doors.keys and served.doors.hosts is None
-    monkeypatch.delenv("TRIO_API_KEY")
+    monkeypatch.delenv(API_KEY)
     served = Asked.parse(asked(bundles, no_auth="true", allowed_host="A.example.com")).open()
     served.service.close(timeout=0.0)
     assert served.doors.hosts == {"a.example.com"} and served.doors.any_address
@@ -177,7 +181,7 @@ def test_a_node_dies_under_load_and_no_answer_is_wrong(
     expected = {
         each: pipeline.generate(Request(each, file(), max_new_tokens=6)).text for each in QUESTIONS
     }
-    monkeypatch.setenv("TRIO_API_KEY", KEY)
+    monkeypatch.setenv(API_KEY, KEY)
     serve.run(app(asked(bundles, replicas="2", cpus="1")), name="default")
     wait_for(lambda: replicas() == 2)
     load = Load(url, expected)

@@ -19,6 +19,7 @@ from trio_deploy.cli.terminal import say
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.files import is_folder, read_text
+from trio_deploy.serve.openai.keys import API_KEY, with_environment
 
 if TYPE_CHECKING:
     from trio_deploy.serve.fetch import ImageHosts
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from trio_deploy.serve.openai.settings import Settings
 
 SUMMARY = "Answer OpenAI's clients: an HTTP server."
-
-API_KEY = "TRIO_API_KEY"
-"""Environment variable with a key that clients need."""
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _HOST = re.compile(r"([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?")
@@ -212,7 +210,7 @@ def doors_of(args: argparse.Namespace) -> Doors:
 
 
 def _keys(args: argparse.Namespace) -> list[str]:
-    keys = [key] if (key := os.environ.get(API_KEY, "").strip()) else []
+    found: list[str] = []
     if args.api_key_file is not None:
         try:
             text = read_text(args.api_key_file, "write one key per line")
@@ -221,9 +219,7 @@ def _keys(args: argparse.Namespace) -> list[str]:
         found = [line.strip() for line in text.splitlines() if line.strip()]
         if not found:
             raise TrioError(f"{args.api_key_file} has no key: write one per line")
-        keys += found
-    if not all(map(str.isascii, keys)):
-        raise TrioError("a key has letters that no header can carry: make keys of ASCII letters")
+    keys = with_environment(found)
     if keys and args.no_auth:
         raise TrioError("there are keys, and --no-auth asks for none: leave one out")
     return keys

@@ -7,7 +7,6 @@ Ray's own command starts it, with options and limits as NAME=VALUE:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,10 +18,10 @@ from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.serve.limits import parse_settings, setting_kinds
 from trio_deploy.serve.openai.app import Served, build_app
 from trio_deploy.serve.openai.gate import Doors, digest_of
+from trio_deploy.serve.openai.keys import API_KEY, with_environment
 from trio_deploy.serve.openai.settings import Settings
 from trio_deploy.serve.service import Service, switch_threads_often
 
-_KEY = "TRIO_API_KEY"
 _RETRY_AFTER_S = 2.0  # told to clients that Ray itself refuses
 
 
@@ -86,12 +85,12 @@ class Asked:
         options = RayOptions(**own)
         if (options.max_replicas or options.replicas) < options.replicas:
             raise TrioError("max_replicas must be at least replicas")
-        key = os.environ.get(_KEY, "").strip()
-        if bool(key) == options.no_auth:
+        keys = with_environment()
+        if bool(keys) == options.no_auth:
             raise TrioError(
-                f"set {_KEY} to the key that clients need, or say no_auth=true: one of the two"
+                f"set {API_KEY} to the key that clients need, or say no_auth=true: one of the two"
             )
-        return cls(options, settings, [digest_of(key)] if key else [])
+        return cls(options, settings, [digest_of(key) for key in keys])
 
     def open(self) -> Served:
         """Open the bundle and answer the warm-up.

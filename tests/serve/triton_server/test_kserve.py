@@ -15,12 +15,12 @@ import pytest
 import yaml
 
 from trio_deploy.cli.main import parser
-from trio_deploy.cli.serve import API_KEY
 from trio_deploy.pipeline.batcher.metrics import Metrics
 from trio_deploy.serve import metrics
 from trio_deploy.serve.limits import read_settings
 from trio_deploy.serve.metrics import prometheus_text
 from trio_deploy.serve.openai.gate import Doors
+from trio_deploy.serve.openai.keys import API_KEY
 from trio_deploy.serve.openai.settings import Settings
 
 ROOT = Path(__file__).parents[3]

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from trio_deploy.files import format_bytes
 from trio_deploy.serve.openai.app import Served
+from trio_deploy.serve.openai.keys import API_KEY
 
 _QUESTION = "what color is the circle?"
 
@@ -36,7 +37,7 @@ def greeting(served: Served, url: str) -> str:
 
 
 def _curl(served: Served, url: str) -> list[str]:
-    key = ' -H "Authorization: Bearer $TRIO_API_KEY"' if served.doors.keys else ""
+    key = f' -H "Authorization: Bearer ${API_KEY}"' if served.doors.keys else ""
     body = json.dumps({"model": served.name, "messages": _messages()})
     return [
         f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
@@ -45,7 +46,7 @@ def _curl(served: Served, url: str) -> list[str]:
 
 
 def _python(served: Served, url: str) -> list[str]:
-    key = 'os.environ["TRIO_API_KEY"]' if served.doors.keys else '"none"'
+    key = f'os.environ["{API_KEY}"]' if served.doors.keys else '"none"'
     return [
         *(["import os"] if served.doors.keys else []),
         "from openai import OpenAI  # pip install openai",
