@@ -1,6 +1,6 @@
 """Measure `trio serve` under closed-loop load beside the same batcher in this process.
 
-    python scripts/load_serve.py [--clients 32] [--seconds 60] [--out FOLDER]
+    python scripts/load_serve.py [--clients 32] [--seconds 60] [--attack] [--out FOLDER]
 
 Pictures and questions are those of `trio_deploy.evaluation.scenes`, in bodies of about 100 kB.
 First the pipeline answers them one after another; its texts are what every answer is compared
@@ -8,7 +8,11 @@ with. Then, by turns, the batcher in this process and a server on loopback answe
 of which asks its next question when the answer to the last is complete. Half of them stream, and a
 tenth of the questions is given up early, by closing the connection. After that one client alone
 measures what HTTP adds to the time to the first token, and how soon a row is free whose client has
-gone. Prints a table; `--out` adds serve.json and serve.md there. The exit status is 1 when an
+gone. With `--attack` a few clients are measured beside those of `serve_attack.py` as well.
+
+The clients run in a process of their own on the same cores, and take some of their time. Hence
+processor time is given, too: of the process that answers and of the clients, per whole answer.
+Prints a table; `--out` adds serve.json and serve.md there. The exit status is 1 when an
 answer was wrong or failed, or something is still held at the end.
 """
 
@@ -32,6 +36,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import serve_attack
+
 from trio_deploy import Bundle, Pipeline, Request, RuntimeOptions, export_model
 from trio_deploy.bench.environment import load_average, machine, machine_text
 from trio_deploy.evaluation import scenes
@@ -44,6 +50,7 @@ SIDE = 160  # pixels; an uncompressed picture has 77 kB then
 MAX_TOKENS = 32
 LEAVES_EARLY = 10  # every so many questions
 ENDLESS = 400  # tokens of an answer that its client leaves
+HONEST = 8  # clients beside the attack
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,16 @@ class Case:
 
 @dataclass
 class Answers:
-    """Measurements of one turn; times in seconds."""
+    """Measurements of one turn; times in seconds.
+
+    Attributes:
+        processor_s, client_s: processor time of the process that answers and, where it is another
+            one, of the clients.
+    """
 
     seconds: float = 0.0
+    processor_s: float = 0.0
+    client_s: float = 0.0
     whole: int = 0
     left: int = 0
     wrong: int = 0
@@ -81,6 +95,13 @@ class Answers:
     def per_s(self) -> float:
         """Whole answers per second."""
         return self.whole / self.seconds
+
+
+def per_answer_ms(turns: Sequence[Answers]) -> tuple[float, float]:
+    """Processor time per whole answer: of what answers, and of the clients."""
+    whole = sum(each.whole for each in turns)
+    of = (sum(each.processor_s for each in turns), sum(each.client_s for each in turns))
+    return 1e3 * of[0] / whole, 1e3 * of[1] / whole
 
 
 def make_cases(count: int) -> list[Case]:
@@ -119,7 +140,7 @@ def answered(pipeline: Pipeline, cases: Sequence[Case]) -> list[Case]:
 
 def in_process(service: Service, cases: Sequence[Case], clients: int, seconds: float) -> Answers:
     """Let so many clients ask the service, each from the listener of its last answer."""
-    result, turns = Answers(), itertools.count()
+    result, turns, used = Answers(), itertools.count(), time.process_time()
     start = time.perf_counter()
     until, done = start + seconds, threading.Semaphore(0)
 
@@ -165,6 +186,7 @@ def in_process(service: Service, cases: Sequence[Case], clients: int, seconds: f
     for _ in range(clients):
         done.acquire()
     result.seconds = time.perf_counter() - start
+    result.processor_s = time.process_time() - used
     return result
 
 
@@ -200,6 +222,11 @@ class Server:
     def __exit__(self, *error: object) -> None:
         self.process.terminate()
         self.process.wait(60)
+
+    def processor_s(self) -> float:
+        """Processor time since its start."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def memory_mib(self) -> float:
         """Resident memory."""
@@ -307,6 +334,7 @@ async def by_http(server: Server, cases: Sequence[Case], clients: int, seconds: 
         for streams in (False, True)
     }
     result, turns, start = Answers(), itertools.count(), time.perf_counter()
+    server_used, used = server.processor_s(), time.process_time()
     asking = [
         asyncio.create_task(one_client(server, cases, bodies, turns, start + seconds, result))
         for _ in range(clients)
@@ -316,6 +344,8 @@ async def by_http(server: Server, cases: Sequence[Case], clients: int, seconds: 
         await asyncio.wait(asking, timeout=1.0)
     await asyncio.gather(*asking)
     result.seconds = time.perf_counter() - start
+    result.processor_s = server.processor_s() - server_used
+    result.client_s = time.process_time() - used
     return result
 
 
@@ -433,12 +463,21 @@ def measure(args: argparse.Namespace, bundle: Bundle, name: str, sets: list[str]
         which: sum(a.whole for a in of) / sum(a.seconds for a in of) for which, of in turns.items()
     }
     every = [answers for of in turns.values() for answers in of]
+    pairs = [
+        http.per_s / own.per_s for http, own in zip(turns["http"], turns["process"], strict=True)
+    ]
+    server_ms, clients_ms = per_answer_ms(turns["http"])
+    process_ms, _ = per_answer_ms(turns["process"])
     return {
         "name": name,
         "settings": sets,
         "http_per_s": rate["http"],
         "process_per_s": rate["process"],
-        "ratio": rate["http"] / rate["process"],
+        "ratio": statistics.median(pairs),
+        "ratios": pairs,
+        "server_ms": server_ms,
+        "clients_ms": clients_ms,
+        "process_ms": process_ms,
         "answers": sum(each.whole for each in turns["http"]),
         "left": sum(each.left for each in turns["http"]),
         "wrong": sum(each.wrong for each in every),
@@ -449,6 +488,42 @@ def measure(args: argparse.Namespace, bundle: Bundle, name: str, sets: list[str]
         "body_kb": len(cases[0].body()) / 1e3,
         "one_client": one,
         "gone": gone,
+    }
+
+
+def attacked(bundle: Bundle, cases: Sequence[Case], seconds: float) -> dict[str, Any]:
+    """What a few clients get before, during and after an attack."""
+    limits = ServiceLimits()
+    with Server(bundle.path, [], []) as server:
+
+        def served() -> Answers:
+            return asyncio.run(by_http(server, cases, HONEST, seconds))
+
+        asyncio.run(by_http(server, cases, HONEST, 2.0))
+        before = served()
+        command = [sys.executable, serve_attack.__file__, str(server.port), str(seconds + 2)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as attack:
+            time.sleep(1.0)
+            during = served()
+            told = json.loads(attack.communicate()[0])
+        after = served()
+        held = asyncio.run(settle(server))
+    turns = {"before": before, "during": during, "after": after}
+    calm = (before.per_s + after.per_s) / 2
+    return {
+        "seconds": seconds,
+        "per_s": {name: each.per_s for name, each in turns.items()},
+        "ratio": during.per_s / calm,
+        "server_ms": {name: per_answer_ms([each])[0] for name, each in turns.items()},
+        "attack_cores": told["processor_s"] / (seconds + 2),
+        "told": told["told"],
+        "answers": during.whole,
+        "wrong": sum(each.wrong for each in turns.values()),
+        "failed": sum(len(each.errors) for each in turns.values()),
+        "errors": sorted({text for each in turns.values() for text in each.errors}),
+        "held": held,
+        "memory_mib": {name: max(each.memory_mib) for name, each in turns.items()},
+        "bound_mib": (limits.max_queue_bytes + limits.vision_cache_bytes) / 2**20,
     }
 
 
@@ -474,12 +549,14 @@ def report(results: Sequence[dict[str, Any]], on: str, command: str, clients: in
         f"{results[0]['body_kb']:.0f} kB; "
         "half of the answers are streamed, a tenth of the questions is given up at the first "
         "chunk. Answers per second are whole ones, beside those of the same service in one "
-        "process, by turns. First token: of one client, by HTTP, in process, and what HTTP adds. "
+        "process, by turns; the ratio is the median of the turns'. Processor time is per whole "
+        "answer: of the server, of the same service in one process, and of the clients. First "
+        "token: of one client, by HTTP, in process, and what HTTP adds. "
         "Row free: after a client has left, median and most, beside a decode step.",
         "",
-        "| settings | answers/s | in process | ratio | wrong | errors | still held "
-        "| memory, second half | first token, ms | row free, ms |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| settings | answers/s | in process | ratio (of turns) | processor, ms | wrong | errors "
+        "| still held | memory, second half | first token, ms | row free, ms |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for each in results:
         one, gone = each["one_client"], each["gone"]
@@ -487,7 +564,8 @@ def report(results: Sequence[dict[str, Any]], on: str, command: str, clients: in
             each["name"],
             f"{each['http_per_s']:.1f}",
             f"{each['process_per_s']:.1f}",
-            f"{each['ratio']:.2f}",
+            f"{each['ratio']:.2f} ({min(each['ratios']):.2f} to {max(each['ratios']):.2f})",
+            f"{each['server_ms']:.1f}, {each['process_ms']:.1f}, {each['clients_ms']:.1f}",
             f"{each['wrong']} of {each['answers']}",
             str(each["failed"]),
             str(each["held"]),
@@ -496,6 +574,43 @@ def report(results: Sequence[dict[str, Any]], on: str, command: str, clients: in
             f"{gone['freed_ms']:.0f}, {gone['freed_most_ms']:.0f}; {gone['step_ms']:.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def report_attack(found: dict[str, Any]) -> str:
+    """The attack's section of the page."""
+    lines = [
+        "",
+        "## Under attack",
+        "",
+        f"{HONEST} clients as above, default settings, {found['seconds']:.0f} s each before, "
+        f"during and after an attack by `scripts/serve_attack.py`: at a time "
+        f"{serve_attack.HEADS} heads and {serve_attack.BODIES} bodies of a byte per second, "
+        f"{serve_attack.LARGE} bodies of 64 MiB (half of them of unknown length), "
+        f"{serve_attack.READERS} readers that do not read; each again "
+        f"{serve_attack.AGAIN_S:g} s after it was cut off or refused. The attack takes "
+        f"{found['attack_cores']:.2f} of the cores itself. Memory may grow by "
+        f"`max_queue_bytes` and the cache, {found['bound_mib']:.0f} MiB.",
+        "",
+        "| | answers/s | server's processor time, ms | memory, MiB |",
+        "|---|---|---|---|",
+    ]
+    for name in ("before", "during", "after"):
+        figures = (found["per_s"], found["server_ms"], found["memory_mib"])
+        cells = [
+            f"{each[name]:.{digits}f}" for each, digits in zip(figures, (1, 1, 0), strict=True)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    told = "; ".join(
+        f"{name}: " + (", ".join(f"{count} x {what}" for what, count in of.items()) or "none ended")
+        for name, of in found["told"].items()
+    )
+    lines += [
+        "",
+        f"During it {found['ratio']:.2f} of the answers per second before and after; of all "
+        f"answers {found['wrong']} wrong, {found['failed']} failed, {found['held']} still held. "
+        f"What the attackers were told: {told}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -509,6 +624,10 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=256, help="questions (default: 256)")
     parser.add_argument(
         "--set", action="append", help="measure these settings alone, NAME=VALUE, threads too"
+    )
+    parser.add_argument("--attack", action="store_true", help="measure clients under attack, too")
+    parser.add_argument(
+        "--attack-seconds", type=float, default=40.0, help="before, during and after (default: 40)"
     )
     parser.add_argument("--out", type=Path, help="folder for serve.md and serve.json")
     args = parser.parse_args()
@@ -525,19 +644,26 @@ def main() -> int:
             else export_model("tiny", Path(scratch) / "bundle", budget=0.111, progress=False)
         )
         results = [measure(args, bundle, name, sets) for name, sets in kinds.items()]
+        attack = None
+        if args.attack:
+            cases = answered(Pipeline.open(bundle), make_cases(args.cases))
+            attack = attacked(bundle, cases, args.attack_seconds)
     on = machine(None)
     shown = [arg if not arg.startswith("/") else Path(arg).name for arg in sys.argv[1:]]
     command = " ".join(["python scripts/load_serve.py", *shown])
     text = report(results, machine_text(on, before, load_average()), command, args.clients)
+    if attack:
+        text += report_attack(attack)
     print(text)
     if args.out:
         (args.out / "serve.md").write_text(text, encoding="utf-8")
-        figures = {"machine": on, "results": results}
+        figures = {"machine": on, "results": results} | ({"attack": attack} if attack else {})
         (args.out / "serve.json").write_text(json.dumps(figures, indent=1) + "\n")
-    for each in results:
+    every = [*results, *([attack] if attack else [])]
+    for each in every:
         for message in each["errors"][:5]:
             print(f"error: {message}", file=sys.stderr)
-    return int(any(each["wrong"] or each["failed"] or each["held"] for each in results))
+    return int(any(each["wrong"] or each["failed"] or each["held"] for each in every))
 
 
 if __name__ == "__main__":

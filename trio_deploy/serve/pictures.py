@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Sequence
+
+import msgspec
 
 from trio_deploy.errors import TrioError
 from trio_deploy.families.pixels import encoded_size
@@ -79,10 +79,12 @@ def data_uri_content(url: str) -> bytes:
 
 def _decode_base64(number: int, data: bytes) -> bytes:
     try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
+        # Four times as fast as Python's own, while which no other thread runs.
+        return msgspec.convert(data.decode("ascii"), bytes)
+    except (msgspec.ValidationError, UnicodeDecodeError):
         raise TrioError(
-            f"image {number} is not base64 (without line breaks or a data: prefix): {error}"
+            f"image {number} is not base64 of whole groups of four characters, without line breaks "
+            "or a data: prefix"
         ) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from tests.support.tensors import file
 from tests.support.waiting import WAIT_S, wait_for
 from trio_deploy import Pipeline, Request, TrioError
 from trio_deploy.pipeline.batch import DecodeBatch
+from trio_deploy.pipeline.batcher.events import Refused
 from trio_deploy.serve.admission import Admission
 from trio_deploy.serve.fetch import ImageHosts
 from trio_deploy.serve.limits import ServiceLimits
 from trio_deploy.serve.openai import process
-from trio_deploy.serve.openai.gate import Doors, digest_of
+from trio_deploy.serve.openai.errors import ApiError
+from trio_deploy.serve.openai.gate import Doors, HeldBytes, digest_of
 from trio_deploy.serve.openai.process import bind
 from trio_deploy.serve.requests import ClientRequest
 
@@ -188,15 +191,44 @@ def test_a_body_in_pieces_is_read_as_one_with_a_length(server: HttpServer) -> No
 
 def test_bodies_that_are_read_together_are_bounded(start: Start) -> None:
     server = start(settings={"max_queue_bytes": "3000000"})
-    with server.connection() as slow:
-        slow.sendall(request("POST", CHAT, b"{", content_length="900000"))
 
-        def refused() -> bool:
-            reply = server.post(CHAT, b" " * 200_000)
-            return reply.status == 429 and reply.headers["retry-after"] == "1"
+    def refused() -> bool:
+        reply = server.post(CHAT, b" " * 200_000)
+        return reply.status == 429 and reply.headers["retry-after"] == "1"
 
-        wait_for(refused)
+    def refused_beside_another() -> bool:
+        with server.connection() as slow:
+            slow.sendall(request("POST", CHAT, b" " * 800_000, content_length="900000"))
+            return refused()  # unless it came before the other was read
+
+    wait_for(refused_beside_another)
     wait_for(lambda: not refused())
+
+
+def test_a_body_that_was_announced_and_does_not_come_takes_nothing_from_others(
+    start: Start,
+) -> None:
+    server = start(settings={"max_queue_bytes": "3000000"})
+    asked = b" " * 200_000 + request("POST", CHAT, chat(max_tokens=2)).partition(b"\r\n\r\n")[2]
+    with server.connection() as slow:
+        slow.sendall(request("POST", CHAT, b" " * 1000, content_length="900000"))
+        for _ in range(3):
+            assert server.post(CHAT, asked).status == 200
+
+
+def test_bodies_that_take_much_leave_room_for_those_that_take_little() -> None:
+    held, clients = HeldBytes(1000), [0] * 9
+    held.take(900)  # one alone may have it all
+    held.release(900)
+    for _ in range(100):
+        for number, taken in enumerate(clients):
+            with suppress(Refused):
+                held.take(10, held=taken)
+                clients[number] += 10
+    assert held.used == sum(clients) and max(clients) <= 1000 - held.used
+    held.take(50)
+    with pytest.raises(ApiError, match="max_queue_bytes"):
+        held.take(1, held=1000)
 
 
 def test_a_head_that_does_not_end_is_cut_off(start: Start) -> None:

@@ -30,7 +30,6 @@ from trio_deploy.serve.openai.bodies import (
     ChatBody,
     DetokenizeBody,
     Detokenized,
-    Message,
     Model,
     Models,
     TokenizeBody,
@@ -162,18 +161,25 @@ class _Routes:
         answers = Answers()
 
         def begin(chat: ChatBody, files: Files) -> Asked:
-            """Done by another thread: a large picture takes a while to decode."""
             asked = to_asked(chat, self._served.max_n, files, draws=self._served.draws)
-            answers.submit(self._served.service.submit, asked.clients)
+            submit = self._served.service.submit
+            answers.submit(submit, asked.clients, each_token=asked.stream)
             return asked
+
+        def read(body: bytes) -> tuple[ChatBody, list[str], Asked | None]:
+            """Done by another thread: a large picture takes a while to decode."""
+            chat = decode(body, ChatBody)
+            self._served.check_model(chat.model)
+            addresses = addresses_of(chat.messages, self._served.images)
+            return chat, addresses, None if addresses else begin(chat, {})
 
         try:
             async with self._bodies.read(request) as body:
                 with self._telling(request):
-                    chat = await asyncio.to_thread(decode, body, ChatBody)
-                    self._served.check_model(chat.model)
-                    async with self._fetched(chat.messages, COPIES * len(body)) as files:
-                        asked = await asyncio.to_thread(begin, chat, files)
+                    chat, addresses, asked = await asyncio.to_thread(read, body)
+                    if asked is None:
+                        async with self._fetched(addresses, COPIES * len(body)) as files:
+                            asked = await asyncio.to_thread(begin, chat, files)
         except BaseException as error:
             answers.cancel()
             # What the service refused, it has counted itself.
@@ -183,13 +189,12 @@ class _Routes:
         return _ChatResponse(self._served, request, answers, asked)
 
     @asynccontextmanager
-    async def _fetched(self, messages: Sequence[Message], held: int) -> AsyncIterator[Files]:
-        """Files at the addresses that messages name, which are counted until the block is left.
+    async def _fetched(self, addresses: Sequence[str], held: int) -> AsyncIterator[Files]:
+        """Files at addresses, which are counted until the block is left.
 
         Args:
             held: bytes that are counted of the request already.
         """
-        addresses = addresses_of(messages, self._served.images)
         limits, loop = self._served.service.limits, asyncio.get_running_loop()
         if len(addresses) > limits.max_images:
             raise invalid(f"{len(addresses)} images, but max_images is {limits.max_images}")
@@ -356,8 +361,11 @@ class _ChatResponse(Response):
         except TrioError as error:
             response = _of_error(self._told(error))
         else:
-            # In a thread, since an overlay of many tokens takes a while to write.
-            content = await asyncio.to_thread(self._writer.whole, generations)
+            if self._asked.kept or self._asked.logprobs:
+                # In a thread: what belongs to each of many tokens takes a while to write.
+                content = await asyncio.to_thread(self._writer.whole, generations)
+            else:
+                content = self._writer.whole(generations)
             response = Response(content, media_type="application/json")
         await response(scope, receive, send)
 

@@ -106,15 +106,19 @@ class Life:
 
 
 class HeldBytes:
-    """A bound on the memory of all bodies that are being read."""
+    """A bound on the memory of all bodies that are being read.
+
+    Beside others, a request may hold as much as it leaves free: however many clients send much,
+    there is room for those that send little.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threading.Lock()
         self.used = 0
 
-    def take(self, size: int, what: str = "the body", held: int = 0) -> None:
-        """Count some bytes.
+    def check(self, size: int, what: str = "the body", held: int = 0) -> None:
+        """Check that bytes fit, without counting them.
 
         Args:
             what: what has them, for the message.
@@ -129,18 +133,30 @@ class HeldBytes:
                 f"{what} may have {size} bytes beside {held} others of the request, but "
                 f"max_queue_bytes is {self._limit}: send less"
             )
+        others, free = self.used - held, self._limit - self.used - size
+        if free < 0 or (others and held + size > free):
+            raise Refused(
+                f"requests that are being read have {self.used} bytes, {held} of them this one, "
+                f"which has {size} more; max_queue_bytes is {self._limit}: try again later"
+            )
+
+    def take(self, size: int, what: str = "the body", held: int = 0) -> None:
+        """Count some bytes; `check` says the rest."""
         with self._lock:
-            if self.used + size > self._limit:
-                raise Refused(
-                    f"bodies of requests that are being read have {self.used} bytes, and "
-                    f"max_queue_bytes is {self._limit}: try again later"
-                )
+            self.check(size, what, held)
             self.used += size
 
     def release(self, size: int) -> None:
         """Stop counting them."""
         with self._lock:
             self.used -= size
+
+
+@dataclass
+class _Taken:
+    """Bytes that are counted of one body."""
+
+    size: int = 0
 
 
 class Bodies:
@@ -169,13 +185,12 @@ class Bodies:
         announced = _length(request.headers)
         if announced > self._largest:
             raise self._too_large(announced)
-        size = COPIES * announced
-        self.held.take(size)
-        taken = [size]
+        self.held.check(COPIES * announced)  # so that nobody sends in vain
+        taken = _Taken()
         try:
-            yield await self._within(self._read(request, announced, taken))
+            yield await self._within(self._read(request, taken))
         finally:
-            self.held.release(sum(taken))
+            self.held.release(taken.size)
 
     async def _within(self, reading: Coroutine[Any, Any, bytes]) -> bytes:
         seconds = self._limits.body_s
@@ -189,16 +204,16 @@ class Bodies:
                 close=True,
             ) from None
 
-    async def _read(self, request: Request, announced: int, taken: list[int]) -> bytes:
+    async def _read(self, request: Request, taken: _Taken) -> bytes:
+        """The body; what was announced and does not come takes nothing from others."""
         parts: list[bytes] = []
         size = 0
         async for part in request.stream():
             size += len(part)
             if size > self._largest:
                 raise self._too_large(size)
-            if size > announced:  # it comes in pieces, without a length
-                self.held.take(COPIES * len(part))
-                taken.append(COPIES * len(part))
+            self.held.take(COPIES * len(part), held=taken.size)
+            taken.size += COPIES * len(part)
             parts.append(part)
         return b"".join(parts)
 

@@ -70,15 +70,20 @@ class Answers:
         self._handles: list[Handle] = []
         self._cancelled = False
 
-    def submit(self, submit: Submit, clients: Sequence[ClientRequest]) -> None:
+    def submit(
+        self, submit: Submit, clients: Sequence[ClientRequest], *, each_token: bool = True
+    ) -> None:
         """Have all answers begun; if one is refused, none is.
+
+        Args:
+            each_token: whether events of tokens are wanted, or the last ones alone.
 
         Raises:
             TrioError: as `Service.submit`.
         """
         try:
             for number, client in enumerate(clients):
-                handle = submit(client, self._listener(number), len(clients))
+                handle = submit(client, self._listener(number, each_token), len(clients))
                 self._handles.append(handle)
                 if self._cancelled:
                     break
@@ -88,9 +93,10 @@ class Answers:
         if self._cancelled:  # it may have been set before the last handle was there
             self.cancel()
 
-    def _listener(self, number: int) -> OnEvent:
+    def _listener(self, number: int, each_token: bool) -> OnEvent:
         def on_event(event: Event) -> None:
-            self._loop.call_soon_threadsafe(self._put, (number, event))
+            if each_token or event.last:  # the loop is not woken for what nobody reads
+                self._loop.call_soon_threadsafe(self._put, (number, event))
 
         return on_event
 
