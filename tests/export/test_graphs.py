@@ -124,9 +124,15 @@ def test_tied_embeddings_need_no_head_weight(dialect: str) -> None:
 
 
 @dialects
-def test_no_stage_has_one_name_twice_or_carries_big_constants(dialect: str) -> None:
+@pytest.mark.parametrize(("tied", "scheme"), [(False, None), (True, None), (True, "int4")])
+def test_no_stage_has_one_name_twice_or_carries_big_constants(
+    tied: bool, scheme: str | None, dialect: str
+) -> None:
+    """A tied head that is quantised is another tensor than the table of embeddings beside it."""
     for stage, model in build_graphs(
-        model_config(), points(1, 2), GraphOptions(dialect=dialect)
+        model_config(tie_word_embeddings=tied),
+        points(1, 2),
+        GraphOptions(dialect=dialect, quantize=scheme, separate_decode=True),
     ).items():
         names = [v.name for v in (*model.graph.inputs, *model.graph.initializers.values())]
         names += [v.name for node in model.graph.all_nodes() for v in node.outputs]

@@ -102,10 +102,13 @@ class QuantisedWeight(nn.Module):
             blocks = self.coding.form == "blocks"
             made = self._from_blocks(op) if blocks else self._from_signed(op, offsets)
             self._dense = typed(cast(op, made, dtype), dtype, self.shape)
-            self._dense.name = self.name  # by which passes over graphs know a weight
+            # Passes over graphs know a weight by its name, which a float table of embeddings has
+            # where a tied head is quantised beside it.
+            taken = self.name in op.builder.root.graph.initializers
+            self._dense.name = f"dense.{self.name}" if taken else self.name
             producer = self._dense.producer()
             assert producer is not None
-            producer.name = self.name
+            producer.name = self._dense.name
         return self._dense
 
     def _from_signed(self, op: Any, offsets: bool) -> ir.Value:
