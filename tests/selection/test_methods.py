@@ -204,6 +204,28 @@ def test_a_row_that_is_not_finite_ends_and_leaves_the_others_alone(method: str) 
             np.testing.assert_array_equal(array[1:], expected[name][1:], err_msg=name)
 
 
+@targets
+@methods
+@pytest.mark.parametrize("what", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_keeps_its_budget_at_most_and_is_refused(
+    method: str, dialect: Any, runtime: str, what: float
+) -> None:
+    """Runtimes compare such scores differently, with themselves, too."""
+    run = runner(method, dialect, runtime, 1)
+    feeds = batch([7, 6, 1, 3, 5], seed=7)
+    expected = run(feeds)
+    for name in {"hidden_states", "prior", "prior_local"} & set(run.inputs):
+        for places in (slice(None), slice(3, 5)):
+            array = feeds[name].copy()
+            array[0, places] = what
+            outputs = run(feeds | {name: array})
+            assert outputs["lengths_out"][0] <= expected["lengths_out"][0], (name, places)
+            assert not outputs["converged"][0], (name, places)
+            assert outputs["converged"][1:].all()
+            for output in ("keep_index", "lengths_out", "hidden_states_out"):
+                np.testing.assert_array_equal(outputs[output][1:], expected[output][1:])
+
+
 def go_on_for_ever(graph: onnx.GraphProto) -> None:
     """Lets every Loop in a graph that ends by its data run too many rounds."""
     for node in graph.node:

@@ -98,7 +98,7 @@ def graph(op: Any, site: Site) -> Choice:
         def take_next(op: Any, turn: Value, *states: Value) -> list[Value]:
             return take(op, op.Add(first, turn), *states)
 
-        gain, factor, chosen, score = site.counted_loop(op, _AT_ONCE, states, take_next, "pick")
+        gain, factor, chosen, score = site.repeat(op, _AT_ONCE, states, take_next)
         goes_on = greatest_gain(op, gain, chosen)[3]
         return site.any_of(op, goes_on), [gain, factor, chosen, score]
 

@@ -85,7 +85,7 @@ def graph(op: Any, site: Site) -> Choice:
 
     def next_ones(op: Any, _turn: Value, *states: Value) -> tuple[Value, list[Value]]:
         before = site.reduce(op, "ReduceSum", states[1], [1])
-        gap, chosen, score = site.counted_loop(op, _AT_ONCE, states, next_one, "pick")
+        gap, chosen, score = site.repeat(op, _AT_ONCE, states, next_one)
         count = site.reduce(op, "ReduceSum", chosen, [1])
         # A row whose distances are no numbers has no farthest token, and would never have enough.
         more = op.And(op.Less(count, need), op.Greater(count, before))

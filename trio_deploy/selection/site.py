@@ -9,8 +9,11 @@ M block size, W width after pruning.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.dialects.base import Dialect
@@ -79,6 +82,19 @@ class Site:
     def stored(self, op: Any, value: Value) -> Value:
         """Cast to the graph's float type, which hidden states have."""
         return cast(op, value, self.d.dtype)
+
+    def repeat(
+        self, op: Any, times: int, states: Sequence[Value], body: Callable[..., list[Value]]
+    ) -> list[Value]:
+        """Repeat ``body(op, turn, *states)`` in the body of a loop: returns the last states.
+
+        A counted loop, or one round behind another where the dialect has no cheap loops in loops.
+        """
+        if self.d.nests_loops:
+            return counted_loop(op, times, states, body, "pick")
+        for turn in range(times):
+            states = body(op, constant(op, np.array(turn), f"turn_{turn}"), *states)
+        return list(states)
 
     # ---- inputs ---------------------------------------------------------------------------------
 

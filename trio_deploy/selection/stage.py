@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
+from trio_deploy.graphs.dialects.base import HUGE
 from trio_deploy.graphs.graph import Stage
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.rope import position_shape, positions_at
@@ -21,8 +22,6 @@ from trio_deploy.selection.ranking import compact
 from trio_deploy.selection.saliency import Tokens
 from trio_deploy.selection.site import Site
 from trio_deploy.selection.suppression import BLOCK
-
-_HUGE = 1e38  # a sum of scores beyond it is taken for infinite
 
 
 def build_select(
@@ -43,7 +42,8 @@ def build_select(
     position_ids_out int64 [B,W] (or [B,3,W]), lengths_out int64 [B], visual_mask_out bool [B,W],
     feature_index_out int64 [B,W] if a deepstack layer follows, saliency f32
     [B,S] (the method's scores, 0 where not visual), converged bool [B]: false if the row must not
-    be used, because the method did not finish, a score is not finite or `width` is too small.
+    be used, because the method did not finish, a score or a visual token is not finite, or `width`
+    is too small.
 
     Args:
         method: one of `methods.METHODS`.
@@ -75,8 +75,10 @@ def build_select(
     site = Site(stage, d, text, layer, options, tokens, lengths, keep, width, block)
     choice = load(method).graph(op, site)
     index, lengths_out = compact(op, d, op.Or(tokens.text, choice.kept), tokens.index, width)
-    total = reduce(op, "ReduceSum", choice.finite, [1], keepdims=False)
-    converged = op.Less(total, _HUGE)  # false for NaN, too
+    # The hidden states, too: a least or a greatest of numbers loses a NaN in some runtimes.
+    squares = op.Where(tokens.visual, op.Squeeze(tokens.squares, [2]), 0.0)
+    total = reduce(op, "ReduceSum", op.Add(choice.finite, squares), [1], keepdims=False)
+    converged = op.Less(total, HUGE)  # false for NaN, too
     if choice.converged is not None:
         converged = op.And(choice.converged, converged)
     converged = op.And(converged, op.LessOrEqual(lengths_out, width))

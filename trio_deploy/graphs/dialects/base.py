@@ -27,6 +27,9 @@ from trio_deploy.quant.packing import Form
 from trio_deploy.quant.schemes import Scheme, head_coding, layer_coding
 from trio_deploy.quant.stored_weight import FLOATS, Coding
 
+#: What is beyond it, and what is no number, counts as not finite.
+HUGE = 1e38
+
 #: Version of the standard operators that has the type of some codes, with their blocks.
 OPSETS_OF_CODES = {"fp8": 19, "int4": 21, "fp4": 23}
 
@@ -83,6 +86,8 @@ class Dialect(ABC):
         resizes_in_loops: whether shapes inside a Loop may depend on data.
         takes_matrices_as_inputs: whether products read a matrix as it is stored, so that it may be
             an input of the graph; others transpose constants once, when a graph is loaded.
+        nests_loops: whether a Loop in the body of another is cheap; others have its rounds written
+            out.
         gathers_in_loops: whether a Gather of few rows of a large matrix is cheap inside a Loop.
         form: layout of codes of quantised matrices.
         dtype: float type of weights, hidden states and the KV cache.
@@ -101,6 +106,7 @@ class Dialect(ABC):
     always_takes_past: ClassVar[bool] = False
     reads_lengths: ClassVar[bool] = True
     resizes_in_loops: ClassVar[bool] = False
+    nests_loops: ClassVar[bool] = True
     gathers_in_loops: ClassVar[bool] = True
     takes_matrices_as_inputs: ClassVar[bool] = False
     form: ClassVar[Form] = "signed"
@@ -331,8 +337,10 @@ class Dialect(ABC):
         """Number the tokens of each row by descending score [B, S], ties by `index` int64 [S].
 
         Returns f32 [B, S], the number of tokens ahead of each: OpenVINO and TensorRT do not
-        document what TopK does with ties, and TensorRT sorts no more than 3840 values.
+        document what TopK does with ties, and TensorRT sorts no more than 3840 values. A score that
+        is not finite comes last, since runtimes differ in how they compare it.
         """
+        score = op.Where(op.Less(score, HUGE), score, -HUGE)
         own, other = op.Unsqueeze(score, [2]), op.Unsqueeze(score, [1])
         earlier = op.Less(op.Unsqueeze(index, [0]), op.Unsqueeze(index, [1]))  # [S, S]
         ahead = op.Or(op.Greater(other, own), op.And(op.Equal(other, own), earlier))

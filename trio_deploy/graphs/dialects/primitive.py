@@ -60,6 +60,7 @@ class PrimitiveDialect(Dialect):
     name = "primitive"
     opset = 17
     decode_opset = 17
+    nests_loops = False  # OpenVINO copies what a loop reads whenever it starts
     gathers_in_loops = False
 
     def linear(
