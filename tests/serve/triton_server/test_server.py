@@ -491,7 +491,16 @@ def idle(server: TritonServer, model: str) -> bool:
 @contextlib.contextmanager
 def full(server: TritonServer) -> Iterator[list[Asking]]:
     """Two answers on their way and two waiting, as many as this model takes."""
+
+    def ended() -> float:
+        outcomes = ("cancelled", "length")
+        return sum(
+            metric(server, "trio_requests_total", model="endless_vlm", outcome=each)
+            for each in outcomes
+        )
+
     held: list[Asking] = []
+    before = ended()
     try:
         for _ in range(4):
             held.append(
@@ -504,7 +513,9 @@ def full(server: TritonServer) -> Iterator[list[Asking]]:
     finally:
         for asking in held:
             asking.close(cancel=True)
-        assert until(lambda: idle(server, "endless_vlm"))
+        # Counted, so that no later test counts them: while the two that waited are prefilled, they
+        # neither wait nor run.
+        assert until(lambda: ended() == before + len(held) and idle(server, "endless_vlm"))
 
 
 def test_a_full_queue_refuses_clearly_and_loses_nothing(running):
