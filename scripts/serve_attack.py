@@ -86,7 +86,9 @@ async def stalled_reader(port: int, told: Counter[str]) -> None:
     """Requests whose answers nobody reads."""
     loop = asyncio.get_running_loop()
     with socket.socket() as reader:
+        # Small segments, since by them the system of the server sizes what it takes in its place.
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
         reader.setblocking(False)
         await loop.sock_connect(reader, ("127.0.0.1", port))
         try:
