@@ -8,8 +8,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from tests.support.bundles import Bundles
+from tests.support.quantised import calibration_of
 from trio_deploy import Bundle, export_model
 from trio_deploy.bundle.describe import inspect
 from trio_deploy.bundle.manifest import Manifest, Quantization
@@ -17,6 +19,7 @@ from trio_deploy.checkpoint.checkpoint import Checkpoint
 from trio_deploy.config.options import ExportOptions
 from trio_deploy.config.recipe import read_recipe
 from trio_deploy.errors import TrioError
+from trio_deploy.export import job
 from trio_deploy.export.attach import attach_weights
 from trio_deploy.export.job import quantize_of
 from trio_deploy.quant.matrix import dequantised, round_to_nearest
@@ -103,6 +106,26 @@ def test_weights_are_quantised_when_they_are_attached(int4: Bundle, tmp_path: Pa
     whole = attach_weights(planned, TINY, progress=False)
     for name in (n for n in int4.manifest.files if n.startswith("weights/")):
         assert (whole.path / name).read_bytes() == (int4.path / name).read_bytes()
+
+
+def test_codes_of_fp8_are_attached_to_graphs_with_their_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"quantize": "fp8", "target": "l4", "calibration": calibration_of(TINY)}
+    at_once, planned = (
+        export_model("tiny", tmp_path / name, graphs_only=only, progress=False, **options)
+        for name, only in (("a", False), ("b", True))
+    )
+    monkeypatch.setattr(job, "ROUNDING", 7)
+    whole = attach_weights(planned, TINY, progress=False)
+    said = at_once.manifest.quantization
+    # The codes are of the version that rounds, not of the one that made the graphs.
+    assert said is not None and whole.manifest.quantization == replace(said, revision=7)
+    assert whole.manifest.tensors == at_once.manifest.tensors
+    files = [name for name in at_once.manifest.files if name.endswith((".onnx", ".safetensors"))]
+    for name in files:
+        assert (whole.path / name).read_bytes() == (at_once.path / name).read_bytes(), name
+    assert any(place.dtype == "float8_e4m3fn" for place in whole.manifest.tensors.values())
 
 
 def test_a_recipe_or_a_target_may_name_the_scheme(tmp_path: Path) -> None:

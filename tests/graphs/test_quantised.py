@@ -21,6 +21,7 @@ from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.stages import build_embed, build_prefill, build_vision
 from trio_deploy.graphs.weight import PartValue
+from trio_deploy.quant.schemes import StoredMatrix
 from trio_deploy.runtimes.openvino import OvRuntime
 from trio_deploy.selection.stage import build_select
 
@@ -243,8 +244,11 @@ def test_floats_of_4_bit_are_not_for_graphs_of_onnx_runtime() -> None:
 
 
 def test_weights_as_inputs_are_not_quantised() -> None:
-    with pytest.raises(TrioError, match="constants of their graphs"):
-        GraphOptions(dialect="onnx", weights="inputs", quantize="int8")
+    options = {"dialect": "onnx", "weights": "inputs", "quantize": "int4"}
+    stored = {"language_model.layers.0.mlp.up_proj.weight": StoredMatrix(4, 128, False)}
+    for has, way in ((None, "leave out quantize"), (stored, "use a float checkpoint")):
+        with pytest.raises(TrioError, match=f"of their graphs.*choose weights constants, or {way}"):
+            GraphOptions(**options, stored=has)
 
 
 def test_unknown_schemes_are_refused() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from trio_deploy.config.options import Calibration
+from trio_deploy.export.checkpoint import read_checkpoint
 from trio_deploy.graphs.weight import PartValue
+from trio_deploy.graphs.weights import canonical_tensors
 from trio_deploy.quant.narrow_floats import E2M1, E4M3, greatest, scale_of_matrix
 from trio_deploy.quant.packing import apart
 from trio_deploy.quant.schemes import encode, values_of
@@ -48,3 +52,10 @@ def _in_type(array: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "float8_e4m3fn":
         return array.view(E4M3)
     return array.view(np.int8) if dtype == "int8" else array
+
+
+def calibration_of(checkpoint: Path, greatest: float = 8.0) -> Calibration:
+    """One greatest value for all matrices of a checkpoint's layers."""
+    config = read_checkpoint(checkpoint).config
+    names = [name for name in canonical_tensors(config) if name.startswith("language_model.layers")]
+    return Calibration("made up", 1, dict.fromkeys(names, greatest))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import msgspec
 
 from trio_deploy.bundle.bundle import Bundle
-from trio_deploy.bundle.manifest import MANIFEST, WEIGHTS, TensorPlace
+from trio_deploy.bundle.manifest import MANIFEST, WEIGHTS, Quantization, TensorPlace
 from trio_deploy.bundle.weights import (
     link_file,
     plan_layout,
@@ -25,7 +25,7 @@ from trio_deploy.checkpoint.processor_files import (
 from trio_deploy.checkpoint.resolve import HUB_ID, from_folder
 from trio_deploy.errors import TrioError
 from trio_deploy.export.checkpoint import ReadCheckpoint, read_checkpoint
-from trio_deploy.export.job import print_note, sources_by_part, write_weights
+from trio_deploy.export.job import print_note, quantization_of, sources_by_part, write_weights
 from trio_deploy.files import is_folder, user_path
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.quant.stored_weight import parts_of
@@ -72,9 +72,10 @@ def attach_weights(
             f"{folder} is not a checkpoint of {old.manifest.model.name}, for which the graphs were "
             f"made ({difference}): pass that model's folder, or export this one"
         )
+    graphs = _graph_options(old, read)
     used = [
         weight
-        for weight in _graph_options(old, read).stored_weights(config)
+        for weight in graphs.stored_weights(config)
         if any(part.name in old.manifest.tensors for part in weight.parts)
     ]
     layout = plan_layout(parts_of(used))
@@ -106,6 +107,7 @@ def attach_weights(
                 revision=revision or old.manifest.model.revision,
             ),
             weights="copied",
+            quantization=_as_rounded_here(old.manifest.quantization, graphs),
             generation=assets.generation,
             files=dict(writer.files),
             checkpoint=read.info,
@@ -136,6 +138,14 @@ def _graph_options(bundle: Bundle, read: ReadCheckpoint) -> GraphOptions:
         quantize=None if quantised is None else quantised.scheme,
         stored=read.stored,
     )
+
+
+def _as_rounded_here(said: Quantization | None, graphs: GraphOptions) -> Quantization | None:
+    """What a planned bundle says of its codes, which this version makes, not the one it is of."""
+    made = None if said is None else quantization_of(graphs, said.source)
+    if said is None or made is None:
+        return None
+    return msgspec.structs.replace(said, revision=made.revision)
 
 
 def _check_layout_matches(bundle: Bundle, places: Mapping[str, TensorPlace]) -> None:

@@ -82,9 +82,10 @@ class GraphOptions:
                     f"quantize {', '.join(WHOLE_NUMBERS)}"
                 )
             if self.weights == "inputs":
+                floats = "leave out quantize" if self.stored is None else "use a float checkpoint"
                 raise TrioError(
                     "quantised weights are constants of their graphs, since an input's codes would "
-                    "be dequantised as a whole at every run: leave out weights inputs, or quantize"
+                    f"be dequantised as a whole at every run: choose weights constants, or {floats}"
                 )
         if self.probes < 1:
             raise TrioError(f"probes must be at least 1, not {self.probes}")
