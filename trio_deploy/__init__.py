@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trio_deploy.config.sampling import SamplingOptions
     from trio_deploy.cost.plan import Plan, plan
     from trio_deploy.errors import TrioError
+    from trio_deploy.evaluation.calibrate import calibrate
     from trio_deploy.evaluation.evaluate import evaluate
     from trio_deploy.export.job import export_model
     from trio_deploy.pipeline.batcher.batcher import Batcher
@@ -41,6 +42,7 @@ __all__ = [
     "SelectionOptions",
     "TextStream",
     "TrioError",
+    "calibrate",
     "check",
     "evaluate",
     "export_model",
@@ -62,6 +64,7 @@ _MODULES = {
     "SelectionOptions": "trio_deploy.config.options",
     "TextStream": "trio_deploy.pipeline.stream",
     "TrioError": "trio_deploy.errors",
+    "calibrate": "trio_deploy.evaluation.calibrate",
     "check": "trio_deploy.verify.check",
     "evaluate": "trio_deploy.evaluation.evaluate",
     "export_model": "trio_deploy.export.job",

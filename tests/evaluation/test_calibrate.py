@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
-from trio_deploy import export_model
+from tests.support import bundles as shared
+from tests.support.checkpoints import make_llava
+from tests.support.quantised_checkpoints import quantise_checkpoint
+from trio_deploy import ExportOptions, TrioError, calibrate, export_model
+from trio_deploy.cli.main import main
 from trio_deploy.config.options import Calibration
-from trio_deploy.errors import TrioError
-from trio_deploy.evaluation.calibrate import calibrate
+from trio_deploy.evaluation.configurations import Bundles, Source
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +28,12 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder / "mine.jsonl"
     file.write_text(json.dumps(entry) + "\n")
     return file
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA-1.5 of 4 layers."""
+    return make_llava(tmp_path_factory.mktemp("llava") / "c")
 
 
 def test_every_matrix_of_every_layer_is_measured(questions: Path) -> None:
@@ -65,12 +77,12 @@ def test_what_was_measured_is_recorded_and_needed(tmp_path: Path) -> None:
         {f"language_model.layers.{i}.{n}.weight": 8.0 for i in range(16) for n in names},
     )
     fp8 = {"quantize": "fp8", "target": "l4", "progress": False}
-    bundle = export_model("tiny", tmp_path / "b", calibration=lambda: found, **fp8)
+    bundle = export_model("tiny", tmp_path / "b", calibration=lambda _: found, **fp8)
     assert bundle.manifest.quantization is not None
     assert bundle.manifest.quantization.calibration == found
     other = Calibration("mine.jsonl", 3, dict(list(found.greatest.items())[1:]))
     for options, said in (
-        (fp8, "have to be measured: pass a file of questions"),
+        (fp8, "have to be measured over questions .*trio export MODEL --quantize fp8"),
         (fp8 | {"calibration": other}, "it is one of another model"),
         (fp8 | {"calibration": found, "quantize": "int8"}, "fp8 alone rounds"),
         (fp8 | {"calibration": found, "target": "rtx-30"}, "capability 8.6. does not take"),
@@ -79,3 +91,75 @@ def test_what_was_measured_is_recorded_and_needed(tmp_path: Path) -> None:
         with pytest.raises(TrioError, match=said):
             export_model("tiny", tmp_path / "c", **options)
         assert not (tmp_path / "c").exists()
+
+
+def test_a_recipe_that_names_fp8_is_calibrated_with_the_pruning_points_of_its_export(
+    questions: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Unpruned, deep layers see other tokens, whose activations may be larger."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"description: in fp8\ncheckpoint: {checkpoint}\nquantize: fp8\n")
+    asked: list[ExportOptions] = []
+
+    def measure(options: ExportOptions) -> Calibration:
+        asked.append(options)
+        return calibrate(recipe, questions, options, progress=False)
+
+    fp8 = {"calibration": measure, "target": "l4", "progress": False}
+    found = {}
+    for name, schedule in (("few", "1:0.05"), ("all", "3:1.0")):
+        bundle = export_model(str(recipe), tmp_path / name, schedule=schedule, **fp8)
+        assert bundle.manifest.quantization is not None
+        found[name] = bundle.manifest.quantization.calibration
+        assert str(asked[-1].schedule) == schedule
+    few, whole = found["few"].greatest, found["all"].greatest
+    differ = {int(name.split(".")[2]) for name in few if few[name] != whole[name]}
+    assert differ and 0 not in differ  # layer 0 is before both points
+    again = calibrate(recipe, questions, ExportOptions(schedule="1:0.05"), progress=False)
+    assert again == found["few"]  # though another one was exported since
+
+
+@pytest.mark.parametrize("command", ["eval", "tune"])
+def test_commands_that_calibrate_nothing_say_what_does(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = f"{command} tiny --out {tmp_path / 'out'} --scenes 1 --quantize fp8"
+    assert main([*asked.split(), "--target", "l4"]) == 1
+    assert "run `trio export MODEL --quantize fp8 --calibrate QUESTIONS`" in capsys.readouterr().err
+    assert main(asked.split()) == 1
+    assert "ONNX Runtime does not take weights in fp8" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_a_recipe_that_names_fp8_is_evaluated_in_floats_where_asked(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"description: in fp8\ncheckpoint: {checkpoint}\nquantize: fp8\n")
+    bundles = Bundles(Source.open(recipe), tmp_path / "out", quantize="none")
+    assert bundles.scheme is None
+
+
+def test_what_is_quantised_or_a_bundle_is_refused(
+    questions: Path, checkpoint: Path, tmp_path: Path, bundles: shared.Bundles
+) -> None:
+    quantised, _ = quantise_checkpoint(checkpoint, tmp_path, "awq", block=64)
+    for model, said in (
+        (quantised, "is quantised already, and calibration measures a float model"),
+        (bundles.path("tiny", quantize="int8"), "is a bundle, and calibration exports one of its"),
+    ):
+        with pytest.raises(TrioError, match=said):
+            calibrate(model, questions, progress=False)
+
+
+def test_activations_that_are_not_numbers_are_refused_with_their_layer(
+    questions: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    damaged = Path(shutil.copytree(checkpoint, tmp_path / "c"))
+    file = damaged / "model.safetensors"
+    tensors = load_file(file)
+    (name,) = (n for n in tensors if n.endswith("layers.2.mlp.down_proj.weight"))
+    tensors[name][0, 0] = np.nan
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(TrioError, match=r"layers\.3\..*is multiplied by is not finite"):
+        calibrate(damaged, questions, ExportOptions(schedule="1:0.5"), progress=False)

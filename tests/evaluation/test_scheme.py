@@ -15,7 +15,7 @@ from trio_deploy.evaluation.ask import Answer, Measured
 from trio_deploy.evaluation.configurations import Configuration
 from trio_deploy.evaluation.questions import Question, scene_set
 from trio_deploy.evaluation.results import Results
-from trio_deploy.evaluation.scheme import BARS, SchemeResults, compare_schemes
+from trio_deploy.evaluation.scheme import BARS, SchemeResults, compare_schemes, table_of
 from trio_deploy.schedule.schedule import Schedule
 
 ASKED = {"threads": 1, "progress": False}
@@ -55,6 +55,16 @@ def test_questions_without_a_picture_count_for_answers_alone():
     floats = measured("a", ("red", 1, [[0, 1]]), ("red", 1, [[]]))
     (row,) = compared([mine], [floats]).rows
     assert row.overlap[0].value == 1 and row.agreement.value == 1
+
+
+def test_results_of_questions_without_pictures_are_read_as_they_were_written(tmp_path):
+    mine, floats = (measured("a", ("red", 1, [[], []]), ("red", 1, [[], []])) for _ in range(2))
+    found = compared([mine], [floats])
+    assert found.rows[0].overlap == (None, None) and "| –, – |" in "\n".join(table_of(found))
+    results = Results("m", "d", "exact", {}, 2, 0, [], 2, scheme=found)
+    results.save(tmp_path)
+    assert "NaN" not in (tmp_path / "results.json").read_text()
+    assert Results.load(tmp_path / "results.json") == results
 
 
 @pytest.mark.parametrize(

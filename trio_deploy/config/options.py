@@ -84,8 +84,8 @@ class ExportOptions:
         dialect: dialect of the graphs; None: the target's.
         quantize: scheme to quantise by, `int8`, `int4`, `int4-g32`, `fp8` or `nvfp4`; `none`:
             weights stay float; None: the recipe's, else the target's, else none.
-        calibration: what `calibrate` measured, or a function that measures it once all else has
-            been checked; `fp8` alone needs it.
+        calibration: what `calibrate` measured, or a function that measures it for these options
+            once all else has been checked; `fp8` alone needs it.
         weights: `constants` of the graphs, or `inputs`, which the runtime binds: one copy in memory
             for all stages; None: the target's.
         target: name or file of a target, or the target itself; None: `cpu`.
@@ -106,7 +106,7 @@ class ExportOptions:
     dialect: str | None = None
     weights: str | None = None
     quantize: str | None = None
-    calibration: Calibration | Callable[[], Calibration] | None = None
+    calibration: Calibration | Callable[[ExportOptions], Calibration] | None = None
     target: str | Path | Target | None = None
     chat_template: str | Path | None = None
     max_pixels: int | None = None

@@ -1,7 +1,8 @@
 """Calibration: how large the activations of a float model become over questions.
 
-The model runs on ONNX Runtime with the schedule of its recipe, and each product with a matrix of a
-decoder layer says how large its other operand is. Prompts alone are measured, a question at a time.
+The model runs on ONNX Runtime with the pruning points of the export that it is for: without them
+there would be other tokens in deep layers. Each product with a matrix of a decoder layer says how
+large its other operand is. Prompts alone are measured, a question at a time.
 """
 
 from __future__ import annotations
@@ -17,25 +18,30 @@ from tqdm import tqdm
 
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import TensorPlace
-from trio_deploy.config.options import Calibration, RuntimeOptions
+from trio_deploy.checkpoint.resolve import resolve
+from trio_deploy.config.options import Calibration, ExportOptions, RuntimeOptions
 from trio_deploy.errors import TrioError
 from trio_deploy.evaluation.questions import QuestionSet, question_set
-from trio_deploy.export.cache import find_bundle
+from trio_deploy.export.cache import find_bundle, is_bundle
 from trio_deploy.export.measured import MEASURED, measured
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.prefill import Clock, Stages
 from trio_deploy.pipeline.prepare import RequestPreparer
 from trio_deploy.pipeline.ran_as import RanAs
 from trio_deploy.pipeline.request import Request
+from trio_deploy.quant.quantization_config import read_quantization_config
+from trio_deploy.quant.schemes import NO_SCHEME
 from trio_deploy.runtimes.base import Array, Step
 from trio_deploy.runtimes.onnxruntime import OrtEngine, OrtRuntime
 
+_RUN = RuntimeOptions(runtime="onnxruntime", target="cpu")
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def calibrate(
     model: str | os.PathLike[str],
     questions: str | os.PathLike[str] | QuestionSet,
+    options: ExportOptions | None = None,
     *,
     progress: bool = True,
 ) -> Calibration:
@@ -44,20 +50,21 @@ def calibrate(
     Args:
         model: what `export_model` takes; it is exported once into the cache, in float32.
         questions: a file that `read_questions` reads, or questions.
+        options: those of the export that it is for, whose pruning points, selections, chat template
+            and sizes of pictures count here; None: what the recipe says.
         progress: show a progress bar.
 
     Raises:
-        TrioError: the questions or one of their pictures cannot be read, there are none, or the
-            model cannot be exported or answer them.
+        TrioError: the questions or one of their pictures cannot be read, there are none, the model
+            is quantised or damaged, or it cannot be exported or answer them.
     """
     asked = question_set(questions)
     if not asked.questions:
         raise TrioError("there are no questions to calibrate with: pass a file that holds some")
-    options = RuntimeOptions(runtime="onnxruntime", target="cpu")
-    bundle = Bundle.load(find_bundle(model, options, to_run=True, progress=progress))
+    bundle = _float_bundle(model, options or ExportOptions(), progress)
     runtime = _Measuring({bundle.graph(stage.name) for stage in bundle.of_kind("prefill")})
     stages = Stages(bundle, runtime, holds_scores=False)
-    ran_as = RanAs.of(bundle, options, stages.engines)
+    ran_as = RanAs.of(bundle, _RUN, stages.engines)
     pipeline = Pipeline(bundle, stages, RequestPreparer(bundle), "float32", ran_as)
     hidden = None if progress else True
     for question in tqdm(asked.questions, "calibration", unit="question", disable=hidden):
@@ -66,10 +73,36 @@ def calibrate(
             pipeline.prefill([pipeline.prepare(request)], Clock())
         except TrioError as error:
             raise TrioError(f"question {question.id}: {error}") from None
-    for name, most in runtime.found.items():
-        if not math.isfinite(most):
-            raise TrioError(f"activations before {name} are not finite: the model is damaged")
     return Calibration(asked.data, len(asked.questions), dict(sorted(runtime.found.items())))
+
+
+def _float_bundle(model: str | os.PathLike[str], options: ExportOptions, progress: bool) -> Bundle:
+    """The bundle that is asked.
+
+    Raises:
+        TrioError: the model is a bundle, is quantised, or cannot be exported.
+    """
+    name = os.fspath(model)
+    if is_bundle(model):
+        raise TrioError(
+            f"{name} is a bundle, and calibration exports one of its own: pass the float model "
+            "that it was exported from"
+        )
+    if read_quantization_config(resolve(name, weights_needed=True).raw_config) is not None:
+        raise TrioError(
+            f"{name} is quantised already, and calibration measures a float model: pass the float "
+            "checkpoint that it was made from"
+        )
+    export = ExportOptions(
+        budget=options.budget,
+        schedule=options.schedule,
+        method=options.method,
+        quantize=NO_SCHEME,
+        chat_template=options.chat_template,
+        max_pixels=options.max_pixels,
+        selection=options.selection,
+    )
+    return Bundle.load(find_bundle(model, _RUN, to_run=True, export=export, progress=progress))
 
 
 class _Measuring(OrtRuntime):
@@ -116,6 +149,11 @@ class _Measured:
         outputs = self._engine.run(feeds, into, host=host)
         for output in [name for name in outputs if name.startswith(MEASURED)]:
             name, most = output.removeprefix(MEASURED), float(outputs.pop(output))
+            if not math.isfinite(most):
+                raise TrioError(
+                    f"what {name} is multiplied by is not finite: the weights before it are "
+                    "damaged, or too large for float32"
+                )
             self._found[name] = max(self._found.get(name, 0.0), most)
         return outputs
 

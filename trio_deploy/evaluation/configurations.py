@@ -32,6 +32,7 @@ from trio_deploy.runtimes.registry import (
     complete_options,
     default_target,
     load_target,
+    refuse_uncalibrated,
     require_runnable,
 )
 from trio_deploy.schedule.budget import for_budget, solve
@@ -381,8 +382,8 @@ class Bundles:
 
         Raises:
             TrioError: there is no such target, it is of another runtime than the one named, this
-                machine cannot run it, it does not take the scheme, or a bundle that exists cannot
-                serve it.
+                machine cannot run it, it does not take the scheme, or that needs a calibration, or
+                a bundle that exists cannot serve it.
         """
         options = options or RuntimeOptions()
         self._source = source
@@ -398,11 +399,13 @@ class Bundles:
             # The contents of a target's file, not its path.
             target = load_target(self._target_name)
             require_runnable(options, target if dtype is None else replace(target, dtype=dtype))
-            usual = check_scheme(target, source.quantize or target.quantize)
-            chosen = check_scheme(target, quantize or source.quantize or target.quantize)
+            usual = source.quantize or target.quantize
+            chosen = check_scheme(target, quantize or usual)
             self.scheme = source.stored or chosen
+            if source.stored is None:
+                refuse_uncalibrated(chosen, target)
             # What is exported anyway is not named: its answers are those of a run without a name.
-            self._quantize = None if chosen == usual else quantize
+            self._quantize = None if (chosen or NO_SCHEME) == (usual or NO_SCHEME) else quantize
             content = json.dumps(asdict(target), default=str)
             asked = [content, dtype, options.runtime, options.provider]
             self._run = asked + [each for each in (options.precision, self._quantize) if each]

@@ -66,7 +66,7 @@ class SchemeRow:
     Attributes:
         name, share: as of `Result`.
         overlap: at each pruning point, mean share of the float weights' kept visual tokens of a
-            question that are kept too.
+            question that are kept too; None where none keep any, as of questions without pictures.
         agreement: share of answers that are the float weights'.
         accuracy: of the float weights; None if no question has a reference.
         gained: accuracy minus that of the float weights, with its paired interval.
@@ -75,7 +75,7 @@ class SchemeRow:
 
     name: str
     share: float
-    overlap: tuple[Estimate, ...]
+    overlap: tuple[Estimate | None, ...]
     agreement: Estimate
     accuracy: Estimate | None
     gained: Estimate | None
@@ -86,7 +86,7 @@ class SchemeRow:
         return {
             "name": self.name,
             "share": self.share,
-            "overlap": [each.to_json() for each in self.overlap],
+            "overlap": [each and each.to_json() for each in self.overlap],
             "agreement": self.agreement.to_json(),
             "accuracy": self.accuracy and self.accuracy.to_json(),
             "gained": self.gained and self.gained.to_json(),
@@ -102,7 +102,7 @@ class SchemeRow:
         return cls(
             raw["name"],
             raw["share"],
-            tuple(map(Estimate.from_json, raw["overlap"])),
+            tuple(each and Estimate.from_json(each) for each in raw["overlap"]),
             Estimate.from_json(raw["agreement"]),
             accuracy,
             gained,
@@ -170,7 +170,7 @@ class _RowForm(msgspec.Struct):
 
     name: str
     share: float
-    overlap: list[EstimateForm]
+    overlap: list[EstimateForm | None]
     agreement: EstimateForm
     accuracy: EstimateForm | None
     gained: EstimateForm | None
@@ -221,7 +221,10 @@ def compare_schemes(
             share,
             ()
             if mine.configuration.name == UNPRUNED
-            else tuple(bootstrap.mean(kept, ~np.isnan(kept)) for kept in _overlap(mine, theirs)),
+            else tuple(
+                bootstrap.mean(kept, some) if (some := ~np.isnan(kept)).any() else None
+                for kept in _overlap(mine, theirs)
+            ),
             bootstrap.mean(same),
             bootstrap.mean(theirs.scores(), known) if scored else None,
             bootstrap.difference(mine.scores(), theirs.scores(), np.ones(len(known)), known)
@@ -254,7 +257,7 @@ def _missed(row: SchemeRow, bars: Bars) -> tuple[str, ...]:
     problems = [
         f"{each.value:.1%} of the kept tokens agree at point {number}, below {bars.overlap:.0%}"
         for number, each in enumerate(row.overlap, 1)
-        if each.value < bars.overlap
+        if each is not None and each.value < bars.overlap
     ]
     if row.agreement.value < bars.agreement:
         problems.append(f"{row.agreement.value:.1%} of the answers, below {bars.agreement:.0%}")
@@ -293,5 +296,4 @@ def table_of(results: SchemeResults) -> list[str]:
 
 def overlap_text(row: SchemeRow) -> str:
     """The shares at each point; a dash where nothing was kept."""
-    known = ["–" if math.isnan(one.value) else f"{one.value:.1%}" for one in row.overlap]
-    return ", ".join(known)
+    return ", ".join("–" if one is None else f"{one.value:.1%}" for one in row.overlap)

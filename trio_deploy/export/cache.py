@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +24,10 @@ from trio_deploy import __version__
 from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import MANIFEST
 from trio_deploy.checkpoint.fingerprint import READ_WHOLE, digest, exported_files, of_checkpoint
+from trio_deploy.checkpoint.processor_files import read_chosen_template
 from trio_deploy.checkpoint.resolve import HUB_ID, Source, name_of, resolve
 from trio_deploy.config.options import ExportOptions, RuntimeOptions
-from trio_deploy.config.recipe import list_recipes
+from trio_deploy.config.recipe import list_recipes, with_schedule_file
 from trio_deploy.config.target import Target
 from trio_deploy.config.yaml_files import PACKAGE
 from trio_deploy.errors import TrioError
@@ -70,6 +71,7 @@ def find_bundle(
     to_run: bool = False,
     budgets: Sequence[float | None] = (),
     before_export: Callable[[], object] | None = None,
+    export: ExportOptions | None = None,
     progress: bool = True,
 ) -> Path:
     """Folder of a bundle, or of a model's bundle in the cache, which is exported if it is missing.
@@ -83,6 +85,8 @@ def find_bundle(
             them is not exported.
         before_export: called, before anything is downloaded if possible, where a model has to be
             exported, which it can refuse by raising.
+        export: how a model is exported, for the target of `options` whatever it says of one; None:
+            by its recipe.
         progress: show a progress bar for weights, and notes on stderr.
 
     Raises:
@@ -102,7 +106,8 @@ def find_bundle(
             f"there is no folder {model}: pass the folder of a bundle or a checkpoint (if you mean "
             f"the hub id, `trio export --model {model}` gets it)"
         )
-    use = _Use(model, options or RuntimeOptions(), to_run, budgets, before_export)
+    how = with_schedule_file(export or ExportOptions())
+    use = _Use(model, options or RuntimeOptions(), to_run, budgets, before_export, how)
     # Before anything is downloaded for it.
     checked = (exists(folder) or _is_name(model)) and not _has_entry(model)
     if checked:
@@ -129,6 +134,7 @@ class _Use:
     to_run: bool
     budgets: Sequence[float | None]
     before_export: Callable[[], object] | None
+    export: ExportOptions
 
     @cached_property
     def target(self) -> Target:
@@ -266,7 +272,8 @@ class _Cached:
             # Large files are read in places alone.
             [[file.name, file.stat().st_mtime_ns] for file in large],
             [self.source.name, self.source.source, self.source.revision],
-            repr(ExportOptions()),
+            repr(self.use.export),
+            read_chosen_template(self.use.export.chat_template),
             repr(sorted(asdict(self.use.target).items())),
         ]
         return digest(what)[:_DIGITS]
@@ -301,7 +308,7 @@ class _Cached:
 
         model, target = self.use.model, self.use.target
         self._note(f"{self._absent()}exporting {model} for {target.name} to {folder}")
-        options = ExportOptions(target=target, force=True)
+        options = replace(self.use.export, target=target, force=True)
         try:
             export_model(model, folder, options, progress=self.progress)
         except TrioError as error:

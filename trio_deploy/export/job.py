@@ -73,12 +73,17 @@ from trio_deploy.quant.schemes import (
     NO_SCHEME,
     READING,
     ROUNDING,
-    SCHEMES,
     StoredMatrix,
     same_scheme,
 )
 from trio_deploy.quant.stored_weight import StoredWeight, parts_of
-from trio_deploy.runtimes.registry import check_scheme, load_target, runtime_spec
+from trio_deploy.runtimes.registry import (
+    check_scheme,
+    load_target,
+    refuse_uncalibrated,
+    rounds_inputs,
+    runtime_spec,
+)
 from trio_deploy.schedule.budget import budgets_for_layers, resolve_schedule
 from trio_deploy.schedule.schedule import Schedule
 
@@ -195,7 +200,8 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
     ahead = described(model)  # before weights are downloaded
     wanted = quantize_of(ahead.recipe if ahead else None, target, options)
     _refuse_links(options, wanted)
-    _require_calibration(options, wanted)
+    if ahead is not None or options.quantize is not None:
+        _require_calibration(options, wanted, target)
     if ahead is not None:
         plan_schedule(ahead, source_config(ahead, options.max_pixels), options)
     source = resolve(model, weights_needed=not options.graphs_only)
@@ -214,7 +220,7 @@ def resolve_job(model: str, out: Path, options: ExportOptions) -> ExportJob:
     _refuse_unreadable(graphs.dialect, target)
     check_scheme(target, graphs.quantize)
     _refuse_links(options, graphs.quantize)
-    _require_calibration(options, graphs.quantize)
+    _require_calibration(options, graphs.quantize, target)
     if options.calibration is not None:
         options, graphs = _calibrated(options, graphs, config)
     return ExportJob(options, target, source, config, schedule, graphs, checkpoint, assets)
@@ -452,15 +458,11 @@ def _refuse_links(options: ExportOptions, quantize: str | None) -> None:
         )
 
 
-def _require_calibration(options: ExportOptions, quantize: str | None) -> None:
+def _require_calibration(options: ExportOptions, quantize: str | None, target: Target) -> None:
     """Raises TrioError where a scheme needs a calibration and there is none, or the reverse."""
-    needs = quantize in SCHEMES and SCHEMES[str(quantize)].rounds_inputs
-    if needs and options.calibration is None:
-        raise TrioError(
-            f"{quantize} rounds activations, too, whose greatest values have to be measured: pass "
-            "a file of questions like those that will be asked, by --calibrate"
-        )
-    if options.calibration is not None and not needs:
+    if options.calibration is None:
+        refuse_uncalibrated(quantize, target)
+    elif not rounds_inputs(quantize):
         raise TrioError(
             "--calibrate measures activations, which --quantize fp8 alone rounds: leave one out"
         )
@@ -476,7 +478,7 @@ def _calibrated(
     """
     found = options.calibration
     if found is not None and not isinstance(found, Calibration):
-        found = found()
+        found = found(options)
     assert found is not None
     for weight in graphs.stored_weights(config):
         coded = weight.coding is not None and weight.coding.label == "fp8"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -12,6 +13,8 @@ _LAYERS = re.compile(r"language_model\.layers\.\d+\..*\.weight")
 
 MEASURED = "greatest."
 """Begins the names of the outputs that are added."""
+
+_INFINITE = "infinite"
 
 
 def measured(file: Path) -> bytes:
@@ -25,8 +28,13 @@ def measured(file: Path) -> bytes:
             continue
         output = f"{MEASURED}{name}"
         nodes.append(helper.make_node("Abs", [node.input[0]], [f"size.of.{name}"]))
-        nodes.append(helper.make_node("ReduceMax", [f"size.of.{name}"], [output], keepdims=0))
+        # A maximum may pass over what is not a number, which is infinite here.
+        nodes.append(helper.make_node("IsNaN", [node.input[0]], [f"unknown.in.{name}"]))
+        where = [f"unknown.in.{name}", _INFINITE, f"size.of.{name}"]
+        nodes.append(helper.make_node("Where", where, [f"known.of.{name}"]))
+        nodes.append(helper.make_node("ReduceMax", [f"known.of.{name}"], [output], keepdims=0))
         graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
+    graph.initializer.append(helper.make_tensor(_INFINITE, TensorProto.FLOAT, [], [math.inf]))
     del graph.node[:]
     graph.node.extend(nodes)
     return model.SerializeToString()

@@ -139,6 +139,28 @@ def check_scheme(target: Target, scheme: str | None) -> str | None:
     return scheme
 
 
+def rounds_inputs(scheme: str | None) -> bool:
+    """Whether a scheme rounds activations, by what a calibration measured."""
+    from trio_deploy.quant.schemes import SCHEMES
+
+    return scheme in SCHEMES and SCHEMES[str(scheme)].rounds_inputs
+
+
+def refuse_uncalibrated(scheme: str | None, target: Target) -> None:
+    """Refuse a scheme that rounds activations where nothing was measured of them.
+
+    Raises:
+        TrioError: says how it is measured; or that the target does not take the scheme at all.
+    """
+    if rounds_inputs(scheme):
+        check_scheme(target, scheme)
+        raise TrioError(
+            f"{scheme} rounds activations, too, whose greatest values have to be measured over "
+            "questions like those that will be asked: run `trio export MODEL --quantize "
+            f"{scheme} --calibrate QUESTIONS`, and pass its bundle to other commands"
+        )
+
+
 def check_options(options: RuntimeOptions, dtype: str = "float32") -> None:
     """Refuse options that the runtime does not take; with no runtime, that no runtime takes.
 
