@@ -81,6 +81,27 @@ ACTIVATIONS = {
         "prefill_1": 400,
         "prefill_3": 400,
     },
+    ("llava-1.5-7b", "onnx"): {
+        "vision": 25,
+        "embed": 1,
+        "prefill_0": 105,
+        "select_1": 140,
+        "prefill_1": 90,
+        "select_2": 135,
+        "prefill_2": 90,
+        "select_3": 130,
+        "prefill_3": 60,
+        "decode": 25,
+    },
+    ("qwen2.5-vl-7b", "onnx"): {
+        "vision": 165,
+        "embed": 1,
+        "select_1": 90,
+        "prefill_1": 160,
+        "select_2": 210,
+        "prefill_2": 100,
+        "decode": 25,
+    },
     ("qwen3-vl-8b", "onnx"): {
         "vision": 150,
         "embed": 1,
@@ -123,10 +144,14 @@ def _cases() -> Iterator[object]:
                 yield from _params(case, (*QWEN_STAGES, *decode), QWEN_STAGES if here else ())
     case = Case("llava-next-7b", "onnx", "separate")
     yield from _params(case, (*NEXT_STAGES, "decode"), (*NEXT_STAGES, "decode"))
+    case = Case("llava-1.5-7b", "onnx", "separate")
+    yield from _params(case, (*NEXT_STAGES, "decode"), ())
     case = Case("llava-next-7b", "primitive", "shared")
     yield from _params(case, NEXT_STAGES, ("prefill_0", "select_1", "prefill_1"))
     case = Case("qwen3-vl-8b", "onnx", "separate")
     yield from _params(case, (*QWEN_STAGES, "decode"), ("vision", "select_1"))
+    case = Case("qwen2.5-vl-7b", "onnx", "separate")
+    yield from _params(case, (*QWEN_STAGES, "decode"), ())
 
 
 def _params(case: Case, stages: Sequence[str], here: Sequence[str]) -> Iterator[object]:
