@@ -16,14 +16,13 @@ import pytest
 
 from tests.support.bundles import Bundles, made_once
 from tests.support.full_runs import only_in_full_runs
+from tests.support.quantised import calibration_of
+from tests.support.quantised_checkpoints import quantise_checkpoint
 from tests.support.qwen_checkpoints import make_qwen
 from tests.support.weights_as_inputs import with_matrices_as_inputs
 from trio_deploy import Bundle
 from trio_deploy.bundle.manifest import StageInfo
-from trio_deploy.config.options import Calibration
 from trio_deploy.config.target import Target
-from trio_deploy.export.checkpoint import read_checkpoint
-from trio_deploy.graphs.weights import canonical_tensors
 from trio_deploy.runtimes.registry import load_target
 from trio_deploy.runtimes.tensorrt.ahead import AheadOfTime, compile_ahead
 from trio_deploy.runtimes.tensorrt.bindings import MODULES
@@ -77,7 +76,9 @@ SMALL_QWEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"hidden_size": 144, "intermediate_size": 288, "deepstack_visual_indexes": [0, 1, 2]},
     ),
 }
-SMALL = ("tiny", *SMALL_QWEN)
+#: One of them in AWQ, with zero points, in blocks that TensorRT has.
+AWQ = "qwen2_5_vl-awq"
+SMALL = ("tiny", *SMALL_QWEN, AWQ)
 
 #: What `make rtx-tests` leaves out and `make rtx-tests ALL=1` runs.
 in_full_runs = only_in_full_runs("TensorRT-RTX: make rtx-tests")
@@ -102,8 +103,8 @@ class Case:
     """A model's graphs as a target has them.
 
     Attributes:
-        model: name of a recipe, or a family of `SMALL_QWEN`; full-size ones have their matrices as
-            inputs, by the target in the `onnx` dialect.
+        model: name of a recipe, a family of `SMALL_QWEN`, or `AWQ`; full-size ones have their
+            matrices as inputs, by the target in the `onnx` dialect.
         schedule: as for `trio export`; "": the recipe's.
         quantize: scheme of the weights; "": they are float.
         gpu: compute capability that the target names, for schemes that not every GPU has.
@@ -166,12 +167,18 @@ class Compiler:
         if case.quantize:
             options["quantize"] = case.quantize
         if case.quantize == "fp8":
-            options["calibration"] = _calibration(self._model(case.model))
+            options["calibration"] = calibration_of(Path(self._model(case.model)))
         bundle = Bundle.load(self._bundles.path(self._model(case.model), **options))
         return bundle, load_target(file)
 
     def _model(self, name: str) -> str | Path:
         """A recipe's name as it is; a checkpoint of a family, made once per run."""
+        if name == AWQ:
+            source = Path(self._model(AWQ.removesuffix("-awq")))
+            out = self._folder / AWQ
+            return (
+                made_once(out, lambda to: quantise_checkpoint(source, to, "awq", block=64)) / "awq"
+            )
         if name not in SMALL_QWEN:
             return name
         text, vision = SMALL_QWEN[name]
@@ -194,13 +201,6 @@ class Compiler:
             )
         model = onnx.load(bundle.graph(stage), load_external_data=False)
         return Stage(case, bundle, bundle.stages[stage], model, self._done[key])
-
-
-def _calibration(checkpoint: str | Path) -> Calibration:
-    """One greatest value for all matrices of a checkpoint's layers."""
-    config = read_checkpoint(Path(checkpoint)).config
-    names = [name for name in canonical_tensors(config) if ".layers." in name]
-    return Calibration("made up", 1, {n: 8.0 for n in names if n.startswith("language_model")})
 
 
 def _key(graph: Path, found: Sequence[Profile], capabilities: Sequence[str]) -> str:

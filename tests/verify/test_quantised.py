@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import pytest
 import trio_deploy
 from tests.support.bundles import Bundles
 from tests.support.checkpoints import make_llava, make_llava_next
+from tests.support.pictures import make_picture
+from tests.support.quantised import calibration_of
 from tests.support.qwen_checkpoints import make_qwen
 from trio_deploy import Bundle, Pipeline, TrioError, check, export_model
+from trio_deploy.cli.main import main
 from trio_deploy.reference import restore
 from trio_deploy.verify.check import record
 from trio_deploy.verify.report import format_report
@@ -77,28 +81,58 @@ def test_a_quantised_bundle_agrees_with_the_values_of_its_codes(name: str, tmp_p
     assert len(selections) == 2 and all(row.max_rel < 1e-5 for row in selections)
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_graphs_that_round_activations_agree_without_that_rounding(
+    family: str, tmp_path: Path
+) -> None:
+    """By scales that were measured over a question, as `trio export --calibrate` does."""
+    make_qwen(tmp_path / "checkpoint", family)
+    make_picture(64, 48).save(tmp_path / "picture.png")
+    entry = {"question_id": 1, "image": "picture.png", "text": "what color ?"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(entry))
+    recipe = tmp_path / "recipe.yaml"
+    points = "[{layer: 0, keep: 0.15, method: divprune}, {layer: 2, keep: 0.085}]"
+    recipe.write_text(f"checkpoint: {tmp_path / 'checkpoint'}\nschedules: {{'0.111': {points}}}\n")
+    words = f"export {recipe} --out {tmp_path / 'b'}"
+    words += f" --quantize fp8 --calibrate {tmp_path / 'questions.jsonl'} --target l4"
+    assert main([*words.split(), "--dtype", "float32"]) == 0
+    report = check(tmp_path / "b", runtime="onnxruntime", threads=1)
+    assert report.passed, format_report(report)
+    assert report.ran_as is not None and report.ran_as.activations == "fp8"
+    floats = [row for row in report.rows if row.stage.endswith(", float activations")]
+    assert {row.stage.partition("_")[0] for row in floats} == {"prefill"}
+    assert len(floats) == 4 and all(row.max_rel < 1e-5 for row in floats)
+
+
 @pytest.mark.parametrize(
     ("options", "runtime"),
     [
         ({"quantize": "int8"}, "onnxruntime"),
         ({"quantize": "int4"}, "onnxruntime"),
         ({"quantize": "int8", "target": "cpu-openvino", "dtype": "float32"}, "openvino"),
+        ({"quantize": "fp8", "target": "l4", "dtype": "float32"}, "onnxruntime"),
+        ({"quantize": "fp8", "target": "l4"}, "onnxruntime"),
     ],
 )
 def test_a_tenth_of_a_matrix_that_is_wrong_is_noticed(
     options: dict[str, Any], runtime: str, bundles: Bundles, tmp_path: Path
 ) -> None:
     """Of the matrix that moves least, where activations are rounded to 8 bit anyway."""
+    if options["quantize"] == "fp8":
+        options = options | {"calibration": calibration_of(TINY)}
     bundle = record(bundles.copy(tmp_path / "b", "tiny", **options), runtime=runtime, threads=1)
     assert check(bundle, golden=True, runtime=runtime, threads=1).passed
     name = f"language_model.layers.8.mlp.gate_proj.weight.{options['quantize']}"
     place = bundle.manifest.tensors[name]
     codes = np.memmap(bundle.path / place.file, np.uint8, "r+", place.offset, (place.nbytes // 10,))
-    codes[:] = np.random.default_rng(0).integers(0, 256, codes.shape)
+    rng, narrow = np.random.default_rng(0), options["quantize"] == "fp8"
+    codes[:] = rng.permutation(codes) if narrow else rng.integers(0, 256, codes.shape)  # no NaN
     codes.flush()
     report = check(bundle, golden=True, runtime=runtime, threads=1)
     damaged = next(s.label for s in bundle.of_kind("prefill") if 8 in s.layers)
-    failed = {row.stage.removesuffix(" (decode)") for row in report.rows if not row.passed}
+    failed = {row.stage.partition(" (")[0] for row in report.rows if not row.passed}
+    if narrow:  # the rounding of activations hides it
+        damaged += ", float activations"
     assert damaged in failed  # and the selection that reads the same codes, if there is one
 
 

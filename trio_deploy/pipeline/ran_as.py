@@ -34,8 +34,8 @@ class RanAs(msgspec.Struct, frozen=True, omit_defaults=True):
         precision: float type that the layers' products are computed in.
         device: processor, provider or GPU, by the runtime's name for it.
         quantized: scheme of the weights; None: they are float.
-        activations: what activations are rounded to in products with quantised weights, `int8`;
-            None: to nothing.
+        activations: what activations are rounded to in products with quantised weights, by
+            the runtime (`int8`) or by the graphs themselves (`fp8`); None: to nothing.
     """
 
     runtime: str
@@ -57,6 +57,8 @@ class RanAs(msgspec.Struct, frozen=True, omit_defaults=True):
         """
         segments = [engines[stage.name].execution for stage in bundle.of_kind("prefill")]
         built_for, quantized = segments[0].target, bundle.manifest.quantization
+        by_runtime = next((each.activations for each in segments if each.activations), None)
+        by_graphs = quantized is not None and quantized.calibration is not None
         return cls(
             str(options.runtime),
             built_for or target_name(bundle, options),
@@ -65,7 +67,7 @@ class RanAs(msgspec.Struct, frozen=True, omit_defaults=True):
             " and ".join(dict.fromkeys(each.precision for each in segments)),
             " and ".join(dict.fromkeys(each.device for each in segments)),
             None if quantized is None else quantized.scheme,
-            next((each.activations for each in segments if each.activations), None),
+            "fp8" if by_graphs else by_runtime,
         )
 
     def to_json(self) -> dict[str, Any]:

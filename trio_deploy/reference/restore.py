@@ -106,14 +106,16 @@ def _state(
     return state
 
 
-def selection_weights(bundle: Bundle, model: Any) -> Callable[[int], AbstractContextManager[None]]:
+def selection_weights(
+    bundle: Bundle, model: Any, rounds_inputs: bool = True
+) -> Callable[[int], AbstractContextManager[None]]:
     """What `Oracle` takes: puts the copies that selections compute with into a restored model.
 
     Where graphs round what matrices are multiplied by, so does the model from here on, but for
-    selections.
+    selections and unless `rounds_inputs` is false.
     """
     family = get_family(bundle.config.family)
-    selecting = _round_inputs(bundle, model)
+    selecting: set[int] = _round_inputs(bundle, model) if rounds_inputs else set()
     copies = {name: widths[COPIES] for name, widths in _codes(bundle).items() if len(widths) > 1}
 
     @contextmanager

@@ -50,8 +50,6 @@ from trio_deploy.runtimes.mapped_weights import WeightMap
 _LARGE = 2**22  # bytes of memory that is worth a mapping of its own
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _SHARED = ("float32", "float16", "uint8", "int8")  # types of weights that sessions share
-#: Type of the codes of weights → what activations are rounded to beside them.
-_ROUNDED = {"float8_e4m3fn": "fp8", "uint8": "int8"}
 _DTYPES = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -199,10 +197,8 @@ class OrtRuntime(HostRuntime):
             for entry in session.get_inputs()
             if entry.name in places
         }
-        # Codes in bytes are MatMulNBits' own, except in selections, which dequantise them. Beside
-        # E4M3 graphs round activations themselves.
-        coded = [to for kind, to in _ROUNDED.items() if kind in kinds and not keep_precision]
-        rounded = coded[0] if coded else None
+        # Codes in bytes are MatMulNBits' own, except in selections, which dequantise them.
+        rounded = "int8" if "uint8" in kinds and not keep_precision else None
         return OrtEngine(session, "cpu" if on_cpu else "cuda", shared, bound, rounded)
 
     def _graph(self, path: Path, options: Any) -> str | bytes:

@@ -24,13 +24,13 @@ from trio_deploy.families.registry import request_limits
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.request import Request
 from trio_deploy.reference.trace import Tensors
+from trio_deploy.runtimes.base import Engine
 from trio_deploy.runtimes.onnxruntime import RUNTIME as ORT
 from trio_deploy.runtimes.onnxruntime import OrtRuntime
 from trio_deploy.runtimes.tensorrt.runtime import TrtEngine
 from trio_deploy.verify.compare import (
-    CODED_NORM,
-    CODED_PRODUCTS,
     PRODUCTS_OVERLAP,
+    ROUNDINGS,
     TOLERANCES,
     ParityRow,
     Tolerance,
@@ -38,6 +38,7 @@ from trio_deploy.verify.compare import (
 )
 from trio_deploy.verify.engines import compare_engines
 from trio_deploy.verify.examples import Example, default_examples
+from trio_deploy.verify.float_activations import UNROUNDED, FloatActivations
 from trio_deploy.verify.golden import Reference, load, store
 from trio_deploy.verify.oracle import (
     NEW_TOKENS,
@@ -96,24 +97,12 @@ def check(
         reference = ask_oracle(loaded, pipeline, asked, checkpoint)
         rows += compare_inputs(pipeline, reference, checkpoint)
     manifest = loaded.manifest
-    names = {stage.label: name for name, stage in loaded.stages.items()}
     tolerance = TOLERANCES[pipeline.precision]
     if pipeline.precision != manifest.dtype:  # a selection's input is exact, as is most of its work
         tolerance = replace(tolerance, overlap=max(tolerance.overlap, PRODUCTS_OVERLAP))
-    segments = tolerance
-    if pipeline.ran_as.activations is not None:
-        wide = max(tolerance.relative, CODED_PRODUCTS)
-        segments = replace(tolerance, relative=wide, per_token=wide, tokens=False, norm=CODED_NORM)
-    rows += compare_stages(
-        reference.stages,
-        lambda stage, feeds: _run(pipeline, names[stage], feeds),
-        tolerance,
-        threshold=manifest.threshold,
-        separate_decode=manifest.decode == "separate",
-        selections={s.label: s.method for s in loaded.stages.values() if s.method is not None},
-        segments=segments,
-    )
-    order = list(names)
+    segments = _of_segments(tolerance, pipeline.ran_as.activations)
+    rows += _compare_stages(pipeline, reference, tolerance, segments)
+    order = [stage.label for stage in loaded.stages.values()]
     rows.sort(key=lambda row: _place(row.stage, order))
     title = (
         f"{manifest.model.name}, {manifest.dialect} graphs in {manifest.dtype}, computed in "
@@ -121,7 +110,7 @@ def check(
     )
     if isinstance(pipeline.engine(loaded.only("embed").name), TrtEngine):
         if manifest.dtype in ORT.dtypes:
-            rows += _compare_engines(pipeline, tolerance)
+            rows += _compare_engines(pipeline, tolerance, segments)
             title += "; each engine, at the shapes in brackets, against ONNX Runtime"
         else:
             title += f"; not against ONNX Runtime, which has no {manifest.dtype}"
@@ -169,10 +158,51 @@ def _refuse_fresh(model: str | Path) -> None:
     )
 
 
-def _run(pipeline: Pipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray]:
+def _compare_stages(
+    pipeline: Pipeline, reference: Reference, tolerance: Tolerance, segments: Tolerance
+) -> list[ParityRow]:
+    """Compare every stage; on ONNX Runtime those that round activations without that, too."""
+    bundle = pipeline.bundle
+    names = {stage.label: name for name, stage in bundle.stages.items()}
+    compare = partial(
+        compare_stages,
+        threshold=bundle.manifest.threshold,
+        separate_decode=bundle.manifest.decode == "separate",
+        selections={s.label: s.method for s in bundle.stages.values() if s.method is not None},
+    )
+
+    def run(stage: str, feeds: Tensors) -> Mapping[str, NDArray]:
+        return _run(bundle, names[stage], pipeline.engine(names[stage]), feeds)
+
+    def run_unrounded(stage: str, feeds: Tensors) -> Mapping[str, NDArray]:
+        return _run(bundle, names[stage], floats.engine(bundle, names[stage]), feeds)
+
+    stages, unrounded = {}, {}
+    for name, stage in reference.stages.items():
+        if name.endswith(UNROUNDED):
+            unrounded[name.removesuffix(UNROUNDED)] = stage
+        else:
+            stages[name] = stage
+    rows = compare(stages, run, tolerance, segments=segments)
+    if unrounded and pipeline.ran_as.runtime == ORT.name:
+        floats = FloatActivations()
+        found = compare(unrounded, run_unrounded, tolerance)
+        rows += [replace(row, stage=row.stage + UNROUNDED) for row in found]
+    return rows
+
+
+def _of_segments(tolerance: Tolerance, activations: str | None) -> Tolerance:
+    """The tolerance of stages that run layers, by what activations are rounded to in them."""
+    if activations is None:
+        return tolerance
+    rounding = ROUNDINGS[activations]
+    wide = max(tolerance.relative, rounding.products)
+    return replace(tolerance, relative=wide, per_token=wide, tokens=False, norm=rounding.norm)
+
+
+def _run(bundle: Bundle, stage: str, engine: Engine, feeds: Tensors) -> Mapping[str, NDArray]:
     """Run a stage on the reference's inputs; its caches have the reference's sizes."""
-    engine, info = pipeline.engine(stage), pipeline.bundle.stages[stage]
-    head_dim = pipeline.bundle.config.text.head_dim
+    info, head_dim = bundle.stages[stage], bundle.config.text.head_dim
     outputs_of = {(t.layer, t.part): t.name for t in info.outputs_of("cache")}
     cached = {t.name: t for t in info.inputs_of("cache")}
     presents = {name: outputs_of[t.layer, t.part] for name, t in cached.items()}
@@ -192,7 +222,7 @@ def _run(pipeline: Pipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray
     if info.kind == "vision":  # as many tiles at once as the pipeline shows
         tiles = {t.name: taken.pop(t.name) for t in info.inputs if t.shape[0] == "T"}
         count = max(len(array) for array in tiles.values())
-        once = request_limits(pipeline.bundle.config).tiles_at_once
+        once = request_limits(bundle.config).tiles_at_once
         parts = [
             engine.run({n: a[start : start + once] for n, a in tiles.items()} | taken)
             for start in range(0, count, once)
@@ -204,7 +234,9 @@ def _run(pipeline: Pipeline, stage: str, feeds: Tensors) -> Mapping[str, NDArray
     return outputs
 
 
-def _compare_engines(pipeline: Pipeline, tolerance: Tolerance) -> list[ParityRow]:
+def _compare_engines(
+    pipeline: Pipeline, tolerance: Tolerance, segments: Tolerance
+) -> list[ParityRow]:
     bundle = pipeline.bundle
     return compare_engines(
         {stage: pipeline.engine(stage).profiles for stage in bundle.stages},  # type: ignore[attr-defined]
@@ -213,12 +245,13 @@ def _compare_engines(pipeline: Pipeline, tolerance: Tolerance) -> list[ParityRow
         tolerance,
         threshold=bundle.manifest.threshold,
         stages=bundle.stages,
+        segments=segments,
     )
 
 
 def _place(stage: str, order: list[str]) -> tuple[int, int]:
     """Sort key of a row: inputs first, stages in the order they run, then decoding steps."""
-    name = stage.removesuffix(" (decode)")
+    name = stage.partition(",")[0].removesuffix(" (decode)")
     if name not in order:
         return (0, 0)
     return (2 if stage != name or name == "decode" else 1, order.index(name))

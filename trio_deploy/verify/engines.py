@@ -21,6 +21,7 @@ from trio_deploy.runtimes.base import Engine
 from trio_deploy.runtimes.tensorrt.first_run import CORNERS
 from trio_deploy.runtimes.tensorrt.profiles import Profile
 from trio_deploy.verify.compare import (
+    SEGMENTS,
     ParityRow,
     Tolerance,
     compare_outputs,
@@ -41,6 +42,7 @@ def compare_engines(
     *,
     threshold: float,
     stages: Mapping[str, StageInfo],
+    segments: Tolerance | None = None,
 ) -> list[ParityRow]:
     """Compare stage by stage, at three shapes per use of a profile, on the cases of `inputs`.
 
@@ -50,6 +52,7 @@ def compare_engines(
         open_engine: opens the engine to compare.
         threshold: cosine similarity of the greedy suppression.
         stages: the bundle's stages by name.
+        segments: tolerance of the stages that run layers, where it is another one.
 
     Returns:
         One row per stage, profile and shape; `problem` names the tensor that is beyond tolerance.
@@ -61,6 +64,7 @@ def compare_engines(
     rows = []
     for name, found in profiles.items():
         stage, reference, engine = stages[name], open_reference(name), open_engine(name)
+        own = segments if segments is not None and stage.kind in SEGMENTS else tolerance
         parts = [part for profile in found for part in profile.parts]
         for profile in parts:
             which = f"{profile.name} " if len(parts) > 1 else ""
@@ -68,7 +72,7 @@ def compare_engines(
                 for remark, feeds in cases(stage, reference.inputs, profile, corner, threshold):
                     label = f"{name} [{which}{corner}{remark and ': '}{remark}]"
                     comparison = _Comparison(
-                        label, _context(stage, feeds), tolerance, threshold, stage.method
+                        label, _context(stage, feeds), own, threshold, stage.method
                     )
                     polygraphy.compare(reference, engine, feeds, comparison)
                     rows.append(comparison.row)

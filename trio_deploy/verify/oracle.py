@@ -22,8 +22,9 @@ from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.prompt import Batch, Prompt, collate
 from trio_deploy.pipeline.request import Request
 from trio_deploy.reference.row import Row
-from trio_deploy.verify.compare import TOLERANCES, ParityRow, difference
+from trio_deploy.verify.compare import SEGMENTS, TOLERANCES, ParityRow, difference
 from trio_deploy.verify.examples import Example
+from trio_deploy.verify.float_activations import UNROUNDED
 from trio_deploy.verify.golden import Reference
 
 NEW_TOKENS = 12
@@ -36,7 +37,11 @@ def ask_oracle(
     examples: Sequence[Example],
     checkpoint: str | Path | None,
 ) -> Reference:
-    """Run the oracle on the examples as the runtime encodes them."""
+    """Run the oracle on the examples as the runtime encodes them.
+
+    Where graphs round activations it does, and its stages that run layers are there a second time
+    without, with `UNROUNDED` behind their names.
+    """
     if checkpoint is not None:  # before transformers takes a wrong path for a name on the hub
         from_folder(Path(checkpoint))
     try:
@@ -47,18 +52,28 @@ def ask_oracle(
     except ImportError as error:
         raise _needed(error.name) from error
     manifest, options = bundle.manifest, _options(bundle, torch)
-    if checkpoint is None or manifest.quantization is not None:  # a scheme is a question apart
-        model = restore_model(bundle)
-        if manifest.quantization is not None:
-            options["selection_weights"] = selection_weights(bundle, model)
-        oracle = Oracle(model, family=bundle.config.family, **options)
-    else:
-        oracle = Oracle.from_checkpoint(checkpoint, **options)
+    quantised = manifest.quantization is not None
     rows = [Row.of(prompt.ids, pictures) for prompt, pictures in _encoded(pipeline, examples)]
-    result = oracle.generate(rows, bundle.schedule, max_new_tokens=NEW_TOKENS)
+
+    def run(rounds_inputs: bool = True) -> Any:
+        if checkpoint is not None and not quantised:
+            oracle = Oracle.from_checkpoint(checkpoint, **options)
+        else:  # a scheme is a question apart
+            model = restore_model(bundle)
+            if quantised:
+                options["selection_weights"] = selection_weights(bundle, model, rounds_inputs)
+            oracle = Oracle(model, family=bundle.config.family, **options)
+        return oracle.generate(rows, bundle.schedule, max_new_tokens=NEW_TOKENS)
+
+    result = run()
+    stages = dict(result.stages)
+    if manifest.quantization is not None and manifest.quantization.calibration is not None:
+        for name, stage in run(rounds_inputs=False).stages.items():
+            if kind_of_label(name) in SEGMENTS:
+                stages[name + UNROUNDED] = stage
     ends = set(manifest.generation.eos_token_ids)
     tokens = [_until_end(row, ends) for row in result.token_ids]
-    return Reference(list(examples), result.stages, tokens)
+    return Reference(list(examples), stages, tokens)
 
 
 def compare_scheme(

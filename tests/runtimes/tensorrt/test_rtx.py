@@ -18,6 +18,7 @@ from onnx import helper
 
 from tests.support.bundles import Bundles
 from tests.support.rtx import (
+    AWQ,
     SMALL,
     SMALL_QWEN,
     Case,
@@ -567,3 +568,18 @@ def test_plans_of_quantised_weights_are_narrow(
         # Its plan is kernels for the most part. In onnx a matrix that is multiplied from both sides
         # is held in a layout for each.
         assert saved["select_2"] > 0.8 * graphs["select_2"]
+
+
+@pytest.mark.parametrize(("dialect", "layout"), [("primitive", "shared"), ("onnx", "separate")])
+def test_zero_points_of_a_checkpoint_cost_their_offsets_alone(
+    compiler: Compiler, dialect: str, layout: str
+) -> None:
+    """The codes of an asymmetric matrix stay narrow beside the sums that stand for its offsets."""
+    held, stored = {}, {}
+    for model in ("qwen2_5_vl", AWQ):
+        made = compiler.compile(Case(model, dialect, layout, schedule=QWEN_SCHEDULE), "prefill_1")
+        held[model], stored[model] = made.report.weight_bytes, stored_bytes(made.graph)
+    assert made.count("ReduceSum") >= 7, "a product without the sums of its blocks"
+    saved = stored["qwen2_5_vl"] - stored[AWQ]
+    assert saved > 0.6 * stored["qwen2_5_vl"]
+    assert held["qwen2_5_vl"] - held[AWQ] > 0.95 * saved
