@@ -103,10 +103,10 @@ ROUNDINGS = {
     # by 0.025 or more.
     "int8": Rounding(products=1e-1, norm=2.3e-2),
     # The reference rounds, too, but where two sound runs differ by 1e-6 a few activations become
-    # other codes, and that grows with every product: norms of sound bundles differ by 0.024 to
-    # 0.033, so a tenth of a matrix is not seen here. Without that rounding, which is compared as
-    # well, sound ones of the tiny model differ by up to 9e-7 in float32, and by 0.02 with a tenth
-    # of the matrix overwritten.
+    # other codes, and that grows with every product: norms differ by 0.003 in the tiny model in
+    # float32, and up to 0.033 were reported of sound bundles, so a tenth of a matrix is not seen
+    # here. Without that rounding, which is compared as well, sound ones of the tiny model differ by
+    # up to 9e-7 in float32, and by 0.02 with a tenth of a gate's matrix shuffled.
     "fp8": Rounding(products=3e-1, norm=5e-2),
 }
 """By what activations are rounded to."""
