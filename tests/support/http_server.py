@@ -93,7 +93,8 @@ class HttpServer:
     def idle(self) -> bool:
         """Whether nothing waits, runs or is held."""
         metrics = self.service.metrics()
-        return metrics.active == metrics.queued == self.service.used_bytes == 0
+        running = metrics.prefilling + metrics.active
+        return running == metrics.queued == self.service.used_bytes == 0
 
     def post(self, path: str, body: Any, **headers: str) -> Reply:
         """Post JSON, or bytes as they are, on a connection of its own."""

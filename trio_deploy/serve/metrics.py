@@ -40,8 +40,8 @@ FAMILIES = (
     Family(
         "trio_num_requests_running",
         "gauge",
-        "Answers being decoded",
-        lambda metrics: metrics.active,
+        "Requests being prefilled or decoded",
+        lambda metrics: metrics.prefilling + metrics.active,
         shared=True,
     ),
     Family(

@@ -49,7 +49,8 @@ def test_rows_that_join_at_any_time_give_what_they_give_alone(
         assert alike(pipeline.generate_batch([request])[0], answer)
     assert metrics.step_rows > metrics.steps, "nobody was decoded together"
     assert metrics.tokens == sum(len(answer.token_ids) for answer in answers)
-    assert metrics.first_token.count == len(requests) and metrics.active == metrics.queued == 0
+    assert metrics.first_token.count == len(requests)
+    assert metrics.prefilling == metrics.active == metrics.queued == 0
     assert metrics.kv_bytes == metrics.kv_bytes_allocated == 0
 
 

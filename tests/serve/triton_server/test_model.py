@@ -147,6 +147,7 @@ def test_a_waiting_request_is_cancelled_too_and_what_is_too_much_is_refused(
     go = hold(model, monkeypatch)
     first = ask(model, prompt=QUESTION, max_tokens=2)
     wait_for_prefill(model)
+    assert model._service.metrics().prefilling == 1, "it seems that nothing waits or runs"
     second, third = ask(model, prompt=QUESTION, max_tokens=2), ask(model, prompt=QUESTION)
     refused = ask(model, prompt=QUESTION)
     assert refused.error() == (TritonError.UNAVAILABLE, refused.error()[1])

@@ -50,6 +50,7 @@ class Metrics:
 
     Attributes:
         queued: requests that wait for their prefill, those being prepared included.
+        prefilling: requests whose prefill has begun, until they are decoded or have ended.
         active: rows being decoded.
         kv_bytes, kv_bytes_allocated: bytes of keys and values of their tokens, and of all buffers.
         outcomes: requests by how they ended: stop, length, deadline, cancelled, refused, invalid
@@ -69,6 +70,7 @@ class Metrics:
     """
 
     queued: int = 0
+    prefilling: int = 0
     active: int = 0
     kv_bytes: int = 0
     kv_bytes_allocated: int = 0
@@ -136,11 +138,19 @@ class Recorder:
             self._add(steps=1, step_rows=len(gaps))
             self._time(between_tokens=gaps)
 
-    def update_gauges(self, active: int, kv_bytes: int, kv_bytes_allocated: int) -> None:
+    def update_prefilling(self, prefilling: int) -> None:
+        """Set the number of requests in prefills."""
+        with self._lock:
+            self._metrics = replace(self._metrics, prefilling=prefilling)
+
+    def update_gauges(
+        self, prefilling: int, active: int, kv_bytes: int, kv_bytes_allocated: int
+    ) -> None:
         """Set the gauges."""
         with self._lock:
             self._metrics = replace(
                 self._metrics,
+                prefilling=prefilling,
                 active=active,
                 kv_bytes=kv_bytes,
                 kv_bytes_allocated=kv_bytes_allocated,

@@ -197,6 +197,8 @@ class Worker:
                 self._finish(row, event)
 
     def _start_prefill(self, keys: tuple[int, ...]) -> None:
+        # Before they leave the queue, so that no request is ever neither waiting nor running.
+        self._recorder.update_prefilling(len(self._prefilling) + len(keys))
         jobs = self._queue.remove(keys)
         self._prefilling |= {job.entry.key: job for job in jobs}
         with self._lock:
@@ -356,7 +358,10 @@ class Worker:
 
     def _update_gauges(self) -> None:
         self._recorder.update_gauges(
-            len(self._decoding), self._batch.kv_bytes, self._batch.kv_bytes_allocated
+            len(self._prefilling),
+            len(self._decoding),
+            self._batch.kv_bytes,
+            self._batch.kv_bytes_allocated,
         )
 
 
