@@ -33,10 +33,11 @@ def test_what_is_recorded_adds_up_and_gauges_are_set() -> None:
     recorder.record_step([0.001, 0.5, 1000.0, 300.0])
     recorder.record_step([0.25])
     recorder.record_outcome("length", 1, 2.0)
-    recorder.update_gauges(5, 6, 7)
-    recorder.update_gauges(2, 3, 4)
+    recorder.update_gauges(8, 5, 6, 7)
+    recorder.update_gauges(1, 2, 3, 4)
     assert recorder.snapshot(9) == Metrics(
         queued=9,
+        prefilling=1,
         active=2,
         kv_bytes=3,
         kv_bytes_allocated=4,
