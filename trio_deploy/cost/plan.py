@@ -186,6 +186,8 @@ class Plan:
             kind = f"{target.quantize} and {target.dtype}" if target.quantize else target.dtype
             weights = f"{format_bytes(self.fit.weights)} in {kind}"
             lines.append(f"weights    {weights}, for the target {target.name}")
+            if not isinstance(self.fit, HostMemory) and self.fit.vocabulary:
+                lines.append(f"           {self.fit.vocabulary}")
             lines.append(f"memory     {self.fit.verdict}")
         advice = () if self.fit is None or isinstance(self.fit, HostMemory) else self.fit.advice
         return "\n".join([*lines, *(f"- {each}" for each in (*advice, *self.warnings))])

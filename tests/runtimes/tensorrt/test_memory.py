@@ -85,6 +85,27 @@ def test_weights_are_those_that_the_graphs_refer_to(exported: Export) -> None:
         assert own.weights[stage] == pytest.approx(weight_bytes(bundle, stage), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "quantize", "words", "engines"),
+    [
+        ("llava-next-7b", None, (32064, 4096), 4),
+        ("qwen3-vl-2b", None, (151936, 2048), 2),  # tied
+        ("qwen3-vl-2b", "int4", (151936, 2048), 2),
+    ],
+)
+def test_the_table_of_embeddings_and_each_engines_head_are_told(
+    name: str, quantize: str | None, words: tuple[int, int], engines: int
+) -> None:
+    target = replace(load_target("jetson-orin-nx-16gb"), quantize=quantize)
+    config, schedule = model(name)
+    found = Fit(target, (planned(config, schedule, target, None),))
+    own, count = found.layouts[0], words[0] * words[1]
+    assert own.table == 2 * count
+    per_head = 2 * count if quantize is None else count + 4 * words[0]  # codes, and scales
+    assert own.heads == (per_head,) * engines
+    assert f"for the output head in each of {engines} engines" in found.vocabulary
+
+
 def test_the_cache_is_the_schedules_twice_where_it_is_not_updated_in_place() -> None:
     config, _ = model("llava-1.5-7b")
     target = load_target("l4")

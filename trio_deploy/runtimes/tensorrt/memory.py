@@ -21,6 +21,7 @@ from trio_deploy.bundle.bundle import Bundle
 from trio_deploy.bundle.manifest import Kind, StageInfo
 from trio_deploy.config.target import Target
 from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.names import EMBEDDINGS, HEAD
 from trio_deploy.files import format_bytes
 from trio_deploy.runtimes.tensorrt.dry_run.rules import read_graph
 from trio_deploy.runtimes.tensorrt.dry_run.shapes import Resolved, activation_bytes, resolve
@@ -38,6 +39,7 @@ from trio_deploy.schedule.schedule import Schedule
 CONTEXT_BYTES = 2**29
 
 _GIB = 2**30
+_LOOKS_UP: tuple[Kind, ...] = ("embed", "decode")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Memory:
         layout: decode layout, `separate` or `shared`.
         dialect: dialect of the graphs.
         weights: stage → bytes of its engine's weights.
+        table: bytes of the tables of embeddings among them, one per engine that looks tokens up.
+        heads: bytes of each engine's output head among them, without a table that stands for it.
         bound: bytes of the weights that are inputs of engines, of which there is one copy.
         kinds: stage → its kind.
         cache: keys and values of a full batch, at the schedule's budget where capacity may vary.
@@ -62,6 +66,8 @@ class Memory:
     layout: str
     dialect: str
     weights: dict[str, int]
+    table: int
+    heads: tuple[int, ...]
     bound: int
     kinds: dict[str, Kind]
     cache: int
@@ -97,6 +103,8 @@ class Memory:
             "decode_layout": self.layout,
             "dialect": self.dialect,
             "weights": self.weights,
+            "tables_of_embeddings": self.table,
+            "output_heads": list(self.heads),
             "weights_as_inputs": self.bound,
             "kv_cache": self.cache,
             "activations_at_most": self.activations,
@@ -153,6 +161,8 @@ def memory(
         layout="separate" if any(s.kind == "decode" for s in stages) else "shared",
         dialect=target.dialect,
         weights={stage: stored_bytes(model) for stage, model in graphs.items()},
+        table=sum(_table_bytes(stage, graphs[stage.name]) for stage in stages),
+        heads=tuple(filter(None, (_head_bytes(stage, graphs[stage.name]) for stage in stages))),
         bound=_bound(stages, graphs, sizes["item"]),
         kinds={stage.name: stage.kind for stage in stages},
         cache=cache,
@@ -219,14 +229,33 @@ def _outside(stage: StageInfo, resolved: Resolved, decodes: bool) -> int:
 
 
 def stored_bytes(model: ModelProto) -> int:
-    count = 0
-    for tensor in model.graph.initializer:
-        lengths = [entry.value for entry in tensor.external_data if entry.key == "length"]
-        if tensor.data_location == TensorProto.EXTERNAL and lengths:
-            count += int(lengths[0])
-        else:
-            count += len(tensor.raw_data)
-    return count
+    """Bytes of a graph's weights."""
+    return sum(map(_stored, model.graph.initializer))
+
+
+def _stored(tensor: TensorProto) -> int:
+    lengths = [entry.value for entry in tensor.external_data if entry.key == "length"]
+    if tensor.data_location == TensorProto.EXTERNAL and lengths:
+        return int(lengths[0])
+    return len(tensor.raw_data)
+
+
+def _table_bytes(stage: StageInfo, graph: ModelProto) -> int:
+    """Bytes of the table that tokens are looked up in; 0 in a stage that looks none up."""
+    if stage.kind not in _LOOKS_UP:
+        return 0
+    return sum(_stored(each) for each in graph.graph.initializer if each.name == EMBEDDINGS)
+
+
+def _head_bytes(stage: StageInfo, graph: ModelProto) -> int:
+    """Bytes of the output head and its scales; tied, it has the name of the table."""
+    own = tuple(f"{name}." for name in (EMBEDDINGS, HEAD))  # codes and scales
+    whole = (HEAD,) if stage.kind in _LOOKS_UP else (EMBEDDINGS, HEAD)
+    return sum(
+        _stored(each)
+        for each in graph.graph.initializer
+        if each.name in whole or each.name.startswith(own)
+    )
 
 
 def _bound(stages: Sequence[StageInfo], graphs: Mapping[str, ModelProto], item_bytes: int) -> int:
@@ -273,6 +302,21 @@ class Fit:
     def weights(self) -> int:
         """Bytes of the weights in the target's own layout."""
         return self.layouts[0].all_weights
+
+    @property
+    def vocabulary(self) -> str:
+        """What of the weights has a row per word: those of the table and of each engine's head.
+
+        Empty if engines get their weights as inputs, of which there is one copy.
+        """
+        own = self.layouts[0]
+        if not own.table:
+            return ""
+        text = f"{format_bytes(own.table)} of them for the table of embeddings"
+        if own.heads:
+            engines = f"each of {len(own.heads)} engines" if len(own.heads) > 1 else "one engine"
+            text += f", {format_bytes(max(own.heads))} for the output head in {engines}"
+        return text
 
     @property
     def oversized(self) -> bool:
@@ -330,6 +374,8 @@ class Fit:
             ("  segments of layers", [_part(m, "prefill") for m in self.layouts]),
             ("  selections", [_part(m, "select") for m in self.layouts]),
             ("  decode", [_part(m, "decode") for m in self.layouts]),
+            ("  of these: tables of embeddings", [each.table for each in self.layouts]),
+            ("  of these: output heads", [sum(each.heads) for each in self.layouts]),
             *self._bound(),
             ("KV cache", [each.cache for each in self.layouts]),
             ("activations, at most", [each.activations for each in self.layouts]),
