@@ -18,6 +18,7 @@ recorded as eval-quantised-SCHEME.json.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -86,6 +87,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     found: dict[str, Any] = {
         "model": args.title or args.model,
         "questions": 16 * args.scenes,
+        "text": hashlib.sha256(_text().encode()).hexdigest(),
         "machine": machine(args.threads),
         "load": [load_average(), None],
         "rows": [],
@@ -164,11 +166,14 @@ def _overlap(answer: Generation, reference: Generation, point: int) -> float:
     return len(np.intersect1d(mine, theirs)) / max(1, len(theirs))
 
 
+def _text() -> str:
+    return "".join((_ROOT / name).read_text(encoding="utf-8") for name in _TEXT)
+
+
 def _perplexity(pipeline: Pipeline, count: int) -> tuple[float | None, int]:
     """Perplexity of the documentation's first tokens, and how many of them it is of."""
-    text = "".join((_ROOT / name).read_text(encoding="utf-8") for name in _TEXT)
     tokenizer = load_tokenizer(pipeline.bundle.tokenizer_path, "export the bundle again")
-    ids = tokenizer.encode(text, add_special_tokens=False).ids[:count]
+    ids = tokenizer.encode(_text(), add_special_tokens=False).ids[:count]
     pieces = [ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE)]
     requests = [
         Request(
@@ -214,10 +219,12 @@ def page(found: dict[str, Any]) -> str:
         f"# What quantised weights change\n\n## A real language model\n\n{found['model']}, pruned "
         f"by `{found['schedule']}`, on ONNX Runtime. Each line is compared with `{FLOAT}` on the "
         f"same {asked} questions about {asked // 16} generated scenes; perplexity is of "
-        f"{found['tokens']:,} tokens of this project's documentation. `{HALF}` is the same model "
+        f"{found['tokens']:,} tokens of {' and '.join(_TEXT)} (SHA-256 {found['text'][:12]}…, so "
+        f"that figures of another text are told from these). `{HALF}` is the same model "
         "in 16 bit, without codes: what rounding alone changes. "
         f"{machine_text(found['machine'], *found['load'])} Made by `python "
-        f"scripts/quantised_schemes.py MODEL --out`.\n\n{table(found['rows'])}\n"
+        f"scripts/quantised_schemes.py MODEL --schedule {found['schedule'].replace(', ', ',')} "
+        f"--out`.\n\n{table(found['rows'])}\n"
     )
     for file in (OUT.parent / f"eval-quantised-{scheme}.json" for scheme in WHOLE_NUMBERS):
         if file.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,21 +69,30 @@ def test_a_picture_that_cannot_be_read_is_named_with_its_question(
         calibrate("tiny", file, progress=False)
 
 
-def test_what_was_measured_is_recorded_and_needed(tmp_path: Path) -> None:
+def made_up() -> Calibration:
+    """One greatest value for all matrices of the shipped model's layers."""
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     names += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    found = Calibration(
-        "mine.jsonl",
-        3,
-        {f"language_model.layers.{i}.{n}.weight": 8.0 for i in range(16) for n in names},
-    )
+    greatest = {f"language_model.layers.{i}.{n}.weight": 8.0 for i in range(16) for n in names}
+    return Calibration("mine.jsonl", 3, greatest)
+
+
+@pytest.mark.parametrize("target", ["l4", "rtx-40"])
+def test_engines_of_fp8_can_be_built_as_far_as_a_dry_run_says(target: str, tmp_path: Path) -> None:
+    fp8: dict[str, Any] = {"quantize": "fp8", "target": target, "progress": False}
+    export_model("tiny", tmp_path / "b", calibration=lambda _: made_up(), **fp8)
+    assert main(["build", str(tmp_path / "b"), "--dry-run"]) == 0
+
+
+def test_what_was_measured_is_recorded_and_needed(tmp_path: Path) -> None:
+    found = made_up()
     fp8 = {"quantize": "fp8", "target": "l4", "progress": False}
     bundle = export_model("tiny", tmp_path / "b", calibration=lambda _: found, **fp8)
     assert bundle.manifest.quantization is not None
     assert bundle.manifest.quantization.calibration == found
     other = Calibration("mine.jsonl", 3, dict(list(found.greatest.items())[1:]))
     for options, said in (
-        (fp8, "have to be measured over questions .*trio export MODEL --quantize fp8"),
+        (fp8, "have to be measured over questions .*trio export MODEL --target l4 --quantize fp8"),
         (fp8 | {"calibration": other}, "it is one of another model"),
         (fp8 | {"calibration": found, "quantize": "int8"}, "fp8 alone rounds"),
         (fp8 | {"calibration": found, "target": "rtx-30"}, "capability 8.6. does not take"),
@@ -125,7 +135,7 @@ def test_commands_that_calibrate_nothing_say_what_does(
 ) -> None:
     asked = f"{command} tiny --out {tmp_path / 'out'} --scenes 1 --quantize fp8"
     assert main([*asked.split(), "--target", "l4"]) == 1
-    assert "run `trio export MODEL --quantize fp8 --calibrate QUESTIONS`" in capsys.readouterr().err
+    assert "--quantize fp8 --calibrate QUESTIONS --out OUT`" in capsys.readouterr().err
     assert main(asked.split()) == 1
     assert "ONNX Runtime does not take weights in fp8" in capsys.readouterr().err
     assert not list(tmp_path.rglob("manifest.json"))

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from trio_deploy import TrioError
 from trio_deploy.checkpoint.generation_config import read_sampling
 from trio_deploy.config.sampling import SamplingOptions
+from trio_deploy.errors import NoChoice
 from trio_deploy.pipeline.sampling import (
     Detokenizer,
     Forced,
@@ -177,6 +178,15 @@ def test_counted_penalties_are_those_of_openais_formula() -> None:
     assert np.allclose(one, [0.5, -1.5, 0.5, 2.0])
     other = process(logits, tokens, len(prompt), (), SamplingOptions(frequency_penalty=1.0))
     assert np.allclose(other, [-1.0, -2.0, 0.5, 2.0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_that_make_logits_infinite_are_refused(temperature: float) -> None:
+    """A form adds -inf to what it forbids, and with +inf that is no number."""
+    options = SamplingOptions(temperature=temperature, seed=0, repetition_penalty=1e-310)
+    sampler = Sampler(options, prompt=np.array([0]))
+    with pytest.raises(NoChoice, match="repetition_penalty, .* make logits infinite"):
+        sampler(np.array([2.0, 1.0], np.float32))
 
 
 def test_repetition_comes_before_counted_penalties() -> None:

@@ -206,7 +206,7 @@ def test_a_row_that_is_not_finite_ends_and_leaves_the_others_alone(method: str) 
 
 @targets
 @methods
-@pytest.mark.parametrize("what", [np.nan, np.inf])
+@pytest.mark.parametrize("what", [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_not_finite_keeps_its_budget_at_most_and_is_refused(
     method: str, dialect: Any, runtime: str, what: float
 ) -> None:

@@ -236,8 +236,8 @@ def _picture(where: str, folder: Path, name: Any) -> Path:
     path = folder / name
     if not is_file(path):
         raise TrioError(
-            f"{where}: there is no picture {path}; say in which folder the pictures are with "
-            "--images"
+            f"{where}: there is no picture {path}: put it there (trio eval and trio tune take "
+            "another folder by --images)"
         )
     return path
 

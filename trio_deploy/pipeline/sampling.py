@@ -52,6 +52,11 @@ class Sampler:
             )
         if self._alters_logits:
             logits = process(logits, self._tokens, self._prompt_length, self._ends, self._options)
+            if not np.max(logits) < np.inf:  # NaN, too
+                raise NoChoice(
+                    "repetition_penalty, presence_penalty, frequency_penalty and logit_bias make "
+                    "logits infinite: ask for less"
+                )
         if self._grammar is not None:
             logits = self._grammar.mask(logits)
         if self._alters_logits or self._grammar is not None:

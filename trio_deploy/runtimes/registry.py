@@ -156,8 +156,9 @@ def refuse_uncalibrated(scheme: str | None, target: Target) -> None:
         check_scheme(target, scheme)
         raise TrioError(
             f"{scheme} rounds activations, too, whose greatest values have to be measured over "
-            "questions like those that will be asked: run `trio export MODEL --quantize "
-            f"{scheme} --calibrate QUESTIONS`, and pass its bundle to other commands"
+            "questions like those that will be asked: run `trio export MODEL --target "
+            f"{target.name} --quantize {scheme} --calibrate QUESTIONS --out OUT`, and pass its "
+            "bundle to other commands; QUESTIONS is a file as for trio eval, pictures beside it"
         )
 
 

@@ -78,7 +78,7 @@ def build_select(
     # The hidden states, too: a least or a greatest of numbers loses a NaN in some runtimes.
     squares = op.Where(tokens.visual, op.Squeeze(tokens.squares, [2]), 0.0)
     total = reduce(op, "ReduceSum", op.Add(choice.finite, squares), [1], keepdims=False)
-    converged = op.Less(total, HUGE)  # false for NaN, too
+    converged = op.Less(op.Abs(total), HUGE)  # false for NaN, too
     if choice.converged is not None:
         converged = op.And(choice.converged, converged)
     converged = op.And(converged, op.LessOrEqual(lengths_out, width))

@@ -251,10 +251,11 @@ def _compare_engines(
 
 def _place(stage: str, order: list[str]) -> tuple[int, int]:
     """Sort key of a row: inputs first, stages in the order they run, then decoding steps."""
-    name = stage.partition(",")[0].removesuffix(" (decode)")
+    label = stage.removesuffix(UNROUNDED)
+    name = label.removesuffix(" (decode)")
     if name not in order:
         return (0, 0)
-    return (2 if stage != name or name == "decode" else 1, order.index(name))
+    return (2 if label != name or name == "decode" else 1, order.index(name))
 
 
 def _compare_answers(

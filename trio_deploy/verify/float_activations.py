@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.errors import TrioError
 from trio_deploy.runtimes.onnxruntime import OrtEngine, OrtRuntime
 
 UNROUNDED = ", float activations"
@@ -23,8 +24,13 @@ class FloatActivations(OrtRuntime):
     """Opens graphs whose pairs of QuantizeLinear and DequantizeLinear are left out."""
 
     def _graph(self, path: Path, options: Any) -> str | bytes:
-        from trio_deploy.export.unrounded import unrounded  # devices may have no onnx
-
+        try:
+            from trio_deploy.export.unrounded import unrounded
+        except ModuleNotFoundError as error:  # devices may have no onnx
+            raise TrioError(
+                f"graphs without their rounding need {error.name}: pip install "
+                "'trio-deploy[export]'"
+            ) from None
         options.add_session_config_entry(_FOLDER, str(path.parent.resolve()))
         return unrounded(path)
 

@@ -227,6 +227,11 @@ def test_bodies_that_take_much_leave_room_for_those_that_take_little() -> None:
                 clients[number] += 10
     assert held.used == sum(clients) and max(clients) <= 1000 - held.used
     held.take(50)
+    with pytest.raises(Refused, match="send less"):
+        held.take(1000 - held.used)
+    held.take(1000 - held.used, leaves_room=False)  # pictures at addresses, counted beforehand
+    with pytest.raises(Refused):
+        held.take(1, leaves_room=False)
     with pytest.raises(ApiError, match="max_queue_bytes"):
         held.take(1, held=1000)
 

@@ -513,8 +513,7 @@ def full(server: TritonServer) -> Iterator[list[Asking]]:
     finally:
         for asking in held:
             asking.close(cancel=True)
-        # Counted, so that no later test counts them: while the two that waited are prefilled, they
-        # neither wait nor run.
+        # Counted, so that no later test counts them.
         assert until(lambda: ended() == before + len(held) and idle(server, "endless_vlm"))
 
 

@@ -199,7 +199,9 @@ class _Routes:
         if len(addresses) > limits.max_images:
             raise invalid(f"{len(addresses)} images, but max_images is {limits.max_images}")
         size = limits.max_image_bytes * len(addresses)
-        self._bodies.held.take(size, f"the {len(addresses)} pictures at addresses", held)
+        # What the largest files would take, of which little may come: it needs to fit, no more.
+        what = f"the {len(addresses)} pictures at addresses"
+        self._bodies.held.take(size, what, held, leaves_room=False)
         try:
             fetch = self._served.images.fetch
             # Threads of its own: hosts that are slow keep nobody waiting who names none. All are

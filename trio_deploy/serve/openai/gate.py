@@ -117,12 +117,15 @@ class HeldBytes:
         self._lock = threading.Lock()
         self.used = 0
 
-    def check(self, size: int, what: str = "the body", held: int = 0) -> None:
+    def check(
+        self, size: int, what: str = "the body", held: int = 0, *, leaves_room: bool = True
+    ) -> None:
         """Check that bytes fit, without counting them.
 
         Args:
             what: what has them, for the message.
             held: bytes that are counted of the same request already.
+            leaves_room: whether the request may hold no more than it leaves free.
 
         Raises:
             ApiError: the request alone exceeds the limit.
@@ -134,16 +137,19 @@ class HeldBytes:
                 f"max_queue_bytes is {self._limit}: send less"
             )
         others, free = self.used - held, self._limit - self.used - size
-        if free < 0 or (others and held + size > free):
+        if free < 0 or (leaves_room and others and held + size > free):
             raise Refused(
                 f"requests that are being read have {self.used} bytes, {held} of them this one, "
-                f"which has {size} more; max_queue_bytes is {self._limit}: try again later"
+                f"which has {size} more; max_queue_bytes is {self._limit}: try again later, send "
+                "less, or start the server with a larger one"
             )
 
-    def take(self, size: int, what: str = "the body", held: int = 0) -> None:
+    def take(
+        self, size: int, what: str = "the body", held: int = 0, *, leaves_room: bool = True
+    ) -> None:
         """Count some bytes; `check` says the rest."""
         with self._lock:
-            self.check(size, what, held)
+            self.check(size, what, held, leaves_room=leaves_room)
             self.used += size
 
     def release(self, size: int) -> None:
@@ -206,16 +212,14 @@ class Bodies:
 
     async def _read(self, request: Request, taken: _Taken) -> bytes:
         """The body; what was announced and does not come takes nothing from others."""
-        parts: list[bytes] = []
-        size = 0
+        body = bytearray()  # not a list: parts of few bytes would take more than is counted
         async for part in request.stream():
-            size += len(part)
-            if size > self._largest:
-                raise self._too_large(size)
+            if len(body) + len(part) > self._largest:
+                raise self._too_large(len(body) + len(part))
             self.held.take(COPIES * len(part), held=taken.size)
             taken.size += COPIES * len(part)
-            parts.append(part)
-        return b"".join(parts)
+            body += part
+        return bytes(body)
 
     def _too_large(self, size: int) -> ApiError:
         return ApiError(

@@ -44,6 +44,8 @@ from trio_deploy.runtimes.tensorrt.target import (
 #: with that of TensorRT 10.15, and takes every graph that we export.
 _RTX_TABLE = "10.15"
 _CORNERS = ("min", "opt", "max")
+#: Type that activations may be rounded to, by a pair of QuantizeLinear and DequantizeLinear.
+_ROUNDED = "float8e4m3fn"
 #: By type of 4 bit: entries that may share a scale, and the scheme that has them.
 _BLOCKS = {"int4": ((64, 128), "int4"), "float4e2m1": ((16,), "nvfp4")}
 #: Opset that the type of some codes came with.
@@ -383,6 +385,9 @@ def _node(step: Step, table: OperatorTable) -> Iterator[str]:
     if node.op_type == "DequantizeLinear" and not node.domain:
         yield from _dequantise(step, table)
         return
+    if node.op_type == "QuantizeLinear" and not node.domain:
+        yield from _quantise(step, table)
+        return
     if node.domain or node.op_type not in table.operators:
         yield "is not supported"
         return
@@ -404,6 +409,17 @@ def _node(step: Step, table: OperatorTable) -> Iterator[str]:
         yield from rule(step, table)
 
 
+def _quantise(step: Step, table: OperatorTable) -> Iterator[str]:
+    """What a version does not take of activations that are rounded."""
+    scale, codes = step.inputs[1], step.outputs[0]
+    assert scale is not None
+    dtype = dtype_name(codes.dtype)
+    if dtype != _ROUNDED or dtype not in table.codes:
+        yield f"does not round activations to {dtype}: export without --quantize"
+    elif not scale.constant or scale.elements != 1:
+        yield "needs one scale, which is known when the engine is built"
+
+
 def _dequantise(step: Step, table: OperatorTable) -> Iterator[str]:
     """What a version does not take of a quantised matrix."""
     codes, scale = step.inputs[:2]
@@ -412,7 +428,8 @@ def _dequantise(step: Step, table: OperatorTable) -> Iterator[str]:
     if dtype not in table.codes:
         yield f"does not keep weights in {dtype}: export without --quantize"
         return
-    if not codes.constant or not scale.constant:
+    rounded = dtype == _ROUNDED
+    if not scale.constant or not (codes.constant or rounded):
         yield "takes codes that are not weights"
     if any(tensor is not None for tensor in step.inputs[2:]):
         yield "has zero points: quantise symmetrically"
