@@ -166,7 +166,7 @@ def test_vqav2_is_joined_by_question(tmp_path, pictures):
         ('{"question_id": 1%s, "text": "?"}' % ("0" * 5000), "line 1 is not valid JSON .*digits"),
         (
             '\n{"question_id": 1, "text": "?", "image": "gone.png"}',
-            r"q\.jsonl, line 2: there is no picture .*gone\.png; say .* --images",
+            r"q\.jsonl, line 2: there is no picture .*gone\.png: put it there .* by --images",
         ),
     ],
 )
