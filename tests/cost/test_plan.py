@@ -70,6 +70,33 @@ def test_quantised_weights_are_counted_with_the_copies_of_selections():
     assert narrow.fit.to_json()["quantize"] == "int4"
 
 
+def test_float_selections_are_counted_with_their_layers_and_the_head():
+    narrow, wide = (
+        plan("llava-1.5-7b", quantize="int4", selections=kind, progress=False).fit
+        for kind in ("int8", "float")
+    )
+    matrices, head = 4 * 4096 * 4096 + 3 * 4096 * 11008, 32064 * 4096
+    scales = 4 / 128
+    # Four bytes per weight instead of one, of which the head's stays.
+    expected = 3 * matrices * (4 - 1 - scales) + 4 * head
+    assert wide.weights - narrow.weights == pytest.approx(expected, rel=1e-3)
+    planned = plan("llava-1.5-7b", quantize="int4", selections="float", progress=False)
+    assert "in int4 and float32, selections float, for the target cpu" in planned.to_text()
+    assert planned.fit.to_json()["selections"] == "float"
+    with pytest.raises(TrioError, match="name a scheme by --quantize"):
+        plan("llava-1.5-7b", selections="float", progress=False)
+
+
+def test_engines_with_float_selections_hold_more():
+    narrow, wide = (
+        plan(
+            "tiny", target="jetson-orin-nx-16gb", quantize="int4", selections=kind, progress=False
+        ).fit
+        for kind in ("int8", "float")
+    )
+    assert wide.layouts[0].all_weights > narrow.layouts[0].all_weights
+
+
 def test_a_scheme_that_a_target_does_not_take_is_refused():
     with pytest.raises(TrioError, match="TensorRT 10.3 does not take weights in int4-g32"):
         plan("llava-1.5-7b", target="jetson-orin-nx-16gb", quantize="int4-g32", progress=False)

@@ -140,6 +140,25 @@ def test_what_answers_is_named_by_model_target_runtime_and_schedule(source, tmp_
     assert len({identity(), *others}) == 1 + len(others)
 
 
+def test_answers_are_named_by_what_selections_compute_with(source, bundles, tmp_path):
+    def identity(model: Source, quantize: str | None, selections: str | None) -> str:
+        made = Bundles(model, tmp_path, None, None, quantize, selections)
+        return made.identity(unpruned(source))
+
+    usual = identity(source, "int4", None)
+    assert usual == identity(source, "int4", "int8") != identity(source, "int4", "float")
+    recipe = replace(source, quantize="int4", selections="float")
+    assert identity(recipe, None, None) == identity(recipe, None, "float")
+    assert identity(recipe, None, "int8") not in (identity(recipe, None, None), usual)
+    assert identity(recipe, "int8", "float") != identity(recipe, "int8", "int8")
+    with pytest.raises(TrioError, match="name a scheme by --quantize"):
+        identity(source, None, "float")
+    opened = Source.open(bundles.path("tiny", quantize="int4"))
+    assert identity(opened, None, "int8") == identity(opened, None, None)
+    with pytest.raises(TrioError, match="has selections in int8: leave --selections out, or pass"):
+        identity(opened, None, "float")
+
+
 def test_a_model_is_exported_for_the_runtime_that_is_asked_for(tmp_path):
     tiny = Source.open("tiny")
     bundles = Bundles(tiny, tmp_path, RuntimeOptions("openvino", threads=1))

@@ -21,7 +21,7 @@ from trio_deploy.config.recipe import read_recipe
 from trio_deploy.errors import TrioError
 from trio_deploy.export import job
 from trio_deploy.export.attach import attach_weights
-from trio_deploy.export.job import quantize_of
+from trio_deploy.export.job import quantization_of, quantize_of, resolve_job
 from trio_deploy.quant.matrix import dequantised, round_to_nearest
 from trio_deploy.quant.schemes import decode
 from trio_deploy.runtimes.registry import load_target
@@ -143,6 +143,73 @@ def test_a_recipe_or_a_target_may_name_the_scheme(tmp_path: Path) -> None:
         (recipe, target, "none", None),
     ):
         assert quantize_of(named, device, ExportOptions(quantize=option)) == expected
+
+
+def test_float_selections_have_the_values_of_the_checkpoint(int4: Bundle, bundles: Bundles) -> None:
+    """Of their layers' matrices and of the head, and nothing else is float that was not."""
+    path = bundles.path("tiny", quantize="int4", selections="float")
+    floats = Bundle.load(path)
+    said = floats.manifest.quantization
+    assert said is not None and said.selections == "float"
+    assert "selections float, head int8" in inspect(floats, interface=False)
+    more = floats.manifest.tensors.keys() - int4.manifest.tensors.keys()
+    layer = floats.schedule.points[2].layer  # those before it read no matrix
+    assert {name for name in more if "layers" not in name} == {"lm_head.weight"}
+    assert {name.split(".")[2] for name in more if "layers" in name} == {str(layer)}
+    assert {"weight"} == {name.rpartition(".")[2] for name in more}
+    fewer = int4.manifest.tensors.keys() - floats.manifest.tensors.keys()
+    assert {name.split(".")[2] for name in fewer} == {str(layer)}
+    assert all(".weight.int8" in name for name in fewer)
+    plain = Bundle.load(bundles.path("tiny"))
+    for name in more:
+        mine, theirs = (b.manifest.tensors[name] for b in (floats, plain))
+        a, b = (
+            np.fromfile(of.path / place.file, np.uint8, place.nbytes, offset=place.offset)
+            for of, place in ((floats, mine), (plain, theirs))
+        )
+        assert np.array_equal(a, b), name
+    assert set(more) <= set(floats.stages["select_3"].tensors)
+
+
+def test_weights_are_attached_to_graphs_with_float_selections(
+    bundles: Bundles, tmp_path: Path
+) -> None:
+    options = {"quantize": "int4", "selections": "float"}
+    at_once = Bundle.load(bundles.path("tiny", **options))
+    planned = export_model("tiny", tmp_path / "b", graphs_only=True, progress=False, **options)
+    whole = attach_weights(planned, TINY, progress=False)
+    assert whole.manifest.tensors == at_once.manifest.tensors
+    for name in (n for n in at_once.manifest.files if n.startswith("weights/")):
+        assert (whole.path / name).read_bytes() == (at_once.path / name).read_bytes()
+
+
+def test_a_recipe_or_a_target_may_name_what_selections_compute_with(tmp_path: Path) -> None:
+    recipe, target = tmp_path / "mine.yaml", tmp_path / "device.yaml"
+    recipe.write_text(f"checkpoint: {TINY.resolve()}\nquantize: int8\nselections: float\n")
+    target.write_text("runtime: onnxruntime\ndtype: float32\nquantize: int4\nselections: float\n")
+    for model, device, option, expected in (
+        (str(recipe), "cpu", {}, "float"),
+        (str(recipe), "cpu", {"selections": "int8"}, "int8"),
+        ("tiny", str(target), {}, "float"),
+        ("tiny", str(target), {"quantize": "none"}, None),
+    ):
+        job = resolve_job(model, tmp_path / "b", ExportOptions(target=device, **option))
+        said = quantization_of(job.graphs)
+        assert (said and said.selections) == expected
+    recipe.write_text(f"checkpoint: {TINY.resolve()}\nselections: floats\n")
+    with pytest.raises(TrioError, match=r"selections cannot be 'floats' \(did you mean 'float'"):
+        read_recipe(recipe)
+
+
+def test_float_selections_are_refused_where_there_are_none(tmp_path: Path) -> None:
+    for options, words in (
+        ({"selections": "float"}, "name a scheme by --quantize, or leave --selections out"),
+        ({"selections": "float", "quantize": "none"}, "beside quantised weights"),
+        ({"selections": "half", "quantize": "int4"}, "unknown selections 'half': choose one of"),
+    ):
+        with pytest.raises(TrioError, match=words):
+            export_model("tiny", tmp_path / "b", progress=False, **options)
+    assert not (tmp_path / "b").exists()
 
 
 def test_unknown_schemes_are_refused_before_anything_is_written(tmp_path: Path) -> None:

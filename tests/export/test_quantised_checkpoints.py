@@ -172,6 +172,17 @@ def test_a_scheme_beside_a_quantised_checkpoint_must_be_its_own(folders, tmp_pat
     assert not (tmp_path / "c").exists()
 
 
+def test_a_quantised_checkpoint_has_no_float_selections(folders, tmp_path) -> None:
+    """A recipe or target that names them means float checkpoints."""
+    with pytest.raises(TrioError, match="use the float checkpoint it was made from"):
+        export(folders["awq"][0], tmp_path / "b", selections="float")
+    assert not (tmp_path / "b").exists()
+    target = tmp_path / "mine.yaml"
+    target.write_text("runtime: onnxruntime\ndtype: float32\nselections: float\n")
+    said = export(folders["awq"][0], tmp_path / "b", target=str(target)).manifest.quantization
+    assert said is not None and said.selections == "int8"
+
+
 def test_graphs_alone_take_the_weights_that_they_were_made_for(folders, tmp_path) -> None:
     quantised, plain = folders["awq"]
     graphs = export(quantised, tmp_path / "b", graphs_only=True)

@@ -40,12 +40,31 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str, str | None]] = 
         "openvino",
         "int8",
     ),
+    "llava, tied, float selections": (  # with the float table for the head
+        make_llava,
+        {"tie": True},
+        {"quantize": "int4", "selections": "float", "dialect": "ort"},
+        "onnxruntime",
+        "int8",
+    ),
     "qwen2_vl, tied": (  # its steps are a graph that has the float table too
         lambda to, **more: make_qwen(to, "qwen2_vl", **more),
         {"tie": True},
         {"quantize": "int4", "dialect": "onnx"},
         "onnxruntime",
         None,
+    ),
+    "qwen2_5_vl, float selections": (
+        lambda to, **more: make_qwen(to, "qwen2_5_vl", **more),
+        {},
+        {
+            "quantize": "int8",
+            "selections": "float",
+            "target": "cpu-openvino",
+            "dtype": "float32",
+        },
+        "openvino",
+        "int8",
     ),
     "qwen2_5_vl, tied": (
         lambda to, **more: make_qwen(to, "qwen2_5_vl", **more),
@@ -136,12 +155,13 @@ def test_a_tenth_of_a_matrix_that_is_wrong_is_noticed(
     assert damaged in failed  # and the selection that reads the same codes, if there is one
 
 
-def test_selections_are_compared_with_their_own_copies(
-    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("selections", ["int8", "float"])
+def test_selections_are_compared_with_their_own_values(
+    selections: str, bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference of a selection has codes of 8 bit where its layer has 4."""
+    """The reference of a selection has codes of 8 bit, or floats, where its layer has 4."""
     monkeypatch.setattr(restore, "selection_weights", lambda *_: lambda layer: nullcontext())
-    report = check(bundles.path("tiny", quantize="int4"), threads=1)
+    report = check(bundles.path("tiny", quantize="int4", selections=selections), threads=1)
     failed = [row.stage for row in report.rows if not row.passed]
     assert failed == ["select_3"]  # those before it read no matrix
 

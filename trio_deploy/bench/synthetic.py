@@ -407,6 +407,7 @@ class RandomModel:
         dtype: float type of the weights; None: float32.
         dialect: dialect of the graphs; None: the target's.
         quantize: scheme of the weights; None: they are float.
+        selections: what selections compute with beside quantised weights, as of `ExportOptions`.
     """
 
     size: str
@@ -414,6 +415,7 @@ class RandomModel:
     dtype: str | None = None
     dialect: str | None = None
     quantize: str | None = None
+    selections: str | None = None
 
 
 def make_bundle(
@@ -449,13 +451,15 @@ def make_bundle(
 
     bundle = export_model(
         checkpoint,
-        folder / "-".join(filter(None, (checkpoint.name, made_for, model.quantize))),
+        folder
+        / "-".join(filter(None, (checkpoint.name, made_for, model.quantize, model.selections))),
         schedule=model.schedule,
         budget=None if model.schedule else budget,
         dtype=dtype,
         dialect=model.dialect,
         target=str(target),
         quantize=model.quantize or NO_SCHEME,
+        selections=model.selections,
         link_weights=model.quantize is None,
         force=True,
         progress=False,

@@ -87,8 +87,11 @@ def quantised_widths(manifest: Manifest) -> list[str]:
         counts[width] = counts.get(width, 0) + count
     total = sum(counts.values())
     shares = ", ".join(f"{count / total:.1%} in {width}" for width, count in counts.items())
+    others = f"selections {quantised.selections}, head {quantised.head}"
+    if quantised.selections == quantised.head:
+        others = f"selections and head {quantised.head}"
     return [
-        f"{quantised.scheme} ({quantised.source}), {block}, selections and head {quantised.head}",
+        f"{quantised.scheme} ({quantised.source}), {block}, {others}",
         f"of the weights {shares}",
     ]
 

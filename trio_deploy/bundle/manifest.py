@@ -188,7 +188,8 @@ class Quantization(msgspec.Struct, frozen=True):
         bits: of the matrices of decoder layers.
         block: entries that share a scale at most; 0: a row.
         symmetric: whether no matrix has zero points.
-        selections: bits of the copies that selections compute with, `int8`.
+        selections: what selections compute with: `int8`, copies in 8 bit, or `float`, the values
+            that were quantised.
         head: of the output head, `int8`, unless the checkpoint has it in 4 bit.
         source: where the codes come from: `rtn`, rounding to nearest at export, or the form of
             the checkpoint, `compressed-tensors`, `awq` or `gptq`.

@@ -111,7 +111,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--quantize",
         type=list_of(str),
         help="with --size, schemes of weights to measure beside float ones: int8, int4, int4-g32, "
-        "comma-separated",
+        "comma-separated; int4:float has float selections",
     )
     command.add_argument(
         "--checkpoint", metavar="DIR", help="checkpoint of the bundle, for the baseline genai"
@@ -215,10 +215,12 @@ def _subject(
     model = RandomModel(args.size, args.schedule, args.dtype, args.dialect)
     budget = next(filter(None, options.budgets), None)
     bundle, checkpoint = make_bundle(model, folder, options.runtime, budget)
-    others = {
-        scheme: make_bundle(replace(model, quantize=scheme), folder, options.runtime, budget)[0]
-        for scheme in args.quantize or ()
-    }
+    others = {}
+    for name in args.quantize or ():
+        scheme, _, selections = name.partition(":")
+        stored = replace(model, quantize=scheme, selections=selections or None)
+        title = f"{scheme}, {selections} selections" if selections else scheme
+        others[title] = make_bundle(stored, folder, options.runtime, budget)[0]
     checkpoint_folder = options.checkpoint or str(checkpoint)
     return bundle, replace(options, checkpoint=checkpoint_folder, others=others)
 

@@ -146,6 +146,7 @@ def run(args: argparse.Namespace) -> int:
         left_out=lambda sentence: say(f"trio: {sentence}", file=sys.stderr),
         dtype=args.dtype,
         quantize=args.quantize,
+        selections=args.selections,
         batch=args.batch,
     )
     written = [RESULTS, TABLE]

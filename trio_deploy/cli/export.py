@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
         dialect=args.dialect,
         weights=args.weights,
         quantize=args.quantize,
+        selections=args.selections,
         calibration=calibration,
         target=args.target,
         chat_template=args.chat_template,

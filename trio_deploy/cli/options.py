@@ -86,12 +86,19 @@ def add_chat_template(command: argparse.ArgumentParser) -> None:
 
 
 def add_quantize(command: argparse.ArgumentParser) -> None:
-    """Add the option for quantised weights."""
+    """Add the options for quantised weights."""
     command.add_argument(
         "--quantize",
         metavar="SCHEME",
         help="int8, int4, int4-g32, fp8 or nvfp4: how the decoder layers' matrices are stored "
         "(docs/quantisation.md), or none (default: the recipe's, else the target's, else none)",
+    )
+    command.add_argument(
+        "--selections",
+        metavar="TYPE",
+        help="int8 or float: what selections compute with beside quantised weights; floats take "
+        "more room and choose tokens nearer to those of the float model (default: the recipe's, "
+        "else the target's, else int8)",
     )
 
 

@@ -64,5 +64,6 @@ def run(args: argparse.Namespace) -> None:
         target=args.target,
         dtype=args.dtype,
         quantize=args.quantize,
+        selections=args.selections,
     )
     say(json.dumps(planned.to_json(), indent=2) if args.json else planned.to_text(paper=args.paper))

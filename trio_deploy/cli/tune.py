@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
             args.batch,
             asked.max_new_tokens,
             quantize=args.quantize,
+            selections=args.selections,
         ),
         space=Space(
             methods=tuple(values(args.methods, str)),
@@ -120,7 +121,12 @@ def export_command(args: argparse.Namespace) -> str:
 
     words = ["trio", "export", "--model", args.model, "--schedule", str(args.out / BEST)]
     target = args.target or (default_target(args.runtime) if args.runtime else None)
-    given = {"--target": target, "--dtype": args.dtype, "--quantize": args.quantize}
+    given = {
+        "--target": target,
+        "--dtype": args.dtype,
+        "--quantize": args.quantize,
+        "--selections": args.selections,
+    }
     for option, value in given.items():
         words += [option, str(value)] if value else []
     return shlex.join([*words, "--out", "BUNDLE"])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from trio_deploy.config.target import Target
+from trio_deploy.config.target import SELECTIONS, Target
+from trio_deploy.errors import TrioError
 from trio_deploy.schedule.budget import check_budget
 from trio_deploy.schedule.schedule import Schedule
 
@@ -84,6 +85,9 @@ class ExportOptions:
         dialect: dialect of the graphs; None: the target's.
         quantize: scheme to quantise by, `int8`, `int4`, `int4-g32`, `fp8` or `nvfp4`; `none`:
             weights stay float; None: the recipe's, else the target's, else none.
+        selections: what selections compute with beside quantised weights: `int8`, copies of their
+            layer's matrices and the head in 8 bit, or `float`, the checkpoint's values; None: the
+            recipe's, else the target's, else int8.
         calibration: what `calibrate` measured, or a function that measures it for these options
             once all else has been checked; `fp8` alone needs it.
         weights: `constants` of the graphs, or `inputs`, which the runtime binds: one copy in memory
@@ -106,6 +110,7 @@ class ExportOptions:
     dialect: str | None = None
     weights: str | None = None
     quantize: str | None = None
+    selections: str | None = None
     calibration: Calibration | Callable[[ExportOptions], Calibration] | None = None
     target: str | Path | Target | None = None
     chat_template: str | Path | None = None
@@ -116,6 +121,10 @@ class ExportOptions:
     selection: SelectionOptions = field(default_factory=SelectionOptions)
 
     def __post_init__(self) -> None:
-        """Raises TrioError for a budget that is no share."""
+        """Raises TrioError for a budget that is no share, or selections that there are not."""
         if self.budget is not None:
             check_budget(self.budget)
+        if self.selections not in (None, *SELECTIONS):
+            raise TrioError(
+                f"unknown selections {self.selections!r}: choose one of {', '.join(SELECTIONS)}"
+            )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trio_deploy.config.options import DEFAULT_THRESHOLD, ExportOptions, SelectionOptions
+from trio_deploy.config.target import SELECTIONS
 from trio_deploy.config.yaml_files import (
     PACKAGE,
     choice,
@@ -46,6 +47,7 @@ _RECIPE_KEYS = (
     "threshold",
     "chat_template",
     "quantize",
+    "selections",
 )
 
 
@@ -69,6 +71,7 @@ class Recipe:
             preprocessor_config.json says; None: as it says.
         chat_template: Jinja template for checkpoints without one.
         quantize: scheme to quantise by, as of `ExportOptions`.
+        selections: what selections compute with beside quantised weights, as of `ExportOptions`.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Recipe:
     checkpoint: Path | None = None
     description: str = ""
     quantize: str | None = None
+    selections: str | None = None
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,7 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
         checkpoint=checkpoint,
         description=text_of(file, raw, "description") or "",
         quantize=text_of(file, raw, "quantize"),
+        selections=choice(file, raw, "selections", SELECTIONS) if "selections" in raw else None,
     )
 
 

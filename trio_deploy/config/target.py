@@ -35,7 +35,18 @@ RUNTIME_KEYS = (
 )
 #: How graphs hold their matrices.
 WEIGHTS = ("constants", "inputs")
-_KEYS = ("description", "runtime", "dialect", "dtype", "precision", "quantize", *RUNTIME_KEYS)
+#: What selections compute with beside quantised weights.
+SELECTIONS = ("int8", "float")
+_KEYS = (
+    "description",
+    "runtime",
+    "dialect",
+    "dtype",
+    "precision",
+    "quantize",
+    "selections",
+    *RUNTIME_KEYS,
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,7 @@ class Target:
         workspace_gib: maximum GiB of scratch memory per layer; None: no limit.
         limits: request limits engines are built for.
         quantize: scheme to quantise by, as of `ExportOptions`.
+        selections: what selections compute with beside quantised weights, as of `ExportOptions`.
     """
 
     name: str
@@ -105,6 +117,7 @@ class Target:
     workspace_gib: float | None = None
     limits: Limits = Limits()
     quantize: str | None = None
+    selections: str | None = None
 
     @property
     def usable_gib(self) -> float | None:
@@ -160,6 +173,7 @@ def read_target(file: Path) -> Target:
         workspace_gib=_gib(file, raw, "workspace_gib"),
         limits=_limits(file, raw.get("limits", {})),
         quantize=text_of(file, raw, "quantize"),
+        selections=choice(file, raw, "selections", SELECTIONS) if "selections" in raw else None,
     )
 
 

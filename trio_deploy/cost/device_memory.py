@@ -77,6 +77,7 @@ def planned(
         positions=check_positions(config, None),  # type: ignore[arg-type]
         separate_decode=target.decode_layout == "separate",
         quantize=target.quantize,
+        selections=target.selections or "int8",  # type: ignore[arg-type]  # of a checked target
     )
     stages, graphs = _graphs(config, schedule, options)
     return memory(stages, graphs, config, schedule, target, budgets)
@@ -144,6 +145,14 @@ def _advice(model: _Model, result: Fit) -> Iterator[str]:
                     "(--target FILE)"
                 )
                 return
+    if target.selections == "float":
+        needed = model.memory(replace(target, selections="int8"))
+        if needed.total <= usable:
+            yield (
+                f"it fits with --selections int8, whose weights take "
+                f"{format_bytes(needed.all_weights)}"
+            )
+            return
     schemes = runtime_spec(target.runtime).readable_schemes(target)
     for scheme in schemes if target.quantize is None else ():
         needed = model.memory(replace(target, quantize=scheme))
@@ -199,7 +208,12 @@ def _smallest_target(model: _Model, asked: Target, weights: int) -> str | None:
         if usable * 2**30 < weights:
             continue
         try:
-            same = replace(target, dtype=asked.dtype, quantize=asked.quantize)
+            same = replace(
+                target,
+                dtype=asked.dtype,
+                quantize=asked.quantize,
+                selections=asked.selections,
+            )
             needed = model.memory(same).total
         except TrioError:  # its limits do not suit the model
             continue

@@ -15,7 +15,7 @@ from trio_deploy.checkpoint.fit import fit_config
 from trio_deploy.checkpoint.resolve import resolve, source_config
 from trio_deploy.checkpoint.safetensors import missing_weights
 from trio_deploy.config.options import ExportOptions
-from trio_deploy.config.recipe import with_schedule_file
+from trio_deploy.config.recipe import Recipe, with_schedule_file
 from trio_deploy.config.target import Target
 from trio_deploy.config.yaml_files import DTYPES
 from trio_deploy.cost.flops import (
@@ -27,10 +27,11 @@ from trio_deploy.cost.flops import (
 )
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
+from trio_deploy.families.names import HEAD
 from trio_deploy.families.registry import check_methods, request_limits
 from trio_deploy.files import format_bytes
 from trio_deploy.quant.quantization_config import require_float
-from trio_deploy.quant.schemes import same_scheme
+from trio_deploy.quant.schemes import same_scheme, selections_of
 from trio_deploy.quant.stored_weight import parts_of
 from trio_deploy.runtimes.machine import usable_memory
 from trio_deploy.runtimes.registry import check_scheme, default_target, load_target, runtime_spec
@@ -100,6 +101,7 @@ class HostMemory:
             "target": self.target.name,
             "dtype": self.target.dtype,
             "quantize": self.target.quantize,
+            "selections": self.target.selections,
             "weights": self.weights,
             "kv_cache": self.cache,
             "tower": self.tower,
@@ -184,6 +186,7 @@ class Plan:
         else:
             target = self.fit.target
             kind = f"{target.quantize} and {target.dtype}" if target.quantize else target.dtype
+            kind += ", selections float" if target.selections == "float" else ""
             weights = f"{format_bytes(self.fit.weights)} in {kind}"
             lines.append(f"weights    {weights}, for the target {target.name}")
             if not isinstance(self.fit, HostMemory) and self.fit.vocabulary:
@@ -245,9 +248,9 @@ def plan(
 
     Args:
         model: recipe name or file, checkpoint folder (its config.json is enough), or hub id.
-        options: budget, schedule, method, target, dtype, quantize and max_pixels are used, as in
-            `export_model`; whether it fits is said of the target, or of this machine if that is a
-            CPU.
+        options: budget, schedule, method, target, dtype, quantize, selections and max_pixels are
+            used, as in `export_model`; whether it fits is said of the target, or of this machine if
+            that is a CPU.
         visual_tokens: visual tokens of the prompt; None: the maximum of one image, without
             newlines.
         text_tokens: text tokens of the prompt.
@@ -283,10 +286,9 @@ def plan(
 
     pruned, unpruned = cost(chosen), cost(Schedule())
     paper = _paper_rows(found.name)
-    named = found.recipe.quantize if found.recipe else None
     if stored:
         options = replace(options, quantize=same_scheme(stored, options.quantize))
-    device = _device(options, named)
+    device = _device(options, found.recipe, bool(stored))
     if progress and runtime_spec(device.runtime).needs_engines:
         print(
             f"trio: building the graphs of {found.name} to count its memory on {device.name}, "
@@ -349,9 +351,12 @@ def _weight_bytes(config: ModelConfig, schedule: Schedule, device: Target) -> in
         dialect=device.dialect,
         dtype=device.dtype,  # type: ignore[arg-type]  # of a checked target
         quantize=device.quantize,
+        selections=device.selections or "int8",  # type: ignore[arg-type]  # of a checked target
     )
     parts = parts_of(stored_weights(config, options.make_dialect()))
     selected = tuple(f"language_model.layers.{layer}." for layer in schedule.layers)
+    if any(point.method == "trio" for point in schedule.points):
+        selected += (HEAD,)
     copies = parts_of(stored_weights(config, options.make_dialect("select")))
     parts += [part for part in copies if part.name.startswith(selected)]
     return sum(part.nbytes for part in {part.name: part for part in parts}.values())
@@ -378,18 +383,26 @@ def _visual_tokens(config: ModelConfig, asked: int | None) -> tuple[int, int]:
     return asked, min(largest.tiles, math.ceil(asked / largest.tile_rows))
 
 
-def _device(options: ExportOptions, named: str | None) -> Target:
+def _device(options: ExportOptions, recipe: Recipe | None, stored: bool) -> Target:
     """The target whose memory is planned, with the float type and scheme that were asked for.
 
     Args:
-        named: the recipe's scheme.
+        stored: whether the checkpoint's weights are quantised.
     """
     dtype = options.dtype
     if dtype is not None and dtype not in DTYPES:
         raise TrioError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     device = load_target(options.target or default_target())
-    scheme = next((each for each in (options.quantize, named, device.quantize) if each), None)
-    return replace(device, dtype=dtype or device.dtype, quantize=check_scheme(device, scheme))
+    named = (options.quantize, recipe.quantize if recipe else None, device.quantize)
+    scheme = check_scheme(device, next(filter(None, named), None))
+    usual = (recipe.selections if recipe else None, device.selections)
+    selections = selections_of(options.selections, usual, scheme, stored)
+    return replace(
+        device,
+        dtype=dtype or device.dtype,
+        quantize=scheme,
+        selections=selections if scheme else None,
+    )
 
 
 def _paper_rows(name: str) -> tuple[PaperRow, ...]:

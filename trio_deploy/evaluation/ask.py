@@ -49,6 +49,7 @@ class AskOptions:
         max_new_tokens: maximum length of an answer.
         progress: show progress bars.
         quantize: scheme of exported bundles; None: the recipe's, else the target's.
+        selections: what their selections compute with; None: the same.
     """
 
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
@@ -57,6 +58,7 @@ class AskOptions:
     max_new_tokens: int = 128
     progress: bool = True
     quantize: str | None = None
+    selections: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 1:

@@ -26,7 +26,7 @@ from trio_deploy.families.registry import check_methods, check_positions, reques
 from trio_deploy.files import is_file, user_path
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.ran_as import require_served, target_name
-from trio_deploy.quant.schemes import NO_SCHEME, scheme_of
+from trio_deploy.quant.schemes import NO_SCHEME, scheme_of, selections_of
 from trio_deploy.runtimes.registry import (
     check_scheme,
     complete_options,
@@ -100,6 +100,7 @@ class Source:
         dtypes: float types of the checkpoint's weights.
         fingerprint: checksum of the content, independent of its path; answers are stored by it.
         quantize: scheme of the recipe, to quantise by at export; `none` overrides the target's.
+        selections: what the recipe says of them.
         stored: scheme that the checkpoint's weights are quantised by already.
     """
 
@@ -111,6 +112,7 @@ class Source:
     recipe_schedules: dict[str, Schedule] = field(default_factory=dict)
     fingerprint: str = ""
     quantize: str | None = None
+    selections: str | None = None
     stored: str | None = None
 
     @classmethod
@@ -143,6 +145,7 @@ class Source:
             recipe_schedules=dict(found.recipe.schedules) if found.recipe else {},
             fingerprint=of_checkpoint(found.folder, found.recipe),
             quantize=found.recipe.quantize if found.recipe else None,
+            selections=found.recipe.selections if found.recipe else None,
             stored=scheme_of(read.stored).name if read.stored else None,
         )
 
@@ -372,6 +375,7 @@ class Bundles:
         options: RuntimeOptions | None = None,
         dtype: str | None = None,
         quantize: str | None = None,
+        selections: str | None = None,
     ) -> None:
         """Check that the source can be run so.
 
@@ -379,6 +383,7 @@ class Bundles:
             options: how bundles are run.
             dtype: float type of exported bundles; None: the target's.
             quantize: scheme of exported bundles; None: the recipe's, else the target's.
+            selections: what their selections compute with, as of `ExportOptions`.
 
         Raises:
             TrioError: there is no such target, it is of another runtime than the one named, this
@@ -390,7 +395,7 @@ class Bundles:
         self._folder = folder
         self._options = options
         self._dtype = dtype
-        self._quantize = quantize
+        self._quantize, self._selections = quantize, selections
         if isinstance(options.target, Target):
             raise TrioError("an evaluation exports for a target's name or file: pass one of them")
         self._target_name = options.target or ""
@@ -406,9 +411,14 @@ class Bundles:
                 refuse_uncalibrated(chosen, target)
             # What is exported anyway is not named: its answers are those of a run without a name.
             self._quantize = None if (chosen or NO_SCHEME) == (usual or NO_SCHEME) else quantize
+            said = (source.selections, target.selections)
+            rounded = source.stored is not None
+            kind = selections_of(selections, said, self.scheme, rounded)
+            own = selections_of(None, said, self.scheme, rounded)
+            self._selections = None if kind == own else kind
             content = json.dumps(asdict(target), default=str)
             asked = [content, dtype, options.runtime, options.provider]
-            self._run = asked + [each for each in (options.precision, self._quantize) if each]
+            self._run = asked + [each for each in (options.precision, *self._stored_as()) if each]
         else:
             quantization = source.bundle.manifest.quantization
             self.scheme = quantization.scheme if quantization else None
@@ -416,6 +426,12 @@ class Bundles:
                 raise TrioError(
                     f"{source.bundle.path} has weights in {self.scheme or 'floats'}: leave "
                     "--quantize out, or pass the model that it was exported from"
+                )
+            if selections not in (None, quantization and quantization.selections):
+                raise TrioError(
+                    f"{source.bundle.path} has "
+                    + (f"selections in {quantization.selections}" if quantization else "floats")
+                    + ": leave --selections out, or pass the model that it was exported from"
                 )
             require_served(source.bundle, options, dtype)
             self._run = _completed(source.bundle, options)
@@ -462,8 +478,13 @@ class Bundles:
         what = configuration.to_json()
         for incidental in ("name", "seeds", "budget", "blind"):
             del what[incidental]
-        scheme = [self._quantize] if self._quantize else []
-        return digest([self._source.fingerprint, self._run[:2], *scheme, what, __version__])
+        run = self._run[:2]
+        return digest([self._source.fingerprint, run, *self._stored_as(), what, __version__])
+
+    def _stored_as(self) -> list[str]:
+        """How weights are stored where that is not what the recipe and the target say."""
+        selections = f"selections {self._selections}" if self._selections else None
+        return [each for each in (self._quantize, selections) if each]
 
     def bundle(self, configuration: Configuration) -> Bundle:
         """The configuration's bundle, exported if it does not exist yet."""
@@ -484,6 +505,7 @@ class Bundles:
             target=self._target_name,
             dtype=self._dtype,
             quantize=self._quantize,
+            selections=self._selections,
             link_weights=self._linkable(),
             progress=False,
         )

@@ -65,7 +65,7 @@ def evaluate(
         left_out: called with a sentence for each configuration that is not possible on the model.
         keywords: fields of `Comparison` (`budgets`, `methods`, `schedules`, …) and
             `RuntimeOptions`, which replace those of the arguments, and `dtype`, `quantize`,
-            `batch`, `max_new_tokens` and `progress` of `AskOptions`.
+            `selections`, `batch`, `max_new_tokens` and `progress` of `AskOptions`.
 
     Raises:
         TrioError: as `evaluate_configurations`, or an argument is wrong.
@@ -132,7 +132,9 @@ def evaluate_configurations(
     score = get_scorer(scorer)
     require_references(questions, score)
     folder = out / BUNDLES
-    bundles = Bundles(source, folder, options.runtime, options.dtype, options.quantize)
+    bundles = Bundles(
+        source, folder, options.runtime, options.dtype, options.quantize, options.selections
+    )
     asked = [unpruned(source), *configurations]
     other = None
     if floats is not None and (bundles.scheme is not None or floats is not source):

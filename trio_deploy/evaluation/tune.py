@@ -338,7 +338,12 @@ class Tuner:
         self.questions = [questions[place] for place in order]
         self._asked = checksums(self.questions)
         self._bundles = Bundles(
-            source, out / BUNDLES, options.runtime, options.dtype, options.quantize
+            source,
+            out / BUNDLES,
+            options.runtime,
+            options.dtype,
+            options.quantize,
+            options.selections,
         )
         self._batch = options.batch
         self._limit = options.max_new_tokens

@@ -136,6 +136,7 @@ def _graph_options(bundle: Bundle, read: ReadCheckpoint) -> GraphOptions:
         dialect=manifest.dialect,
         dtype=manifest.dtype,  # type: ignore[arg-type]  # of a loaded bundle
         quantize=None if quantised is None else quantised.scheme,
+        selections="int8" if quantised is None else quantised.selections,  # type: ignore[arg-type]
         stored=read.stored,
     )
 

@@ -75,6 +75,7 @@ from trio_deploy.quant.schemes import (
     ROUNDING,
     StoredMatrix,
     same_scheme,
+    selections_of,
 )
 from trio_deploy.quant.stored_weight import StoredWeight, parts_of
 from trio_deploy.runtimes.registry import (
@@ -414,6 +415,8 @@ def _graph_options(
     quantize = quantize_of(recipe, target, options)
     if stored is not None:
         quantize = same_scheme(stored, options.quantize)
+    usual = (recipe.selections if recipe else None, target.selections)
+    selections = selections_of(options.selections, usual, quantize, stored is not None)
     values: dict[str, Any] = {}
     for name in ("probe", "positions", "threshold"):
         given = getattr(options.selection, name)
@@ -428,6 +431,7 @@ def _graph_options(
         weights=weights,  # type: ignore[arg-type]
         dtype=options.dtype,  # type: ignore[arg-type]
         quantize=quantize,
+        selections=selections,  # type: ignore[arg-type]
         stored=stored,
         separate_decode=target.decode_layout == "separate",
         query_block=runtime_spec(target.runtime).query_block(str(options.dialect)),
@@ -521,7 +525,7 @@ def quantization_of(
         bits=scheme.bits,
         block=block,
         symmetric=all(matrix.symmetric for matrix in stored),
-        selections="int8",
+        selections=graphs.selections,
         head=f"int{heads[0].bits}" if heads else "int8",
         source=source,
         revision=READING if stored else ROUNDING,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from trio_deploy.bundle.manifest import Kind
 from trio_deploy.config.options import DEFAULT_THRESHOLD
-from trio_deploy.config.target import WEIGHTS
+from trio_deploy.config.target import SELECTIONS, WEIGHTS
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.dialects.base import Dialect
@@ -43,6 +43,7 @@ class GraphOptions:
             graphs take no past.
         query_block: as of `Dialect`, for the vision tower over pictures of any size.
         quantize: scheme of `quant.schemes.SCHEMES` for decoder layers and the head; None: float.
+        selections: what selections compute with beside quantised weights, `int8` or `float`.
         stored: matrices that the checkpoint holds quantised, whose scheme `quantize` names; None:
             all are rounded.
         inputs: as of `Scheme`.
@@ -58,6 +59,7 @@ class GraphOptions:
     separate_decode: bool = False
     query_block: int | None = None
     quantize: str | None = None
+    selections: Literal["int8", "float"] = "int8"
     stored: Mapping[str, StoredMatrix] | None = None
     inputs: Mapping[str, float] | None = None
 
@@ -68,6 +70,7 @@ class GraphOptions:
             ("probe", ("last", "shifted")),
             ("positions", ("original", "renumber")),
             ("weights", WEIGHTS),
+            ("selections", SELECTIONS),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -110,12 +113,12 @@ class GraphOptions:
 
     def make_dialect(self, kind: Kind = "prefill") -> Dialect:
         """Make the dialect of the graph of one stage."""
-        has_layers = self.quantize is not None and kind not in ("vision", "embed")
+        floats = ("vision", "embed", *(("select",) if self.selections == "float" else ()))
         return DIALECTS[self.dialect](
             FLOAT_TYPES[self.dtype],
             decode=kind == "decode",
             query_block=self.query_block,
-            scheme=self.scheme if has_layers else None,
+            scheme=None if kind in floats else self.scheme,
             selects=kind == "select",
         )
 

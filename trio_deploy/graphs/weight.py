@@ -15,6 +15,8 @@ from trio_deploy.graphs.values import (
     PART_TYPES,
     cast,
     constant,
+    dim,
+    dtype_of,
     shape_of,
     typed,
 )
@@ -130,17 +132,26 @@ class QuantisedWeight(nn.Module):
         return typed(y, self.scale_dtype, self.shape)
 
     def _from_blocks(self, op: Any) -> ir.Value:
-        """Codes uint8 [out, ⌈in/b⌉, b], whose short last block is cut afterwards."""
+        """Codes uint8 [out, ⌈in/b⌉, b], whose short last block is cut afterwards.
+
+        They become a row per block: with a scale per row ONNX Runtime takes less than half of the
+        time that it takes with `block_size`.
+        """
         if self.coding.bits != 8:
             raise RuntimeError(f"{self.name}: codes of 4 bit in bytes cannot be dequantised")
         out, columns = self.shape
-        scale = op.Unsqueeze(self.scale, [2])
+        blocks, block = shape_of(self.codes)[1:]
+        # By a shape that is known at run time only: constant folding would copy the codes.
+        size = dim(op, op.builder.root.graph.inputs[0], 0)
+        rows = op.Reshape(self.codes, op.Mul(op.Div(size, size), [out * blocks, block]))
+        rows = typed(rows, dtype_of(self.codes), [out * blocks, block])
+        scale = op.Reshape(self.scale, [-1])
         if self.zero is not None:
-            zero = op.Unsqueeze(self.zero, [2])
+            zero = op.Reshape(self.zero, [-1])
         else:
             zero = op.Expand(constant(op, np.full(1, 128, np.uint8), "zero_point"), op.Shape(scale))
-        y = op.DequantizeLinear(self.codes, scale, zero, axis=2, block_size=self.coding.block)
-        y = op.Reshape(typed(y, self.scale_dtype, shape_of(self.codes)), [out, -1])
+        y = op.DequantizeLinear(rows, scale, zero, axis=0)
+        y = op.Reshape(typed(y, self.scale_dtype, [out * blocks, block]), [out, -1])
         if columns % self.coding.block:
             y = op.Slice(y, [0], [columns], [1])
         return typed(y, self.scale_dtype, self.shape)

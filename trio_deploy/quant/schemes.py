@@ -152,6 +152,35 @@ def same_scheme(stored: Mapping[str, StoredMatrix], asked: str | None) -> str:
     return scheme
 
 
+def selections_of(
+    asked: str | None, usual: Sequence[str | None], scheme: str | None, stored: bool
+) -> str:
+    """What selections compute with beside quantised weights, `int8` or `float`.
+
+    Args:
+        asked: the option; None: what is usual.
+        usual: what a recipe and a target say, the first of which counts.
+        scheme: by which weights are quantised; None: they are float.
+        stored: whether the checkpoint holds them quantised, whose float values nobody has.
+
+    Raises:
+        TrioError: something is asked for that there is not.
+    """
+    if asked is not None and scheme is None:
+        raise TrioError(
+            "--selections says what selections compute with beside quantised weights: name a "
+            "scheme by --quantize, or leave --selections out"
+        )
+    if asked == "float" and stored:
+        raise TrioError(
+            "--selections float takes the values that matrices had before they were quantised, "
+            "which a checkpoint that is quantised already does not have: leave it out, or use the "
+            "float checkpoint it was made from"
+        )
+    named = next(filter(None, (asked, *usual)), "int8")
+    return "int8" if stored else named
+
+
 def quantised_weight(name: str, shape: Sequence[int], coding: Coding) -> StoredWeight:
     """A matrix [N, K] as its codes `<name>.int4`, `<name>.int4.scale` and what `coding` adds.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,22 +110,23 @@ def _state(
 def selection_weights(
     bundle: Bundle, model: Any, rounds_inputs: bool = True
 ) -> Callable[[int], AbstractContextManager[None]]:
-    """What `Oracle` takes: puts the copies that selections compute with into a restored model.
+    """What `Oracle` takes: puts the values that selections compute with into a restored model.
 
     Where graphs round what matrices are multiplied by, so does the model from here on, but for
     selections and unless `rounds_inputs` is false.
     """
     family = get_family(bundle.config.family)
     selecting: set[int] = _round_inputs(bundle, model) if rounds_inputs else set()
-    copies = {name: widths[COPIES] for name, widths in _codes(bundle).items() if len(widths) > 1}
+    copies = _copies(bundle)
 
     @contextmanager
     def use(layer: int) -> Iterator[None]:
         own: list[tuple[Any, Tensor]] = []
         for name, parameter in model.named_parameters():
             canonical = canonical_name(family, name)
-            if canonical.startswith(f"language_model.layers.{layer}.") and canonical in copies:
-                values = _dequantised(bundle, copies[canonical], parameter.shape[1])
+            used = canonical == HEAD or canonical.startswith(f"language_model.layers.{layer}.")
+            if used and canonical in copies:
+                values = copies[canonical](parameter.shape[1])
                 own.append((parameter, parameter.data))
                 parameter.data = values.to(parameter.dtype)
         selecting.add(layer)
@@ -136,6 +138,30 @@ def selection_weights(
                 parameter.data = values
 
     return use
+
+
+def _copies(bundle: Bundle) -> dict[str, Callable[[int], Tensor]]:
+    """Matrices of which selections have other values than segments, by canonical name.
+
+    Each is read by a function, which is given the number of its columns.
+    """
+    codes, said = _codes(bundle), bundle.manifest.quantization
+    if said is None or said.selections != "float":
+        return {
+            name: partial(_dequantised, bundle, widths[COPIES])
+            for name, widths in codes.items()
+            if len(widths) > 1
+        }
+
+    def read(place: TensorPlace, _: int) -> Tensor:
+        return _mapped(bundle.path, place)
+
+    floats = {
+        name: bundle.manifest.tensors[name] for name in codes.keys() & bundle.manifest.tensors
+    }
+    if EMBEDDINGS in floats:  # the table stands for the head
+        floats[HEAD] = floats.pop(EMBEDDINGS)
+    return {name: partial(read, place) for name, place in floats.items()}
 
 
 def _round_inputs(bundle: Bundle, model: Any) -> set[int]:

@@ -43,6 +43,7 @@ def key_of(config: ModelConfig, schedule: Schedule, target: Target) -> str:
         target.decode_layout,
         target.weights,
         target.quantize,
+        *((target.selections,) if target.selections == "float" else ()),
     )
     facts = msgspec.json.encode([config, schedule.points, form, target.limits], order="sorted")
     return hashlib.sha256(facts).hexdigest()[:16]

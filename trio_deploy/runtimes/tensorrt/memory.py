@@ -193,14 +193,15 @@ def as_exported(bundle: Bundle, target: Target) -> Target:
     """A target with the form of a bundle's graphs, which the options of its export decided."""
     manifest = bundle.manifest
     fed = any(stage.weight_inputs for stage in manifest.stages)
-    scheme = None if manifest.quantization is None else manifest.quantization.scheme
+    quantised = manifest.quantization
     return replace(
         target,
         dialect=manifest.dialect,
         dtype=manifest.dtype,
         decode_layout=manifest.decode,
         weights="inputs" if fed else "constants",
-        quantize=scheme,
+        quantize=None if quantised is None else quantised.scheme,
+        selections=None if quantised is None else quantised.selections,
     )
 
 
