@@ -9,6 +9,8 @@ how often the first token and the whole answer are the same. Perplexity is of te
 documentation, without a picture. The shares of the weights at each width are printed too, since a
 matrix may have more bits than its scheme says. The row `float16` is the same float model in 16 bit:
 what rounding of another kind changes, and no scheme of 4 or 8 bit can be expected to fall below.
+In the row `table-int8` the table of embeddings alone is rounded, to 8 bit with a scale per row, as
+is the table of a model whose head is tied to it; the head keeps its values.
 Scales of `fp8` are measured over other scenes, and its graphs run on ONNX Runtime, which computes
 them in float. With --out the rows are written to docs/measurements/quantised-schemes.json, with the
 machine, and the page to quantised-schemes.md: they, and what `trio eval --quantize SCHEME` wrote,
@@ -21,6 +23,7 @@ import argparse
 import hashlib
 import json
 import math
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -47,6 +52,7 @@ from trio_deploy.evaluation.questions import (
 from trio_deploy.evaluation.results import Results
 from trio_deploy.evaluation.scheme import table_of
 from trio_deploy.pipeline.request import Generation
+from trio_deploy.quant.matrix import dequantised, round_to_nearest
 from trio_deploy.quant.schemes import NO_SCHEME, WHOLE_NUMBERS
 
 _ROOT = Path(__file__).parents[1]
@@ -58,6 +64,7 @@ _FIRST = 8  # of them the prompt; perplexity is of those behind it
 _BATCH = 16  # questions, and pieces of text, that are run at once
 FLOAT, HALF = "float32", "float16"  # what is compared with, and the same in 16 bit
 FP8 = "fp8"
+TABLE = "table-int8"  # float32, but for the table of embeddings
 _CALIBRATED = 2  # scenes that scales of activations are measured over, with so many questions each:
 _EACH = 16
 
@@ -67,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", nargs="?")
     parser.add_argument("--schedule")
-    parser.add_argument("--schemes", default=",".join((HALF, *WHOLE_NUMBERS, FP8)))
+    parser.add_argument("--schemes", default=",".join((HALF, TABLE, *WHOLE_NUMBERS, FP8)))
     parser.add_argument("--scenes", type=int, default=2, help="scenes, 16 questions each")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of text for perplexity")
     parser.add_argument("--threads", type=int, default=1)
@@ -96,8 +103,11 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     reference: list[Generation] = []
     for scheme in (FLOAT, *args.schemes.split(",")):
         with tempfile.TemporaryDirectory() as folder:
+            model = args.model
+            if scheme == TABLE:
+                model = with_rounded_table(Path(model), Path(folder) / "rounded")
             bundle = export_model(
-                args.model,
+                model,
                 Path(folder) / "bundle",
                 schedule=args.schedule,
                 progress=False,
@@ -116,7 +126,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "scheme": scheme,
                 **compare(answers, reference),
                 "perplexity": perplexity,
-                "weights": widths or f"all in {scheme}",
+                "weights": widths or f"all in {bundle.manifest.dtype}",
             }
         )
         found["load"][1] = load_average()
@@ -125,8 +135,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def export_options(model: str, scheme: str) -> dict[str, Any]:
     """Options of the export of a scheme, or of floats of a type."""
-    if scheme in (FLOAT, HALF):
-        return {"quantize": NO_SCHEME, "dtype": scheme, "target": "cpu"}
+    if scheme in (FLOAT, HALF, TABLE):
+        dtype = HALF if scheme == HALF else FLOAT
+        return {"quantize": NO_SCHEME, "dtype": dtype, "target": "cpu"}
     if scheme != FP8:
         return {"quantize": scheme, "target": "cpu"}
     asked = QuestionSet(scene_questions(_CALIBRATED, split="tuning", each=_EACH))
@@ -136,6 +147,21 @@ def export_options(model: str, scheme: str) -> dict[str, Any]:
         "target": "rtx-40",
         "calibration": partial(calibrate, model, asked, progress=False),
     }
+
+
+def with_rounded_table(checkpoint: Path, folder: Path) -> Path:
+    """Copy a checkpoint with its table of embeddings rounded, and a head with values of its own."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    values = table.weight.detach()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    rounded = dequantised(round_to_nearest(values.numpy(), 8, values.shape[1]))
+    table.weight = torch.nn.Parameter(torch.from_numpy(rounded))
+    for part in (model.config, model.config.get_text_config()):
+        part.tie_word_embeddings = False
+    model.save_pretrained(folder)
+    return folder
 
 
 def _ask(pipeline: Pipeline, questions: Sequence[Question]) -> list[Generation]:

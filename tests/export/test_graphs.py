@@ -128,7 +128,6 @@ def test_tied_embeddings_need_no_head_weight(dialect: str) -> None:
 def test_no_stage_has_one_name_twice_or_carries_big_constants(
     tied: bool, scheme: str | None, dialect: str
 ) -> None:
-    """A tied head that is quantised is another tensor than the table of embeddings beside it."""
     for stage, model in build_graphs(
         model_config(tie_word_embeddings=tied),
         points(1, 2),

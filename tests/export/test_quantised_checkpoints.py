@@ -105,8 +105,10 @@ def test_embeddings_that_are_quantised_and_tied_are_the_head_to_the_same_values(
             return raw.view(np.float32).reshape(place.shape)
         return raw.reshape(coded_part(Part("", place.shape, place.dtype))[1])
 
-    table = part("")
-    head = decode(part(".int4"), part(".int4.scale"), 4, table.shape[1])
+    columns = bundle.config.text.hidden_size
+    table, head = (
+        decode(part(f".int{bits}"), part(f".int{bits}.scale"), bits, columns) for bits in (8, 4)
+    )
     assert np.array_equal(head, table)
 
 

@@ -19,7 +19,7 @@ from tests.support.transformers_models import model_config, relative
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.options import GraphOptions
-from trio_deploy.graphs.stages import build_embed, build_prefill, build_vision
+from trio_deploy.graphs.stages import build_decode, build_embed, build_prefill, build_vision
 from trio_deploy.graphs.weight import PartValue
 from trio_deploy.quant.schemes import StoredMatrix
 from trio_deploy.runtimes.openvino import OvRuntime
@@ -146,7 +146,7 @@ def test_segments_have_the_bits_of_the_scheme_and_selections_eight() -> None:
     assert layers[f"{q_proj}.weight.int4"].dtype == ir.DataType.INT4
     assert select[f"{q_proj}.weight.int8"].dtype == ir.DataType.INT8
     assert f"{head}.weight.int8" in layers and f"{head}.weight.int8" in select
-    assert f"{head}.weight" not in layers  # a tied head has codes of its own
+    assert f"{head}.weight" not in layers
     assert layers[f"{q_proj}.bias"].dtype == ir.DataType.FLOAT
 
 
@@ -155,6 +155,38 @@ def test_towers_and_embeddings_stay_float() -> None:
     made = options("ort", "int4", config)
     for model in (build_vision(config, made), build_embed(config, made)):
         assert {part.dtype for part in names(model).values()} == {ir.DataType.FLOAT}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("size", [48, 128, 192])  # 48, 192: `ort` has a short last block
+def test_tokens_are_looked_up_in_the_codes_of_a_tied_head(dialect: str, size: int) -> None:
+    config = model_config(num_layers=2, hidden_size=size, tie_word_embeddings=True)
+    coded, arrays, _, values = pair(lambda made: build_embed(config, made), dialect, "int4", config)
+    table = "language_model.embed_tokens.weight"
+    assert table not in names(coded) and f"{table}.int8" in names(coded)
+    ids = np.array([[3, 0, config.text.vocab_size - 1], [5, 5, 1]])
+    feeds = {
+        "input_ids": ids,
+        "image_features": np.full((1, size), 2, np.float32),
+        "source_index": np.array([[0, 1, 2], [3, 1, 0]]),  # one place is the picture's
+    }
+    want = values[table][ids[[[0], [1]], feeds["source_index"] % 3]]
+    want[1, 0] = 2
+    for runtime in ("ort", "openvino") if dialect == "primitive" else ("ort",):
+        got = Runner(coded, arrays, runtime)(feeds)["inputs_embeds"]
+        np.testing.assert_array_equal(got, want.astype(np.float32))
+
+
+def test_a_decode_graph_has_a_tied_table_once() -> None:
+    config = MODELS["biases, tied"]()
+    for dialect, scheme in (("primitive", "int4"), ("onnx", "nvfp4"), ("ort", "int8")):
+        made = options(dialect, scheme, config, separate_decode=True)
+        table = {
+            name
+            for name in names(build_decode(config, [(0, 1), (1, 2)], made))
+            if name.startswith("language_model.embed_tokens")
+        }
+        assert table == {f"language_model.embed_tokens.weight.int8{end}" for end in ("", ".scale")}
 
 
 def test_only_graphs_with_codes_of_4_bit_need_opset_21() -> None:
@@ -170,7 +202,7 @@ def test_only_graphs_with_codes_of_4_bit_need_opset_21() -> None:
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_graphs_in_16_bit_have_the_types_of_their_operators(dialect: str, dtype: Any) -> None:
     config = MODELS["biases, tied"]()
-    for build in (segment(config), selection(config)):
+    for build in (segment(config), selection(config), lambda made: build_embed(config, made)):
         model = build(options(dialect, "int4", config, dtype=dtype))
         arrays, _ = quantised(model, random_weights(build(options(dialect, None, config)), 1))
         onnx.checker.check_model(filled(model, arrays), full_check=dialect != "ort")

@@ -78,7 +78,9 @@ SMALL_QWEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 #: One of them in AWQ, with zero points, in blocks that TensorRT has.
 AWQ = "qwen2_5_vl-awq"
-SMALL = ("tiny", *SMALL_QWEN, AWQ)
+#: One of them whose head is its table of embeddings.
+TIED = "qwen2_5_vl-tied"
+SMALL = ("tiny", *SMALL_QWEN, AWQ, TIED)
 
 #: What `make rtx-tests` leaves out and `make rtx-tests ALL=1` runs.
 in_full_runs = only_in_full_runs("TensorRT-RTX: make rtx-tests")
@@ -103,8 +105,8 @@ class Case:
     """A model's graphs as a target has them.
 
     Attributes:
-        model: name of a recipe, a family of `SMALL_QWEN`, or `AWQ`; full-size ones have their
-            matrices as inputs, by the target in the `onnx` dialect.
+        model: name of a recipe, a family of `SMALL_QWEN`, `AWQ` or `TIED`; full-size ones have
+            their matrices as inputs, by the target in the `onnx` dialect.
         schedule: as for `trio export`; "": the recipe's.
         quantize: scheme of the weights; "": they are float.
         gpu: compute capability that the target names, for schemes that not every GPU has.
@@ -179,13 +181,12 @@ class Compiler:
             return (
                 made_once(out, lambda to: quantise_checkpoint(source, to, "awq", block=64)) / "awq"
             )
-        if name not in SMALL_QWEN:
+        family, _, tied = name.partition("-")
+        if family not in SMALL_QWEN:
             return name
-        text, vision = SMALL_QWEN[name]
-        return made_once(
-            self._folder / name,
-            lambda to: make_qwen(to, name, text=text, vision=vision, most_tokens=1280),
-        )
+        text, vision = SMALL_QWEN[family]
+        more = {"text": text, "vision": vision, "most_tokens": 1280, "tie": bool(tied)}
+        return made_once(self._folder / name, lambda to: make_qwen(to, family, **more))
 
     def compile(self, case: Case, stage: str, compute_capabilities: Sequence[str] = ()) -> Stage:
         """Compile a stage of a case; TrioError if that fails."""

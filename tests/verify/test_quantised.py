@@ -40,14 +40,14 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str, str | None]] = 
         "openvino",
         "int8",
     ),
-    "llava, tied, float selections": (  # with the float table for the head
+    "llava, tied, float selections": (  # with a float copy of the table for the head
         make_llava,
         {"tie": True},
         {"quantize": "int4", "selections": "float", "dialect": "ort"},
         "onnxruntime",
         "int8",
     ),
-    "qwen2_vl, tied": (  # its steps are a graph that has the float table too
+    "qwen2_vl, tied": (  # its steps are a graph that has the table, too
         lambda to, **more: make_qwen(to, "qwen2_vl", **more),
         {"tie": True},
         {"quantize": "int4", "dialect": "onnx"},

@@ -28,6 +28,7 @@ from onnxscript import nn
 
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import TextConfig
+from trio_deploy.families.names import EMBEDDINGS, HEAD
 from trio_deploy.graphs.dialects.base import KV, Angles, Dialect, Window
 from trio_deploy.graphs.values import (
     FLOAT,
@@ -43,6 +44,16 @@ from trio_deploy.graphs.values import (
 )
 from trio_deploy.graphs.weight import Matrix, QuantisedWeight, Weight
 from trio_deploy.quant.stored_weight import Coding
+
+_TOKENS = EMBEDDINGS.removesuffix(".weight")
+_HEAD = HEAD.removesuffix(".weight")
+
+
+def _matrix(d: Dialect, name: str, shape: list[int], coding: Coding | None) -> Matrix:
+    """Declare a matrix [N, K]; `coding`: how it is quantised, None if it is float."""
+    if coding is None:
+        return Weight(name, shape, d.dtype)
+    return QuantisedWeight(name, shape, coding)
 
 
 class Linear(nn.Module):
@@ -60,12 +71,7 @@ class Linear(nn.Module):
         """Declare the weights; `coding`: how the matrix is quantised, None if it is float."""
         super().__init__(name.rpartition(".")[2])
         self.d = d
-        matrix, shape = f"{name}.weight", [out_features, in_features]
-        self.weight: Matrix
-        if coding is None:
-            self.weight = Weight(matrix, shape, d.dtype)
-        else:
-            self.weight = QuantisedWeight(matrix, shape, coding)
+        self.weight = _matrix(d, f"{name}.weight", [out_features, in_features], coding)
         self.bias = Weight(f"{name}.bias", [out_features], d.dtype) if bias else None
 
     @classmethod
@@ -168,18 +174,27 @@ class LayerNorm(nn.Module):
 class Embedding(nn.Module):
     """A table of vectors, [rows, size]."""
 
-    def __init__(self, d: Dialect, name: str, rows: int, size: int) -> None:
+    def __init__(
+        self, d: Dialect, name: str, rows: int, size: int, coding: Coding | None = None
+    ) -> None:
+        """Declare the table; `coding`: how it is quantised, None if it is float."""
         super().__init__(name.rpartition(".")[2])
-        self.weight = Weight(f"{name}.weight", [rows, size], d.dtype)
+        self.d, self.coding = d, coding
+        self.weight = _matrix(d, f"{name}.weight", [rows, size], coding)
 
     @classmethod
     def of_tokens(cls, d: Dialect, text: TextConfig) -> Embedding:
-        """The language model's table of token embeddings."""
-        return cls(d, "language_model.embed_tokens", text.vocab_size, text.hidden_size)
+        """Make the language model's table of token embeddings.
+
+        One that serves as a quantised head is stored once, as the head's codes.
+        """
+        size = text.hidden_size
+        coding = d.table_coding(EMBEDDINGS, size) if text.tie_word_embeddings else None
+        return cls(d, _TOKENS, text.vocab_size, size, coding)
 
     def forward(self, op: Any, index: ir.Value) -> ir.Value:
         """int64 [...] → [..., size]."""
-        return op.Gather(self.weight, index, axis=0)
+        return self.d.rows(op, self.weight, index)
 
 
 def activation(op: Any, kind: str, x: ir.Value) -> ir.Value:
@@ -465,17 +480,17 @@ class Head(nn.Module):
     """Final norm and projection to the vocabulary.
 
     A model with tied embeddings has no lm_head.weight: pass its table of embeddings if the same
-    graph uses it already. A quantised head has codes of its own beside the float table.
+    graph uses it already.
     """
 
     def __init__(self, d: Dialect, text: TextConfig, table: Embedding | None = None) -> None:
         super().__init__("head")
         self.norm = RMSNorm(d, "language_model.norm", text.hidden_size, text.rms_norm_eps)
-        name = "language_model.embed_tokens" if text.tie_word_embeddings else "lm_head"
+        name = _TOKENS if text.tie_word_embeddings else _HEAD
         size = text.hidden_size
         coding = d.head_coding(f"{name}.weight", size)
         self.lm_head = Linear(d, name, text.vocab_size, size, coding=coding)
-        if table is not None and text.tie_word_embeddings and coding is None:
+        if table is not None and text.tie_word_embeddings and table.coding == coding:
             self.lm_head.weight = table.weight
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:

@@ -113,13 +113,12 @@ class GraphOptions:
 
     def make_dialect(self, kind: Kind = "prefill") -> Dialect:
         """Make the dialect of the graph of one stage."""
-        floats = ("vision", "embed", *(("select",) if self.selections == "float" else ()))
+        floats = ("vision", "select") if self.selections == "float" else ("vision",)
         return DIALECTS[self.dialect](
             FLOAT_TYPES[self.dtype],
-            decode=kind == "decode",
+            kind=kind,
             query_block=self.query_block,
             scheme=None if kind in floats else self.scheme,
-            selects=kind == "select",
         )
 
     def stored_weights(self, config: ModelConfig) -> list[StoredWeight]:

@@ -104,14 +104,28 @@ class QuantisedWeight(nn.Module):
             blocks = self.coding.form == "blocks"
             made = self._from_blocks(op) if blocks else self._from_signed(op, offsets)
             self._dense = typed(cast(op, made, dtype), dtype, self.shape)
-            # Passes over graphs know a weight by its name, which a float table of embeddings has
-            # where a tied head is quantised beside it.
-            taken = self.name in op.builder.root.graph.initializers
-            self._dense.name = f"dense.{self.name}" if taken else self.name
+            self._dense.name = self.name  # passes over graphs know a weight by it
             producer = self._dense.producer()
             assert producer is not None
             producer.name = self._dense.name
         return self._dense
+
+    def rows(self, op: Any, index: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """Some rows of a matrix in bytes: int64 [B, S] → values of a float type [B, S, in].
+
+        Codes are gathered before they become floats: no other row is dequantised.
+        """
+        self.into(op)
+        columns, kind = self.shape[1], self.scale_dtype
+        zero: Any = 128.0
+        if self.zero is not None:
+            zero = op.Unsqueeze(cast(op, op.Gather(self.zero, index, axis=0), kind), [3])
+        codes = cast(op, op.Gather(self.codes, index, axis=0), kind)  # [B, S, blocks, b]
+        scale = op.Unsqueeze(op.Gather(self.scale, index, axis=0), [3])
+        y = op.Reshape(op.Mul(op.Sub(codes, zero), scale), [0, 0, -1])
+        if columns % self.coding.block:
+            y = op.Slice(y, [0], [columns], [2])
+        return cast(op, typed(y, kind, [*shape_of(index), columns]), dtype)
 
     def _from_signed(self, op: Any, offsets: bool) -> ir.Value:
         """Codes [out, in], or in 8 bit [out·blocks, in/blocks], whose rows have a scale each."""

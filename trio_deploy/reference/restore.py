@@ -48,10 +48,6 @@ def restore_model(bundle: Bundle, dtype: torch.dtype = torch.float32) -> Any:
     architecture = model_class(family.name)
     config = architecture.config_class.from_dict(raw)
     codes = _codes(bundle)
-    if EMBEDDINGS in codes:  # the quantised head of a model with tied embeddings
-        codes[HEAD] = codes.pop(EMBEDDINGS)
-        for part in (config, config.get_text_config()):
-            part.tie_word_embeddings = False
     with torch.device("meta"):
         expected = architecture(config).state_dict()
     names = {name: canonical_name(family, name) for name in expected}
@@ -124,7 +120,8 @@ def selection_weights(
         own: list[tuple[Any, Tensor]] = []
         for name, parameter in model.named_parameters():
             canonical = canonical_name(family, name)
-            used = canonical == HEAD or canonical.startswith(f"language_model.layers.{layer}.")
+            head = canonical in (HEAD, EMBEDDINGS)  # copies of a table are a tied head's
+            used = head or canonical.startswith(f"language_model.layers.{layer}.")
             if used and canonical in copies:
                 values = copies[canonical](parameter.shape[1])
                 own.append((parameter, parameter.data))
@@ -159,8 +156,6 @@ def _copies(bundle: Bundle) -> dict[str, Callable[[int], Tensor]]:
     floats = {
         name: bundle.manifest.tensors[name] for name in codes.keys() & bundle.manifest.tensors
     }
-    if EMBEDDINGS in floats:  # the table stands for the head
-        floats[HEAD] = floats.pop(EMBEDDINGS)
     return {name: partial(read, place) for name, place in floats.items()}
 
 

@@ -90,7 +90,8 @@ def test_weights_are_those_that_the_graphs_refer_to(exported: Export) -> None:
     [
         ("llava-next-7b", None, (32064, 4096), 4),
         ("qwen3-vl-2b", None, (151936, 2048), 2),  # tied
-        ("qwen3-vl-2b", "int4", (151936, 2048), 2),
+        ("qwen3-vl-2b", "int4", (151936, 2048), 2),  # tied, stored once as codes
+        ("llava-next-7b", "int4", (32064, 4096), 4),
     ],
 )
 def test_the_table_of_embeddings_and_each_engines_head_are_told(
@@ -100,8 +101,8 @@ def test_the_table_of_embeddings_and_each_engines_head_are_told(
     config, schedule = model(name)
     found = Fit(target, (planned(config, schedule, target, None),))
     own, count = found.layouts[0], words[0] * words[1]
-    assert own.table == 2 * count
     per_head = 2 * count if quantize is None else count + 4 * words[0]  # codes, and scales
+    assert own.table == (per_head if config.text.tie_word_embeddings else 2 * count)
     assert own.heads == (per_head,) * engines
     assert f"for the output head in each of {engines} engines" in found.vocabulary
 

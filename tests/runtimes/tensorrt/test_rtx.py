@@ -21,6 +21,7 @@ from tests.support.rtx import (
     AWQ,
     SMALL,
     SMALL_QWEN,
+    TIED,
     Case,
     Compiler,
     Stage,
@@ -576,6 +577,27 @@ def test_plans_of_quantised_weights_are_narrow(
         # Its plan is kernels for the most part. In onnx a matrix that is multiplied from both sides
         # is held in a layout for each.
         assert saved["select_2"] > 0.8 * graphs["select_2"]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "layout", "stage"),
+    [
+        ("primitive", "shared", "embed"),
+        ("onnx", "separate", "embed"),
+        ("onnx", "separate", "decode"),
+    ],
+)
+def test_tokens_are_looked_up_in_codes_that_stay_narrow(
+    compiler: Compiler, dialect: str, layout: str, stage: str
+) -> None:
+    """Those of a tied head: its table is gathered from before it is made floats."""
+    held, stored = {}, {}
+    for scheme in ("", "int8"):
+        case = Case(TIED, dialect, layout, schedule=QWEN_SCHEDULE, quantize=scheme)
+        made = compiler.compile(case, stage)
+        held[scheme], stored[scheme] = made.report.weight_bytes, stored_bytes(made.graph)
+    assert stored["int8"] < 0.6 * stored[""]
+    assert held["int8"] < 0.6 * held[""]
 
 
 @pytest.mark.parametrize(("dialect", "layout"), [("primitive", "shared"), ("onnx", "separate")])

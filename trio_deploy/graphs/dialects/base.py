@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from trio_deploy.bundle.manifest import Kind
 from trio_deploy.families.base import TextConfig
 from trio_deploy.graphs.values import (
     FLOAT_NAMES,
@@ -95,7 +96,7 @@ class Dialect(ABC):
             those that they compute at once; None: all queries.
         scheme: how the matrices of decoder layers and of the head are quantised; None: they are
             float.
-        selects: whether the graph is a selection, whose matrices have 8 bit at least.
+        kind: of the stage. Matrices of selections have 8 bit at least.
     """
 
     name: ClassVar[str]
@@ -115,37 +116,52 @@ class Dialect(ABC):
         self,
         dtype: ir.DataType,
         *,
-        decode: bool = False,
+        kind: Kind = "prefill",
         query_block: int | None = None,
         scheme: Scheme | None = None,
-        selects: bool = False,
     ) -> None:
-        self.dtype, self.query_block = dtype, query_block
-        self.scheme, self.selects = scheme, selects
-        if decode:
+        self.dtype, self.kind, self.query_block, self.scheme = dtype, kind, query_block, scheme
+        if kind == "decode":
             self.opset = self.decode_opset
-        if scheme is not None and not selects:
+        if scheme is not None and kind not in ("embed", "select"):  # those have 8 bit alone
             self.opset = max(self.opset, OPSETS_OF_CODES.get(scheme.label, 0))
+
+    @property
+    def selects(self) -> bool:
+        """Whether the graph is a selection."""
+        return self.kind == "select"
 
     def layer_coding(self, name: str, columns: int) -> Coding | None:
         """How a matrix of a decoder layer with rows of K entries is quantised; None: it is not."""
-        return self._coding(layer_coding, name, columns)
+        return self._coding(layer_coding, name, columns, self.selects)
 
     def head_coding(self, name: str, columns: int) -> Coding | None:
         """How the output head is quantised; None: it is not."""
-        return self._coding(head_coding, name, columns)
+        return self._coding(head_coding, name, columns, self.selects)
+
+    def table_coding(self, name: str, columns: int) -> Coding | None:
+        """How a table of embeddings that serves as the head is quantised, in 8 bit; None: not."""
+        return self._coding(head_coding, name, columns, True)
 
     def _coding(
-        self, coding: Callable[..., Coding | None], name: str, columns: int
+        self, coding: Callable[..., Coding | None], name: str, columns: int, selects: bool
     ) -> Coding | None:
         if self.scheme is None:
             return None
         dtype = FLOAT_NAMES[self.dtype]
-        return coding(self.scheme, name, columns, self.selects, self.form, dtype)
+        return coding(self.scheme, name, columns, selects, self.form, dtype)
 
     def matrix(self, op: Any, weight: Matrix) -> ir.Value:
         """A matrix as a value of the graph's float type, [out, in]."""
         return weight if isinstance(weight, Weight) else weight.dense(op, self.dtype)
+
+    def rows(self, op: Any, weight: Matrix, index: ir.Value) -> ir.Value:
+        """Rows of a matrix, int64 [...] → values of the graph's float type [..., in].
+
+        TensorRT takes codes nowhere but before DequantizeLinear. Its compiler dequantises what is
+        gathered alone, and so does OpenVINO.
+        """
+        return op.Gather(self.matrix(op, weight), index, axis=0)
 
     def product(
         self,

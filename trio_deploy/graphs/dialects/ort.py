@@ -62,6 +62,11 @@ class OrtDialect(Dialect):
         typed(y, dtype_of(x), [*shape_of(x)[:-1], sizes(weight)[0]])
         return y if bias is None else op.Add(y, bias)
 
+    def rows(self, op: Any, weight: Matrix, index: ir.Value) -> ir.Value:
+        if isinstance(weight, QuantisedWeight):
+            return weight.rows(op, index, self.dtype)
+        return super().rows(op, weight, index)
+
     def _product_with_codes(self, op: Any, x: ir.Value, weight: QuantisedWeight) -> ir.Value:
         """Compute x Wᵀ with x rounded to 8 bit in blocks, by products of whole numbers.
 

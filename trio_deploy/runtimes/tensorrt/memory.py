@@ -242,21 +242,27 @@ def _stored(tensor: TensorProto) -> int:
 
 
 def _table_bytes(stage: StageInfo, graph: ModelProto) -> int:
-    """Bytes of the table that tokens are looked up in; 0 in a stage that looks none up."""
+    """Bytes of the table that tokens are looked up in; 0 in a stage that looks none up.
+
+    One that serves as a quantised head is that head's codes and scales in 8 bit.
+    """
     if stage.kind not in _LOOKS_UP:
         return 0
-    return sum(_stored(each) for each in graph.graph.initializer if each.name == EMBEDDINGS)
+    return sum(_stored(each) for each in graph.graph.initializer if _of_table(each.name))
 
 
 def _head_bytes(stage: StageInfo, graph: ModelProto) -> int:
-    """Bytes of the output head and its scales; tied, it has the name of the table."""
-    own = tuple(f"{name}." for name in (EMBEDDINGS, HEAD))  # codes and scales
-    whole = (HEAD,) if stage.kind in _LOOKS_UP else (EMBEDDINGS, HEAD)
+    """Bytes of the output head; tied, it has the name of the table, whose bytes are not counted."""
     return sum(
         _stored(each)
         for each in graph.graph.initializer
-        if each.name in whole or each.name.startswith(own)
+        if each.name.startswith((EMBEDDINGS, HEAD))
+        and not (stage.kind in _LOOKS_UP and _of_table(each.name))
     )
+
+
+def _of_table(name: str) -> bool:
+    return name == EMBEDDINGS or name.startswith(f"{EMBEDDINGS}.int8")
 
 
 def _bound(stages: Sequence[StageInfo], graphs: Mapping[str, ModelProto], item_bytes: int) -> int:
