@@ -111,8 +111,9 @@ def write_graph(folder: Path, config: ModelConfig, way: Way) -> dict[str, Tensor
     """Write vision.onnx and its random weights; returns where they are."""
     options = GraphOptions(way.dialect, positions="original", query_block=way.query_block)
     models = {"vision": build_vision(config, options)}
-    layout = plan_layout(parts_of(used_weights(models, options.stored_weights(config))))
-    _, contents = serialised([StageInfo("vision", "vision")], models, layout.places)
+    stages, stored = [StageInfo("vision", "vision")], options.stored_weights(config)
+    layout = plan_layout(parts_of(used_weights(stages, models, stored)))
+    _, contents = serialised(stages, models, layout.places)
     (folder / "vision.onnx").write_bytes(contents["vision.onnx"])
     _write_random(folder, layout)
     return dict(layout.places)

@@ -60,6 +60,8 @@ def inspect(bundle: Bundle | str | os.PathLike[str], *, interface: bool = True) 
             continue
         for word, tensors in (("in ", stage.inputs), ("out", stage.outputs)):
             lines.extend(f"    {word} {line}" for line in _tensor_lines(tensors))
+        if stage.looked_up:
+            lines.append(f"    rows of {stage.looked_up[0]}, which the host looks up")
         if stage.weight_inputs:
             lines.append(f"    in  {len(stage.weight_inputs)} weights, which the runtime binds")
     lines.append("made with  " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()))

@@ -31,6 +31,7 @@ Role = Literal[
     "features",  # [R,d] image features of the batch
     "deepstack",  # [R,d] features that are added behind a decoder layer, by its name
     "ids",  # int64 [B,S] token ids
+    "token_embeddings",  # [B,S,d] rows of the table of embeddings, which the host looks up
     "source",  # int64 [B,S] where each token's embedding comes from
     "tokens",  # [B,S,d] embeddings or hidden states
     "positions",  # int64 [B,S], or [B,3,S]: time, row and column
@@ -108,6 +109,8 @@ class StageInfo(msgspec.Struct, frozen=True, omit_defaults=True):
         tensors: names of the weights it refers to, entries of `Manifest.tensors`.
         weight_inputs: those of them that are inputs of the graph, which the runtime binds; they
             are not among `inputs`.
+        looked_up: names of the weights whose rows the host looks up for `token_embeddings`, in
+            memory-mapped files; they are not among `tensors`.
     """
 
     name: str
@@ -120,6 +123,7 @@ class StageInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     outputs: tuple[TensorInfo, ...] = ()
     tensors: tuple[str, ...] = ()
     weight_inputs: tuple[str, ...] = ()
+    looked_up: tuple[str, ...] = ()
 
     @property
     def constants(self) -> tuple[str, ...]:
@@ -294,7 +298,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
                     f"the graph of {stage.name}, {stage.file}, is not among its files: export the "
                     "bundle again"
                 )
-            for name in stage.tensors:
+            for name in (*stage.tensors, *stage.looked_up):
                 if name not in self.tensors:
                     raise TrioError(
                         f"the tensor {name} of {stage.name} has no place: export the bundle again"

@@ -13,6 +13,7 @@ from trio_deploy.bundle.manifest import Kind, Role, TensorInfo
 _ROLES: dict[str, Role] = {
     "image_features": "features",
     "input_ids": "ids",
+    "token_embeddings": "token_embeddings",
     "source_index": "source",
     "inputs_embeds": "tokens",
     "hidden_states": "tokens",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trio_deploy.cli.options import (
     add_chat_template,
+    add_embeddings,
     add_max_pixels,
     add_model,
     add_quantize,
@@ -34,6 +35,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "(dialect onnx; default: the target's)",
     )
     add_quantize(command)
+    add_embeddings(command)
     command.add_argument(
         "--calibrate",
         type=Path,
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
         weights=args.weights,
         quantize=args.quantize,
         selections=args.selections,
+        embeddings=args.embeddings,
         calibration=calibration,
         target=args.target,
         chat_template=args.chat_template,

@@ -102,6 +102,16 @@ def add_quantize(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_embeddings(command: argparse.ArgumentParser) -> None:
+    """Add the option for the place of the table of embeddings."""
+    command.add_argument(
+        "--embeddings",
+        metavar="PLACE",
+        help="device or host: where the table of token embeddings is, in the graphs, or mapped on "
+        "the host, which looks tokens up (default: the target's, else device)",
+    )
+
+
 def add_max_pixels(command: argparse.ArgumentParser) -> None:
     """Add the option for families whose pictures keep their sizes."""
     command.add_argument(

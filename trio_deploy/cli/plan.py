@@ -6,6 +6,7 @@ import argparse
 import json
 
 from trio_deploy.cli.options import (
+    add_embeddings,
     add_max_pixels,
     add_model,
     add_quantize,
@@ -39,6 +40,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--dtype", help="float type of the weights (default: the target's)")
     add_quantize(command)
+    add_embeddings(command)
     command.add_argument("--probes", type=int, default=4, help="probe positions (default: 4)")
     command.add_argument(
         "--paper",
@@ -65,5 +67,6 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         quantize=args.quantize,
         selections=args.selections,
+        embeddings=args.embeddings,
     )
     say(json.dumps(planned.to_json(), indent=2) if args.json else planned.to_text(paper=args.paper))

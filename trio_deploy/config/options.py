@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from trio_deploy.config.target import SELECTIONS, Target
+from trio_deploy.config.target import SELECTIONS, TABLES, Target
 from trio_deploy.errors import TrioError
 from trio_deploy.schedule.budget import check_budget
 from trio_deploy.schedule.schedule import Schedule
@@ -88,6 +88,9 @@ class ExportOptions:
         selections: what selections compute with beside quantised weights: `int8`, copies of their
             layer's matrices and the head in 8 bit, or `float`, the checkpoint's values; None: the
             recipe's, else the target's, else int8.
+        embeddings: where the table of token embeddings is: `device`, in the graphs that look tokens
+            up, or `host`, where the pipeline looks them up in the mapped weight file; None: the
+            target's.
         calibration: what `calibrate` measured, or a function that measures it for these options
             once all else has been checked; `fp8` alone needs it.
         weights: `constants` of the graphs, or `inputs`, which the runtime binds: one copy in memory
@@ -111,6 +114,7 @@ class ExportOptions:
     weights: str | None = None
     quantize: str | None = None
     selections: str | None = None
+    embeddings: str | None = None
     calibration: Calibration | Callable[[ExportOptions], Calibration] | None = None
     target: str | Path | Target | None = None
     chat_template: str | Path | None = None
@@ -121,10 +125,10 @@ class ExportOptions:
     selection: SelectionOptions = field(default_factory=SelectionOptions)
 
     def __post_init__(self) -> None:
-        """Raises TrioError for a budget that is no share, or selections that there are not."""
+        """Raises TrioError for a budget that is no share, or a choice that there is not."""
         if self.budget is not None:
             check_budget(self.budget)
-        if self.selections not in (None, *SELECTIONS):
-            raise TrioError(
-                f"unknown selections {self.selections!r}: choose one of {', '.join(SELECTIONS)}"
-            )
+        for name, allowed in (("selections", SELECTIONS), ("embeddings", TABLES)):
+            value = getattr(self, name)
+            if value not in (None, *allowed):
+                raise TrioError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")

@@ -37,6 +37,8 @@ RUNTIME_KEYS = (
 WEIGHTS = ("constants", "inputs")
 #: What selections compute with beside quantised weights.
 SELECTIONS = ("int8", "float")
+#: Where the table of token embeddings is: in the graphs that look tokens up, or mapped on the host.
+TABLES = ("device", "host")
 _KEYS = (
     "description",
     "runtime",
@@ -45,6 +47,7 @@ _KEYS = (
     "precision",
     "quantize",
     "selections",
+    "embeddings",
     *RUNTIME_KEYS,
 )
 
@@ -98,6 +101,7 @@ class Target:
         limits: request limits engines are built for.
         quantize: scheme to quantise by, as of `ExportOptions`.
         selections: what selections compute with beside quantised weights, as of `ExportOptions`.
+        embeddings: where the table of token embeddings is, as of `ExportOptions`.
     """
 
     name: str
@@ -118,6 +122,7 @@ class Target:
     limits: Limits = Limits()
     quantize: str | None = None
     selections: str | None = None
+    embeddings: str = "device"
 
     @property
     def usable_gib(self) -> float | None:
@@ -174,6 +179,7 @@ def read_target(file: Path) -> Target:
         limits=_limits(file, raw.get("limits", {})),
         quantize=text_of(file, raw, "quantize"),
         selections=choice(file, raw, "selections", SELECTIONS) if "selections" in raw else None,
+        embeddings=choice(file, raw, "embeddings", TABLES, TABLES[0]),
     )
 
 

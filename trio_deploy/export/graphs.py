@@ -13,6 +13,7 @@ from trio_deploy.bundle.roles import tensor_info
 from trio_deploy.bundle.weights import plan_layout
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
+from trio_deploy.graphs.modules import Embedding
 from trio_deploy.graphs.options import GraphOptions
 from trio_deploy.graphs.stages import build_decode, build_embed, build_prefill, build_vision
 from trio_deploy.graphs.values import PART_TYPES, dtype_of, shape_of
@@ -24,12 +25,12 @@ from trio_deploy.selection.stage import build_select
 
 
 def plan_stages(
-    config: ModelConfig, points: Sequence[PruningPoint], separate_decode: bool
+    config: ModelConfig, points: Sequence[PruningPoint], options: GraphOptions
 ) -> list[StageInfo]:
     """Plan the stages of a model in the order in which they run, without their graphs.
 
-    Names: vision, embed, prefill_0, select_1, prefill_1, …, and decode if `separate_decode`. A
-    pruning point before layer 0 leaves no prefill_0: a segment without layers has no stage.
+    Names: vision, embed, prefill_0, select_1, prefill_1, …, and decode where it has a graph of its
+    own. A pruning point before layer 0 leaves no prefill_0: a segment without layers has no stage.
 
     Raises:
         TrioError: layers that do not increase, or that the model does not have.
@@ -41,7 +42,8 @@ def plan_stages(
         raise TrioError(
             f"the pruning layers {layers} must increase and lie within 0…{count - 1}: choose others"
         )
-    stages = [StageInfo("vision", "vision"), StageInfo("embed", "embed")]
+    table = _looked_up(config, options)
+    stages = [StageInfo("vision", "vision"), StageInfo("embed", "embed", looked_up=table)]
     for index, (start, stop) in enumerate(pairwise(bounds)):
         if index:
             method = points[index - 1].method
@@ -49,9 +51,17 @@ def plan_stages(
         if start < stop:
             segment = tuple(range(start, stop))
             stages.append(StageInfo(f"prefill_{index}", "prefill", index, segment))
-    if separate_decode:
+    if options.separate_decode:
         stages.append(StageInfo("decode", "decode", layers=tuple(range(count))))
     return stages
+
+
+def _looked_up(config: ModelConfig, options: GraphOptions) -> tuple[str, ...]:
+    """`StageInfo.looked_up` of embed."""
+    if options.embeddings == "device":
+        return ()
+    table = Embedding.of_tokens(options.make_dialect("embed"), config.text)
+    return tuple(str(part.name) for part in table.parameters())
 
 
 def build_graphs(
@@ -66,7 +76,7 @@ def build_graphs(
     Raises:
         TrioError: layers that do not increase or lie outside the model, or an unknown method.
     """
-    stages = plan_stages(config, points, options.separate_decode)
+    stages = plan_stages(config, points, options)
     segments = [stage.layers for stage in stages if stage.kind == "prefill"]
     scores = encoder_scores(point.method for point in points)
 
@@ -110,23 +120,25 @@ def planned_graphs(
         TrioError: pruning points that do not suit the model.
     """
     models = build_graphs(config, points, options)
-    weights = used_weights(models, options.stored_weights(config))
+    stages = plan_stages(config, points, options)
+    weights = used_weights(stages, models, options.stored_weights(config))
     layout = plan_layout(parts_of(weights))
-    stages = plan_stages(config, points, options.separate_decode)
     described, contents = serialised(stages, models, layout.places)
     return [(stage, contents[stage.file]) for stage in described]
 
 
 def used_weights(
-    models: Mapping[str, ir.Model], weights: Sequence[StoredWeight]
+    stages: Sequence[StageInfo],
+    models: Mapping[str, ir.Model],
+    weights: Sequence[StoredWeight],
 ) -> list[StoredWeight]:
-    """List the weights of which some graph refers to a part, in order.
+    """List the weights of which some graph refers to a part, or rows are looked up, in order.
 
     Raises:
         TrioError: a graph refers to a part that no weight has, or as another shape or type.
     """
     parts = {part.name: part for part in parts_of(weights)}
-    names: set[str] = set()
+    names = {name for stage in stages for name in stage.looked_up}
     for stage, model in models.items():
         for value in open_weights(model):
             name = str(value.name)

@@ -152,6 +152,11 @@ class ExportJob:
             for budget, other in suitable.items()
         }
 
+    @property
+    def stages(self) -> list[StageInfo]:
+        """The stages in the order in which they run, without their graphs."""
+        return plan_stages(self.config, self.schedule.points, self.graphs)
+
 
 @dataclass(frozen=True)
 class WeightPlan:
@@ -268,7 +273,7 @@ def lay_out_weights(job: ExportJob, models: Mapping[str, ir.Model]) -> WeightPla
         TrioError: weights are to be linked that have to be converted.
     """
     dtype = job.graphs.dtype
-    weights = used_weights(models, job.graphs.stored_weights(job.config))
+    weights = used_weights(job.stages, models, job.graphs.stored_weights(job.config))
     parts = parts_of(weights)
     read = None if job.options.graphs_only else job.checkpoint
     sources = sources_by_part(weights, read.tensors) if read else {}
@@ -318,8 +323,7 @@ def write_bundle(
         TrioError: the disk is too full.
     """
     options, target, source, assets = job.options, job.target, job.source, job.assets
-    planned = plan_stages(job.config, job.schedule.points, job.graphs.separate_decode)
-    stages, contents = serialised(planned, models, weights.places)
+    stages, contents = serialised(job.stages, models, weights.places)
     _print_memory(job, stages, contents, progress)
     contents |= assets.files
     needed = sum(len(content) for content in contents.values())
@@ -432,6 +436,7 @@ def _graph_options(
         dtype=options.dtype,  # type: ignore[arg-type]
         quantize=quantize,
         selections=selections,  # type: ignore[arg-type]
+        embeddings=options.embeddings or target.embeddings,  # type: ignore[arg-type]
         stored=stored,
         separate_decode=target.decode_layout == "separate",
         query_block=runtime_spec(target.runtime).query_block(str(options.dialect)),

@@ -8,7 +8,7 @@ from typing import Literal
 
 from trio_deploy.bundle.manifest import Kind
 from trio_deploy.config.options import DEFAULT_THRESHOLD
-from trio_deploy.config.target import SELECTIONS, WEIGHTS
+from trio_deploy.config.target import SELECTIONS, TABLES, WEIGHTS
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
 from trio_deploy.graphs.dialects.base import Dialect
@@ -44,6 +44,8 @@ class GraphOptions:
         query_block: as of `Dialect`, for the vision tower over pictures of any size.
         quantize: scheme of `quant.schemes.SCHEMES` for decoder layers and the head; None: float.
         selections: what selections compute with beside quantised weights, `int8` or `float`.
+        embeddings: whether graphs that look tokens up hold the table of embeddings (`device`), or
+            take `token_embeddings`, which the host has looked up (`host`).
         stored: matrices that the checkpoint holds quantised, whose scheme `quantize` names; None:
             all are rounded.
         inputs: as of `Scheme`.
@@ -60,6 +62,7 @@ class GraphOptions:
     query_block: int | None = None
     quantize: str | None = None
     selections: Literal["int8", "float"] = "int8"
+    embeddings: Literal["device", "host"] = "device"
     stored: Mapping[str, StoredMatrix] | None = None
     inputs: Mapping[str, float] | None = None
 
@@ -71,6 +74,7 @@ class GraphOptions:
             ("positions", ("original", "renumber")),
             ("weights", WEIGHTS),
             ("selections", SELECTIONS),
+            ("embeddings", TABLES),
         ):
             value = getattr(self, name)
             if value not in allowed:

@@ -54,26 +54,33 @@ def build_vision(
 def build_embed(config: ModelConfig, options: GraphOptions) -> ir.Model:
     """Write embed.onnx: text and image rows to one sequence.
 
-    Inputs: input_ids int64 [B, S], image_features [R, d] (R may be 0), source_index int64 [B, S].
-    Output: inputs_embeds [B, S, d].
+    Inputs: input_ids int64 [B, S], or token_embeddings [B, S, d] with embeddings on the host;
+    image_features [R, d] (R may be 0); source_index int64 [B, S]. Output: inputs_embeds [B, S, d].
 
     An entry e of source_index picks the embedding of this row's token e if e < S, image row e-S
     (rows counted over the whole batch) if e < S + R, and the newline row if e = S + R. Ids that no
-    entry picks are not looked up, so placeholders outside the vocabulary do no harm.
+    entry picks are not looked up, so placeholders outside the vocabulary do no harm. Rows of
+    token_embeddings are those that the entries pick, in their places.
     """
     text = config.text
     size = text.hidden_size
     d = options.make_dialect("embed")
     stage = Stage("embed", d)
     op = stage.op
-    ids = stage.input("input_ids", INT64, ["B", "S"])
+    on_host = options.embeddings == "host"
+    if on_host:
+        tokens = stage.input("token_embeddings", d.dtype, ["B", "S", size])
+    else:
+        tokens = stage.input("input_ids", INT64, ["B", "S"])
     features = stage.input("image_features", d.dtype, ["R", size])
     source = stage.input("source_index", INT64, ["B", "S"])
 
-    length = op.Shape(ids, start=1, end=2)
+    length = op.Shape(tokens, start=1, end=2)
     is_text = op.Less(source, length)
-    token = op.GatherElements(ids, op.Where(is_text, source, 0), axis=1)
-    words = Embedding.of_tokens(d, text)(op, op.Where(is_text, token, 0))
+    words = tokens
+    if not on_host:
+        token = op.GatherElements(tokens, op.Where(is_text, source, 0), axis=1)
+        words = Embedding.of_tokens(d, text)(op, op.Where(is_text, token, 0))
     rows = op.Concat(features, Newline(d, config)(op), axis=0)
     visual = op.Gather(rows, op.Where(is_text, 0, op.Sub(source, length)), axis=0)
     y = op.Where(op.Unsqueeze(is_text, [2]), words, visual)
@@ -160,17 +167,21 @@ def build_decode(
 ) -> ir.Model:
     """Write decode.onnx: one step of all layers, for bundles that decode apart from prefill.
 
-    Inputs: input_ids int64 [B, 1]; position_ids and lengths int64 [B, segments], of which column s
-    belongs to the layers of segment s (segments without layers are not counted): the new token's
-    position there and the number of tokens valid before it; past.{i}.key / .value
-    [B, G, C_s, D], one capacity C_s per segment. Outputs: logits float32 [B, V] and
-    present.{i}.key / .value of the same shapes, the new token at slot lengths[:, s].
+    Inputs: input_ids int64 [B, 1], or token_embeddings [B, 1, d] with embeddings on the host;
+    position_ids and lengths int64 [B, segments], of which column s belongs to the layers of segment
+    s (segments without layers are not counted): the new token's position there and the number of
+    tokens valid before it; past.{i}.key / .value [B, G, C_s, D], one capacity C_s per segment.
+    Outputs: logits float32 [B, V] and present.{i}.key / .value of the same shapes, the new token
+    at slot lengths[:, s].
     """
     text = config.text
     d = options.make_dialect("decode")
     stage = Stage("decode", d)
     op = stage.op
-    tokens = stage.input("input_ids", INT64, ["B", 1])
+    if options.embeddings == "host":
+        tokens = stage.input("token_embeddings", d.dtype, ["B", 1, text.hidden_size])
+    else:
+        tokens = stage.input("input_ids", INT64, ["B", 1])
     positions = stage.input("position_ids", INT64, ["B", len(segments)])
     lengths = stage.input("lengths", INT64, ["B", len(segments)])
     pasts = {
@@ -179,8 +190,11 @@ def build_decode(
         for i in range(start, stop)
     }
 
-    table = Embedding.of_tokens(d, text)
-    x = table(op, tokens)
+    table = None
+    x = tokens
+    if options.embeddings == "device":
+        table = Embedding.of_tokens(d, text)
+        x = table(op, tokens)
     presents = {}
     for s, (start, stop) in enumerate(segments):
         angles = rotary_angles(op, d, text, op.Slice(positions, [s], [s + 1], [1]))

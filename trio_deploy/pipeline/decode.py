@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from trio_deploy.bundle.manifest import Role
 from trio_deploy.errors import TrioError
 from trio_deploy.pipeline.cache import SegmentCache
 from trio_deploy.pipeline.prefill import Stages
@@ -33,7 +34,11 @@ class Decoder:
         self._caches = caches
         self._renumber = positions == "renumber"
         self._next_positions = next_positions
-        self._ids = np.zeros((rows, 1), np.int64)
+        self._table = stages.table
+        if self._table is None:
+            self._tokens = np.zeros((rows, 1), np.int64)
+        else:
+            self._tokens = np.zeros((rows, 1, self._table.size), self._table.dtype)
         self._logits: np.ndarray = np.empty((rows, stages.vocab_size), np.float32)
         # [segments, B], either as decode.onnx takes them, transposed, or one row per segment, of
         # which each takes [B, 1] positions, or [B, 3, 1] equal ones.
@@ -58,7 +63,7 @@ class Decoder:
             TrioError: a cache is full.
         """
         rows = len(tokens)
-        self._ids[:rows, 0] = tokens
+        self._tokens[:rows, 0] = tokens if self._table is None else self._table.rows(tokens)
         for column, cache in enumerate(self._caches.values()):
             if int(cache.lengths.max()) >= cache.capacity:
                 raise TrioError(f"the KV cache is full: it holds {cache.capacity} tokens")
@@ -84,13 +89,18 @@ class Decoder:
             self._bound[rows] = [self._stages.sequence(each) for each in steps]
         return self._bound[rows]
 
+    def _token_feeds(self, rows: int) -> dict[Role, Array]:
+        """What stands for the new tokens: their ids, or their embeddings looked up on the host."""
+        role: Role = "ids" if self._table is None else "token_embeddings"
+        return {role: self._tokens[:rows]}
+
     def _bind_decode(self, rows: int, caches: dict[str, SegmentCache], step: int) -> list[Step]:
         stage = self._stages.decode
         assert stage is not None
         feeds = self._stages.feeds(
             stage,
             {
-                "ids": self._ids[:rows],
+                **self._token_feeds(rows),
                 "positions": self._positions.T[:rows],
                 "past_lengths": self._lengths.T[:rows],
             },
@@ -113,7 +123,7 @@ class Decoder:
         zeros, ones = np.zeros((rows, 1), np.int64), np.ones(rows, np.int64)
         embed = stages.engines[stages.embed.name].bind(
             stages.feeds(
-                stages.embed, {"ids": self._ids[:rows], "features": nothing, "source": zeros}
+                stages.embed, {**self._token_feeds(rows), "features": nothing, "source": zeros}
             ),
             {stages.embed.output_name("tokens"): hidden[0]},
         )

@@ -21,6 +21,7 @@ from trio_deploy.pipeline.features import FeatureCache, KeyedLayout, Outputs
 from trio_deploy.pipeline.memory import memory_for
 from trio_deploy.pipeline.pieces import Piece, Turn, at_once
 from trio_deploy.pipeline.prompt import Batch
+from trio_deploy.pipeline.token_table import TokenTable
 from trio_deploy.runtimes.arrays import concatenate, on_host, to_host
 from trio_deploy.runtimes.base import Array, Blocks, Engine, HostMoment, Moment, Runtime
 from trio_deploy.schedule.methods import METHODS
@@ -96,6 +97,7 @@ class Stages:
         info: descriptions of all stages, by name.
         segments: names of the stages with decoder layers, in order.
         vision, embed: descriptions of the stages that a bundle has once.
+        table: the table of embeddings that tokens are looked up in; None: graphs hold it.
         decode: description of the stage that decodes; None where the segments themselves do.
         buffer_sets: sets of buffers per cache: 1 where a step writes in place, else 2.
         layers: numbers of each segment's layers.
@@ -133,6 +135,7 @@ class Stages:
                     shares_weights=selects or stage.kind == "embed",
                 )
         self.vision, self.embed = bundle.only("vision"), bundle.only("embed")
+        self.table = TokenTable.of(bundle)
         tower = bundle.config.vision
         # Tiles of one size are small.
         of_any_size = holds_scores and isinstance(tower, PatchTowerConfig)
@@ -289,18 +292,17 @@ class Stages:
             encoded = self.encode_images(images)
         turn(Piece("embed", batch.input_ids.size))
         with clock.stage("embed", self._moment):
-            embed = self.feeds(
-                self.embed,
-                {
-                    "ids": batch.input_ids,
-                    "features": encoded.features,
-                    "source": batch.source_index,
-                },
-            )
+            ids, source = batch.input_ids, batch.source_index
+            values: dict[Role, Array] = {"features": encoded.features, "source": source}
+            if self.table is None:
+                values["ids"] = ids
+            else:
+                values["token_embeddings"] = self.table.rows_for_text(ids, source)
+            embed = self.feeds(self.embed, values)
             out = self.engines[self.embed.name].run(embed, host=())
             hidden = out.pop(self.embed.output_name("tokens"))
         deepstack, scores, rows = encoded.deepstack, encoded.scores, encoded.features.shape[0]
-        del embed, encoded
+        del embed, values, encoded
         tokens = _Tokens(
             hidden,
             batch.position_ids,

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trio_deploy.bundle.bundle import Bundle
+from trio_deploy.bundle.manifest import StageInfo
 from trio_deploy.checkpoint.resolve import from_folder
 from trio_deploy.config.options import RuntimeOptions
 from trio_deploy.errors import TrioError
@@ -23,6 +24,7 @@ from trio_deploy.export.cache import find_bundle
 from trio_deploy.families.registry import request_limits
 from trio_deploy.pipeline.pipeline import Pipeline
 from trio_deploy.pipeline.request import Request
+from trio_deploy.pipeline.token_table import TokenTable
 from trio_deploy.reference.trace import Tensors
 from trio_deploy.runtimes.base import Engine
 from trio_deploy.runtimes.onnxruntime import RUNTIME as ORT
@@ -206,6 +208,7 @@ def _run(bundle: Bundle, stage: str, engine: Engine, feeds: Tensors) -> Mapping[
     outputs_of = {(t.layer, t.part): t.name for t in info.outputs_of("cache")}
     cached = {t.name: t for t in info.inputs_of("cache")}
     presents = {name: outputs_of[t.layer, t.part] for name, t in cached.items()}
+    feeds = _with_token_embeddings(bundle, info, feeds)
     taken = {}
     capacities = {}
     for name, spec in engine.inputs.items():
@@ -232,6 +235,17 @@ def _run(bundle: Bundle, stage: str, engine: Engine, feeds: Tensors) -> Mapping[
     for name in outputs_of.values():
         outputs[name] = outputs[name][:, :, : capacities.get(name), :head_dim]
     return outputs
+
+
+def _with_token_embeddings(bundle: Bundle, stage: StageInfo, feeds: Tensors) -> Tensors:
+    """Inputs of a stage with the embeddings that its host looks up, by the reference's ids."""
+    taken = stage.inputs_of("token_embeddings")
+    table = TokenTable.of(bundle) if taken else None
+    if table is None:
+        return feeds
+    ids = feeds["input_ids"]
+    source = feeds.get("source_index", np.zeros_like(ids))  # a decode step has one token
+    return feeds | {taken[0].name: table.rows_for_text(ids, source)}
 
 
 def _compare_engines(

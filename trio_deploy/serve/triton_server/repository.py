@@ -132,6 +132,12 @@ def write_repository(
             "Triton cannot serve these stages as models of their own, since each request would "
             "have to bring their weights: leave out --stages, or export with --weights constants"
         )
+    if options.stages and any(stage.looked_up for stage in bundle.manifest.stages):
+        raise TrioError(
+            "Triton cannot serve these stages as models of their own, since each request would "
+            "have to bring its token embeddings: leave out --stages, or export with --embeddings "
+            "device"
+        )
     settings = check_settings(_parameters(options, runtime, target))
     if options.budget is not None:
         bundle.schedule_at(options.budget)  # its error says why there is none
