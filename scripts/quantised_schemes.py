@@ -250,7 +250,7 @@ def page(found: dict[str, Any]) -> str:
         "in 16 bit, without codes: what rounding alone changes. "
         f"{machine_text(found['machine'], *found['load'])} Made by `python "
         f"scripts/quantised_schemes.py MODEL --schedule {found['schedule'].replace(', ', ',')} "
-        f"--out`.\n\n{table(found['rows'])}\n"
+        f"--scenes {asked // 16} --out`.\n\n{table(found['rows'])}\n"
     )
     for file in (OUT.parent / f"eval-quantised-{scheme}.json" for scheme in WHOLE_NUMBERS):
         if file.is_file():

@@ -3,7 +3,8 @@
 A scheme says how many bits the matrices of the decoder layers have, as whole numbers or floats. The
 output head is in whole numbers of 8 bit, since 4 move more tokens there than anywhere else; so are
 the copies of a layer's matrices that selections compute with, since it is their rounding that
-decides which tokens are kept. Everything else stays float.
+decides which tokens are kept, and a table of embeddings that serves as the head. Everything else
+stays float.
 """
 
 from __future__ import annotations
