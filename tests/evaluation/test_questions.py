@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from scripts.readme_figures import EXAMPLES
 from trio_deploy import TrioError
 from trio_deploy.evaluation import scenes
 from trio_deploy.evaluation.questions import annotate, read_questions, scene_questions
@@ -193,3 +194,18 @@ def test_a_question_file_that_is_none_is_named(tmp_path, pictures):
 def test_exact_has_no_annotation_file(tmp_path):
     with pytest.raises(TrioError, match="put `answer`"):
         annotate([], "exact", tmp_path)
+
+
+def test_the_file_of_the_examples_asks_about_their_scenes() -> None:
+    """The documents name it: whoever has the repository can run their commands as they are."""
+    root = Path(__file__).parents[2]
+    asked = read_questions(root / "examples" / "questions.jsonl")
+    found = {(q.picture, q.prompt, q.reference) for q in asked}
+    assert found == {
+        (f"{name}.png", question.text, question.answer)
+        for name, (seed, family) in EXAMPLES.items()
+        for question in scenes.generate(seed, family).questions
+    }
+    assert len({q.id for q in asked}) == len(asked) == len(found)
+    for page in ("README.md", "docs/evaluation.md", "docs/quantisation.md"):
+        assert "examples/questions.jsonl" in (root / page).read_text(encoding="utf-8")
