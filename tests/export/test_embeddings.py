@@ -157,6 +157,32 @@ def test_weights_may_be_inputs_or_codes_beside_it(exported) -> None:
         assert_equal_to_the_last_bit(*answers)
 
 
+@pytest.mark.parametrize(
+    ("dialect", "runtime", "dtype"),
+    [
+        ("ort", "onnxruntime", "float32"),
+        ("ort", "onnxruntime", "float16"),
+        ("primitive", "openvino", "float32"),
+    ],
+)
+def test_rows_of_a_table_in_codes_are_dequantised(
+    exported, dialect: str, runtime: str, dtype: str
+) -> None:
+    """One that is the head, which is quantised, in blocks (`ort`) and with a scale per row."""
+    bundles = [
+        exported("qwen3_vl", place, quantize="int4", dialect=dialect, dtype=dtype)
+        for place in ("host", "device")
+    ]
+    codes = f"{EMBEDDINGS}.int8"
+    assert bundles[0].only("embed").looked_up == (codes, f"{codes}.scale")
+    assert not bundles[0].only("embed").tensors
+    answers = [
+        Pipeline.open(each, runtime=runtime, threads=1).generate_batch(requests())
+        for each in bundles
+    ]
+    assert_equal_to_the_last_bit(*answers)
+
+
 def test_weights_are_attached_or_linked(exported, checkpoint, tmp_path: Path) -> None:
     given, model = {"schedule": SCHEDULE, "embeddings": "host", "progress": False}, "qwen3_vl"
     export_model(checkpoint(model), tmp_path / "graphs", graphs_only=True, **given)
@@ -204,7 +230,7 @@ def test_a_token_beyond_the_table_is_named(exported) -> None:
         table.rows(np.array([3, 61]))
     # Placeholders of pictures may be beyond it.
     found = table.rows_for_text(np.array([[3, 999]]), np.array([[0, 2]]))
-    assert np.array_equal(found[0], [table.rows(np.array(3)), np.zeros(table.size)])
+    assert np.array_equal(found[0], [*table.rows(np.array([3])), np.zeros(table.size)])
 
 
 @pytest.mark.parametrize(
