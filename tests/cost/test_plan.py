@@ -97,6 +97,23 @@ def test_engines_with_float_selections_hold_more():
     assert wide.layouts[0].all_weights > narrow.layouts[0].all_weights
 
 
+def test_a_table_on_the_host_is_left_out_and_advised_where_it_decides():
+    asked = {"quantize": "int4", "target": "jetson-orin-nano-8gb", "progress": False}
+    within = plan("qwen2.5-vl-3b", max_pixels=700_000, **asked).fit
+    (advice,) = within.advice
+    assert within.fits is False and advice.startswith("it fits with --embeddings host")
+    host = plan("qwen2.5-vl-3b", max_pixels=700_000, embeddings="host", **asked).fit
+    assert host.fits and not host.advice
+    table = 151_936 * (2048 + 4)  # codes of the tied table, and a scale per row
+    assert within.layouts[0].table == table and host.layouts[0].table == 0
+    assert within.weights - host.weights == pytest.approx(table, rel=1e-3)
+    assert "mapped on the host, 297 MiB for the output head" in host.vocabulary
+    beyond = plan("qwen2.5-vl-3b", **asked).fit
+    assert not any("--embeddings" in each for each in beyond.advice)
+    weights, request = "the weights, 3.52 GiB", "a request at these limits, 3.74 GiB"
+    assert f"{weights}, and {request}, exceed 5.4 GiB together" in beyond.advice
+
+
 def test_a_scheme_that_a_target_does_not_take_is_refused():
     with pytest.raises(TrioError, match="TensorRT 10.3 does not take weights in int4-g32"):
         plan("llava-1.5-7b", target="jetson-orin-nx-16gb", quantize="int4-g32", progress=False)

@@ -110,6 +110,7 @@ class Case:
         schedule: as for `trio export`; "": the recipe's.
         quantize: scheme of the weights; "": they are float.
         gpu: compute capability that the target names, for schemes that not every GPU has.
+        embeddings: where the table of embeddings is; "": in the graphs.
     """
 
     model: str = "tiny"
@@ -119,9 +120,11 @@ class Case:
     schedule: str = ""
     quantize: str = ""
     gpu: str = ""
+    embeddings: str = ""
 
     def __str__(self) -> str:
         words = (self.model, self.dialect, self.layout, self.dtype, self.schedule, self.quantize)
+        words += (self.embeddings,)
         return "-".join(word for word in words if word)
 
 
@@ -168,6 +171,8 @@ class Compiler:
             options["graphs_only"] = True
         if case.quantize:
             options["quantize"] = case.quantize
+        if case.embeddings:
+            options["embeddings"] = case.embeddings
         if case.quantize == "fp8":
             options["calibration"] = calibration_of(Path(self._model(case.model)))
         bundle = Bundle.load(self._bundles.path(self._model(case.model), **options))

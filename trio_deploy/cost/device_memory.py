@@ -78,6 +78,7 @@ def planned(
         separate_decode=target.decode_layout == "separate",
         quantize=target.quantize,
         selections=target.selections or "int8",  # type: ignore[arg-type]  # of a checked target
+        embeddings=target.embeddings,  # type: ignore[arg-type]  # of a checked target
     )
     stages, graphs = _graphs(config, schedule, options)
     return memory(stages, graphs, config, schedule, target, budgets)
@@ -131,6 +132,12 @@ def _advice(model: _Model, result: Fit) -> Iterator[str]:
                 "a copy of the target's file (--target FILE)"
             )
             return
+    if target.embeddings == "device":
+        needed = model.memory(replace(target, embeddings="host"))
+        if needed.total <= usable:
+            table = format_bytes(result.layouts[0].table)
+            yield f"it fits with --embeddings host, which leaves out the table's {table}"
+            return
     weights = min(each.all_weights for each in result.layouts)
     if weights < usable:
         for changes in _smaller(target.limits):
@@ -163,9 +170,10 @@ def _advice(model: _Model, result: Fit) -> Iterator[str]:
             )
             return
     if weights < usable:
+        request = min(each.total for each in result.layouts) - weights
         yield (
-            f"the weights alone, {format_bytes(weights)} of {format_bytes(usable)}, leave too "
-            "little for a request"
+            f"the weights, {format_bytes(weights)}, and a request at these limits, "
+            f"{format_bytes(request)}, exceed {format_bytes(usable)} together"
         )
     else:
         nor = ", nor do quantised weights" if target.quantize is None and schemes else ""
@@ -213,6 +221,7 @@ def _smallest_target(model: _Model, asked: Target, weights: int) -> str | None:
                 dtype=asked.dtype,
                 quantize=asked.quantize,
                 selections=asked.selections,
+                embeddings=asked.embeddings,
             )
             needed = model.memory(same).total
         except TrioError:  # its limits do not suit the model

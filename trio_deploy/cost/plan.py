@@ -27,7 +27,7 @@ from trio_deploy.cost.flops import (
 )
 from trio_deploy.errors import TrioError
 from trio_deploy.families.base import ModelConfig
-from trio_deploy.families.names import HEAD
+from trio_deploy.families.names import EMBEDDINGS, HEAD
 from trio_deploy.families.registry import check_methods, request_limits
 from trio_deploy.files import format_bytes
 from trio_deploy.quant.quantization_config import require_float
@@ -248,9 +248,9 @@ def plan(
 
     Args:
         model: recipe name or file, checkpoint folder (its config.json is enough), or hub id.
-        options: budget, schedule, method, target, dtype, quantize, selections and max_pixels are
-            used, as in `export_model`; whether it fits is said of the target, or of this machine if
-            that is a CPU.
+        options: budget, schedule, method, target, dtype, quantize, selections, embeddings and
+            max_pixels are used, as in `export_model`; whether it fits is said of the target, or of
+            this machine if that is a CPU.
         visual_tokens: visual tokens of the prompt; None: the maximum of one image, without
             newlines.
         text_tokens: text tokens of the prompt.
@@ -356,7 +356,7 @@ def _weight_bytes(config: ModelConfig, schedule: Schedule, device: Target) -> in
     parts = parts_of(stored_weights(config, options.make_dialect()))
     selected = tuple(f"language_model.layers.{layer}." for layer in schedule.layers)
     if any(point.method == "trio" for point in schedule.points):
-        selected += (HEAD,)
+        selected += (HEAD, EMBEDDINGS)  # tied, it has the table's name
     copies = parts_of(stored_weights(config, options.make_dialect("select")))
     parts += [part for part in copies if part.name.startswith(selected)]
     return sum(part.nbytes for part in {part.name: part for part in parts}.values())
@@ -402,6 +402,7 @@ def _device(options: ExportOptions, recipe: Recipe | None, stored: bool) -> Targ
         dtype=dtype or device.dtype,
         quantize=scheme,
         selections=selections if scheme else None,
+        embeddings=options.embeddings or device.embeddings,
     )
 
 

@@ -145,8 +145,8 @@ class SchemeResults:
             return f"{bars}: met by every configuration."
         missed = sum(bool(row.problems) for row in self.rows)
         return (
-            f"{bars}: missed by {missed} of {len(self.rows)} configurations. A wider scheme, "
-            "--selections float or a smaller budget keeps more of the same tokens."
+            f"{bars}: missed by {missed} of {len(self.rows)} configurations. A wider scheme keeps "
+            "more of the same tokens."
         )
 
     def to_json(self) -> dict[str, Any]:

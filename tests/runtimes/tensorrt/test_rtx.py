@@ -600,6 +600,24 @@ def test_tokens_are_looked_up_in_codes_that_stay_narrow(
     assert held["int8"] < 0.6 * held[""]
 
 
+@pytest.mark.parametrize(
+    ("dialect", "layout", "stage"),
+    [("primitive", "shared", "embed"), ("onnx", "separate", "decode")],
+)
+def test_engines_hold_no_table_that_is_on_the_host(
+    compiler: Compiler, dialect: str, layout: str, stage: str
+) -> None:
+    held, stored = {}, {}
+    for place in ("", "host"):
+        case = Case("qwen2_5_vl", dialect, layout, schedule=QWEN_SCHEDULE, embeddings=place)
+        made = compiler.compile(case, stage)
+        held[place], stored[place] = made.report.weight_bytes, stored_bytes(made.graph)
+    text = made.bundle.config.text
+    table = 2 * text.vocab_size * text.hidden_size
+    assert stored[""] - stored["host"] == table
+    assert held[""] - held["host"] >= table
+
+
 @pytest.mark.parametrize(("dialect", "layout"), [("primitive", "shared"), ("onnx", "separate")])
 def test_zero_points_of_a_checkpoint_cost_their_offsets_alone(
     compiler: Compiler, dialect: str, layout: str

@@ -316,14 +316,15 @@ class Fit:
 
         Empty if engines get their weights as inputs, of which there is one copy.
         """
-        own = self.layouts[0]
-        if not own.table:
-            return ""
-        text = f"{format_bytes(own.table)} of them for the table of embeddings"
+        own, parts = self.layouts[0], []
+        if own.table:
+            parts.append(f"{format_bytes(own.table)} of them for the table of embeddings")
+        elif self.target.embeddings == "host":
+            parts.append("without the table of embeddings, which is mapped on the host")
         if own.heads:
             engines = f"each of {len(own.heads)} engines" if len(own.heads) > 1 else "one engine"
-            text += f", {format_bytes(max(own.heads))} for the output head in {engines}"
-        return text
+            parts.append(f"{format_bytes(max(own.heads))} for the output head in {engines}")
+        return ", ".join(parts)
 
     @property
     def oversized(self) -> bool:
