@@ -221,6 +221,25 @@ def test_weights_that_are_inputs_are_on_the_device_once(
     assert any(sum(name in e.bound for e in engines) > 1 for name in matrices)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("kind", [SHARED, ONNX], ids="-".join)
+def test_tokens_are_looked_up_on_the_host_at_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    llava_next_checkpoint: Path,
+    kind: tuple[str, str, str],
+) -> None:
+    """Recorded steps take the rows that were looked up since."""
+    simulation = install(monkeypatch, kind[0])
+    target = make_target(tmp_path, *kind)
+    target.write_text(target.read_text() + "embeddings: host\n")
+    bundle = export_for(llava_next_checkpoint, tmp_path, target, SCHEDULE)
+    assert bundle.only("embed").looked_up
+    expected = Pipeline.open(bundle, runtime="onnxruntime", threads=1).generate_batch(requests())
+    found = Machine(simulation, bundle, target).pipeline().generate_batch(requests())
+    assert [a.token_ids for a in found] == [a.token_ids for a in expected]
+    assert simulation.cuda.launches > 0
+
+
 def test_cuda_python_before_12_8_is_known_by_its_old_name(
     bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
