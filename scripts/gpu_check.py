@@ -2,9 +2,10 @@
 
 Run by scripts/gpu_check.sh. In order: the tests marked gpu; the tiny model in both decode layouts,
 each engine against ONNX Runtime and the oracle; where TensorRT-RTX is installed, its engines, with
-weights as inputs and as constants; a 7B LLaVA-NeXT with random weights: its engines,
-its times with and without pruning, torch's on the same GPU (transformers unpruned, and the oracle,
-which prunes by autograd), and its engines against ONNX Runtime.
+weights as inputs and as constants; a smaller model in every scheme of quantised weights that the
+GPU takes, sizes and parity; a 7B LLaVA-NeXT with random weights: its engines, its times with and
+without pruning, torch's on the same GPU (transformers unpruned, and the oracle, which prunes by
+autograd), and its engines against ONNX Runtime.
 
 Every part runs in a process of its own (scripts/gpu/parts.py), so that a failure or crash stops no
 other, and after every part the results are written to gpu-<name>.json and .md. A second run
@@ -35,16 +36,19 @@ sys.path.insert(0, str(ROOT))
 from scripts.gpu.parts import host_env, made  # noqa: E402
 from scripts.gpu.report import slug, to_markdown  # noqa: E402
 
-PARTS = ("tests", "tiny", "rtx", "build", "times", "torch", "parity")
+PARTS = ("tests", "tiny", "rtx", "quantised", "build", "times", "torch", "parity")
 _TINY = [
     f"tiny {dtype} {way}" for dtype in ("float32", "float16") for way in ("shared", "separate")
 ]
 #: All parts, in the order of the report.
-_ORDER = ("host", "torch host", "tests", *_TINY, "rtx", "export", *PARTS[PARTS.index("build") :])
+_ORDER = (
+    *("host", "torch host", "tests", *_TINY, "rtx", "quantised", "export"),
+    *PARTS[PARTS.index("build") :],
+)
 CHILD = ["-X", "faulthandler", "-m", "scripts.gpu.parts"]
 #: Parts that continue after a step that ended their process.
 _STEPWISE = ("build", "parity")
-_NEED_TENSORRT = ("tests", "tiny", "build", "times", "parity")
+_NEED_TENSORRT = ("tests", "tiny", "quantised", "build", "times", "parity")
 #: Parts whose results are about the large model's engines.
 _OF_ENGINES = ("build", "times", "parity")
 _UNFINISHED = 3

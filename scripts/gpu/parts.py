@@ -20,6 +20,7 @@ import sys
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,13 @@ dtype: {dtype}
   typical_visual_tokens: {usual}
   typical_new_tokens: {new}
 """
-#: Model that TensorRT-RTX is timed with in place of 7B, of which constants do not fit 24 GB.
-RTX_SIZE = "d=2048,layers=16,tower=clip-l-336"
+#: Model in place of 7B that TensorRT-RTX is timed with, of which constants do not fit 24 GB, and
+#: that is built in every scheme.
+MIDDLE_SIZE = "d=2048,layers=16,tower=clip-l-336"
+#: Scheme → bytes of its segments' engines, as a share of float16's at most.
+NARROW = {"int8": 0.6, "int4": 0.35, "fp8": 0.6, "nvfp4": 0.4}
+#: Questions that scales of activations are measured over.
+QUESTIONS = ROOT / "examples" / "questions.jsonl"
 _RTX_TARGET = """
 description: the card of this check
 runtime: tensorrt-rtx
@@ -151,6 +157,7 @@ class Part:
         self.host: Mapping[str, Any] = settings["host"]
         self.torch_python = settings["torch_python"]
         self.dialect = self.host.get("dialect", "primitive")
+        self.middle_size = MIDDLE_SIZE if self.size == "llava-next-7b" else self.size
 
     # ------------------------------------------------------------------------------- the hosts
 
@@ -294,8 +301,7 @@ class Part:
         from trio_deploy import RuntimeOptions
         from trio_deploy.bench.measure import UNPRUNED, BenchOptions, measure
 
-        size = RTX_SIZE if self.size == "llava-next-7b" else self.size
-        name, checkpoint = self.checkpoint(size)
+        name, checkpoint = self.checkpoint(self.middle_size)
         options = BenchOptions(
             new_tokens=NEW_TOKENS,
             runs=self.runs,
@@ -317,6 +323,41 @@ class Part:
             bound, constant = (found[weights][key]["median"] for weights in found)
             text = f"{bound / constant:.2f} times that of constants, {name}"
             self.result.note(f"rtx, weights as inputs, {what}", True, text, value=bound / constant)
+
+    def run_quantised(self) -> None:
+        """Build a model in float16 and in each scheme: sizes of segments' engines, and parity.
+
+        ONNX Runtime has no floats of 4 bit to compare with.
+        """
+        from trio_deploy.quant.schemes import NO_SCHEME
+        from trio_deploy.runtimes.registry import load_target
+        from trio_deploy.runtimes.tensorrt.target import target_schemes
+
+        name, checkpoint = self.checkpoint(self.middle_size)
+        layout = "separate" if self.dialect == "onnx" else "shared"
+        limits = {"batch": 1, "images": 1, "text": 128, "new": NEW_TOKENS}
+
+        def built(scheme: str) -> tuple[Any, Path, int]:
+            self.result.doing(f"quantised, {scheme}: engines of {name}")
+            bundle, target = self.bundle(
+                checkpoint, "float16", layout, link=False, quantize=scheme, **limits
+            )
+            self.build(bundle, target)
+            sizes = self.result.figures["built"][target.parent.name]
+            return bundle, target, sum(sizes[s.name]["bytes"] for s in bundle.of_kind("prefill"))
+
+        _, target, whole = built(NO_SCHEME)
+        for scheme in filter(NARROW.__contains__, target_schemes(load_target(target))):
+            try:
+                bundle, _, size = built(scheme)
+                text = f"engines of segments have {size / whole:.2f} of float16's bytes"
+                good = size <= NARROW[scheme] * whole
+                self.result.note(f"quantised, {scheme}, size", good, text, value=size / whole)
+                if scheme != "nvfp4":
+                    rows = self.engines(bundle, list(bundle.stages))
+                    self.note_rows(f"quantised, {scheme}, parity", rows, "ONNX Runtime")
+            except Exception as error:
+                self.result.failed(f"quantised, {scheme}", error)
 
     def run_build(self) -> None:
         """Build the 7B model's engines one after another; a failure does not stop the others."""
@@ -462,18 +503,27 @@ class Part:
         return bundle
 
     def bundle(
-        self, model: Any, dtype: str, layout: str, *, link: bool, **limits: int
+        self,
+        model: Any,
+        dtype: str,
+        layout: str,
+        *,
+        link: bool,
+        quantize: str = "none",
+        **limits: int,
     ) -> tuple[Any, Path]:
         """A bundle for this GPU, exported if missing, and its target's file.
 
         Args:
             link: hard-link the checkpoint's files instead of copying weights.
+            quantize: scheme of its weights.
         """
-        from trio_deploy import Bundle, export_model
+        from trio_deploy import Bundle, calibrate, export_model
         from trio_deploy.evaluation.configurations import Source
         from trio_deploy.families.registry import request_limits
 
-        folder = self.work / f"{Path(str(model)).name}-{dtype}-{layout}"
+        kind = dtype if quantize == "none" else quantize
+        folder = self.work / f"{Path(str(model)).name}-{kind}-{layout}"
         folder.mkdir(parents=True, exist_ok=True)
         target, place, mark = folder / "this-gpu.yaml", folder / "bundle", folder / _MARK
         capability, memory = self.host.get("compute_capability"), self.host.get("memory_gib")
@@ -514,6 +564,8 @@ class Part:
                 budget=self.budget,
                 target=target,
                 dtype=dtype,
+                quantize=quantize,
+                calibration=partial(calibrate, model, QUESTIONS) if quantize == "fp8" else None,
                 link_weights=link,
                 force=True,
                 progress=False,
@@ -560,18 +612,22 @@ class Part:
         """Compare a bundle's engines with ONNX Runtime, at three shapes per profile."""
         from trio_deploy.runtimes.onnxruntime import OrtRuntime
         from trio_deploy.runtimes.registry import open_runtime
+        from trio_deploy.verify.check import tolerance_of_segments
         from trio_deploy.verify.compare import TOLERANCES
         from trio_deploy.verify.engines import compare_engines
 
         runtime: Any = open_runtime(bundle=bundle)
+        tolerance, quantised = TOLERANCES[bundle.manifest.dtype], bundle.manifest.quantization
+        calibrated = quantised is not None and quantised.calibration is not None
         reference = OrtRuntime()
         return compare_engines(
             {stage: runtime.record.stages[stage].profiles for stage in stages},
             lambda stage: reference.open(bundle.graph(stage), bundle.places(stage)),
             lambda stage: runtime.open(bundle.graph(stage), bundle.places(stage)),
-            TOLERANCES[bundle.manifest.dtype],
+            tolerance,
             threshold=bundle.manifest.threshold,
             stages=bundle.stages,
+            segments=tolerance_of_segments(tolerance, "fp8" if calibrated else None),
         )
 
     def note_rows(self, name: str, rows: Sequence[Any], against: str) -> None:

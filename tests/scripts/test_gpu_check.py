@@ -50,6 +50,7 @@ def test_all_parts_write_a_report_and_are_not_repeated(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["--tiny", str(llava_checkpoint), "--skip", "tests", "--skip", "torch"]
+    options += ["--skip", "quantised"]  # whose sizes a simulation does not have
     assert run(script, tmp_path, *options) == 0, capsys.readouterr().out
     found = report(tmp_path)
     names = set(found["checks"])
@@ -92,6 +93,20 @@ def test_tensorrt_rtx_alone_is_checked_with_weights_as_inputs_and_as_constants(
     assert "comparisons with ONNX Runtime" in checks["rtx, parity"]["text"]
     assert checks["rtx, weights as inputs, prefill"]["value"] > 0
     assert "times that of constants" in checks["rtx, weights as inputs, decode, tokens/s"]["text"]
+
+
+def test_quantised_engines_are_compared_in_size_and_values(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The simulation's engines hold no weights: the check of their sizes fails, as it should."""
+    assert run(script, tmp_path, "--only", "quantised") == 1
+    checks = report(tmp_path)["checks"]
+    schemes = [name.split(", ")[1] for name in checks if name.endswith("size")]
+    assert schemes == ["int8", "int4", "fp8"]  # of a GPU of compute capability 9.0
+    for scheme in schemes:
+        assert checks[f"quantised, {scheme}, parity"]["passed"], capsys.readouterr().out
+        size = checks[f"quantised, {scheme}, size"]
+        assert not size["passed"] and "of float16's bytes" in size["text"]
 
 
 def test_the_report_is_of_earlier_calls_too_but_not_of_other_engines(

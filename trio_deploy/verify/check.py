@@ -102,7 +102,7 @@ def check(
     tolerance = TOLERANCES[pipeline.precision]
     if pipeline.precision != manifest.dtype:  # a selection's input is exact, as is most of its work
         tolerance = replace(tolerance, overlap=max(tolerance.overlap, PRODUCTS_OVERLAP))
-    segments = _of_segments(tolerance, pipeline.ran_as.activations)
+    segments = tolerance_of_segments(tolerance, pipeline.ran_as.activations)
     rows += _compare_stages(pipeline, reference, tolerance, segments)
     order = [stage.label for stage in loaded.stages.values()]
     rows.sort(key=lambda row: _place(row.stage, order))
@@ -193,7 +193,7 @@ def _compare_stages(
     return rows
 
 
-def _of_segments(tolerance: Tolerance, activations: str | None) -> Tolerance:
+def tolerance_of_segments(tolerance: Tolerance, activations: str | None) -> Tolerance:
     """The tolerance of stages that run layers, by what activations are rounded to in them."""
     if activations is None:
         return tolerance
