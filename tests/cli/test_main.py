@@ -46,7 +46,7 @@ def test_export_hands_on_what_was_asked(calls, capsys):
         "export --model llava-next-7b --budget 0.222 --dtype float16 --dialect onnx "
         "--target t.yaml --out b --link-weights --graphs-only --force --weights inputs "
         "--max-pixels 4096 --positions original --probe shifted --threshold 0.9 --method dart "
-        "--chat-template none"
+        "--chat-template none --selections float --embeddings host"
     )
     assert cli.main(command.split()) == 0
     args, options = calls["export_model"]
@@ -54,6 +54,8 @@ def test_export_hands_on_what_was_asked(calls, capsys):
     assert options == {
         "budget": 0.222,
         "quantize": None,
+        "selections": "float",
+        "embeddings": "host",
         "calibration": None,
         "chat_template": "none",
         "method": "dart",
