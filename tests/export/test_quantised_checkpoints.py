@@ -112,6 +112,22 @@ def test_embeddings_that_are_quantised_and_tied_are_the_head_to_the_same_values(
     assert np.array_equal(head, table)
 
 
+@pytest.mark.parametrize("embeddings", ["device", "host"])
+def test_a_decode_graph_has_embeddings_that_are_quantised_and_tied(embeddings, tmp_path) -> None:
+    """In 4 bit, of which the table in 8 bit is a copy."""
+    source = make_llava(tmp_path / "source", tie=True)
+    quantised, _ = quantise_checkpoint(
+        source,
+        tmp_path,
+        "compressed-tensors",
+        which=lambda name: DECODER.fullmatch(name) or name.endswith("embed_tokens.weight"),
+    )
+    bundle = export(quantised, tmp_path / "b", dialect="onnx", embeddings=embeddings)
+    assert "decode" in bundle.stages
+    report = check(bundle, runtime="onnxruntime", threads=1)
+    assert report.passed, format_report(report)
+
+
 @pytest.mark.parametrize("form", ["compressed-tensors", "awq"])
 @pytest.mark.parametrize("dialect", ["primitive", "onnx"])
 def test_graphs_in_floats_answer_as_the_float_checkpoint(folders, form, dialect, tmp_path) -> None:

@@ -140,8 +140,12 @@ class Dialect(ABC):
         return self._coding(head_coding, name, columns, self.selects)
 
     def table_coding(self, name: str, columns: int) -> Coding | None:
-        """How a table of embeddings that serves as the head is quantised, in 8 bit; None: not."""
-        return self._coding(head_coding, name, columns, True)
+        """How a table of embeddings that serves as the head is quantised; None: it is not.
+
+        In 8 bit, but beside the head in one graph that dequantises it: that is one matrix.
+        """
+        as_head = self.kind == "decode" and self.form == "signed"
+        return self._coding(head_coding, name, columns, not as_head)
 
     def _coding(
         self, coding: Callable[..., Coding | None], name: str, columns: int, selects: bool
