@@ -135,8 +135,8 @@ def _advice(model: _Model, result: Fit) -> Iterator[str]:
     if target.embeddings == "device":
         needed = model.memory(replace(target, embeddings="host"))
         if needed.total <= usable:
-            table = format_bytes(result.layouts[0].table)
-            yield f"it fits with --embeddings host, which leaves out the table's {table}"
+            saved = format_bytes(result.layouts[0].all_weights - needed.all_weights)
+            yield f"it fits with --embeddings host, which leaves out the table's {saved}"
             return
     weights = min(each.all_weights for each in result.layouts)
     if weights < usable:

@@ -107,6 +107,21 @@ def test_the_table_of_embeddings_and_each_engines_head_are_told(
     assert f"for the output head in each of {engines} engines" in found.vocabulary
 
 
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_a_tied_head_of_a_decode_engine_is_no_table_where_that_is_on_the_host(
+    quantize: str | None,
+) -> None:
+    config, schedule = model("qwen3-vl-2b")
+    thor = replace(load_target("jetson-thor"), quantize=quantize)
+    device, host = (
+        planned(config, schedule, replace(thor, embeddings=place), None)
+        for place in ("device", "host")
+    )
+    (head, _), table = device.heads, device.table // 2  # in embed and in decode
+    assert host.table == 0 and host.heads == (head,) * 3
+    assert device.all_weights - host.all_weights == pytest.approx(table, rel=1e-3)
+
+
 def test_the_cache_is_the_schedules_twice_where_it_is_not_updated_in_place() -> None:
     config, _ = model("llava-1.5-7b")
     target = load_target("l4")

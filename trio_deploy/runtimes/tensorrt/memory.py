@@ -39,7 +39,6 @@ from trio_deploy.schedule.schedule import Schedule
 CONTEXT_BYTES = 2**29
 
 _GIB = 2**30
-_LOOKS_UP: tuple[Kind, ...] = ("embed", "decode")
 
 
 @dataclass(frozen=True)
@@ -246,7 +245,7 @@ def _table_bytes(stage: StageInfo, graph: ModelProto) -> int:
 
     One that serves as a quantised head is that head's codes and scales in 8 bit.
     """
-    if stage.kind not in _LOOKS_UP:
+    if not stage.inputs_of("ids"):
         return 0
     return sum(_stored(each) for each in graph.graph.initializer if _of_table(each.name))
 
@@ -257,7 +256,7 @@ def _head_bytes(stage: StageInfo, graph: ModelProto) -> int:
         _stored(each)
         for each in graph.graph.initializer
         if each.name.startswith((EMBEDDINGS, HEAD))
-        and not (stage.kind in _LOOKS_UP and _of_table(each.name))
+        and not (stage.inputs_of("ids") and _of_table(each.name))
     )
 
 
